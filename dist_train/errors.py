@@ -1,0 +1,62 @@
+"""Every failure that a user can cause, each saying what is wrong, where, and what to do.
+
+The command line prints ``str(error)`` as one line and exits with ``error.exit_code``; it shows a
+traceback only for exceptions that are not a ``DistTrainError``, which are bugs.
+"""
+
+
+class DistTrainError(Exception):
+    """Base of all user-facing errors.
+
+    Args:
+        what: what is wrong, in one sentence without a final stop.
+        where: the file, key or clip that it is about.
+        fix: what the user can do.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: object | None = None, fix: str | None = None) -> None:
+        self.what, self.where, self.fix = what, where, fix
+        message = what if where is None else f"{where}: {what}"
+        super().__init__(message if fix is None else f"{message}. {fix}")
+
+
+class ConfigError(DistTrainError):
+    """A setting is unknown, missing, or contradicts another."""
+
+
+class ManifestError(DistTrainError):
+    """The clip table cannot be read, or a row of it is not usable."""
+
+
+class DecodeError(DistTrainError):
+    """A file is not a clip that can be decoded; the file is rejected, the run goes on."""
+
+
+class RoiError(DistTrainError):
+    """No region of interest was found in a clip; the clip is rejected, the run goes on."""
+
+
+class StoreError(DistTrainError):
+    """A store is missing, unfinished, damaged, or was made with other settings."""
+
+
+class PlanError(DistTrainError):
+    """The selection cannot fill the batches that were asked for."""
+
+
+class ModelError(DistTrainError):
+    """The model is unknown, or its settings do not fit."""
+
+
+class CheckpointError(DistTrainError):
+    """A checkpoint is torn, or belongs to another model, store or plan."""
+
+
+class BackendError(DistTrainError):
+    """The distributed backend that was asked for is not the one that is running."""
+
+
+class RunError(DistTrainError):
+    """A run folder lacks what the command needs from it."""
