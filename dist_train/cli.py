@@ -1,0 +1,206 @@
+"""The command line: each command is a few lines over a function that Python users call too."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dist_train.console import console, progress
+from dist_train.errors import DistTrainError
+
+app = typer.Typer(
+    help="From raw, labelled, imbalanced 3D clips to a trained, calibrated 3D CNN.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; one per core unless given.")]
+Out = Annotated[Path, typer.Option(help="Folder to write.")]
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    clips: Annotated[int, typer.Option(min=1)] = 400,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    stall_rate: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.25,
+    workers: Workers = None,
+) -> None:
+    """Make capillary videos, flowing and stalled, in the form of the Clog Loss challenge."""
+    from dist_train.data.synth import synthesize
+
+    with progress("synth") as report:
+        synthesize(
+            out, clips=clips, seed=seed, stall_rate=stall_rate, workers=workers, progress=report
+        )
+    console.print(f"{clips} clips in {out}")
+
+
+@app.command()
+def prepare(
+    manifest: Annotated[Path, typer.Option(help="CSV: the challenge's, or filename,label[,...].")],
+    source: Annotated[Path, typer.Option(help="Folder that holds the files.")],
+    out: Out,
+    labels: Annotated[Path | None, typer.Option(help="CSV of labels, if apart.")] = None,
+    unlabelled: Annotated[bool, typer.Option(help="The clips have no labels.")] = False,
+    roi: Annotated[
+        Literal["outline", "none"], typer.Option(help="Crop to the outline, or keep all.")
+    ] = "outline",
+    truncated: Annotated[
+        Literal["reject", "keep"], typer.Option(help="Videos that end before they should.")
+    ] = "reject",
+    max_rejected: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Largest share of rejected clips.")
+    ] = 0.01,
+    shard_clips: Annotated[int, typer.Option(min=1, help="Clips a shard.")] = 128,
+    workers: Workers = None,
+) -> None:
+    """Decode videos or volumes, crop them, and write a store. Goes on where it was killed."""
+    from dist_train.data.manifest import read_manifest
+    from dist_train.data.prepare import PrepareSettings
+    from dist_train.data.prepare import prepare as write_store
+
+    table = read_manifest(manifest, labels=labels, unlabelled=unlabelled)
+    settings = PrepareSettings(roi=roi, truncated=truncated, shard_clips=shard_clips)
+    with progress("prepare") as report:
+        store = write_store(
+            table,
+            source,
+            out,
+            settings,
+            workers=workers,
+            max_rejected=max_rejected,
+            progress=report,
+        )
+    _print_store(out, store)
+
+
+@app.command()
+def prepare_npz(
+    file: Annotated[Path, typer.Argument(help="A MedMNIST 3D file.")],
+    out: Out,
+    shard_clips: Annotated[int, typer.Option(min=1, help="Clips a shard.")] = 128,
+) -> None:
+    """Write a store from a MedMNIST 3D file, with its official split."""
+    from dist_train.data.prepare import prepare_npz as write_store
+
+    with progress("prepare") as report:
+        store = write_store(file, out, shard_clips=shard_clips, progress=report)
+    _print_store(out, store)
+
+
+@app.command()
+def info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
+    """Show what a store holds."""
+    from dist_train.data.describe import describe_store
+    from dist_train.data.store import Store
+
+    for table in describe_store(Store(store)):
+        console.print(table)
+
+
+@app.command()
+def inspect(
+    clip: Annotated[Path, typer.Argument(help="A video with an outline.")],
+    png: Annotated[Path | None, typer.Option(help="Draw what was found.")] = None,
+) -> None:
+    """Show the outline that is found in each frame of a video."""
+    from dist_train.data.describe import describe_outline, draw_outline
+
+    console.print(describe_outline(clip))
+    if png is not None:
+        draw_outline(clip, png)
+        console.print(f"drawn in {png}")
+
+
+@app.command()
+def train(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML settings.")] = None,
+    resume: Annotated[
+        Literal["never", "auto"], typer.Option(help="auto: go on from the newest checkpoint.")
+    ] = "never",
+) -> None:
+    """Train a run; with many processes, by 'accelerate launch -m dist_train train ...'."""
+    from dist_train.config import load_config
+    from dist_train.train import train as fit
+
+    settings = load_config(config, overrides or [])
+    with progress("train") as report:
+        fit(settings, resume=resume, progress=report)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    store: Annotated[Path | None, typer.Option(help="Predict this store instead.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; the run's own.")] = None,
+    prior: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of positives in the world.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Of the submission; else fitted on val.")
+    ] = None,
+) -> None:
+    """Predict held-out or new clips, averaged over the run's snapshots."""
+    from dist_train.predict import predict as write_predictions
+
+    with progress("predict") as report:
+        written = write_predictions(
+            run, store=store, out=out, prior=prior, threshold=threshold, progress=report
+        )
+    console.print(f"predictions in {written}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder with predictions.")],
+    threshold: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Else fitted on val.")
+    ] = None,
+) -> None:
+    """Judge a run's predictions."""
+    from dist_train.evaluate import evaluate as judge
+    from dist_train.evaluate import table
+    from dist_train.predict import PREDICTIONS
+
+    judged = judge(run / PREDICTIONS, out=run / "evaluation.json", threshold=threshold)
+    console.print(table(judged))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write a run's report: one HTML page that needs nothing else."""
+    from dist_train.data.store import Store
+    from dist_train.report import write_report
+    from dist_train.run import open_run
+
+    store = Store(open_run(run).store)
+    page = write_report(run, strips=lambda key: store.read(store.clip_of(key)))
+    console.print(f"report in {page}")
+
+
+def main() -> None:
+    """Run the command line; a user's error ends in one message and a non-zero exit code."""
+    rank = os.environ.get("RANK", "0")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app()
+    except DistTrainError as error:
+        process = "" if rank == "0" else f" (process {rank})"
+        print(f"error{process}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _print_store(out: Path, store: dict[str, object]) -> None:
+    console.print(f"{store['clips']} clips in {out}")
+    if store["rejected"]:
+        console.print(f"rejected by class: {store['rejected']}, see rejected.csv")

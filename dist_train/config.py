@@ -1,0 +1,280 @@
+"""The settings of a run: one frozen tree, read from YAML and ``key=value`` overrides.
+
+The tree is the only description of a run. Functions outside ``train.py``, ``predict.py`` and the
+command line take the section, or the plain values, that they need, never the whole tree.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dist_train.errors import ConfigError
+
+Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SelectSettings(Section):
+    """Which clips of the store take part.
+
+    ``tier2_crowd_score``: None keeps every labelled clip. A number applies the rule of the original
+    recipe: all of tier 1, plus the tier-2 positives whose crowd score is above it (it used 0.6).
+    """
+
+    tier2_crowd_score: Fraction | None = None
+
+
+class SplitSettings(Section):
+    """Train, val and test. A split given by the manifest is used as it is; otherwise folds are cut.
+
+    Fold ``fold`` is the test split and the next one is val. ``groups`` says what a group does:
+    "stratify" spreads each group and class evenly over the folds (project ids), "disjoint" keeps
+    every group inside one fold (patients).
+    """
+
+    folds: Annotated[int, Field(ge=3)] = 5
+    fold: Natural = 0
+    groups: Literal["stratify", "disjoint"] = "stratify"
+
+    @model_validator(mode="after")
+    def _fold_exists(self) -> SplitSettings:
+        if self.fold >= self.folds:
+            raise ValueError(f"fold {self.fold} does not exist: folds are 0 to {self.folds - 1}")
+        return self
+
+
+class ClipSettings(Section):
+    """The shape in which a clip reaches the model.
+
+    ``size``: height and width in pixels. ``max_frames``: longer clips are cut to this many
+    consecutive frames, at a random place in training and in the middle otherwise; None keeps all.
+    """
+
+    size: tuple[Positive, Positive] = (160, 160)
+    max_frames: Positive | None = None
+
+
+class AugmentSettings(Section):
+    """Probability of each augmentation; every frame of a clip gets the same draw."""
+
+    flip: Fraction = 0.5
+    rotate90: Fraction = 0.5
+    reverse: Fraction = 0.5
+    brightness: Fraction = 0.0
+    blur_noise: Fraction = 0.0
+    distort: Fraction = 0.0
+    shift_scale_rotate: Fraction = 0.0
+
+
+class PlanSettings(Section):
+    """The global batch, cut evenly over ranks and accumulation steps, and its exact class ratio."""
+
+    batch: Positive = 32
+    positives: Positive = 1
+    negatives: Positive = 3
+
+    @model_validator(mode="after")
+    def _ratio_divides_batch(self) -> PlanSettings:
+        if self.batch % (self.positives + self.negatives):
+            raise ValueError(
+                f"batch {self.batch} is not a multiple of positives + negatives = "
+                f"{self.positives + self.negatives}"
+            )
+        return self
+
+
+class LoaderSettings(Section):
+    """Worker processes of each rank, and how many micro-batches each keeps ready."""
+
+    workers: Natural = 2
+    prefetch: Positive = 4
+
+
+class ModelSettings(Section):
+    """The network; see ``models/registry.py`` for the names."""
+
+    name: str = "resnet3d-101"
+    width: Positive = 64
+    stem_stride: tuple[Positive, Positive, Positive] = (1, 2, 2)
+    stem_pool: bool = True
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    recompute: Literal["none", "block"] = "none"
+
+
+class OptimSettings(Section):
+    """AdamW. Weight decay applies to weights with two or more axes only."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    clip_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+
+
+class ScheduleSettings(Section):
+    """Learning rate over the run.
+
+    "cosine": linear warm-up, then half a cosine down to ``min_lr`` at the last step.
+    "oscillating": after the warm-up, whole cosine waves of ``period`` epochs between the two rates.
+    """
+
+    name: Literal["cosine", "oscillating"] = "cosine"
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
+    min_lr: Annotated[float, Field(ge=0.0)] = 1e-6
+    period: Annotated[float, Field(gt=0.0)] = 2.0
+
+
+class TrainSettings(Section):
+    """Length of the run, arithmetic, and how a global batch is cut.
+
+    ``precision``: "bf16" and "fp16" are autocast; parameters and statistics stay float32.
+    ``channels_last``: channels-last memory layout, which bf16 convolutions need to be fast.
+    ``backend``: "ddp", or DeepSpeed's ZeRO stage 1 or 2.
+    """
+
+    epochs: Positive = 20
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    accumulate: Positive = 1
+    channels_last: bool = True
+    backend: Literal["ddp", "zero1", "zero2"] = "ddp"
+
+
+class CheckpointSettings(Section):
+    """When the run is saved for resuming, and how many checkpoints are kept."""
+
+    every_steps: Positive = 500
+    keep_last: Positive = 2
+
+
+class SnapshotSettings(Section):
+    """Which weights are kept for prediction: after these epochs (1 is the first), or at each
+    minimum of the learning rate and at the end."""
+
+    at: Literal["minima"] | tuple[Positive, ...] = "minima"
+
+
+class Config(Section):
+    """One training run."""
+
+    out: Path = Path("runs/default")
+    store: Path
+    seed: Natural = 0
+    select: SelectSettings = SelectSettings()
+    split: SplitSettings = SplitSettings()
+    clip: ClipSettings = ClipSettings()
+    augment: AugmentSettings = AugmentSettings()
+    plan: PlanSettings = PlanSettings()
+    loader: LoaderSettings = LoaderSettings()
+    model: ModelSettings = ModelSettings()
+    optim: OptimSettings = OptimSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    train: TrainSettings = TrainSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    snapshots: SnapshotSettings = SnapshotSettings()
+
+    @model_validator(mode="after")
+    def _snapshots_fall_inside(self) -> Config:
+        if self.snapshots.at != "minima":
+            late = [epoch for epoch in self.snapshots.at if epoch > self.train.epochs]
+            if late:
+                raise ValueError(
+                    f"snapshots.at names epoch {late[0]}, but train.epochs is {self.train.epochs}"
+                )
+        return self
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides (dotted keys, YAML values), and validate.
+
+    Raises:
+        ConfigError: a missing or malformed file, an unknown key (with its nearest match), or a
+            value that does not fit.
+    """
+    tree: dict[str, Any] = {} if path is None else _read_yaml(path)
+    where = "the command line" if path is None else path
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"'{override}' is not of the form key=value", where="command line")
+        _assign(tree, key.strip(), yaml.safe_load(value))
+    known = set(_dotted_keys(Config))
+    for key in _given_keys(tree):
+        if key not in known:
+            raise ConfigError(f"unknown setting '{key}'", where=where, fix=_nearest(key, known))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        what = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"setting '{key}': {what}" if key else what, where=where) from None
+
+
+def dump_config(config: Config, path: Path) -> None:
+    """Write the resolved settings as YAML; ``load_config`` of the file gives an equal tree."""
+    tree = config.model_dump(mode="json")
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot be read ({error.strerror})", where=path) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is not valid YAML ({error})".replace("\n", " "), where=path) from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError("must hold 'key: value' settings at its top level", where=path)
+    return tree
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, leaf = dotted.split(".")
+    for section in sections:
+        inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"'{dotted}': '{section}' is not a section", where="command line")
+        tree = inner
+    tree[leaf] = value
+
+
+def _dotted_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from _dotted_keys(kind, f"{prefix}{name}.")
+
+
+def _given_keys(tree: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _given_keys(value, f"{prefix}{name}.")
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    by_leaf = {name.rpartition(".")[2]: name for name in sorted(known)}
+    near = difflib.get_close_matches(key, sorted(known), n=1) or [
+        by_leaf[leaf]
+        for leaf in difflib.get_close_matches(key.rpartition(".")[2], sorted(by_leaf), n=1)
+    ]
+    return (
+        f"Did you mean '{near[0]}'?"
+        if near
+        else "Known sections: " + ", ".join(Config.model_fields)
+    )

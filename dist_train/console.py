@@ -1,0 +1,64 @@
+"""Progress on the terminal: a bar where there is one, now and then a line where there is none."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(highlight=False)
+
+
+class Report(Protocol):
+    """Called with (done, total) and, if there is any, a line of figures."""
+
+    def __call__(self, done: int, total: int, figures: str = "", /) -> None: ...
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Report]:
+    """A progress bar for one long step."""
+    if not console.is_terminal:
+        yield _lines(title)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=None, figures="")
+
+        def report(done: int, total: int, figures: str = "", /) -> None:
+            bar.update(task, completed=done, total=total, figures=figures)
+
+        yield report
+
+
+def _lines(title: str) -> Report:
+    """A line at each further tenth, or every half minute, for logs."""
+    shown, tenth = time.monotonic(), -1
+
+    def report(done: int, total: int, figures: str = "", /) -> None:
+        nonlocal shown, tenth
+        now, reached = time.monotonic(), 10 * done // max(total, 1)
+        if reached > tenth or now - shown >= 30:
+            shown, tenth = now, reached
+            print(f"{title}: {done}/{total}  {figures}".rstrip(), file=sys.stdout, flush=True)
+
+    return report

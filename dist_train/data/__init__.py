@@ -1,0 +1,1 @@
+"""Raw file -> clip -> shard and index -> planned batch. Knows no model."""

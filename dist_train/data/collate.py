@@ -1,0 +1,55 @@
+"""Samples -> one batch, zero-padded in depth, with the true depths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_train.data.dataset import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """``volumes`` uint8 [B, 1, D, H, W]; ``frames`` int64 [B] true depths, or None where no clip is
+    padded; ``labels`` float32 [B]; ``clips`` int64 [B] clip numbers."""
+
+    volumes: Tensor
+    frames: Tensor | None
+    labels: Tensor
+    clips: Tensor
+
+    def pin_memory(self) -> Batch:
+        """Called by ``DataLoader(pin_memory=True)``, for copies that overlap the step."""
+        return Batch(
+            self.volumes.pin_memory(),
+            self.frames,
+            self.labels.pin_memory(),
+            self.clips,
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy what is computed with to a device; ``frames`` and ``clips`` stay on the host."""
+        return Batch(
+            self.volumes.to(device, non_blocking=True),
+            self.frames,
+            self.labels.to(device, non_blocking=True),
+            self.clips,
+        )
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples of equal height and width; shorter clips get black frames at their end."""
+    depths = [len(sample.volume) for sample in samples]
+    _, height, width = samples[0].volume.shape
+    volumes = torch.zeros(len(samples), 1, max(depths), height, width, dtype=torch.uint8)
+    for volume, sample in zip(volumes, samples, strict=True):
+        volume[0, : len(sample.volume)] = sample.volume
+    return Batch(
+        volumes=volumes,
+        frames=torch.tensor(depths) if min(depths) < max(depths) else None,
+        labels=torch.tensor([sample.label for sample in samples], dtype=torch.float32),
+        clips=torch.tensor([sample.clip for sample in samples]),
+    )

@@ -1,0 +1,158 @@
+"""File bytes -> frames: videos by PyAV, TIFF stacks by tifffile, npy and npz without pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import tifffile
+
+from dist_train.errors import DecodeError
+
+VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpeg", ".mpg"}
+VOLUME_SUFFIXES = {".npy", ".npz", ".tif", ".tiff"}
+
+Volume = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
+Plane = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
+
+# ITU-R BT.601 and BT.709 limited range puts black at 16 and white at 235.
+_FULL_RANGE = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One video frame in the decoder's own planes.
+
+    ``luma``: uint8 [H, W], full range (0 black, 255 white). ``cb``, ``cr``: uint8
+    [ceil(H/2), ceil(W/2)], 128 is grey; ``chroma_scale`` is 1 for full-range chroma and 255/224
+    for limited. ``bt709``: the colour matrix is BT.709 rather than BT.601.
+    """
+
+    luma: Plane
+    cb: Plane
+    cr: Plane
+    chroma_scale: float
+    bt709: bool
+
+
+class Video:
+    """The frames of a video file. It can be iterated again; each time the file is decoded anew.
+
+    After an iteration ``frames_decoded`` is the number of frames that truly decoded,
+    ``frames_declared`` what the container's header says (0 where it says nothing), and
+    ``stopped_by`` the decoder's error if the stream broke off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.frames_declared = 0
+        self.frames_decoded = 0
+        self.stopped_by: str | None = None
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the file holds fewer frames than it declares, or broke off."""
+        return self.stopped_by is not None or self.frames_decoded < self.frames_declared
+
+    def __iter__(self) -> Iterator[Frame]:
+        self.frames_decoded, self.stopped_by = 0, None
+        try:
+            with av.open(str(self.path)) as container:
+                if not container.streams.video:
+                    raise DecodeError("holds no video stream", where=self.path)
+                stream = container.streams.video[0]
+                # Parallelism is over files, in processes.
+                stream.codec_context.thread_count = 1
+                self.frames_declared = stream.frames
+                try:
+                    for frame in container.decode(stream):
+                        yield _planes(frame)
+                        self.frames_decoded += 1
+                except av.error.FFmpegError as error:
+                    self.stopped_by = _reason(error)
+        except (av.error.FFmpegError, OSError) as error:
+            raise DecodeError(f"cannot be opened ({_reason(error)})", where=self.path) from None
+        if self.frames_decoded == 0:
+            because = f" ({self.stopped_by})" if self.stopped_by else ""
+            raise DecodeError(f"holds no frame that decodes{because}", where=self.path)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _planes(frame: av.VideoFrame) -> Frame:
+    full = frame.format.name.startswith("yuvj") or frame.color_range == 2
+    if frame.format.name not in ("yuv420p", "yuvj420p"):
+        # swscale gives limited-range BT.601 unless told otherwise.
+        frame = frame.reformat(format="yuv420p")
+        full = False
+    luma, cb, cr = (_plane(plane) for plane in frame.planes[:3])
+    return Frame(
+        luma=luma.copy() if full else cv2.LUT(luma, _FULL_RANGE),
+        cb=cb.copy(),
+        cr=cr.copy(),
+        chroma_scale=1.0 if full else 255 / 224,
+        bt709=frame.colorspace == 1,
+    )
+
+
+def _plane(plane: av.video.plane.VideoPlane) -> Plane:
+    rows = np.frombuffer(plane, dtype=np.uint8).reshape(plane.height, plane.line_size)
+    return rows[:, : plane.width]
+
+
+def read_volume(path: Path) -> Volume:
+    """A volume file as uint8 [D, H, W].
+
+    ``.npy`` and ``.npz`` (with a single array) and multi-page ``.tif``. uint8 is kept; uint16 is
+    divided by 257 (65535 becomes 255); bool becomes 0 and 255. A trailing axis of 1 is dropped and
+    RGB becomes BT.601 luma.
+
+    Raises:
+        DecodeError: naming the file and what is wrong with it.
+    """
+    try:
+        if path.suffix.lower() in (".tif", ".tiff"):
+            array = tifffile.imread(path)
+        else:
+            array = _load_numpy(path)
+    except (OSError, ValueError, EOFError, KeyError, tifffile.TiffFileError) as error:
+        raise DecodeError(f"cannot be read ({_reason(error)})", where=path) from None
+    return to_uint8_volume(array, path)
+
+
+def to_uint8_volume(array: np.ndarray, where: object) -> Volume:
+    """Bring an array to uint8 [D, H, W] by the rules of ``read_volume``."""
+    if array.ndim == 2:
+        array = array[None]
+    if array.ndim == 4 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.dtype == np.uint16:
+        array = (array // 257).astype(np.uint8)
+    elif array.dtype == np.bool_:
+        array = array.astype(np.uint8) * np.uint8(255)
+    if array.dtype != np.uint8:
+        raise DecodeError(
+            f"holds {array.dtype} values", where=where, fix="Use uint8, uint16 or bool."
+        )
+    if array.ndim == 4 and array.shape[-1] in (3, 4):
+        weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+        array = np.rint(array[..., :3] @ weights).astype(np.uint8)
+    if array.ndim != 3 or 0 in array.shape:
+        raise DecodeError(f"has shape {list(array.shape)}, not [depth, height, width]", where=where)
+    return np.ascontiguousarray(array)
+
+
+def _load_numpy(path: Path) -> np.ndarray:
+    loaded = np.load(path, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        return loaded
+    with loaded:
+        if len(loaded.files) != 1:
+            raise ValueError(f"holds {len(loaded.files)} arrays, one is needed")
+        return np.asarray(loaded[loaded.files[0]])

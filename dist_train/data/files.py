@@ -1,0 +1,54 @@
+"""Files that are whole or not there: written aside, synced, then renamed; and their checksum."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import google_crc32c
+import numpy as np
+
+PARTIAL = ".partial"
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open ``path`` for binary writing so that it appears complete, durable, or not at all.
+
+    The bytes go to a file beside it, which is fsynced and renamed when the block ends well and
+    removed when it does not; a killed process leaves at most the ``.partial`` file.
+    """
+    aside = path.with_name(path.name + PARTIAL)
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """``written_whole`` for content that is at hand; text is written as UTF-8."""
+    with written_whole(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` durable (POSIX: the directory itself must be fsynced)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def crc32c(data: bytes | np.ndarray[Any, Any]) -> int:
+    """Checksum of bytes, or of a C-contiguous array's bytes: CRC-32C (Castagnoli), unsigned."""
+    return int(google_crc32c.value(data))

@@ -1,0 +1,225 @@
+"""The clip table: which files there are, their labels, groups and splits.
+
+Two forms are read: the Clog Loss challenge's CSVs (``train_metadata.csv`` joined with
+``train_labels.csv``), and any CSV with ``filename,label`` and optional ``group,weight,split``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import pandas as pd
+
+from dist_train.errors import ManifestError
+
+# The challenge's names for what every other table calls label and group.
+ALIASES = {"stalled": "label", "project_id": "group"}
+REQUIRED = ("filename", "label")
+OPTIONAL = ("group", "weight", "split", "crowd_score", "tier1")
+# Columns of the challenge that say nothing that a store needs.
+UNUSED = ("url", "num_frames", "micro", "nano")
+SPLITS = ("train", "val", "test")
+
+_SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,120}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A validated clip table.
+
+    ``table`` has one row a clip, in the order of the file: ``key`` (a name that is safe in a tar
+    archive and unique), ``filename``, ``label`` (int8; -1 where it is not known), ``group``
+    (string, "" if none), ``weight`` (float64), ``split`` ("train", "val", "test", or "" in every
+    row), ``crowd_score`` (float64, NaN if none) and ``tier1`` (bool).
+    """
+
+    table: pd.DataFrame
+    fingerprint: str
+
+
+def read_manifest(path: Path, *, labels: Path | None = None, unlabelled: bool = False) -> Manifest:
+    """Read and check a clip table.
+
+    Args:
+        path: the CSV with a ``filename`` column.
+        labels: a second CSV with ``filename`` and ``label`` or ``stalled``. Where ``path`` has no
+            label column itself, ``train_labels.csv`` beside it is taken.
+        unlabelled: do not ask for labels (a set to predict); every label is then -1.
+
+    Raises:
+        ManifestError: naming the file, the column or the row.
+    """
+    table = _read_csv(path)
+    if "label" not in table and not unlabelled:
+        labels = labels or path.with_name("train_labels.csv")
+        if not labels.is_file():
+            raise ManifestError(
+                "has no 'label' or 'stalled' column, and there is no train_labels.csv beside it",
+                where=path,
+                fix="Add the column, or name the file with --labels.",
+            )
+        table = _join_labels(table, _read_csv(labels), path, labels)
+    _check_columns(table, path, unlabelled)
+    if table.empty:
+        raise ManifestError("has no rows", where=path, fix="It needs one row a clip.")
+    _check_filenames(table["filename"], path)
+    label = "-1" if unlabelled else table["label"]
+    clean = pd.DataFrame(
+        {
+            "key": _keys(table["filename"]),
+            "filename": table["filename"],
+            "label": _parse(pd.Series(label, index=table.index), _LABELS, "label", table, path),
+            "group": table.get("group", ""),
+            "weight": _numbers(table, "weight", 1.0, path),
+            "split": table.get("split", ""),
+            "crowd_score": _numbers(table, "crowd_score", float("nan"), path),
+            "tier1": _parse(
+                pd.Series(table.get("tier1", "true"), index=table.index),
+                _BOOLEANS,
+                "tier1",
+                table,
+                path,
+            ),
+        }
+    )
+    if (clean["weight"] < 0).any():
+        bad = clean[clean["weight"] < 0].iloc[0]
+        raise ManifestError(f"weight of '{bad.filename}' is negative", where=path)
+    _check_splits(clean, path)
+    digest = hashlib.sha256(clean.to_csv(index=False).encode()).hexdigest()
+    return Manifest(clean, digest)
+
+
+_LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "-1": -1}
+_BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except pd.errors.EmptyDataError:
+        raise ManifestError("is empty", where=path, fix="It needs a header and rows.") from None
+    except OSError as error:
+        raise ManifestError(f"cannot be read ({error.strerror})", where=path) from None
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise ManifestError(f"is not a CSV file ({error})".strip(), where=path) from None
+    table = table.rename(columns=ALIASES)
+    if "filename" not in table:
+        raise ManifestError("has no column 'filename'", where=path)
+    if table.columns.has_duplicates:
+        twice = table.columns[table.columns.duplicated()][0]
+        raise ManifestError(f"has two columns for '{twice}'", where=path)
+    return table
+
+
+def _join_labels(
+    table: pd.DataFrame, labels: pd.DataFrame, path: Path, labels_path: Path
+) -> pd.DataFrame:
+    if "label" not in labels:
+        raise ManifestError("has no column 'label' or 'stalled'", where=labels_path)
+    _check_filenames(labels["filename"], labels_path)
+    joined = table.merge(labels[["filename", "label"]], on="filename", how="left")
+    missing = joined[joined["label"].isna()]
+    if len(missing):
+        raise ManifestError(
+            f"has no label for '{missing['filename'].iloc[0]}' ({len(missing)} such rows)",
+            where=labels_path,
+            fix=f"Add them, or take them out of {path}.",
+        )
+    return joined
+
+
+def _check_columns(table: pd.DataFrame, path: Path, unlabelled: bool) -> None:
+    known = (*REQUIRED, *OPTIONAL, *UNUSED)
+    for column in table.columns:
+        if column not in known:
+            names = [*known, *ALIASES]
+            near = difflib.get_close_matches(str(column), names, n=1)
+            hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(names)}."
+            raise ManifestError(f"unknown column '{column}'", where=path, fix=hint)
+    if "label" not in table and not unlabelled:
+        raise ManifestError("has no column 'label'", where=path)
+
+
+def _check_filenames(names: pd.Series, path: Path) -> None:
+    if (names == "").any():
+        row = int((names == "").to_numpy().argmax()) + 2
+        raise ManifestError(f"line {row} has no filename", where=path)
+    if names.duplicated().any():
+        name = names[names.duplicated()].iloc[0]
+        lines = [int(i) + 2 for i in (names == name).to_numpy().nonzero()[0][:2]]
+        raise ManifestError(
+            f"'{name}' is listed twice (lines {lines[0]} and {lines[1]})",
+            where=path,
+            fix="Each clip may be listed once.",
+        )
+
+
+def _check_splits(clean: pd.DataFrame, path: Path) -> None:
+    given = clean["split"] != ""
+    if given.any() and not given.all():
+        name = clean.loc[~given, "filename"].iloc[0]
+        raise ManifestError(
+            f"'{name}' has no split, though others have one",
+            where=path,
+            fix="Fill the split column for every clip, or leave it out.",
+        )
+    unknown = clean[given & ~clean["split"].isin(SPLITS)]
+    if len(unknown):
+        row = unknown.iloc[0]
+        raise ManifestError(
+            f"split '{row.split}' of '{row.filename}' is none of {', '.join(SPLITS)}", where=path
+        )
+
+
+def _parse(
+    column: pd.Series, values: Mapping[str, int | bool], name: str, table: pd.DataFrame, path: Path
+) -> pd.Series:
+    parsed = column.str.strip().str.lower().map(values)
+    bad = parsed.isna()
+    if bad.any():
+        row = int(bad.to_numpy().argmax())
+        allowed = "0 or 1" if name == "label" else "true or false"
+        raise ManifestError(
+            f"{name} of '{table['filename'].iloc[row]}' is '{column.iloc[row]}', not {allowed}",
+            where=path,
+        )
+    return parsed.astype("int8" if name == "label" else "bool")
+
+
+def _numbers(table: pd.DataFrame, name: str, default: float, path: Path) -> pd.Series:
+    if name not in table:
+        return pd.Series(default, index=table.index, dtype="float64")
+    text = table[name].str.strip()
+    numbers = pd.to_numeric(text.where(text != "", str(default)), errors="coerce")
+    bad = numbers.isna() & (text != "") & (text.str.lower() != "nan")
+    if bad.any():
+        row = int(bad.to_numpy().argmax())
+        raise ManifestError(
+            f"{name} of '{table['filename'].iloc[row]}' is '{text.iloc[row]}', not a number",
+            where=path,
+        )
+    return numbers.astype("float64")
+
+
+def _keys(names: pd.Series) -> list[str]:
+    """The file's stem where that is safe and unique; otherwise cleaned, with a hash of the name.
+
+    WebDataset ends a key at the first dot of the base name, and a key must never leave the folder
+    that a reader unpacks a shard into.
+    """
+    stems = [PurePosixPath(name).stem for name in names]
+    counts = pd.Series(stems).value_counts()
+    return [
+        stem
+        if _SAFE_KEY.fullmatch(stem) and counts[stem] == 1
+        else re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:100]
+        + "-"
+        + hashlib.sha256(name.encode()).hexdigest()[:16]
+        for name, stem in zip(names, stems, strict=True)
+    ]

@@ -1,0 +1,67 @@
+"""Walks the plan for one rank. Its state is a small JSON that no world size goes into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch.utils.data import Sampler
+
+from dist_train.data.plan import Plan
+
+
+class Slot(NamedTuple):
+    """One place in a batch: which clip, and the epoch that keys its augmentation."""
+
+    clip: int
+    epoch: int
+
+
+class PlanSampler(Sampler[list[Slot]]):
+    """Yields this rank's micro-batches of steps ``first`` to ``last`` (excluded), in plan order.
+
+    Pass it to a ``DataLoader`` as ``batch_sampler``. It is rank-aware already: never hand that
+    loader to ``accelerator.prepare``, which would shard it a second time.
+
+    Raises:
+        PlanError: the global batch cannot be cut for this world size and accumulation.
+    """
+
+    def __init__(
+        self, plan: Plan, *, rank: int, world: int, accumulate: int, first: int, last: int
+    ) -> None:
+        plan.check_cut(world, accumulate)
+        self.plan, self.rank, self.world, self.accumulate = plan, rank, world, accumulate
+        self.first, self.last = first, last
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        for step in range(self.first, self.last):
+            epoch = self.plan.epoch_of(step)
+            for clips in self.plan.rank_batches(
+                step, rank=self.rank, world=self.world, accumulate=self.accumulate
+            ):
+                yield [Slot(clip, epoch) for clip in clips.tolist()]
+
+    def __len__(self) -> int:
+        return (self.last - self.first) * self.accumulate
+
+
+class HeldOutSampler(Sampler[list[Slot]]):
+    """Every clip of a held-out set once, over all ranks, in batches of at most ``batch``.
+
+    Clips are sorted by depth first, so that a batch holds clips of like depth and little padding,
+    and dealt to the ranks in turn, so that the ranks have like work.
+    """
+
+    def __init__(
+        self, clips: list[int], frames: list[int], *, rank: int, world: int, batch: int
+    ) -> None:
+        by_depth = sorted(zip(frames, clips, strict=True))
+        mine = [Slot(clip, 0) for _, clip in by_depth[rank::world]]
+        self.batches = [mine[i : i + batch] for i in range(0, len(mine), batch)]
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)

@@ -1,0 +1,127 @@
+"""A finished store: its clip table, and any clip by one ``pread``."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dist_train.data.decode import Volume
+from dist_train.data.files import crc32c
+from dist_train.data.index import read_index
+from dist_train.data.shards import shard_name
+from dist_train.errors import StoreError
+
+MARKER = "store.json"
+INDEX = "index.lmdb"
+SHARDS = "shards"
+REJECTED = "rejected.csv"
+
+COLUMNS = ("filename", "label", "group", "weight", "split", "crowd_score", "tier1")
+
+
+class Store:
+    """Read access to a store.
+
+    ``table`` has one row a clip, ordered by key, with a clip's position in it as its id: ``key``,
+    the manifest's columns, ``frames``, ``height``, ``width``, ``shard``, ``offset``, ``crc32c``.
+    ``info`` is the content of ``store.json``. Safe to pickle into, or fork into, worker processes:
+    files are opened on first use, once per process.
+
+    Raises:
+        StoreError: no store, or one that is not finished, or whose index does not match it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.info = read_marker(folder)
+        rows = []
+        for key, record in read_index(folder / INDEX):
+            frames, height, width = record["shape"]
+            rows.append(
+                {"key": key, "frames": frames, "height": height, "width": width}
+                | {name: record[name] for name in (*COLUMNS, "shard", "offset", "crc32c")}
+            )
+        if len(rows) != self.info["clips"]:
+            raise StoreError(
+                f"the index holds {len(rows)} clips, the store {self.info['clips']}",
+                where=folder / INDEX,
+                fix="Delete it and run 'dist-train prepare' again with the same settings.",
+            )
+        self.table = pd.DataFrame(rows).astype({"crowd_score": "float64"})
+        self._shard = self.table["shard"].to_numpy(np.int64)
+        self._offset = self.table["offset"].to_numpy(np.int64)
+        self._shape = self.table[["frames", "height", "width"]].to_numpy(np.int64)
+        self._crc32c = self.table["crc32c"].to_numpy(np.uint32)
+        self._descriptors: dict[int, int] = {}
+        self._owner = os.getpid()
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the content: equal manifest, settings and decoder path."""
+        return str(self.info["fingerprint"])
+
+    def read(self, clip: int) -> Volume:
+        """The native crop of clip number ``clip``: uint8 [D, H, W], one ``pread``.
+
+        Raises:
+            StoreError: the shard is gone, or the bytes are not those that were written.
+        """
+        pixels = np.empty(self._shape[clip], dtype=np.uint8)
+        try:
+            read = os.preadv(self._descriptor(clip), [pixels.data], int(self._offset[clip]))
+        except OSError as error:
+            raise self._damage(clip, error.strerror or str(error)) from None
+        if read != pixels.size or crc32c(pixels) != self._crc32c[clip]:
+            raise self._damage(clip, "the bytes are not those that were stored")
+        return pixels
+
+    def clip_of(self, key: str) -> int:
+        """The number of the clip with this key."""
+        found = np.flatnonzero(self.table["key"].to_numpy() == key)
+        if not len(found):
+            raise StoreError(f"holds no clip '{key}'", where=self.folder)
+        return int(found[0])
+
+    def _descriptor(self, clip: int) -> int:
+        if self._owner != os.getpid():
+            self._descriptors, self._owner = {}, os.getpid()
+        shard = int(self._shard[clip])
+        if shard not in self._descriptors:
+            path = self.folder / SHARDS / shard_name(shard)
+            self._descriptors[shard] = os.open(path, os.O_RDONLY)
+        return self._descriptors[shard]
+
+    def _damage(self, clip: int, what: str) -> StoreError:
+        return StoreError(
+            f"clip '{self.table['key'].iloc[clip]}' cannot be read ({what})",
+            where=self.folder / SHARDS / shard_name(int(self._shard[clip])),
+            fix="Delete that shard and run 'dist-train prepare' again with the same settings.",
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_descriptors": {}}
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """``store.json``, which ``prepare`` writes last.
+
+    Raises:
+        StoreError: it is missing: no store, or an unfinished one.
+    """
+    marker = folder / MARKER
+    if not marker.is_file():
+        begun = (folder / SHARDS).is_dir()
+        raise StoreError(
+            "the store is not finished" if begun else "there is no store here",
+            where=folder,
+            fix="Run 'dist-train prepare' with the same settings to finish it."
+            if begun
+            else "Make one with 'dist-train prepare', or check the path.",
+        )
+    content: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
+    return content

@@ -1,0 +1,19 @@
+"""AdamW, with weight decay on weights only."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dist_train.config import OptimSettings
+
+
+def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019). Biases and BatchNorm's scales, which have one axis, are not
+    decayed: they set no capacity, and decaying them only shrinks the signal."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)

@@ -1,0 +1,173 @@
+"""Probabilities of held-out or new clips, averaged over a run's snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from scipy.special import expit
+
+from dist_train.config import Config
+from dist_train.data.files import write_whole
+from dist_train.data.loader import make_loader
+from dist_train.data.sampler import HeldOutSampler
+from dist_train.data.store import Store
+from dist_train.engine.backend import autocast
+from dist_train.engine.metrics import best_threshold, prior_correct
+from dist_train.errors import RunError
+from dist_train.infer import held_out_logits
+from dist_train.run import (
+    SNAPSHOTS,
+    RunData,
+    clip_dataset,
+    make_model,
+    open_data,
+    open_run,
+    read_record,
+)
+
+PREDICTIONS = "predictions.csv"
+SUBMISSION = "submission.csv"
+Progress = Callable[[int, int], None]
+
+
+def predict(
+    run: Path,
+    *,
+    store: Path | None = None,
+    out: Path | None = None,
+    prior: float | None = None,
+    threshold: float | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write ``predictions.csv`` and ``submission.csv`` for the val and test clips of a run.
+
+    Args:
+        run: a run folder with snapshots.
+        store: predict all clips of this store instead; they need no labels.
+        out: where to write; the run's folder unless another store is given.
+        prior: share of positives in the world, to which ``calibrated`` is corrected; the natural
+            share of the train split unless given.
+        threshold: of the submission's 0 and 1; fitted on the val split unless given.
+        progress: called with (clips done, clips in all) over all snapshots.
+
+    Returns:
+        The path of ``predictions.csv``: key, filename, group, split, label (empty if not known),
+        probability (mean over snapshots; at the training batches' share of positives), calibrated
+        (the same, corrected to ``prior``), frames.
+
+    Raises:
+        RunError: no run, no snapshot, or nowhere to write.
+        StoreError: the store cannot be used.
+    """
+    config = open_run(run)
+    snapshots = find_snapshots(run)
+    if store is None:
+        data = open_data(config)
+        source, chosen = data.store, _held_out(data)
+    else:
+        source = Store(store)
+        chosen = source.table.assign(split="")
+    out = out or (run if store is None else None)
+    if out is None:
+        raise RunError("predictions of another store need --out", where=store)
+    probability = _mean_probability(config, snapshots, source, chosen, progress)
+    rates = read_record(run)["positive_rate"]
+    world = rates["natural"] if prior is None else prior
+    table = pd.DataFrame(
+        {
+            "key": chosen["key"],
+            "filename": chosen["filename"],
+            "group": chosen["group"],
+            "split": chosen["split"],
+            "label": chosen["label"].where(chosen["label"] >= 0).astype("Int64"),
+            "probability": probability,
+            "calibrated": prior_correct(probability, rates["train_batches"], world),
+            "frames": chosen["frames"],
+        }
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / PREDICTIONS, table.to_csv(index=False))
+    if threshold is None:
+        threshold = _val_threshold(run / PREDICTIONS)
+    submission = pd.DataFrame(
+        {"filename": table["filename"], "stalled": (probability >= threshold).astype(int)}
+    )
+    if store is None and (table["split"] == "test").any():
+        submission = submission[(table["split"] == "test").to_numpy()]
+    write_whole(out / SUBMISSION, submission.to_csv(index=False))
+    return out / PREDICTIONS
+
+
+def find_snapshots(run: Path) -> list[Path]:
+    """The snapshots of a run, oldest first.
+
+    Raises:
+        RunError: there is none.
+    """
+    found = list((run / SNAPSHOTS).glob("step-*.safetensors"))
+    if not found:
+        raise RunError(
+            "the run has no snapshot yet",
+            where=run,
+            fix="Let 'dist-train train' reach one (see the snapshots settings).",
+        )
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
+
+
+def _held_out(data: RunData) -> pd.DataFrame:
+    return data.clips[data.clips["split"] != "train"]
+
+
+def _mean_probability(
+    config: Config,
+    snapshots: Sequence[Path],
+    store: Store,
+    chosen: pd.DataFrame,
+    progress: Progress | None,
+) -> np.ndarray:
+    """float64 [N], in the order of ``chosen``."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = make_model(config).to(device)
+    dataset = clip_dataset(config, store, augment=None)
+    batches = HeldOutSampler(
+        chosen.index.tolist(), chosen["frames"].tolist(), rank=0, world=1, batch=config.plan.batch
+    )
+    loader = make_loader(dataset, batches, config.loader)
+    total, finished = len(chosen) * len(snapshots), 0
+
+    def count(clips: int) -> None:
+        nonlocal finished
+        finished += clips
+        if progress is not None:
+            progress(finished, total)
+
+    position = pd.Series(np.arange(len(chosen)), index=chosen.index)
+    probability = np.zeros(len(chosen))
+    for path in snapshots:
+        try:
+            model.load_state_dict(load_file(path))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(f"the snapshot does not fit the run ({reason})", where=path) from None
+        with autocast(config.train.precision, device):
+            clips, logits = held_out_logits(model, loader, config, device, count)
+        probability[position[clips].to_numpy()] += expit(logits.astype(np.float64))
+    return probability / len(snapshots)
+
+
+def _val_threshold(predictions: Path) -> float:
+    """Of the best MCC on the run's val split; 0.5 where that was never predicted or has one class
+    only."""
+    if not predictions.is_file():
+        return 0.5
+    table = pd.read_csv(predictions)
+    val = table[(table["split"] == "val") & table["label"].notna()]
+    if val["label"].nunique() < 2:
+        return 0.5
+    return best_threshold(val["probability"].to_numpy(), val["label"].to_numpy(int))

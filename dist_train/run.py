@@ -1,0 +1,160 @@
+"""What a run is made of: its folder, its settings, its data and its model."""
+
+from __future__ import annotations
+
+import json
+import platform
+import socket
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from dist_train.config import Config, load_config
+from dist_train.data.augment import Augment
+from dist_train.data.dataset import ClipDataset
+from dist_train.data.files import write_whole
+from dist_train.data.plan import Plan, make_plan
+from dist_train.data.select import choose_clips
+from dist_train.data.store import Store
+from dist_train.errors import ConfigError, RunError
+from dist_train.models.registry import build_model
+
+CONFIG = "config.yaml"
+RECORD = "run.json"
+CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "snapshots"
+VERSIONS_OF = ("torch", "accelerate", "deepspeed", "numpy", "av", "albumentations", "lmdb")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The clips of a run. ``clips`` is the store's table of the selected clips, with their split;
+    its index is the clip number."""
+
+    store: Store
+    clips: pd.DataFrame
+    config: Config
+
+    def numbers(self, split: str, label: int | None = None) -> np.ndarray:
+        """Clip numbers of a split, ascending, int64."""
+        chosen = self.clips["split"] == split
+        if label is not None:
+            chosen &= self.clips["label"] == label
+        return self.clips.index[chosen].to_numpy(np.int64)
+
+    def plan(self) -> Plan:
+        """The order of training.
+
+        Raises:
+            PlanError: the train split cannot fill the batches.
+        """
+        plan = self.config.plan
+        return make_plan(
+            self.numbers("train", 1),
+            self.numbers("train", 0),
+            batch=plan.batch,
+            ratio=(plan.positives, plan.negatives),
+            seed=self.config.seed,
+        )
+
+    def natural_rate(self) -> float:
+        """Share of positives in the train split as it is, before any balancing."""
+        train = self.clips[self.clips["split"] == "train"]
+        return float((train["label"] == 1).mean())
+
+    def dataset(self, *, training: bool) -> ClipDataset:
+        augment = Augment(self.config.augment, self.config.seed) if training else None
+        return clip_dataset(self.config, self.store, augment)
+
+
+def open_data(config: Config) -> RunData:
+    """Open the store, select and split.
+
+    Raises:
+        StoreError: the store cannot be used.
+        PlanError: the selection lacks a class.
+        ConfigError: a setting does not fit the clips.
+    """
+    height, width = config.clip.size
+    if config.augment.rotate90 > 0 and height != width:
+        raise ConfigError(
+            "quarter turns need square clips",
+            where="augment.rotate90",
+            fix="Set it to 0, or make clip.size square.",
+        )
+    store = Store(config.store)
+    clips = choose_clips(store.table, config.select, config.split, config.seed)
+    return RunData(store, clips, config)
+
+
+def clip_dataset(config: Config, store: Store, augment: Augment | None) -> ClipDataset:
+    """Clips in the shape that the config's model takes."""
+    return ClipDataset(
+        store, size=config.clip.size, max_frames=config.clip.max_frames, augment=augment
+    )
+
+
+def make_model(config: Config) -> nn.Module:
+    """The config's model in its memory layout, with weights drawn from its seed."""
+    torch.manual_seed(config.seed)
+    settings = config.model.model_dump(exclude={"name"})
+    model = build_model(config.model.name, **settings)
+    # The stubs of nn.Module.to lack memory_format on its own.
+    return model.to(memory_format=_layout(config))  # type: ignore[call-overload, no-any-return]
+
+
+def as_input(volumes: Tensor, config: Config) -> Tensor:
+    """uint8 [B, 1, D, H, W] to float32 of 0 to 1 in the run's memory layout, on the same device."""
+    return volumes.to(memory_format=_layout(config)).float().div_(255)
+
+
+def _layout(config: Config) -> torch.memory_format:
+    return torch.channels_last_3d if config.train.channels_last else torch.contiguous_format
+
+
+def model_facts(config: Config) -> dict[str, Any]:
+    """What a checkpoint must agree with for its weights to mean the same: JSON types."""
+    facts: dict[str, Any] = config.model.model_dump(mode="json", exclude={"recompute"})
+    return facts
+
+
+def open_run(run: Path) -> Config:
+    """The resolved settings of a run.
+
+    Raises:
+        RunError: the folder is no run.
+    """
+    if not (run / CONFIG).is_file():
+        raise RunError(
+            "there is no run here",
+            where=run,
+            fix="Train one with 'dist-train train', or check the path.",
+        )
+    return load_config(run / CONFIG)
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """``run.json``, or an empty mapping."""
+    path = run / RECORD
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return content
+
+
+def begin_session(run: Path, facts: dict[str, Any], session: dict[str, Any]) -> None:
+    """Note the start, or the resumption, of training in ``run.json``."""
+    record = read_record(run)
+    started = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
+    record |= facts | {
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in VERSIONS_OF},
+        "host": {"name": socket.gethostname(), "machine": platform.machine()},
+        "sessions": [*record.get("sessions", []), started | session],
+    }
+    write_whole(run / RECORD, json.dumps(record, indent=2))

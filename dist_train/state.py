@@ -1,0 +1,151 @@
+"""What a run must remember to go on after any interruption, and where it is kept.
+
+Augmentation and dropout are keyed by epoch and step, and the learning rate is a function of the
+step, so beside weights and moments the step itself is nearly all there is.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from dist_train.config import CheckpointSettings
+from dist_train.data.files import write_whole
+from dist_train.data.plan import Plan
+from dist_train.engine.backend import Backend
+from dist_train.engine.checkpoint import load_checkpoint, newest_whole, save_checkpoint, share
+from dist_train.errors import CheckpointError, DistTrainError, RunError
+
+VERSION = 1
+# The epoch's training outputs so far, which its metrics need at its end.
+EPOCH = ("epoch/logits", "epoch/labels")
+
+
+class RunState:
+    """Saves and restores one run's state under ``folder``.
+
+    Args:
+        model: facts that the weights only mean the same with, as JSON types.
+        store: fingerprint of the store.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        backend: Backend,
+        plan: Plan,
+        settings: CheckpointSettings,
+        *,
+        seed: int,
+        model: dict[str, Any],
+        store: str,
+    ) -> None:
+        self.folder, self.backend, self.plan, self.settings = folder, backend, plan, settings
+        self.seed, self.model, self.store = seed, model, store
+
+    def save(self, step: int, logits: np.ndarray, labels: np.ndarray) -> None:
+        """Write a checkpoint after ``step`` steps; a collective call.
+
+        Args:
+            logits, labels: float32 [N], this epoch's training outputs, of all ranks.
+        """
+        names = [*self.backend.state_names(), *EPOCH]
+        mine = share(names, self.backend.rank, self.backend.world)
+        tensors = self.backend.state(mine)
+        for name, values in zip(EPOCH, (logits, labels), strict=True):
+            if mine(name):
+                tensors[name] = torch.from_numpy(values.astype(np.float32))
+        facts = {
+            "model": self.model,
+            "store": self.store,
+            "sampler": {
+                "version": VERSION,
+                "seed": self.seed,
+                "epoch": self.plan.epoch_of(step),
+                "step": step,
+                "fingerprint": self.plan.fingerprint,
+            },
+        }
+        save_checkpoint(
+            self.folder, step, tensors, facts, self.backend, keep_last=self.settings.keep_last
+        )
+
+    def refuse_existing(self) -> None:
+        """Raise ``RunError`` if the folder holds checkpoints, which a new run would mix with."""
+        if self.folder.is_dir() and any(self.folder.glob("step-*")):
+            raise RunError(
+                "the folder holds a run already",
+                where=self.folder.parent,
+                fix="Go on with it by --resume auto, or choose another 'out'.",
+            )
+
+    def restore(self) -> tuple[int, np.ndarray, np.ndarray] | None:
+        """Take up the newest whole checkpoint; a collective call. None where there is none.
+
+        Rank 0 chooses, and every rank follows.
+
+        Returns:
+            Steps done, and the epoch's logits and labels so far (on rank 0; empty on the others).
+
+        Raises:
+            CheckpointError: all are damaged, or it is of another model, store or plan.
+        """
+        choice = self.backend.from_main(self._choose() if self.backend.is_main else None)
+        if isinstance(choice, DistTrainError):
+            raise choice
+        if choice is None:
+            return None
+        tensors, marker = load_checkpoint(choice)
+        self._check(choice, marker["facts"])
+        step = int(marker["step"])
+        self.backend.load_state(tensors, updates=step)
+        logits, labels = (
+            tensors[name].numpy() if self.backend.is_main else np.empty(0, np.float32)
+            for name in EPOCH
+        )
+        return step, logits, labels
+
+    def _choose(self) -> Path | DistTrainError | None:
+        """An error is handed to all ranks, rather than raised while they wait for an answer."""
+        try:
+            return newest_whole(self.folder)
+        except DistTrainError as error:
+            return error
+
+    def _check(self, path: Path, facts: dict[str, Any]) -> None:
+        if facts["model"] != self.model:
+            names = sorted(self.model.keys() | facts["model"].keys())
+            changed = [
+                f"model.{name} is {facts['model'].get(name)} there and {self.model.get(name)} here"
+                for name in names
+                if facts["model"].get(name) != self.model.get(name)
+            ]
+            raise CheckpointError(
+                f"this is a checkpoint of another model ({'; '.join(changed)})",
+                where=path,
+                fix="Use the same model settings, or choose another 'out'.",
+            )
+        sampler = facts["sampler"]
+        if facts["store"] != self.store or sampler["fingerprint"] != self.plan.fingerprint:
+            what = "store" if facts["store"] != self.store else "selection, split, plan or seed"
+            raise CheckpointError(
+                f"this checkpoint was trained with another {what}, so the order of its clips "
+                "cannot go on here",
+                where=path,
+                fix="Use the same settings and store, or choose another 'out'.",
+            )
+
+
+def save_snapshot(path: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Weights and statistics for prediction, as one safetensors file with ``facts`` in its header.
+
+    Safe to call again for the same path.
+    """
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, save(weights, metadata={"facts": json.dumps(facts)}))

@@ -1,0 +1,136 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_train.errors import ModelError
+from dist_train.models.frames import valid_frames
+from dist_train.models.norm import BatchNorm3d, held_statistics
+
+FRAMES = torch.tensor([5, 2, 7])
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def random_clips(dtype: torch.dtype = torch.float32) -> Tensor:
+    """Far from mean 0 and variance 1, and other in each frame."""
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.randn(3, 4, 7, 3, 2, dtype=dtype, generator=generator)
+    return clips * torch.arange(1, 8).view(1, 1, 7, 1, 1) + 3
+
+
+def random_norm(**settings: torch.dtype) -> BatchNorm3d:
+    torch.manual_seed(1)
+    norm = BatchNorm3d(4)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.uniform_(norm.bias, -1, 1)
+    return norm.to(**settings)
+
+
+def joined(clips: Tensor) -> Tensor:
+    """The real frames of all clips as one clip [1, C, N, H, W]."""
+    parts = [clip[:, :n] for clip, n in zip(clips, FRAMES, strict=True)]
+    return torch.cat(parts, dim=1)[None]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_without_padding_it_is_that_of_torch(training):
+    ours = random_norm().train(training)
+    theirs = nn.BatchNorm3d(4).train(training)
+    theirs.load_state_dict(ours.state_dict())
+    clips = random_clips()
+    results = []
+    for norm in (ours, theirs):
+        x = clips.clone().requires_grad_()
+        y = norm(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_real_frames_are_normalised_as_if_they_were_one_unpadded_clip(training):
+    norm = random_norm(dtype=torch.float64).train(training)
+    reference = copy.deepcopy(norm)
+    clips = random_clips(torch.float64).requires_grad_()
+    y = norm(clips, valid_frames(FRAMES, clips))
+    expected = reference(joined(clips))
+    torch.testing.assert_close(joined(y), expected)
+    for name in BUFFERS:
+        torch.testing.assert_close(getattr(norm, name), getattr(reference, name))
+
+    weights = torch.randn_like(expected)
+    (x_grad,) = torch.autograd.grad((joined(y) * weights).sum(), clips)
+    (x_grad_expected,) = torch.autograd.grad((expected * weights).sum(), clips)
+    torch.testing.assert_close(x_grad, x_grad_expected)
+
+
+def test_running_statistics_are_the_mean_and_unbiased_variance_of_real_voxels():
+    norm = random_norm()
+    clips = random_clips()
+    norm(clips, valid_frames(FRAMES, clips))
+    voxels = joined(clips).transpose(0, 1).flatten(1).double()
+    torch.testing.assert_close(norm.running_mean.double(), 0.1 * voxels.mean(dim=1))
+    torch.testing.assert_close(norm.running_var.double(), 0.9 + 0.1 * voxels.var(dim=1))
+
+    blind = random_norm()
+    blind(clips)
+    assert (blind.running_mean - norm.running_mean).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_padded_frames_become_zero_and_have_no_gradient(training):
+    norm = random_norm().train(training)
+    clips = random_clips()
+    clips[1, :, 2:] = float("nan")
+    clips.requires_grad_()
+    y = norm(clips, valid_frames(FRAMES, clips))
+    y.square().sum().backward()
+    assert clips.grad is not None
+    for b, n in enumerate(FRAMES):
+        assert not y[b, :, n:].any()
+        assert not clips.grad[b, :, n:].any()
+    assert torch.isfinite(y).all()
+    assert torch.isfinite(norm.running_mean).all()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("frames", [None, FRAMES])
+def test_bfloat16_clips_keep_dtype_and_format_and_statistics_stay_float32(memory_format, frames):
+    norm = random_norm()
+    clips = random_clips().bfloat16().contiguous(memory_format=memory_format)
+    y = norm(clips, valid_frames(frames, clips))
+    assert y.dtype == torch.bfloat16
+    assert y.stride() == clips.stride()
+    y.float().sum().backward()
+    for tensor in (*norm.parameters(), norm.running_mean, norm.running_var, norm.weight.grad):
+        assert tensor is not None
+        assert tensor.dtype == torch.float32
+    in_float32 = random_norm()
+    in_float32(clips.float(), valid_frames(frames, clips))
+    torch.testing.assert_close(norm.running_var, in_float32.running_var)
+
+
+@pytest.mark.parametrize("frames", [None, FRAMES])
+def test_held_statistics_change_no_result_and_no_buffer(frames):
+    clips = random_clips()
+    norm, held = random_norm(), random_norm()
+    before = copy.deepcopy(held.state_dict())
+    expected = norm(clips, valid_frames(frames, clips))
+    with held_statistics():
+        y = held(clips, valid_frames(frames, clips))
+    assert torch.equal(y, expected)
+    assert all(torch.equal(value, before[name]) for name, value in held.state_dict().items())
+
+    held(clips, valid_frames(frames, clips))
+    assert all(torch.equal(getattr(held, name), getattr(norm, name)) for name in BUFFERS)
+
+
+def test_a_single_value_per_channel_has_no_variance():
+    norm = random_norm()
+    with pytest.raises(ModelError, match="single value per channel"):
+        norm(torch.zeros(1, 4, 1, 1, 1))
+    padded = torch.zeros(1, 4, 3, 1, 1)
+    with pytest.raises(ModelError, match="single value per channel"):
+        norm(padded, valid_frames(torch.tensor([1]), padded))
+    assert norm.eval()(torch.zeros(1, 4, 1, 1, 1)).shape == (1, 4, 1, 1, 1)

@@ -1,0 +1,102 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_train.models.norm import BatchNorm3d
+from dist_train.models.recompute import run_recomputed
+from dist_train.models.resnet3d import ResNet3D
+
+FRAMES = [None, torch.tensor([16, 5, 11])]
+MODELS = [{"depth": 18, "width": 8}, {"depth": 50, "width": 4}]
+
+
+def random_clips(depth: int = 16, size: int = 32) -> Tensor:
+    return torch.randn(3, 1, depth, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def train_two_steps(model: ResNet3D, frames: Tensor | None, bfloat16: bool) -> list[Tensor]:
+    """All that a step leaves behind: loss, gradients, buffers, the random state."""
+    torch.manual_seed(2)
+    left = []
+    for _ in range(2):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = model(random_clips(), frames).square().mean()
+        loss.backward()
+        left += [loss.detach()]
+        left += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        left += [b.clone() for b in model.buffers()]
+        left += [torch.get_rng_state()]
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 1e-3 * p.grad
+    return left
+
+
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("frames", FRAMES, ids=["full", "padded"])
+@pytest.mark.parametrize("settings", MODELS, ids=["basic", "bottleneck"])
+def test_recompute_changes_no_bit(make_model, settings, frames, bfloat16):
+    plain = make_model(**settings, dropout=0.5)
+    recomputed = make_model(**settings, dropout=0.5, recompute="block")
+    expected = train_two_steps(plain, frames, bfloat16)
+    left = train_two_steps(recomputed, frames, bfloat16)
+    assert len(expected) == 2 * (2 + len([*plain.parameters()]) + len([*plain.buffers()]))
+    assert [torch.equal(a, b) for a, b in zip(left, expected, strict=True)] == [True] * len(left)
+
+
+def test_random_numbers_inside_a_block_are_drawn_again():
+    def run(recompute: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        block = nn.Sequential(
+            nn.Conv3d(1, 4, 3), BatchNorm3d(4), nn.Dropout(0.5), nn.Conv3d(4, 1, 3)
+        )
+        x = random_clips(depth=6, size=6)
+        y = run_recomputed(block, x) if recompute else block(x)
+        y.square().sum().backward()
+        grads = [p.grad for p in block.parameters() if p.grad is not None]
+        return [y, *grads, *block.buffers(), torch.get_rng_state()]
+
+    results = zip(run(recompute=True), run(recompute=False), strict=True)
+    assert all(torch.equal(a, b) for a, b in results)
+
+
+@pytest.mark.parametrize(("training", "runs"), [(True, 2), (False, 1)])
+def test_blocks_run_twice_in_training_only(make_model, training, runs):
+    model = make_model(10, width=4, recompute="block").train(training)
+    started = []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda _, __, i=i: started.append(i))
+    model(random_clips()).sum().backward()
+    assert [started.count(i) for i in range(4)] == [runs] * 4
+
+
+def test_blocks_run_once_without_gradients(make_model):
+    model = make_model(10, width=4, recompute="block")
+    with torch.no_grad():
+        assert not model(random_clips()).requires_grad
+    assert model.stem.norm.num_batches_tracked == 1
+
+
+def saved_bytes(model: ResNet3D, frames: Tensor | None) -> int:
+    """What the forward pass keeps for the backward pass, beside parameters and buffers."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(random_clips(), frames)
+    assert output.requires_grad
+    return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("frames", FRAMES, ids=["full", "padded"])
+def test_recompute_keeps_a_fraction_of_the_activations(make_model, frames):
+    settings = {"depth": 50, "width": 8}
+    plain = saved_bytes(make_model(**settings), frames)
+    recomputed = saved_bytes(make_model(**settings, recompute="block"), frames)
+    print(f"plain {plain / 1e6:.1f} MB, recompute {recomputed / plain:.1%}")
+    assert recomputed < 0.4 * plain

@@ -1,0 +1,232 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_train.errors import ModelError
+from dist_train.models.resnet3d import BLOCKS, ResNet3D
+
+BASIC = {"depth": 10, "width": 8}
+BOTTLENECK = {"depth": 50, "width": 4}
+STEMS = {
+    "default": {},
+    "stride 1": {"stem_stride": (1, 1, 1)},
+    "frame stride 2": {"stem_stride": (2, 2, 2)},
+    "frame stride 3, no pool": {"stem_stride": (3, 2, 2), "stem_pool": False},
+    "no pool": {"stem_pool": False},
+}
+LENGTHS = [1, 2, 5, 8, 9, 16, 17, 23]
+
+
+def random_clips(lengths: list[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(1, n, 32, 32, dtype=dtype, generator=generator) + 0.5 for n in lengths]
+
+
+def pad(clips: list[Tensor], depth: int, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+    padded = [F.pad(clip, (0, 0, 0, 0, 0, depth - clip.shape[1]), value=fill) for clip in clips]
+    return torch.stack(padded), torch.tensor([clip.shape[1] for clip in clips])
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("network", [BASIC, BOTTLENECK], ids=["basic", "bottleneck"])
+@torch.no_grad()
+def test_padding_and_batch_mates_never_change_a_logit(make_model, network, stem):
+    model = make_model(**network, **STEMS[stem]).eval()
+    clips = random_clips(LENGTHS)
+    alone = torch.cat([model(clip[None]) for clip in clips])
+    for depth in (23, 24, 31, 40):
+        logits = model(*pad(clips, depth))
+        torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-5)
+    for order in ([7, 0, 3], [3, 2], [0, 1]):
+        logits = model(*pad([clips[i] for i in order], depth=25))
+        torch.testing.assert_close(logits, alone[order], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fill", [-7.0, float("nan")])
+@torch.no_grad()
+def test_what_padded_frames_hold_does_not_matter(make_model, fill):
+    model = make_model(**BASIC).eval()
+    clips = random_clips(LENGTHS)
+    assert torch.equal(model(*pad(clips, 27, fill)), model(*pad(clips, 27)))
+
+
+@torch.no_grad()
+def test_without_the_lengths_padding_does_change_logits(make_model):
+    model = make_model(**BASIC).eval()
+    clips = random_clips(LENGTHS)
+    alone = torch.cat([model(clip[None]) for clip in clips])
+    padded, _ = pad(clips, depth=24)
+    assert ((model(padded) - alone).abs() > 1e-2).all()
+
+
+@pytest.mark.parametrize("network", [BASIC, BOTTLENECK], ids=["basic", "bottleneck"])
+def test_training_on_padded_clips_is_training_on_the_clips(make_model, network):
+    """In float64: batch statistics of few voxels blow up the rounding of float32."""
+    clips = random_clips([13, 13, 13], torch.float64)
+    runs = []
+    for depth in (13, 14, 22):
+        model = make_model(**network).double()
+        logits = model(*pad(clips, depth, fill=3.0))
+        logits.square().sum().backward()
+        runs.append([logits, *(p.grad for p in model.parameters()), *model.buffers()])
+    for run in runs[1:]:
+        for value, expected in zip(run, runs[0], strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_training_on_clips_of_unequal_length_does_not_depend_on_padding(make_model):
+    clips = random_clips([13, 6, 20], torch.float64)
+    runs = []
+    for depth in (20, 21, 32):
+        model = make_model(**BASIC).double()
+        logits = model(*pad(clips, depth))
+        logits.square().sum().backward()
+        runs.append([logits, *(p.grad for p in model.parameters()), *model.buffers()])
+    for run in runs[1:]:
+        for value, expected in zip(run, runs[0], strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_first_statistics_are_those_of_the_clips_convolved_alone(make_model):
+    model = make_model(**BASIC)
+    norm = model.stem.norm
+    before_mean, before_var = norm.running_mean.clone(), norm.running_var.clone()
+    clips = random_clips([13, 6, 20])
+    with torch.no_grad():
+        alone = [model.stem.conv(clip[None])[0].flatten(1) for clip in clips]
+    voxels = torch.cat(alone, dim=1)
+    model(*pad(clips, depth=26))
+    expected_mean = 0.9 * before_mean + 0.1 * voxels.mean(dim=1)
+    expected_var = 0.9 * before_var + 0.1 * voxels.var(dim=1)
+    torch.testing.assert_close(norm.running_mean, expected_mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm.running_var, expected_var, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_padded_frames_get_no_gradient(make_model, training):
+    model = make_model(**BASIC).train(training)
+    clips, frames = pad(random_clips([5, 16, 9]), depth=16)
+    clips.requires_grad_()
+    model(clips, frames).sum().backward()
+    assert clips.grad is not None
+    for b, n in enumerate(frames):
+        assert clips.grad[b, :, :n].any()
+        assert not clips.grad[b, :, n:].any()
+
+
+@pytest.mark.parametrize("lengths", [[16, 16], [9, 16]], ids=["full", "padded"])
+def test_channels_last_gives_the_same_and_stays_channels_last(make_model, lengths):
+    clips, frames = pad(random_clips(lengths, torch.float64), depth=16)
+    contiguous = make_model(**BASIC).double()
+    expected = contiguous(clips, frames)
+
+    model = make_model(**BASIC).double().to(memory_format=torch.channels_last_3d)
+    kept = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            module.register_forward_hook(
+                lambda _, __, y: kept.append(y.is_contiguous(memory_format=torch.channels_last_3d))
+            )
+    logits = model(clips.contiguous(memory_format=torch.channels_last_3d), frames)
+    assert kept == [True] * 12
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("lengths", [[16, 16], [9, 16]], ids=["full", "padded"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_under_autocast_parameters_statistics_and_logits_are_float32(
+    make_model, lengths, memory_format
+):
+    clips, frames = pad(random_clips(lengths), depth=16)
+    clips = clips.contiguous(memory_format=memory_format)
+    model = make_model(**BASIC).to(memory_format=memory_format)
+    expected = make_model(**BASIC)(clips, frames)
+    inside = []
+    model.blocks[-1].register_forward_hook(lambda _, __, y: inside.append(y.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(clips, frames)
+    logits.sum().backward()
+
+    assert inside == [torch.bfloat16]
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.1)
+    for parameter in model.parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+    for name, buffer in model.named_buffers():
+        assert buffer.dtype == (torch.int64 if "num_batches" in name else torch.float32)
+
+
+@pytest.mark.parametrize("depth", BLOCKS)
+@torch.no_grad()
+def test_sizes_along_the_network_are_those_of_the_table(depth):
+    model = ResNet3D(depth, width=2).eval()
+    expansion = 1 if depth < 50 else 4
+    shapes = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, __, y: shapes.append(tuple(y.shape)))
+    assert model(torch.zeros(1, 1, 16, 64, 32)).shape == (1,)
+    layers = [
+        (1, 2 * expansion, 8, 16, 8),
+        (1, 4 * expansion, 4, 8, 4),
+        (1, 8 * expansion, 2, 4, 2),
+        (1, 16 * expansion, 1, 2, 1),
+    ]
+    repeats = BLOCKS[depth][1]
+    assert shapes == [shape for shape, n in zip(layers, repeats, strict=True) for _ in range(n)]
+
+
+def test_fresh_weights_follow_the_paper():
+    torch.manual_seed(0)
+    model = ResNet3D(18, width=16)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            fan_out = module.out_channels * module.kernel_size[0] ** 3
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.15)
+        if isinstance(module, torch.nn.BatchNorm3d):
+            assert (module.weight == 1).all()
+            assert (module.bias == 0).all()
+    assert model.head.bias.item() == 0
+
+
+def test_dropout_acts_in_training_only(make_model):
+    clips, _ = pad(random_clips([8, 8]), depth=8)
+    model = make_model(**BASIC, dropout=0.5)
+    assert not torch.equal(model(clips), model(clips))
+    model.eval()
+    assert torch.equal(model(clips), model(clips))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"depth": 11},
+        {"width": 0},
+        {"in_channels": 0},
+        {"stem_stride": (1, 2)},
+        {"stem_stride": (0, 2, 2)},
+        {"recompute": "layer"},
+        {"dropout": 1.0},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused_by_name(settings):
+    (name,) = settings
+    with pytest.raises(ModelError, match=f"^{name} is "):
+        ResNet3D(**{"depth": 10, **settings})
+
+
+@pytest.mark.parametrize(
+    "clips",
+    [
+        torch.zeros(1, 16, 32, 32),
+        torch.zeros(2, 3, 16, 32, 32),
+        torch.zeros(2, 1, 16, 32, 32, dtype=torch.uint8),
+    ],
+    ids=["four axes", "three channels", "uint8"],
+)
+def test_clips_that_do_not_fit_are_refused(make_model, clips):
+    with pytest.raises(ModelError, match=r"Pass floating point \[B, 1, D, H, W\]"):
+        make_model(**BASIC)(clips)

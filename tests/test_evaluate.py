@@ -1,0 +1,167 @@
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dist_train.engine.metrics import best_threshold, prior_correct
+from dist_train.errors import ConfigError, RunError
+from dist_train.evaluate import COLUMNS, Evaluation, evaluate, read_predictions, table
+
+# (split, label, probability). The middle of the best val interval is (0.4 + 0.7) / 2 = 0.55.
+VAL = [("val", 0, 0.1), ("val", 0, 0.4), ("val", 1, 0.7), ("val", 1, 0.8)]
+# At 0.55: tp 2, fp 1, fn 1, tn 4.
+TEST = [
+    *(("test", 0, p) for p in (0.05, 0.1, 0.2, 0.5, 0.6)),
+    *(("test", 1, p) for p in (0.3, 0.7, 0.9)),
+]
+UNKNOWN = [("test", "", 0.99), ("val", "", 0.01)]
+
+
+def write(path: Path, clips: list[tuple[str, object, object]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(COLUMNS)
+        for index, (split, label, probability) in enumerate(clips):
+            corrected = float(prior_correct([float(probability)], 0.25, 0.05)[0])
+            name = f"clip{index}"
+            table.writerow(
+                [name, f"{name}.mp4", "g", split, label, repr(probability), repr(corrected), 40]
+            )
+    return path
+
+
+@pytest.fixture
+def predictions(tmp_path: Path) -> Path:
+    return write(tmp_path / "predictions.csv", [*VAL, *TEST, *UNKNOWN])
+
+
+def test_threshold_from_val_and_figures_from_test(predictions: Path) -> None:
+    evaluation = evaluate(predictions)
+    assert (evaluation.split, evaluation.clips, evaluation.positives) == ("test", 8, 3)
+    assert evaluation.threshold == pytest.approx(0.55)
+    assert evaluation.threshold_fitted_on == "val"
+    assert not evaluation.threshold_fitted_on_same_clips
+    assert evaluation.confusion == ((4, 1), (1, 2))
+    assert evaluation.mcc == pytest.approx((2 * 4 - 1 * 1) / np.sqrt(3 * 3 * 5 * 5))
+    assert evaluation.auc == pytest.approx((3 + 5 + 5) / 15)
+    assert evaluation.accuracy == 6 / 8
+    assert evaluation.precision == pytest.approx(2 / 3)
+    assert evaluation.recall == pytest.approx(2 / 3)
+    assert evaluation.f1 == pytest.approx(2 / 3)
+    assert list(evaluation.mcc_at) == ["0.4", "0.5", "0.6", "0.7"]
+    assert evaluation.mcc_ci95[0] < evaluation.mcc < evaluation.mcc_ci95[1]
+    assert evaluation.auc_ci95[0] < evaluation.auc <= evaluation.auc_ci95[1]
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_one_labelled_split_serves_for_both_and_says_so(tmp_path: Path, split: str) -> None:
+    clips = [(split, label, p) for _, label, p in TEST]
+    evaluation = evaluate(write(tmp_path / "p.csv", [*clips, *UNKNOWN]))
+    assert evaluation.split == evaluation.threshold_fitted_on == split
+    assert evaluation.threshold_fitted_on_same_clips
+    assert evaluation.threshold == best_threshold([p for *_, p in TEST], [y for _, y, _ in TEST])
+
+
+def test_a_given_threshold_is_used_as_it_is(predictions: Path) -> None:
+    evaluation = evaluate(predictions, threshold=0.25)
+    assert (evaluation.threshold, evaluation.threshold_fitted_on) == (0.25, None)
+    assert not evaluation.threshold_fitted_on_same_clips
+    assert evaluation.confusion == ((3, 2), (0, 3))
+
+
+def test_precision_is_undefined_where_nothing_is_called_positive(predictions: Path) -> None:
+    evaluation = evaluate(predictions, threshold=1.0)
+    assert evaluation.precision is None
+    assert (evaluation.mcc, evaluation.recall, evaluation.f1) == (0, 0, 0)
+
+
+def test_out_holds_the_evaluation(predictions: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "evaluation.json"
+    evaluation = evaluate(predictions, out=out)
+    assert Evaluation.model_validate_json(out.read_bytes()) == evaluation
+    first = out.read_bytes()
+    evaluate(predictions, out=out)
+    assert out.read_bytes() == first
+
+
+def test_calibration_errors_are_of_their_own_columns(predictions: Path) -> None:
+    evaluation = evaluate(predictions)
+    frame = read_predictions(predictions)
+    test = frame[(frame.split == "test") & frame.label.notna()]
+    # Eight clips in ten bins: a bin a clip.
+    for value, column in (
+        (evaluation.ece_raw, "probability"),
+        (evaluation.ece_calibrated, "calibrated"),
+    ):
+        assert value == pytest.approx((test[column] - test["label"]).abs().mean())
+
+
+def test_probabilities_are_read_to_the_last_bit(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random(2000)
+    path = write(tmp_path / "p.csv", [("val", 0, float(value)) for value in values])
+    assert np.array_equal(read_predictions(path)["probability"], values)
+
+
+def test_labels_written_as_floats_are_labels(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.csv", [("val", "1.0", 0.9), ("val", "0.0", 0.1), ("val", "", 0.5)])
+    assert read_predictions(path)["label"].fillna(-1).tolist() == [1, 0, -1]
+
+
+def test_table_for_the_terminal(predictions: Path) -> None:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(table(evaluate(predictions)))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    for part in ("8 clips, 3 positive", "fitted on val", "2 TP  1 FN  1 FP  4 TN", "0.867"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("clips", "message"),
+    [
+        (UNKNOWN, "no clip has a label"),
+        ([("val", 0, 0.1), ("val", 0, 0.2)], "the 2 labelled val clips are all negative"),
+        ([*VAL, ("test", 1, 0.2)], "the 1 labelled test clips are all positive"),
+        ([*VAL, ("val", 1, 1.25)], "clip4: probability is '1.25', not a number between 0 and 1"),
+        ([*VAL, ("val", 1, float("nan"))], "clip4: probability is 'nan'"),
+        ([*VAL, ("val", 2, 0.5)], "clip4: label is '2', not 0, 1 or empty"),
+        ([*VAL, ("train", 1, 0.5)], "clip4: split is 'train', not val or test"),
+    ],
+)
+def test_unusable_clips_are_named(
+    tmp_path: Path, clips: list[tuple[str, object, object]], message: str
+) -> None:
+    path = write(tmp_path / "predictions.csv", clips)
+    with pytest.raises(RunError) as caught:
+        evaluate(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert caught.value.fix
+
+
+def test_missing_columns_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text("key,filename,group,split,label,probability\na,a.mp4,g,val,1,0.5\n")
+    with pytest.raises(RunError, match="no column calibrated, frames"):
+        evaluate(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="dist-train predict"):
+        evaluate(tmp_path / "predictions.csv")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x80", b'key\n"a'])
+def test_what_is_no_table_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "p.csv"
+    path.write_bytes(content)
+    with pytest.raises(RunError):
+        evaluate(path)
+
+
+def test_threshold_must_be_a_probability(predictions: Path) -> None:
+    with pytest.raises(ConfigError, match="threshold"):
+        evaluate(predictions, threshold=1.5)
