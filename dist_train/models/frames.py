@@ -35,7 +35,7 @@ class ValidFrames:
         """
         batch, channels, depth, height, width = like.shape
         frames = images.new_zeros(batch * depth, height, width, channels)
-        frames.index_copy_(0, self.index, images.permute(0, 2, 3, 1))
+        frames[self.index] = images.permute(0, 2, 3, 1)
         x = frames.view(batch, depth, height, width, channels).permute(0, 4, 1, 2, 3)
         return x.contiguous() if like.is_contiguous() else x
 
@@ -87,4 +87,7 @@ def strided(valid: ValidFrames | None, stride: int) -> ValidFrames | None:
 
 def clear_padding(x: Tensor, valid: ValidFrames | None) -> Tensor:
     """Set the padded frames of [B, C, D, H, W] to zero, whatever they hold."""
-    return x if valid is None else valid.scatter(valid.gather(x), like=x)
+    if valid is None:
+        return x
+    real = valid.mask[:, None, :, None, None].to(x.device, non_blocking=True)
+    return torch.where(real, x, 0.0)  # masked_fill would lose channels_last_3d

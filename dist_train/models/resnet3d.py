@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_train.errors import ModelError
+from dist_train.models.conv import Conv3d
 from dist_train.models.frames import ValidFrames, clear_padding, strided, valid_frames
 from dist_train.models.norm import BatchNorm3d
 from dist_train.models.pooling import global_average_pool
@@ -35,9 +36,7 @@ class ConvNorm(nn.Module):
         self, in_channels: int, channels: int, kernel: int, stride: int | tuple[int, int, int] = 1
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(
-            in_channels, channels, kernel, stride, padding=kernel // 2, bias=False
-        )
+        self.conv = Conv3d(in_channels, channels, kernel, stride, padding=kernel // 2, bias=False)
         self.norm = BatchNorm3d(channels)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 

@@ -6,11 +6,14 @@ from dist_train.models.norm import BatchNorm3d
 from dist_train.models.recompute import run_recomputed
 from dist_train.models.resnet3d import ResNet3D
 
-FRAMES = [None, torch.tensor([16, 5, 11])]
+# Not 16 or 32 frames: where a layer comes to depth 2, oneDNN 3.12 leaves the weight gradient of its
+# 3x3x3 convolutions unset in bfloat16, and no two runs are the same.
+DEPTH = 40
+FRAMES = [None, torch.tensor([40, 9, 26])]
 MODELS = [{"depth": 18, "width": 8}, {"depth": 50, "width": 4}]
 
 
-def random_clips(depth: int = 16, size: int = 32) -> Tensor:
+def random_clips(depth: int = DEPTH, size: int = 32) -> Tensor:
     return torch.randn(3, 1, depth, size, size, generator=torch.Generator().manual_seed(1))
 
 
@@ -79,7 +82,7 @@ def test_blocks_run_once_without_gradients(make_model):
 
 
 def saved_bytes(model: ResNet3D, frames: Tensor | None) -> int:
-    """What the forward pass keeps for the backward pass, beside parameters and buffers."""
+    """What the forward pass keeps for the backward pass, besides parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 
@@ -95,8 +98,8 @@ def saved_bytes(model: ResNet3D, frames: Tensor | None) -> int:
 
 @pytest.mark.parametrize("frames", FRAMES, ids=["full", "padded"])
 def test_recompute_keeps_a_fraction_of_the_activations(make_model, frames):
-    settings = {"depth": 50, "width": 8}
+    # Without the pooling, blocks hold nearly all activations; the stem is not recomputed.
+    settings = {"depth": 50, "width": 4, "stem_pool": False}
     plain = saved_bytes(make_model(**settings), frames)
     recomputed = saved_bytes(make_model(**settings, recompute="block"), frames)
-    print(f"plain {plain / 1e6:.1f} MB, recompute {recomputed / plain:.1%}")
     assert recomputed < 0.4 * plain

@@ -15,6 +15,7 @@ STEMS = {
     "frame stride 3, no pool": {"stem_stride": (3, 2, 2), "stem_pool": False},
     "no pool": {"stem_pool": False},
 }
+FORMATS = [torch.contiguous_format, torch.channels_last_3d]
 LENGTHS = [1, 2, 5, 8, 9, 16, 17, 23]
 
 
@@ -57,7 +58,7 @@ def test_without_the_lengths_padding_does_change_logits(make_model):
     clips = random_clips(LENGTHS)
     alone = torch.cat([model(clip[None]) for clip in clips])
     padded, _ = pad(clips, depth=24)
-    assert ((model(padded) - alone).abs() > 1e-2).all()
+    assert ((model(padded) - alone).abs() > 1e-3).all()
 
 
 @pytest.mark.parametrize("network", [BASIC, BOTTLENECK], ids=["basic", "bottleneck"])
@@ -72,7 +73,7 @@ def test_training_on_padded_clips_is_training_on_the_clips(make_model, network):
         runs.append([logits, *(p.grad for p in model.parameters()), *model.buffers()])
     for run in runs[1:]:
         for value, expected in zip(run, runs[0], strict=True):
-            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(value, expected, rtol=1e-7, atol=1e-7)
 
 
 def test_training_on_clips_of_unequal_length_does_not_depend_on_padding(make_model):
@@ -85,7 +86,7 @@ def test_training_on_clips_of_unequal_length_does_not_depend_on_padding(make_mod
         runs.append([logits, *(p.grad for p in model.parameters()), *model.buffers()])
     for run in runs[1:]:
         for value, expected in zip(run, runs[0], strict=True):
-            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(value, expected, rtol=1e-7, atol=1e-7)
 
 
 def test_first_statistics_are_those_of_the_clips_convolved_alone(make_model):
@@ -115,48 +116,50 @@ def test_padded_frames_get_no_gradient(make_model, training):
         assert not clips.grad[b, :, n:].any()
 
 
-@pytest.mark.parametrize("lengths", [[16, 16], [9, 16]], ids=["full", "padded"])
-def test_channels_last_gives_the_same_and_stays_channels_last(make_model, lengths):
-    clips, frames = pad(random_clips(lengths, torch.float64), depth=16)
-    contiguous = make_model(**BASIC).double()
-    expected = contiguous(clips, frames)
-
-    model = make_model(**BASIC).double().to(memory_format=torch.channels_last_3d)
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("lengths", [[40, 40], [21, 40]], ids=["full", "padded"])
+def test_memory_format_is_kept_and_changes_no_result(make_model, lengths, memory_format):
+    clips, frames = pad(random_clips(lengths), depth=40)
+    expected = make_model(**BASIC)(clips, frames)
+    model = make_model(**BASIC).to(memory_format=memory_format)
     kept = []
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm3d):
             module.register_forward_hook(
-                lambda _, __, y: kept.append(y.is_contiguous(memory_format=torch.channels_last_3d))
+                lambda _, __, y: kept.append(y.is_contiguous(memory_format=memory_format))
             )
-    logits = model(clips.contiguous(memory_format=torch.channels_last_3d), frames)
+    logits = model(clips.contiguous(memory_format=memory_format), frames)
     assert kept == [True] * 12
-    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("lengths", [[16, 16], [9, 16]], ids=["full", "padded"])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+# 40 frames, for depth 2 does not occur then: see test_recompute.py.
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("lengths", [[40, 40], [21, 40]], ids=["full", "padded"])
 def test_under_autocast_parameters_statistics_and_logits_are_float32(
     make_model, lengths, memory_format
 ):
-    clips, frames = pad(random_clips(lengths), depth=16)
-    clips = clips.contiguous(memory_format=memory_format)
+    clips, frames = pad(random_clips(lengths), depth=40)
     model = make_model(**BASIC).to(memory_format=memory_format)
-    expected = make_model(**BASIC)(clips, frames)
     inside = []
     model.blocks[-1].register_forward_hook(lambda _, __, y: inside.append(y.dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(clips, frames)
+        logits = model(clips.contiguous(memory_format=memory_format), frames)
     logits.sum().backward()
 
     assert inside == [torch.bfloat16]
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.1)
     for parameter in model.parameters():
         assert parameter.dtype == torch.float32
         assert parameter.grad is not None
         assert parameter.grad.dtype == torch.float32
     for name, buffer in model.named_buffers():
         assert buffer.dtype == (torch.int64 if "num_batches" in name else torch.float32)
+
+    in_float32 = make_model(**BASIC)
+    in_float32(clips, frames)
+    for value, expected in zip(model.buffers(), in_float32.buffers(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("depth", BLOCKS)
