@@ -6,8 +6,8 @@ vessel travel along it, those of a stalled vessel stay where they are.
 
 Neither a single frame nor the mean frame tells them apart, for these reasons:
 
-- As in a real stack, where depth is time, a cell is in focus for a dozen frames and gives way to
-  others. The law of the shadows (when, where along the vessel, how dark) is the same in both
+- As in a real stack, where depth is time, a cell is in focus for about ten frames and gives
+  way to others. The law of the shadows (when, where along the vessel, how dark) is the same in both
   classes; in a flowing vessel all of them are displaced together, around the circle that the
   vessel's length is closed to. The first position is uniform on that circle, so a displacement
   does not change the law of a single frame: it is the same in both classes, exactly.
@@ -15,9 +15,12 @@ Neither a single frame nor the mean frame tells them apart, for these reasons:
   whether or not they travel. The mean over the frames is then nearly flat in both classes, and what
   remains is small beside the shadows of matter that adheres to the wall: as dark as a cell,
   present in every frame of both classes, and different in number from clip to clip.
+- Every frame is compressed by itself, so that nothing of its neighbours is in it.
 
-All other draws (noise, brightness drift, drift of the outline, jitter of the tissue, speed) are
-made before the label is looked at. A clip therefore depends on (seed, index, label) alone.
+No random draw of a clip (noise, brightness drift, drift of the outline, jitter of the tissue,
+speed) depends on the label, on other clips or on who renders it: its pixels are a function of
+(seed, index, label). Which clips are stalled depends on the number of clips too, since that share
+is exact.
 """
 
 from __future__ import annotations
@@ -58,8 +61,9 @@ HELD_OUT: Final = 500_000
 HELD_OUT_SHARE: Final = 0.1
 
 FRAME_RATE: Final = 20
-# 'ultrafast' takes a quarter of the time of 'veryfast'; one thread makes equal bytes.
-ENCODER: Final = {"preset": "ultrafast", "crf": "25"}
+# Intra frames of a constant quantiser. The look of a frame that is predicted from the one before
+# depends on how much moved, which would give the label away to whoever sees that frame alone.
+ENCODER: Final = {"preset": "ultrafast", "g": "1", "qp": "27"}
 
 # One independent stream of random numbers for each purpose.
 _SHAPE, _PICTURE, _METADATA, _LABEL = range(4)
@@ -79,6 +83,8 @@ _CROWD: Final = 10
 _MICRO_SHARE: Final = 0.4
 
 _NOISE: Final = 4.5
+# The noise tile is larger than a frame by this, in both directions.
+_TILE_MARGIN: Final = 256
 _GOLDEN_SECTION: Final = (5**0.5 - 1) / 2
 # Number of points along a vessel's length at which its shadows are computed.
 _STATIONS: Final = 256
@@ -372,9 +378,6 @@ def _drift(depth: int, columns: int, *, memory: float, rng: np.random.Generator)
     for t in range(1, depth):
         steps[t] += keep * steps[t - 1]
     return steps
-
-
-_TILE_MARGIN: Final = 256
 
 
 def _noise_tile(spec: ClipSpec, rng: np.random.Generator) -> np.ndarray:

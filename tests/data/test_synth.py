@@ -1,9 +1,10 @@
-"""Synthetic clips: true to the challenge's form, the same every time, told apart by motion alone."""
+"""Synthetic clips: in the challenge's form, the same every time, told apart by motion alone."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import multiprocessing
 import shutil
 import subprocess
@@ -16,13 +17,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from dist_train.data import clog_loss_facts as facts
 from dist_train.data.decode import Video
 from dist_train.data.manifest import read_manifest
 from dist_train.data.roi import Box, OutlineColour, crop_to_outline
 from dist_train.data.synth import (
     HELD_OUT,
-    Clip,
     ClipSpec,
     draw_clip,
     filename,
@@ -32,9 +34,8 @@ from dist_train.data.synth import (
     write_video,
 )
 from dist_train.errors import ConfigError, StoreError
-from torch import nn
 
-SEED = 3
+SEED = 1
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +239,7 @@ def test_a_killed_run_leaves_only_whole_clips_and_is_finished_by_the_next(
     assert contents(out) == contents(five_clips)
 
 
-@pytest.mark.parametrize("change", [{"clips": 6}, {"seed": 4}, {"stall_rate": 0.5}])
+@pytest.mark.parametrize("change", [{"clips": 6}, {"seed": SEED + 1}, {"stall_rate": 0.5}])
 def test_a_folder_of_other_settings_is_refused(
     five_clips: Path, tmp_path: Path, change: dict[str, float]
 ) -> None:
@@ -277,7 +278,7 @@ CLIPS = 400
 
 
 def boxed(spec: ClipSpec) -> ClipSpec:
-    """The same clip in a frame little larger than the box: all that matters, at a tenth the cost."""
+    """The same clip in a frame little larger than the box: less to draw and encode."""
     margin = 8
     height, width = spec.box.bottom - spec.box.top, spec.box.right - spec.box.left
     return dataclasses.replace(
@@ -307,7 +308,7 @@ class Views:
 
 def view(folder: Path, index: int, stalled: bool) -> tuple[np.ndarray, ...]:
     cv2.setNumThreads(1)
-    spec = boxed(draw_clip(1, index))
+    spec = boxed(draw_clip(SEED, index))
     clip = render_clip(spec, stalled=stalled)
     path = folder / filename(index)
     write_video(path, clip.frames)
@@ -315,20 +316,24 @@ def view(folder: Path, index: int, stalled: bool) -> tuple[np.ndarray, ...]:
     crop = decode(path)[:, box.top : box.bottom, box.left : box.right]
     path.unlink()
     grey = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in crop]).astype(np.float32)
-    inside = inside_outline(crop)
+    inside = inside_outline(clip.frames[:, box.top : box.bottom, box.left : box.right])
     views = (grey[len(grey) // 2], grey.mean(axis=0), inside.astype(np.float32))
     small = (cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA) for image in views)
     return (*small, persistence(grey, inside), np.array([spec.depth, *crop.shape[1:3]]))
 
 
 def inside_outline(crop: np.ndarray) -> np.ndarray:
-    """Pixels enclosed by the outline that it touches in no frame, bool [H, W]."""
+    """Pixels enclosed by the outline that it comes near in no frame, bool [H, W].
+
+    Taken from the clip before compression, where the outline is the same in both classes: what is
+    left of its colour after compression depends on the motion beside it.
+    """
     orange = (crop[..., 0].astype(np.int16) - crop[..., 2]).max(axis=0) > 30
     line = np.pad(orange, 1).astype(np.uint8)
     outside = line.copy()
     cv2.floodFill(outside, None, (0, 0), 2)
-    enclosed = cv2.dilate((outside == 2).astype(np.uint8), np.ones((3, 3), np.uint8)) == 0
-    return np.asarray((enclosed & (line == 0))[1:-1, 1:-1])
+    near = cv2.dilate((outside != 0).astype(np.uint8), np.ones((3, 3), np.uint8))
+    return np.asarray(near[1:-1, 1:-1] == 0)
 
 
 def persistence(grey: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -342,7 +347,7 @@ def persistence(grey: np.ndarray, inside: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def views(tmp_path_factory: pytest.TempPathFactory) -> Views:
     folder = tmp_path_factory.mktemp("views")
-    stalled = stalled_indices(range(CLIPS), 1, 0.5)
+    stalled = stalled_indices(range(CLIPS), SEED, 0.5)
     label = np.array([index in stalled for index in range(CLIPS)])
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         seen = pool.map(view, [folder] * CLIPS, range(CLIPS), label.tolist(), chunksize=10)
@@ -381,13 +386,13 @@ def ridge_mcc(features: np.ndarray, label: np.ndarray) -> float:
 
 
 def texture(images: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Quantiles, contrast at four scales, edges, spectrum and autocorrelation inside the outline."""
+    """Quantiles, contrast at four scales, edges, spectrum, autocorrelation; inside the outline."""
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(SIDE), np.fft.fftfreq(SIDE)))
     band = np.digitize(frequency, [0.03, 0.06, 0.1, 0.15, 0.25])
     rows = []
     for image, mask in zip(images, inside, strict=True):
         blurred = [image, *(cv2.GaussianBlur(image, (0, 0), sigma) for sigma in (1, 2, 4, 8))]
-        contrast = [(a - b)[mask].std() for a, b in zip(blurred[:-1], blurred[1:], strict=True)]
+        contrast = [(a - b)[mask].std() for a, b in itertools.pairwise(blurred)]
         edges = np.hypot(*np.gradient(image))[mask].mean()
         power = np.abs(np.fft.fft2((image - image[mask].mean()) * mask)) ** 2
         spectrum = np.bincount(band.ravel(), power.ravel())

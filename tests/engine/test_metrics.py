@@ -110,6 +110,24 @@ def test_best_threshold_takes_the_widest_of_equal_intervals() -> None:
     assert best_threshold(scores, labels) == pytest.approx((0.4 + 0.9) / 2)
 
 
+def test_best_threshold_does_not_hang_on_one_clip() -> None:
+    # The positive at 0.002 makes 0.0015 the very best, where a negative at 0.008 is a false alarm.
+    negatives = [*np.linspace(0.0001, 0.001, 58), 0.001, 0.008]
+    scores, labels = [*negatives, 0.002, *np.linspace(0.7, 1.0, 19)], [0] * 60 + [1] * 20
+    thresholds, values = mcc_curve(scores, labels)
+    assert thresholds[np.argmax(values)] < 0.002
+    assert 0.2 < best_threshold(scores, labels) < 0.7
+
+
+def test_best_threshold_of_a_weak_model_still_calls_some_positive() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 30)
+    scores = np.clip(0.5 + 0.05 * labels + 0.2 * generator.standard_normal(60), 0, 1)
+    threshold = best_threshold(scores, labels)
+    assert 0 < np.sum(scores > threshold) < 60
+    assert mcc(confusion(scores, labels, threshold)) > 0
+
+
 def test_best_threshold_separates_neighbouring_floats() -> None:
     for low in (0.5, np.nextafter(0.5, 1)):
         scores, labels = [low, np.nextafter(low, 1)], [0, 1]

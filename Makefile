@@ -1,0 +1,33 @@
+# make setup   a .venv with everything in it        make demo   the main job, from videos to a report
+# make test    all tests, the fast ones first       make lint   ruff and mypy
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := $(shell grep '^torch==' constraints.txt)
+# Two test or training processes on two cores must not start two threads each.
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: setup demo test lint
+setup: .venv/done
+
+# The marker is made last, so an installation that was cut off is taken up again.
+.venv/done: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: $(PYTHON) is older than 3.11: name a newer one by 'make PYTHON=...'"; exit 1; }
+	@$(PYTHON) -m venv .venv \
+	  || { echo "error: no virtual environment: run 'apt-get install python3-venv' first"; exit 1; }
+	$(BIN)/pip install --quiet -c constraints.txt $(TORCH)
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c constraints.txt -e '.[test,lint]'
+	@touch $@
+
+demo: .venv/done
+	$(BIN)/python tools/demo.py
+
+test: .venv/done
+	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -m slow
+
+lint: .venv/done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
