@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -39,7 +39,7 @@ def synth(
         synthesize(
             out, clips=clips, seed=seed, stall_rate=stall_rate, workers=workers, progress=report
         )
-    console.print(f"{clips} clips in {out}")
+    typer.echo(f"{clips} clips in {out}")
 
 
 @app.command()
@@ -116,7 +116,7 @@ def inspect(
     console.print(describe_outline(clip))
     if png is not None:
         draw_outline(clip, png)
-        console.print(f"drawn in {png}")
+        typer.echo(f"drawn in {png}")
 
 
 @app.command()
@@ -129,9 +129,11 @@ def train(
 ) -> None:
     """Train a run; with many processes, by 'accelerate launch -m dist_train train ...'."""
     from dist_train.config import load_config
+
+    # Before torch is loaded: a mistyped setting is told at once.
+    settings = load_config(config, overrides or [])
     from dist_train.train import train as fit
 
-    settings = load_config(config, overrides or [])
     with progress("train") as report:
         fit(settings, resume=resume, progress=report)
 
@@ -155,7 +157,7 @@ def predict(
         written = write_predictions(
             run, store=store, out=out, prior=prior, threshold=threshold, progress=report
         )
-    console.print(f"predictions in {written}")
+    typer.echo(f"predictions in {written}")
 
 
 @app.command()
@@ -183,24 +185,33 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
     store = Store(open_run(run).store)
     page = write_report(run, strips=lambda key: store.read(store.clip_of(key)))
-    console.print(f"report in {page}")
+    typer.echo(f"report in {page}")
 
 
 def main() -> None:
     """Run the command line; a user's error ends in one message and a non-zero exit code."""
-    rank = os.environ.get("RANK", "0")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         app()
     except DistTrainError as error:
-        process = "" if rank == "0" else f" (process {rank})"
-        print(f"error{process}: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # The disk and its permissions are the user's too.
+        _fail(f"{error.filename}: {error.strerror}", 1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def _fail(message: str, code: int) -> NoReturn:
+    rank = os.environ.get("RANK", "0")
+    process = "" if rank == "0" else f" (process {rank})"
+    print(f"error{process}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
 def _print_store(out: Path, store: dict[str, object]) -> None:
-    console.print(f"{store['clips']} clips in {out}")
+    typer.echo(f"{store['clips']} clips in {out}")
     if store["rejected"]:
-        console.print(f"rejected by class: {store['rejected']}, see rejected.csv")
+        typer.echo(f"rejected by class: {store['rejected']}, see rejected.csv")

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dist_train.errors import ConfigError
 
+COMMAND_LINE = "command line"
+
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -170,7 +172,8 @@ class Config(Section):
 
     out: Path = Path("runs/default")
     store: Path
-    seed: Natural = 0
+    # torch's generators take 64 bits.
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     select: SelectSettings = SelectSettings()
     split: SplitSettings = SplitSettings()
     clip: ClipSettings = ClipSettings()
@@ -203,23 +206,27 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             value that does not fit.
     """
     tree: dict[str, Any] = {} if path is None else _read_yaml(path)
-    where = "the command line" if path is None else path
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise ConfigError(f"'{override}' is not of the form key=value", where="command line")
-        _assign(tree, key.strip(), yaml.safe_load(value))
+    overridden = dict(map(_parse_override, overrides))
+    for key, value in overridden.items():
+        _assign(tree, key, value)
+
+    def where(key: str) -> object:
+        given = any(name == key or name.startswith(f"{key}.") for name in overridden)
+        return COMMAND_LINE if path is None or given else path
+
     known = set(_dotted_keys(Config))
     for key in _given_keys(tree):
         if key not in known:
-            raise ConfigError(f"unknown setting '{key}'", where=where, fix=_nearest(key, known))
+            raise ConfigError(
+                f"unknown setting '{key}'", where=where(key), fix=_nearest(key, known)
+            )
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         what = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"setting '{key}': {what}" if key else what, where=where) from None
+        raise ConfigError(f"setting '{key}': {what}" if key else what, where=where(key)) from None
 
 
 def dump_config(config: Config, path: Path) -> None:
@@ -242,12 +249,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"'{override}' is not of the form key=value", where=COMMAND_LINE)
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(
+            f"the value of '{override}' is not valid YAML", where=COMMAND_LINE
+        ) from None
+
+
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *sections, leaf = dotted.split(".")
     for section in sections:
         inner = tree.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"'{dotted}': '{section}' is not a section", where="command line")
+            raise ConfigError(f"'{dotted}': '{section}' is not a section", where=COMMAND_LINE)
         tree = inner
     tree[leaf] = value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(highlight=False)
+# Of the processes of one launch, the first alone talks.
+console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 class Report(Protocol):

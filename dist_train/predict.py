@@ -20,6 +20,7 @@ from dist_train.data.store import Store
 from dist_train.engine.backend import autocast
 from dist_train.engine.metrics import best_threshold, prior_correct
 from dist_train.errors import RunError
+from dist_train.evaluate import read_predictions
 from dist_train.infer import held_out_logits
 from dist_train.run import (
     SNAPSHOTS,
@@ -53,7 +54,8 @@ def predict(
         out: where to write; the run's folder unless another store is given.
         prior: share of positives in the world, to which ``calibrated`` is corrected; the natural
             share of the train split unless given.
-        threshold: of the submission's 0 and 1; fitted on the val split unless given.
+        threshold: a clip is called positive in the submission when its probability is greater;
+            fitted on the run's val split unless given, and 0.5 where that lacks a class.
         progress: called with (clips done, clips in all) over all snapshots.
 
     Returns:
@@ -62,7 +64,9 @@ def predict(
         (the same, corrected to ``prior``), frames.
 
     Raises:
-        RunError: no run, no snapshot, or nowhere to write.
+        RunError: no run, no snapshot, nowhere to write, or, for another store, no predictions of
+            the run's own that the threshold could be fitted on.
+        ConfigError: the prior is not strictly between 0 and 1.
         StoreError: the store cannot be used.
     """
     config = open_run(run)
@@ -70,15 +74,23 @@ def predict(
     if store is None:
         data = open_data(config)
         source, chosen = data.store, _held_out(data)
+        out = out or run
     else:
+        if out is None or out.resolve() == run.resolve():
+            raise RunError(
+                "predictions of another store need a folder of their own",
+                where=store,
+                fix="Choose one by --out.",
+            )
         source = Store(store)
         chosen = source.table.assign(split="")
-    out = out or (run if store is None else None)
-    if out is None:
-        raise RunError("predictions of another store need --out", where=store)
-    probability = _mean_probability(config, snapshots, source, chosen, progress)
+        if threshold is None:
+            threshold = _val_threshold(run / PREDICTIONS)
     rates = read_record(run)["positive_rate"]
     world = rates["natural"] if prior is None else prior
+    # Of no clips: refuses an impossible prior before the long part.
+    prior_correct(np.empty(0), rates["train_batches"], world)
+    probability = _mean_probability(config, snapshots, source, chosen, progress)
     table = pd.DataFrame(
         {
             "key": chosen["key"],
@@ -94,9 +106,9 @@ def predict(
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / PREDICTIONS, table.to_csv(index=False))
     if threshold is None:
-        threshold = _val_threshold(run / PREDICTIONS)
+        threshold = _val_threshold(out / PREDICTIONS)
     submission = pd.DataFrame(
-        {"filename": table["filename"], "stalled": (probability >= threshold).astype(int)}
+        {"filename": table["filename"], "stalled": (probability > threshold).astype(int)}
     )
     if store is None and (table["split"] == "test").any():
         submission = submission[(table["split"] == "test").to_numpy()]
@@ -162,12 +174,9 @@ def _mean_probability(
 
 
 def _val_threshold(predictions: Path) -> float:
-    """Of the best MCC on the run's val split; 0.5 where that was never predicted or has one class
-    only."""
-    if not predictions.is_file():
-        return 0.5
-    table = pd.read_csv(predictions)
+    """Of the best MCC on the val split, as in ``evaluate``; 0.5 where that lacks a class."""
+    table = read_predictions(predictions)
     val = table[(table["split"] == "val") & table["label"].notna()]
     if val["label"].nunique() < 2:
         return 0.5
-    return best_threshold(val["probability"].to_numpy(), val["label"].to_numpy(int))
+    return best_threshold(val["probability"], val["label"])

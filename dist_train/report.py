@@ -528,7 +528,7 @@ def _speed(run: Run) -> list[Plot]:
     _draw_steps(rate, run, "speed/clips_per_second", _BLUE)
     wait = _axes("optimizer step", "share of the step")
     _draw_steps(wait, run, "speed/data_wait", _ORANGE)
-    memory = _axes("optimizer step", "memory (MB)")
+    memory = _axes("optimizer step", "memory (MiB)")
     _draw_steps(memory, run, "memory/host_mb", _BLUE, "host")
     _draw_steps(memory, run, "memory/device_mb", _ORANGE, "device")
     norm = _axes("optimizer step", "gradient norm")

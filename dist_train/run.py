@@ -141,15 +141,26 @@ def open_run(run: Path) -> Config:
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """``run.json``, or an empty mapping."""
+    """The content of ``run.json``.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
     path = run / RECORD
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"the record of the run cannot be read ({error})",
+            where=path,
+            fix="Go on with the run by --resume auto, which writes it anew.",
+        ) from None
     return content
 
 
 def begin_session(run: Path, facts: dict[str, Any], session: dict[str, Any]) -> None:
     """Note the start, or the resumption, of training in ``run.json``."""
-    record = read_record(run)
+    record = read_record(run) if (run / RECORD).exists() else {}
     started = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
     record |= facts | {
         "versions": {"python": platform.python_version()}

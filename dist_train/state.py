@@ -142,6 +142,14 @@ class RunState:
             )
 
 
+def drop_snapshots(folder: Path, *, after: int) -> None:
+    """Remove the snapshots of steps beyond ``after``, which a killed session left: the run will
+    pass there again, perhaps with other settings, and predictions average over all there are."""
+    for path in folder.glob("step-*.safetensors"):
+        if int(path.stem.removeprefix("step-")) > after:
+            path.unlink()
+
+
 def save_snapshot(path: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Weights and statistics for prediction, as one safetensors file with ``facts`` in its header.
 

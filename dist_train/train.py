@@ -33,7 +33,7 @@ from dist_train.run import (
     model_facts,
     open_data,
 )
-from dist_train.state import RunState, save_snapshot
+from dist_train.state import RunState, drop_snapshots, save_snapshot
 
 Resume = Literal["never", "auto"]
 Progress = Callable[[int, int, str], None]
@@ -99,6 +99,8 @@ class Trainer:
                 if self.done in self.snapshot_steps():
                     self._save_snapshot()
                 if self.done % config.checkpoint.every_steps == 0 or self.done == self.steps:
+                    if events is not None:
+                        events.flush()
                     self.state.save(self.done, *self._gathered_outputs())
                 if progress is not None:
                     progress(self.done, self.steps, self._headline(values))
@@ -181,6 +183,7 @@ class Trainer:
             self.epoch_outputs = [(outputs[0], outputs[1])]
         if backend.is_main and self.done < self.steps:
             out.mkdir(parents=True, exist_ok=True)
+            drop_snapshots(out / SNAPSHOTS, after=self.done)
             dump_config(self.config, out / CONFIG)
             plan = self.config.plan
             begin_session(
@@ -238,7 +241,7 @@ class Trainer:
         return np.concatenate(first), np.concatenate(second)
 
     def _events(self) -> AbstractContextManager[EventWriter | None]:
-        if not self.backend.is_main or self.done == self.steps:
+        if not self.backend.is_main or self.done >= self.steps:
             return nullcontext()
         return EventWriter(self.config.out, after=self.done)
 

@@ -19,6 +19,9 @@ VOLUME_SUFFIXES = {".npy", ".npz", ".tif", ".tiff"}
 Volume = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
 Plane = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
 
+# A file can be a playlist in disguise: FFmpeg must not follow it to the network.
+_ONLY_FILES = {"protocol_whitelist": "file"}
+
 # ITU-R BT.601 and BT.709 limited range puts black at 16 and white at 235.
 _FULL_RANGE = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(np.uint8)
 
@@ -43,8 +46,11 @@ class Video:
     """The frames of a video file. It can be iterated again; each time the file is decoded anew.
 
     After an iteration ``frames_decoded`` is the number of frames that truly decoded,
-    ``frames_declared`` what the container's header says (0 where it says nothing), and
-    ``stopped_by`` the decoder's error if the stream broke off.
+    ``frames_declared`` what the container's header says (0 where it says nothing, as in mkv, webm
+    and mpeg), and ``stopped_by`` the decoder's error if the stream broke off.
+
+    Raises:
+        DecodeError: while iterating: not a video, no frame decodes, or frames differ in size.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,7 +67,9 @@ class Video:
     def __iter__(self) -> Iterator[Frame]:
         self.frames_decoded, self.stopped_by = 0, None
         try:
-            with av.open(str(self.path)) as container:
+            with av.open(
+                str(self.path), options=_ONLY_FILES, metadata_errors="ignore"
+            ) as container:
                 if not container.streams.video:
                     raise DecodeError("holds no video stream", where=self.path)
                 stream = container.streams.video[0]
@@ -69,7 +77,10 @@ class Video:
                 stream.codec_context.thread_count = 1
                 self.frames_declared = stream.frames
                 try:
+                    size: tuple[int, int] | None = None
                     for frame in container.decode(stream):
+                        size = size or (frame.width, frame.height)
+                        self._check_size(size, frame)
                         yield _planes(frame)
                         self.frames_decoded += 1
                 except av.error.FFmpegError as error:
@@ -80,6 +91,15 @@ class Video:
             because = f" ({self.stopped_by})" if self.stopped_by else ""
             raise DecodeError(f"holds no frame that decodes{because}", where=self.path)
 
+    def _check_size(self, size: tuple[int, int], frame: av.VideoFrame) -> None:
+        if (frame.width, frame.height) != size:
+            raise DecodeError(
+                f"changes size at frame {self.frames_decoded}, from {size[0]}x{size[1]} to "
+                f"{frame.width}x{frame.height}",
+                where=self.path,
+                fix="Cut it there, or encode it anew at one size.",
+            )
+
 
 def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
@@ -88,8 +108,12 @@ def _reason(error: Exception) -> str:
 def _planes(frame: av.VideoFrame) -> Frame:
     full = frame.format.name.startswith("yuvj") or frame.color_range == 2
     if frame.format.name not in ("yuv420p", "yuvj420p"):
-        # swscale gives limited-range BT.601 unless told otherwise.
-        frame = frame.reformat(format="yuv420p")
+        # Grey and RGB become BT.601; a YUV format keeps its matrix.
+        frame = frame.reformat(
+            format="yuv420p",
+            src_color_range=frame.color_range or None,
+            dst_color_range=av.video.reformatter.ColorRange.MPEG,
+        )
         full = False
     luma, cb, cr = (_plane(plane) for plane in frame.planes[:3])
     return Frame(
@@ -110,29 +134,34 @@ def read_volume(path: Path) -> Volume:
     """A volume file as uint8 [D, H, W].
 
     ``.npy`` and ``.npz`` (with a single array) and multi-page ``.tif``. uint8 is kept; uint16 is
-    divided by 257 (65535 becomes 255); bool becomes 0 and 255. A trailing axis of 1 is dropped and
-    RGB becomes BT.601 luma.
+    divided by 257 (65535 becomes 255), rounding down; bool becomes 0 and 255. RGB(A), a last axis
+    of 3 or 4, becomes BT.601 luma, and a last axis of 1 after three others is dropped. A single
+    picture, [H, W] or [H, W, 3], is a volume of depth 1.
 
     Raises:
         DecodeError: naming the file and what is wrong with it.
     """
+    load = _load_tiff if path.suffix.lower() in (".tif", ".tiff") else _load_numpy
     try:
-        if path.suffix.lower() in (".tif", ".tiff"):
-            array = tifffile.imread(path)
-        else:
-            array = _load_numpy(path)
-    except (OSError, ValueError, EOFError, KeyError, tifffile.TiffFileError) as error:
+        array = load(path)
+    # On damaged bytes the parsers raise whatever they stumble over: struct, zlib, zipfile, index
+    # and type errors have all been seen.
+    except Exception as error:
         raise DecodeError(f"cannot be read ({_reason(error)})", where=path) from None
     return to_uint8_volume(array, path)
 
 
 def to_uint8_volume(array: np.ndarray, where: object) -> Volume:
-    """Bring an array to uint8 [D, H, W] by the rules of ``read_volume``."""
-    if array.ndim == 2:
+    """Bring an array to uint8 [D, H, W] by the rules of ``read_volume``.
+
+    Raises:
+        DecodeError: another dtype or shape.
+    """
+    if array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4)):
         array = array[None]
     if array.ndim == 4 and array.shape[-1] == 1:
         array = array[..., 0]
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:
         array = (array // 257).astype(np.uint8)
     elif array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
@@ -148,11 +177,16 @@ def to_uint8_volume(array: np.ndarray, where: object) -> Volume:
     return np.ascontiguousarray(array)
 
 
+def _load_tiff(path: Path) -> np.ndarray:
+    return np.asarray(tifffile.imread(path))
+
+
 def _load_numpy(path: Path) -> np.ndarray:
-    loaded = np.load(path, allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    with loaded:
+    # Opened here, since NumPy leaves a file that it cannot read open.
+    with path.open("rb") as file:
+        loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
         if len(loaded.files) != 1:
             raise ValueError(f"holds {len(loaded.files)} arrays, one is needed")
         return np.asarray(loaded[loaded.files[0]])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import lmdb
@@ -27,9 +28,12 @@ def write_index(path: Path, shards: Sequence[Path]) -> int:
         StoreError: a key is in two shards, or a shard cannot be read.
     """
     entries = sorted(
-        (key, record | {"shard": number})
-        for number, shard in enumerate(shards)
-        for key, record in read_records(shard)
+        (
+            (key, record | {"shard": number})
+            for number, shard in enumerate(shards)
+            for key, record in read_records(shard)
+        ),
+        key=itemgetter(0),
     )
     values = [
         (key.encode(), json.dumps(record, sort_keys=True).encode()) for key, record in entries
@@ -68,6 +72,9 @@ def read_index(path: Path) -> Iterator[tuple[str, Record]]:
             lmdb.open(str(path), subdir=False, lock=False, readonly=True) as env,
             env.begin() as transaction,
         ):
+            # LMDB reads through a memory map, where a page that is not there kills the process.
+            if path.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
+                raise lmdb.CorruptedError("the file is cut short")
             for key, value in transaction.cursor():
                 yield bytes(key).decode(), json.loads(bytes(value))
     except (lmdb.Error, ValueError) as error:

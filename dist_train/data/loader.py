@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterable
 
+import cv2
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -21,6 +23,10 @@ def make_loader(
     Never to be passed through ``accelerator.prepare``: the sampler knows its rank already.
     """
     many = settings.workers > 0
+    # Not fork: the parent holds threads (gloo, NCCL, OpenMP) and open files. The server imports
+    # once what each worker would import anew.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dist_train.data.collate"])
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -29,6 +35,11 @@ def make_loader(
         prefetch_factor=settings.prefetch if many else None,
         persistent_workers=many,
         pin_memory=torch.cuda.is_available(),
-        # Not fork: the parent holds threads (gloo, NCCL, OpenMP) and open files.
-        multiprocessing_context="forkserver" if many else None,
+        multiprocessing_context=context if many else None,
+        worker_init_fn=_one_thread,
     )
+
+
+def _one_thread(worker: int) -> None:
+    """Parallelism is over clips, in processes."""
+    cv2.setNumThreads(1)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pandas as pd
 
 from dist_train.errors import ManifestError
@@ -25,7 +27,8 @@ OPTIONAL = ("group", "weight", "split", "crowd_score", "tier1")
 UNUSED = ("url", "num_frames", "micro", "nano")
 SPLITS = ("train", "val", "test")
 
-_SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,120}")
+# A tar header (ustar) holds names of up to 100 bytes, of which ".json" takes five.
+_SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,20 @@ def read_manifest(path: Path, *, labels: Path | None = None, unlabelled: bool = 
 
     Args:
         path: the CSV with a ``filename`` column.
-        labels: a second CSV with ``filename`` and ``label`` or ``stalled``. Where ``path`` has no
-            label column itself, ``train_labels.csv`` beside it is taken.
+        labels: a second CSV with ``filename`` and ``label`` or ``stalled``, for a table without
+            labels; None takes the ``train_labels.csv`` beside it.
         unlabelled: do not ask for labels (a set to predict); every label is then -1.
 
     Raises:
         ManifestError: naming the file, the column or the row.
     """
     table = _read_csv(path)
+    if labels is not None and "label" in table:
+        raise ManifestError(
+            "has labels of its own",
+            where=path,
+            fix=f"Take the column out, or leave out --labels {labels}.",
+        )
     if "label" not in table and not unlabelled:
         labels = labels or path.with_name("train_labels.csv")
         if not labels.is_file():
@@ -87,9 +96,13 @@ def read_manifest(path: Path, *, labels: Path | None = None, unlabelled: bool = 
             ),
         }
     )
-    if (clean["weight"] < 0).any():
-        bad = clean[clean["weight"] < 0].iloc[0]
-        raise ManifestError(f"weight of '{bad.filename}' is negative", where=path)
+    unusable = ~np.isfinite(clean["weight"]) | (clean["weight"] < 0)
+    if unusable.any():
+        bad = clean[unusable].iloc[0]
+        raise ManifestError(
+            f"weight of '{bad.filename}' is {bad.weight:g}, not a finite number from 0 on",
+            where=path,
+        )
     _check_splits(clean, path)
     digest = hashlib.sha256(clean.to_csv(index=False).encode()).hexdigest()
     return Manifest(clean, digest)
@@ -101,13 +114,22 @@ _BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
 
 def _read_csv(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        # With a field more in each row than in the header, pandas takes the first column for an
+        # index, and shifts the names of the others, unless index_col is False.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(
+                path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False
+            )
     except pd.errors.EmptyDataError:
         raise ManifestError("is empty", where=path, fix="It needs a header and rows.") from None
     except OSError as error:
         raise ManifestError(f"cannot be read ({error.strerror})", where=path) from None
+    except pd.errors.ParserWarning:
+        raise ManifestError("has rows with more fields than its header", where=path) from None
     except (pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise ManifestError(f"is not a CSV file ({error})".strip(), where=path) from None
+        reason = " ".join(str(error).split())
+        raise ManifestError(f"is not a CSV file ({reason})", where=path) from None
     table = table.rename(columns=ALIASES)
     if "filename" not in table:
         raise ManifestError("has no column 'filename'", where=path)
@@ -218,7 +240,7 @@ def _keys(names: pd.Series) -> list[str]:
     return [
         stem
         if _SAFE_KEY.fullmatch(stem) and counts[stem] == 1
-        else re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:100]
+        else re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:78]
         + "-"
         + hashlib.sha256(name.encode()).hexdigest()[:16]
         for name, stem in zip(names, stems, strict=True)

@@ -60,6 +60,8 @@ class Stream:
         count, first = len(self.clips), step * self.take
         number, start = divmod(first, count)
         here = self.order(number)[start : start + self.take]
+        if len(here) == self.take:
+            return here.copy()
         return np.concatenate([here, self.order(number + 1)[: self.take - len(here)]])
 
     def order(self, number: int) -> Clips:
@@ -72,19 +74,20 @@ class Stream:
         return self.clips[np.argsort(keyed)]
 
 
-@lru_cache(maxsize=8)
+# A step reaches over two passes at most, of two streams.
+@lru_cache(maxsize=4)
 def _pass_order(stream: Stream, number: int) -> Clips:
     order = stream.sorted_by_hash(number)
     carried = stream.tail(number - 1) if number else 0
     if carried == 0:
         return order
-    # The tail stays where the hash puts it, so that the next pass knows it without this step.
-    body = order[: len(order) - stream.tail(number)]
+    # There are enough clips (see __post_init__) for the head to be found in front of the pass's own
+    # tail. So the tail stays where the hash puts it, and the next pass knows it without this one.
     before = stream.sorted_by_hash(number - 1)[-carried:]
-    seen = np.isin(body, before)
-    head = np.flatnonzero(~seen)[: stream.take - carried]
-    rest = np.setdiff1d(np.arange(len(body)), head)
-    return np.concatenate([body[head], body[rest], order[len(body) :]])
+    head = np.flatnonzero(~np.isin(order, before))[: stream.take - carried]
+    rest = np.setdiff1d(np.arange(len(order)), head)
+    mended: Clips = order[np.concatenate([head, rest])]
+    return mended
 
 
 @dataclass(frozen=True)
@@ -162,10 +165,16 @@ def make_plan(
     """A plan over clip numbers of the two classes.
 
     Raises:
-        PlanError: a class holds too few clips for a batch of different ones.
+        PlanError: the batch is no multiple of p + q, or a class holds too few clips for a batch of
+            different ones.
     """
     p, q = ratio
-    groups = batch // (p + q)
+    groups, rest = divmod(batch, p + q)
+    if rest or not groups:
+        raise PlanError(
+            f"plan.batch {batch} cannot hold {p} positive to {q} negatives",
+            fix=f"Use a multiple of {p + q}.",
+        )
     return Plan(
         Stream(positives, groups * p, seed, "positives"),
         Stream(negatives, groups * q, seed, "negatives"),

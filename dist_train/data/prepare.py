@@ -1,7 +1,8 @@
 """Raw files -> store: which clips go to which shard, and who writes it.
 
 Shard k holds rows k * n to (k + 1) * n of the manifest and depends on nothing but the manifest and
-the settings. A finished shard is never written again, so a killed run goes on where it was.
+the settings. A finished shard is never written again, unless a file that it rejected was mended, so
+a killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import io
 import json
 import multiprocessing
 import os
+import threading
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -37,7 +41,7 @@ from dist_train.data.index import write_index
 from dist_train.data.manifest import Manifest
 from dist_train.data.roi import OutlineColour, crop_to_outline
 from dist_train.data.shards import Record, shard_name, write_shard
-from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS
+from dist_train.data.store import FORMAT, INDEX, MARKER, REJECTED, SHARDS
 from dist_train.errors import DecodeError, RoiError, StoreError
 
 # Raised whenever the same file and settings would give other pixels.
@@ -84,7 +88,7 @@ def prepare(
 
     Raises:
         StoreError: the folder belongs to other settings or another writer, a file is missing, or
-            too many clips were rejected.
+            too many clips, or all of them, were rejected.
     """
     if not source.is_dir():
         raise StoreError("the source folder does not exist", where=source)
@@ -158,13 +162,17 @@ class _Task:
 
     def finished(self) -> bool:
         """Whether the shard is there, and no file that it rejected was mended since."""
-        if not self.shard.exists():
+        if not self.shard.exists() or not self.rejects.exists():
             return False
         if not isinstance(self.source, Path):
             return True
         written = self.shard.stat().st_mtime
-        rejected = pd.read_csv(self.rejects)["file"]
-        return all((self.source / name).stat().st_mtime <= written for name in rejected)
+        # The time of the inode: a good copy that is moved or unpacked into place may well carry an
+        # old modification time.
+        return all(
+            (self.source / name).stat().st_ctime <= written
+            for name in _read_rejects(self.rejects)["file"]
+        )
 
 
 def _run(
@@ -250,7 +258,9 @@ def _each_written(todo: Sequence[_Task], workers: int) -> Iterator[int]:
         return
     # Not fork: the parent may hold threads and locks (progress bars, Arrow, OpenMP).
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
+    with ProcessPoolExecutor(
+        min(workers, len(todo)), mp_context=context, initializer=_end_with_parent
+    ) as pool:
         futures = [pool.submit(_write_one, task) for task in todo]
         try:
             for future in as_completed(futures):
@@ -266,7 +276,23 @@ def _each_written(todo: Sequence[_Task], workers: int) -> Iterator[int]:
             raise
 
 
+def _end_with_parent() -> None:
+    """End this worker when its parent is killed: the lock is free then, and the next run may write
+    the same shard."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _write_one(task: _Task) -> int:
+    # Else a kill between the new list of rejects and the new shard would leave the old shard, which
+    # lacks the mended clip, beside a list that does not name it.
+    task.shard.unlink(missing_ok=True)
     rejects: list[tuple[str, str, int]] = []
     write_shard(task.shard, _samples(task, rejects))
     return len(task.rows)
@@ -330,14 +356,14 @@ def _finish(
     max_rejected: float,
 ) -> dict[str, Any]:
     """Gather the rejects, judge them, build the index, and write the marker last."""
-    rejects = pd.concat([pd.read_csv(task.rejects) for task in tasks])
+    rejects = pd.concat([_read_rejects(task.rejects) for task in tasks])
     write_whole(out / REJECTED, rejects.to_csv(index=False))
     total = sum(len(task.rows) for task in tasks)
-    if len(rejects) > max_rejected * total:
+    if len(rejects) / total > max_rejected or len(rejects) == total:
         (out / MARKER).unlink(missing_ok=True)
         raise StoreError(
-            f"{len(rejects)} of {total} clips were rejected, more than --max-rejected "
-            f"{max_rejected:g} allows; the first: {rejects['reason'].iloc[0]}",
+            f"{len(rejects)} of {total} clips were rejected, and --max-rejected is "
+            f"{max_rejected:g}; the first: {rejects['reason'].iloc[0]}",
             where=out / REJECTED,
             fix="Mend or remove the files, or raise --max-rejected: finished work is kept.",
         )
@@ -346,7 +372,7 @@ def _finish(
         return marker
     clips = write_index(out / INDEX, [task.shard for task in tasks])
     marker = {
-        "format": "dist_train store 1",
+        "format": FORMAT,
         "fingerprint": fingerprint,
         "settings": settings,
         "clips": clips,
@@ -355,6 +381,10 @@ def _finish(
     }
     write_whole(out / MARKER, json.dumps(marker, indent=2, sort_keys=True))
     return marker
+
+
+def _read_rejects(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
 def _csv(rejects: Sequence[tuple[str, str, int]]) -> str:
@@ -369,6 +399,8 @@ def _read_medmnist(path: Path) -> tuple[list[Record], list[Volume]]:
     rows: list[Record] = []
     volumes: list[Volume] = []
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("not an npz archive")
         with np.load(path, allow_pickle=False) as arrays:
             for split in ("train", "val", "test"):
                 labels = arrays[f"{split}_labels"].reshape(-1)
@@ -392,7 +424,7 @@ def _read_medmnist(path: Path) -> tuple[list[Record], list[Volume]]:
                         }
                     )
                     volumes.append(image)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise StoreError(
             f"is not a MedMNIST file ({error})",
             where=path,

@@ -1,4 +1,4 @@
-"""Walks the plan for one rank. Its state is a small JSON that no world size goes into."""
+"""The slots of one rank, batch by batch. The order's only state is the step that comes next."""
 
 from __future__ import annotations
 

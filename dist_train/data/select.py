@@ -18,12 +18,19 @@ def choose_clips(
     number in the store, is kept.
 
     Raises:
-        PlanError: a class is missing from the selection or from a split that needs it.
+        PlanError: a class is missing from the selection, there are too few groups, or no clip is
+            left to train on or to validate with.
     """
     chosen = select_clips(table, tier2_crowd_score=select.tier2_crowd_score)
     splits = assign_splits(
         chosen, folds=split.folds, fold=split.fold, groups=split.groups, seed=seed
     )
+    for name in ("train", "val"):
+        if not (splits == name).any():
+            raise PlanError(
+                f"no clip is in split '{name}' ({len(chosen)} clips selected)",
+                fix="Give it clips in the manifest's split column, or leave that column out.",
+            )
     return chosen.assign(split=splits)
 
 
@@ -55,7 +62,7 @@ def select_clips(table: pd.DataFrame, *, tier2_crowd_score: float | None) -> pd.
 def assign_splits(
     table: pd.DataFrame, *, folds: int, fold: int, groups: str, seed: int
 ) -> pd.Series:
-    """ "train", "val" or "test" for every row.
+    """The split of every row: "train", "val" or "test".
 
     A split that the manifest gives is kept. Otherwise fold ``fold`` is test, the next fold is val
     and the rest is train. ``groups="stratify"`` deals the clips of each (group, label) cell over

@@ -16,10 +16,14 @@ from dist_train.data.index import read_index
 from dist_train.data.shards import shard_name
 from dist_train.errors import StoreError
 
+FORMAT = "dist_train store 1"
 MARKER = "store.json"
 INDEX = "index.lmdb"
 SHARDS = "shards"
 REJECTED = "rejected.csv"
+
+# Shards that are kept open at once: a large store has more of them than a process may open files.
+OPEN_SHARDS = 256
 
 COLUMNS = ("filename", "label", "group", "weight", "split", "crowd_score", "tier1")
 
@@ -30,7 +34,8 @@ class Store:
     ``table`` has one row a clip, ordered by key, with a clip's position in it as its id: ``key``,
     the manifest's columns, ``frames``, ``height``, ``width``, ``shard``, ``offset``, ``crc32c``.
     ``info`` is the content of ``store.json``. Safe to pickle into, or fork into, worker processes:
-    files are opened on first use, once per process.
+    a ``pread`` moves no shared file position, and a pickled store opens its own files. Not to be
+    shared by threads.
 
     Raises:
         StoreError: no store, or one that is not finished, or whose index does not match it.
@@ -57,8 +62,8 @@ class Store:
         self._offset = self.table["offset"].to_numpy(np.int64)
         self._shape = self.table[["frames", "height", "width"]].to_numpy(np.int64)
         self._crc32c = self.table["crc32c"].to_numpy(np.uint32)
+        # Shard number to file descriptor, least recently used first.
         self._descriptors: dict[int, int] = {}
-        self._owner = os.getpid()
 
     @property
     def fingerprint(self) -> str:
@@ -88,13 +93,14 @@ class Store:
         return int(found[0])
 
     def _descriptor(self, clip: int) -> int:
-        if self._owner != os.getpid():
-            self._descriptors, self._owner = {}, os.getpid()
         shard = int(self._shard[clip])
-        if shard not in self._descriptors:
-            path = self.folder / SHARDS / shard_name(shard)
-            self._descriptors[shard] = os.open(path, os.O_RDONLY)
-        return self._descriptors[shard]
+        descriptor = self._descriptors.pop(shard, None)
+        if descriptor is None:
+            if len(self._descriptors) == OPEN_SHARDS:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
+            descriptor = os.open(self.folder / SHARDS / shard_name(shard), os.O_RDONLY)
+        self._descriptors[shard] = descriptor
+        return descriptor
 
     def _damage(self, clip: int, what: str) -> StoreError:
         return StoreError(
@@ -111,7 +117,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
     """``store.json``, which ``prepare`` writes last.
 
     Raises:
-        StoreError: it is missing: no store, or an unfinished one.
+        StoreError: it is missing (no store, or an unfinished one), or of another format.
     """
     marker = folder / MARKER
     if not marker.is_file():
@@ -123,5 +129,19 @@ def read_marker(folder: Path) -> dict[str, Any]:
             if begun
             else "Make one with 'dist-train prepare', or check the path.",
         )
-    content: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
+    try:
+        content: dict[str, Any] = json.loads(marker.read_bytes())
+        form = content["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"is not the marker of a store ({error})",
+            where=marker,
+            fix="Delete it and run 'dist-train prepare' again with the same settings.",
+        ) from None
+    if form != FORMAT:
+        raise StoreError(
+            f"the store has format '{form}', this version reads '{FORMAT}'",
+            where=marker,
+            fix="Prepare the store anew in another folder.",
+        )
     return content

@@ -38,6 +38,11 @@ class Backend:
         self.clip_norm = clip_norm
         self.precision = settings.precision
         cuda = torch.cuda.is_available()
+        if not self.zero_stage and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            raise BackendError(
+                "train.backend asks for DDP, but the launcher for DeepSpeed",
+                fix="Choose the backend by train.backend, not by the launch file.",
+            )
         if settings.precision == "fp16" and not cuda:
             raise BackendError(
                 "fp16 needs a CUDA device", where="train.precision", fix="Use bf16 or fp32."
@@ -66,6 +71,7 @@ class Backend:
             )
 
     def _check_active(self) -> None:
+        """Accelerate may fall back to another backend in silence."""
         running = str(self.accelerator.distributed_type.value)
         if (running == "DEEPSPEED") != (self.zero_stage > 0):
             raise BackendError(
@@ -259,27 +265,12 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 def _accelerator(
     settings: TrainSettings, zero_stage: int, clip_norm: float | None, cuda: bool
 ) -> Any:
-    if zero_stage and not cuda:
-        # DeepSpeed picks its device when it is first imported.
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    if zero_stage and not cuda:
-        import deepspeed
-
-        # It would compile a C++ module for shared memory; gloo does the same work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    launched = "WORLD_SIZE" in os.environ
     if zero_stage:
-        # Else Accelerate quietly ignores the plugin.
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        _prepare_deepspeed(launched, cuda)
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[settings.precision]
-    launched = "WORLD_SIZE" in os.environ
-    if zero_stage and not launched:
-        raise BackendError(
-            "ZeRO needs a launcher, also for one process",
-            where="train.backend",
-            fix="Start with 'accelerate launch' and a file of launch/.",
-        )
     handlers = [InitProcessGroupKwargs(backend="nccl" if cuda else "gloo")] if launched else []
     if not zero_stage:
         return Accelerator(
@@ -291,6 +282,25 @@ def _accelerator(
     plugin = DeepSpeedPlugin(hf_ds_config=_deepspeed_config(settings, zero_stage, clip_norm))
     # Autocast is DeepSpeed's own here, and cpu=True would train without DeepSpeed.
     return Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=handlers)
+
+
+def _prepare_deepspeed(launched: bool, cuda: bool) -> None:
+    """What must be so before Accelerate and DeepSpeed are imported."""
+    if not launched:
+        raise BackendError(
+            "ZeRO needs a launcher, also for one process",
+            where="train.backend",
+            fix="Start with 'accelerate launch' and a file of launch/.",
+        )
+    # Else Accelerate quietly ignores the plugin.
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    if not cuda:
+        # DeepSpeed picks its device when it is first imported.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        # It would compile a C++ module for shared memory; gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _deepspeed_config(

@@ -13,7 +13,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -24,6 +24,7 @@ from dist_train.errors import CheckpointError
 
 MARKER = "checkpoint.json"
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 class Group(Protocol):
@@ -59,29 +60,33 @@ def save_checkpoint(
     """
     final = folder / f"step-{step}"
     aside = folder / f"step-{step}{PARTIAL}"
-    if group.rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    group.gather(None)
-    written = group.gather(_write_share(aside, group.rank, tensors))
-    failed = [entry for entry in written if isinstance(entry, str)]
-    if failed:
+    marker: dict[str, Any] = {"step": step, "facts": dict(facts)}
+
+    def begin() -> None:
+        if group.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+
+    def commit() -> None:
+        if group.rank == 0:
+            write_whole(aside / MARKER, json.dumps(marker, indent=2, sort_keys=True))
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            sync_folder(folder)
+            _remove_others(folder, step, keep_last)
+
+    try:
+        _together(group, begin)
+        marker["files"] = _together(group, lambda: _write_share(aside, group.rank, tensors))
+        _together(group, commit)
+    except OSError as error:
         if group.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
-            f"the checkpoint cannot be written ({failed[0]})",
+            f"the checkpoint cannot be written ({error})",
             where=final,
             fix="Make room or mend the disk; the run goes on from the checkpoint before.",
-        )
-    if group.rank == 0:
-        marker = {"step": step, "facts": dict(facts), "files": written}
-        write_whole(aside / MARKER, json.dumps(marker, indent=2, sort_keys=True))
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        sync_folder(folder)
-        for old in _by_step(folder)[:-keep_last]:
-            shutil.rmtree(old)
-    group.gather(None)
+        ) from None
     return final
 
 
@@ -139,14 +144,37 @@ def _by_step(folder: Path) -> list[Path]:
     ]
 
 
-def _write_share(aside: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, Any] | str:
-    """This rank's file; an error comes back as text, so that every rank learns of it."""
+def _remove_others(folder: Path, step: int, keep_last: int) -> None:
+    """Leave step ``step`` and the ``keep_last`` - 1 before it.
+
+    Those after it are damaged: the run would have resumed from them.
+    """
+    found = _by_step(folder)
+    here = found.index(folder / f"step-{step}") + 1
+    for path in [*found[: max(here - keep_last, 0)], *found[here:]]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _together(group: Group, act: Callable[[], Result]) -> list[Result]:
+    """What ``act`` returns on each rank, on every rank. Where it fails on one, all raise OSError,
+    rather than wait for that one."""
+    outcome: Result | str
+    try:
+        outcome = act()
+    except OSError as error:
+        outcome = f"process {group.rank}: {error.strerror}"
+    outcomes = group.gather(outcome)
+    for failed in outcomes:
+        if isinstance(failed, str):
+            raise OSError(failed)
+    return outcomes
+
+
+def _write_share(aside: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """This rank's file, and its entry in the marker."""
     path = aside / f"rank-{rank:05d}.safetensors"
     content = save(dict(tensors))
-    try:
-        write_whole(path, content)
-    except OSError as error:
-        return f"rank {rank}: {error.strerror}"
+    write_whole(path, content)
     return {"name": path.name, "size": len(content), "crc32c": crc32c(content)}
 
 

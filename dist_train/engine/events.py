@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +46,13 @@ class EventWriter:
             if value is not None:
                 self.board.add_scalar(name, value, step, walltime=time)
 
+    def flush(self) -> None:
+        """Put all that was written on the disk. Called before each checkpoint, so that a session
+        which goes on from there lacks nothing of the steps before."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.board.flush()
+
     def __enter__(self) -> EventWriter:
         return self
 
@@ -63,9 +71,11 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                whole = line.endswith("\n") and json.loads(line)["step"] <= step
             except ValueError:
-                # The line in the middle of which the process was killed.
+                whole = False
+            if not whole:
+                # Of a later step, or the line in the middle of which the process was killed.
                 break
+            kept.append(line)
     return kept

@@ -37,9 +37,8 @@ class Schedule:
         last = self.steps - 1
         if self.settings.name == "cosine":
             return [last]
-        half = self._wave / 2
-        waves = math.floor((last - self._warmup) / (2 * half) + 0.5)
-        inner = {round(self._warmup + (2 * k + 1) * half) for k in range(max(waves, 0))}
+        waves = math.floor((last - self._warmup) / self._wave + 0.5)
+        inner = {round(self._warmup + (k + 0.5) * self._wave) for k in range(waves)}
         return sorted({step for step in inner if step < last} | {last})
 
     @property

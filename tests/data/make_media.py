@@ -1,0 +1,126 @@
+"""Small real files for the tests of the data package: videos encoded by PyAV, and their truth."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import Colorspace
+
+from dist_train.data.manifest import Manifest, read_manifest
+from dist_train.data.roi import Box
+
+ORANGE = (224, 107, 34)
+MPEG_RANGE, FULL_RANGE = 1, 2
+
+
+def write_video(
+    path: Path,
+    frames: np.ndarray,
+    *,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    options: Mapping[str, str] | None = None,
+    full_range: bool = False,
+    container: str | None = None,
+    container_options: Mapping[str, str] | None = None,
+    rate: int = 20,
+    bt709: bool = False,
+) -> Path:
+    """Encode uint8 RGB [D, H, W, 3] frames."""
+    with av.open(str(path), "w", format=container, options=dict(container_options or {})) as output:
+        stream = output.add_stream(codec, rate=rate, options=dict(options or {}))
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
+        colour_range = FULL_RANGE if full_range else MPEG_RANGE
+        if not codec.startswith("gif"):
+            stream.codec_context.color_range = colour_range
+        matrix = Colorspace.ITU709 if bt709 else Colorspace.ITU601
+        if bt709:
+            stream.codec_context.colorspace = Colorspace.ITU709
+        for picture in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame = frame.reformat(
+                format=pix_fmt, dst_colorspace=matrix, dst_color_range=colour_range
+            )
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    return path
+
+
+def grey_frames(depth: int = 8, height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
+    """A smooth ramp that brightens from frame to frame: uint8 RGB [D, H, W, 3]."""
+    start = np.random.default_rng(seed).integers(0, 40)
+    ramp = np.linspace(start, 180, width)[None, None, :] + 6 * np.arange(depth)[:, None, None]
+    grey = np.broadcast_to(np.clip(ramp, 0, 255), (depth, height, width)).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+def outlined_frames(
+    boxes: Sequence[Box | None], *, height: int = 96, width: int = 128, seed: int = 0
+) -> np.ndarray:
+    """Dark noise with an orange ellipse, 3 px wide, that just fills each frame's box."""
+    rng = np.random.default_rng(seed)
+    frames = rng.normal(45, 18, (len(boxes), height, width, 1)).clip(0, 255).astype(np.uint8)
+    frames = np.repeat(frames, 3, axis=-1)
+    for frame, box in zip(frames, boxes, strict=True):
+        if box is not None:
+            frame[_ellipse(box, height, width)] = ORANGE
+    return frames
+
+
+def _ellipse(box: Box, height: int, width: int) -> np.ndarray:
+    y, x = np.mgrid[:height, :width] + 0.5
+    middle = (box.top + box.bottom) / 2, (box.left + box.right) / 2
+    half = (box.bottom - box.top) / 2, (box.right - box.left) / 2
+    outer, inner = (
+        ((y - middle[0]) / (half[0] - w)) ** 2 + ((x - middle[1]) / (half[1] - w)) ** 2
+        for w in (0, 3)
+    )
+    return (outer <= 1) & (inner >= 1)
+
+
+def drifting(start: Box, depth: int, *, step: tuple[int, int] = (0, 1)) -> list[Box]:
+    """``start`` moved on by ``step`` (rows, columns) from frame to frame."""
+    return [
+        Box(
+            start.top + i * step[0],
+            start.left + i * step[1],
+            start.bottom + i * step[0],
+            start.right + i * step[1],
+        )
+        for i in range(depth)
+    ]
+
+
+def union_of(boxes: Sequence[Box | None]) -> Box:
+    found = [box for box in boxes if box is not None]
+    union = found[0]
+    for box in found[1:]:
+        union = union.union(box)
+    return union
+
+
+def write_manifest(
+    path: Path, names: Sequence[str], labels: Sequence[int] | None = None
+) -> Manifest:
+    """A ``filename,label`` table; labels are 0 and 1 in turn unless given."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("filename", "label"))
+        writer.writerows(zip(names, labels or [i % 2 for i in range(len(names))], strict=True))
+    return read_manifest(path)
+
+
+def write_volumes(folder: Path, count: int, *, seed: int = 0) -> list[str]:
+    """``count`` npy volumes of differing shape; returns their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for i in range(count):
+        rng = np.random.default_rng((seed, i))
+        shape = (4 + i % 5, 10 + i % 3, 12)
+        np.save(folder / f"clip{i:03d}.npy", rng.integers(0, 256, shape, dtype=np.uint8))
+        names.append(f"clip{i:03d}.npy")
+    return names

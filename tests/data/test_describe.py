@@ -1,0 +1,115 @@
+"""What people are shown of a store and of an outline agrees with what is in them."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from make_media import drifting, outlined_frames, write_video, write_volumes
+from rich.console import Console
+from rich.table import Table
+
+from dist_train.data.decode import Video
+from dist_train.data.describe import describe_outline, describe_store, draw_outline
+from dist_train.data.manifest import read_manifest
+from dist_train.data.prepare import PrepareSettings, prepare
+from dist_train.data.roi import Box, OutlineColour, crop_to_outline
+from dist_train.data.store import Store
+from dist_train.errors import DecodeError
+
+
+def text(*tables: Table) -> str:
+    console = Console(width=200, file=io.StringIO())
+    with console.capture() as capture:
+        for table in tables:
+            console.print(table)
+    return capture.get()
+
+
+def row(printed: str, first: str) -> list[str]:
+    """The cells after the one that reads ``first``."""
+    (line,) = [line for line in printed.splitlines() if re.match(rf"[│┃ ]*{first}\b", line)]
+    return [cell.strip() for cell in re.split(r"[│┃]|  +", line) if cell.strip()][1:]
+
+
+def test_store(tmp_path: Path) -> None:
+    names = write_volumes(tmp_path / "raw", 10)
+    (tmp_path / "raw" / names[3]).write_bytes(b"x")
+    lines = [f"{n},{int(i < 4)},{'p' if i < 6 else 'q'},train" for i, n in enumerate(names)]
+    (tmp_path / "clips.csv").write_text("filename,label,group,split\n" + "\n".join(lines) + "\n")
+    manifest = read_manifest(tmp_path / "clips.csv")
+    settings = PrepareSettings(roi="none")
+    out = tmp_path / "store"
+    prepare(manifest, tmp_path / "raw", out, settings, workers=1, max_rejected=0.1)
+    store = Store(out)
+    printed = text(*describe_store(store))
+    # Of clips, negative, positive, unlabelled.
+    assert row(printed, "all") == ["9", "6", "3", "0"]
+    assert [row(line, "train") for line in printed.splitlines() if "train" in line] == [
+        ["p", "5", "2", "3", "0"],
+        ["q", "4", "4", "0", "0"],
+    ]
+    assert row(printed, "frames")[0] == "4"
+    assert row(printed, "frames")[-1] == "8"
+    assert row(printed, "width") == ["12"] * 5
+    assert "1 (see rejected.csv)" in printed
+    assert store.fingerprint in printed
+
+
+def test_unlabelled_store(tmp_path: Path) -> None:
+    write_volumes(tmp_path / "raw", 2)
+    (tmp_path / "clips.csv").write_text("filename\nclip000.npy\nclip001.npy\n")
+    manifest = read_manifest(tmp_path / "clips.csv", unlabelled=True)
+    settings = PrepareSettings(roi="none")
+    prepare(manifest, tmp_path / "raw", tmp_path / "store", settings, workers=1)
+    assert row(text(*describe_store(Store(tmp_path / "store"))), "all") == ["2", "0", "0", "2"]
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    boxes = [None, *drifting(Box(20, 30, 70, 84), 4)]
+    return write_video(tmp_path / "a.mp4", outlined_frames(boxes))
+
+
+def test_outline(video: Path) -> None:
+    printed = text(describe_outline(video))
+    assert "5 frames (5 declared)" in printed
+    assert row(printed, "0") == ["none"]
+    _, union = crop_to_outline(Video(video), OutlineColour())
+    expected = [union.top, union.left, union.bottom - union.top, union.right - union.left]
+    assert [int(cell) for cell in row(printed, "union")] == expected
+
+
+def test_video_without_outline(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", outlined_frames([None] * 2))
+    assert row(text(describe_outline(path)), "union") == ["none"]
+
+
+def test_drawing(video: Path, tmp_path: Path) -> None:
+    draw_outline(video, tmp_path / "a.png", strip=3)
+    picture = cv2.imread(str(tmp_path / "a.png"))
+    assert picture.shape == (96, 3 * 128, 3)
+    # Frames 0, 2 and 4: the first has no box of its own, all show the union.
+    blue = (picture == (255, 160, 0)).all(axis=2)
+    yellow = (picture == (0, 220, 220)).all(axis=2)
+    assert [bool(part.any()) for part in np.split(blue, 3, axis=1)] == [False, True, True]
+    assert all(part.any() for part in np.split(yellow, 3, axis=1))
+
+
+def test_drawing_of_a_short_clip(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", outlined_frames([None] * 2))
+    draw_outline(path, tmp_path / "a.png")
+    assert cv2.imread(str(tmp_path / "a.png")).shape == (96, 2 * 128, 3)
+
+
+def test_not_a_video(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    with pytest.raises(DecodeError):
+        describe_outline(tmp_path / "a.mp4")
+    with pytest.raises(DecodeError):
+        draw_outline(tmp_path / "a.mp4", tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()

@@ -1,0 +1,88 @@
+"""The loader: the sampler's batches, whatever the workers; errors that name the clip."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from make_media import write_manifest, write_volumes
+
+from dist_train.config import AugmentSettings, LoaderSettings
+from dist_train.data.augment import Augment
+from dist_train.data.collate import Batch
+from dist_train.data.dataset import ClipDataset
+from dist_train.data.loader import make_loader
+from dist_train.data.plan import make_plan
+from dist_train.data.prepare import PrepareSettings, prepare
+from dist_train.data.sampler import HeldOutSampler, PlanSampler
+from dist_train.data.shards import shard_name
+from dist_train.data.store import SHARDS, Store
+from dist_train.errors import StoreError
+
+EVERYTHING = AugmentSettings(**dict.fromkeys(AugmentSettings.model_fields, 0.5))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    names = write_volumes(tmp_path / "raw", 24)
+    manifest = write_manifest(tmp_path / "clips.csv", names)
+    settings = PrepareSettings(roi="none", shard_clips=6)
+    prepare(manifest, tmp_path / "raw", tmp_path / "store", settings, workers=1)
+    return Store(tmp_path / "store")
+
+
+def batches(store: Store, workers: int, *, passes: int = 1) -> list[Batch]:
+    labels = store.table["label"].to_numpy()
+    plan = make_plan(
+        np.flatnonzero(labels == 1), np.flatnonzero(labels == 0), batch=4, ratio=(1, 1), seed=0
+    )
+    sampler = PlanSampler(plan, rank=0, world=1, accumulate=1, first=0, last=14)
+    dataset = ClipDataset(store, size=(12, 12), max_frames=6, augment=Augment(EVERYTHING, 0))
+    loader = make_loader(dataset, sampler, LoaderSettings(workers=workers))
+    return [batch for _ in range(passes) for batch in loader]
+
+
+def assert_same(first: Sequence[Batch], second: Sequence[Batch]) -> None:
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.volumes, other.volumes)
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.clips, other.clips)
+        assert (one.frames is None) == (other.frames is None)
+        assert one.frames is None or torch.equal(one.frames, other.frames)
+
+
+def test_batches_do_not_depend_on_the_workers(store: Store) -> None:
+    alone = batches(store, 0)
+    assert len(alone) == 14
+    assert any(batch.frames is not None for batch in alone)
+    for workers in (1, 2):
+        assert_same(batches(store, workers), alone)
+
+
+def test_workers_that_live_on_give_the_same_again(store: Store) -> None:
+    twice = batches(store, 2, passes=2)
+    assert_same(twice[:14], twice[14:])
+
+
+def test_held_out_clips_all_come(store: Store) -> None:
+    clips = list(range(24))
+    sampler = HeldOutSampler(clips, store.table["frames"].tolist(), rank=0, world=1, batch=5)
+    dataset = ClipDataset(store, size=(12, 12), max_frames=None, augment=None)
+    loader = make_loader(dataset, sampler, LoaderSettings(workers=0))
+    assert sorted(clip for batch in loader for clip in batch.clips.tolist()) == clips
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_clip_is_named_by_its_key(store: Store, workers: int) -> None:
+    clip = store.clip_of("clip008")
+    row = store.table.iloc[clip]
+    path = store.folder / SHARDS / shard_name(int(row["shard"]))
+    content = bytearray(path.read_bytes())
+    content[int(row["offset"])] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="clip 'clip008' cannot be read"):
+        batches(store, workers)

@@ -1,0 +1,212 @@
+"""The clip table: every form that is read, and every mistake that is named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dist_train.data.manifest import read_manifest
+from dist_train.errors import ManifestError
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return tmp_path / "clips.csv"
+
+
+def write(path: Path, *lines: str, encoding: str = "utf-8") -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding=encoding)
+    return path
+
+
+def test_plain_table_gets_defaults(table: Path) -> None:
+    manifest = read_manifest(write(table, "filename,label", "a.mp4,1", "b.mp4,0"))
+    rows = manifest.table.drop(columns="crowd_score").to_dict("records")
+    shared = {"group": "", "weight": 1.0, "split": "", "tier1": True}
+    assert rows == [
+        {"key": "a", "filename": "a.mp4", "label": 1, **shared},
+        {"key": "b", "filename": "b.mp4", "label": 0, **shared},
+    ]
+    assert manifest.table["crowd_score"].isna().all()
+
+
+def test_every_optional_column_is_read(table: Path) -> None:
+    write(
+        table,
+        "filename,label,group,weight,split,crowd_score,tier1",
+        "a.mp4,1,p1,2.5,train,0.7,True",
+        "b.mp4,0.0,p2,,val,,false",
+    )
+    first, second = read_manifest(table).table.to_dict("records")
+    assert (first["group"], first["weight"], first["split"]) == ("p1", 2.5, "train")
+    assert (first["crowd_score"], first["tier1"]) == (0.7, True)
+    assert (second["weight"], second["tier1"], second["label"]) == (1.0, False, 0)
+    assert second["crowd_score"] != second["crowd_score"]
+
+
+def test_challenge_csvs_are_joined_by_name(tmp_path: Path) -> None:
+    write(
+        tmp_path / "train_metadata.csv",
+        "filename,url,project_id,num_frames,crowd_score,tier1,micro,nano",
+        "100.mp4,s3://x,M,54,0.0,True,False,False",
+        "101.mp4,s3://x,N,60,0.9,False,True,False",
+    )
+    write(tmp_path / "train_labels.csv", "filename,stalled", "101.mp4,1", "100.mp4,0")
+    rows = read_manifest(tmp_path / "train_metadata.csv").table
+    assert rows["label"].tolist() == [0, 1]
+    assert rows["group"].tolist() == ["M", "N"]
+    assert rows["tier1"].tolist() == [True, False]
+    assert rows["crowd_score"].tolist() == [0.0, 0.9]
+
+
+def test_labels_file_by_name(tmp_path: Path, table: Path) -> None:
+    labels = write(tmp_path / "elsewhere.csv", "filename,label,note", "a.mp4,1,x", "z.mp4,0,y")
+    manifest = read_manifest(write(table, "filename", "a.mp4"), labels=labels)
+    assert manifest.table["label"].tolist() == [1]
+
+
+def test_unlabelled_clips_have_minus_one(table: Path) -> None:
+    manifest = read_manifest(write(table, "filename", "a.mp4", "b.mp4"), unlabelled=True)
+    assert manifest.table["label"].tolist() == [-1, -1]
+
+
+def test_byte_order_mark_and_carriage_returns(table: Path) -> None:
+    table.write_bytes(b"\xef\xbb\xbffilename,label\r\na.mp4,1\r\n")
+    assert read_manifest(table).table["filename"].tolist() == ["a.mp4"]
+
+
+def test_names_that_look_like_missing_values_stay_names(table: Path) -> None:
+    manifest = read_manifest(write(table, "filename,label,group", "NA,1,nan", "007,0,null"))
+    assert manifest.table["filename"].tolist() == ["NA", "007"]
+    assert manifest.table["group"].tolist() == ["nan", "null"]
+
+
+MISTAKES = {
+    "header only": (["filename,label"], "has no rows"),
+    "no filename column": (["file,label", "a,1"], "no column 'filename'"),
+    "unknown column": (["filename,label,grp", "a,1,x"], "unknown column 'grp'. Did you mean 'g"),
+    "far from any column": (["filename,label,qqqq", "a,1,x"], "unknown column 'qqqq'. Known: "),
+    "listed twice": (["filename,label", "a.mp4,1", "b.mp4,0", "a.mp4,1"], r"'a.mp4' is listed twi"),
+    "no name": (["filename,label", "a.mp4,1", ",0"], "line 3 has no filename"),
+    "label 2": (["filename,label", "a.mp4,2"], "label of 'a.mp4' is '2', not 0 or 1"),
+    "label in words": (["filename,label", "a.mp4,yes"], "is 'yes', not 0 or 1"),
+    "label missing": (["filename,label", "a.mp4,1", "b.mp4,"], "label of 'b.mp4' is '', not 0"),
+    "field missing": (["filename,label", "a.mp4"], "label of 'a.mp4' is ''"),
+    "two label columns": (["filename,label,stalled", "a,1,1"], "two columns for 'label'"),
+    "split partly": (["filename,label,split", "a,1,train", "b,0,"], "'b' has no split, though"),
+    "split unknown": (
+        ["filename,label,split", "a,1,dev"],
+        "split 'dev' of 'a' is none of train, v",
+    ),
+    "weight negative": (["filename,label,weight", "a,1,-1"], "weight of 'a' is -1, not a finite"),
+    "weight infinite": (["filename,label,weight", "a,1,inf"], "weight of 'a' is inf, not a finite"),
+    "weight nan": (["filename,label,weight", "a,1,nan"], "weight of 'a' is nan, not a finite"),
+    "weight in words": (["filename,label,weight", "a,1,big"], "weight of 'a' is 'big', not a num"),
+    "score in words": (["filename,label,crowd_score", "a,1,x"], "crowd_score of 'a' is 'x', not a"),
+    "tier1 in words": (
+        ["filename,label,tier1", "a,1,perhaps"],
+        "tier1 of 'a' is 'perhaps', not tr",
+    ),
+    "one row too long": (["filename,label", "a,1", "b,1,2"], "is not a CSV file"),
+    # pandas alone would take the names for an index and the labels for the names.
+    "all rows too long": (["filename,label", "a,1,", "b,0,"], "more fields than its header"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_named(table: Path, mistake: str) -> None:
+    lines, message = MISTAKES[mistake]
+    with pytest.raises(ManifestError, match=re.escape(message)) as raised:
+        read_manifest(write(table, *lines))
+    assert raised.value.where == table
+    assert "\n" not in str(raised.value)
+
+
+def test_duplicate_gives_both_lines(table: Path) -> None:
+    write(table, "filename,label", "a.mp4,1", "b.mp4,0", "a.mp4,1")
+    with pytest.raises(ManifestError, match=r"lines 2 and 4"):
+        read_manifest(table)
+
+
+def test_missing_file(table: Path) -> None:
+    with pytest.raises(ManifestError, match="cannot be read"):
+        read_manifest(table)
+
+
+def test_empty_file(table: Path) -> None:
+    table.touch()
+    with pytest.raises(ManifestError, match="is empty"):
+        read_manifest(table)
+
+
+def test_binary_file(table: Path) -> None:
+    table.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe\x00")
+    with pytest.raises(ManifestError, match="is not a CSV file"):
+        read_manifest(table)
+
+
+def test_no_labels_anywhere(table: Path) -> None:
+    with pytest.raises(ManifestError, match=r"no train_labels.csv beside it.*--labels"):
+        read_manifest(write(table, "filename", "a.mp4"))
+
+
+def test_labels_file_without_a_clip(tmp_path: Path, table: Path) -> None:
+    labels = write(tmp_path / "labels.csv", "filename,label", "a.mp4,1")
+    with pytest.raises(ManifestError, match=r"no label for 'b.mp4' \(1 such rows\)"):
+        read_manifest(write(table, "filename", "a.mp4", "b.mp4"), labels=labels)
+
+
+def test_labels_twice_is_refused(tmp_path: Path, table: Path) -> None:
+    labels = write(tmp_path / "labels.csv", "filename,label", "a.mp4,0")
+    with pytest.raises(ManifestError, match="has labels of its own"):
+        read_manifest(write(table, "filename,label", "a.mp4,1"), labels=labels)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.mp4",
+        "/etc/passwd",
+        "..",
+        ".hidden",
+        "a b.mp4",
+        "a.b.mp4",
+        "größe.mp4",
+        "細胞.mp4",
+        "semi;colon.mp4",
+        "x" * 96 + ".mp4",
+        "y" * 250 + ".mp4",
+    ],
+)
+def test_key_is_safe_in_a_tar_archive(table: Path, name: str) -> None:
+    key = read_manifest(write(table, "filename,label", f"{name},1")).table["key"].iloc[0]
+    assert re.fullmatch(r"[A-Za-z0-9_-]+", key)
+    assert len(f"{key}.json") <= 100
+
+
+def test_keys_are_unique_where_stems_are_not(table: Path) -> None:
+    names = ["a/x.mp4", "b/x.mp4", "x.mov", "a b.mp4", "a_b.mp4", "a.b.mp4"]
+    manifest = read_manifest(write(table, "filename,label", *(f"{name},1" for name in names)))
+    keys = manifest.table["key"].tolist()
+    assert len(set(keys)) == len(names)
+    assert keys[4] == "a_b"
+
+
+def test_key_depends_on_nothing_but_the_names(table: Path) -> None:
+    write(table, "filename,label", "a b.mp4,1", "c.mp4,0")
+    first = read_manifest(table).table.set_index("filename")["key"]
+    write(table, "filename,label", "c.mp4,0", "a b.mp4,0")
+    assert read_manifest(table).table.set_index("filename")["key"].to_dict() == first.to_dict()
+
+
+def test_fingerprint_follows_the_content(table: Path) -> None:
+    write(table, "filename,label", "a.mp4,1", "b.mp4,0")
+    first = read_manifest(table).fingerprint
+    write(table, "filename,stalled", "a.mp4,1.0", "b.mp4,0.0", encoding="utf-8-sig")
+    assert read_manifest(table).fingerprint == first
+    write(table, "filename,label", "a.mp4,1", "b.mp4,1")
+    assert read_manifest(table).fingerprint != first
+    write(table, "filename,label", "b.mp4,0", "a.mp4,1")
+    assert read_manifest(table).fingerprint != first

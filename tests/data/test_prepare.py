@@ -1,0 +1,636 @@
+"""Stores: the same bytes whoever writes them and however often they are killed; bad files named."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import tifffile
+import webdataset
+from make_media import (
+    drifting,
+    grey_frames,
+    outlined_frames,
+    union_of,
+    write_manifest,
+    write_video,
+    write_volumes,
+)
+
+from dist_train.data.decode import Video, read_volume
+from dist_train.data.manifest import read_manifest
+from dist_train.data.prepare import JOB, PrepareSettings, prepare, prepare_npz
+from dist_train.data.roi import Box, OutlineColour, crop_to_outline
+from dist_train.data.shards import shard_name
+from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Store
+from dist_train.errors import StoreError
+
+WHOLE = PrepareSettings(roi="none", shard_clips=4)
+START = Box(20, 30, 70, 84)
+# webdataset 1.0 leaves its files to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+NOISE = np.random.default_rng(0).integers(0, 255, (10, 48, 64, 3), dtype=np.uint8)
+
+
+def make(folder: Path, names: Sequence[str], out: str = "store", **how: object) -> Path:
+    """Prepare the files ``names`` of ``folder``/raw; returns the store's folder."""
+    manifest = write_manifest(folder / "clips.csv", names)
+    settings = how.pop("settings", WHOLE)
+    how.setdefault("workers", 1)
+    prepare(manifest, folder / "raw", folder / out, settings, **how)  # type: ignore[arg-type]
+    return folder / out
+
+
+def content(store: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in sorted(store.rglob("*"))
+        if path.is_file()
+    }
+
+
+def stamps(store: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of every shard."""
+    return {
+        path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in (store / SHARDS).glob("*.tar")
+    }
+
+
+def rejected(store: Path) -> dict[str, str]:
+    table = pd.read_csv(store / REJECTED, dtype=str)
+    return dict(zip(table["file"], table["reason"], strict=True))
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    (tmp_path / "raw").mkdir()
+    return tmp_path / "raw"
+
+
+# What is stored.
+
+
+def test_every_kind_of_file(tmp_path: Path, raw: Path) -> None:
+    frames = grey_frames(6, 47, 63)
+    videos = {
+        "a.mp4": {"pix_fmt": "yuv444p"},
+        "b.mov": {"pix_fmt": "yuv444p"},
+        "c.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p", "full_range": True},
+        "d.gif": {"codec": "gif", "pix_fmt": "gray"},
+        "e.mkv": {"codec": "ffv1"},
+        "f.webm": {"codec": "libvpx-vp9", "options": {"cpu-used": "8"}},
+        "g.mp4": {"pix_fmt": "gray", "full_range": True},
+    }
+    for name, how in videos.items():
+        write_video(raw / name, frames, **how)
+    volume = np.random.default_rng(1).integers(0, 256, (5, 9, 11), dtype=np.uint8)
+    np.save(raw / "h.npy", volume)
+    np.savez(raw / "i.npz", volume)
+    tifffile.imwrite(raw / "j.tif", volume, photometric="minisblack")
+    tifffile.imwrite(raw / "k.tiff", volume.astype(np.uint16) * 257, photometric="minisblack")
+    names = [*videos, "h.npy", "i.npz", "j.tif", "k.tiff"]
+    store = Store(make(tmp_path, names))
+    assert store.table["filename"].tolist() == names
+    for clip, name in enumerate(names):
+        if name in videos:
+            expected = np.stack([frame.luma for frame in Video(raw / name)])
+            assert expected.shape == (6, 47, 63)
+        else:
+            expected = volume
+        np.testing.assert_array_equal(store.read(clip), expected)
+
+
+def test_crop_and_box_are_stored(tmp_path: Path, raw: Path) -> None:
+    boxes = drifting(START, 6)
+    path = write_video(raw / "a.mp4", outlined_frames(boxes))
+    folder = make(tmp_path, ["a.mp4"], settings=PrepareSettings())
+    expected, box = crop_to_outline(Video(path), OutlineColour())
+    np.testing.assert_array_equal(Store(folder).read(0), expected)
+    (sample,) = _samples(folder)
+    assert sample["json"]["box"] == [box.top, box.left, box.bottom, box.right]
+    assert max(abs(np.subtract(sample["json"]["box"], _sides(union_of(boxes))))) <= 2
+
+
+def _sides(box: Box) -> list[int]:
+    return [box.top, box.left, box.bottom, box.right]
+
+
+def _samples(folder: Path) -> list[dict[str, object]]:
+    """What the plain webdataset library reads, shard by shard."""
+    shards = [str(path) for path in sorted((folder / SHARDS).glob("*.tar"))]
+    return list(webdataset.WebDataset(shards, shardshuffle=False).decode())
+
+
+def test_plain_webdataset_reads_the_store(tmp_path: Path, raw: Path) -> None:
+    names = write_volumes(raw, 10)
+    samples = _samples(make(tmp_path, names))
+    assert [sample["json"]["filename"] for sample in samples] == names
+    for sample, name in zip(samples, names, strict=True):
+        np.testing.assert_array_equal(sample["npy"], read_volume(raw / name))
+
+
+UNSAFE = ["../outside.npy", "a b.npy", "a.b.npy", "sub/a.b.npy", "größe.npy", "x" * 120 + ".npy"]
+
+
+def test_unsafe_names_get_safe_keys(tmp_path: Path, raw: Path) -> None:
+    (raw / "sub").mkdir()
+    for i, name in enumerate(UNSAFE):
+        np.save(raw / name, np.full((2, 3, 5), i, np.uint8))
+    store = Store(make(tmp_path, UNSAFE))
+    by_name = dict(zip(store.table["filename"], range(len(UNSAFE)), strict=True))
+    for i, name in enumerate(UNSAFE):
+        assert (store.read(by_name[name]) == i).all()
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+", key) for key in store.table["key"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "clips.csv",
+        "outside.npy",
+        "raw",
+        "store",
+    ]
+
+
+def test_unlabelled_clips(tmp_path: Path, raw: Path) -> None:
+    write_volumes(raw, 2)
+    (tmp_path / "clips.csv").write_text("filename\nclip000.npy\nclip001.npy\n")
+    manifest = read_manifest(tmp_path / "clips.csv", unlabelled=True)
+    prepare(manifest, raw, tmp_path / "store", WHOLE, workers=1)
+    assert Store(tmp_path / "store").table["label"].tolist() == [-1, -1]
+
+
+def test_progress_counts_every_clip(tmp_path: Path, raw: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    names = write_volumes(raw, 10)
+    make(tmp_path, names, progress=lambda *counts: seen.append(counts))
+    assert seen == [(0, 10), (4, 10), (8, 10), (10, 10)]
+    seen.clear()
+    make(tmp_path, names, progress=lambda *counts: seen.append(counts))
+    assert seen == [(10, 10)]
+
+
+# The same bytes.
+
+
+def test_two_workers_write_what_one_writes(tmp_path: Path, raw: Path) -> None:
+    names = write_volumes(raw, 18)
+    (raw / "bad.npy").write_bytes(b"x")
+    names.insert(5, "bad.npy")
+    one = make(tmp_path, names, "one", workers=1, max_rejected=0.1)
+    two = make(tmp_path, names, "two", workers=2, max_rejected=0.1)
+    assert content(one) == content(two)
+    assert INDEX in content(one)
+
+
+def test_place_of_the_files_does_not_matter(tmp_path: Path, raw: Path) -> None:
+    names = write_volumes(raw, 6)
+    first = content(make(tmp_path, names, "first"))
+    shutil.copytree(tmp_path, tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "elsewhere" / "first")
+    assert content(make(tmp_path / "elsewhere", names, "second")) == first
+
+
+def test_finished_store_is_not_touched(tmp_path: Path, raw: Path) -> None:
+    store = make(tmp_path, write_volumes(raw, 9))
+    before, marker = stamps(store), (store / MARKER).stat().st_mtime_ns
+    make(tmp_path, sorted(path.name for path in raw.iterdir()))
+    assert stamps(store) == before
+    assert (store / MARKER).stat().st_mtime_ns == marker
+
+
+def remove_shard(store: Path) -> None:
+    (store / SHARDS / shard_name(1)).unlink()
+
+
+def remove_index(store: Path) -> None:
+    (store / INDEX).unlink()
+
+
+def remove_marker(store: Path) -> None:
+    (store / MARKER).unlink()
+
+
+def remove_list(store: Path) -> None:
+    (store / SHARDS / shard_name(1)).with_suffix(".rejected.csv").unlink()
+
+
+@pytest.mark.parametrize(
+    ("remove", "rewritten"),
+    [(remove_shard, 1), (remove_index, 0), (remove_marker, 0), (remove_list, 1)],
+)
+def test_what_is_lost_is_written_again(
+    tmp_path: Path, raw: Path, remove: Callable[[Path], None], rewritten: int
+) -> None:
+    names = write_volumes(raw, 10)
+    store = make(tmp_path, names)
+    before, shards = content(store), stamps(store)
+    remove(store)
+    assert content(store) != before
+    make(tmp_path, names)
+    assert content(store) == before
+    assert sum(stamps(store)[name] != stamp for name, stamp in shards.items()) == rewritten
+
+
+RUN = """
+import sys
+from pathlib import Path
+from dist_train.data.manifest import read_manifest
+from dist_train.data.prepare import PrepareSettings, prepare
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    prepare(
+        read_manifest(folder / "clips.csv"), folder / "raw", folder / "store",
+        PrepareSettings(roi="none", shard_clips=4), workers=2,
+        progress=lambda done, total: print(done, flush=True),
+    )
+"""
+
+
+def started(folder: Path, names: Sequence[str]) -> subprocess.Popen[str]:
+    """A run of two workers, in a process group of its own, that has just finished a shard."""
+    write_manifest(folder / "clips.csv", names)
+    (folder / "run.py").write_text(RUN)
+    process = subprocess.Popen(
+        [sys.executable, str(folder / "run.py"), str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) > 0:
+            return process
+    raise AssertionError("the run ended before it finished a shard")
+
+
+def heavy_volumes(raw: Path, count: int) -> list[str]:
+    for i in range(count):
+        clip = np.random.default_rng(i).integers(0, 256, (64, 96, 96), dtype=np.uint8)
+        np.save(raw / f"v{i:03d}.npy", clip)
+    return [f"v{i:03d}.npy" for i in range(count)]
+
+
+def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, raw: Path) -> None:
+    names = heavy_volumes(raw, 120)
+    process = started(tmp_path, names)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    store = tmp_path / "store"
+    kept = stamps(store)
+    assert 0 < len(kept) < 30, "the kill came too late to be one"
+    with pytest.raises(StoreError, match="not finished"):
+        Store(store)
+    make(tmp_path, names)
+    assert {name: stamps(store)[name] for name in kept} == kept
+    straight = content(make(tmp_path, names, "straight"))
+    assert content(store) == straight
+
+
+def test_workers_end_with_their_parent(tmp_path: Path, raw: Path) -> None:
+    """Else they would finish their shards while the next run, which finds the lock free, writes the
+    same ones."""
+    light = write_volumes(raw, 4)
+    video = write_video(raw / "v00.mp4", grey_frames(120, 192, 256))
+    heavy = [f"v{i:02d}.mp4" for i in range(1, 17)]
+    for name in heavy:
+        (raw / name).hardlink_to(video)
+    process = started(tmp_path, [*light, *heavy])
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 3, "a fork server, two workers"
+    process.kill()
+    process.wait()
+    kept = stamps(tmp_path / "store")
+    _, alive = psutil.wait_procs(children, timeout=20)
+    for child in alive:
+        child.kill()
+    process.communicate()
+    assert alive == []
+    assert stamps(tmp_path / "store") == kept
+    assert len(kept) < 5
+
+
+# Who may write where.
+
+
+def test_second_writer_is_refused(tmp_path: Path, raw: Path) -> None:
+    names = write_volumes(raw, 5)
+    refused: list[str] = []
+
+    def another(done: int, total: int) -> None:
+        with pytest.raises(StoreError, match="another process is writing this store") as raised:
+            make(tmp_path, names)
+        refused.append(str(raised.value))
+
+    make(tmp_path, names, progress=another)
+    assert len(refused) == 3
+    make(tmp_path, names)
+
+
+SETTINGS = {
+    "settings.shard_clips": PrepareSettings(roi="none", shard_clips=5),
+    "settings.truncated": PrepareSettings(roi="none", shard_clips=4, truncated="keep"),
+    "settings.roi": PrepareSettings(shard_clips=4),
+    "settings.colour.blue": PrepareSettings(
+        roi="none", shard_clips=4, colour=OutlineColour(blue=(0, 90))
+    ),
+}
+
+
+@pytest.mark.parametrize("changed", SETTINGS)
+def test_another_setting_is_named(tmp_path: Path, raw: Path, changed: str) -> None:
+    names = write_volumes(raw, 5)
+    before = content(make(tmp_path, names))
+    with pytest.raises(StoreError, match=rf"other settings \({changed} changed\)"):
+        make(tmp_path, names, settings=SETTINGS[changed])
+    assert content(tmp_path / "store") == before
+
+
+def test_another_manifest_is_named(tmp_path: Path, raw: Path) -> None:
+    names = write_volumes(raw, 5)
+    make(tmp_path, names)
+    with pytest.raises(StoreError, match=r"other settings \(manifest changed\)"):
+        make(tmp_path, names[::-1])
+
+
+def test_no_source_folder(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="the source folder does not exist"):
+        make(tmp_path, ["a.npy"])
+    assert not (tmp_path / "store").exists()
+
+
+def test_missing_file_is_named_before_any_work(tmp_path: Path, raw: Path) -> None:
+    names = [*write_volumes(raw, 3), "gone.npy", "lost.npy"]
+    with pytest.raises(StoreError, match=r"gone.npy: the file is missing \(2 such"):
+        make(tmp_path, names)
+    assert not (tmp_path / "store").exists()
+
+
+# Bad files.
+
+
+def cut(path: Path, share: float) -> Path:
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    return path
+
+
+def test_every_bad_file_is_rejected_with_its_reason(tmp_path: Path, raw: Path) -> None:
+    faststart = {"container_options": {"movflags": "faststart"}, "options": {"g": "1"}}
+    cut(write_video(raw / "cut.mp4", NOISE, **faststart), 0.6)
+    cut(write_video(raw / "no_header.mp4", NOISE), 0.6)
+    (raw / "zero.mp4").touch()
+    (raw / "zero.npy").touch()
+    (raw / "garbage.mp4").write_bytes(b"garbage" * 99)
+    (raw / "garbage.tif").write_bytes(b"garbage" * 99)
+    (raw / "notes.txt").write_text("not a clip")
+    np.save(raw / "float.npy", np.zeros((3, 4, 5), np.float32))
+    np.save(raw / "object.npy", np.array([[[None]]]), allow_pickle=True)
+    good = write_volumes(raw, 3)
+    reasons = {
+        "cut.mp4": r"the video stops after \d+ of 10 declared frames.*--truncated keep",
+        "no_header.mp4": "cannot be opened",
+        "zero.mp4": "cannot be opened",
+        "zero.npy": "cannot be read",
+        "garbage.mp4": "cannot be opened",
+        "garbage.tif": "cannot be read",
+        "notes.txt": r"unknown kind of file '.txt'.*Known: .avi",
+        "float.npy": "holds float32 values",
+        "object.npy": "cannot be read",
+    }
+    store = make(tmp_path, [*reasons, *good], max_rejected=0.8)
+    found = rejected(store)
+    assert found.keys() == reasons.keys()
+    for name, reason in reasons.items():
+        assert re.search(rf"{name}: {reason}", found[name]), found[name]
+    assert Store(store).table["filename"].tolist() == sorted(good)
+    # Labels alternate from 0, over nine bad files.
+    assert Store(store).info["rejected"] == {"0": 5, "1": 4}
+
+
+def test_truncated_video_can_be_kept(tmp_path: Path, raw: Path) -> None:
+    faststart = {"container_options": {"movflags": "faststart"}, "options": {"g": "1"}}
+    path = cut(write_video(raw / "cut.mp4", NOISE, **faststart), 0.6)
+    settings = PrepareSettings(roi="none", truncated="keep")
+    store = Store(make(tmp_path, ["cut.mp4"], settings=settings))
+    decoded = np.stack([frame.luma for frame in Video(path)])
+    assert 0 < len(decoded) < 10
+    np.testing.assert_array_equal(store.read(0), decoded)
+
+
+def test_clip_without_outline_is_rejected(tmp_path: Path, raw: Path) -> None:
+    write_video(raw / "with.mp4", outlined_frames([START] * 4))
+    write_video(raw / "without.mp4", outlined_frames([None] * 4))
+    np.save(raw / "volume.npy", NOISE[..., 0])
+    names = ["with.mp4", "without.mp4", "volume.npy"]
+    store = make(tmp_path, names, settings=PrepareSettings(), max_rejected=0.7)
+    found = rejected(store)
+    assert found.keys() == {"without.mp4", "volume.npy"}
+    assert "no outline found in any frame" in found["without.mp4"]
+    assert "a volume has no coloured outline" in found["volume.npy"]
+
+
+def test_too_many_rejected_fails_and_leaves_no_marker(tmp_path: Path, raw: Path) -> None:
+    names = [*write_volumes(raw, 8), "bad.npy", "worse.npy"]
+    (raw / "bad.npy").write_bytes(b"x")
+    (raw / "worse.npy").write_bytes(b"x")
+    with pytest.raises(
+        StoreError, match=r"2 of 10 clips were rejected.*is 0.1; .*bad.npy"
+    ) as error:
+        make(tmp_path, names, max_rejected=0.1)
+    assert error.value.exit_code != 0
+    store = tmp_path / "store"
+    assert not (store / MARKER).exists()
+    assert rejected(store).keys() == {"bad.npy", "worse.npy"}
+    before = stamps(store)
+    assert Store(make(tmp_path, names, max_rejected=0.2)).info["clips"] == 8
+    assert stamps(store) == before
+    with pytest.raises(StoreError, match="were rejected"):
+        make(tmp_path, names, max_rejected=0.1)
+    assert not (store / MARKER).exists()
+
+
+def test_nothing_left_is_an_error(tmp_path: Path, raw: Path) -> None:
+    (raw / "bad.npy").write_bytes(b"x")
+    with pytest.raises(StoreError, match="1 of 1 clips were rejected"):
+        make(tmp_path, ["bad.npy"], max_rejected=1.0)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new file", "moved here, with an old time"])
+def test_mended_file_is_taken_up(tmp_path: Path, raw: Path, old: bool) -> None:
+    names = write_volumes(raw, 10)
+    good = (raw / names[5]).read_bytes()
+    (raw / names[5]).write_bytes(b"x")
+    store = make(tmp_path, names, max_rejected=0.1)
+    before = stamps(store)
+    assert Store(store).info["clips"] == 9
+
+    mended = tmp_path / "mended.npy"
+    mended.write_bytes(good)
+    if old:
+        os.utime(mended, (1e9, 1e9))
+    mended.rename(raw / names[5])
+    make(tmp_path, names)
+    assert Store(store).info["clips"] == 10
+    assert rejected(store) == {}
+    changed = {name for name, stamp in stamps(store).items() if stamp != before[name]}
+    assert changed == {shard_name(1)}
+    assert content(store) == content(make(tmp_path, names, "straight"))
+
+
+def test_mended_file_is_not_lost_by_a_kill(
+    tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the worst moment: the new list of rejects is in place, the new shard is not yet."""
+    names = write_volumes(raw, 10)
+    good = (raw / names[5]).read_bytes()
+    (raw / names[5]).write_bytes(b"x")
+    store = make(tmp_path, names, max_rejected=0.1)
+    (raw / names[5]).write_bytes(good)
+
+    rename = Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if target.name == shard_name(1):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path, names)
+    make(tmp_path, names)
+    assert Store(store).info["clips"] == 10
+
+
+def test_job_tells_what_the_store_is_for(tmp_path: Path, raw: Path) -> None:
+    store = make(tmp_path, write_volumes(raw, 2))
+    job = json.loads((store / JOB).read_text())
+    assert job["settings"]["roi"] == "none"
+    assert job["fingerprint"] == Store(store).fingerprint
+
+
+# MedMNIST, and real clips.
+
+
+def small_medmnist(path: Path, **changed: np.ndarray) -> Path:
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 5), ("val", 3), ("test", 2)):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (count, 4, 5, 6), dtype=np.uint8)
+        arrays[f"{split}_labels"] = (np.arange(count) % 2).astype(np.uint8)[:, None]
+    np.savez(path, **{k: v for k, v in (arrays | changed).items() if v is not None})
+    return path
+
+
+def test_medmnist_form(tmp_path: Path) -> None:
+    path = small_medmnist(tmp_path / "small.npz")
+    info = prepare_npz(path, tmp_path / "store", shard_clips=4)
+    assert (info["clips"], info["shards"]) == (10, 3)
+    store = Store(tmp_path / "store")
+    with np.load(path) as arrays:
+        for clip, key in enumerate(store.table["key"]):
+            split, number = key.split("_")
+            np.testing.assert_array_equal(store.read(clip), arrays[f"{split}_images"][int(number)])
+            assert store.table["label"].iloc[clip] == arrays[f"{split}_labels"][int(number), 0]
+            assert store.table["split"].iloc[clip] == split
+
+
+def test_medmnist_of_other_content_is_refused(tmp_path: Path) -> None:
+    prepare_npz(small_medmnist(tmp_path / "a.npz"), tmp_path / "store")
+    changed = small_medmnist(tmp_path / "b.npz", val_labels=np.ones((3, 1), np.uint8))
+    with pytest.raises(StoreError, match=r"other settings \(npz changed\)"):
+        prepare_npz(changed, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"val_labels": None}, "val_labels"),
+        ({"val_labels": np.full((3, 1), 2)}, "label 2 of val image 0 is not 0 or 1"),
+        ({"test_labels": np.ones((9, 1))}, "test has 2 images, 9 labels"),
+    ],
+)
+def test_not_the_medmnist_form(tmp_path: Path, changed: dict[str, object], message: str) -> None:
+    path = small_medmnist(tmp_path / "a.npz", **changed)  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match=rf"is not a MedMNIST file \(.*{message}"):
+        prepare_npz(path, tmp_path / "store")
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "garbage", "npy", "half"])
+def test_not_an_npz(tmp_path: Path, damage: str) -> None:
+    path = small_medmnist(tmp_path / "a.npz")
+    whole = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "npy":
+        with path.open("wb") as file:
+            np.save(file, NOISE)
+    else:
+        path.write_bytes(
+            {"empty": b"", "garbage": b"PK\x03\x04" * 99, "half": whole[: len(whole) // 2]}[damage]
+        )
+    with pytest.raises(StoreError, match="is not a MedMNIST file"):
+        prepare_npz(path, tmp_path / "store")
+
+
+def test_vesselmnist3d(tmp_path: Path, real_data: Path) -> None:
+    path = real_data / "vesselmnist3d.npz"
+    info = prepare_npz(path, tmp_path / "store", shard_clips=512)
+    assert (info["clips"], info["shards"], info["rejected"]) == (1908, 4, {})
+    store = Store(tmp_path / "store")
+    assert store.table["split"].value_counts().to_dict() == {"train": 1335, "val": 191, "test": 382}
+    with np.load(path) as arrays:
+        for split in ("train", "val", "test"):
+            rows = store.table[store.table["split"] == split]
+            images = np.stack([store.read(clip) for clip in rows.index])
+            np.testing.assert_array_equal(images, arrays[f"{split}_images"])
+            np.testing.assert_array_equal(rows["label"], arrays[f"{split}_labels"].ravel())
+
+
+@pytest.mark.slow
+def test_real_ultrasound_clips(tmp_path: Path, real_data: Path) -> None:
+    """Each is stored with the frames that truly decode, or rejected with a reason; none is lost."""
+    source = real_data / "lung_ultrasound"
+    with (source / "labels.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with (tmp_path / "clips.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("filename", "label", "group"))
+        writer.writerows((row["filename"], row["label"], row["patient"]) for row in rows)
+    manifest = read_manifest(tmp_path / "clips.csv")
+    settings = PrepareSettings(roi="none", shard_clips=8)
+    prepare(manifest, source, tmp_path / "store", settings, workers=2, max_rejected=0.5)
+    store = Store(tmp_path / "store")
+    frames = dict(zip(store.table["filename"], store.table["frames"], strict=True))
+    reasons = rejected(tmp_path / "store")
+    assert frames.keys() | reasons.keys() == {row["filename"] for row in rows}
+    assert not frames.keys() & reasons.keys()
+    for row in rows:
+        with av.open(str(source / row["filename"])) as container:
+            shapes = {(f.height, f.width) for f in container.decode(video=0)}
+        if row["filename"] in frames:
+            assert frames[row["filename"]] == int(row["frames"])
+            clip = store.clip_of(
+                store.table["key"][store.table["filename"] == row["filename"]].item()
+            )
+            assert {store.read(clip).shape[1:]} == shapes
+        else:
+            assert re.search(
+                r"stops after \d+ of \d+ declared|changes size", reasons[row["filename"]]
+            )
+    assert len(frames) > 0.5 * len(rows)

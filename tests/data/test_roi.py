@@ -1,0 +1,141 @@
+"""The outline's box: within two pixels of the truth, whatever the compression and clutter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_media import drifting, outlined_frames, union_of, write_video
+
+from dist_train.data.decode import Video
+from dist_train.data.roi import MARGIN, Box, OutlineColour, crop_to_outline, find_outline
+from dist_train.errors import DecodeError, RoiError
+
+COLOUR = OutlineColour()
+START = Box(20, 30, 70, 84)
+
+
+def furthest_side(found: Box, truth: Box) -> int:
+    return max(
+        abs(found.top - truth.top),
+        abs(found.left - truth.left),
+        abs(found.bottom - truth.bottom),
+        abs(found.right - truth.right),
+    )
+
+
+@pytest.mark.parametrize("crf", [18, 28, 35])
+@pytest.mark.parametrize("start", [START, Box(11, 17, 36, 101), Box(3, 41, 90, 66)])
+def test_union_is_within_two_pixels(tmp_path: Path, crf: int, start: Box) -> None:
+    boxes = drifting(start, 6, step=(0, 1))
+    path = write_video(tmp_path / "a.mp4", outlined_frames(boxes), options={"crf": str(crf)})
+    clip, found = crop_to_outline(Video(path), COLOUR)
+    assert furthest_side(found, union_of(boxes)) <= 2
+    assert clip.shape == (6, found.bottom - found.top, found.right - found.left)
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv444p"])
+@pytest.mark.parametrize("full_range", [False, True])
+def test_pixel_formats_and_ranges(tmp_path: Path, pix_fmt: str, full_range: bool) -> None:
+    boxes = drifting(START, 4)
+    path = write_video(
+        tmp_path / "a.mp4", outlined_frames(boxes), pix_fmt=pix_fmt, full_range=full_range
+    )
+    _, found = crop_to_outline(Video(path), COLOUR)
+    assert furthest_side(found, union_of(boxes)) <= 2
+
+
+@pytest.mark.parametrize("bt709", [False, True])
+@pytest.mark.parametrize("full_range", [False, True])
+def test_colour_is_exact(tmp_path: Path, full_range: bool, bt709: bool) -> None:
+    """An even patch of (224, 107, 34) is found by ranges of a few levels around it, and only so."""
+    frames = np.full((1, 64, 64, 3), 40, np.uint8)
+    frames[:, 16:48, 24:40] = (224, 107, 34)
+    path = write_video(
+        tmp_path / "a.mp4", frames, options={"qp": "0"}, full_range=full_range, bt709=bt709
+    )
+    (frame,) = Video(path)
+    assert frame.bt709 == bt709
+    near = OutlineColour(red=(221, 227), green=(104, 110), blue=(31, 37))
+    found = find_outline(frame, near)
+    assert found is not None
+    # Chroma of half the resolution blends with the ground at the rim.
+    assert furthest_side(found, Box(16, 24, 48, 40)) <= 2
+    for other in ({"red": (230, 240)}, {"green": (90, 101)}, {"blue": (40, 50)}):
+        assert find_outline(frame, replace(near, **other)) is None
+
+
+def test_odd_frame_with_the_outline_at_its_last_pixel(tmp_path: Path) -> None:
+    box = Box(31, 47, 81, 101)
+    path = write_video(
+        tmp_path / "a.mkv", outlined_frames([box] * 2, height=81, width=101), codec="ffv1"
+    )
+    _, found = crop_to_outline(Video(path), COLOUR)
+    assert furthest_side(found, box) <= 2
+    assert (found.bottom, found.right) == (81, 101)
+
+
+@pytest.mark.parametrize("colour", [(255, 20, 20), (224, 107, 34), (250, 250, 250), (20, 60, 250)])
+def test_blobs_elsewhere_do_not_disturb(tmp_path: Path, colour: tuple[int, int, int]) -> None:
+    frames = outlined_frames([START] * 4)
+    frames[:, 4:14, 100:120] = colour
+    frames[2:, 80:92, 5:25] = colour
+    path = write_video(tmp_path / "a.mp4", frames, options={"crf": "23"})
+    _, found = crop_to_outline(Video(path), COLOUR)
+    assert furthest_side(found, START) <= 2
+
+
+@pytest.mark.parametrize("direction", [(0, 4), (4, 0), (-3, -5)])
+def test_second_pass_equals_a_brute_force_crop(tmp_path: Path, direction: tuple[int, int]) -> None:
+    start = Box(80, 90, 120, 140)
+    boxes = drifting(start, 12, step=direction)
+    path = write_video(tmp_path / "a.mp4", outlined_frames(boxes, height=200, width=240))
+    found = [find_outline(frame, COLOUR) for frame in Video(path)]
+    union = union_of(found)
+    assert not found[0].grown(MARGIN, 200, 240).contains(union), "the window would have sufficed"
+    expected = np.stack([union.cut(frame.luma) for frame in Video(path)])
+    clip, box = crop_to_outline(Video(path), COLOUR)
+    assert box == union
+    np.testing.assert_array_equal(clip, expected)
+
+
+def test_window_equals_a_brute_force_crop(tmp_path: Path) -> None:
+    """The outline is first seen in the third frame: those before it are cut too."""
+    boxes = [None, None, *drifting(START, 5, step=(1, 2)), None]
+    path = write_video(tmp_path / "a.mp4", outlined_frames(boxes))
+    union = union_of([find_outline(frame, COLOUR) for frame in Video(path)])
+    clip, box = crop_to_outline(Video(path), COLOUR)
+    assert box == union
+    np.testing.assert_array_equal(clip, np.stack([union.cut(f.luma) for f in Video(path)]))
+
+
+@pytest.mark.parametrize("level", [40, 250])
+def test_grey_clip_has_no_outline(tmp_path: Path, level: int) -> None:
+    frames = outlined_frames([None] * 3)
+    frames[:, 20:60, 20:60] = level
+    path = write_video(tmp_path / "a.mp4", frames)
+    with pytest.raises(RoiError, match=r"a.mp4: no outline found in any frame.*--roi none"):
+        crop_to_outline(Video(path), COLOUR)
+
+
+def test_truly_grey_encoding_has_no_outline(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", outlined_frames([START] * 3), pix_fmt="gray")
+    with pytest.raises(RoiError):
+        crop_to_outline(Video(path), COLOUR)
+
+
+def test_not_a_video(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    with pytest.raises(DecodeError):
+        crop_to_outline(Video(tmp_path / "a.mp4"), COLOUR)
+
+
+def test_box_arithmetic() -> None:
+    box = Box(2, 3, 5, 9)
+    assert box.union(Box(0, 4, 4, 12)) == Box(0, 3, 5, 12)
+    assert box.contains(Box(2, 3, 4, 9))
+    assert not box.contains(Box(2, 2, 4, 9))
+    assert box.grown(3, 7, 10) == Box(0, 0, 7, 10)
+    assert box.cut(np.arange(100, dtype=np.uint8).reshape(10, 10)).shape == (3, 6)

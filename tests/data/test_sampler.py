@@ -1,0 +1,87 @@
+"""What each rank is given: the plan's slots in training, every clip once when held out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_train.data.plan import make_plan
+from dist_train.data.sampler import HeldOutSampler, PlanSampler, Slot
+from dist_train.errors import PlanError
+
+PLAN = make_plan(np.arange(10), np.arange(10, 60), batch=16, ratio=(1, 3), seed=0)
+
+
+def sampler(*, rank: int = 0, world: int = 1, accumulate: int = 1, first: int = 0, last: int = 9):
+    return PlanSampler(PLAN, rank=rank, world=world, accumulate=accumulate, first=first, last=last)
+
+
+def test_slots_are_the_plan_s_with_the_epoch_of_their_step() -> None:
+    batches = list(sampler())
+    assert len(batches) == len(sampler()) == 9
+    for step, batch in enumerate(batches):
+        assert [slot.clip for slot in batch] == PLAN.global_batch(step).tolist()
+        assert {slot.epoch for slot in batch} == {PLAN.epoch_of(step)}
+    assert batches[-1][0].epoch == 3
+
+
+def test_slots_hold_plain_numbers() -> None:
+    """A slot is sent to worker processes, and printed in errors."""
+    clip, epoch = next(iter(sampler()))[0]
+    assert type(clip) is int
+    assert type(epoch) is int
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 4), (2, 1), (2, 2), (4, 1)])
+def test_ranks_cut_the_global_batch(world: int, accumulate: int) -> None:
+    ranks = [list(sampler(rank=r, world=world, accumulate=accumulate)) for r in range(world)]
+    assert all(len(batches) == 9 * accumulate for batches in ranks)
+    for step in range(9):
+        joined = [
+            slot.clip
+            for batches in ranks
+            for batch in batches[step * accumulate : (step + 1) * accumulate]
+            for slot in batch
+        ]
+        assert joined == PLAN.global_batch(step).tolist()
+
+
+def test_resumed_sampler_goes_on_where_it_stopped() -> None:
+    straight = list(sampler(world=2, accumulate=2))
+    resumed = [*sampler(world=2, accumulate=2, last=4), *sampler(world=2, accumulate=2, first=4)]
+    assert resumed == straight
+
+
+def test_second_iteration_is_the_first() -> None:
+    once = sampler()
+    assert list(once) == list(once)
+
+
+def test_cut_that_is_impossible_is_refused_at_once() -> None:
+    with pytest.raises(PlanError, match="cannot be cut into 3 processes"):
+        sampler(world=3)
+
+
+@given(st.lists(st.integers(1, 90), max_size=70), st.integers(1, 5), st.integers(1, 9))
+def test_held_out_clips_are_seen_once_over_all_ranks(
+    frames: list[int], world: int, batch: int
+) -> None:
+    clips = [100 + i for i in range(len(frames))]
+    ranks = [HeldOutSampler(clips, frames, rank=r, world=world, batch=batch) for r in range(world)]
+    seen = [slot.clip for rank in ranks for slots in rank for slot in slots]
+    assert sorted(seen) == clips
+    counts = [sum(map(len, rank)) for rank in ranks]
+    assert max(counts) - min(counts) <= 1
+    for rank in ranks:
+        assert all(0 < len(slots) <= batch for slots in rank)
+        assert len(rank) == len(list(rank))
+
+
+def test_held_out_batches_hold_clips_of_like_depth() -> None:
+    depths = np.random.default_rng(0).integers(17, 435, 400).tolist()
+    batches = list(HeldOutSampler(list(range(400)), depths, rank=1, world=2, batch=8))
+    padding = [max(depths[s.clip] for s in b) - min(depths[s.clip] for s in b) for b in batches]
+    assert max(padding) < 40
+    assert batches[0][0] == Slot(batches[0][0].clip, 0)

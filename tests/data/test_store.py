@@ -1,0 +1,176 @@
+"""Reading a store: any clip, from any process, and damage by its name."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_media import write_manifest, write_volumes
+
+from dist_train.data import store as store_module
+from dist_train.data.decode import read_volume
+from dist_train.data.index import read_index
+from dist_train.data.prepare import PrepareSettings, prepare
+from dist_train.data.shards import shard_name
+from dist_train.data.store import INDEX, MARKER, SHARDS, Store, read_marker
+from dist_train.errors import StoreError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A store of ten clips in four shards."""
+    names = write_volumes(tmp_path / "raw", 10)
+    manifest = write_manifest(tmp_path / "clips.csv", names)
+    settings = PrepareSettings(roi="none", shard_clips=3)
+    prepare(manifest, tmp_path / "raw", tmp_path / "store", settings, workers=1)
+    return tmp_path / "store"
+
+
+def source_of(store: Store, clip: int) -> np.ndarray:
+    return read_volume(store.folder.parent / "raw" / store.table["filename"].iloc[clip])
+
+
+def test_every_clip_in_any_order(folder: Path) -> None:
+    store = Store(folder)
+    for clip in [7, 0, 9, 3, 3, *range(10)]:
+        pixels = store.read(clip)
+        assert pixels.dtype == np.uint8
+        np.testing.assert_array_equal(pixels, source_of(store, clip))
+
+
+def test_table(folder: Path) -> None:
+    table = Store(folder).table
+    assert table["key"].tolist() == sorted(table["key"])
+    assert table["label"].tolist() == [0, 1] * 5
+    assert table["frames"].tolist() == [4 + i % 5 for i in range(10)]
+    assert table["height"].tolist() == [10 + i % 3 for i in range(10)]
+    assert (table["width"] == 12).all()
+    assert table["shard"].tolist() == [i // 3 for i in range(10)]
+    assert table["crowd_score"].dtype == np.float64
+    assert table["crowd_score"].isna().all()
+
+
+def test_clip_of(folder: Path) -> None:
+    store = Store(folder)
+    assert [store.clip_of(key) for key in store.table["key"]] == list(range(10))
+    with pytest.raises(StoreError, match="holds no clip 'clip999'"):
+        store.clip_of("clip999")
+
+
+def test_no_more_files_are_open_than_allowed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "OPEN_SHARDS", 2)
+    store = Store(folder)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for clip in [0, 3, 6, 9, 0, 6, 1, 9]:
+        np.testing.assert_array_equal(store.read(clip), source_of(store, clip))
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+
+
+def test_pickled_store_opens_its_own_files(folder: Path) -> None:
+    store = Store(folder)
+    store.read(4)
+    copy = pickle.loads(pickle.dumps(store))
+    np.testing.assert_array_equal(copy.read(4), source_of(store, 4))
+    assert copy.table.equals(store.table)
+    assert copy.fingerprint == store.fingerprint
+
+
+def _sum(store: Store, clip: int) -> int:
+    return int(store.read(clip).sum())
+
+
+def test_forkserver_workers_read_it(folder: Path) -> None:
+    store = Store(folder)
+    store.read(0)
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        sums = list(pool.map(_sum, [store] * 10, range(10)))
+    assert sums == [_sum(store, clip) for clip in range(10)]
+
+
+def test_a_fork_reads_beside_its_parent(folder: Path) -> None:
+    """By hand, since the point is a child that inherits open descriptors."""
+    store = Store(folder)
+    expected = [_sum(store, clip) for clip in range(10)]
+    child = os.fork()
+    if child == 0:
+        same = all(_sum(store, clip) == expected[clip] for clip in [*range(10)] * 20)
+        os._exit(0 if same else 1)
+    read = [_sum(store, clip) for clip in [*range(9, -1, -1)] * 20]
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert read == expected[::-1] * 20
+
+
+def test_damaged_byte_is_named_by_key(folder: Path) -> None:
+    record = dict(read_index(folder / INDEX))["clip004"]
+    path = folder / SHARDS / shard_name(record["shard"])
+    content = bytearray(path.read_bytes())
+    content[record["offset"] + 5] ^= 1
+    path.write_bytes(content)
+    store = Store(folder)
+    clip = store.clip_of("clip004")
+    with pytest.raises(StoreError, match=r"'clip004' cannot be read \(the bytes are not") as raised:
+        store.read(clip)
+    assert raised.value.where == path
+    np.testing.assert_array_equal(store.read(clip + 1), source_of(store, clip + 1))
+
+
+@pytest.mark.parametrize("kept", [0, 1000])
+def test_cut_shard_is_named_by_key(folder: Path, kept: int) -> None:
+    path = folder / SHARDS / shard_name(1)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(StoreError, match="'clip005' cannot be read"):
+        Store(folder).read(5)
+
+
+def test_missing_shard_is_named(folder: Path) -> None:
+    (folder / SHARDS / shard_name(1)).unlink()
+    store = Store(folder)
+    store.read(0)
+    with pytest.raises(StoreError, match=r"'clip003' cannot be read \(No such file"):
+        store.read(3)
+
+
+def test_no_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"there is no store here.*check the path"):
+        Store(tmp_path)
+
+
+def test_unfinished_store(folder: Path) -> None:
+    (folder / MARKER).unlink()
+    with pytest.raises(StoreError, match=r"the store is not finished.*to finish it"):
+        Store(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"text"', "\xff"])
+def test_marker_that_is_none(folder: Path, content: str) -> None:
+    (folder / MARKER).write_bytes(content.encode("latin-1"))
+    with pytest.raises(StoreError, match=r"store.json: is not the marker of a store"):
+        read_marker(folder)
+
+
+def test_marker_of_another_format(folder: Path) -> None:
+    marker = read_marker(folder) | {"format": "dist_train store 99"}
+    (folder / MARKER).write_text(json.dumps(marker))
+    with pytest.raises(StoreError, match="format 'dist_train store 99', this version reads"):
+        Store(folder)
+
+
+def test_index_of_another_store(folder: Path) -> None:
+    marker = read_marker(folder) | {"clips": 11}
+    (folder / MARKER).write_text(json.dumps(marker))
+    with pytest.raises(StoreError, match="the index holds 10 clips, the store 11"):
+        Store(folder)
+
+
+def test_missing_index(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    with pytest.raises(StoreError, match="the store has no index"):
+        Store(folder)

@@ -1,0 +1,234 @@
+"""Several processes, started as a user starts them: DDP and ZeRO on CPUs, over gloo."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from helpers import (
+    LAUNCH,
+    dist_train,
+    launched,
+    losses_of,
+    metrics_of,
+    overrides,
+    run,
+    run_well,
+    tiny_config,
+    tiny_store,
+)
+
+from dist_train.engine.checkpoint import load_checkpoint
+from dist_train.train import train
+
+FILE = "cpu_2proc.yaml"
+BACKENDS = ["ddp", "zero1", "zero2"]
+# Two backends add up in different orders, and AdamW makes steps of full size of small differences,
+# so that they part sooner the higher the rate.
+STEADY = ("optim.lr=3e-4", "checkpoint.keep_last=9")
+
+
+def train_two(store: Path, out: Path, backend: str, *more: str, resume: str = "never") -> Path:
+    settings = overrides(store, out, *STEADY, f"train.backend={backend}", *more)
+    run_well(launched(FILE, "train", "--resume", resume, *settings))
+    return out
+
+
+def cut(run: Path, to: Path, *, after: int) -> Path:
+    """A copy of a run as a kill soon after step ``after`` would have left it."""
+    shutil.copytree(run, to)
+    for path in (to / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > after:
+            shutil.rmtree(path)
+    return to
+
+
+def sessions_of(run: Path) -> list[tuple[str, int, int | None]]:
+    sessions = json.loads((run / "run.json").read_text())["sessions"]
+    return [(s["backend"], s["world_size"], s["resumed_from_step"]) for s in sessions]
+
+
+def norms_of(run: Path) -> list[float]:
+    return [line["train/grad_norm"] for line in metrics_of(run)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_store(tmp_path_factory.mktemp("launch") / "store")
+
+
+@pytest.fixture(scope="module")
+def ddp(store: Path) -> Path:
+    """A straight run of two DDP processes; not to be changed."""
+    return train_two(store, store.parent / "ddp", "ddp")
+
+
+@pytest.fixture(scope="module")
+def zero2(store: Path) -> Path:
+    """The same under ZeRO-2; not to be changed."""
+    return train_two(store, store.parent / "zero2", "zero2")
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_every_launch_file(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == "MULTI_GPU"
+    assert config.use_cpu == (path.stem == "cpu_2proc")
+    assert config.mixed_precision == "no", "train.precision alone decides"
+    assert config.num_processes == (2 if path.stem.startswith("cpu") else -1)
+    # A fixed port where other machines must find it; a free one elsewhere.
+    assert (config.main_process_port == 0) == (path.stem != "gpu_multinode")
+
+
+def test_two_processes_equal_one_that_accumulates_two_micro_batches(
+    store: Path, ddp: Path, tmp_path: Path
+) -> None:
+    """The same micro-batches, each with its own BatchNorm statistics, and gradients averaged.
+
+    Not so for the running statistics, which follow rank 0 alone on two processes, nor, therefore,
+    for the val figures.
+    """
+    train(tiny_config(store, tmp_path, *STEADY, "train.accumulate=2"))
+    assert losses_of(tmp_path) == pytest.approx(losses_of(ddp), rel=1e-5)
+    assert norms_of(tmp_path) == pytest.approx(norms_of(ddp), rel=1e-4)
+    for one, two in zip(metrics_of(tmp_path), metrics_of(ddp), strict=True):
+        if "train/auc" in one:
+            assert one["train/auc"] == pytest.approx(two["train/auc"], abs=1e-9)
+
+
+def test_two_processes_share_the_writing_of_a_checkpoint(ddp: Path) -> None:
+    assert sessions_of(ddp) == [("ddp", 2, None)]
+    tensors, marker = load_checkpoint(ddp / "checkpoints" / "step-18")
+    first, second = marker["files"]
+    assert 0.5 < first["size"] / second["size"] < 2
+    assert "epoch/logits" in tensors
+
+
+def test_logits_of_both_processes_are_in_the_checkpoint_of_mid_epoch(ddp: Path) -> None:
+    """Step 16 is the 4th of its epoch: 4 steps of 8 clips, 2 of them positive."""
+    tensors, _ = load_checkpoint(ddp / "checkpoints" / "step-16")
+    assert tensors["epoch/logits"].shape == (32,)
+    assert tensors["epoch/labels"].sum() == 8
+
+
+def test_a_checkpoint_of_two_processes_goes_on_in_one(
+    store: Path, ddp: Path, tmp_path: Path
+) -> None:
+    out = cut(ddp, tmp_path / "run", after=16)
+    train(tiny_config(store, out, *STEADY, "train.accumulate=2"), resume="auto")
+    assert losses_of(out) == pytest.approx(losses_of(ddp), rel=1e-5)
+    assert sessions_of(out)[1] == ("ddp", 1, 16)
+    mine, theirs = (load_checkpoint(r / "checkpoints" / "step-18")[0] for r in (out, ddp))
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        if "running" not in name and "tracked" not in name:
+            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def facts_of(backend: str) -> dict[str, Any]:
+    """What tests/distributed/probe.py says, started by the launch file of the backend."""
+    probe = Path(__file__).with_name("probe.py")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    said = run_well([*launcher, str(LAUNCH / FILE), str(probe), backend])
+    (line,) = [line for line in said.splitlines() if line.startswith("FACTS ")]
+    facts: dict[str, Any] = json.loads(line.removeprefix("FACTS "))
+    return facts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_asked_for_is_what_runs(backend: str) -> None:
+    facts = facts_of(backend)
+    zero = backend != "ddp"
+    assert facts["engine"] == ("DeepSpeedEngine" if zero else "DistributedDataParallel")
+    assert facts["stage"] == BACKENDS.index(backend)
+    assert facts["partitions_gradients"] == (backend == "zero2")
+    assert facts["computed"] == ["torch.bfloat16"]
+    assert facts["state"] == ["torch.float32", "torch.int64"], "bf16 is autocast, not a cast"
+    # ZeRO pads each partition by a few values at most.
+    share = facts["parameters"] / (2 if zero else 1)
+    assert facts["moments_held"] == pytest.approx([share] * 2, abs=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["ddp", "zero2"])
+def test_processes_talk(backend: str) -> None:
+    facts = facts_of(backend)
+    assert facts["world"] == 2
+    assert facts["ranks"] == [0, 1]
+    assert facts["mean"] == 0.5
+    assert facts["from_main"] == ["of rank 0"] * 2
+    first, second = facts["gathered_statistics"]
+    assert first == second, "a saved state has one set of statistics"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero1", "zero2"])
+def test_zero_trains_as_ddp_does(
+    store: Path, ddp: Path, tmp_path: Path, backend: str, request: pytest.FixtureRequest
+) -> None:
+    if backend == "zero2":
+        out: Path = request.getfixturevalue("zero2")
+    else:
+        out = train_two(store, tmp_path / "run", backend)
+    assert sessions_of(out) == [(backend, 2, None)]
+    assert losses_of(out) == pytest.approx(losses_of(ddp), rel=1e-5)
+    assert norms_of(out) == pytest.approx(norms_of(ddp), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero1", "zero2"])
+def test_zero_takes_over_from_ddp(store: Path, ddp: Path, tmp_path: Path, backend: str) -> None:
+    out = cut(ddp, tmp_path / "run", after=8)
+    train_two(store, out, backend, resume="auto")
+    assert sessions_of(out) == [("ddp", 2, None), (backend, 2, 8)]
+    assert losses_of(out) == pytest.approx(losses_of(ddp), rel=1e-5)
+    assert norms_of(out) == pytest.approx(norms_of(ddp), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_one_ddp_process_takes_over_from_zero(
+    store: Path, ddp: Path, zero2: Path, tmp_path: Path
+) -> None:
+    out = cut(zero2, tmp_path / "run", after=8)
+    train(tiny_config(store, out, *STEADY, "train.accumulate=2"), resume="auto")
+    assert sessions_of(out) == [("zero2", 2, None), ("ddp", 1, 8)]
+    assert losses_of(out) == pytest.approx(losses_of(ddp), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_zero_resumes_itself(store: Path, zero2: Path, tmp_path: Path) -> None:
+    out = cut(zero2, tmp_path / "run", after=8)
+    train_two(store, out, "zero2", resume="auto")
+    assert metrics_of(out) == metrics_of(zero2)
+
+
+@pytest.mark.slow
+def test_ddp_under_a_launcher_that_asks_for_deepspeed(store: Path, tmp_path: Path) -> None:
+    command = launched(FILE, "train", *overrides(store, tmp_path / "run"))
+    done = run(command, ACCELERATE_USE_DEEPSPEED="true")
+    assert done.returncode != 0
+    assert "error: train.backend asks for DDP, but the launcher for DeepSpeed" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_error_in_a_launched_run_is_told_by_each_process(store: Path, tmp_path: Path) -> None:
+    command = launched(FILE, "train", *overrides(store, tmp_path / "run"))
+    done = run([*command, "train.accumulate=2"])
+    assert done.returncode != 0
+    assert "error: plan.batch 8 cannot be cut into 2 processes x 2 accumulation" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_zero_without_a_launcher(store: Path, tmp_path: Path) -> None:
+    settings = overrides(store, tmp_path / "run", "train.backend=zero1")
+    done = run(dist_train("train", *settings))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: train.backend: ZeRO needs a launcher")

@@ -1,0 +1,94 @@
+"""metrics.jsonl and TensorBoard: the same numbers, each step once, also after a kill."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import board_of, environment
+
+from dist_train.engine.events import EventWriter
+
+
+def write(run: Path, steps: range, *, after: int, value: float = 0.0) -> None:
+    with EventWriter(run, after=after) as events:
+        for step in steps:
+            events.write(step, 0, 1000.0 + step, {"a/loss": value + step, "a/gone": None})
+    # TensorBoard reads files in the order of their names, which begin with the second of the start.
+    # The sessions of a test may begin in the same one.
+    board = run / "tensorboard"
+    (fresh,) = board.glob("events.*")
+    fresh.rename(board / f"{len(list(board.iterdir()))}.tfevents")
+
+
+def lines_of(run: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_numbers_go_to_both_under_the_same_names(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 4), after=0)
+    assert lines_of(tmp_path)[1] == {
+        "step": 2, "epoch": 0, "time": 1002.0, "a/loss": 2.0, "a/gone": None
+    }  # fmt: skip
+    assert board_of(tmp_path, "a/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_becomes_null(tmp_path: Path, value: float) -> None:
+    with EventWriter(tmp_path, after=0) as events:
+        events.write(1, 0, 1.0, {"a": value, "b": 2.0})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["a"] is None
+    assert board_of(tmp_path, "b") == [(1, 2.0)]
+
+
+def test_what_came_after_the_checkpoint_is_dropped_from_both(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 8), after=0)
+    write(tmp_path, range(5, 10), after=4, value=100)
+    values = [1.0, 2, 3, 4, 105, 106, 107, 108, 109]
+    assert [line["a/loss"] for line in lines_of(tmp_path)] == values
+    assert board_of(tmp_path, "a/loss") == list(zip(range(1, 10), values, strict=True))
+
+
+def test_a_new_run_in_a_folder_that_was_left_starts_empty(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 4), after=0)
+    write(tmp_path, range(1, 3), after=0, value=100)
+    assert [line["a/loss"] for line in lines_of(tmp_path)] == [101, 102]
+    assert board_of(tmp_path, "a/loss") == [(1, 101.0), (2, 102.0)]
+
+
+@pytest.mark.parametrize(
+    "torn",
+    ['{"step": 4, "epoch": 0, "ti', '{"step": 4, "a/loss": 4.0}', "\0\0\0\0\n", "\0\0\0\0"],
+    ids=["half a line", "all but its end", "zeros and an end", "zeros"],
+)
+def test_a_line_torn_by_a_kill_is_dropped(tmp_path: Path, torn: str) -> None:
+    write(tmp_path, range(1, 4), after=0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    write(tmp_path, range(4, 6), after=3)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dist_train.engine.events import EventWriter
+events = EventWriter(Path(sys.argv[1]), after=0)
+for step in range(1, 6):
+    events.write(step, 0, float(step), {"a/loss": step})
+    if step == 3:
+        events.flush()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_was_flushed_outlives_a_kill(tmp_path: Path) -> None:
+    """The session that goes on from the checkpoint after step 3 writes the rest again."""
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment())
+    assert killed.returncode == -9
+    assert [line["step"] for line in lines_of(tmp_path)][:3] == [1, 2, 3]
+    assert board_of(tmp_path, "a/loss")[:3] == [(1, 1.0), (2, 2.0), (3, 3.0)]

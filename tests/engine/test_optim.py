@@ -1,0 +1,49 @@
+"""AdamW's groups, and one step against the update rule written out."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dist_train.config import OptimSettings
+from dist_train.engine.optim import make_optimizer
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv3d(1, 2, 1), nn.BatchNorm3d(2), nn.Flatten(), nn.Linear(2, 1))
+
+
+def test_only_weights_with_two_or_more_axes_decay() -> None:
+    model = network()
+    decayed, plain = make_optimizer(model, OptimSettings(weight_decay=0.3)).param_groups
+    assert {id(p) for p in decayed["params"]} == {id(model[0].weight), id(model[3].weight)}
+    assert decayed["weight_decay"] == 0.3
+    assert plain["weight_decay"] == 0.0
+    assert len(plain["params"]) == 4
+    every = {id(p) for p in model.parameters()}
+    assert {id(p) for p in decayed["params"] + plain["params"]} == every
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    groups = make_optimizer(model, OptimSettings()).param_groups
+    held = {id(p) for group in groups for p in group["params"]}
+    assert not held & {id(p) for p in model[0].parameters()}
+
+
+def test_the_first_step_is_that_of_the_paper() -> None:
+    """Algorithm 2 of Loshchilov & Hutter 2019 at t = 1, where m = g and v = g² once corrected."""
+    model = network()
+    settings = OptimSettings(lr=0.1, weight_decay=0.5, betas=(0.8, 0.9))
+    optimizer = make_optimizer(model, settings)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.arange(4.0).reshape(4, 1, 1, 1, 1)).square().sum().backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None
+        decay = 0.5 if parameter.ndim > 1 else 0.0
+        stepped = gradient / (gradient.square().sqrt() + 1e-8) + decay * before[name]
+        torch.testing.assert_close(parameter.detach(), before[name] - 0.1 * stepped)

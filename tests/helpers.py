@@ -1,0 +1,138 @@
+"""A tiny store, a tiny run, and the command line as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dist_train.config import Config, load_config
+from dist_train.data.prepare import prepare_npz
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+# Positives and negatives of each split of the tiny store: 6 steps an epoch at batch 8, and 1:3.
+SPLITS = {"train": (12, 28), "val": (4, 6), "test": (4, 6)}
+STEPS_PER_EPOCH = 6
+# What depends on the clock or the machine, not on the arithmetic.
+UNSTEADY = ("time", "speed/", "memory/")
+
+
+def tiny_npz(path: Path, *, seed: int = 0) -> Path:
+    """A file in MedMNIST's form: 60 clips of 8x16x16, the positives with a bright middle."""
+    random = np.random.default_rng(seed)
+    arrays = {}
+    for split, (positives, negatives) in SPLITS.items():
+        labels = random.permutation([1] * positives + [0] * negatives)
+        images = random.integers(0, 120, (len(labels), 8, 16, 16), dtype=np.uint8)
+        images[labels == 1, :, 5:11, 5:11] += 100
+        arrays |= {f"{split}_images": images, f"{split}_labels": labels[:, None].astype(np.uint8)}
+    np.savez(path, **arrays)
+    return path
+
+
+def tiny_store(folder: Path, *, seed: int = 0) -> Path:
+    """A finished store of ``tiny_npz``, in ``folder``."""
+    prepare_npz(tiny_npz(folder.with_name(f"{folder.name}.npz"), seed=seed), folder)
+    return folder
+
+
+def overrides(store: Path, out: Path, *more: str) -> list[str]:
+    """Settings of a run that takes a second: 3 epochs of 6 steps, with a checkpoint after each 4th
+    step, which falls inside the epochs."""
+    return [
+        f"store={store}",
+        f"out={out}",
+        "clip.size=[16, 16]",
+        "plan.batch=8",
+        "loader.workers=0",
+        "model.name=resnet3d-10",
+        "model.width=4",
+        "model.stem_pool=false",
+        "optim.lr=0.01",
+        "train.epochs=3",
+        "train.precision=fp32",
+        "checkpoint.every_steps=4",
+        "snapshots.at=[2, 3]",
+        *more,
+    ]
+
+
+def tiny_config(store: Path, out: Path, *more: str) -> Config:
+    return load_config(None, overrides(store, out, *more))
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl``, without the unsteady figures."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if not k.startswith(UNSTEADY)} for line in lines]
+
+
+def losses_of(run: Path) -> list[float]:
+    return [line["train/loss"] for line in metrics_of(run)]
+
+
+def board_of(run: Path, name: str) -> list[tuple[int, float]]:
+    """Steps and values of a TensorBoard scalar, as TensorBoard shows them."""
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    return [(event.step, event.value) for event in board.Scalars(name)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For a command of its own: one thread, and no launcher's settings of this process."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "DS_"))}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        inherited.pop(name, None)
+    return inherited | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
+
+
+def dist_train(*arguments: object) -> list[str]:
+    """The command ``dist-train``."""
+    return [sys.executable, "-m", "dist_train", *map(str, arguments)]
+
+
+def launched(file: str, *arguments: object) -> list[str]:
+    """The command ``dist-train`` under a file of launch/."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    return [*launcher, str(LAUNCH / file), "-m", "dist_train", *map(str, arguments)]
+
+
+def run(command: Sequence[str], **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, env=environment(**env), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def run_well(command: Sequence[str], **env: str) -> str:
+    """Standard output of a command that must succeed."""
+    done = run(command, **env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def kill_when(command: Sequence[str], reached: Callable[[], bool], **env: str) -> None:
+    """Start a command, and SIGKILL all of its processes once ``reached()``."""
+    process = psutil.Popen(
+        command, env=environment(**env), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 90
+    while not reached():
+        assert process.poll() is None, f"it ended too soon: {process.stderr.read().decode()}"
+        assert time.monotonic() < deadline, "it never came so far"
+        time.sleep(0.002)
+    # Workers of a launcher have sessions of their own, so there is no one group to kill.
+    family = [process, *process.children(recursive=True)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family, timeout=30)
+    process.stderr.close()

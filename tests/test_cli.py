@@ -1,0 +1,300 @@
+"""Bad input through the command line: one line that says what, where and what to do."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from helpers import dist_train, overrides, run, tiny_config, tiny_npz, tiny_store
+
+from dist_train import cli
+from dist_train.data.store import Store
+from dist_train.errors import StoreError
+from dist_train.train import train
+
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command line that must fail, and returns its message without "error: "."""
+
+    def command(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["dist-train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        return line.removeprefix("error: ")
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_store(tmp_path_factory.mktemp("cli") / "store")
+
+
+@pytest.fixture(scope="module")
+def trained(store: Path) -> Path:
+    out = store.parent / "run"
+    train(tiny_config(store, out, "train.epochs=1", "snapshots.at=[1]"))
+    return out
+
+
+def video(path: Path, *, outlined: bool = True) -> Path:
+    """Twelve frames of 48x48: grey, with the outline of a square, orange as the challenge's."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
+        for number in range(12):
+            frame = np.full((48, 48, 3), 60 + 5 * number, np.uint8)
+            if outlined:
+                frame[12:36, 12:36] = (255, 80, 0)
+                frame[16:32, 16:32] = 60 + 5 * number
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def prepare(folder: Path, csv: str, *more: object) -> list[object]:
+    (folder / "clips.csv").write_text(csv)
+    return [
+        "prepare", "--manifest", folder / "clips.csv", "--source", folder,
+        "--out", folder / "store", "--workers", 1, *more,
+    ]  # fmt: skip
+
+
+# The process itself.
+
+
+def test_help_answers() -> None:
+    done = run(dist_train("--help"))
+    assert done.returncode == 0
+    for command in ("prepare", "train", "predict", "evaluate", "report"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["trian"],
+        ["train", "--resume", "always"],
+        ["prepare"],
+        ["predict", "run", "--prior", "2"],
+        ["info"],
+        ["train", "--confg", "x"],
+    ],
+)
+def test_a_usage_error_exits_with_2(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dist-train", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert "Usage: " in capsys.readouterr().err
+
+
+def test_a_users_error_is_one_line_on_stderr(store: Path, tmp_path: Path) -> None:
+    """The whole process: nothing that libraries print comes with it."""
+    done = run(dist_train("train", *overrides(store, tmp_path / "run", "plan.bach=8")))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "error: command line: unknown setting 'plan.bach'. Did you mean 'plan.batch'?\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_store_is_one_line_on_stderr(tmp_path: Path) -> None:
+    """As above, after torch and Accelerate are up."""
+    done = run(dist_train("train", *overrides(tmp_path / "none", tmp_path / "run")))
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'none'}: there is no store here. ")
+    assert not (tmp_path / "run").exists()
+
+
+# train
+
+
+def test_a_missing_config_file(fails: Command, tmp_path: Path) -> None:
+    path = tmp_path / "none.yaml"
+    assert fails("train", "--config", path) == f"{path}: cannot be read (No such file or directory)"
+
+
+def test_an_unfinished_store(fails: Command, store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "store")
+    (tmp_path / "store" / "store.json").unlink()
+    message = fails("train", *overrides(tmp_path / "store", tmp_path / "run"))
+    assert message.startswith(f"{tmp_path / 'store'}: the store is not finished. Run 'dist-train")
+
+
+def test_a_damaged_store(fails: Command, store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "store")
+    (shard,) = (tmp_path / "store" / "shards").glob("*.tar")
+    content = np.fromfile(shard, np.uint8)
+    content[1000:] ^= 1
+    content.tofile(shard)
+    message = fails("train", *overrides(tmp_path / "store", tmp_path / "run"))
+    assert message.startswith(f"{shard}: clip '")
+    assert "the bytes are not those that were stored" in message
+
+
+def test_a_selection_without_positives(fails: Command, tmp_path: Path) -> None:
+    path = tiny_npz(tmp_path / "a.npz")
+    with np.load(path) as arrays:
+        blank = {k: v * 0 if k.endswith("labels") else v for k, v in arrays.items()}
+    np.savez(path, **blank)
+    cli.prepare_npz(path, tmp_path / "store")
+    message = fails("train", *overrides(tmp_path / "store", tmp_path / "run"))
+    assert message.startswith("the selection holds no positives (60 clips of 60 selected)")
+
+
+@pytest.mark.parametrize("setting", ["plan.batch=12", "train.accumulate=3"])
+def test_a_batch_that_cannot_be_cut(
+    fails: Command, store: Path, tmp_path: Path, setting: str
+) -> None:
+    more = [setting, "train.accumulate=2"] if "batch" in setting else [setting]
+    message = fails("train", *overrides(store, tmp_path / "run", *more))
+    assert message.startswith("plan.batch ")
+    assert "cannot be cut into 1 processes" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_model(fails: Command, store: Path, tmp_path: Path) -> None:
+    message = fails("train", *overrides(store, tmp_path / "run", "model.name=resnet3d-11"))
+    assert message.startswith("there is no model 'resnet3d-11'. Did you mean 'resnet3d-101'?")
+
+
+def test_an_existing_run_without_resume(fails: Command, store: Path, trained: Path) -> None:
+    before = (trained / "metrics.jsonl").read_bytes()
+    message = fails("train", *overrides(store, trained, "train.epochs=1", "snapshots.at=[1]"))
+    assert message.startswith(f"{trained}: the folder holds a run already. ")
+    assert "--resume auto" in message
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_folder_that_cannot_be_made(fails: Command, store: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    message = fails("train", *overrides(store, tmp_path / "file" / "run"))
+    assert message == f"{tmp_path / 'file' / 'run'}: Not a directory"
+
+
+# predict, evaluate, report, info
+
+
+def test_a_missing_run(fails: Command, tmp_path: Path) -> None:
+    for command in ("predict", "report"):
+        assert fails(command, tmp_path).startswith(f"{tmp_path}: there is no run here. ")
+    message = fails("evaluate", tmp_path)
+    assert message.startswith(f"{tmp_path / 'predictions.csv'}: there are no predictions. ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_snapshots(fails: Command, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "snapshots")
+    message = fails("predict", tmp_path / "run")
+    assert message.startswith(f"{tmp_path / 'run'}: the run has no snapshot yet. ")
+    assert not (tmp_path / "run" / "predictions.csv").exists()
+
+
+def test_a_run_without_its_record(fails: Command, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    message = fails("predict", tmp_path / "run")
+    assert message.startswith(f"{tmp_path / 'run' / 'run.json'}: the record of the run cannot be")
+    assert not (tmp_path / "run" / "predictions.csv").exists()
+
+
+def test_info_of_no_store(fails: Command, tmp_path: Path) -> None:
+    assert fails("info", tmp_path).startswith(f"{tmp_path}: there is no store here. ")
+
+
+# prepare
+
+
+@pytest.mark.parametrize(
+    ("csv", "part"),
+    [
+        ("filename,label\na.mp4,0\na.mp4,1\n", "'a.mp4' is listed twice (lines 2 and 3)"),
+        ("filename,label\na.mp4,2\n", "label of 'a.mp4' is '2', not 0 or 1"),
+        ("filename,label,fliename\na.mp4,0,x\n", "unknown column 'fliename'. Did you mean"),
+        ("filename\na.mp4\n", "has no 'label' or 'stalled' column"),
+        ("filename,label\n", "has no rows"),
+        ("", "is empty"),
+    ],
+    ids=["duplicate", "label 2", "unknown column", "no labels", "no rows", "empty"],
+)
+def test_a_bad_manifest(fails: Command, tmp_path: Path, csv: str, part: str) -> None:
+    video(tmp_path / "a.mp4")
+    message = fails(*prepare(tmp_path, csv))
+    assert message.startswith(f"{tmp_path / 'clips.csv'}: ")
+    assert part in message
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_missing_manifest(fails: Command, tmp_path: Path) -> None:
+    path = tmp_path / "none.csv"
+    message = fails("prepare", "--manifest", path, "--source", tmp_path, "--out", tmp_path / "s")
+    assert message == f"{path}: cannot be read (No such file or directory)"
+
+
+def test_a_missing_video(fails: Command, tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4")
+    message = fails(*prepare(tmp_path, "filename,label\na.mp4,0\nb.mp4,1\n"))
+    assert message.startswith(f"{tmp_path / 'b.mp4'}: the file is missing")
+    assert not (tmp_path / "store").exists()
+
+
+def no_outline(path: Path) -> None:
+    video(path, outlined=False)
+
+
+def truncated(path: Path) -> None:
+    content = video(path).read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def no_video(path: Path) -> None:
+    path.write_text("this is not a video")
+
+
+@pytest.mark.parametrize("make", [no_outline, truncated, no_video], ids=lambda make: make.__name__)
+def test_a_video_that_is_rejected(
+    fails: Command, tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    video(tmp_path / "a.mp4")
+    make(tmp_path / "b.mp4")
+    message = fails(*prepare(tmp_path, "filename,label\na.mp4,0\nb.mp4,1\n"))
+    assert message.startswith(f"{tmp_path / 'store' / 'rejected.csv'}: 1 of 2 clips were rejected")
+    assert str(tmp_path / "b.mp4") in message
+    with pytest.raises(StoreError, match="not finished"):
+        Store(tmp_path / "store")
+
+
+def test_a_store_of_other_settings(fails: Command, tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4")
+    csv = "filename,label\na.mp4,0\n"
+    done = run(dist_train(*prepare(tmp_path, csv)))
+    assert done.returncode == 0, done.stderr
+    assert f"1 clips in {tmp_path / 'store'}" in done.stdout
+    message = fails(*prepare(tmp_path, csv, "--roi", "none"))
+    assert "the store was made with other settings (settings.roi changed)" in message
+    assert len(Store(tmp_path / "store").table) == 1
+
+
+def test_a_file_that_is_no_medmnist_file(fails: Command, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros(3))
+    message = fails("prepare-npz", tmp_path / "a.npz", "--out", tmp_path / "store")
+    assert message.startswith(f"{tmp_path / 'a.npz'}: is not a MedMNIST file")
+    assert not (tmp_path / "store").exists()

@@ -1,0 +1,158 @@
+"""The settings tree: what it accepts, what it refuses, and how it says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+from pydantic import ValidationError
+
+from dist_train.config import Config, PlanSettings, dump_config, load_config
+from dist_train.errors import ConfigError
+
+
+def message(*overrides: str, path: Path | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["store=s", *overrides])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_config_loads(path: Path) -> None:
+    assert load_config(path).out != Config(store=Path("s")).out
+
+
+def test_overrides_win_over_the_file_and_are_yaml_values(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("store: from-file\nseed: 3\nplan: {batch: 16}\noptim: {lr: 1e-3}\n")
+    config = load_config(
+        path, ["plan.batch=64", "clip.size=[8, 9]", "optim.clip_norm=null", "snapshots.at=[1, 2]"]
+    )
+    assert (config.store, config.seed) == (Path("from-file"), 3)
+    assert config.plan == PlanSettings(batch=64)
+    assert config.clip.size == (8, 9)
+    assert config.optim.lr == 1e-3
+    assert config.optim.clip_norm is None
+    assert config.snapshots.at == (1, 2)
+
+
+def test_a_value_may_hold_an_equals_sign() -> None:
+    assert load_config(None, ["store=a=b"]).store == Path("a=b")
+
+
+def test_dump_and_load_give_an_equal_tree(tmp_path: Path) -> None:
+    config = load_config(
+        None,
+        ["store=s", "optim.lr=3.3e-7", "snapshots.at=[2]", "clip.max_frames=7", "clip.size=[4, 5]"],
+    )
+    dump_config(config, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_the_tree_is_frozen() -> None:
+    config = Config(store=Path("s"))
+    with pytest.raises(ValidationError, match="frozen"):
+        config.plan.batch = 8
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("plan.bach=8", "plan.batch"),
+        ("trian.epochs=8", "train"),
+        ("batch=8", "plan.batch"),
+        ("model.widht=8", "model.width"),
+        ("seeed=8", "seed"),
+    ],
+)
+def test_an_unknown_key_names_its_nearest_match(override: str, nearest: str) -> None:
+    text = message(override)
+    assert text.startswith("command line: unknown setting ")
+    assert f"Did you mean '{nearest}'?" in text
+
+
+def test_an_unknown_key_that_is_like_no_other_lists_the_sections() -> None:
+    assert "Known sections: out, store, seed" in message("zzzzzz=1")
+
+
+def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("plan: {bacth: 3}\n")
+    assert message(path=path) == f"{path}: unknown setting 'plan.bacth'. Did you mean 'plan.batch'?"
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("plan.batch=many", "setting 'plan.batch': Input should be a valid integer"),
+        ("train.epochs=0", "setting 'train.epochs': Input should be greater than or equal to 1"),
+        (
+            "train.backend=fsdp",
+            "setting 'train.backend': Input should be 'ddp', 'zero1' or 'zero2'",
+        ),
+        ("clip.size=[8]", "setting 'clip.size.1': Field required"),
+        ("augment.flip=1.5", "setting 'augment.flip': Input should be less than or equal to 1"),
+        (
+            "plan.batch=30",
+            "setting 'plan': batch 30 is not a multiple of positives + negatives = 4",
+        ),
+        ("split.fold=5", "setting 'split': fold 5 does not exist: folds are 0 to 4"),
+        ("snapshots.at=[21]", "snapshots.at names epoch 21, but train.epochs is 20"),
+        (f"seed={2**63}", "setting 'seed': Input should be less than"),
+        ("plan=3", "setting 'plan': Input should be a valid dictionary"),
+        ("seed.x=3", "unknown setting 'seed.x'"),
+        ("plan.batch", "'plan.batch' is not of the form key=value"),
+        ("clip.size=[1, 2", "the value of 'clip.size=[1, 2' is not valid YAML"),
+        ("=3", "unknown setting ''"),
+    ],
+)
+def test_a_bad_override_is_named(override: str, part: str) -> None:
+    text = message(override)
+    assert text.startswith("command line: ") or override.startswith("snapshots")
+    assert part in text
+
+
+def test_an_override_that_goes_through_a_plain_value_is_refused() -> None:
+    assert "'plan.batch': 'plan' is not a section" in message("plan=3", "plan.batch=4")
+
+
+def test_a_bad_value_is_blamed_on_whoever_gave_it(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("plan: {batch: 30}\n")
+    assert message(path=path).startswith(f"{path}: setting 'plan'")
+    assert message("plan.batch=34", path=path).startswith("command line: setting 'plan'")
+
+
+def test_the_store_is_required() -> None:
+    with pytest.raises(ConfigError, match="setting 'store': Field required"):
+        load_config(None)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"plan: [1, 2", "is not valid YAML"),
+        (b"a: b: c", "is not valid YAML"),
+        (b"\xff\xfe\xfa", "is not valid YAML"),
+        (b"- 1\n- 2\n", "must hold 'key: value' settings"),
+        (b"just text", "must hold 'key: value' settings"),
+    ],
+)
+def test_a_malformed_file_is_named_in_one_line(tmp_path: Path, content: bytes, part: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    text = message(path=path)
+    assert text.startswith(f"{path}: {part}")
+    assert "\n" not in text
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    text = message(path=tmp_path / "none.yaml")
+    assert text == f"{tmp_path / 'none.yaml'}: cannot be read (No such file or directory)"
+
+
+def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("# nothing yet\n")
+    assert load_config(path, ["store=s"]) == Config(store=Path("s"))

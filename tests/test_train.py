@@ -1,0 +1,254 @@
+"""One process trains, stops, goes on: the figures, the folder, and exact resumption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    STEPS_PER_EPOCH,
+    dist_train,
+    losses_of,
+    metrics_of,
+    overrides,
+    run_well,
+    tiny_config,
+    tiny_store,
+)
+from safetensors.torch import load_file
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from dist_train.data.collate import collate
+from dist_train.data.sampler import Slot
+from dist_train.engine.schedule import Schedule
+from dist_train.errors import CheckpointError, RunError
+from dist_train.run import as_input, make_model, open_data
+from dist_train.train import Progress, train
+
+STEPS = 3 * STEPS_PER_EPOCH
+
+
+class InterruptedSessionError(Exception):
+    """What ends a session in the middle."""
+
+
+def interrupt_at(step: int) -> Progress:
+    def progress(done: int, total: int, figures: str) -> None:
+        if done == step:
+            raise InterruptedSessionError
+
+    return progress
+
+
+def weights_of(run: Path, step: int = STEPS) -> bytes:
+    return (run / "snapshots" / f"step-{step}.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_store(tmp_path_factory.mktemp("train") / "store")
+
+
+@pytest.fixture(scope="module")
+def straight(store: Path) -> Path:
+    """A run from its beginning to its end, with dropout; not to be changed."""
+    out = store.parent / "straight"
+    train(tiny_config(store, out, "model.dropout=0.3"))
+    return out
+
+
+def test_the_folder_holds_what_the_settings_ask_for(straight: Path) -> None:
+    assert sorted(p.name for p in (straight / "snapshots").iterdir()) == [
+        "step-12.safetensors", "step-18.safetensors"
+    ]  # fmt: skip
+    assert sorted(p.name for p in (straight / "checkpoints").iterdir()) == ["step-16", "step-18"]
+    record = json.loads((straight / "run.json").read_text())
+    assert record["steps"] == STEPS
+    assert record["positive_rate"] == {"train_batches": 0.25, "natural": 0.3}
+    (session,) = record["sessions"]
+    assert session["world_size"] == 1
+    assert session["resumed_from_step"] is None
+
+
+def test_every_step_has_a_line_and_every_epoch_its_metrics(straight: Path) -> None:
+    lines = metrics_of(straight)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["epoch"] for line in lines] == [0] * 6 + [1] * 6 + [2] * 6
+    assert [line["step"] for line in lines if "val/mcc@0.5" in line] == [6, 12, 18]
+    assert [line["step"] for line in lines if "train/auc" in line] == [6, 12, 18]
+
+
+def test_it_learns(straight: Path) -> None:
+    losses = losses_of(straight)
+    assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
+
+
+def test_the_logged_rate_is_the_schedule(store: Path, straight: Path) -> None:
+    config = tiny_config(store, straight)
+    schedule = Schedule(config.schedule, config.optim.lr, STEPS, config.train.epochs)
+    assert [line["train/lr"] for line in metrics_of(straight)] == list(
+        map(schedule.lr, range(STEPS))
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_first_loss_is_that_of_the_planned_clips(
+    store: Path, tmp_path: Path, accumulate: int
+) -> None:
+    """Computed from plan, dataset and model alone. BatchNorm sees one micro-batch at a time."""
+    config = tiny_config(store, tmp_path / "run", f"train.accumulate={accumulate}")
+    data = open_data(config)
+    model, dataset = make_model(config), data.dataset(training=True)
+    losses = []
+    for clips in np.split(data.plan().global_batch(0), accumulate):
+        batch = collate([dataset[Slot(int(clip), 0)] for clip in clips])
+        logits = model(as_input(batch.volumes, config), batch.frames)
+        losses.append(float(binary_cross_entropy_with_logits(logits, batch.labels).detach()))
+    with pytest.raises(InterruptedSessionError):
+        train(config, progress=interrupt_at(1))
+    assert losses_of(tmp_path / "run") == pytest.approx([np.mean(losses)], rel=1e-6)
+
+
+def test_the_same_settings_give_the_same_run(store: Path, straight: Path, tmp_path: Path) -> None:
+    again = tmp_path / "run"
+    train(tiny_config(store, again, "model.dropout=0.3"))
+    assert metrics_of(again) == metrics_of(straight)
+    assert weights_of(again) == weights_of(straight)
+
+
+@pytest.mark.parametrize("step", [2, 6, 9, 17], ids=lambda step: f"after step {step}")
+def test_a_resumed_run_equals_the_straight_one(
+    store: Path, straight: Path, tmp_path: Path, step: int
+) -> None:
+    """Before the first checkpoint, at an epoch's end, in an epoch's middle, before the end."""
+    config = tiny_config(store, tmp_path / "run", "model.dropout=0.3")
+    with pytest.raises(InterruptedSessionError):
+        train(config, progress=interrupt_at(step))
+    train(config, resume="auto")
+    assert metrics_of(tmp_path / "run") == metrics_of(straight)
+    for at in (12, 18):
+        assert weights_of(tmp_path / "run", at) == weights_of(straight, at)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [s["resumed_from_step"] for s in record["sessions"]] == [None, step // 4 * 4 or None]
+
+
+def test_a_run_goes_on_from_before_a_damaged_checkpoint(
+    store: Path, straight: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    for step, name in ((18, "checkpoint.json"), (16, "rank-00000.safetensors")):
+        (out / "checkpoints" / f"step-{step}" / name).unlink()
+    config = tiny_config(store, out, "model.dropout=0.3")
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints is whole"):
+        train(config, resume="auto")
+    shutil.copytree(
+        straight / "checkpoints" / "step-16", out / "checkpoints" / "step-16", dirs_exist_ok=True
+    )
+    train(config, resume="auto")
+    assert metrics_of(out) == metrics_of(straight)
+    assert weights_of(out) == weights_of(straight)
+    assert json.loads((out / "run.json").read_text())["sessions"][-1]["resumed_from_step"] == 16
+
+
+def test_a_finished_run_is_left_as_it_is(store: Path, straight: Path) -> None:
+    def content() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() for p in straight.rglob("*") if p.is_file()}
+
+    before = content()
+    train(tiny_config(store, straight, "model.dropout=0.3"), resume="auto")
+    assert content() == before
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(store: Path, straight: Path) -> None:
+    with pytest.raises(RunError, match="the folder holds a run already"):
+        train(tiny_config(store, straight))
+
+
+def test_snapshots_of_a_run_that_was_given_up_are_not_averaged_in(
+    store: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(store, tmp_path, "checkpoint.every_steps=99", "snapshots.at=[1, 2, 3]")
+    with pytest.raises(InterruptedSessionError):
+        train(config, progress=interrupt_at(13))
+    assert (tmp_path / "snapshots" / "step-6.safetensors").exists()
+    train(tiny_config(store, tmp_path, "snapshots.at=[3]"))
+    assert [p.name for p in (tmp_path / "snapshots").iterdir()] == ["step-18.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ("model.width=8", "another model (model.width is 4 there and 8 here)"),
+        ("model.name=resnet3d-18", "model.name is resnet3d-10 there and resnet3d-18 here"),
+        ("seed=1", "trained with another selection, split, plan or seed"),
+        ("plan.batch=4", "trained with another selection, split, plan or seed"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(
+    store: Path, straight: Path, change: str, part: str
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        train(tiny_config(store, straight, "model.dropout=0.3", change), resume="auto")
+    assert part in str(caught.value)
+
+
+def test_a_checkpoint_of_another_store_is_refused(straight: Path, tmp_path: Path) -> None:
+    other = tiny_store(tmp_path / "store", seed=1)
+    with pytest.raises(CheckpointError, match="trained with another store"):
+        train(tiny_config(other, straight, "model.dropout=0.3"), resume="auto")
+
+
+def test_recomputation_changes_neither_losses_nor_statistics(store: Path, tmp_path: Path) -> None:
+    for recompute in ("none", "block"):
+        train(tiny_config(store, tmp_path / recompute, f"model.recompute={recompute}"))
+    assert losses_of(tmp_path / "block") == pytest.approx(losses_of(tmp_path / "none"), rel=1e-5)
+    none, block = (
+        load_file(tmp_path / name / "snapshots" / "step-18.safetensors")
+        for name in ("none", "block")
+    )
+    for name, tensor in none.items():
+        torch.testing.assert_close(block[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing(store: Path, straight: Path, tmp_path: Path) -> None:
+    config = tiny_config(store, tmp_path, "model.dropout=0.3", "loader.workers=1")
+    train(config)
+    assert metrics_of(tmp_path) == metrics_of(straight)
+
+
+def test_a_diverged_run_says_so(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="probabilities are not numbers between 0 and 1"):
+        train(tiny_config(store, tmp_path, "optim.lr=1e30", "schedule.warmup_epochs=0"))
+
+
+@pytest.mark.slow
+def test_real_volumes_from_file_to_report(real_data: Path, tmp_path: Path) -> None:
+    """A part of VesselMNIST3D (Yang et al. 2023): blood vessels with and without an aneurysm."""
+    source = real_data / "vesselmnist3d.npz"
+    if not source.is_file():
+        pytest.skip(f"there is no {source}")
+    with np.load(source) as arrays:
+        part = {name: values[:: 2 if name.startswith("train") else 1]
+                for name, values in arrays.items()}  # fmt: skip
+    np.savez(tmp_path / "part.npz", **part)
+    out = tmp_path / "run"
+    run_well(dist_train("prepare-npz", tmp_path / "part.npz", "--out", tmp_path / "store"))
+    settings = overrides(
+        tmp_path / "store", out, "clip.size=[28, 28]", "plan.batch=16", "model.width=8",
+        "optim.lr=3e-3", "train.epochs=4", "train.precision=bf16", "snapshots.at=[4]",
+    )  # fmt: skip
+    run_well(dist_train("train", *settings))
+    run_well(dist_train("predict", out))
+    said = run_well(dist_train("evaluate", out))
+    run_well(dist_train("report", out))
+    assert "Area under ROC" in said
+    assert (out / "report.html").stat().st_size > 10_000
+    val = [line["val/auc"] for line in metrics_of(out) if "val/auc" in line]
+    assert len(val) == 4
+    assert val[-1] > 0.6
