@@ -136,6 +136,7 @@ def train(
 
     with progress("train") as report:
         fit(settings, resume=resume, progress=report)
+    _leave_launch()
 
 
 @app.command()
@@ -202,6 +203,18 @@ def main() -> None:
         _fail(f"{error.filename}: {error.strerror}", 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _leave_launch() -> None:
+    """End a launched process at once: all is written, and its process group is closed.
+
+    gloo's threads outlive the group, and the end of the interpreter under them aborts about one
+    process in ten of ZeRO on CPUs (torch 2.13, deepspeed 0.19.8): a failure to the launcher.
+    """
+    if "WORLD_SIZE" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -93,7 +93,16 @@ def environment(**more: str) -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "DS_"))}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         inherited.pop(name, None)
-    return inherited | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
+    return (
+        inherited
+        | {
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            # Where a process crashes, its Python stack is in what a failed test shows.
+            "PYTHONFAULTHANDLER": "1",
+        }
+        | more
+    )
 
 
 def dist_train(*arguments: object) -> list[str]:

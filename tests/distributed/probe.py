@@ -11,6 +11,7 @@ import sys
 import torch
 from torch import nn
 
+from dist_train.cli import _leave_launch
 from dist_train.config import OptimSettings, TrainSettings
 from dist_train.engine.backend import Backend
 from dist_train.engine.optim import make_optimizer
@@ -53,6 +54,8 @@ def main() -> None:
     if backend.is_main:
         print("FACTS", json.dumps(facts))
     backend.close()
+    # As the train command does.
+    _leave_launch()
 
 
 main()
