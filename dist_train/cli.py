@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
 from dist_train.console import console, progress
-from dist_train.errors import DistTrainError
+from dist_train.errors import DistTrainError, StoreError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     help="From raw, labelled, imbalanced 3D clips to a trained, calibrated 3D CNN.",
@@ -22,6 +26,9 @@ app = typer.Typer(
 
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; one per core unless given.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
+MaxRejected = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Largest share of rejected clips.")
+]
 
 
 @app.command()
@@ -55,20 +62,27 @@ def prepare(
     truncated: Annotated[
         Literal["reject", "keep"], typer.Option(help="Videos that end before they should.")
     ] = "reject",
-    max_rejected: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Largest share of rejected clips.")
-    ] = 0.01,
+    max_rejected: MaxRejected = 0.01,
     shard_clips: Annotated[int, typer.Option(min=1, help="Clips a shard.")] = 128,
+    part: Annotated[
+        str | None,
+        typer.Option(help="i/N: write the i-th of N parts only; 'finalize' joins and judges them."),
+    ] = None,
     workers: Workers = None,
 ) -> None:
     """Decode videos or volumes, crop them, and write a store. Goes on where it was killed."""
+    from dist_train.data.job import Part
     from dist_train.data.manifest import read_manifest
-    from dist_train.data.prepare import PrepareSettings
+    from dist_train.data.prepare import PrepareSettings, prepare_part
     from dist_train.data.prepare import prepare as write_store
 
+    own = None if part is None else Part.parse(part)
     table = read_manifest(manifest, labels=labels, unlabelled=unlabelled)
     settings = PrepareSettings(roi=roi, truncated=truncated, shard_clips=shard_clips)
     with progress("prepare") as report:
+        if own is not None:
+            prepare_part(table, source, out, settings, own, workers=workers, progress=report)
+            return
         store = write_store(
             table,
             source,
@@ -79,6 +93,17 @@ def prepare(
             progress=report,
         )
     _print_store(out, store)
+
+
+@app.command()
+def finalize(
+    store: Annotated[Path, typer.Argument(help="A store of which all parts are prepared.")],
+    max_rejected: MaxRejected = 0.01,
+) -> None:
+    """Join the parts of a store that 'prepare --part' wrote."""
+    from dist_train.data.prepare import finalize as join_parts
+
+    _print_store(store, join_parts(store, max_rejected=max_rejected))
 
 
 @app.command()
@@ -93,6 +118,39 @@ def prepare_npz(
     with progress("prepare") as report:
         store = write_store(file, out, shard_clips=shard_clips, progress=report)
     _print_store(out, store)
+
+
+@app.command()
+def verify(
+    store: Annotated[Path, typer.Argument(help="A store.")],
+    repair: Annotated[
+        Path | None,
+        typer.Option(help="Rebuild what is bad from this: the folder of raw files, or npz file."),
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """Check every byte of a store, name what is bad, and mend it if asked."""
+    from dist_train.data.verify import repair as mend
+    from dist_train.data.verify import verify as find_faults
+
+    with progress("verify") as report:
+        faults = find_faults(store, workers=workers, progress=report)
+    _print_faults(faults)
+    if faults and repair is not None:
+        with progress("repair") as report:
+            _print_store(store, mend(store, repair, faults, workers=workers, progress=report))
+        with progress("verify") as report:
+            faults = find_faults(store, workers=workers, progress=report)
+        _print_faults(faults)
+    if faults:
+        raise StoreError(
+            f"{len(faults)} faults",
+            where=store,
+            fix="Run 'dist-train verify' with --repair and the folder of raw files."
+            if repair is None
+            else "What repair leaves must be mended by hand.",
+        )
+    typer.echo(f"{store} is whole")
 
 
 @app.command()
@@ -197,10 +255,11 @@ def main() -> None:
     except DistTrainError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
-        if error.filename is None:
+        # The disk and its permissions are the user's too; a full one may name no file.
+        if error.filename is None and error.errno not in DISK_FULL:
             raise
-        # The disk and its permissions are the user's too.
-        _fail(f"{error.filename}: {error.strerror}", 1)
+        where = "" if error.filename is None else f"{error.filename}: "
+        _fail(f"{where}{error.strerror}", 1)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -224,7 +283,16 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _print_store(out: Path, store: dict[str, object]) -> None:
+def _print_store(out: Path, store: dict[str, Any]) -> None:
+    from dist_train.data.prepare import by_class
+
+    rejected = store["rejected"]
     typer.echo(f"{store['clips']} clips in {out}")
-    if store["rejected"]:
-        typer.echo(f"rejected by class: {store['rejected']}, see rejected.csv")
+    if rejected:
+        number = sum(rejected.values())
+        typer.echo(f"rejected: {number} ({by_class(rejected)}), see {out / 'rejected.csv'}")
+
+
+def _print_faults(faults: Sequence[object]) -> None:
+    for fault in faults:
+        typer.echo(f"bad: {fault}")

@@ -21,12 +21,13 @@ COMMAND_LINE = "command line"
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
+    """A frozen group of settings that refuses keys it does not know, and infinite numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class SelectSettings(Section):
@@ -112,7 +113,7 @@ class ModelSettings(Section):
     width: Positive = 64
     stem_stride: tuple[Positive, Positive, Positive] = (1, 2, 2)
     stem_pool: bool = True
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: BelowOne = 0.0
     recompute: Literal["none", "block"] = "none"
 
 
@@ -121,7 +122,7 @@ class OptimSettings(Section):
 
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     clip_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
 
 
@@ -223,9 +224,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        what = first["msg"].removeprefix("Value error, ")
+        key, what = _first_of(error)
         raise ConfigError(f"setting '{key}': {what}" if key else what, where=where(key)) from None
 
 
@@ -233,6 +232,17 @@ def dump_config(config: Config, path: Path) -> None:
     """Write the resolved settings as YAML; ``load_config`` of the file gives an equal tree."""
     tree = config.model_dump(mode="json")
     path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+
+
+def _first_of(error: ValidationError) -> tuple[str, str]:
+    """The first setting that does not fit, and why; of a choice of forms, why not each of them."""
+    first, *others = error.errors()
+    place, reasons = first["loc"], [first["msg"].removeprefix("Value error, ")]
+    if len(place) > 2 and isinstance(place[2], str):
+        # After section and setting comes the name of a form, which is pydantic's own.
+        place = place[:2]
+        reasons += [other["msg"] for other in others if other["loc"][:2] == place]
+    return ".".join(map(str, place)), "; or: ".join(reasons)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -19,8 +19,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-# Of the processes of one launch, the first alone talks.
-console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+# Of the processes of one launch, the first alone talks. Paths and groups may hold brackets and
+# colons, which are no markup.
+console = Console(
+    highlight=False, markup=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0"
+)
 
 
 class Report(Protocol):

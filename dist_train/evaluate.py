@@ -8,6 +8,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
+from dist_train.data.files import write_whole
 from dist_train.engine import metrics
 from dist_train.errors import ConfigError, RunError
 
@@ -111,7 +112,7 @@ def evaluate(
     )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(evaluation.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_whole(out, evaluation.model_dump_json(indent=2) + "\n")
     return evaluation
 
 
@@ -144,6 +145,12 @@ def read_predictions(path: Path) -> pd.DataFrame:
             f"the table has no column {', '.join(missing)}",
             where=path,
             fix="Make it again with `dist-train predict`",
+        )
+    if len(frame) and (frame["split"] == "").all():
+        raise RunError(
+            "these are predictions of another store, whose clips have no split",
+            where=path,
+            fix="Evaluate the run's own",
         )
     unlabelled = frame["label"] == ""
     _refuse(frame, "label", ~frame["label"].isin(["0", "1", "0.0", "1.0"]) & ~unlabelled, path)

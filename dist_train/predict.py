@@ -14,12 +14,13 @@ from scipy.special import expit
 
 from dist_train.config import Config
 from dist_train.data.files import write_whole
-from dist_train.data.loader import make_loader
+from dist_train.data.loader import Loader
 from dist_train.data.sampler import HeldOutSampler
 from dist_train.data.store import Store
 from dist_train.engine.backend import autocast
+from dist_train.engine.checkpoint import by_step
 from dist_train.engine.metrics import best_threshold, prior_correct
-from dist_train.errors import RunError
+from dist_train.errors import ConfigError, RunError
 from dist_train.evaluate import read_predictions
 from dist_train.infer import held_out_logits
 from dist_train.run import (
@@ -31,6 +32,7 @@ from dist_train.run import (
     open_run,
     read_record,
 )
+from dist_train.state import SNAPSHOT
 
 PREDICTIONS = "predictions.csv"
 SUBMISSION = "submission.csv"
@@ -69,6 +71,12 @@ def predict(
         ConfigError: the prior is not strictly between 0 and 1.
         StoreError: the store cannot be used.
     """
+    if prior is not None and not 0 < prior < 1:
+        raise ConfigError(
+            f"{prior:g} is no share of positives",
+            where="prior",
+            fix="Give one strictly between 0 and 1.",
+        )
     config = open_run(run)
     snapshots = find_snapshots(run)
     if store is None:
@@ -88,8 +96,6 @@ def predict(
             threshold = _val_threshold(run / PREDICTIONS)
     rates = read_record(run)["positive_rate"]
     world = rates["natural"] if prior is None else prior
-    # Of no clips: refuses an impossible prior before the long part.
-    prior_correct(np.empty(0), rates["train_batches"], world)
     probability = _mean_probability(config, snapshots, source, chosen, progress)
     table = pd.DataFrame(
         {
@@ -122,14 +128,14 @@ def find_snapshots(run: Path) -> list[Path]:
     Raises:
         RunError: there is none.
     """
-    found = list((run / SNAPSHOTS).glob("step-*.safetensors"))
+    found = [path for _, path in by_step(run / SNAPSHOTS, SNAPSHOT)]
     if not found:
         raise RunError(
             "the run has no snapshot yet",
             where=run,
             fix="Let 'dist-train train' reach one (see the snapshots settings).",
         )
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")))
+    return found
 
 
 def _held_out(data: RunData) -> pd.DataFrame:
@@ -150,7 +156,7 @@ def _mean_probability(
     batches = HeldOutSampler(
         chosen.index.tolist(), chosen["frames"].tolist(), rank=0, world=1, batch=config.plan.batch
     )
-    loader = make_loader(dataset, batches, config.loader)
+    loader = Loader(dataset, batches, config.loader)
     total, finished = len(chosen) * len(snapshots), 0
 
     def count(clips: int) -> None:

@@ -20,7 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 from torchmetrics.functional.classification import binary_precision_recall_curve, binary_roc
 
+from dist_train.data.files import write_whole
 from dist_train.engine import metrics
+from dist_train.engine.checkpoint import by_step
 from dist_train.errors import RunError
 from dist_train.evaluate import Evaluation, read_predictions, rows
 
@@ -144,7 +146,7 @@ def write_report(run: Path, *, out: Path | None = None, strips: Strips | None = 
         )
     out = run / "report.html" if out is None else out
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    write_whole(out, page)
     return out
 
 
@@ -166,7 +168,7 @@ def read_run(run: Path) -> Run:
         settings=settings.read_text(encoding="utf-8") if settings.is_file() else None,
         predictions=predictions,
         evaluation=evaluation,
-        snapshots=len(list(run.glob("snapshots/*.safetensors"))),
+        snapshots=len(by_step(run / "snapshots", ".safetensors")),
     )
 
 

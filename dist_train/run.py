@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import platform
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,7 +30,10 @@ from dist_train.data.store import Store
 from dist_train.errors import ConfigError, RunError
 from dist_train.models.registry import build_model
 
+log = logging.getLogger(__name__)
+
 CONFIG = "config.yaml"
+LOCK = ".lock"
 RECORD = "run.json"
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
@@ -140,6 +147,31 @@ def open_run(run: Path) -> Config:
     return load_config(run / CONFIG)
 
 
+@contextmanager
+def only_session(run: Path) -> Iterator[None]:
+    """Make the run's folder and keep a second training out of it.
+
+    The kernel drops the lock with its owner, however the owner ends.
+
+    Raises:
+        RunError: another training is at work in it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                "another training is at work in this folder",
+                where=run,
+                fix="Wait for it, or choose another 'out'.",
+            ) from None
+        except OSError as error:
+            # Some cluster file systems have no locks.
+            log.warning("%s is not locked (%s): start no second training in it", run, error)
+        yield
+
+
 def read_record(run: Path) -> dict[str, Any]:
     """The content of ``run.json``.
 
@@ -149,7 +181,12 @@ def read_record(run: Path) -> dict[str, Any]:
     path = run / RECORD
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        rates = content["positive_rate"]
+        if not all(0 < rates[name] < 1 for name in ("train_batches", "natural")):
+            raise ValueError(f"its positive rates are {rates}")
+        if not isinstance(content["sessions"], list):
+            raise ValueError("its sessions are no list")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"the record of the run cannot be read ({error})",
             where=path,
@@ -159,8 +196,11 @@ def read_record(run: Path) -> dict[str, Any]:
 
 
 def begin_session(run: Path, facts: dict[str, Any], session: dict[str, Any]) -> None:
-    """Note the start, or the resumption, of training in ``run.json``."""
-    record = read_record(run) if (run / RECORD).exists() else {}
+    """Note the start, or the resumption, of training in ``run.json``; a damaged one is replaced."""
+    try:
+        record = read_record(run)
+    except RunError:
+        record = {}
     started = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
     record |= facts | {
         "versions": {"python": platform.python_version()}

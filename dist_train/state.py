@@ -19,12 +19,19 @@ from dist_train.config import CheckpointSettings
 from dist_train.data.files import write_whole
 from dist_train.data.plan import Plan
 from dist_train.engine.backend import Backend
-from dist_train.engine.checkpoint import load_checkpoint, newest_whole, save_checkpoint, share
+from dist_train.engine.checkpoint import (
+    by_step,
+    load_checkpoint,
+    newest_whole,
+    save_checkpoint,
+    share,
+)
 from dist_train.errors import CheckpointError, DistTrainError, RunError
 
 VERSION = 1
 # The epoch's training outputs so far, which its metrics need at its end.
 EPOCH = ("epoch/logits", "epoch/labels")
+SNAPSHOT = ".safetensors"
 
 
 class RunState:
@@ -78,7 +85,7 @@ class RunState:
 
     def refuse_existing(self) -> None:
         """Raise ``RunError`` if the folder holds checkpoints, which a new run would mix with."""
-        if self.folder.is_dir() and any(self.folder.glob("step-*")):
+        if by_step(self.folder):
             raise RunError(
                 "the folder holds a run already",
                 where=self.folder.parent,
@@ -145,8 +152,8 @@ class RunState:
 def drop_snapshots(folder: Path, *, after: int) -> None:
     """Remove the snapshots of steps beyond ``after``, which a killed session left: the run will
     pass there again, perhaps with other settings, and predictions average over all there are."""
-    for path in folder.glob("step-*.safetensors"):
-        if int(path.stem.removeprefix("step-")) > after:
+    for step, path in by_step(folder, SNAPSHOT):
+        if step > after:
             path.unlink()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,13 +17,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.config import Config, dump_config
 from dist_train.data.collate import Batch
-from dist_train.data.loader import make_loader
+from dist_train.data.loader import Loader
 from dist_train.data.sampler import HeldOutSampler, PlanSampler
 from dist_train.engine.backend import Backend
 from dist_train.engine.events import EventWriter
 from dist_train.engine.metrics import binary_metrics
 from dist_train.engine.optim import make_optimizer
 from dist_train.engine.schedule import Schedule
+from dist_train.errors import RunError
 from dist_train.infer import held_out_logits
 from dist_train.run import (
     CHECKPOINTS,
@@ -31,6 +34,7 @@ from dist_train.run import (
     begin_session,
     make_model,
     model_facts,
+    only_session,
     open_data,
 )
 from dist_train.state import RunState, drop_snapshots, save_snapshot
@@ -53,15 +57,34 @@ def train(config: Config, *, resume: Resume = "never", progress: Progress | None
     """
     backend = Backend(config.train, clip_norm=config.optim.clip_norm)
     try:
-        Trainer(config, backend, resume).fit(progress if backend.is_main else None)
+        trainer = Trainer(config, backend)
+        with _only_session(config.out, backend):
+            trainer.begin(resume)
+            trainer.fit(progress if backend.is_main else None)
     finally:
         backend.close()
+
+
+@contextmanager
+def _only_session(out: Path, backend: Backend) -> Iterator[None]:
+    """Rank 0 holds the folder; where it cannot, all ranks raise rather than wait for it."""
+    with ExitStack() as held:
+        refused = None
+        if backend.is_main:
+            try:
+                held.enter_context(only_session(out))
+            except (RunError, OSError) as error:
+                refused = error
+        refused = backend.from_main(refused)
+        if refused is not None:
+            raise refused
+        yield
 
 
 class Trainer:
     """One session of a run, in one of its processes."""
 
-    def __init__(self, config: Config, backend: Backend, resume: Resume) -> None:
+    def __init__(self, config: Config, backend: Backend) -> None:
         self.config, self.backend = config, backend
         self.data = open_data(config)
         self.plan = self.data.plan()
@@ -81,7 +104,40 @@ class Trainer:
         )
         self.done = 0
         self.epoch_outputs: list[tuple[np.ndarray, np.ndarray]] = []
-        self._begin(resume)
+
+    def begin(self, resume: Resume) -> None:
+        """Take up a checkpoint, or begin a new run; note it in the run's folder."""
+        out, backend = self.config.out, self.backend
+        found = None
+        if resume == "auto":
+            found = self.state.restore()
+        else:
+            self.state.refuse_existing()
+        if found is not None:
+            self.done, *outputs = found
+            self.epoch_outputs = [(outputs[0], outputs[1])]
+        if backend.is_main and self.done < self.steps:
+            drop_snapshots(out / SNAPSHOTS, after=self.done)
+            dump_config(self.config, out / CONFIG)
+            plan = self.config.plan
+            begin_session(
+                out,
+                {
+                    "model": self.config.model.name,
+                    "parameters": sum(p.numel() for p in backend.module.parameters()),
+                    "positive_rate": {
+                        "train_batches": plan.positives / (plan.positives + plan.negatives),
+                        "natural": self.data.natural_rate(),
+                    },
+                    "steps": self.steps,
+                },
+                {
+                    "resumed_from_step": self.done if found else None,
+                    "world_size": backend.world,
+                    "backend": self.config.train.backend,
+                    "device": str(backend.device),
+                },
+            )
 
     def fit(self, progress: Progress | None = None) -> None:
         """The loop: from where the run is to its end."""
@@ -129,6 +185,7 @@ class Trainer:
             )
         norm = backend.update()
         mean_loss = backend.mean(total)
+        self._refuse_divergence(step, mean_loss, norm)
         seconds = time.perf_counter() - began
         return {
             "train/loss": mean_loss,
@@ -137,6 +194,20 @@ class Trainer:
             "speed/clips_per_second": self.config.plan.batch / seconds,
             "speed/data_wait": waited / seconds,
         } | _memory(backend.device)
+
+    def _refuse_divergence(self, step: int, loss: float, norm: float) -> None:
+        """At once, and on all ranks: no checkpoint may hold weights that cannot recover."""
+        # In fp16 a step whose gradients overflow is skipped, and the loss scale lowered.
+        fine = math.isfinite(loss) and (
+            math.isfinite(norm) or self.config.train.precision == "fp16"
+        )
+        if not fine:
+            raise RunError(
+                f"training diverged: at step {step + 1} the loss is {loss:g} and the gradient "
+                f"norm {norm:g}",
+                where=self.config.out,
+                fix="Lower optim.lr, and go on from the checkpoint before by --resume auto.",
+            )
 
     def _train_metrics(self) -> Values:
         """Of the epoch that ends: its batches as they were trained on."""
@@ -170,41 +241,6 @@ class Trainer:
             contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
             save_snapshot(path, contiguous, {"step": self.done, "model": self.state.model})
 
-    def _begin(self, resume: Resume) -> None:
-        """Take up a checkpoint, or make the folder of a new run."""
-        out, backend = self.config.out, self.backend
-        found = None
-        if resume == "auto":
-            found = self.state.restore()
-        else:
-            self.state.refuse_existing()
-        if found is not None:
-            self.done, *outputs = found
-            self.epoch_outputs = [(outputs[0], outputs[1])]
-        if backend.is_main and self.done < self.steps:
-            out.mkdir(parents=True, exist_ok=True)
-            drop_snapshots(out / SNAPSHOTS, after=self.done)
-            dump_config(self.config, out / CONFIG)
-            plan = self.config.plan
-            begin_session(
-                out,
-                {
-                    "model": self.config.model.name,
-                    "parameters": sum(p.numel() for p in backend.module.parameters()),
-                    "positive_rate": {
-                        "train_batches": plan.positives / (plan.positives + plan.negatives),
-                        "natural": self.data.natural_rate(),
-                    },
-                    "steps": self.steps,
-                },
-                {
-                    "resumed_from_step": self.done if found else None,
-                    "world_size": backend.world,
-                    "backend": self.config.train.backend,
-                    "device": str(backend.device),
-                },
-            )
-
     def _training_batches(self) -> Iterable[Batch]:
         sampler = PlanSampler(
             self.plan,
@@ -214,7 +250,7 @@ class Trainer:
             first=self.done,
             last=self.steps,
         )
-        return make_loader(self.data.dataset(training=True), sampler, self.config.loader)
+        return Loader(self.data.dataset(training=True), sampler, self.config.loader)
 
     def _held_out_batches(self) -> Iterable[Batch]:
         world, accumulate = self.backend.world, self.config.train.accumulate
@@ -226,7 +262,7 @@ class Trainer:
             world=world,
             batch=self.config.plan.batch // (world * accumulate),
         )
-        return make_loader(self.data.dataset(training=False), sampler, self.config.loader)
+        return Loader(self.data.dataset(training=False), sampler, self.config.loader)
 
     def _gathered_outputs(self) -> tuple[np.ndarray, np.ndarray]:
         """Logits and labels of the epoch so far, float32 [N], of all ranks."""

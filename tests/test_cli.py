@@ -220,6 +220,29 @@ def test_info_of_no_store(fails: Command, tmp_path: Path) -> None:
     assert fails("info", tmp_path).startswith(f"{tmp_path}: there is no store here. ")
 
 
+def test_info_of_names_that_look_like_markup(store: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "[" / "red] :smile:"
+    shutil.copytree(store, folder)
+    done = run(dist_train("info", folder), COLUMNS="300")
+    assert done.returncode == 0, done.stderr
+    assert str(folder) in done.stdout
+
+
+@pytest.mark.parametrize("command", ["predict", "report"])
+def test_a_full_disk(trained: Path, tmp_path: Path, command: str) -> None:
+    """A limit on the size of files stands for it: writes fail in the same way, naming no file."""
+    shutil.copytree(trained, tmp_path / "run")
+    before = {path: path.stat().st_size for path in (tmp_path / "run").iterdir()}
+    limited = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
+    limited += "from dist_train.cli import main; main()"
+    done = run([sys.executable, "-c", limited, command, str(tmp_path / "run")])
+    assert done.returncode == 1
+    written = {"predict": "predictions.csv", "report": "report.html"}[command]
+    assert done.stderr == f"error: {tmp_path / 'run' / written}: File too large\n"
+    assert {path: path.stat().st_size for path in (tmp_path / "run").iterdir()} == before
+
+
 # prepare
 
 
@@ -227,13 +250,24 @@ def test_info_of_no_store(fails: Command, tmp_path: Path) -> None:
     ("csv", "part"),
     [
         ("filename,label\na.mp4,0\na.mp4,1\n", "'a.mp4' is listed twice (lines 2 and 3)"),
+        ("filename,label\na.mp4,0\n./a.mp4,1\n", "'a.mp4' is listed twice (lines 2 and 3)"),
         ("filename,label\na.mp4,2\n", "label of 'a.mp4' is '2', not 0 or 1"),
+        ("filename,label\na.mp4,-1\n", "label of 'a.mp4' is '-1', not 0 or 1"),
         ("filename,label,fliename\na.mp4,0,x\n", "unknown column 'fliename'. Did you mean"),
         ("filename\na.mp4\n", "has no 'label' or 'stalled' column"),
         ("filename,label\n", "has no rows"),
         ("", "is empty"),
     ],
-    ids=["duplicate", "label 2", "unknown column", "no labels", "no rows", "empty"],
+    ids=[
+        "duplicate",
+        "same file",
+        "label 2",
+        "label -1",
+        "unknown column",
+        "no labels",
+        "no rows",
+        "empty",
+    ],
 )
 def test_a_bad_manifest(fails: Command, tmp_path: Path, csv: str, part: str) -> None:
     video(tmp_path / "a.mp4")

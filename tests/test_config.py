@@ -98,6 +98,12 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
             "setting 'plan': batch 30 is not a multiple of positives + negatives = 4",
         ),
         ("split.fold=5", "setting 'split': fold 5 does not exist: folds are 0 to 4"),
+        (
+            "snapshots.at=[0]",
+            "'snapshots.at': Input should be 'minima'; or: Input should be greater",
+        ),
+        ("optim.betas=[0.9, 1]", "setting 'optim.betas.1': Input should be less than 1"),
+        ("optim.lr=.inf", "setting 'optim.lr': Input should be a finite number"),
         ("snapshots.at=[21]", "snapshots.at names epoch 21, but train.epochs is 20"),
         (f"seed={2**63}", "setting 'seed': Input should be less than"),
         ("plan=3", "setting 'plan': Input should be a valid dictionary"),

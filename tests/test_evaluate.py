@@ -142,6 +142,13 @@ def test_unusable_clips_are_named(
     assert caught.value.fix
 
 
+def test_predictions_of_another_store_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text(",".join(COLUMNS) + "\na,a.mp4,g,,1,0.5,0.5,8\n")
+    with pytest.raises(RunError, match="another store, whose clips have no split"):
+        evaluate(path)
+
+
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     path = tmp_path / "p.csv"
     path.write_text("key,filename,group,split,label,probability\na,a.mp4,g,val,1,0.5\n")

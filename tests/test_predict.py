@@ -94,7 +94,8 @@ def test_snapshots_are_found_in_the_order_of_their_steps(tmp_path: Path) -> None
     (tmp_path / "snapshots").mkdir()
     for step in (100, 9, 20):
         (tmp_path / "snapshots" / f"step-{step}.safetensors").write_bytes(b"")
-    (tmp_path / "snapshots" / "step-300.safetensors.partial").write_bytes(b"")
+    for foreign in ("step-300.safetensors.partial", "step-x.safetensors", "step-²", "best"):
+        (tmp_path / "snapshots" / foreign).write_bytes(b"")
     assert [path.stem for path in find_snapshots(tmp_path)] == ["step-9", "step-20", "step-100"]
 
 
@@ -200,7 +201,7 @@ def test_an_impossible_prior_is_refused_before_anything_is_computed(
     def fail(done: int, total: int) -> None:
         pytest.fail("it began to predict")
 
-    with pytest.raises(ConfigError, match="strictly between 0 and 1"):
+    with pytest.raises(ConfigError, match=r"^prior: .* strictly between 0 and 1"):
         predict(run, prior=prior, progress=fail)
 
 

@@ -19,10 +19,13 @@ from dist_train.run import (
     begin_session,
     make_model,
     model_facts,
+    only_session,
     open_data,
     open_run,
     read_record,
 )
+
+RATES = {"train_batches": 0.25, "natural": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +123,8 @@ def test_a_run_is_opened_by_its_settings(store: Path, tmp_path: Path) -> None:
 
 
 def test_the_record_keeps_every_session(tmp_path: Path) -> None:
-    begin_session(tmp_path, {"steps": 4}, {"world_size": 1})
-    begin_session(tmp_path, {"steps": 6}, {"world_size": 2})
+    begin_session(tmp_path, {"steps": 4, "positive_rate": RATES}, {"world_size": 1})
+    begin_session(tmp_path, {"steps": 6, "positive_rate": RATES}, {"world_size": 2})
     record = read_record(tmp_path)
     assert record["steps"] == 6
     assert [session["world_size"] for session in record["sessions"]] == [1, 2]
@@ -130,9 +133,27 @@ def test_the_record_keeps_every_session(tmp_path: Path) -> None:
     assert record["versions"]["numpy"] == np.__version__
 
 
-@pytest.mark.parametrize("content", [None, "{"])
-def test_a_record_that_is_missing_or_torn_is_named(tmp_path: Path, content: str | None) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [None, "{", "[1]", "null", "{}", '{"positive_rate": 3}', '{"positive_rate": {"natural": 0.1}}'],
+)
+def test_a_record_that_is_missing_or_damaged_is_named_and_written_anew(
+    tmp_path: Path, content: str | None
+) -> None:
     if content is not None:
         (tmp_path / RECORD).write_text(content)
     with pytest.raises(RunError, match="the record of the run cannot be read"):
         read_record(tmp_path)
+    begin_session(tmp_path, {"positive_rate": RATES}, {"world_size": 1})
+    assert len(read_record(tmp_path)["sessions"]) == 1
+
+
+def test_a_folder_takes_one_training_at_a_time(tmp_path: Path) -> None:
+    with (
+        only_session(tmp_path / "run"),
+        pytest.raises(RunError, match="another training is at work"),
+        only_session(tmp_path / "run"),
+    ):
+        pytest.fail("there are two")
+    with only_session(tmp_path / "run"):
+        pass

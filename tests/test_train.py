@@ -24,6 +24,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.data.collate import collate
 from dist_train.data.sampler import Slot
+from dist_train.engine.checkpoint import by_step, load_checkpoint
 from dist_train.engine.schedule import Schedule
 from dist_train.errors import CheckpointError, RunError
 from dist_train.run import as_input, make_model, open_data
@@ -222,9 +223,16 @@ def test_worker_processes_change_nothing(store: Path, straight: Path, tmp_path: 
     assert metrics_of(tmp_path) == metrics_of(straight)
 
 
-def test_a_diverged_run_says_so(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="probabilities are not numbers between 0 and 1"):
-        train(tiny_config(store, tmp_path, "optim.lr=1e30", "schedule.warmup_epochs=0"))
+def test_a_diverged_run_says_so_before_it_is_saved(store: Path, tmp_path: Path) -> None:
+    diverging = ("optim.lr=1e30", "schedule.warmup_epochs=0", "checkpoint.every_steps=1")
+    with pytest.raises(RunError, match=r"training diverged: at step \d+ the loss is") as caught:
+        train(tiny_config(store, tmp_path, *diverging))
+    assert "by --resume auto" in str(caught.value)
+    checkpoints = [path for _, path in by_step(tmp_path / "checkpoints")]
+    assert checkpoints
+    for path in checkpoints:
+        tensors, _ = load_checkpoint(path)
+        assert all(tensor.isfinite().all() for tensor in tensors.values()), path
 
 
 @pytest.mark.slow

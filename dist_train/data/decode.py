@@ -23,23 +23,33 @@ Plane = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
 _ONLY_FILES = {"protocol_whitelist": "file"}
 
 # ITU-R BT.601 and BT.709 limited range puts black at 16 and white at 235.
-_FULL_RANGE = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(np.uint8)
+FULL_RANGE = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One video frame in the decoder's own planes.
+    """One video frame in the decoder's own planes, which are not copied and cannot be written to.
 
-    ``luma``: uint8 [H, W], full range (0 black, 255 white). ``cb``, ``cr``: uint8
-    [ceil(H/2), ceil(W/2)], 128 is grey; ``chroma_scale`` is 1 for full-range chroma and 255/224
-    for limited. ``bt709``: the colour matrix is BT.709 rather than BT.601.
+    ``y``: uint8 [H, W], luma as it is coded: 0 black and 255 white if ``full_range``, else 16 and
+    235. ``cb``, ``cr``: uint8 [ceil(H/2), ceil(W/2)], 128 is grey. ``bt709``: the colour matrix is
+    BT.709 rather than BT.601.
     """
 
-    luma: Plane
+    y: Plane
     cb: Plane
     cr: Plane
-    chroma_scale: float
+    full_range: bool
     bt709: bool
+
+    @property
+    def luma(self) -> Plane:
+        """The whole frame's grey: uint8 [H, W], a copy, 0 black and 255 white."""
+        return self.grey(slice(None), slice(None))
+
+    def grey(self, rows: slice, columns: slice) -> Plane:
+        """A part of ``luma``, at the cost of that part."""
+        part = self.y[rows, columns]
+        return part.copy() if self.full_range else np.asarray(cv2.LUT(part, FULL_RANGE))
 
 
 class Video:
@@ -115,18 +125,14 @@ def _planes(frame: av.VideoFrame) -> Frame:
             dst_color_range=av.video.reformatter.ColorRange.MPEG,
         )
         full = False
-    luma, cb, cr = (_plane(plane) for plane in frame.planes[:3])
-    return Frame(
-        luma=luma.copy() if full else cv2.LUT(luma, _FULL_RANGE),
-        cb=cb.copy(),
-        cr=cr.copy(),
-        chroma_scale=1.0 if full else 255 / 224,
-        bt709=frame.colorspace == 1,
-    )
+    y, cb, cr = (_plane(plane) for plane in frame.planes[:3])
+    return Frame(y, cb, cr, full_range=full, bt709=frame.colorspace == 1)
 
 
 def _plane(plane: av.video.plane.VideoPlane) -> Plane:
+    # The array holds the plane, which holds the decoder's buffer.
     rows = np.frombuffer(plane, dtype=np.uint8).reshape(plane.height, plane.line_size)
+    rows.flags.writeable = False
     return rows[:, : plane.width]
 
 

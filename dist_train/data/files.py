@@ -28,8 +28,11 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            # As of a full disk: writing, other than opening, names no file.
+            error.filename = str(path)
         raise
     sync_folder(path.parent)
 

@@ -13,8 +13,9 @@ from operator import itemgetter
 from pathlib import Path
 
 import lmdb
+import numpy as np
 
-from dist_train.data.files import PARTIAL, sync_folder
+from dist_train.data.files import PARTIAL, crc32c, sync_folder
 from dist_train.data.shards import Record, read_records
 from dist_train.errors import StoreError
 
@@ -27,17 +28,15 @@ def write_index(path: Path, shards: Sequence[Path]) -> int:
     Raises:
         StoreError: a key is in two shards, or a shard cannot be read.
     """
-    entries = sorted(
+    # As bytes: records are several times as large while they are Python objects.
+    values = sorted(
         (
-            (key, record | {"shard": number})
+            (key.encode(), json.dumps(record | {"shard": number}, sort_keys=True).encode())
             for number, shard in enumerate(shards)
             for key, record in read_records(shard)
         ),
         key=itemgetter(0),
     )
-    values = [
-        (key.encode(), json.dumps(record, sort_keys=True).encode()) for key, record in entries
-    ]
     size = sum(len(key) + len(value) + 64 for key, value in values)
     aside = path.with_name(path.name + PARTIAL)
     aside.unlink(missing_ok=True)
@@ -63,7 +62,7 @@ def read_index(path: Path) -> Iterator[tuple[str, Record]]:
         raise StoreError(
             "the store has no index",
             where=path,
-            fix="Run 'dist-train prepare' again with the same settings; it is rebuilt from shards.",
+            fix="Run 'dist-train finalize'; it is rebuilt from the shards.",
         )
     try:
         # LMDB must not be carried over a fork, and refuses to open a path twice in one process:
@@ -81,5 +80,17 @@ def read_index(path: Path) -> Iterator[tuple[str, Record]]:
         raise StoreError(
             f"the index cannot be read ({error})",
             where=path,
-            fix="Delete it and run 'dist-train prepare' again with the same settings.",
+            fix="Delete it and run 'dist-train finalize'; it is rebuilt from the shards.",
         ) from None
+
+
+def index_checksum(path: Path) -> int:
+    """CRC-32C of the file: LMDB has no checksums of its own.
+
+    Raises:
+        StoreError: there is no index, or it is empty.
+    """
+    try:
+        return crc32c(np.memmap(path, np.uint8, mode="r"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"the index cannot be read ({error})", where=path) from None

@@ -77,12 +77,12 @@ def read_manifest(path: Path, *, labels: Path | None = None, unlabelled: bool = 
     if table.empty:
         raise ManifestError("has no rows", where=path, fix="It needs one row a clip.")
     _check_filenames(table["filename"], path)
-    label = "-1" if unlabelled else table["label"]
+    labels_of = -1 if unlabelled else _parse(table["label"], _LABELS, "label", table, path)
     clean = pd.DataFrame(
         {
             "key": _keys(table["filename"]),
             "filename": table["filename"],
-            "label": _parse(pd.Series(label, index=table.index), _LABELS, "label", table, path),
+            "label": pd.Series(labels_of, index=table.index, dtype="int8"),
             "group": table.get("group", ""),
             "weight": _numbers(table, "weight", 1.0, path),
             "split": table.get("split", ""),
@@ -108,7 +108,7 @@ def read_manifest(path: Path, *, labels: Path | None = None, unlabelled: bool = 
     return Manifest(clean, digest)
 
 
-_LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "-1": -1}
+_LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -172,6 +172,8 @@ def _check_filenames(names: pd.Series, path: Path) -> None:
     if (names == "").any():
         row = int((names == "").to_numpy().argmax()) + 2
         raise ManifestError(f"line {row} has no filename", where=path)
+    # Where './a.mp4' and 'a.mp4' are one file, as a clip in train and in test would be.
+    names = names.map(lambda name: str(PurePosixPath(name)))
     if names.duplicated().any():
         name = names[names.duplicated()].iloc[0]
         lines = [int(i) + 2 for i in (names == name).to_numpy().nonzero()[0][:2]]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Stream:
         # A pass must be able to begin with clips that are neither in the tail of the pass before
         # nor in its own (see order). The tail is shorter than a step.
         count, take = len(self.clips), self.take
-        longest_tail = max(self.tail(number) for number in range(take))
+        longest_tail = take - gcd(count, take)
         if count < take + longest_tail:
             raise PlanError(
                 f"the selection holds {count} {self.name} for train, and the batch needs {take} "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 
 import cv2
 import numpy as np
 
-from dist_train.data.decode import Frame, Plane, Video, Volume
+from dist_train.data.decode import FULL_RANGE, Frame, Plane, Video, Volume
 from dist_train.errors import RoiError
 
 # The outline drifts by a pixel or so, so the boxes of a clip hardly differ: a window this much
@@ -43,8 +45,21 @@ class Box:
             min(self.right + margin, width),
         )
 
+    def within(self, other: Box) -> Box:
+        """The same rectangle, counted from the other one's corner."""
+        return Box(
+            self.top - other.top,
+            self.left - other.left,
+            self.bottom - other.top,
+            self.right - other.left,
+        )
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        return slice(self.top, self.bottom), slice(self.left, self.right)
+
     def cut(self, plane: Plane) -> Plane:
-        return plane[self.top : self.bottom, self.left : self.right]
+        return plane[self.slices]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,41 +80,46 @@ class OutlineColour:
 def find_outline(frame: Frame, colour: OutlineColour) -> Box | None:
     """The box of the outline in one frame, or None.
 
-    Works in the decoder's own planes: the chroma test runs at a quarter of the pixels, and only
-    candidates are turned into RGB. Of several things of this colour the one with the largest box is
+    A pixel is of the colour if its R, G and B, in float32 from luma and the chroma of its 2x2 block
+    (ITU-R BT.601 or BT.709), are. Of several things of this colour the one with the largest box is
     taken: the outline goes around the vessel, a blob does not.
+
+    Works in the decoder's own planes: a first test runs at a quarter of the pixels and leaves few
+    blocks, whose luma is then looked at.
     """
-    red_shift, green_shift, blue_shift = _rgb_over_luma(frame)
-    candidates = red_shift - blue_shift >= colour.red_over_blue
-    if not candidates.any():
+    accepted = _accepted(colour, frame.full_range, frame.bt709)
+    candidates = cv2.compare(frame.cr, cv2.LUT(frame.cb, accepted.least_cr), cv2.CMP_GE)
+    left, top, width, height = cv2.boundingRect(candidates)
+    if width == 0:
         return None
-    rows, columns = np.nonzero(candidates)
-    luma = _luma_of_chroma(frame.luma, rows, columns)
-    shifts = (red_shift, green_shift, blue_shift)
-    inside = np.ones_like(luma, dtype=bool)
-    for shift, (low, high) in zip(shifts, (colour.red, colour.green, colour.blue), strict=True):
-        channel = luma + shift[rows, columns, None]
-        inside &= (channel >= low) & (channel <= high)
-    mask = np.zeros(candidates.shape, dtype=np.uint8)
-    mask[rows, columns] = inside.any(axis=1)
+    # With a rim of two, which closing the mask cannot reach over, a cut mask closes as a whole one.
+    around = Box(top, left, top + height, left + width).grown(2, *candidates.shape)
+    rows, columns = np.nonzero(around.cut(candidates))
+    chroma = around.cut(frame.cb)[rows, columns], around.cut(frame.cr)[rows, columns]
+    blocks = _blocks(frame.y, around)[rows, columns]
+    low, high = accepted.low[chroma], accepted.high[chroma]
+    inside = (blocks >= low[:, None, None]) & (blocks <= high[:, None, None])
+    mask = np.zeros((around.bottom - around.top, around.right - around.left), dtype=np.uint8)
+    mask[rows, columns] = inside.any(axis=(1, 2))
     chosen = _largest_box(mask)
     if chosen is None:
         return None
-    # Back to single pixels: the candidates of the chosen component, each with its 2x2 luma pixels.
-    taken = inside & chosen[rows, columns, None]
-    y = (2 * rows[:, None] + np.array([0, 0, 1, 1]))[taken]
-    x = (2 * columns[:, None] + np.array([0, 1, 0, 1]))[taken]
-    height, width = frame.luma.shape
-    return Box(
-        int(y.min()), int(x.min()), min(int(y.max()) + 1, height), min(int(x.max()) + 1, width)
-    )
+    # Back to single pixels: those of the colour in the blocks of the chosen component.
+    block, down, right = np.nonzero(inside & chosen[rows, columns, None, None])
+    y = 2 * (around.top + rows[block]) + down
+    x = 2 * (around.left + columns[block]) + right
+    frame_height, frame_width = frame.y.shape
+    # The last block of an odd size repeats its last pixel.
+    bottom = min(int(y.max()) + 1, frame_height)
+    return Box(int(y.min()), int(x.min()), bottom, min(int(x.max()) + 1, frame_width))
 
 
 def crop_to_outline(video: Video, colour: OutlineColour) -> tuple[Volume, Box]:
     """The clip cut to the union of its outline boxes: uint8 [D, h, w] and the box.
 
-    The file is decoded once and only a window around the first box is kept; should the outline
-    leave the window, a second decoding cuts the then known box.
+    Only a window around the first box is kept while the file is decoded. What this misses, the
+    frames before the first box, or the whole clip should the outline leave the window, is cut in a
+    second decoding, so memory is that of the window at most.
 
     Raises:
         RoiError: no frame shows an outline.
@@ -107,50 +127,90 @@ def crop_to_outline(video: Video, colour: OutlineColour) -> tuple[Volume, Box]:
     """
     union: Box | None = None
     window: Box | None = None
+    missed = 0
     kept: list[Plane] = []
     for frame in video:
         box = find_outline(frame, colour)
         if box is not None:
             union = box if union is None else union.union(box)
-        if window is None and union is not None:
-            window = union.grown(MARGIN, *frame.luma.shape)
-            kept = [window.cut(earlier).copy() for earlier in kept]
-        kept.append(frame.luma if window is None else window.cut(frame.luma).copy())
+            window = window or box.grown(MARGIN, *frame.y.shape)
+        if window is None:
+            missed += 1
+        else:
+            kept.append(frame.grey(*window.slices))
     if union is None or window is None:
         raise RoiError(
             "no outline found in any frame",
             where=video.path,
             fix="Look at it with 'dist-train inspect', or prepare with --roi none.",
         )
-    if window.contains(union):
-        top, left = union.top - window.top, union.left - window.left
-        inner = Box(top, left, top + union.bottom - union.top, left + union.right - union.left)
-        return np.stack([inner.cut(plane) for plane in kept]), union
-    return np.stack([union.cut(frame.luma) for frame in video]), union
+    if not window.contains(union):
+        window, missed = union, video.frames_decoded
+        kept.clear()
+    again = islice(Video(video.path), missed)
+    kept = [frame.grey(*window.slices) for frame in again] + kept
+    return stack_planes(kept, union.within(window)), union
 
 
-def _rgb_over_luma(frame: Frame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """R - Y, G - Y and B - Y at chroma resolution, float32 (ITU-R BT.601 or BT.709)."""
+def stack_planes(planes: list[Plane], box: Box) -> Volume:
+    """``box`` of each plane, uint8 [D, h, w]. Empties the list, so as not to hold a clip twice."""
+    clip = np.empty((len(planes), box.bottom - box.top, box.right - box.left), np.uint8)
+    # From the last to the first: freed at its end, the heap shrinks.
+    for t in reversed(range(len(clip))):
+        clip[t] = box.cut(planes.pop())
+    return clip
+
+
+@dataclass(frozen=True, slots=True)
+class _Accepted:
+    """The luma, as it is coded, that makes a colour an outline's, for every chroma.
+
+    ``low``, ``high``: uint8 [256, 256] over Cb and Cr, ends included; low > high where no luma
+    does. ``least_cr``: uint8 [256], for each Cb a Cr below which no luma does.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    least_cr: np.ndarray
+
+
+@cache
+def _accepted(colour: OutlineColour, full_range: bool, bt709: bool) -> _Accepted:
+    shifts = _rgb_over_luma(full_range, bt709)
+    ranges = (colour.red, colour.green, colour.blue)
+    redder = shifts[0] - shifts[2] >= colour.red_over_blue
+    low, high = np.full((256, 256), 255, np.uint8), np.zeros((256, 256), np.uint8)
+    levels = np.arange(256, dtype=np.uint8)
+    for level, luma in zip(levels, levels if full_range else FULL_RANGE, strict=True):
+        inside = redder.copy()
+        for shift, (least, most) in zip(shifts, ranges, strict=True):
+            channel = np.float32(luma) + shift
+            inside &= (channel >= least) & (channel <= most)
+        low[inside] = np.minimum(low[inside], level)
+        high[inside] = level
+    possible = low <= high
+    least_cr = np.where(possible.any(axis=1), possible.argmax(axis=1), 255).astype(np.uint8)
+    return _Accepted(low, high, least_cr)
+
+
+def _rgb_over_luma(full_range: bool, bt709: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """R - Y, G - Y and B - Y over Cb and Cr, float32 (ITU-R BT.601 or BT.709)."""
     red, green_cb, green_cr, blue = (
-        (1.5748, -0.1873, -0.4681, 1.8556) if frame.bt709 else (1.402, -0.3441, -0.7141, 1.772)
+        (1.5748, -0.1873, -0.4681, 1.8556) if bt709 else (1.402, -0.3441, -0.7141, 1.772)
     )
-    cb = (frame.cb.astype(np.float32) - 128) * frame.chroma_scale
-    cr = (frame.cr.astype(np.float32) - 128) * frame.chroma_scale
+    scale = 1.0 if full_range else 255 / 224
+    cb, cr = np.meshgrid(*2 * [(np.arange(256, dtype=np.float32) - 128) * scale], indexing="ij")
     return red * cr, green_cb * cb + green_cr * cr, blue * cb
 
 
-def _luma_of_chroma(luma: Plane, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The 2x2 luma pixels of each chroma pixel, float32 [N, 4]; odd edges repeat the last pixel."""
-    height, width = luma.shape
-    below = np.minimum(2 * rows + 1, height - 1)
-    right = np.minimum(2 * columns + 1, width - 1)
-    corners = [
-        luma[2 * rows, 2 * columns],
-        luma[2 * rows, right],
-        luma[below, 2 * columns],
-        luma[below, right],
-    ]
-    return np.stack(corners, axis=1).astype(np.float32)
+def _blocks(y: Plane, around: Box) -> np.ndarray:
+    """The 2x2 luma pixels of each chroma pixel of a box, uint8 [h, w, 2, 2]."""
+    height, width = around.bottom - around.top, around.right - around.left
+    part = y[2 * around.top : 2 * around.bottom, 2 * around.left : 2 * around.right]
+    if part.shape != (2 * height, 2 * width):
+        lacks = 2 * height - part.shape[0], 2 * width - part.shape[1]
+        part = cv2.copyMakeBorder(part, 0, lacks[0], 0, lacks[1], cv2.BORDER_REPLICATE)
+    return part.reshape(height, 2, width, 2).swapaxes(1, 2)
 
 
 def _largest_box(mask: np.ndarray) -> np.ndarray | None:

@@ -15,7 +15,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -40,17 +40,40 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Volume, Record]]) -> No
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for key, clip, record in samples:
-            array = io.BytesIO()
-            np.lib.format.write_array(array, clip, version=(1, 0), allow_pickle=False)
-            full = record | {"shape": list(clip.shape), "crc32c": crc32c(clip)}
-            _add(tar, f"{key}.npy", array.getvalue())
+            pixels = np.ascontiguousarray(clip)
+            full = record | {"shape": list(pixels.shape), "crc32c": crc32c(pixels)}
+            _add(tar, f"{key}.npy", _npy_header(pixels), pixels.data.cast("B"))
             _add(tar, f"{key}.json", json.dumps(full, sort_keys=True).encode())
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+def _npy_header(pixels: Volume) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(pixels))
+    return header.getvalue()
+
+
+def _add(tar: tarfile.TarFile, name: str, *parts: bytes | memoryview) -> None:
     header = tarfile.TarInfo(name)
-    header.size = len(content)
-    tar.addfile(header, io.BytesIO(content))
+    header.size = sum(len(part) for part in parts)
+    # TarFile asks of a file no more than this.
+    tar.addfile(header, cast(IO[bytes], _Parts(parts)))
+
+
+class _Parts:
+    """Reads several buffers as one file, so that a large clip is not copied to go into a shard."""
+
+    def __init__(self, parts: Iterable[bytes | memoryview]) -> None:
+        self.left = [memoryview(part) for part in parts]
+
+    def read(self, size: int) -> bytes:
+        taken: list[memoryview] = []
+        while size and self.left:
+            taken.append(self.left[0][:size])
+            size -= len(taken[-1])
+            self.left[0] = self.left[0][len(taken[-1]) :]
+            if not self.left[0]:
+                del self.left[0]
+        return b"".join(taken)
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Record]]:

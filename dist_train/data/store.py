@@ -55,7 +55,7 @@ class Store:
             raise StoreError(
                 f"the index holds {len(rows)} clips, the store {self.info['clips']}",
                 where=folder / INDEX,
-                fix="Delete it and run 'dist-train prepare' again with the same settings.",
+                fix="Delete it and run 'dist-train finalize'; it is rebuilt from the shards.",
             )
         self.table = pd.DataFrame(rows).astype({"crowd_score": "float64"})
         self._shard = self.table["shard"].to_numpy(np.int64)
@@ -106,7 +106,7 @@ class Store:
         return StoreError(
             f"clip '{self.table['key'].iloc[clip]}' cannot be read ({what})",
             where=self.folder / SHARDS / shard_name(int(self._shard[clip])),
-            fix="Delete that shard and run 'dist-train prepare' again with the same settings.",
+            fix="Run 'dist-train verify' with --repair, which rebuilds damaged shards.",
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,7 +125,8 @@ def read_marker(folder: Path) -> dict[str, Any]:
         raise StoreError(
             "the store is not finished" if begun else "there is no store here",
             where=folder,
-            fix="Run 'dist-train prepare' with the same settings to finish it."
+            fix="Run 'dist-train prepare' with the same settings to finish it, or 'dist-train "
+            "finalize' if it is written in parts."
             if begun
             else "Make one with 'dist-train prepare', or check the path.",
         )
@@ -136,7 +137,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
         raise StoreError(
             f"is not the marker of a store ({error})",
             where=marker,
-            fix="Delete it and run 'dist-train prepare' again with the same settings.",
+            fix="Delete it and run 'dist-train finalize', which writes it anew.",
         ) from None
     if form != FORMAT:
         raise StoreError(

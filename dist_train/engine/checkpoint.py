@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -98,7 +99,7 @@ def newest_whole(folder: Path) -> Path | None:
     Raises:
         CheckpointError: there are checkpoints, and each of them is damaged.
     """
-    found = _by_step(folder)
+    found = [path for _, path in by_step(folder)]
     for path in reversed(found):
         try:
             _check(path)
@@ -131,17 +132,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, marker
 
 
-def _by_step(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    if not folder.is_dir():
-        return []
-    named = [(path.name.removeprefix("step-"), path) for path in folder.glob("step-*")]
-    return [
-        path
-        for number, path in sorted(
-            (int(digits), path) for digits, path in named if digits.isdigit()
-        )
-    ]
+def by_step(folder: Path, suffix: str = "") -> list[tuple[int, Path]]:
+    """(N, path) of each finished ``step-N<suffix>`` in ``folder``, ascending."""
+    form = re.compile(rf"step-([0-9]+){re.escape(suffix)}")
+    named = [(form.fullmatch(path.name), path) for path in folder.glob("step-*")]
+    return sorted((int(match[1]), path) for match, path in named if match)
 
 
 def _remove_others(folder: Path, step: int, keep_last: int) -> None:
@@ -149,9 +144,10 @@ def _remove_others(folder: Path, step: int, keep_last: int) -> None:
 
     Those after it are damaged: the run would have resumed from them.
     """
-    found = _by_step(folder)
-    here = found.index(folder / f"step-{step}") + 1
-    for path in [*found[: max(here - keep_last, 0)], *found[here:]]:
+    found = by_step(folder)
+    before = [path for number, path in found if number <= step]
+    after = [path for number, path in found if number > step]
+    for path in [*before[:-keep_last], *after]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -185,6 +181,8 @@ def _check(path: Path) -> dict[str, Any]:
             content = (path / entry["name"]).read_bytes()
             if len(content) != entry["size"] or crc32c(content) != entry["crc32c"]:
                 raise CheckpointError("the file is damaged", where=path / entry["name"])
-    except (OSError, ValueError, KeyError) as error:
+        if not (isinstance(marker["step"], int) and isinstance(marker["facts"], dict)):
+            raise ValueError(f"{MARKER} is not of this form")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint is not whole ({error})", where=path) from None
     return marker

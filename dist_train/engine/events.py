@@ -29,7 +29,8 @@ class EventWriter:
     def __init__(self, run: Path, *, after: int) -> None:
         path = run / METRICS
         if path.exists():
-            write_whole(path, "".join(_lines_up_to(path, after)))
+            lines = path.read_bytes().splitlines(keepends=True)
+            write_whole(path, b"".join(line for line in lines if _is_whole(line, after)))
         self.file = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=after + 1)
 
@@ -66,16 +67,9 @@ class EventWriter:
         self.board.close()
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
-    kept = []
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                whole = line.endswith("\n") and json.loads(line)["step"] <= step
-            except ValueError:
-                whole = False
-            if not whole:
-                # Of a later step, or the line in the middle of which the process was killed.
-                break
-            kept.append(line)
-    return kept
+def _is_whole(line: bytes, last: int) -> bool:
+    """Whether it is of a step up to ``last``. A kill or a bad disk may leave half a line."""
+    try:
+        return line.endswith(b"\n") and bool(json.loads(line)["step"] <= last)
+    except (ValueError, KeyError, TypeError):
+        return False

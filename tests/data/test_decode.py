@@ -89,6 +89,19 @@ def test_frames_outlive_the_decoder(tmp_path: Path) -> None:
     assert np.abs(np.stack([frame.luma for frame in kept]) - LUMA).max() <= 1
 
 
+@pytest.mark.parametrize("full_range", [False, True])
+def test_part_of_the_grey(tmp_path: Path, full_range: bool) -> None:
+    path = write_video(tmp_path / "a.mp4", FRAMES, full_range=full_range)
+    for frame in Video(path):
+        assert frame.full_range == full_range
+        part = frame.grey(slice(3, 20), slice(5, 64))
+        np.testing.assert_array_equal(part, frame.luma[3:20, 5:64])
+        part[:] = 0
+        assert frame.luma[3:20, 5:64].any()
+        with pytest.raises(ValueError, match="read-only"):
+            frame.y[0, 0] = 0
+
+
 @pytest.mark.parametrize("kept", [0.5, 0.8])
 def test_cut_faststart_mp4_is_truncated(tmp_path: Path, kept: float) -> None:
     path = write_video(

@@ -65,7 +65,7 @@ def test_key_in_two_shards(tmp_path: Path) -> None:
 
 
 def test_missing(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"no index.*prepare"):
+    with pytest.raises(StoreError, match=r"no index.*finalize"):
         list(read_index(tmp_path / "index"))
 
 

@@ -14,7 +14,7 @@ from dist_train.config import AugmentSettings, LoaderSettings
 from dist_train.data.augment import Augment
 from dist_train.data.collate import Batch
 from dist_train.data.dataset import ClipDataset
-from dist_train.data.loader import make_loader
+from dist_train.data.loader import Loader
 from dist_train.data.plan import make_plan
 from dist_train.data.prepare import PrepareSettings, prepare
 from dist_train.data.sampler import HeldOutSampler, PlanSampler
@@ -41,7 +41,7 @@ def batches(store: Store, workers: int, *, passes: int = 1) -> list[Batch]:
     )
     sampler = PlanSampler(plan, rank=0, world=1, accumulate=1, first=0, last=14)
     dataset = ClipDataset(store, size=(12, 12), max_frames=6, augment=Augment(EVERYTHING, 0))
-    loader = make_loader(dataset, sampler, LoaderSettings(workers=workers))
+    loader = Loader(dataset, sampler, LoaderSettings(workers=workers))
     return [batch for _ in range(passes) for batch in loader]
 
 
@@ -72,7 +72,7 @@ def test_held_out_clips_all_come(store: Store) -> None:
     clips = list(range(24))
     sampler = HeldOutSampler(clips, store.table["frames"].tolist(), rank=0, world=1, batch=5)
     dataset = ClipDataset(store, size=(12, 12), max_frames=None, augment=None)
-    loader = make_loader(dataset, sampler, LoaderSettings(workers=0))
+    loader = Loader(dataset, sampler, LoaderSettings(workers=0))
     assert sorted(clip for batch in loader for clip in batch.clips.tolist()) == clips
 
 
@@ -84,5 +84,7 @@ def test_damaged_clip_is_named_by_its_key(store: Store, workers: int) -> None:
     content = bytearray(path.read_bytes())
     content[int(row["offset"])] ^= 0xFF
     path.write_bytes(content)
-    with pytest.raises(StoreError, match="clip 'clip008' cannot be read"):
+    with pytest.raises(StoreError, match="clip 'clip008' cannot be read") as caught:
         batches(store, workers)
+    assert "\n" not in str(caught.value)
+    assert caught.value.where == path

@@ -262,6 +262,11 @@ def test_too_few_clips_name_the_class_and_the_fix(
         plan_of(positives, negatives)
 
 
+def test_a_batch_beyond_all_measure_is_refused_at_once() -> None:
+    with pytest.raises(PlanError, match="holds 40 positives"):
+        plan_of(40, 200, batch=4 * 10**12)
+
+
 @pytest.mark.parametrize("batch", [0, 3, 6, 17])
 def test_batch_that_cannot_hold_the_ratio(batch: int) -> None:
     with pytest.raises(PlanError, match=f"plan.batch {batch} cannot hold 1 .* multiple of 4"):

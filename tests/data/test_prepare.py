@@ -30,13 +30,21 @@ from make_media import (
     write_volumes,
 )
 
+from dist_train import cli
 from dist_train.data.decode import Video, read_volume
+from dist_train.data.job import JOB, Part
 from dist_train.data.manifest import read_manifest
-from dist_train.data.prepare import JOB, PrepareSettings, prepare, prepare_npz
+from dist_train.data.prepare import (
+    PrepareSettings,
+    finalize,
+    prepare,
+    prepare_npz,
+    prepare_part,
+)
 from dist_train.data.roi import Box, OutlineColour, crop_to_outline
 from dist_train.data.shards import shard_name
 from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Store
-from dist_train.errors import StoreError
+from dist_train.errors import ConfigError, StoreError
 
 WHOLE = PrepareSettings(roi="none", shard_clips=4)
 START = Box(20, 30, 70, 84)
@@ -381,6 +389,217 @@ def test_missing_file_is_named_before_any_work(tmp_path: Path, raw: Path) -> Non
     assert not (tmp_path / "store").exists()
 
 
+# In parts.
+
+
+PART = """
+import sys
+from pathlib import Path
+from dist_train.data.job import Part
+from dist_train.data.manifest import read_manifest
+from dist_train.data.prepare import PrepareSettings, prepare_part
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    prepare_part(
+        read_manifest(folder / "clips.csv"), folder / "raw", folder / "store",
+        PrepareSettings(roi="none", shard_clips=4), Part.parse(sys.argv[2]), workers=1,
+        progress=lambda done, total: (print(done, flush=True), sys.stdin.readline()),
+    )
+"""
+
+
+def part_process(folder: Path, part: str) -> subprocess.Popen[str]:
+    """A process that has claimed its part, and goes on at each line that it is sent."""
+    (folder / "part.py").write_text(PART)
+    process = subprocess.Popen(
+        [sys.executable, str(folder / "part.py"), str(folder), part],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "0\n"
+    return process
+
+
+def part_here(folder: Path, names: Sequence[str], part: str, out: str = "store") -> None:
+    manifest = write_manifest(folder / "clips.csv", names)
+    prepare_part(manifest, folder / "raw", folder / out, WHOLE, Part.parse(part), workers=1)
+
+
+def written(store: Path) -> list[str]:
+    return sorted(path.name for path in (store / SHARDS).glob("*.tar"))
+
+
+def test_parts_of_three_processes_make_the_same_store(tmp_path: Path, raw: Path) -> None:
+    """All three are at work at once, since each waits until all have claimed their part."""
+    names = write_volumes(raw, 27)
+    (raw / names[5]).write_bytes(b"x")
+    plain = make(tmp_path, names, "plain", max_rejected=0.1)
+    store = tmp_path / "store"
+    processes = [part_process(tmp_path, f"{i}/3") for i in (1, 2, 3)]
+    assert written(store) == []
+    for process in processes:
+        process.communicate("\n" * 9)
+        assert process.returncode == 0
+    assert written(store) == [shard_name(i) for i in range(7)]
+    assert not any((store / name).exists() for name in (INDEX, MARKER, REJECTED))
+    with pytest.raises(StoreError, match=r"not finished.*finalize"):
+        Store(store)
+    assert finalize(store, max_rejected=0.1)["clips"] == 26
+    assert content(store) == content(plain)
+    assert finalize(store, max_rejected=0.1)["clips"] == 26
+    assert content(store) == content(plain)
+
+
+def test_a_part_has_every_nth_shard(tmp_path: Path, raw: Path) -> None:
+    names = write_volumes(raw, 27)
+    part_here(tmp_path, names, "2/3")
+    assert written(tmp_path / "store") == [shard_name(1), shard_name(4)]
+    part_here(tmp_path, names, "9/9")
+    assert written(tmp_path / "store") == [shard_name(1), shard_name(4)]
+
+
+def test_a_part_needs_only_its_own_files(tmp_path: Path, raw: Path) -> None:
+    names = write_volumes(raw, 8)
+    (raw / names[0]).unlink()
+    part_here(tmp_path, names, "2/2")
+    with pytest.raises(StoreError, match=r"clip000.npy: the file is missing \(1 such"):
+        part_here(tmp_path, names, "1/2")
+
+
+def test_a_whole_run_goes_on_from_parts(tmp_path: Path, raw: Path) -> None:
+    names = write_volumes(raw, 12)
+    part_here(tmp_path, names, "1/2")
+    before = stamps(tmp_path / "store")
+    make(tmp_path, names)
+    assert {name: stamps(tmp_path / "store")[name] for name in before} == before
+    assert content(tmp_path / "store") == content(make(tmp_path, names, "plain"))
+
+
+def test_who_may_write_beside_a_part(tmp_path: Path, raw: Path) -> None:
+    names = write_volumes(raw, 12)
+    write_manifest(tmp_path / "clips.csv", names)
+    running = part_process(tmp_path, "1/3")
+    with pytest.raises(StoreError, match="another process is writing part 1 of this store"):
+        part_here(tmp_path, names, "1/3")
+    with pytest.raises(StoreError, match=r"is writing a part \(of 3\) of this store"):
+        part_here(tmp_path, names, "2/2")
+    with pytest.raises(StoreError, match="another process is writing this store"):
+        make(tmp_path, names)
+    with pytest.raises(StoreError, match="another process is writing this store"):
+        finalize(tmp_path / "store")
+    part_here(tmp_path, names, "2/3")
+    running.kill()
+    running.communicate()
+    part_here(tmp_path, names, "1/2")
+    make(tmp_path, names)
+
+
+def test_no_part_beside_a_whole_run(tmp_path: Path, raw: Path) -> None:
+    names = write_volumes(raw, 5)
+
+    def another(done: int, total: int) -> None:
+        with pytest.raises(StoreError, match="another process is writing this store"):
+            part_here(tmp_path, names, "1/2")
+
+    make(tmp_path, names, progress=another)
+
+
+def test_part_of_other_settings_is_refused(tmp_path: Path, raw: Path) -> None:
+    names = write_volumes(raw, 8)
+    part_here(tmp_path, names, "1/2")
+    with pytest.raises(StoreError, match=r"other settings \(manifest changed\)"):
+        part_here(tmp_path, names[::-1], "2/2")
+
+
+def test_finalize_names_what_is_missing(tmp_path: Path, raw: Path) -> None:
+    names = write_volumes(raw, 27)
+    part_here(tmp_path, names, "1/3")
+    with pytest.raises(
+        StoreError,
+        match=r"4 of 7 shards are not written yet, the first is shard-000001.tar.*: 1, 2, 4, 5\)",
+    ):
+        finalize(tmp_path / "store")
+    assert not (tmp_path / "store" / MARKER).exists()
+
+
+def test_finalize_judges_the_rejects(tmp_path: Path, raw: Path) -> None:
+    names = write_volumes(raw, 8)
+    (raw / names[1]).write_bytes(b"x")
+    part_here(tmp_path, names, "1/1")
+    with pytest.raises(StoreError, match=r"1 of 8 clips were rejected \(1 positive\)"):
+        finalize(tmp_path / "store")
+    assert finalize(tmp_path / "store", max_rejected=0.2)["rejected"] == {"1": 1}
+
+
+def test_finalize_of_no_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="there is no store here"):
+        finalize(tmp_path)
+
+
+def test_clips_lost_with_a_damaged_shard_are_not_lost_in_silence(tmp_path: Path, raw: Path) -> None:
+    """A tar reader takes a damaged header for the end of the archive."""
+    store = make(tmp_path, write_volumes(raw, 8))
+    path = store / SHARDS / shard_name(1)
+    whole = bytearray(path.read_bytes())
+    at = whole.index(b"clip006.npy")
+    whole[at] ^= 1
+    path.write_bytes(whole)
+    (store / INDEX).unlink()
+    with pytest.raises(StoreError, match=r"hold 6 clips, not the 8.*--repair"):
+        finalize(store)
+
+
+@pytest.mark.parametrize("text", ["", "1", "0/3", "4/3", "1/0", "-1/3", "1/3/5", "a/b", " 1/3"])
+def test_not_a_part(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--part: '.*' is not a part"):
+        Part.parse(text)
+
+
+def test_commands_of_parts(
+    tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["dist-train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 0
+        return capsys.readouterr().out
+
+    names = write_volumes(raw, 12)
+    (raw / names[2]).write_bytes(b"x")
+    (raw / names[7]).write_bytes(b"x")
+    write_manifest(tmp_path / "clips.csv", names)
+    store = tmp_path / "store"
+    for part in ("2/2", "1/2"):
+        command(
+            "prepare", "--manifest", tmp_path / "clips.csv", "--source", raw, "--out", store,
+            "--roi", "none", "--shard-clips", 4, "--workers", 1, "--part", part,
+        )  # fmt: skip
+    lines = command("finalize", store, "--max-rejected", 0.2).splitlines()
+    assert lines == [
+        f"10 clips in {store}",
+        f"rejected: 2 (1 negative, 1 positive), see {store / REJECTED}",
+    ]
+    assert content(store) == content(make(tmp_path, names, "plain", max_rejected=0.2))
+
+
+def test_a_folder_is_claimed_once_by_many(tmp_path: Path, raw: Path) -> None:
+    """Parts that start together all write the same claim; none sees half of it."""
+    names = write_volumes(raw, 4)
+    write_manifest(tmp_path / "clips.csv", names)
+    (tmp_path / "part.py").write_text(PART)
+    command = [sys.executable, str(tmp_path / "part.py"), str(tmp_path)]
+    processes = [
+        subprocess.Popen([*command, f"{i}/4"], stdin=subprocess.DEVNULL) for i in range(1, 5)
+    ]
+    assert [process.wait() for process in processes] == [0, 0, 0, 0]
+    finalize(tmp_path / "store")
+    assert content(tmp_path / "store") == content(make(tmp_path, names, "plain"))
+
+
 # Bad files.
 
 
@@ -553,7 +772,7 @@ def test_medmnist_form(tmp_path: Path) -> None:
 def test_medmnist_of_other_content_is_refused(tmp_path: Path) -> None:
     prepare_npz(small_medmnist(tmp_path / "a.npz"), tmp_path / "store")
     changed = small_medmnist(tmp_path / "b.npz", val_labels=np.ones((3, 1), np.uint8))
-    with pytest.raises(StoreError, match=r"other settings \(npz changed\)"):
+    with pytest.raises(StoreError, match=r"other settings \(manifest, npz changed\)"):
         prepare_npz(changed, tmp_path / "store")
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+from helpers import ROOT, environment
 from make_media import drifting, outlined_frames, union_of, write_video
 
-from dist_train.data.decode import Video
+from dist_train.data.decode import Frame, Video
 from dist_train.data.roi import MARGIN, Box, OutlineColour, crop_to_outline, find_outline
 from dist_train.errors import DecodeError, RoiError
 
@@ -109,6 +113,114 @@ def test_window_equals_a_brute_force_crop(tmp_path: Path) -> None:
     clip, box = crop_to_outline(Video(path), COLOUR)
     assert box == union
     np.testing.assert_array_equal(clip, np.stack([union.cut(f.luma) for f in Video(path)]))
+
+
+def patchy_frame(
+    rng: np.random.Generator, height: int, width: int, *, full_range: bool, bt709: bool
+) -> Frame:
+    """Patches of any luma and chroma, with a little noise: many of them near the outline's."""
+
+    def plane(height: int, width: int, patch: int) -> np.ndarray:
+        coarse = rng.integers(0, 256, (height // patch + 1, width // patch + 1), dtype=np.uint8)
+        levels = np.kron(coarse, np.ones((patch, patch), np.uint8))[:height, :width]
+        return np.clip(levels + rng.integers(-9, 10, levels.shape), 0, 255).astype(np.uint8)
+
+    chroma = -(-height // 2), -(-width // 2)
+    return Frame(plane(height, width, 7), plane(*chroma, 5), plane(*chroma, 6), full_range, bt709)
+
+
+def outlines_by_definition(frame: Frame, colour: OutlineColour) -> list[Box | None]:
+    """What ``find_outline`` promises, in RGB and over the whole frame; several if they tie."""
+    height, width = frame.luma.shape
+    scale = 1.0 if frame.full_range else 255 / 224
+    cb, cr = ((plane.astype(np.float32) - 128) * scale for plane in (frame.cb, frame.cr))
+    red, blue = (1.5748, 1.8556) if frame.bt709 else (1.402, 1.772)
+    green = (-0.1873, -0.4681) if frame.bt709 else (-0.3441, -0.7141)
+    shifts = red * cr, green[0] * cb + green[1] * cr, blue * cb
+    ranges = colour.red, colour.green, colour.blue
+    mask = whole(shifts[0] - shifts[2] >= colour.red_over_blue, height, width)
+    for shift, (low, high) in zip(shifts, ranges, strict=True):
+        channel = frame.luma.astype(np.float32) + whole(shift, height, width)
+        mask = mask & (channel >= low) & (channel <= high)
+    # By blocks, of which a pixel of the colour is enough.
+    even = np.zeros((2 * cb.shape[0], 2 * cb.shape[1]), bool)
+    even[:height, :width] = mask
+    blocks = even.reshape(cb.shape[0], 2, cb.shape[1], 2).any(axis=(1, 3)).astype(np.uint8)
+    closed = cv2.morphologyEx(blocks, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
+    count, labels = cv2.connectedComponents(closed, connectivity=8)
+    areas = {}
+    for label in range(1, count):
+        rows, columns = np.nonzero(labels == label)
+        areas[label] = (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+    found = []
+    for label, area in areas.items():
+        if area == max(areas.values()):
+            y, x = np.nonzero(mask & whole(labels == label, height, width))
+            found.append(Box(y.min(), x.min(), y.max() + 1, x.max() + 1))
+    return found or [None]
+
+
+def whole(chroma: np.ndarray, height: int, width: int) -> np.ndarray:
+    return chroma.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+
+
+@pytest.mark.parametrize("size", [(64, 80), (63, 81), (1, 1)])
+@pytest.mark.parametrize("bt709", [False, True])
+@pytest.mark.parametrize("full_range", [False, True])
+@pytest.mark.parametrize(
+    "colour",
+    [
+        COLOUR,
+        OutlineColour((200, 240), (90, 120), (10, 60), 100),
+        OutlineColour((0, 255), (0, 255), (0, 255), -600),
+        OutlineColour((300, 400), (0, 255), (0, 255), 0),
+    ],
+    ids=["default", "narrow", "everything", "beyond white"],
+)
+def test_box_is_that_of_the_definition(
+    colour: OutlineColour, full_range: bool, bt709: bool, size: tuple[int, int]
+) -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(10):
+        frame = patchy_frame(rng, *size, full_range=full_range, bt709=bt709)
+        assert find_outline(frame, colour) in outlines_by_definition(frame, colour)
+
+
+# ru_maxrss would not do: a process starts with that of the one that it was forked from.
+GROWTH = """
+import re, sys
+from pathlib import Path
+from dist_train.data.decode import Video
+from dist_train.data.roi import OutlineColour, crop_to_outline
+peaks = []
+for path in sys.argv[1:]:
+    crop_to_outline(Video(Path(path)), OutlineColour())
+    status = Path("/proc/self/status").read_text()
+    peaks.append(int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]))
+print(1024 * (peaks[1] - peaks[0]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("box", "first_shown", "share"),
+    [
+        pytest.param(Box(100, 120, 160, 190), 159, 0.25, id="frames before the first box"),
+        pytest.param(Box(4, 4, 508, 508), 0, 1.4, id="a clip as large as its frames"),
+    ],
+)
+def test_no_frame_is_held_in_vain(tmp_path: Path, box: Box, first_shown: int, share: float) -> None:
+    """Memory grows by the crop, not by the frames before it, and not by a second crop."""
+    size, depth = 512, 160
+    frames = np.full((depth, size, size, 3), 30, np.uint8)
+    frames[first_shown:] = outlined_frames([box], height=size, width=size)
+    path = write_video(tmp_path / "a.mp4", frames, options={"preset": "ultrafast"})
+    frames = outlined_frames([box] * 4, height=size, width=size)
+    short = write_video(tmp_path / "short.mp4", frames, options={"preset": "ultrafast"})
+    command = [sys.executable, "-c", GROWTH, str(short), str(path)]
+    done = subprocess.run(
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < share * depth * size * size
 
 
 @pytest.mark.parametrize("level", [40, 250])

@@ -150,7 +150,18 @@ def empty_the_marker(path: Path) -> None:
     (path / MARKER).write_text("{}")
 
 
-DAMAGES = [truncate, flip_a_bit, lose_a_file, lose_the_marker, tear_the_marker, empty_the_marker]
+def make_the_marker_a_list(path: Path) -> None:
+    (path / MARKER).write_text("[]")
+
+
+def lose_the_facts(path: Path) -> None:
+    (path / MARKER).write_text('{"step": 8, "files": []}')
+
+
+DAMAGES = [
+    truncate, flip_a_bit, lose_a_file, lose_the_marker, tear_the_marker, empty_the_marker,
+    make_the_marker_a_list, lose_the_facts,
+]  # fmt: skip
 damaged = pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 
 
@@ -184,6 +195,15 @@ def test_an_unfinished_one_is_no_checkpoint(tmp_path: Path) -> None:
     assert newest_whole(tmp_path) is None
     whole = save(tmp_path, 4)
     assert newest_whole(tmp_path) == whole
+
+
+def test_what_is_not_ours_is_no_checkpoint_and_is_left_alone(tmp_path: Path) -> None:
+    for foreign in ("step-x", "step-²", "notes"):
+        (tmp_path / foreign).mkdir()
+    for step in (1, 2):
+        save(tmp_path, step, keep_last=1)
+    assert newest_whole(tmp_path) == tmp_path / "step-2"
+    assert {path.name for path in tmp_path.iterdir()} == {"step-x", "step-²", "notes", "step-2"}
 
 
 def test_saving_again_over_an_unfinished_one(tmp_path: Path) -> None:

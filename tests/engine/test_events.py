@@ -73,6 +73,16 @@ def test_a_line_torn_by_a_kill_is_dropped(tmp_path: Path, torn: str) -> None:
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("bad", [b"{}", b"[1]", b"null", b'{"step": null}', b"\xff\xfe", b""])
+def test_a_damaged_line_is_dropped_alone(tmp_path: Path, bad: bytes) -> None:
+    write(tmp_path, range(1, 4), after=0)
+    path = tmp_path / "metrics.jsonl"
+    first, _, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + bad + b"\n" + third)
+    write(tmp_path, range(4, 6), after=3)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 3, 4, 5]
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -1,0 +1,288 @@
+"""What a store's folder is for, which clips go to which shard, and who may write them.
+
+``job.json`` and ``manifest.csv`` are written before the first shard. They hold all that the bytes
+of the store depend on, beside the raw files.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dist_train.data.files import write_whole
+from dist_train.data.shards import Record, shard_name
+from dist_train.data.store import SHARDS
+from dist_train.errors import ConfigError, StoreError
+
+JOB = "job.json"
+MANIFEST = "manifest.csv"
+LOCK = ".lock"
+
+_TYPES: dict[str, type[str] | type[bool] | str] = {
+    "key": str,
+    "filename": str,
+    "label": "int8",
+    "group": str,
+    "weight": "float64",
+    "split": str,
+    "crowd_score": "float64",
+    "tier1": bool,
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a store, written or not: its files, and its rows of the manifest."""
+
+    number: int
+    rows: Sequence[Record]
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        return self.folder / shard_name(self.number)
+
+    @property
+    def rejects_path(self) -> Path:
+        return self.path.with_suffix(".rejected.csv")
+
+    def is_written(self) -> bool:
+        return self.path.exists() and self.rejects_path.exists()
+
+    def rejects(self) -> pd.DataFrame:
+        """Its files that gave no clip: columns ``file``, ``reason``, ``class``, all text.
+
+        Raises:
+            StoreError: the list is missing or damaged.
+        """
+        try:
+            table = pd.read_csv(self.rejects_path, dtype=str, keep_default_na=False)
+            if table.columns.tolist() != ["file", "reason", "class"]:
+                raise ValueError("its columns are not file, reason, class")
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"the list of rejects cannot be read ({error})",
+                where=self.rejects_path,
+                fix="Delete it and run 'dist-train prepare' again with the same settings.",
+            ) from None
+        return table
+
+
+def to_record(row: Record) -> Record:
+    """What a clip's record says of its row of the manifest."""
+    crowd = row["crowd_score"]
+    record = {name: value for name, value in row.items() if name != "key"}
+    return record | {"crowd_score": None if math.isnan(crowd) else crowd}
+
+
+@dataclass(frozen=True)
+class Job:
+    """``table`` is the manifest's; ``made_from`` all that the bytes depend on, as JSON."""
+
+    table: pd.DataFrame
+    made_from: dict[str, Any]
+
+    @classmethod
+    def of(cls, table: pd.DataFrame, **made_from: Any) -> Job:
+        digest = hashlib.sha256(_to_csv(table).encode()).hexdigest()
+        # Through JSON, in which a tuple is a list: as it will be read back.
+        return cls(table, json.loads(json.dumps({"manifest": digest} | made_from)))
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.made_from, sort_keys=True).encode()).hexdigest()
+
+    def shards(self, out: Path) -> list[Shard]:
+        """All shards in ``out``: number k has rows k * n to (k + 1) * n of the manifest."""
+        rows: list[Record] = [
+            {str(name): value for name, value in row.items()}
+            for row in self.table.to_dict("records")
+        ]
+        size = self.made_from["settings"]["shard_clips"]
+        return [
+            Shard(number, rows[first : first + size], out / SHARDS)
+            for number, first in enumerate(range(0, len(rows), size))
+        ]
+
+
+def read_job(out: Path) -> Job:
+    """What the store in ``out`` is made from.
+
+    Raises:
+        StoreError: there is no store, or what tells of it is lost or damaged.
+    """
+    if not (out / SHARDS).is_dir():
+        raise StoreError(
+            "there is no store here",
+            where=out,
+            fix="Make one with 'dist-train prepare', or check the path.",
+        )
+    made_from = _read_made_from(out / JOB)
+    path = out / MANIFEST
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise _lost(path, f"cannot be read ({error.strerror})") from None
+    if hashlib.sha256(text).hexdigest() != made_from.get("manifest"):
+        raise _lost(path, "is not the table that the store was made from")
+    table = pd.read_csv(
+        path,
+        dtype=_TYPES,
+        keep_default_na=False,
+        na_values={"crowd_score": [""]},
+        float_precision="round_trip",
+        # A name may hold a carriage return.
+        lineterminator="\n",
+    )
+    return Job(table, made_from)
+
+
+def _read_made_from(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+        fingerprint = content.pop("fingerprint")
+        job = Job(pd.DataFrame(), content)
+        if job.fingerprint != fingerprint:
+            raise ValueError("its fingerprint is not that of its content")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _lost(path, f"cannot be read ({error})") from None
+    return job.made_from
+
+
+def _lost(path: Path, what: str) -> StoreError:
+    return StoreError(
+        what,
+        where=path,
+        fix="Delete it if it is there, and run 'dist-train prepare' again with the same settings: "
+        "finished shards are kept.",
+    )
+
+
+def _to_csv(table: pd.DataFrame) -> str:
+    text: str = table.to_csv(index=False, lineterminator="\n")
+    return text
+
+
+@dataclass(frozen=True)
+class Part:
+    """Number ``index`` (from 1) of ``count`` processes that write a store together."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """Read "i/N".
+
+        Raises:
+            ConfigError: it is not of that form, or i is not one of 1 to N.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        part = cls(int(match[1]), int(match[2])) if match else None
+        if part is None or not 1 <= part.index <= part.count:
+            raise ConfigError(
+                f"'{text}' is not a part", where="--part", fix="It is i/N with i from 1 to N."
+            )
+        return part
+
+    def of(self, shards: Sequence[Shard]) -> Sequence[Shard]:
+        return shards[self.index - 1 :: self.count]
+
+
+@contextmanager
+def writing(out: Path, job: Job, part: Part | None = None) -> Iterator[None]:
+    """Hold ``out`` for this job: all of it alone, or one part of it beside the other parts.
+
+    The kernel drops the locks with their owner, however the owner ends.
+
+    Raises:
+        StoreError: another process writes the same, or the folder is for another job.
+    """
+    (out / SHARDS).mkdir(parents=True, exist_ok=True)
+    with ExitStack() as locks:
+        if part is None:
+            locks.enter_context(_locked(out, LOCK, fcntl.LOCK_EX))
+            # Left by parts, of which none is at work now.
+            for left in out.glob(f"{LOCK}-*"):
+                left.unlink()
+            _claim(out, job)
+        else:
+            locks.enter_context(_locked(out, LOCK, fcntl.LOCK_SH))
+            own = f"{LOCK}-{part.index}-of-{part.count}"
+            locks.enter_context(_locked(out, own, fcntl.LOCK_EX, f"part {part.index} of "))
+            _refuse_other_cuts(out, part)
+            with _locked(out, f"{LOCK}-claim", fcntl.LOCK_EX, wait=True):
+                _claim(out, job)
+        yield
+
+
+def _refuse_other_cuts(out: Path, part: Part) -> None:
+    """Part 1 of 2 and part 1 of 3 share shards."""
+    for other in out.glob(f"{LOCK}-*-of-*"):
+        count = other.name.rpartition("-")[2]
+        if int(count) != part.count:
+            with _locked(out, other.name, fcntl.LOCK_SH, f"a part (of {count}) of "):
+                pass
+
+
+@contextmanager
+def _locked(
+    out: Path, name: str, how: int, what: str = "", *, wait: bool = False
+) -> Iterator[None]:
+    with (out / name).open("a+") as file:
+        try:
+            fcntl.flock(file, how if wait else how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(
+                f"another process is writing {what}this store",
+                where=out,
+                fix="Wait for it, or choose another --out.",
+            ) from None
+        except OSError as error:
+            raise StoreError(
+                f"the folder cannot be locked ({error.strerror})",
+                where=out,
+                fix="Choose a file system that has locks for --out.",
+            ) from None
+        yield
+
+
+def _claim(out: Path, job: Job) -> None:
+    """Note what the folder is for, or check that it is for this."""
+    path = out / JOB
+    if path.exists():
+        before = _read_made_from(path)
+        if before != job.made_from:
+            old, new = _flat(before), _flat(job.made_from)
+            changed = sorted(
+                name for name in old.keys() | new.keys() if old.get(name) != new.get(name)
+            )
+            raise StoreError(
+                f"the store was made with other settings ({', '.join(changed)} changed)",
+                where=out,
+                fix="Use the same settings, or choose another --out.",
+            )
+    table = _to_csv(job.table).encode()
+    if not (out / MANIFEST).exists() or (out / MANIFEST).read_bytes() != table:
+        write_whole(out / MANIFEST, table)
+    if not path.exists():
+        content = job.made_from | {"fingerprint": job.fingerprint}
+        write_whole(path, json.dumps(content, indent=2, sort_keys=True))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
+        flat |= inner if inner is not None else {prefix + name: value}
+    return flat

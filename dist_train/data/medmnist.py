@@ -1,0 +1,66 @@
+"""MedMNIST 3D files (Yang et al., Scientific Data 2023) -> manifest rows and volumes.
+
+The form: ``{train,val,test}_images`` uint8 [N, D, H, W] and ``{train,val,test}_labels`` [N, 1] of
+0 and 1.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dist_train.data.decode import Volume
+from dist_train.data.manifest import SPLITS
+from dist_train.errors import StoreError
+
+
+def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
+    """The clip table, as of ``Manifest``, with the official split; and a volume for each row.
+
+    Raises:
+        StoreError: the file is not of this form.
+    """
+    rows: list[dict[str, Any]] = []
+    volumes: list[Volume] = []
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("not an npz archive")
+        with np.load(path, allow_pickle=False) as arrays:
+            for split in SPLITS:
+                labels = arrays[f"{split}_labels"].reshape(-1)
+                images = arrays[f"{split}_images"]
+                if len(labels) != len(images):
+                    raise ValueError(f"{split} has {len(images)} images, {len(labels)} labels")
+                for number, (label, image) in enumerate(zip(labels, images, strict=True)):
+                    if label not in (0, 1):
+                        raise ValueError(f"label {label} of {split} image {number} is not 0 or 1")
+                    rows.append(_row(path.name, split, number, int(label)))
+                    volumes.append(image)
+        if not rows:
+            raise ValueError("it holds no images")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise StoreError(
+            f"is not a MedMNIST file ({error})",
+            where=path,
+            fix="It needs {train,val,test}_images and {train,val,test}_labels.",
+        ) from None
+    return pd.DataFrame(rows), volumes
+
+
+def _row(file: str, split: str, number: int, label: int) -> dict[str, Any]:
+    key = f"{split}_{number:05d}"
+    return {
+        "key": key,
+        "filename": f"{file}/{key}",
+        "label": label,
+        "group": "",
+        "weight": 1.0,
+        "split": split,
+        "crowd_score": float("nan"),
+        "tier1": True,
+    }

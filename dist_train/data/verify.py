@@ -1,0 +1,312 @@
+"""Every byte of a finished store: what is damaged, and how it is mended.
+
+The manifest in the store says which clips there must be. A shard is sound if it is, byte for byte,
+what ``write_shard`` gives for its records and pixels, and the pixels have their CRC-32C. The index
+has its own CRC-32C in ``store.json``; where it is sound, the shards' records are compared with it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from dist_train.data.files import crc32c
+from dist_train.data.index import index_checksum, read_index
+from dist_train.data.job import Job, Shard, read_job, to_record, writing
+from dist_train.data.pool import each_done
+from dist_train.data.prepare import (
+    by_class,
+    count_classes,
+    finish,
+    gather_rejects,
+    marker_of,
+    tasks_again,
+    write_task,
+)
+from dist_train.data.shards import Record, read_records
+from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, read_marker
+from dist_train.errors import StoreError
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong in a store.
+
+    ``shard`` is the number of the shard that must be written again for it, if one must.
+    """
+
+    where: Path
+    what: str
+    shard: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+def verify(
+    folder: Path, *, workers: int | None = None, progress: Progress | None = None
+) -> list[Fault]:
+    """Check every byte of a store; an empty list says that it is whole.
+
+    Args:
+        workers: processes; None takes one per available core.
+        progress: called with (clips checked, clips in all).
+
+    Raises:
+        StoreError: there is no store, or ``job.json`` or ``manifest.csv``, by which all else is
+            judged, is itself damaged.
+    """
+    job = read_job(folder)
+    shards = job.shards(folder)
+    faults = [*_foreign_files(folder, shards)]
+    marker, index = _read_marker(folder), _read_sound_index(folder)
+    if marker is not None and index is None:
+        faults.append(Fault(folder / INDEX, "is not the index that was written"))
+    done, total = 0, len(job.table)
+    for number, found in each_done(_check_shard, _checks(shards, index), workers):
+        faults += found
+        done += len(shards[number].rows)
+        if progress:
+            progress(done, total)
+    if marker is None:
+        faults.append(Fault(folder / MARKER, "is missing, or not the marker of a store"))
+    elif all(fault.shard is None for fault in faults):
+        faults += _check_summaries(folder, job, shards, marker)
+    return sorted(faults, key=lambda fault: (fault.where, fault.what))
+
+
+def repair(
+    folder: Path,
+    source: Path,
+    faults: Sequence[Fault],
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the bad shards among ``faults`` again, and the index and summaries from all shards.
+
+    Files that do not belong to the store are left alone.
+
+    Args:
+        source: the folder of raw files, or the MedMNIST file, that the store was made from.
+
+    Returns:
+        The content of ``store.json``.
+
+    Raises:
+        StoreError: ``source`` does not hold what the store was made from, or another process is
+            writing the store.
+    """
+    job = read_job(folder)
+    shards = job.shards(folder)
+    bad = [shards[number] for number in sorted({f.shard for f in faults if f.shard is not None})]
+    tasks = tasks_again(job, bad, source)
+    with writing(folder, job):
+        # Marker and index stay until the new shards are known to be those that were lost.
+        done, total = 0, sum(len(shard.rows) for shard in bad)
+        for count in each_done(write_task, tasks, workers):
+            done += count
+            if progress:
+                progress(done, total)
+        difference = _difference(folder, shards, bad)
+        if difference is not None:
+            for shard in bad:
+                shard.path.unlink()
+            raise StoreError(
+                f"does not hold the files that the store was made from ({difference})",
+                where=source,
+                fix="Name the right folder, or prepare the store anew in another one.",
+            )
+        (folder / MARKER).unlink(missing_ok=True)
+        return finish(folder, job, shards, max_rejected=1.0)
+
+
+def _difference(folder: Path, shards: Sequence[Shard], rewritten: Sequence[Shard]) -> str | None:
+    """In what the rewritten shards are not those that were lost, as far as the rest can tell."""
+    for check in _checks(rewritten, _read_sound_index(folder)):
+        _, faults = _check_shard(check)
+        if faults:
+            return str(faults[0])
+    marker = _read_marker(folder)
+    rejected = count_classes(gather_rejects(shards))
+    if marker is not None and marker.get("rejected") != rejected:
+        now, before = by_class(rejected), by_class(marker.get("rejected", {}))
+        return f"rejected are: {now or 'none'}; they were: {before or 'none'}"
+    return None
+
+
+def _read_marker(folder: Path) -> dict[str, Any] | None:
+    try:
+        return read_marker(folder)
+    except StoreError:
+        return None
+
+
+def _read_sound_index(folder: Path) -> Mapping[int, dict[str, Record]] | None:
+    """The index by shard and key, or None if it is not, to the byte, the one that was written."""
+    marker, path = _read_marker(folder), folder / INDEX
+    try:
+        if marker is None or marker.get("index_crc32c") != index_checksum(path):
+            return None
+    except StoreError:
+        return None
+    index: defaultdict[int, dict[str, Record]] = defaultdict(dict)
+    for key, record in read_index(path):
+        index[record.pop("shard")][key] = record
+    return index
+
+
+def _foreign_files(folder: Path, shards: Sequence[Shard]) -> Iterator[Fault]:
+    own = {path for shard in shards for path in (shard.path, shard.rejects_path)}
+    for path in (folder / SHARDS).iterdir():
+        if path not in own:
+            yield Fault(path, "does not belong to the store; move it away")
+
+
+def _check_summaries(
+    folder: Path, job: Job, shards: Sequence[Shard], marker: dict[str, Any]
+) -> Iterator[Fault]:
+    """``rejected.csv`` and ``store.json`` say what the shards do."""
+    rejects = gather_rejects(shards)
+    path = folder / REJECTED
+    if not path.is_file() or path.read_bytes() != rejects.to_csv(index=False).encode():
+        yield Fault(path, "is not the sum of the shards' lists of rejects")
+    if marker != marker_of(job, shards, rejects, marker.get("index_crc32c")):
+        yield Fault(folder / MARKER, "does not say what the store holds")
+
+
+@dataclass(frozen=True)
+class _Check:
+    """A shard, and what a sound index says of it: key -> record."""
+
+    shard: Shard
+    index: Mapping[str, Record] | None
+
+
+def _checks(
+    shards: Sequence[Shard], index: Mapping[int, Mapping[str, Record]] | None
+) -> list[_Check]:
+    return [
+        _Check(shard, None if index is None else index.get(shard.number, {})) for shard in shards
+    ]
+
+
+def _check_shard(check: _Check) -> tuple[int, list[Fault]]:
+    """The shard's number, and all that is wrong with it."""
+    shard = check.shard
+    if not shard.path.is_file():
+        return shard.number, [Fault(shard.path, "the shard is missing", shard.number)]
+    try:
+        rejects = shard.rejects()
+    except StoreError as error:
+        return shard.number, [Fault(shard.rejects_path, error.what, shard.number)]
+    labels = {row["filename"]: str(row["label"]) for row in shard.rows}
+    rejected = dict(zip(rejects["file"], rejects["class"], strict=True))
+    rows = {row["key"]: to_record(row) for row in shard.rows if row["filename"] not in rejected}
+    clips, unreadable = _read_clips(shard.path)
+    found = [
+        Fault(shard.path, what, shard.number)
+        for what in (
+            *unreadable,
+            *_clip_faults(rows, clips, check.index),
+            *_byte_faults(shard.path, clips),
+        )
+    ]
+    if not rejected.items() <= labels.items():
+        what = "the list names files that are not of this shard"
+        found.append(Fault(shard.rejects_path, what, shard.number))
+    return shard.number, found
+
+
+def _read_clips(path: Path) -> tuple[dict[str, Record], list[str]]:
+    """The records up to where the shard cannot be read on, and why it cannot."""
+    clips: dict[str, Record] = {}
+    try:
+        # Up to the damage: an update keeps what came before the error.
+        clips.update(read_records(path))
+    except StoreError as error:
+        return clips, [error.what]
+    # What should be a record may be any JSON.
+    except (TypeError, AttributeError) as error:
+        return clips, [f"is not a readable shard ({error})"]
+    return clips, []
+
+
+def _clip_faults(
+    rows: Mapping[str, Record], clips: Mapping[str, Record], index: Mapping[str, Record] | None
+) -> Iterator[str]:
+    """Whether manifest, shard and index agree, in both directions."""
+    for key in rows.keys() - clips.keys():
+        yield f"clip '{key}' is missing"
+    for key, record in clips.items():
+        if key not in rows:
+            yield f"clip '{key}' does not belong to the shard"
+        elif not rows[key].items() <= record.items():
+            yield f"clip '{key}': its record is not that of the manifest"
+        elif index is not None and index.get(key) != record:
+            yield f"clip '{key}': its record is not that of the index"
+    if index is not None:
+        for key in index.keys() - rows.keys():
+            yield f"clip '{key}' is in the index, and should not be"
+
+
+def _byte_faults(path: Path, clips: Mapping[str, Record]) -> Iterator[str]:
+    """The pixels by their CRC; all other bytes must be those that ``write_shard`` gives."""
+    end = 0
+    with path.open("rb") as file:
+        for key, record in clips.items():
+            before, after = _around_pixels(key, record)
+            offset, length = record["offset"], record["length"]
+            if (
+                offset - len(before) != end
+                or _read(file, end, len(before)) != before
+                or _read(file, offset + length, len(after)) != after
+            ):
+                yield f"clip '{key}': its headers are damaged"
+            elif crc32c(_read(file, offset, length)) != record["crc32c"]:
+                yield f"clip '{key}': its pixels are not those that were stored"
+            end = offset + length + len(after)
+        # Two empty blocks end an archive, which is filled up to whole records of 20 blocks.
+        size = -(-(end + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+        if path.stat().st_size != size or _read(file, end, size - end).strip(b"\0"):
+            yield "the bytes after its last readable clip are damaged"
+
+
+def _around_pixels(key: str, record: Record) -> tuple[bytes, bytes]:
+    """The bytes of a sample from its start to its first pixel, and from its last to its end."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": tuple(record["shape"])}
+    )
+    size = len(header.getvalue()) + record["length"]
+    own = {name: value for name, value in record.items() if name not in ("offset", "length")}
+    text = json.dumps(own, sort_keys=True).encode()
+    return (
+        _tar_header(f"{key}.npy", size) + header.getvalue(),
+        _padding(size) + _tar_header(f"{key}.json", len(text)) + text + _padding(len(text)),
+    )
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    header = tarfile.TarInfo(name)
+    header.size = size
+    return header.tobuf(tarfile.USTAR_FORMAT)
+
+
+def _padding(size: int) -> bytes:
+    return bytes(-size % tarfile.BLOCKSIZE)
+
+
+def _read(file: IO[bytes], offset: int, length: int) -> bytes:
+    file.seek(offset)
+    return file.read(length)
