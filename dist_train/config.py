@@ -165,7 +165,7 @@ class SnapshotSettings(Section):
     """Which weights are kept for prediction: after these epochs (1 is the first), or at each
     minimum of the learning rate and at the end."""
 
-    at: Literal["minima"] | tuple[Positive, ...] = "minima"
+    at: Literal["minima"] | Annotated[tuple[Positive, ...], Field(min_length=1)] = "minima"
 
 
 class Config(Section):

@@ -102,6 +102,10 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
             "snapshots.at=[0]",
             "'snapshots.at': Input should be 'minima'; or: Input should be greater",
         ),
+        (
+            "snapshots.at=[]",
+            "setting 'snapshots.at': Input should be 'minima'; or: Tuple should have",
+        ),
         ("optim.betas=[0.9, 1]", "setting 'optim.betas.1': Input should be less than 1"),
         ("optim.lr=.inf", "setting 'optim.lr': Input should be a finite number"),
         ("snapshots.at=[21]", "snapshots.at names epoch 21, but train.epochs is 20"),

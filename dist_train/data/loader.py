@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dist_train.config import LoaderSettings
 from dist_train.data.collate import Batch, collate
 from dist_train.data.dataset import ClipDataset
+from dist_train.data.pool import end_with_parent
 from dist_train.data.sampler import Slot
 from dist_train.errors import DistTrainError
 
@@ -45,7 +46,7 @@ class Loader:
             persistent_workers=many,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context=context if many else None,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_begin_worker,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -78,6 +79,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _one_thread(worker: int) -> None:
-    """Parallelism is over clips, in processes."""
+def _begin_worker(worker: int) -> None:
+    end_with_parent()
+    # Parallelism is over clips, in processes.
     cv2.setNumThreads(1)

@@ -33,7 +33,7 @@ def each_done(
         return
     # Not fork: the parent may hold threads and locks (progress bars, Arrow, OpenMP).
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
             for future in as_completed(futures):
@@ -45,13 +45,19 @@ def each_done(
                 "finished shards are kept.",
             ) from None
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # Ctrl-C, or a failed item: what the others are at is done again by the next run.
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            pool.shutdown(cancel_futures=True)
             raise
 
 
-def _end_with_parent() -> None:
-    """End this worker when its parent is killed: the lock is free then, and the next run may write
-    the same shard."""
+def end_with_parent() -> None:
+    """Called in a worker process: end it when the process that started it is killed.
+
+    Else a worker of ``prepare`` would write on, beside the next run, which finds the lock free; and
+    a worker of a data loader would wait for ever. It watches the fork server for its parent.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
 

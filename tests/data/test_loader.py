@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from make_media import write_manifest, write_volumes
@@ -88,3 +91,43 @@ def test_damaged_clip_is_named_by_its_key(store: Store, workers: int) -> None:
         batches(store, workers)
     assert "\n" not in str(caught.value)
     assert caught.value.where == path
+
+
+WAIT_WITH_WORKERS = """
+import sys
+from pathlib import Path
+from dist_train.config import LoaderSettings
+from dist_train.data.dataset import ClipDataset
+from dist_train.data.loader import Loader
+from dist_train.data.sampler import HeldOutSampler
+from dist_train.data.store import Store
+
+store = Store(Path(sys.argv[1]))
+clips = HeldOutSampler([0, 1, 2, 3], [1, 1, 1, 1], rank=0, world=1, batch=1)
+dataset = ClipDataset(store, size=(8, 8), max_frames=4, augment=None)
+batches = iter(Loader(dataset, clips, LoaderSettings(workers=2, prefetch=1)))
+next(batches)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_end_with_a_killed_parent(store: Store) -> None:
+    """Their parent, for the system, is the fork server, so PyTorch's own watch does not see it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAIT_WITH_WORKERS, str(store.folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 3, "a fork server, two workers"
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    for child in alive:
+        child.kill()
+    process.communicate()
+    assert alive == []

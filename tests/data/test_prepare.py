@@ -333,6 +333,28 @@ def test_workers_end_with_their_parent(tmp_path: Path, raw: Path) -> None:
     assert len(kept) < 5
 
 
+def test_interrupt_ends_all_at_once(tmp_path: Path, raw: Path) -> None:
+    light = write_volumes(raw, 4)
+    video = write_video(raw / "v00.mp4", grey_frames(120, 192, 256))
+    heavy = [f"v{i:02d}.mp4" for i in range(1, 41)]
+    for name in heavy:
+        (raw / name).hardlink_to(video)
+    process = started(tmp_path, [*light, *heavy])
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    try:
+        assert process.wait(timeout=20) != 0
+    finally:
+        process.kill()
+        _, alive = psutil.wait_procs(children, timeout=20)
+        for child in alive:
+            child.kill()
+        process.communicate()
+    assert alive == []
+    assert len(stamps(tmp_path / "store")) < 11
+    assert not (tmp_path / "store" / MARKER).exists()
+
+
 # Who may write where.
 
 
