@@ -19,7 +19,7 @@ class DistTrainError(Exception):
     def __init__(self, what: str, *, where: object | None = None, fix: str | None = None) -> None:
         self.what, self.where, self.fix = what, where, fix
         message = what if where is None else f"{where}: {what}"
-        super().__init__(message if fix is None else f"{message}. {fix}")
+        super().__init__(message if fix is None else f"{message.rstrip('.')}. {fix}")
 
 
 class ConfigError(DistTrainError):

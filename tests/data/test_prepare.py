@@ -255,12 +255,15 @@ def test_what_is_lost_is_written_again(
 
 
 RUN = """
+import signal
 import sys
 from pathlib import Path
 from dist_train.data.manifest import read_manifest
 from dist_train.data.prepare import PrepareSettings, prepare
 
 if __name__ == "__main__":
+    # A shell starts what it runs in the background with Ctrl-C ignored, and that is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = Path(sys.argv[1])
     prepare(
         read_manifest(folder / "clips.csv"), folder / "raw", folder / "store",
