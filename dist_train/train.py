@@ -141,7 +141,7 @@ class Trainer:
 
     def fit(self, progress: Progress | None = None) -> None:
         """The loop: from where the run is to its end."""
-        config, plan = self.config, self.plan
+        config, plan, snapshot_steps = self.config, self.plan, self.snapshot_steps()
         batches, held_out = iter(self._training_batches()), self._held_out_batches()
         self.backend.model.train()
         with self._events() as events:
@@ -152,7 +152,7 @@ class Trainer:
                     values |= self._train_metrics() | self._val_metrics(held_out)
                 if events is not None:
                     events.write(self.done, plan.epoch_of(step), time.time(), values)
-                if self.done in self.snapshot_steps():
+                if self.done in snapshot_steps:
                     self._save_snapshot()
                 if self.done % config.checkpoint.every_steps == 0 or self.done == self.steps:
                     if events is not None:

@@ -313,15 +313,20 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, raw: Path) -> None
     assert content(store) == straight
 
 
+def light_then_heavy(raw: Path, *, heavy: int) -> list[str]:
+    """A first shard that is soon finished, and videos that keep the workers busy after it."""
+    light = write_volumes(raw, 4)
+    video = write_video(raw / "v00.mp4", grey_frames(120, 192, 256))
+    names = [f"v{i:02d}.mp4" for i in range(1, heavy + 1)]
+    for name in names:
+        (raw / name).hardlink_to(video)
+    return [*light, *names]
+
+
 def test_workers_end_with_their_parent(tmp_path: Path, raw: Path) -> None:
     """Else they would finish their shards while the next run, which finds the lock free, writes the
     same ones."""
-    light = write_volumes(raw, 4)
-    video = write_video(raw / "v00.mp4", grey_frames(120, 192, 256))
-    heavy = [f"v{i:02d}.mp4" for i in range(1, 17)]
-    for name in heavy:
-        (raw / name).hardlink_to(video)
-    process = started(tmp_path, [*light, *heavy])
+    process = started(tmp_path, light_then_heavy(raw, heavy=16))
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 3, "a fork server, two workers"
     process.kill()
@@ -337,12 +342,7 @@ def test_workers_end_with_their_parent(tmp_path: Path, raw: Path) -> None:
 
 
 def test_interrupt_ends_all_at_once(tmp_path: Path, raw: Path) -> None:
-    light = write_volumes(raw, 4)
-    video = write_video(raw / "v00.mp4", grey_frames(120, 192, 256))
-    heavy = [f"v{i:02d}.mp4" for i in range(1, 41)]
-    for name in heavy:
-        (raw / name).hardlink_to(video)
-    process = started(tmp_path, [*light, *heavy])
+    process = started(tmp_path, light_then_heavy(raw, heavy=40))
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     try:

@@ -20,23 +20,25 @@ from helpers import (
 EPOCHS = 10
 STEPS = 6 * EPOCHS
 LONGER = (f"train.epochs={EPOCHS}", "snapshots.at=[9, 10]", "model.dropout=0.3")
-COMMANDS = {
-    "one process": dist_train("train"),
-    "two processes": launched("cpu_2proc.yaml", "train"),
+CASES = {
+    "one process": (dist_train("train"), "fp32"),
+    "one process, bf16": (dist_train("train"), "bf16"),
+    "two processes": (launched("cpu_2proc.yaml", "train"), "fp32"),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.parametrize(("command", "precision"), CASES.values(), ids=CASES)
 def test_a_killed_and_resumed_run_equals_the_straight_one(
-    command: list[str], tmp_path: Path
+    command: list[str], precision: str, tmp_path: Path
 ) -> None:
     """Checkpoints come every 4 steps, epochs are of 6: the kill falls inside an epoch."""
     store = tiny_store(tmp_path / "store")
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    run_well([*command, *overrides(store, straight, *LONGER)])
+    longer = (*LONGER, f"train.precision={precision}")
+    run_well([*command, *overrides(store, straight, *longer)])
 
-    settings = overrides(store, killed, *LONGER)
+    settings = overrides(store, killed, *longer)
     kill_when([*command, *settings], (killed / "checkpoints" / "step-8").exists)
     left = max(int(p.name[5:]) for p in (killed / "checkpoints").glob("step-*[0-9]"))
     assert 8 <= left < STEPS, "the kill came too late to show anything"
