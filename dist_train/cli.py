@@ -8,12 +8,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from dist_train.console import console, progress
-from dist_train.errors import DistTrainError, StoreError
+from dist_train.errors import ConfigError, DistTrainError, StoreError
+
+if TYPE_CHECKING:
+    from dist_train.data.roi import OutlineColour
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -26,8 +29,10 @@ app = typer.Typer(
 
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; one per core unless given.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
-MaxRejected = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="Largest share of rejected clips.")
+MaxRejected = Annotated[str, typer.Option(help="Largest share of rejected clips, as 1% or 0.01.")]
+Colour = Annotated[
+    str | None,
+    typer.Option(help="Of the outline: red=100:255,green=50:150,blue=0:110,red_over_blue=60."),
 ]
 
 
@@ -52,18 +57,31 @@ def synth(
 @app.command()
 def prepare(
     manifest: Annotated[Path, typer.Option(help="CSV: the challenge's, or filename,label[,...].")],
-    source: Annotated[Path, typer.Option(help="Folder that holds the files.")],
     out: Out,
+    source: Annotated[
+        str | None,
+        typer.Option(help="Folder of the files, or URL; without it the manifest's url column."),
+    ] = None,
     labels: Annotated[Path | None, typer.Option(help="CSV of labels, if apart.")] = None,
     unlabelled: Annotated[bool, typer.Option(help="The clips have no labels.")] = False,
     roi: Annotated[
         Literal["outline", "none"], typer.Option(help="Crop to the outline, or keep all.")
     ] = "outline",
+    colour: Colour = None,
     truncated: Annotated[
         Literal["reject", "keep"], typer.Option(help="Videos that end before they should.")
     ] = "reject",
-    max_rejected: MaxRejected = 0.01,
+    max_rejected: MaxRejected = "1%",
     shard_clips: Annotated[int, typer.Option(min=1, help="Clips a shard.")] = 128,
+    clip_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Longest that decoding one file may take.")
+    ] = 600.0,
+    clip_memory: Annotated[
+        int, typer.Option(min=16, help="Most memory that decoding one file may take, in MiB.")
+    ] = 2048,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Processes here, or tasks of a Ray cluster.")
+    ] = "local",
     part: Annotated[
         str | None,
         typer.Option(help="i/N: write the i-th of N parts only; 'finalize' joins and judges them."),
@@ -71,25 +89,37 @@ def prepare(
     workers: Workers = None,
 ) -> None:
     """Decode videos or volumes, crop them, and write a store. Goes on where it was killed."""
+    from dist_train.data.clip import PrepareSettings
     from dist_train.data.job import Part
     from dist_train.data.manifest import read_manifest
-    from dist_train.data.prepare import PrepareSettings, prepare_part
     from dist_train.data.prepare import prepare as write_store
+    from dist_train.data.prepare import prepare_part
 
     own = None if part is None else Part.parse(part)
+    most_rejected = _share(max_rejected, "--max-rejected")
     table = read_manifest(manifest, labels=labels, unlabelled=unlabelled)
-    settings = PrepareSettings(roi=roi, truncated=truncated, shard_clips=shard_clips)
+    settings = PrepareSettings(
+        roi=roi,
+        colour=_colour(colour),
+        truncated=truncated,
+        shard_clips=shard_clips,
+        clip_seconds=clip_seconds,
+        clip_memory=clip_memory,
+    )
     with progress("prepare") as report:
         if own is not None:
-            prepare_part(table, source, out, settings, own, workers=workers, progress=report)
+            prepare_part(
+                table, source, out, settings, own, engine=engine, workers=workers, progress=report
+            )
             return
         store = write_store(
             table,
             source,
             out,
             settings,
+            engine=engine,
             workers=workers,
-            max_rejected=max_rejected,
+            max_rejected=most_rejected,
             progress=report,
         )
     _print_store(out, store)
@@ -98,12 +128,12 @@ def prepare(
 @app.command()
 def finalize(
     store: Annotated[Path, typer.Argument(help="A store of which all parts are prepared.")],
-    max_rejected: MaxRejected = 0.01,
+    max_rejected: MaxRejected = "1%",
 ) -> None:
     """Join the parts of a store that 'prepare --part' wrote."""
     from dist_train.data.prepare import finalize as join_parts
 
-    _print_store(store, join_parts(store, max_rejected=max_rejected))
+    _print_store(store, join_parts(store, max_rejected=_share(max_rejected, "--max-rejected")))
 
 
 @app.command()
@@ -124,8 +154,8 @@ def prepare_npz(
 def verify(
     store: Annotated[Path, typer.Argument(help="A store.")],
     repair: Annotated[
-        Path | None,
-        typer.Option(help="Rebuild what is bad from this: the folder of raw files, or npz file."),
+        str | None,
+        typer.Option(help="Rebuild what is bad from this: folder or URL of the files, or npz."),
     ] = None,
     workers: Workers = None,
 ) -> None:
@@ -167,13 +197,17 @@ def info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
 def inspect(
     clip: Annotated[Path, typer.Argument(help="A video with an outline.")],
     png: Annotated[Path | None, typer.Option(help="Draw what was found.")] = None,
+    colour: Colour = None,
 ) -> None:
     """Show the outline that is found in each frame of a video."""
-    from dist_train.data.describe import describe_outline, draw_outline
+    from dist_train.data.describe import describe_outline, draw_outline, find_boxes
 
-    console.print(describe_outline(clip))
+    video, boxes = find_boxes(clip, _colour(colour))
+    console.print(describe_outline(video, boxes))
+    if video.stopped_by is not None:
+        typer.echo(f"the video breaks off: {video.stopped_by}")
     if png is not None:
-        draw_outline(clip, png)
+        draw_outline(clip, boxes, png)
         typer.echo(f"drawn in {png}")
 
 
@@ -247,6 +281,26 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     typer.echo(f"report in {page}")
 
 
+def _share(text: str, option: str) -> float:
+    """A share given as "1%" or "0.01"."""
+    number, percent, rest = text.partition("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = -1.0
+    if rest or not 0 <= share <= 1:
+        raise ConfigError(
+            f"'{text}' is not a share", where=option, fix="Give it as 1% or 0.01, from 0 to 1."
+        )
+    return share
+
+
+def _colour(text: str | None) -> OutlineColour:
+    from dist_train.data.roi import OutlineColour
+
+    return OutlineColour() if text is None else OutlineColour.parse(text)
+
+
 def main() -> None:
     """Run the command line; a user's error ends in one message and a non-zero exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
@@ -259,7 +313,9 @@ def main() -> None:
         if error.filename is None and error.errno not in DISK_FULL:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        _fail(f"{where}{error.strerror}", 1)
+        full = error.errno in DISK_FULL
+        fix = ". Make room and run the command again: what is finished is kept." if full else ""
+        _fail(f"{where}{error.strerror}{fix}", 1)
     except KeyboardInterrupt:
         sys.exit(130)
 

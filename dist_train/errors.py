@@ -18,8 +18,12 @@ class DistTrainError(Exception):
 
     def __init__(self, what: str, *, where: object | None = None, fix: str | None = None) -> None:
         self.what, self.where, self.fix = what, where, fix
-        message = what if where is None else f"{where}: {what}"
-        super().__init__(message if fix is None else f"{message.rstrip('.')}. {fix}")
+        super().__init__(self.reason if where is None else f"{where}: {self.reason}")
+
+    @property
+    def reason(self) -> str:
+        """The message without the place, for where that is told beside it."""
+        return self.what if self.fix is None else f"{self.what.rstrip('.')}. {self.fix}"
 
 
 class ConfigError(DistTrainError):

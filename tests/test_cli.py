@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from helpers import dist_train, overrides, run, tiny_config, tiny_npz, tiny_store
+from helpers import dist_train, overrides, run, run_well, tiny_config, tiny_npz, tiny_store
 
 from dist_train import cli
 from dist_train.data.store import Store
@@ -240,7 +240,10 @@ def test_a_full_disk(trained: Path, tmp_path: Path, command: str) -> None:
     done = run([sys.executable, "-c", limited, command, str(tmp_path / "run")])
     assert done.returncode == 1
     written = {"predict": "predictions.csv", "report": "report.html"}[command]
-    assert done.stderr == f"error: {tmp_path / 'run' / written}: File too large\n"
+    assert done.stderr.startswith(
+        f"error: {tmp_path / 'run' / written}: File too large. Make room and run the command again"
+    )
+    assert done.stderr.count("\n") == 1
     assert {path: path.stat().st_size for path in (tmp_path / "run").iterdir()} == before
 
 
@@ -312,7 +315,7 @@ def test_a_video_that_is_rejected(
     make(tmp_path / "b.mp4")
     message = fails(*prepare(tmp_path, "filename,label\na.mp4,0\nb.mp4,1\n"))
     assert message.startswith(f"{tmp_path / 'store' / 'rejected.csv'}: 1 of 2 clips were rejected")
-    assert str(tmp_path / "b.mp4") in message
+    assert "; the first: b.mp4: " in message
     with pytest.raises(StoreError, match="not finished"):
         Store(tmp_path / "store")
 
@@ -333,3 +336,30 @@ def test_a_file_that_is_no_medmnist_file(fails: Command, tmp_path: Path) -> None
     message = fails("prepare-npz", tmp_path / "a.npz", "--out", tmp_path / "store")
     assert message.startswith(f"{tmp_path / 'a.npz'}: is not a MedMNIST file")
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("share", ["101%", "-1", "all", "nan", "1%%"])
+def test_a_share_of_rejects_that_is_none(fails: Command, tmp_path: Path, share: str) -> None:
+    video(tmp_path / "a.mp4")
+    command = (*prepare(tmp_path, "filename,label\na.mp4,0\n"), f"--max-rejected={share}")
+    assert fails(*command).startswith(f"--max-rejected: '{share}' is not a share")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("share", ["50%", "0.5"])
+def test_half_may_be_rejected(tmp_path: Path, share: str) -> None:
+    video(tmp_path / "a.mp4")
+    no_video(tmp_path / "b.mp4")
+    csv = "filename,label\na.mp4,0\nb.mp4,1\n"
+    done = run(dist_train(*prepare(tmp_path, csv), "--max-rejected", share))
+    assert done.returncode == 0, done.stderr
+    assert "rejected: 1 (1 positive), see" in done.stdout
+
+
+def test_colour_of_the_outline(fails: Command, tmp_path: Path) -> None:
+    video(tmp_path / "a.mp4")
+    command = prepare(tmp_path, "filename,label\na.mp4,0\n")
+    assert "no outline found" in fails(*command, "--colour", "red_over_blue=255")
+    told = run_well(dist_train("inspect", tmp_path / "a.mp4", "--colour", "red_over_blue=255"))
+    assert "none" in told
+    assert "none" not in run_well(dist_train("inspect", tmp_path / "a.mp4"))

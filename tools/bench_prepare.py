@@ -35,9 +35,10 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from dist_train.data.clip import PrepareSettings
 from dist_train.data.clog_loss_facts import BOX_HEIGHT, BOX_WIDTH
 from dist_train.data.manifest import read_manifest
-from dist_train.data.prepare import PrepareSettings, prepare
+from dist_train.data.prepare import prepare
 from dist_train.data.roi import Box, OutlineColour
 from dist_train.data.synth import FRAME_RATE, draw_clip, render_clip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,18 @@ PARTIAL = ".partial"
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
+def written_whole(path: Path, *, contested: bool = False) -> Iterator[IO[bytes]]:
     """Open ``path`` for binary writing so that it appears complete, durable, or not at all.
 
     The bytes go to a file beside it, which is fsynced and renamed when the block ends well and
     removed when it does not; a killed process leaves at most the ``.partial`` file.
+
+    Args:
+        contested: another process may write the same at this time, as when a node that seemed lost
+            is not; each then has a file of its own, and the last to end well counts.
     """
-    aside = path.with_name(path.name + PARTIAL)
+    own = f".{secrets.token_hex(4)}" if contested else ""
+    aside = path.with_name(path.name + own + PARTIAL)
     try:
         with aside.open("wb") as file:
             yield file
@@ -37,9 +43,9 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
     sync_folder(path.parent)
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
+def write_whole(path: Path, content: bytes | str, *, contested: bool = False) -> None:
     """``written_whole`` for content that is at hand; text is written as UTF-8."""
-    with written_whole(path) as file:
+    with written_whole(path, contested=contested) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 

@@ -7,10 +7,14 @@ alone, so it can be built again whenever it is lost.
 
 from __future__ import annotations
 
+import errno
+import heapq
 import json
-from collections.abc import Iterator, Sequence
-from operator import itemgetter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import lmdb
 import numpy as np
@@ -19,37 +23,66 @@ from dist_train.data.files import PARTIAL, crc32c, sync_folder
 from dist_train.data.shards import Record, read_records
 from dist_train.errors import StoreError
 
+# Entries that are sorted at a time, and put in one transaction: tens of megabytes.
+RUN = 1 << 15
+
 
 def write_index(path: Path, shards: Sequence[Path]) -> int:
     """Build the index of ``shards`` (whose position is their number); returns the clip count.
 
-    Keys go in sorted and in one transaction, so equal shards give an equal file.
+    Keys go in sorted, so equal shards give an equal file. Memory does not grow with their number:
+    sorted runs go to files without a name, and are merged from there.
 
     Raises:
         StoreError: a key is in two shards, or a shard cannot be read.
+        OSError: the disk is full.
     """
-    # As bytes: records are several times as large while they are Python objects.
-    values = sorted(
-        (
-            (key.encode(), json.dumps(record | {"shard": number}, sort_keys=True).encode())
-            for number, shard in enumerate(shards)
-            for key, record in read_records(shard)
-        ),
-        key=itemgetter(0),
-    )
-    size = sum(len(key) + len(value) + 64 for key, value in values)
     aside = path.with_name(path.name + PARTIAL)
     aside.unlink(missing_ok=True)
-    # Pages are at worst half full; the file is only as long as the pages in use.
-    with lmdb.open(str(aside), subdir=False, lock=False, map_size=4 * size + (1 << 20)) as env:
-        with env.begin(write=True) as transaction:
-            for key, value in values:
-                if not transaction.put(key, value, overwrite=False, append=True):
-                    raise StoreError(f"clip '{key.decode()}' is in two shards", where=path.parent)
-        env.sync(True)
+    entries = _entries(shards)
+    runs: list[Iterator[tuple[bytes, bytes]]] = []
+    size = 0
+    with ExitStack() as files:
+        while run := sorted(islice(entries, RUN)):
+            size += sum(len(key) + len(value) + 64 for key, value in run)
+            file = files.enter_context(TemporaryFile(dir=path.parent))
+            # Neither a key nor JSON holds a tab or the end of a line.
+            file.writelines(key + b"\t" + value + b"\n" for key, value in run)
+            file.seek(0)
+            runs.append(map(_entry, file))
+        try:
+            # Pages are at worst half full; the file is only as long as the pages in use.
+            map_size = 4 * size + (1 << 20)
+            with lmdb.open(str(aside), subdir=False, lock=False, map_size=map_size) as env:
+                clips = _put(env, heapq.merge(*runs), path)
+                env.sync(True)
+        except lmdb.DiskError as error:
+            raise OSError(errno.ENOSPC, str(error), str(aside)) from None
     aside.replace(path)
     sync_folder(path.parent)
-    return len(values)
+    return clips
+
+
+def _entries(shards: Sequence[Path]) -> Iterator[tuple[bytes, bytes]]:
+    for number, shard in enumerate(shards):
+        for key, record in read_records(shard):
+            yield key.encode(), json.dumps(record | {"shard": number}, sort_keys=True).encode()
+
+
+def _entry(line: bytes) -> tuple[bytes, bytes]:
+    key, _, value = line.rstrip(b"\n").partition(b"\t")
+    return key, value
+
+
+def _put(env: lmdb.Environment, entries: Iterator[tuple[bytes, bytes]], path: Path) -> int:
+    clips = 0
+    while part := list(islice(entries, RUN)):
+        with env.begin(write=True) as transaction:
+            for key, value in part:
+                if not transaction.put(key, value, overwrite=False, append=True):
+                    raise StoreError(f"clip '{key.decode()}' is in two shards", where=path.parent)
+        clips += len(part)
+    return clips
 
 
 def read_index(path: Path) -> Iterator[tuple[str, Record]]:
@@ -58,6 +91,24 @@ def read_index(path: Path) -> Iterator[tuple[str, Record]]:
     Raises:
         StoreError: there is no index, or it is damaged.
     """
+    with _reading(path) as transaction:
+        for key, value in transaction.cursor():
+            yield bytes(key).decode(), json.loads(bytes(value))
+
+
+def look_up(path: Path, keys: Iterable[str]) -> dict[str, Record]:
+    """The records of those of ``keys`` that are there.
+
+    Raises:
+        StoreError: there is no index, or it is damaged.
+    """
+    with _reading(path) as transaction:
+        found = {key: transaction.get(key.encode()) for key in keys}
+        return {key: json.loads(bytes(v)) for key, v in found.items() if v is not None}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[lmdb.Transaction]:
     if not path.is_file():
         raise StoreError(
             "the store has no index",
@@ -74,8 +125,7 @@ def read_index(path: Path) -> Iterator[tuple[str, Record]]:
             # LMDB reads through a memory map, where a page that is not there kills the process.
             if path.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
                 raise lmdb.CorruptedError("the file is cut short")
-            for key, value in transaction.cursor():
-                yield bytes(key).decode(), json.loads(bytes(value))
+            yield transaction
     except (lmdb.Error, ValueError) as error:
         raise StoreError(
             f"the index cannot be read ({error})",

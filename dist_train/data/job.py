@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-from dist_train.data.files import write_whole
+from dist_train.data.files import PARTIAL, write_whole
 from dist_train.data.shards import Record, shard_name
 from dist_train.data.store import SHARDS
 from dist_train.errors import ConfigError, StoreError
@@ -42,10 +42,9 @@ _TYPES: dict[str, type[str] | type[bool] | str] = {
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of a store, written or not: its files, and its rows of the manifest."""
+    """The files of one shard of a store, written or not."""
 
     number: int
-    rows: Sequence[Record]
     folder: Path
 
     @property
@@ -103,16 +102,31 @@ class Job:
         return hashlib.sha256(json.dumps(self.made_from, sort_keys=True).encode()).hexdigest()
 
     def shards(self, out: Path) -> list[Shard]:
-        """All shards in ``out``: number k has rows k * n to (k + 1) * n of the manifest."""
-        rows: list[Record] = [
-            {str(name): value for name, value in row.items()}
-            for row in self.table.to_dict("records")
-        ]
+        """All shards in ``out``."""
         size = self.made_from["settings"]["shard_clips"]
+        return [Shard(number, out / SHARDS) for number in range(-(-len(self.table) // size))]
+
+    def rows(self, shard: Shard) -> list[Record]:
+        """The shard's rows of the manifest: number k has rows k * n to (k + 1) * n.
+
+        Made when they are asked for: as Python objects, the rows of a large set fill gigabytes.
+        """
+        part = self.table.iloc[self._span(shard)]
         return [
-            Shard(number, rows[first : first + size], out / SHARDS)
-            for number, first in enumerate(range(0, len(rows), size))
+            {str(name): value for name, value in row.items()} for row in part.to_dict("records")
         ]
+
+    def filenames(self, shard: Shard) -> list[str]:
+        """The raw files of the shard's rows."""
+        return list(self.table["filename"].iloc[self._span(shard)])
+
+    def clips(self, shard: Shard) -> int:
+        """How many rows it has."""
+        return len(range(len(self.table))[self._span(shard)])
+
+    def _span(self, shard: Shard) -> slice:
+        size = self.made_from["settings"]["shard_clips"]
+        return slice(shard.number * size, (shard.number + 1) * size)
 
 
 def read_job(out: Path) -> Job:
@@ -212,9 +226,10 @@ def writing(out: Path, job: Job, part: Part | None = None) -> Iterator[None]:
     with ExitStack() as locks:
         if part is None:
             locks.enter_context(_locked(out, LOCK, fcntl.LOCK_EX))
-            # Left by parts, of which none is at work now.
-            for left in out.glob(f"{LOCK}-*"):
-                left.unlink()
+            # Left by parts, of which none is at work now, and by killed writers; at the end, by
+            # nodes that were lost.
+            _sweep(out)
+            locks.callback(_sweep, out)
             _claim(out, job)
         else:
             locks.enter_context(_locked(out, LOCK, fcntl.LOCK_SH))
@@ -224,6 +239,11 @@ def writing(out: Path, job: Job, part: Part | None = None) -> Iterator[None]:
             with _locked(out, f"{LOCK}-claim", fcntl.LOCK_EX, wait=True):
                 _claim(out, job)
         yield
+
+
+def _sweep(out: Path) -> None:
+    for left in (*out.glob(f"{LOCK}-*"), *out.rglob(f"*{PARTIAL}")):
+        left.unlink(missing_ok=True)
 
 
 def _refuse_other_cuts(out: Path, part: Part) -> None:

@@ -10,7 +10,8 @@ import difflib
 import hashlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,10 +23,13 @@ from dist_train.errors import ManifestError
 # The challenge's names for what every other table calls label and group.
 ALIASES = {"stalled": "label", "project_id": "group"}
 REQUIRED = ("filename", "label")
-OPTIONAL = ("group", "weight", "split", "crowd_score", "tier1")
+OPTIONAL = ("group", "weight", "split", "crowd_score", "tier1", "url")
 # Columns of the challenge that say nothing that a store needs.
-UNUSED = ("url", "num_frames", "micro", "nano")
+UNUSED = ("num_frames", "micro", "nano")
 SPLITS = ("train", "val", "test")
+
+# Rows that are read or hashed at a time: what is only passing through is never all in memory.
+_ROWS = 1 << 16
 
 # A tar header (ustar) holds names of up to 100 bytes, of which ".json" takes five.
 _SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")
@@ -39,10 +43,36 @@ class Manifest:
     archive and unique), ``filename``, ``label`` (int8; -1 where it is not known), ``group``
     (string, "" if none), ``weight`` (float64), ``split`` ("train", "val", "test", or "" in every
     row), ``crowd_score`` (float64, NaN if none) and ``tier1`` (bool).
+
+    ``fingerprint``: SHA-256 of the table. ``urls``: the ``url`` column, as it is in the file and
+    row by row with the table, None if there is none; the fingerprint does not depend on it, as the
+    pixels of a clip do not depend on where its file lies.
     """
 
     table: pd.DataFrame
     fingerprint: str
+    urls: pd.Series | None = None
+
+    def urls_by_name(self) -> dict[str, str]:
+        """The URL of each ``filename``.
+
+        Raises:
+            ManifestError: there are none, or not for every row; it names the first such row.
+        """
+        if self.urls is None:
+            raise ManifestError(
+                "the clip table has no column 'url'", fix="Say where the files are with --source."
+            )
+        urls = self.urls.str.strip()
+        bad = ~urls.str.contains("://", regex=False)
+        if bad.any():
+            row = int(bad.to_numpy().argmax())
+            raise ManifestError(
+                f"url of '{self.table['filename'].iloc[row]}' (line {row + 2}) is "
+                f"'{urls.iloc[row]}', not of the form s3://bucket/name ({bad.sum()} such rows)",
+                fix="Mend it, or say where the files are with --source.",
+            )
+        return dict(zip(self.table["filename"], urls, strict=True))
 
 
 def read_manifest(path: Path, *, labels: Path | None = None, unlabelled: bool = False) -> Manifest:
@@ -104,8 +134,7 @@ def read_manifest(path: Path, *, labels: Path | None = None, unlabelled: bool = 
             where=path,
         )
     _check_splits(clean, path)
-    digest = hashlib.sha256(clean.to_csv(index=False).encode()).hexdigest()
-    return Manifest(clean, digest)
+    return Manifest(clean, _digest(clean), table.get("url"))
 
 
 _LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
@@ -118,9 +147,18 @@ def _read_csv(path: Path) -> pd.DataFrame:
         # index, and shifts the names of the others, unless index_col is False.
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(
-                path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False
-            )
+            with pd.read_csv(
+                path,
+                dtype=str,
+                keep_default_na=False,
+                encoding="utf-8-sig",
+                index_col=False,
+                chunksize=_ROWS,
+            ) as parts:
+                # Not by usecols, with which pandas lets rows of any length pass.
+                table = pd.concat(
+                    [part.drop(columns=list(UNUSED), errors="ignore") for part in parts]
+                )
     except pd.errors.EmptyDataError:
         raise ManifestError("is empty", where=path, fix="It needs a header and rows.") from None
     except OSError as error:
@@ -145,15 +183,15 @@ def _join_labels(
     if "label" not in labels:
         raise ManifestError("has no column 'label' or 'stalled'", where=labels_path)
     _check_filenames(labels["filename"], labels_path)
-    joined = table.merge(labels[["filename", "label"]], on="filename", how="left")
-    missing = joined[joined["label"].isna()]
+    label = table["filename"].map(labels.set_index("filename")["label"])
+    missing = table["filename"][label.isna()]
     if len(missing):
         raise ManifestError(
-            f"has no label for '{missing['filename'].iloc[0]}' ({len(missing)} such rows)",
+            f"has no label for '{missing.iloc[0]}' ({len(missing)} such rows)",
             where=labels_path,
             fix=f"Add them, or take them out of {path}.",
         )
-    return joined
+    return table.assign(label=label)
 
 
 def _check_columns(table: pd.DataFrame, path: Path, unlabelled: bool) -> None:
@@ -173,7 +211,7 @@ def _check_filenames(names: pd.Series, path: Path) -> None:
         row = int((names == "").to_numpy().argmax()) + 2
         raise ManifestError(f"line {row} has no filename", where=path)
     # Where './a.mp4' and 'a.mp4' are one file, as a clip in train and in test would be.
-    names = names.map(lambda name: str(PurePosixPath(name)))
+    names = names.map(lambda name: str(PurePosixPath(name)) if "/" in name else name)
     if names.duplicated().any():
         name = names[names.duplicated()].iloc[0]
         lines = [int(i) + 2 for i in (names == name).to_numpy().nonzero()[0][:2]]
@@ -231,14 +269,23 @@ def _numbers(table: pd.DataFrame, name: str, default: float, path: Path) -> pd.S
     return numbers.astype("float64")
 
 
-def _keys(names: pd.Series) -> list[str]:
+def _digest(table: pd.DataFrame) -> str:
+    """SHA-256 of the table as a CSV file, which is never in memory as a whole."""
+    digest = hashlib.sha256()
+    for first in range(0, len(table), _ROWS):
+        part = table.iloc[first : first + _ROWS]
+        digest.update(part.to_csv(index=False, header=first == 0).encode())
+    return digest.hexdigest()
+
+
+def _keys(names: Iterable[str]) -> list[str]:
     """The file's stem where that is safe and unique; otherwise cleaned, with a hash of the name.
 
     WebDataset ends a key at the first dot of the base name, and a key must never leave the folder
     that a reader unpacks a shard into.
     """
     stems = [PurePosixPath(name).stem for name in names]
-    counts = pd.Series(stems).value_counts()
+    counts = Counter(stems)
     return [
         stem
         if _SAFE_KEY.fullmatch(stem) and counts[stem] == 1

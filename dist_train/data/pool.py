@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
 from typing import TypeVar
 
 from dist_train.errors import StoreError
@@ -17,27 +18,37 @@ Result = TypeVar("Result")
 
 
 def each_done(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int | None = None
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None
 ) -> Iterator[Result]:
     """Results of ``function`` over ``items``, each as soon as it is there, in no order.
 
     Args:
-        workers: processes; None takes one per available core, 1 stays in this process.
+        items: taken as they are needed.
+        workers: processes; None takes one per available core. With 1, or for one item, all stays
+            in this process.
 
     Raises:
         StoreError: a worker died.
     """
-    workers = min(workers or len(os.sched_getaffinity(0)), len(items))
-    if workers < 2:
-        yield from map(function, items)
+    workers = workers or len(os.sched_getaffinity(0))
+    todo = iter(items)
+    first = list(islice(todo, 2))
+    todo = chain(first, todo)
+    if workers < 2 or len(first) < 2:
+        yield from map(function, todo)
         return
     # Not fork: the parent may hold threads and locks (progress bars, Arrow, OpenMP).
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-        futures = [pool.submit(function, item) for item in items]
+        running: set[Future[Result]] = set()
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            # One more than the processes take waits for each of them.
+            while running := running | {
+                pool.submit(function, item) for item in islice(todo, 2 * workers - len(running))
+            }:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
         except BrokenProcessPool:
             raise StoreError(
                 "a worker process died (out of memory, killed, or a decoder crashed)",

@@ -6,71 +6,52 @@ written again, unless a file that it rejected was mended, so a killed run goes o
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from pydantic import TypeAdapter
 
-from dist_train.data.decode import (
-    VIDEO_SUFFIXES,
-    VOLUME_SUFFIXES,
-    Video,
-    Volume,
-    read_volume,
-    to_uint8_volume,
-)
+from dist_train.data.clip import PIXELS_VERSION, PrepareSettings
+from dist_train.data.decode import Volume
 from dist_train.data.files import write_whole
 from dist_train.data.index import index_checksum, write_index
-from dist_train.data.job import Job, Part, Shard, read_job, to_record, writing
+from dist_train.data.job import Job, Part, Shard, read_job, writing
 from dist_train.data.manifest import Manifest
 from dist_train.data.medmnist import read_medmnist
-from dist_train.data.pool import each_done
-from dist_train.data.roi import Box, OutlineColour, crop_to_outline, stack_planes
-from dist_train.data.shards import Record, write_shard
+from dist_train.data.source import Source, manifest_source, open_source
 from dist_train.data.store import FORMAT, INDEX, MARKER, REJECTED, read_marker
-from dist_train.errors import DecodeError, RoiError, StoreError
-
-# Raised whenever the same file and settings would give other pixels.
-PIXELS_VERSION = 1
+from dist_train.data.supervise import UNWATCHED, Limits, supervised
+from dist_train.data.task import Task, finished, settings_of, tasks, write_task
+from dist_train.errors import StoreError
 
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class PrepareSettings:
-    """What the pixels of a store depend on, beside the files themselves.
-
-    ``roi``: "outline" crops to the union of the outline's boxes; "none" keeps whole frames.
-    ``truncated``: whether a video with fewer frames than it declares is rejected or kept.
-    """
-
-    roi: Literal["outline", "none"] = "outline"
-    colour: OutlineColour = field(default_factory=OutlineColour)
-    truncated: Literal["reject", "keep"] = "reject"
-    shard_clips: int = 128
+# Who writes the shards: processes of this machine, or tasks of a Ray cluster whose nodes all see
+# the same folders.
+Engine = Literal["local", "ray"]
 
 
 def prepare(
     manifest: Manifest,
-    source: Path,
+    source: Source | Path | str | None,
     out: Path,
     settings: PrepareSettings,
     *,
+    engine: Engine = "local",
     workers: int | None = None,
     max_rejected: float = 0.01,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write, or go on writing, the store ``out`` from the files of ``manifest`` under ``source``.
+    """Write, or go on writing, the store ``out`` from the files of ``manifest`` in ``source``.
 
     Args:
-        workers: processes; None takes one per available core.
+        source: a folder, a URL that file names are added to, or None for the manifest's own URLs.
+        workers: processes, or tasks at a time; None takes one per available core.
         max_rejected: largest share of the clips that may be rejected.
         progress: called with (clips done, clips in all).
 
@@ -83,19 +64,21 @@ def prepare(
     """
     job = _job(manifest.table, settings)
     shards = job.shards(out)
-    tasks = _from_files(shards, source, settings)
+    files = _source_of(manifest, source)
+    check_files(job, shards, files)
     with writing(out, job):
-        _write_shards(out, tasks, workers, progress)
+        _write_unfinished(out, job, shards, files, engine, workers, progress)
         return finish(out, job, shards, max_rejected)
 
 
 def prepare_part(
     manifest: Manifest,
-    source: Path,
+    source: Source | Path | str | None,
     out: Path,
     settings: PrepareSettings,
     part: Part,
     *,
+    engine: Engine = "local",
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -109,9 +92,11 @@ def prepare_part(
             written by another process.
     """
     job = _job(manifest.table, settings)
-    tasks = _from_files(part.of(job.shards(out)), source, settings)
+    shards = part.of(job.shards(out))
+    files = _source_of(manifest, source)
+    check_files(job, shards, files)
     with writing(out, job, part):
-        _write_shards(out, tasks, workers, progress)
+        _write_unfinished(out, job, shards, files, engine, workers, progress)
 
 
 def finalize(out: Path, *, max_rejected: float = 0.01) -> dict[str, Any]:
@@ -152,43 +137,19 @@ def prepare_npz(
     settings = PrepareSettings(roi="none", shard_clips=shard_clips)
     job = _job(table, settings, npz=_digest(path))
     shards = job.shards(out)
-    tasks = _from_arrays(shards, volumes, settings)
     with writing(out, job):
-        # The volumes are in memory here: writing them takes less than handing them to processes.
-        _write_shards(out, tasks, 1, progress)
+        _write_unfinished(out, job, shards, volumes, "local", 1, progress)
         return finish(out, job, shards, 0.0)
 
 
-@dataclass(frozen=True)
-class Task:
-    """A shard to write, and where its clips come from: a folder, or arrays at hand."""
-
-    shard: Shard
-    settings: PrepareSettings
-    source: Path | Sequence[Volume]
-
-    def finished(self) -> bool:
-        """Whether the shard is there, and no file that it rejected was mended since."""
-        if not self.shard.is_written():
-            return False
-        if not isinstance(self.source, Path):
-            return True
-        written = self.shard.path.stat().st_mtime
-        # The time of the inode: a good copy that is moved or unpacked into place may well carry an
-        # old modification time.
-        return all(
-            (self.source / name).stat().st_ctime <= written for name in self.shard.rejects()["file"]
-        )
-
-
-def tasks_again(job: Job, shards: Sequence[Shard], source: Path) -> list[Task]:
-    """How to write ``shards`` of a store once more, from what the store was made of.
+def source_again(job: Job, place: Path | str) -> Source | Sequence[Volume]:
+    """What a store was made of, to write shards of it once more.
 
     Args:
-        source: the folder of raw files, or the MedMNIST file.
+        place: the folder or URL of the raw files, or the MedMNIST file.
 
     Raises:
-        StoreError: ``source`` is not that, or this version would give other pixels.
+        StoreError: it is not that, or this version would give other pixels.
     """
     if job.made_from["pixels_version"] != PIXELS_VERSION:
         raise StoreError(
@@ -196,122 +157,89 @@ def tasks_again(job: Job, shards: Sequence[Shard], source: Path) -> list[Task]:
             f"this is version {PIXELS_VERSION}",
             fix="Use the release that made it, or prepare it anew in another folder.",
         )
-    settings = TypeAdapter(PrepareSettings).validate_python(job.made_from["settings"])
     if "npz" not in job.made_from:
-        return _from_files(shards, source, settings)
-    _, volumes = read_medmnist(source)
-    if _digest(source) != job.made_from["npz"]:
-        raise StoreError("is not the file that the store was made from", where=source)
-    return _from_arrays(shards, volumes, settings)
+        return open_source(place)
+    path = Path(place)
+    _, volumes = read_medmnist(path)
+    if _digest(path) != job.made_from["npz"]:
+        raise StoreError("is not the file that the store was made from", where=path)
+    return volumes
+
+
+def check_files(job: Job, shards: Sequence[Shard], source: Source | Sequence[Volume]) -> None:
+    """Raise StoreError, before any work, if a file of these shards is not there."""
+    if not isinstance(source, Source):
+        return
+    missing = source.missing([name for shard in shards for name in job.filenames(shard)])
+    if missing:
+        raise StoreError(
+            f"the file is missing ({len(missing)} such in the manifest)",
+            where=source.where(missing[0]),
+            fix="Check --source, or take it out of the manifest.",
+        )
+
+
+def write_shards(
+    job: Job,
+    shards: Sequence[Shard],
+    source: Source | Sequence[Volume],
+    engine: Engine = "local",
+    workers: int | None = None,
+) -> Iterator[int]:
+    """Write these shards, anew where they are there; yields how many rows each had.
+
+    Raises:
+        StoreError: a worker was killed, or the source is gone.
+        OSError: the disk is full, or cannot be written.
+    """
+    settings = settings_of(job)
+    limits = Limits(settings.clip_seconds, settings.clip_memory << 20)
+    todo = tasks(job, shards, source)
+    if not isinstance(source, Source):
+        # The volumes are in memory here: writing them takes less than handing them to processes.
+        return (write_task(task, UNWATCHED) for task in todo)
+    if engine == "ray":
+        from dist_train.data.ray_engine import on_ray
+
+        return on_ray(write_task, todo, Task.without, limits, workers)
+    return supervised(write_task, todo, Task.without, limits, workers)
+
+
+def _write_unfinished(
+    out: Path,
+    job: Job,
+    shards: Sequence[Shard],
+    source: Source | Sequence[Volume],
+    engine: Engine,
+    workers: int | None,
+    progress: Progress | None,
+) -> None:
+    todo = [shard for shard in shards if not finished(shard, source)]
+    if todo:
+        # Readers take a store for whole when it has its marker.
+        (out / MARKER).unlink(missing_ok=True)
+    total = sum(map(job.clips, shards))
+    done = total - sum(map(job.clips, todo))
+    if progress:
+        progress(done, total)
+    for count in write_shards(job, todo, source, engine, workers):
+        done += count
+        if progress:
+            progress(done, total)
 
 
 def _job(table: pd.DataFrame, settings: PrepareSettings, **more: str) -> Job:
     return Job.of(table, pixels_version=PIXELS_VERSION, settings=asdict(settings), **more)
 
 
+def _source_of(manifest: Manifest, source: Source | Path | str | None) -> Source:
+    if source is None:
+        return manifest_source(manifest)
+    return source if isinstance(source, Source) else open_source(source)
+
+
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _from_files(shards: Sequence[Shard], source: Path, settings: PrepareSettings) -> list[Task]:
-    if not source.is_dir():
-        raise StoreError("the source folder does not exist", where=source)
-    names = [row["filename"] for shard in shards for row in shard.rows]
-    missing = [name for name in names if not (source / name).is_file()]
-    if missing:
-        raise StoreError(
-            f"the file is missing ({len(missing)} such in the manifest)",
-            where=source / missing[0],
-            fix="Check --source, or take it out of the manifest.",
-        )
-    return [Task(shard, settings, source) for shard in shards]
-
-
-def _from_arrays(
-    shards: Sequence[Shard], volumes: Sequence[Volume], settings: PrepareSettings
-) -> list[Task]:
-    size = settings.shard_clips
-    return [
-        Task(shard, settings, volumes[shard.number * size : (shard.number + 1) * size])
-        for shard in shards
-    ]
-
-
-def _write_shards(
-    out: Path, tasks: Sequence[Task], workers: int | None, progress: Progress | None
-) -> None:
-    """Write those of ``tasks`` that are not finished."""
-    total = sum(len(task.shard.rows) for task in tasks)
-    todo = [task for task in tasks if not task.finished()]
-    if todo:
-        # Readers take a store for whole when it has its marker.
-        (out / MARKER).unlink(missing_ok=True)
-    done = total - sum(len(task.shard.rows) for task in todo)
-    if progress:
-        progress(done, total)
-    for count in each_done(write_task, todo, workers):
-        done += count
-        if progress:
-            progress(done, total)
-
-
-def write_task(task: Task) -> int:
-    """Write one shard and its list of rejects, anew if they are there; returns its rows' number."""
-    # Else a kill between the new list of rejects and the new shard would leave the old shard, which
-    # lacks the mended clip, beside a list that does not name it.
-    task.shard.path.unlink(missing_ok=True)
-    rejects: list[tuple[str, str, int]] = []
-    write_shard(task.shard.path, _samples(task, rejects))
-    return len(task.shard.rows)
-
-
-def _samples(
-    task: Task, rejects: list[tuple[str, str, int]]
-) -> Iterator[tuple[str, Volume, Record]]:
-    for position, row in enumerate(task.shard.rows):
-        try:
-            if isinstance(task.source, Path):
-                clip, facts = _read_clip(task.source / row["filename"], task.settings)
-            else:
-                clip = to_uint8_volume(task.source[position], row["filename"])
-                facts = {"frames_declared": clip.shape[0], "box": None}
-        except (DecodeError, RoiError) as error:
-            rejects.append((row["filename"], str(error), row["label"]))
-            continue
-        yield row["key"], clip, to_record(row) | facts
-    # Written before the shard is renamed into place, so a shard that exists has its list.
-    write_whole(task.shard.rejects_path, _csv(rejects))
-
-
-def _read_clip(path: Path, settings: PrepareSettings) -> tuple[Volume, Record]:
-    suffix = path.suffix.lower()
-    if suffix in VOLUME_SUFFIXES:
-        if settings.roi == "outline":
-            raise RoiError(
-                "a volume has no coloured outline", where=path, fix="Prepare it with --roi none."
-            )
-        clip = read_volume(path)
-        return clip, {"frames_declared": clip.shape[0], "box": None}
-    if suffix not in VIDEO_SUFFIXES:
-        known = " ".join(sorted(VIDEO_SUFFIXES | VOLUME_SUFFIXES))
-        raise DecodeError(f"unknown kind of file '{suffix}'", where=path, fix=f"Known: {known}.")
-    video = Video(path)
-    box = None
-    if settings.roi == "outline":
-        clip, found = crop_to_outline(video, settings.colour)
-        box = [found.top, found.left, found.bottom, found.right]
-    else:
-        planes = [frame.luma for frame in video]
-        clip = stack_planes(planes, Box(0, 0, *planes[0].shape))
-    if video.truncated and settings.truncated == "reject":
-        because = f": {video.stopped_by}" if video.stopped_by else ""
-        raise DecodeError(
-            f"the video stops after {video.frames_decoded} of {video.frames_declared} declared "
-            f"frames{because}",
-            where=path,
-            fix="Replace the file, or prepare with --truncated keep.",
-        )
-    return clip, {"frames_declared": video.frames_declared, "box": box}
 
 
 def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) -> dict[str, Any]:
@@ -327,7 +255,8 @@ def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) ->
         (out / MARKER).unlink(missing_ok=True)
         raise StoreError(
             f"{len(rejects)} of {total} clips were rejected ({by_class(count_classes(rejects))}), "
-            f"and --max-rejected is {max_rejected:g}; the first: {rejects['reason'].iloc[0]}",
+            f"and --max-rejected is {max_rejected:g}; the first: {rejects['file'].iloc[0]}: "
+            f"{rejects['reason'].iloc[0].rstrip('.')}",
             where=out / REJECTED,
             fix="Mend or remove the files, or raise --max-rejected: finished work is kept.",
         )
@@ -374,11 +303,3 @@ def marker_of(
         "rejected": count_classes(rejects),
         "index_crc32c": index_crc32c,
     }
-
-
-def _csv(rejects: Sequence[tuple[str, str, int]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("file", "reason", "class"))
-    writer.writerows(rejects)
-    return text.getvalue()

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
+from typing import Any
 
 import cv2
 import numpy as np
 
 from dist_train.data.decode import FULL_RANGE, Frame, Plane, Video, Volume
-from dist_train.errors import RoiError
+from dist_train.errors import ConfigError, RoiError
 
 # The outline drifts by a pixel or so, so the boxes of a clip hardly differ: a window this much
 # larger than the first box nearly always holds the union, and only the window is kept in memory.
 MARGIN = 24
+
+# The challenge's smallest outlines are 22 pixels high. Specks of another colour in a blob are less.
+HOLE = 4
+# A blob may have a hole too, where it is too bright for the colour: beside a thing with a box more
+# than this many times as large, what has a hole is not the outline.
+SMALLER = 8
+# How far apart, in pixels, the pieces of one thing may be; and of a line that compression broke.
+GAP = 4
+GAPS = (2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +56,25 @@ class Box:
             min(self.right + margin, width),
         )
 
+    def moved(self, down: int, right: int) -> Box:
+        return Box(self.top + down, self.left + right, self.bottom + down, self.right + right)
+
     def within(self, other: Box) -> Box:
         """The same rectangle, counted from the other one's corner."""
-        return Box(
-            self.top - other.top,
-            self.left - other.left,
-            self.bottom - other.top,
-            self.right - other.left,
-        )
+        return self.moved(-other.top, -other.left)
 
     @property
     def slices(self) -> tuple[slice, slice]:
         return slice(self.top, self.bottom), slice(self.left, self.right)
+
+    @property
+    def area(self) -> int:
+        return (self.bottom - self.top) * (self.right - self.left)
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Greater for a larger box; of two as large, for the upper one, then the left one."""
+        return self.area, -self.top, -self.left
 
     def cut(self, plane: Plane) -> Plane:
         return plane[self.slices]
@@ -76,42 +94,61 @@ class OutlineColour:
     blue: tuple[int, int] = (0, 110)
     red_over_blue: int = 60
 
+    @classmethod
+    def parse(cls, text: str) -> OutlineColour:
+        """Read "red=100:255,green=50:150,blue=0:110,red_over_blue=60", or some of these.
+
+        Raises:
+            ConfigError: it is not of that form.
+        """
+        given: dict[str, Any] = {}
+        for part in text.split(","):
+            name, _, value = part.strip().partition("=")
+            ends = re.fullmatch(r"(\d{1,3})(?::(\d{1,3}))?", value)
+            levels = tuple(int(end) for end in ends.groups() if end is not None) if ends else ()
+            wanted = {"red": 2, "green": 2, "blue": 2, "red_over_blue": 1}.get(name)
+            ordered = sorted((0, *levels, 255)) == [0, *levels, 255]
+            if len(levels) != wanted or name in given or not ordered:
+                raise ConfigError(
+                    f"'{part}' is no part of a colour",
+                    where="--colour",
+                    fix="Its form is red=100:255,green=50:150,blue=0:110,red_over_blue=60, each "
+                    "once or not at all, from 0 to 255.",
+                )
+            given[name] = levels if wanted == 2 else levels[0]
+        return cls(**given)
+
 
 def find_outline(frame: Frame, colour: OutlineColour) -> Box | None:
     """The box of the outline in one frame, or None.
 
     A pixel is of the colour if its R, G and B, in float32 from luma and the chroma of its 2x2 block
-    (ITU-R BT.601 or BT.709), are. Of several things of this colour the one with the largest box is
-    taken: the outline goes around the vessel, a blob does not.
+    (ITU-R BT.601 or BT.709), are. Such pixels make a thing where no more than a gap of others, in
+    the chessboard distance, lies between them.
 
-    Works in the decoder's own planes: a first test runs at a quarter of the pixels and leaves few
-    blocks, whose luma is then looked at.
+    - The outline goes around the vessel, a blob does not: of the things that enclose holes, of at
+      least ``HOLE`` pixels in both directions, it is the one whose holes have the largest box.
+    - Compression may break the line. So the gap is none at first, and if that gives no outline,
+      each of ``GAPS`` in turn.
+    - A blob has a hole where it is too bright for the colour. So what has a hole does not count
+      beside a thing, by the gap ``GAP`` and with a hole or not, whose box is more than ``SMALLER``
+      times as large. If nothing counts, as where the outline leaves the frame, that thing is taken.
+    - What hangs on an unbroken line by a neck of one or two pixels is no part of it, unless the
+      line itself is so thin.
+
+    A blob that touches the line in more than a neck is part of it, and widens the box by what
+    sticks out.
+
+    Works in the decoder's own planes: a first test runs at a quarter of the pixels, and what passes
+    it tells the part of the frame in which luma is looked at.
     """
     accepted = _accepted(colour, frame.full_range, frame.bt709)
     candidates = cv2.compare(frame.cr, cv2.LUT(frame.cb, accepted.least_cr), cv2.CMP_GE)
-    left, top, width, height = cv2.boundingRect(candidates)
-    if width == 0:
+    part = _box(*cv2.boundingRect(candidates))
+    if part.area == 0:
         return None
-    # With a rim of two, which closing the mask cannot reach over, a cut mask closes as a whole one.
-    around = Box(top, left, top + height, left + width).grown(2, *candidates.shape)
-    rows, columns = np.nonzero(around.cut(candidates))
-    chroma = around.cut(frame.cb)[rows, columns], around.cut(frame.cr)[rows, columns]
-    blocks = _blocks(frame.y, around)[rows, columns]
-    low, high = accepted.low[chroma], accepted.high[chroma]
-    inside = (blocks >= low[:, None, None]) & (blocks <= high[:, None, None])
-    mask = np.zeros((around.bottom - around.top, around.right - around.left), dtype=np.uint8)
-    mask[rows, columns] = inside.any(axis=(1, 2))
-    chosen = _largest_box(mask)
-    if chosen is None:
-        return None
-    # Back to single pixels: those of the colour in the blocks of the chosen component.
-    block, down, right = np.nonzero(inside & chosen[rows, columns, None, None])
-    y = 2 * (around.top + rows[block]) + down
-    x = 2 * (around.left + columns[block]) + right
-    frame_height, frame_width = frame.y.shape
-    # The last block of an odd size repeats its last pixel.
-    bottom = min(int(y.max()) + 1, frame_height)
-    return Box(int(y.min()), int(x.min()), bottom, min(int(x.max()) + 1, frame_width))
+    box = _outline(_of_the_colour(frame, part, accepted))
+    return None if box is None else box.moved(2 * part.top, 2 * part.left)
 
 
 def crop_to_outline(video: Video, colour: OutlineColour) -> tuple[Volume, Box]:
@@ -141,13 +178,13 @@ def crop_to_outline(video: Video, colour: OutlineColour) -> tuple[Volume, Box]:
     if union is None or window is None:
         raise RoiError(
             "no outline found in any frame",
-            where=video.path,
+            where=video.where,
             fix="Look at it with 'dist-train inspect', or prepare with --roi none.",
         )
     if not window.contains(union):
         window, missed = union, video.frames_decoded
         kept.clear()
-    again = islice(Video(video.path), missed)
+    again = islice(Video(video.path, video.where), missed)
     kept = [frame.grey(*window.slices) for frame in again] + kept
     return stack_planes(kept, union.within(window)), union
 
@@ -203,22 +240,109 @@ def _rgb_over_luma(full_range: bool, bt709: bool) -> tuple[np.ndarray, np.ndarra
     return red * cr, green_cb * cb + green_cr * cr, blue * cb
 
 
-def _blocks(y: Plane, around: Box) -> np.ndarray:
-    """The 2x2 luma pixels of each chroma pixel of a box, uint8 [h, w, 2, 2]."""
-    height, width = around.bottom - around.top, around.right - around.left
-    part = y[2 * around.top : 2 * around.bottom, 2 * around.left : 2 * around.right]
-    if part.shape != (2 * height, 2 * width):
-        lacks = 2 * height - part.shape[0], 2 * width - part.shape[1]
-        part = cv2.copyMakeBorder(part, 0, lacks[0], 0, lacks[1], cv2.BORDER_REPLICATE)
-    return part.reshape(height, 2, width, 2).swapaxes(1, 2)
+def _of_the_colour(frame: Frame, part: Box, accepted: _Accepted) -> np.ndarray:
+    """Where a part of a frame, in 2x2 blocks, is of the colour: uint8 [2h, 2w], 255 or 0."""
+    height, width = 2 * (part.bottom - part.top), 2 * (part.right - part.left)
+    luma = frame.y[2 * part.top : 2 * part.bottom, 2 * part.left : 2 * part.right]
+    rows, columns = luma.shape
+    chroma = part.cut(frame.cb).astype(np.uint16) << 8 | part.cut(frame.cr)
+    low, high = (
+        cv2.resize(level.take(chroma), (width, height), interpolation=cv2.INTER_NEAREST)
+        for level in (accepted.low, accepted.high)
+    )
+    above = cv2.compare(luma, low[:rows, :columns], cv2.CMP_GE)
+    below = cv2.compare(luma, high[:rows, :columns], cv2.CMP_LE)
+    # The last blocks of an odd size have fewer pixels.
+    lacks = 0, height - rows, 0, width - columns
+    return np.asarray(
+        cv2.copyMakeBorder(cv2.bitwise_and(above, below), *lacks, cv2.BORDER_CONSTANT, value=0)
+    )
 
 
-def _largest_box(mask: np.ndarray) -> np.ndarray | None:
-    """The component of a uint8 mask that has the largest bounding box, as a boolean mask."""
-    # Compression opens small gaps in a thin line; a 3x3 closing joins them again.
-    closed = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((3, 3), np.uint8))
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(closed, connectivity=8)
-    if count < 2:
+@dataclass(frozen=True, slots=True)
+class _Ring:
+    """A thing that encloses holes: its box, and the box of its holes."""
+
+    box: Box
+    holes: Box
+
+
+def _outline(pixels: np.ndarray) -> Box | None:
+    """The outline's box in a mask, uint8 [h, w], of the pixels that have its colour."""
+    everything = _box(*cv2.boundingRect(pixels))
+    if everything.area == 0:
         return None
-    areas = stats[1:, cv2.CC_STAT_WIDTH].astype(np.int64) * stats[1:, cv2.CC_STAT_HEIGHT]
-    return np.asarray(labels == 1 + int(areas.argmax()))
+    ring = _largest_ring(pixels)
+    # Nearly always there is little else, and no need to look at what it is.
+    if ring is not None and SMALLER * ring.box.area >= everything.area:
+        return _without_necks(ring, pixels)
+    thing = _largest_thing(pixels)
+    if ring is not None and SMALLER * ring.box.area >= thing.area:
+        return _without_necks(ring, pixels)
+    for gap in GAPS:
+        ring = _largest_ring(pixels, gap)
+        if ring is not None and SMALLER * ring.box.area >= thing.area:
+            return ring.box
+    return thing
+
+
+def _without_necks(ring: _Ring, pixels: np.ndarray) -> Box:
+    """The ring's box, without blobs that hang on it by a neck of one or two pixels."""
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    # What is beyond the mask is not of the colour.
+    thinner = cv2.erode(pixels, cross, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    kept = _largest_ring(thinner)
+    if kept is None:
+        return ring.box
+    box = kept.box.grown(1, *pixels.shape)
+    # Where the line itself is so thin, that may leave a part of the outline only.
+    return box if box.contains(ring.holes) else ring.box
+
+
+def _largest_ring(pixels: np.ndarray, gap: int = 0) -> _Ring | None:
+    """The ring whose holes have the largest box."""
+    boxes, parents = _contours(pixels, gap)
+    holes: dict[int, Box] = {}
+    for around, parent in zip(boxes, parents, strict=True):
+        # The contour of a hole runs on the pixels around it.
+        hole = Box(around.top + 1, around.left + 1, around.bottom - 1, around.right - 1)
+        if parent >= 0 and min(hole.bottom - hole.top, hole.right - hole.left) >= HOLE:
+            holes[parent] = hole.union(holes.get(parent, hole))
+    if not holes:
+        return None
+    largest = max(holes, key=lambda parent: holes[parent].rank)
+    return _Ring(_ungrown(boxes[largest], gap), holes[largest])
+
+
+def _largest_thing(pixels: np.ndarray) -> Box:
+    """The largest box of a thing, with gaps of ``GAP``, in a mask that is not empty."""
+    boxes, _ = _contours(pixels, GAP)
+    return max((_ungrown(box, GAP) for box in boxes), key=lambda box: box.rank)
+
+
+def _contours(pixels: np.ndarray, gap: int) -> tuple[list[Box], list[int]]:
+    """The boxes of things and holes, and for a hole the number of the thing around it, else -1.
+
+    Args:
+        gap: how many pixels, an even number, may lie between those of a thing. The mask is grown by
+            half of it, and so are the boxes; they count from the corner of the grown mask.
+    """
+    if gap:
+        half = gap // 2
+        # Grown by half the gap, what it separates touches; closing would leave gaps in slanted
+        # lines. The border is for things at the edge of the frame.
+        pixels = cv2.copyMakeBorder(pixels, half, half, half, half, cv2.BORDER_CONSTANT, value=0)
+        pixels = cv2.dilate(pixels, np.ones((gap + 1, gap + 1), np.uint8))
+    contours, tree = cv2.findContours(pixels, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    if not contours:
+        return [], []
+    return [_box(*cv2.boundingRect(contour)) for contour in contours], tree[0, :, 3].tolist()
+
+
+def _ungrown(box: Box, gap: int) -> Box:
+    """Half a gap less on each side, counted from the corner of the mask that was grown."""
+    return Box(box.top, box.left, box.bottom - gap, box.right - gap)
+
+
+def _box(left: int, top: int, width: int, height: int) -> Box:
+    return Box(top, left, top + height, left + width)

@@ -36,7 +36,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Volume, Record]]) -> No
     ``shape`` and ``crc32c`` are added to each record.
     """
     with (
-        written_whole(path) as file,
+        written_whole(path, contested=True) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for key, clip, record in samples:
@@ -99,7 +99,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
                 length = int(np.prod(full["shape"], dtype=np.int64))
                 offset = array.offset_data + array.size - length
                 yield key, full | {"offset": offset, "length": length}
-    except (tarfile.TarError, OSError, ValueError, KeyError) as error:
+    except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(
             f"is not a readable shard ({error})",
             where=path,

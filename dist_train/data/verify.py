@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +18,18 @@ from typing import IO, Any
 import numpy as np
 
 from dist_train.data.files import crc32c
-from dist_train.data.index import index_checksum, read_index
+from dist_train.data.index import index_checksum, look_up
 from dist_train.data.job import Job, Shard, read_job, to_record, writing
 from dist_train.data.pool import each_done
 from dist_train.data.prepare import (
     by_class,
+    check_files,
     count_classes,
     finish,
     gather_rejects,
     marker_of,
-    tasks_again,
-    write_task,
+    source_again,
+    write_shards,
 )
 from dist_train.data.shards import Record, read_records
 from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, read_marker
@@ -69,13 +69,13 @@ def verify(
     job = read_job(folder)
     shards = job.shards(folder)
     faults = [*_foreign_files(folder, shards)]
-    marker, index = _read_marker(folder), _read_sound_index(folder)
+    marker, index = _read_marker(folder), _sound_index(folder)
     if marker is not None and index is None:
         faults.append(Fault(folder / INDEX, "is not the index that was written"))
     done, total = 0, len(job.table)
-    for number, found in each_done(_check_shard, _checks(shards, index), workers):
+    for number, found in each_done(_check_shard, _checks(job, shards, index), workers):
         faults += found
-        done += len(shards[number].rows)
+        done += job.clips(shards[number])
         if progress:
             progress(done, total)
     if marker is None:
@@ -87,7 +87,7 @@ def verify(
 
 def repair(
     folder: Path,
-    source: Path,
+    source: Path | str,
     faults: Sequence[Fault],
     *,
     workers: int | None = None,
@@ -98,7 +98,7 @@ def repair(
     Files that do not belong to the store are left alone.
 
     Args:
-        source: the folder of raw files, or the MedMNIST file, that the store was made from.
+        source: the folder or URL of the raw files, or the MedMNIST file, that it was made from.
 
     Returns:
         The content of ``store.json``.
@@ -110,15 +110,16 @@ def repair(
     job = read_job(folder)
     shards = job.shards(folder)
     bad = [shards[number] for number in sorted({f.shard for f in faults if f.shard is not None})]
-    tasks = tasks_again(job, bad, source)
+    files = source_again(job, source)
+    check_files(job, bad, files)
     with writing(folder, job):
         # Marker and index stay until the new shards are known to be those that were lost.
-        done, total = 0, sum(len(shard.rows) for shard in bad)
-        for count in each_done(write_task, tasks, workers):
+        done, total = 0, sum(map(job.clips, bad))
+        for count in write_shards(job, bad, files, workers=workers):
             done += count
             if progress:
                 progress(done, total)
-        difference = _difference(folder, shards, bad)
+        difference = _difference(folder, job, bad)
         if difference is not None:
             for shard in bad:
                 shard.path.unlink()
@@ -131,14 +132,14 @@ def repair(
         return finish(folder, job, shards, max_rejected=1.0)
 
 
-def _difference(folder: Path, shards: Sequence[Shard], rewritten: Sequence[Shard]) -> str | None:
+def _difference(folder: Path, job: Job, rewritten: Sequence[Shard]) -> str | None:
     """In what the rewritten shards are not those that were lost, as far as the rest can tell."""
-    for check in _checks(rewritten, _read_sound_index(folder)):
+    for check in _checks(job, rewritten, _sound_index(folder)):
         _, faults = _check_shard(check)
         if faults:
             return str(faults[0])
     marker = _read_marker(folder)
-    rejected = count_classes(gather_rejects(shards))
+    rejected = count_classes(gather_rejects(job.shards(folder)))
     if marker is not None and marker.get("rejected") != rejected:
         now, before = by_class(rejected), by_class(marker.get("rejected", {}))
         return f"rejected are: {now or 'none'}; they were: {before or 'none'}"
@@ -152,18 +153,14 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _read_sound_index(folder: Path) -> Mapping[int, dict[str, Record]] | None:
-    """The index by shard and key, or None if it is not, to the byte, the one that was written."""
+def _sound_index(folder: Path) -> Path | None:
+    """The index, or None if it is not, to the byte, the one that was written."""
     marker, path = _read_marker(folder), folder / INDEX
     try:
-        if marker is None or marker.get("index_crc32c") != index_checksum(path):
-            return None
+        sound = marker is not None and marker.get("index_crc32c") == index_checksum(path)
     except StoreError:
         return None
-    index: defaultdict[int, dict[str, Record]] = defaultdict(dict)
-    for key, record in read_index(path):
-        index[record.pop("shard")][key] = record
-    return index
+    return path if sound else None
 
 
 def _foreign_files(folder: Path, shards: Sequence[Shard]) -> Iterator[Fault]:
@@ -187,18 +184,15 @@ def _check_summaries(
 
 @dataclass(frozen=True)
 class _Check:
-    """A shard, and what a sound index says of it: key -> record."""
+    """A shard, its rows of the manifest, and the index if that is sound."""
 
     shard: Shard
-    index: Mapping[str, Record] | None
+    rows: Sequence[Record]
+    index: Path | None
 
 
-def _checks(
-    shards: Sequence[Shard], index: Mapping[int, Mapping[str, Record]] | None
-) -> list[_Check]:
-    return [
-        _Check(shard, None if index is None else index.get(shard.number, {})) for shard in shards
-    ]
+def _checks(job: Job, shards: Sequence[Shard], index: Path | None) -> Iterator[_Check]:
+    return (_Check(shard, job.rows(shard), index) for shard in shards)
 
 
 def _check_shard(check: _Check) -> tuple[int, list[Fault]]:
@@ -210,15 +204,16 @@ def _check_shard(check: _Check) -> tuple[int, list[Fault]]:
         rejects = shard.rejects()
     except StoreError as error:
         return shard.number, [Fault(shard.rejects_path, error.what, shard.number)]
-    labels = {row["filename"]: str(row["label"]) for row in shard.rows}
+    labels = {row["filename"]: str(row["label"]) for row in check.rows}
     rejected = dict(zip(rejects["file"], rejects["class"], strict=True))
-    rows = {row["key"]: to_record(row) for row in shard.rows if row["filename"] not in rejected}
+    rows = {row["key"]: to_record(row) for row in check.rows if row["filename"] not in rejected}
     clips, unreadable = _read_clips(shard.path)
+    index = None if check.index is None else look_up(check.index, [r["key"] for r in check.rows])
     found = [
         Fault(shard.path, what, shard.number)
         for what in (
             *unreadable,
-            *_clip_faults(rows, clips, check.index),
+            *_clip_faults(shard.number, rows, clips, index),
             *_byte_faults(shard.path, clips),
         )
     ]
@@ -243,7 +238,10 @@ def _read_clips(path: Path) -> tuple[dict[str, Record], list[str]]:
 
 
 def _clip_faults(
-    rows: Mapping[str, Record], clips: Mapping[str, Record], index: Mapping[str, Record] | None
+    shard: int,
+    rows: Mapping[str, Record],
+    clips: Mapping[str, Record],
+    index: Mapping[str, Record] | None,
 ) -> Iterator[str]:
     """Whether manifest, shard and index agree, in both directions."""
     for key in rows.keys() - clips.keys():
@@ -253,7 +251,7 @@ def _clip_faults(
             yield f"clip '{key}' does not belong to the shard"
         elif not rows[key].items() <= record.items():
             yield f"clip '{key}': its record is not that of the manifest"
-        elif index is not None and index.get(key) != record:
+        elif index is not None and index.get(key) != record | {"shard": shard}:
             yield f"clip '{key}': its record is not that of the index"
     if index is not None:
         for key in index.keys() - rows.keys():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import struct
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -29,8 +31,9 @@ def write_video(
     container_options: Mapping[str, str] | None = None,
     rate: int = 20,
     bt709: bool = False,
+    times: Sequence[int] | None = None,
 ) -> Path:
-    """Encode uint8 RGB [D, H, W, 3] frames."""
+    """Encode uint8 RGB [D, H, W, 3] frames, shown at ``times`` / ``rate`` seconds if given."""
     with av.open(str(path), "w", format=container, options=dict(container_options or {})) as output:
         stream = output.add_stream(codec, rate=rate, options=dict(options or {}))
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
@@ -40,13 +43,28 @@ def write_video(
         matrix = Colorspace.ITU709 if bt709 else Colorspace.ITU601
         if bt709:
             stream.codec_context.colorspace = Colorspace.ITU709
-        for picture in frames:
+        for number, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame = frame.reformat(
                 format=pix_fmt, dst_colorspace=matrix, dst_color_range=colour_range
             )
+            if times is not None:
+                frame.pts, frame.time_base = times[number], Fraction(1, rate)
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
+    return path
+
+
+def with_display_matrix(path: Path, a: float, b: float, c: float, d: float) -> Path:
+    """Let an mp4's track header say that column p, row q is shown at a p + c q, b p + d q."""
+    content = bytearray(path.read_bytes())
+    assert content.count(b"tkhd") == 1
+    # ISO/IEC 14496-12, 8.3.2, version 0: 36 bytes after version and flags come nine of the matrix.
+    matrix = content.index(b"tkhd") + 4 + 4 + 36
+    assert struct.unpack_from(">5i", content, matrix) == (1 << 16, 0, 0, 0, 1 << 16)
+    fixed = [round(value * (1 << 16)) for value in (a, b, 0, c, d)]
+    struct.pack_into(">5i", content, matrix, *fixed)
+    path.write_bytes(content)
     return path
 
 

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_train.data.decode import Video
-from dist_train.data.describe import describe_outline, describe_store, draw_outline
+from dist_train.data.describe import describe_outline, describe_store, draw_outline, find_boxes
 from dist_train.data.manifest import read_manifest
 from dist_train.data.prepare import PrepareSettings, prepare
 from dist_train.data.roi import Box, OutlineColour, crop_to_outline
 from dist_train.data.store import Store
-from dist_train.errors import DecodeError
+from dist_train.errors import ConfigError, DecodeError
 
 
 def text(*tables: Table) -> str:
@@ -75,8 +75,12 @@ def video(tmp_path: Path) -> Path:
     return write_video(tmp_path / "a.mp4", outlined_frames(boxes))
 
 
+def found(path: Path) -> tuple[Video, list[Box | None]]:
+    return find_boxes(path, OutlineColour())
+
+
 def test_outline(video: Path) -> None:
-    printed = text(describe_outline(video))
+    printed = text(describe_outline(*found(video)))
     assert "5 frames (5 declared)" in printed
     assert row(printed, "0") == ["none"]
     _, union = crop_to_outline(Video(video), OutlineColour())
@@ -86,11 +90,11 @@ def test_outline(video: Path) -> None:
 
 def test_video_without_outline(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", outlined_frames([None] * 2))
-    assert row(text(describe_outline(path)), "union") == ["none"]
+    assert row(text(describe_outline(*found(path))), "union") == ["none"]
 
 
 def test_drawing(video: Path, tmp_path: Path) -> None:
-    draw_outline(video, tmp_path / "a.png", strip=3)
+    draw_outline(video, found(video)[1], tmp_path / "a.png", strip=3)
     picture = cv2.imread(str(tmp_path / "a.png"))
     assert picture.shape == (96, 3 * 128, 3)
     # Frames 0, 2 and 4: the first has no box of its own, all show the union.
@@ -102,14 +106,63 @@ def test_drawing(video: Path, tmp_path: Path) -> None:
 
 def test_drawing_of_a_short_clip(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", outlined_frames([None] * 2))
-    draw_outline(path, tmp_path / "a.png")
+    draw_outline(path, found(path)[1], tmp_path / "a.png")
     assert cv2.imread(str(tmp_path / "a.png")).shape == (96, 2 * 128, 3)
 
 
 def test_not_a_video(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"x")
     with pytest.raises(DecodeError):
-        describe_outline(tmp_path / "a.mp4")
-    with pytest.raises(DecodeError):
-        draw_outline(tmp_path / "a.mp4", tmp_path / "a.png")
-    assert not (tmp_path / "a.png").exists()
+        found(tmp_path / "a.mp4")
+
+
+def test_frames_with_one_box_share_a_row(tmp_path: Path) -> None:
+    still = Box(20, 30, 70, 84)
+    printed = text(describe_outline(Video(tmp_path), [None, still, still, still, None]))
+    assert row(printed, "1-3") == ["20", "30", "50", "54"]
+    assert row(printed, "4") == ["none"]
+    assert row(printed, "union") == ["20", "30", "50", "54"]
+
+
+def test_another_colour(tmp_path: Path) -> None:
+    frames = outlined_frames([Box(20, 30, 70, 84)] * 2)[..., ::-1]
+    path = write_video(tmp_path / "blue.mp4", frames)
+    assert found(path)[1] == [None, None]
+    # Blue, and as much of it above red as the default asks of red above blue.
+    anything = OutlineColour.parse("red=0:255,green=0:255,blue=0:255,red_over_blue=0")
+    assert find_boxes(path, anything)[1][0] is not None
+
+
+def test_depth_histogram(tmp_path: Path) -> None:
+    names = write_volumes(tmp_path / "raw", 9)
+    np.save(tmp_path / "raw" / "deep.npy", np.zeros((100, 10, 12), np.uint8))
+    lines = [f"{name},{number % 2}" for number, name in enumerate([*names, "deep.npy"])]
+    (tmp_path / "clips.csv").write_text("filename,label\n" + "\n".join(lines) + "\n")
+    manifest = read_manifest(tmp_path / "clips.csv")
+    prepare(manifest, tmp_path / "raw", tmp_path / "store", PrepareSettings(roi="none"), workers=1)
+    printed = text(*describe_store(Store(tmp_path / "store")))
+    # Depths 4 to 8 fall into the first bin; odd numbers are positive.
+    assert row(printed, "4-12")[:2] == ["9", "4"]
+    assert row(printed, "94-102")[:2] == ["1", "1"]
+    assert row(printed, "13-21")[:2] == ["0", "0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "colour"),
+    [
+        ("blue=0:90", OutlineColour(blue=(0, 90))),
+        ("red_over_blue=30, red=90:200", OutlineColour(red=(90, 200), red_over_blue=30)),
+        ("green=7:7", OutlineColour(green=(7, 7))),
+    ],
+)
+def test_colour_from_text(text: str, colour: OutlineColour) -> None:
+    assert OutlineColour.parse(text) == colour
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "red", "red=5", "red=9:5", "red=0:256", "rot=0:5", "red=0:5,red=0:6", "red_over_blue=1:2"],
+)
+def test_text_that_is_no_colour(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--colour: .* is no part of a colour.*red=100:255"):
+        OutlineColour.parse(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -210,3 +211,49 @@ def test_fingerprint_follows_the_content(table: Path) -> None:
     assert read_manifest(table).fingerprint != first
     write(table, "filename,label", "b.mp4,0", "a.mp4,1")
     assert read_manifest(table).fingerprint != first
+
+
+def test_urls_are_kept_apart(table: Path) -> None:
+    """Neither the pixels nor the fingerprint depend on where a file lies."""
+    plain = read_manifest(write(table, "filename,label", "a.mp4,1", "b.mp4,0"))
+    assert plain.urls is None
+    write(table, "filename,url,label", "a.mp4, s3://x/a.mp4 ,1", "b.mp4,s3://y/other,0")
+    manifest = read_manifest(table)
+    assert manifest.fingerprint == plain.fingerprint
+    assert manifest.table.equals(plain.table)
+    assert manifest.urls_by_name() == {"a.mp4": "s3://x/a.mp4", "b.mp4": "s3://y/other"}
+
+
+def test_urls_follow_the_rows_when_labels_are_joined(tmp_path: Path) -> None:
+    write(tmp_path / "train_metadata.csv", "filename,url", "b.mp4,s3://x/b", "a.mp4,s3://x/a")
+    write(tmp_path / "train_labels.csv", "filename,stalled", "a.mp4,1", "c.mp4,1", "b.mp4,0")
+    manifest = read_manifest(tmp_path / "train_metadata.csv")
+    assert manifest.table["label"].tolist() == [0, 1]
+    assert manifest.urls_by_name() == {"b.mp4": "s3://x/b", "a.mp4": "s3://x/a"}
+
+
+def test_missing_urls_matter_only_where_they_are_used(table: Path) -> None:
+    rows = ["a.mp4,1,s3://x/a", "b.mp4,0,", "c.mp4,0,local.mp4"]
+    manifest = read_manifest(write(table, "filename,label,url", *rows))
+    message = r"url of 'b.mp4' \(line 3\) is '', not of the form s3://bucket/name \(2 such rows\)"
+    with pytest.raises(ManifestError, match=message):
+        manifest.urls_by_name()
+    with pytest.raises(ManifestError, match=r"has no column 'url'.*--source"):
+        read_manifest(write(table, "filename,label", "a.mp4,1")).urls_by_name()
+
+
+def test_table_of_many_parts_is_one_table(table: Path) -> None:
+    """It is read and hashed by parts; the fingerprint is that of the whole as one CSV text."""
+    count = 150_000
+    rows = [f"{i}.mp4,{i % 2},{i / 7:.3f},{i}" for i in range(count)]
+    manifest = read_manifest(write(table, "filename,label,crowd_score,num_frames", *rows))
+    assert manifest.table["filename"].tolist() == [f"{i}.mp4" for i in range(count)]
+    assert manifest.table.index.tolist() == list(range(count))
+    whole = manifest.table.to_csv(index=False).encode()
+    assert manifest.fingerprint == hashlib.sha256(whole).hexdigest()
+
+
+def test_too_long_row_far_down(table: Path) -> None:
+    rows = [f"{i}.mp4,1,54" for i in range(70_000)]
+    with pytest.raises(ManifestError, match=r"is not a CSV file.* line 70002"):
+        read_manifest(write(table, "filename,label,num_frames", *rows, "x.mp4,1,54,7"))

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import tifffile
 import webdataset
+from helpers import LAUNCH, dist_train, run_well
 from make_media import (
     drifting,
     grey_frames,
@@ -32,7 +33,7 @@ from make_media import (
 
 from dist_train import cli
 from dist_train.data.decode import Video, read_volume
-from dist_train.data.job import JOB, Part
+from dist_train.data.job import JOB, Part, read_job
 from dist_train.data.manifest import read_manifest
 from dist_train.data.prepare import (
     PrepareSettings,
@@ -43,7 +44,10 @@ from dist_train.data.prepare import (
 )
 from dist_train.data.roi import Box, OutlineColour, crop_to_outline
 from dist_train.data.shards import shard_name
+from dist_train.data.source import open_source
 from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Store
+from dist_train.data.supervise import UNWATCHED
+from dist_train.data.task import tasks, write_task
 from dist_train.errors import ConfigError, StoreError
 
 WHOLE = PrepareSettings(roi="none", shard_clips=4)
@@ -195,22 +199,24 @@ def test_progress_counts_every_clip(tmp_path: Path, raw: Path) -> None:
 # The same bytes.
 
 
-def test_two_workers_write_what_one_writes(tmp_path: Path, raw: Path) -> None:
-    names = write_volumes(raw, 18)
+@pytest.mark.parametrize("workers", [2, 8])
+def test_many_workers_write_what_one_writes(tmp_path: Path, raw: Path, workers: int) -> None:
+    names = write_volumes(raw, 44)
     (raw / "bad.npy").write_bytes(b"x")
     names.insert(5, "bad.npy")
     one = make(tmp_path, names, "one", workers=1, max_rejected=0.1)
-    two = make(tmp_path, names, "two", workers=2, max_rejected=0.1)
+    two = make(tmp_path, names, "many", workers=workers, max_rejected=0.1)
     assert content(one) == content(two)
     assert INDEX in content(one)
 
 
 def test_place_of_the_files_does_not_matter(tmp_path: Path, raw: Path) -> None:
-    names = write_volumes(raw, 6)
-    first = content(make(tmp_path, names, "first"))
+    names = [*write_volumes(raw, 6), "bad.npy"]
+    (raw / "bad.npy").write_bytes(b"x")
+    first = content(make(tmp_path, names, "first", max_rejected=0.2))
     shutil.copytree(tmp_path, tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "elsewhere" / "first")
-    assert content(make(tmp_path / "elsewhere", names, "second")) == first
+    assert content(make(tmp_path / "elsewhere", names, "second", max_rejected=0.2)) == first
 
 
 def test_finished_store_is_not_touched(tmp_path: Path, raw: Path) -> None:
@@ -611,6 +617,20 @@ def test_commands_of_parts(
     assert content(store) == content(make(tmp_path, names, "plain", max_rejected=0.2))
 
 
+def test_slurm_array(tmp_path: Path, raw: Path) -> None:
+    names = write_volumes(raw, 12)
+    manifest, store = tmp_path / "clips.csv", tmp_path / "store"
+    write_manifest(manifest, names)
+    options = ("--manifest", manifest, "--source", raw, "--out", store, "--roi", "none")
+    script = [LAUNCH / "prepare_slurm.sh", *options, "--shard-clips", "4"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for task in (2, 3, 1):
+        array = {"SLURM_ARRAY_TASK_ID": f"{task}", "SLURM_ARRAY_TASK_COUNT": "3"}
+        run_well([*map(str, script)], PATH=path, SLURM_CPUS_PER_TASK="2", **array)
+    run_well(dist_train("finalize", store))
+    assert content(store) == content(make(tmp_path, names, "plain"))
+
+
 def test_a_folder_is_claimed_once_by_many(tmp_path: Path, raw: Path) -> None:
     """Parts that start together all write the same claim; none sees half of it."""
     names = write_volumes(raw, 4)
@@ -660,7 +680,7 @@ def test_every_bad_file_is_rejected_with_its_reason(tmp_path: Path, raw: Path) -
     found = rejected(store)
     assert found.keys() == reasons.keys()
     for name, reason in reasons.items():
-        assert re.search(rf"{name}: {reason}", found[name]), found[name]
+        assert re.match(reason, found[name]), found[name]
     assert Store(store).table["filename"].tolist() == sorted(good)
     # Labels alternate from 0, over nine bad files.
     assert Store(store).info["rejected"] == {"0": 5, "1": 4}
@@ -755,8 +775,10 @@ def test_mended_file_is_not_lost_by_a_kill(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
+        job, source = read_job(store), open_source(raw)
+        task = next(tasks(job, job.shards(store)[1:], source))
         with pytest.raises(KeyboardInterrupt):
-            make(tmp_path, names)
+            write_task(task, UNWATCHED)
     make(tmp_path, names)
     assert Store(store).info["clips"] == 10
 

@@ -1,0 +1,92 @@
+"""One raw file -> one clip: decoded by its kind, and cropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from dist_train.data.decode import VIDEO_SUFFIXES, VOLUME_SUFFIXES, Video, Volume, read_volume
+from dist_train.data.roi import Box, OutlineColour, crop_to_outline, stack_planes
+from dist_train.data.shards import Record
+from dist_train.errors import DecodeError, DistTrainError, RoiError
+
+# Raised whenever the same file and settings would give other pixels.
+PIXELS_VERSION = 2
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """What the bytes of a store depend on, beside the files themselves.
+
+    ``roi``: "outline" crops to the union of the outline's boxes; "none" keeps whole frames.
+    ``truncated``: whether a video with fewer frames than it declares is rejected or kept.
+    ``clip_seconds``, ``clip_memory`` (MiB): what decoding one file may take before it is rejected.
+    """
+
+    roi: Literal["outline", "none"] = "outline"
+    colour: OutlineColour = field(default_factory=OutlineColour)
+    truncated: Literal["reject", "keep"] = "reject"
+    shard_clips: int = 128
+    clip_seconds: float = 600.0
+    clip_memory: int = 2048
+
+
+def read_clip(
+    path: Path, name: str, where: str, settings: PrepareSettings
+) -> tuple[Volume, Record]:
+    """The clip in a file, uint8 [D, H, W], and what its record says of how it was read.
+
+    Args:
+        path: where the bytes are.
+        name: the file's name, whose ending tells its kind.
+        where: how messages name it.
+
+    Raises:
+        DecodeError: it does not decode, or not within the memory that it may take.
+        RoiError: it has no outline.
+    """
+    try:
+        return _read(path, PurePosixPath(name).suffix.lower(), where, settings)
+    except DistTrainError:
+        raise
+    except MemoryError:
+        raise DecodeError(
+            f"takes more than {settings.clip_memory} MiB of memory to decode",
+            where=where,
+            fix="Cut it into shorter clips, or prepare anew with a larger --clip-memory.",
+        ) from None
+    # A damaged file leads a decoder to where nobody was before. It costs the file, not the run, and
+    # it is in the list of rejects for all to see.
+    except Exception as error:
+        raise DecodeError(f"cannot be decoded ({error!r})", where=where) from None
+
+
+def _read(path: Path, suffix: str, where: str, settings: PrepareSettings) -> tuple[Volume, Record]:
+    if suffix in VOLUME_SUFFIXES:
+        if settings.roi == "outline":
+            raise RoiError(
+                "a volume has no coloured outline", where=where, fix="Prepare it with --roi none."
+            )
+        clip = read_volume(path, suffix=suffix, where=where)
+        return clip, {"frames_declared": clip.shape[0], "box": None}
+    if suffix not in VIDEO_SUFFIXES:
+        known = " ".join(sorted(VIDEO_SUFFIXES | VOLUME_SUFFIXES))
+        raise DecodeError(f"unknown kind of file '{suffix}'", where=where, fix=f"Known: {known}.")
+    video = Video(path, where=where)
+    box = None
+    if settings.roi == "outline":
+        clip, found = crop_to_outline(video, settings.colour)
+        box = [found.top, found.left, found.bottom, found.right]
+    else:
+        planes = [frame.luma for frame in video]
+        clip = stack_planes(planes, Box(0, 0, *planes[0].shape))
+    if video.truncated and settings.truncated == "reject":
+        because = f": {video.stopped_by}" if video.stopped_by else ""
+        raise DecodeError(
+            f"the video stops after {video.frames_decoded} of {video.frames_declared} declared "
+            f"frames{because}",
+            where=where,
+            fix="Replace the file, or prepare with --truncated keep.",
+        )
+    return clip, {"frames_declared": video.frames_declared, "box": box}

@@ -1,0 +1,117 @@
+"""A shard to write, and the writing of it: what worker processes do."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from pydantic import TypeAdapter
+
+from dist_train.data.clip import PrepareSettings, read_clip
+from dist_train.data.decode import Volume, to_uint8_volume
+from dist_train.data.files import write_whole
+from dist_train.data.job import Job, Shard, to_record
+from dist_train.data.shards import Record, write_shard
+from dist_train.data.source import Source
+from dist_train.data.supervise import Steps
+from dist_train.errors import DecodeError, RoiError
+
+
+@dataclass(frozen=True)
+class Task:
+    """A shard, its rows of the manifest, and where its clips come from: files, or arrays at hand.
+
+    ``condemned``: positions of rows whose file took its process along, and how.
+    """
+
+    shard: Shard
+    rows: Sequence[Record]
+    settings: PrepareSettings
+    source: Source | Sequence[Volume]
+    condemned: Mapping[int, str] = field(default_factory=dict)
+
+    def without(self, position: int, reason: str) -> Task:
+        """The same, with a row's file rejected unread."""
+        return replace(self, condemned={**self.condemned, position: reason})
+
+
+def finished(shard: Shard, source: Source | Sequence[Volume]) -> bool:
+    """Whether the shard is there, and no file that it rejected was mended since."""
+    if not shard.is_written():
+        return False
+    if not isinstance(source, Source):
+        return True
+    written = shard.path.stat().st_mtime
+    return not any(source.changed_since(name, written) for name in shard.rejects()["file"])
+
+
+def settings_of(job: Job) -> PrepareSettings:
+    """The settings that a store is made with."""
+    return TypeAdapter(PrepareSettings).validate_python(job.made_from["settings"])
+
+
+def tasks(job: Job, shards: Iterable[Shard], source: Source | Sequence[Volume]) -> Iterator[Task]:
+    """How to write these shards, each made when it is asked for.
+
+    Args:
+        source: files by name, or a volume for each row of the manifest.
+    """
+    settings = settings_of(job)
+    for shard in shards:
+        rows = job.rows(shard)
+        if isinstance(source, Source):
+            yield Task(shard, rows, settings, source.narrowed([row["filename"] for row in rows]))
+        else:
+            first = shard.number * settings.shard_clips
+            yield Task(shard, rows, settings, source[first : first + len(rows)])
+
+
+def write_task(task: Task, steps: Steps) -> int:
+    """Write one shard and its list of rejects, anew if they are there; returns its rows' number.
+
+    A step is the decoding of one row's file.
+    """
+    # Else a kill between the new list of rejects and the new shard would leave the old shard, which
+    # lacks the mended clip, beside a list that does not name it.
+    task.shard.path.unlink(missing_ok=True)
+    rejects: list[tuple[str, str, int]] = []
+    write_shard(task.shard.path, _samples(task, steps, rejects))
+    return len(task.rows)
+
+
+def _samples(
+    task: Task, steps: Steps, rejects: list[tuple[str, str, int]]
+) -> Iterator[tuple[str, Volume, Record]]:
+    for position, row in enumerate(task.rows):
+        try:
+            clip, facts = _read(task, steps, position)
+        except (DecodeError, RoiError) as error:
+            rejects.append((row["filename"], error.reason, row["label"]))
+            continue
+        yield row["key"], clip, to_record(row) | facts
+        # Not beside the next one.
+        del clip
+    # Written before the shard is renamed into place, so a shard that exists has its list.
+    write_whole(task.shard.rejects_path, _csv(rejects), contested=True)
+
+
+def _read(task: Task, steps: Steps, position: int) -> tuple[Volume, Record]:
+    name = task.rows[position]["filename"]
+    if not isinstance(task.source, Source):
+        clip = to_uint8_volume(task.source[position], name)
+        return clip, {"frames_declared": clip.shape[0], "box": None}
+    where = task.source.where(name)
+    if position in task.condemned:
+        raise DecodeError(task.condemned[position], where=where, fix="Look at it, or remove it.")
+    with task.source.fetched(name) as path, steps.at(position):
+        return read_clip(path, name, where, task.settings)
+
+
+def _csv(rejects: Sequence[tuple[str, str, int]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("file", "reason", "class"))
+    writer.writerows(rejects)
+    return text.getvalue()

@@ -1,0 +1,142 @@
+"""`prepare` killed again and again: in the end, the store of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from helpers import ROOT, dist_train, environment, run_well
+from inotify import CREATED, MOVED_IN, OPENED, Event, Watch
+
+from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Store
+from dist_train.data.synth import synthesize
+
+CLIPS, SHARD_CLIPS, KILLS = 120, 4, 40
+
+
+class Job:
+    """A `prepare` of synthetic clips, and what is known of its files from the kernel."""
+
+    def __init__(self, raw: Path, out: Path) -> None:
+        self.raw, self.out = raw, out
+        names = pd.read_csv(raw / "train_metadata.csv")["filename"]
+        self.shard_of = {name: number // SHARD_CLIPS for number, name in enumerate(names)}
+        self.finished: set[int] = set()
+        self.decoded: list[str] = []
+        self.redone: list[str] = []
+
+    def command(self) -> list[str]:
+        return dist_train(
+            *("prepare", "--manifest", self.raw / "train_metadata.csv", "--out", self.out),
+            *("--source", self.raw / "videos", "--shard-clips", SHARD_CLIPS, "--workers", 2),
+        )
+
+    def note(self, event: Event) -> None:
+        if event.kind == OPENED and event.name.endswith(".mp4"):
+            self.decoded.append(event.name)
+            if self.shard_of[event.name] in self.finished:
+                self.redone.append(event.name)
+        elif event.kind == MOVED_IN and event.name.endswith(".tar"):
+            self.finished.add(int(event.name.removesuffix(".tar").removeprefix("shard-")))
+
+    def killed_at(self, reached: Callable[[Event], bool]) -> bool:
+        """Run it, and SIGKILL it and all its processes at an event; False if it ended before."""
+        (self.out / SHARDS).mkdir(parents=True, exist_ok=True)
+        watch = Watch(
+            {
+                self.raw / "videos": OPENED,
+                self.out: CREATED | MOVED_IN | OPENED,
+                self.out / SHARDS: CREATED | MOVED_IN,
+            }
+        )
+        process = psutil.Popen(
+            self.command(),
+            env=environment(),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            while process.poll() is None:
+                for event in watch.events(timeout=0.02):
+                    self.note(event)
+                    if reached(event):
+                        self._kill(process)
+                        for late in watch.events(timeout=0):
+                            self.note(late)
+                        return True
+            assert process.returncode == 0, process.stderr.read().decode()
+            return False
+        finally:
+            process.stderr.close()
+            watch.close()
+
+    @staticmethod
+    def _kill(process: psutil.Popen) -> None:
+        family = [process, *process.children(recursive=True)]
+        for member in family:
+            member.kill()
+        psutil.wait_procs(family, timeout=30)
+
+
+def after(count: int) -> Callable[[Event], bool]:
+    """True from event number ``count`` on."""
+    seen = 0
+
+    def reached(_: Event) -> bool:
+        nonlocal seen
+        seen += 1
+        return seen > count
+
+    return reached
+
+
+def named(*starts: str) -> Callable[[Event], bool]:
+    return lambda event: event.name.startswith(starts) and event.kind != OPENED
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in sorted(store.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_forty_kills(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    synthesize(raw, clips=CLIPS, seed=5, stall_rate=0.25)
+    straight = Job(raw, tmp_path / "straight")
+    events = 0
+
+    def count(_: Event) -> bool:
+        nonlocal events
+        events += 1
+        return False
+
+    assert not straight.killed_at(count)
+    assert sorted(set(straight.decoded)) == sorted(straight.shard_of)
+
+    job = Job(raw, tmp_path / "store")
+    rng = random.Random(7)
+    # Most fall into the writing of shards, each a little further; some before and some at the end.
+    share = events // KILLS
+    for _ in range(KILLS - 4):
+        assert job.killed_at(after(rng.randrange(2 * share)))
+    assert not (job.out / MARKER).exists()
+    for last in (named(REJECTED), named(INDEX), named(INDEX), named(MARKER)):
+        assert job.killed_at(last)
+    run_well(job.command())
+
+    assert job.redone == []
+    assert set(job.decoded) == set(job.shard_of)
+    assert contents(job.out) == contents(straight.out)
+    assert len(Store(job.out).table) == CLIPS
+    assert not list(job.out.rglob("*.partial"))
