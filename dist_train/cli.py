@@ -203,9 +203,13 @@ def inspect(
     from dist_train.data.describe import describe_outline, draw_outline, find_boxes
 
     video, boxes = find_boxes(clip, _colour(colour))
+    typer.echo(str(clip))
     console.print(describe_outline(video, boxes))
-    if video.stopped_by is not None:
-        typer.echo(f"the video breaks off: {video.stopped_by}")
+    if video.truncated:
+        because = f" ({video.stopped_by})" if video.stopped_by else ""
+        typer.echo(f"the video ends before it should{because}")
+    if not any(boxes):
+        typer.echo("no outline found in any frame; --colour says what counts as one")
     if png is not None:
         draw_outline(clip, boxes, png)
         typer.echo(f"drawn in {png}")

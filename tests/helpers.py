@@ -27,6 +27,15 @@ STEPS_PER_EPOCH = 6
 UNSTEADY = ("time", "speed/", "memory/")
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, by its path there."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
 def tiny_npz(path: Path, *, seed: int = 0) -> Path:
     """A file in MedMNIST's form: 60 clips of 8x16x16, the positives with a bright middle."""
     random = np.random.default_rng(seed)

@@ -361,5 +361,20 @@ def test_colour_of_the_outline(fails: Command, tmp_path: Path) -> None:
     command = prepare(tmp_path, "filename,label\na.mp4,0\n")
     assert "no outline found" in fails(*command, "--colour", "red_over_blue=255")
     told = run_well(dist_train("inspect", tmp_path / "a.mp4", "--colour", "red_over_blue=255"))
-    assert "none" in told
-    assert "none" not in run_well(dist_train("inspect", tmp_path / "a.mp4"))
+    assert "no outline found in any frame" in told
+    told = run_well(dist_train("inspect", tmp_path / "a.mp4", "--png", tmp_path / "a.png"))
+    assert "no outline found" not in told
+    assert f"drawn in {tmp_path / 'a.png'}" in told
+    assert (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_inspect_of_a_video_that_ends_too_soon(tmp_path: Path) -> None:
+    content = video(tmp_path / "a.avi").read_bytes()
+    (tmp_path / "a.avi").write_bytes(content[: content.index(b"idx1") - 200])
+    assert "the video ends before it should" in run_well(dist_train("inspect", tmp_path / "a.avi"))
+
+
+def test_inspect_of_a_volume(fails: Command, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((3, 8, 8), np.uint8))
+    message = fails("inspect", tmp_path / "a.npy")
+    assert message.startswith(f"{tmp_path / 'a.npy'}: a volume has no coloured outline")

@@ -11,66 +11,96 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from dist_train.data.decode import Video
+from dist_train.data.decode import VOLUME_SUFFIXES, Video
 from dist_train.data.files import write_whole
 from dist_train.data.roi import Box, OutlineColour, find_outline
 from dist_train.data.store import SHARDS, Store
+from dist_train.errors import RoiError
 
+CLASSES = {0: "negative", 1: "positive", -1: "unlabelled"}
 # Rows of a histogram, and characters of its longest bar.
-BINS, BAR = 12, 40
+BINS, BAR = 12, 18
+# A group may be as small as one clip: more rows than these are told as one.
+GROUPS = 40
 
 
 def describe_store(store: Store) -> list[Table]:
     """Counts by split, group and class, the spread of shapes, and depths, as terminal tables."""
     clips = store.table
-    classes = clips["label"].map({0: "negative", 1: "positive", -1: "unlabelled"})
-    counts = Table(title=str(store.folder), title_justify="left")
-    for name in ("split", "group", "clips", "negative", "positive", "unlabelled"):
-        counts.add_column(name, justify="left" if name in ("split", "group") else "right")
-    for (split, group), part in classes.groupby([clips["split"], clips["group"]]):
-        by_class = part.value_counts()
-        numbers = [len(part), *(by_class.get(c, 0) for c in ("negative", "positive", "unlabelled"))]
-        counts.add_row(str(split), str(group), *(f"{int(n)}" for n in numbers))
-    counts.add_row("all", "", *(f"{int(n)}" for n in _totals(classes.value_counts(), len(clips))))
-
-    shapes = Table(title="shape in voxels", title_justify="left")
-    shapes.add_column("")
-    levels = (0.0, 0.05, 0.5, 0.95, 1.0)
-    for name in ("min", "5 %", "median", "95 %", "max"):
-        shapes.add_column(name, justify="right")
-    for name in ("frames", "height", "width"):
-        shapes.add_row(name, *(f"{value:g}" for value in clips[name].quantile(list(levels))))
-
-    depths = _depth_histogram(clips["frames"].to_numpy(), clips["label"].to_numpy())
-
     size = sum(path.stat().st_size for path in (store.folder / SHARDS).glob("*.tar"))
     rejected = sum(store.info["rejected"].values())
     facts = Table.grid(padding=(0, 2))
     facts.add_row("shards", f"{store.info['shards']}, {size / 2**20:.1f} MiB")
     facts.add_row("rejected", f"{rejected}" + (" (see rejected.csv)" if rejected else ""))
     facts.add_row("fingerprint", store.fingerprint)
-    return [counts, shapes, depths, facts]
+    return [_counts(clips, str(store.folder)), _shapes(clips), _depths(clips), facts]
 
 
-def _totals(by_class: pd.Series[int], clips: int) -> list[int]:
-    return [clips, *(int(by_class.get(c, 0)) for c in ("negative", "positive", "unlabelled"))]
+def _counts(clips: pd.DataFrame, title: str) -> Table:
+    """Clips by split, group and class: the largest ``GROUPS`` of them, the others, and all."""
+    table = Table(title=title, title_justify="left")
+    for name in ("split", "group", "clips", *CLASSES.values()):
+        table.add_column(name, justify="left" if name in ("split", "group") else "right")
+    keys = [clips["split"].rename("split"), clips["group"].rename("group")]
+    by_class = clips.groupby([*keys, "label"]).size().unstack(fill_value=0)
+    by_class = by_class.reindex(columns=list(CLASSES), fill_value=0)
+    shown = by_class.sum(axis=1).nlargest(GROUPS).index
+    for split, group in sorted(shown):
+        table.add_row(str(split), str(group), *_numbers_of(by_class.loc[(split, group)]))
+    others = by_class.drop(index=shown)
+    if len(others):
+        table.add_row(f"{len(others)} more", "", *_numbers_of(others.sum()))
+    table.add_row("all", "", *_numbers_of(by_class.sum()))
+    return table
 
 
-def _depth_histogram(frames: np.ndarray, labels: np.ndarray) -> Table:
-    """Clips by depth and class, in at most ``BINS`` bins of equal width."""
+def _numbers_of(by_class: pd.Series[int]) -> list[str]:
+    return [f"{int(number)}" for number in (by_class.sum(), *by_class)]
+
+
+def _shapes(clips: pd.DataFrame) -> Table:
+    table = Table(title="shape in voxels", title_justify="left")
+    table.add_column("")
+    levels = {"min": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "max": 1.0}
+    for name in levels:
+        table.add_column(name, justify="right")
+    for name in ("frames", "height", "width"):
+        values = clips[name].quantile(list(levels.values()))
+        table.add_row(name, *(f"{value:g}" for value in values))
+    return table
+
+
+def _depths(clips: pd.DataFrame) -> Table:
+    """Depth histograms of the classes, in at most ``BINS`` bins of equal width.
+
+    Each class has bars to its own scale, so that a rare one can be compared with a frequent one.
+    """
+    frames = clips["frames"].to_numpy()
     least, most = int(frames.min()), int(frames.max())
     width = -(-(most + 1 - least) // BINS)
     edges = np.arange(least, most + 1 + width, width)
-    all_of, positives = (np.histogram(part, edges)[0] for part in (frames, frames[labels == 1]))
     table = Table(title="depth in frames", title_justify="left")
-    for name in ("depth", "clips", "positive"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    for first, clips, positive in zip(edges, all_of, positives, strict=False):
-        span = f"{first}" if width == 1 else f"{first}-{first + width - 1}"
-        bar = "█" * round(BAR * clips / all_of.max()) or ("▏" if clips else "")
-        table.add_row(span, str(clips), str(positive), bar)
+    table.add_column("depth", justify="right")
+    columns = []
+    for label, name in CLASSES.items():
+        depths = frames[clips["label"].to_numpy() == label]
+        if len(depths):
+            table.add_column(name, justify="right")
+            table.add_column("")
+            columns.append(np.histogram(depths, edges)[0])
+    for first, *numbers in zip(edges.tolist(), *columns, strict=False):
+        bars = [
+            cell
+            for number, of_class in zip(numbers, columns, strict=True)
+            for cell in (str(number), _bar(number / of_class.max()))
+        ]
+        table.add_row(f"{first}" if width == 1 else f"{first}-{first + width - 1}", *bars)
     return table
+
+
+def _bar(share: float) -> str:
+    """A bar of ``share`` of the longest; what is there at all can be seen."""
+    return "█" * round(BAR * share) or ("▏" if share else "")
 
 
 def find_boxes(path: Path, colour: OutlineColour) -> tuple[Video, list[Box | None]]:
@@ -78,16 +108,22 @@ def find_boxes(path: Path, colour: OutlineColour) -> tuple[Video, list[Box | Non
 
     Raises:
         DecodeError: the video cannot be decoded.
+        RoiError: the file is a volume.
     """
+    if path.suffix.lower() in VOLUME_SUFFIXES:
+        raise RoiError(
+            "a volume has no coloured outline", where=path, fix="Prepare it with --roi none."
+        )
     video = Video(path)
     return video, [find_outline(frame, colour) for frame in video]
 
 
 def describe_outline(video: Video, boxes: Sequence[Box | None]) -> Table:
     """The outline's box in each frame, and the union of all; frames of equal boxes in one row."""
+    # The path is no part of the title, which is broken at the table's width.
+    declared = video.frames_declared or "none"
     table = Table(
-        title=f"{video.path}: {video.frames_decoded} frames ({video.frames_declared} declared)",
-        title_justify="left",
+        title=f"{video.frames_decoded} frames ({declared} declared)", title_justify="left"
     )
     for name in ("frame", "top", "left", "height", "width"):
         table.add_column(name, justify="right")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -99,24 +101,37 @@ class OutlineColour:
         """Read "red=100:255,green=50:150,blue=0:110,red_over_blue=60", or some of these.
 
         Raises:
-            ConfigError: it is not of that form.
+            ConfigError: it is not of that form, with levels from 0 to 255; ``red_over_blue`` may be
+                negative, for an outline that is not red.
         """
+        known = [field.name for field in fields(cls)]
         given: dict[str, Any] = {}
         for part in text.split(","):
             name, _, value = part.strip().partition("=")
-            ends = re.fullmatch(r"(\d{1,3})(?::(\d{1,3}))?", value)
-            levels = tuple(int(end) for end in ends.groups() if end is not None) if ends else ()
-            wanted = {"red": 2, "green": 2, "blue": 2, "red_over_blue": 1}.get(name)
-            ordered = sorted((0, *levels, 255)) == [0, *levels, 255]
-            if len(levels) != wanted or name in given or not ordered:
-                raise ConfigError(
-                    f"'{part}' is no part of a colour",
-                    where="--colour",
-                    fix="Its form is red=100:255,green=50:150,blue=0:110,red_over_blue=60, each "
-                    "once or not at all, from 0 to 255.",
-                )
-            given[name] = levels if wanted == 2 else levels[0]
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                raise _not_a_colour(part, f"Did you mean '{near[0]}'? " if near else "")
+            if name in given:
+                raise _not_a_colour(part, f"'{name}' is there twice. ")
+            if name == "red_over_blue":
+                if not re.fullmatch(r"-?\d{1,3}", value, re.ASCII) or abs(int(value)) > 255:
+                    raise _not_a_colour(part, "It takes one number from -255 to 255. ")
+                given[name] = int(value)
+                continue
+            ends = re.fullmatch(r"(\d{1,3}):(\d{1,3})", value, re.ASCII)
+            if ends is None or not int(ends[1]) <= int(ends[2]) <= 255:
+                raise _not_a_colour(part, "It takes the least and the greatest, from 0 to 255. ")
+            given[name] = int(ends[1]), int(ends[2])
         return cls(**given)
+
+
+def _not_a_colour(part: str, because: str) -> ConfigError:
+    return ConfigError(
+        f"'{part}' is no part of a colour",
+        where="--colour",
+        fix=f"{because}The form is red=100:255,green=50:150,blue=0:110,red_over_blue=60, or some "
+        "of these.",
+    )
 
 
 def find_outline(frame: Frame, colour: OutlineColour) -> Box | None:
@@ -301,31 +316,34 @@ def _without_necks(ring: _Ring, pixels: np.ndarray) -> Box:
 
 def _largest_ring(pixels: np.ndarray, gap: int = 0) -> _Ring | None:
     """The ring whose holes have the largest box."""
-    boxes, parents = _contours(pixels, gap)
+    contours, parents = _contours(pixels, gap)
     holes: dict[int, Box] = {}
-    for around, parent in zip(boxes, parents, strict=True):
+    for contour, parent in zip(contours, parents, strict=True):
+        if parent < 0:
+            continue
         # The contour of a hole runs on the pixels around it.
-        hole = Box(around.top + 1, around.left + 1, around.bottom - 1, around.right - 1)
-        if parent >= 0 and min(hole.bottom - hole.top, hole.right - hole.left) >= HOLE:
+        left, top, width, height = cv2.boundingRect(contour)
+        if min(width, height) - 2 >= HOLE:
+            hole = _box(left + 1, top + 1, width - 2, height - 2)
             holes[parent] = hole.union(holes.get(parent, hole))
     if not holes:
         return None
     largest = max(holes, key=lambda parent: holes[parent].rank)
-    return _Ring(_ungrown(boxes[largest], gap), holes[largest])
+    return _Ring(_ungrown(contours[largest], gap), holes[largest])
 
 
 def _largest_thing(pixels: np.ndarray) -> Box:
     """The largest box of a thing, with gaps of ``GAP``, in a mask that is not empty."""
-    boxes, _ = _contours(pixels, GAP)
-    return max((_ungrown(box, GAP) for box in boxes), key=lambda box: box.rank)
+    contours, _ = _contours(pixels, GAP)
+    return max((_ungrown(contour, GAP) for contour in contours), key=lambda box: box.rank)
 
 
-def _contours(pixels: np.ndarray, gap: int) -> tuple[list[Box], list[int]]:
-    """The boxes of things and holes, and for a hole the number of the thing around it, else -1.
+def _contours(pixels: np.ndarray, gap: int) -> tuple[Sequence[np.ndarray], list[int]]:
+    """The contours of things and holes, and for a hole the number of the thing around it, else -1.
 
     Args:
         gap: how many pixels, an even number, may lie between those of a thing. The mask is grown by
-            half of it, and so are the boxes; they count from the corner of the grown mask.
+            half of it, and so are the things; they count from the corner of the grown mask.
     """
     if gap:
         half = gap // 2
@@ -334,14 +352,13 @@ def _contours(pixels: np.ndarray, gap: int) -> tuple[list[Box], list[int]]:
         pixels = cv2.copyMakeBorder(pixels, half, half, half, half, cv2.BORDER_CONSTANT, value=0)
         pixels = cv2.dilate(pixels, np.ones((gap + 1, gap + 1), np.uint8))
     contours, tree = cv2.findContours(pixels, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    if not contours:
-        return [], []
-    return [_box(*cv2.boundingRect(contour)) for contour in contours], tree[0, :, 3].tolist()
+    return contours, [] if tree is None else tree[0, :, 3].tolist()
 
 
-def _ungrown(box: Box, gap: int) -> Box:
-    """Half a gap less on each side, counted from the corner of the mask that was grown."""
-    return Box(box.top, box.left, box.bottom - gap, box.right - gap)
+def _ungrown(contour: np.ndarray, gap: int) -> Box:
+    """The box of a thing's own pixels, counted from the corner of the mask."""
+    left, top, width, height = cv2.boundingRect(contour)
+    return _box(left, top, width - gap, height - gap)
 
 
 def _box(left: int, top: int, width: int, height: int) -> Box:

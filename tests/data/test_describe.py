@@ -14,12 +14,19 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_train.data.decode import Video
-from dist_train.data.describe import describe_outline, describe_store, draw_outline, find_boxes
+from dist_train.data.describe import (
+    BAR,
+    GROUPS,
+    describe_outline,
+    describe_store,
+    draw_outline,
+    find_boxes,
+)
 from dist_train.data.manifest import read_manifest
 from dist_train.data.prepare import PrepareSettings, prepare
 from dist_train.data.roi import Box, OutlineColour, crop_to_outline
 from dist_train.data.store import Store
-from dist_train.errors import ConfigError, DecodeError
+from dist_train.errors import ConfigError, DecodeError, RoiError
 
 
 def text(*tables: Table) -> str:
@@ -116,6 +123,25 @@ def test_not_a_video(tmp_path: Path) -> None:
         found(tmp_path / "a.mp4")
 
 
+def test_volume(tmp_path: Path) -> None:
+    (name,) = write_volumes(tmp_path, 1)
+    with pytest.raises(RoiError, match=rf"{name}: a volume has no coloured outline. .*--roi none"):
+        found(tmp_path / name)
+
+
+def test_video_that_ends_too_soon(tmp_path: Path) -> None:
+    boxes = drifting(Box(20, 30, 70, 84), 40)
+    options = {"movflags": "faststart"}
+    path = write_video(tmp_path / "a.mp4", outlined_frames(boxes), container_options=options)
+    content = path.read_bytes()
+    path.write_bytes(content[: 2 * len(content) // 3])
+    video, boxes_found = found(path)
+    assert 0 < len(boxes_found) < 40
+    assert f"{len(boxes_found)} frames (40 declared)" in text(describe_outline(video, boxes_found))
+    draw_outline(path, boxes_found, tmp_path / "a.png")
+    assert cv2.imread(str(tmp_path / "a.png")).shape == (96, 6 * 128, 3)
+
+
 def test_frames_with_one_box_share_a_row(tmp_path: Path) -> None:
     still = Box(20, 30, 70, 84)
     printed = text(describe_outline(Video(tmp_path), [None, still, still, still, None]))
@@ -141,10 +167,25 @@ def test_depth_histogram(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "clips.csv")
     prepare(manifest, tmp_path / "raw", tmp_path / "store", PrepareSettings(roi="none"), workers=1)
     printed = text(*describe_store(Store(tmp_path / "store")))
-    # Depths 4 to 8 fall into the first bin; odd numbers are positive.
-    assert row(printed, "4-12")[:2] == ["9", "4"]
-    assert row(printed, "94-102")[:2] == ["1", "1"]
-    assert row(printed, "13-21")[:2] == ["0", "0"]
+    # Depths 4 to 8 fall into the first bin; odd numbers are positive. Each class has its own scale.
+    assert row(printed, "4-12") == ["5", BAR * "█", "4", BAR * "█"]
+    assert row(printed, "13-21") == ["0", "0"]
+    assert row(printed, "94-102") == ["0", "1", round(BAR / 4) * "█"]
+    assert "unlabelled" not in printed[printed.index("depth in frames") :]
+
+
+def test_store_of_many_groups(tmp_path: Path) -> None:
+    """Those with the most clips have a row each, the others one."""
+    count = GROUPS + 5
+    names = write_volumes(tmp_path / "raw", count)
+    lines = [f"{name},{i % 2},g{min(i, count - 2)}" for i, name in enumerate(names)]
+    (tmp_path / "clips.csv").write_text("filename,label,group\n" + "\n".join(lines) + "\n")
+    manifest = read_manifest(tmp_path / "clips.csv")
+    prepare(manifest, tmp_path / "raw", tmp_path / "store", PrepareSettings(roi="none"), workers=1)
+    printed = text(*describe_store(Store(tmp_path / "store")))
+    assert row(printed, f"g{count - 2}") == ["2", "1", "1", "0"]
+    assert row(printed, "4 more")[0] == "4"
+    assert row(printed, "all")[0] == str(count)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +194,7 @@ def test_depth_histogram(tmp_path: Path) -> None:
         ("blue=0:90", OutlineColour(blue=(0, 90))),
         ("red_over_blue=30, red=90:200", OutlineColour(red=(90, 200), red_over_blue=30)),
         ("green=7:7", OutlineColour(green=(7, 7))),
+        ("red_over_blue=-255", OutlineColour(red_over_blue=-255)),
     ],
 )
 def test_colour_from_text(text: str, colour: OutlineColour) -> None:
@@ -161,8 +203,14 @@ def test_colour_from_text(text: str, colour: OutlineColour) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "red", "red=5", "red=9:5", "red=0:256", "rot=0:5", "red=0:5,red=0:6", "red_over_blue=1:2"],
-)
+    ["", "red", "red=5", "red=9:5", "red=0:256", "rot=0:5", "red=0:5,red=0:6", "red_over_blue=1:2",
+     "red_over_blue=-256", "red=-1:5", "red=٣:9", "red=0:5,", "red=0:5:9", "=0:5"],
+)  # fmt: skip
 def test_text_that_is_no_colour(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--colour: .* is no part of a colour.*red=100:255"):
         OutlineColour.parse(text)
+
+
+def test_a_mistyped_name_is_told_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"'geen=0:5' .* Did you mean 'green'\?"):
+        OutlineColour.parse("red=0:9,geen=0:5")

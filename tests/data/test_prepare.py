@@ -20,7 +20,7 @@ import psutil
 import pytest
 import tifffile
 import webdataset
-from helpers import LAUNCH, dist_train, run_well
+from helpers import LAUNCH, contents, dist_train, run_well
 from make_media import (
     drifting,
     grey_frames,
@@ -67,14 +67,6 @@ def make(folder: Path, names: Sequence[str], out: str = "store", **how: object) 
     how.setdefault("workers", 1)
     prepare(manifest, folder / "raw", folder / out, settings, **how)  # type: ignore[arg-type]
     return folder / out
-
-
-def content(store: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(store)): path.read_bytes()
-        for path in sorted(store.rglob("*"))
-        if path.is_file()
-    }
 
 
 def stamps(store: Path) -> dict[str, tuple[int, int]]:
@@ -206,17 +198,17 @@ def test_many_workers_write_what_one_writes(tmp_path: Path, raw: Path, workers: 
     names.insert(5, "bad.npy")
     one = make(tmp_path, names, "one", workers=1, max_rejected=0.1)
     two = make(tmp_path, names, "many", workers=workers, max_rejected=0.1)
-    assert content(one) == content(two)
-    assert INDEX in content(one)
+    assert contents(one) == contents(two)
+    assert INDEX in contents(one)
 
 
 def test_place_of_the_files_does_not_matter(tmp_path: Path, raw: Path) -> None:
     names = [*write_volumes(raw, 6), "bad.npy"]
     (raw / "bad.npy").write_bytes(b"x")
-    first = content(make(tmp_path, names, "first", max_rejected=0.2))
+    first = contents(make(tmp_path, names, "first", max_rejected=0.2))
     shutil.copytree(tmp_path, tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "elsewhere" / "first")
-    assert content(make(tmp_path / "elsewhere", names, "second", max_rejected=0.2)) == first
+    assert contents(make(tmp_path / "elsewhere", names, "second", max_rejected=0.2)) == first
 
 
 def test_finished_store_is_not_touched(tmp_path: Path, raw: Path) -> None:
@@ -252,11 +244,11 @@ def test_what_is_lost_is_written_again(
 ) -> None:
     names = write_volumes(raw, 10)
     store = make(tmp_path, names)
-    before, shards = content(store), stamps(store)
+    before, shards = contents(store), stamps(store)
     remove(store)
-    assert content(store) != before
+    assert contents(store) != before
     make(tmp_path, names)
-    assert content(store) == before
+    assert contents(store) == before
     assert sum(stamps(store)[name] != stamp for name, stamp in shards.items()) == rewritten
 
 
@@ -315,8 +307,8 @@ def test_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, raw: Path) -> None
         Store(store)
     make(tmp_path, names)
     assert {name: stamps(store)[name] for name in kept} == kept
-    straight = content(make(tmp_path, names, "straight"))
-    assert content(store) == straight
+    straight = contents(make(tmp_path, names, "straight"))
+    assert contents(store) == straight
 
 
 def light_then_heavy(raw: Path, *, heavy: int) -> list[str]:
@@ -394,10 +386,10 @@ SETTINGS = {
 @pytest.mark.parametrize("changed", SETTINGS)
 def test_another_setting_is_named(tmp_path: Path, raw: Path, changed: str) -> None:
     names = write_volumes(raw, 5)
-    before = content(make(tmp_path, names))
+    before = contents(make(tmp_path, names))
     with pytest.raises(StoreError, match=rf"other settings \({changed} changed\)"):
         make(tmp_path, names, settings=SETTINGS[changed])
-    assert content(tmp_path / "store") == before
+    assert contents(tmp_path / "store") == before
 
 
 def test_another_manifest_is_named(tmp_path: Path, raw: Path) -> None:
@@ -479,9 +471,9 @@ def test_parts_of_three_processes_make_the_same_store(tmp_path: Path, raw: Path)
     with pytest.raises(StoreError, match=r"not finished.*finalize"):
         Store(store)
     assert finalize(store, max_rejected=0.1)["clips"] == 26
-    assert content(store) == content(plain)
+    assert contents(store) == contents(plain)
     assert finalize(store, max_rejected=0.1)["clips"] == 26
-    assert content(store) == content(plain)
+    assert contents(store) == contents(plain)
 
 
 def test_a_part_has_every_nth_shard(tmp_path: Path, raw: Path) -> None:
@@ -506,7 +498,7 @@ def test_a_whole_run_goes_on_from_parts(tmp_path: Path, raw: Path) -> None:
     before = stamps(tmp_path / "store")
     make(tmp_path, names)
     assert {name: stamps(tmp_path / "store")[name] for name in before} == before
-    assert content(tmp_path / "store") == content(make(tmp_path, names, "plain"))
+    assert contents(tmp_path / "store") == contents(make(tmp_path, names, "plain"))
 
 
 def test_who_may_write_beside_a_part(tmp_path: Path, raw: Path) -> None:
@@ -614,7 +606,7 @@ def test_commands_of_parts(
         f"10 clips in {store}",
         f"rejected: 2 (1 negative, 1 positive), see {store / REJECTED}",
     ]
-    assert content(store) == content(make(tmp_path, names, "plain", max_rejected=0.2))
+    assert contents(store) == contents(make(tmp_path, names, "plain", max_rejected=0.2))
 
 
 def test_slurm_array(tmp_path: Path, raw: Path) -> None:
@@ -628,7 +620,7 @@ def test_slurm_array(tmp_path: Path, raw: Path) -> None:
         array = {"SLURM_ARRAY_TASK_ID": f"{task}", "SLURM_ARRAY_TASK_COUNT": "3"}
         run_well([*map(str, script)], PATH=path, SLURM_CPUS_PER_TASK="2", **array)
     run_well(dist_train("finalize", store))
-    assert content(store) == content(make(tmp_path, names, "plain"))
+    assert contents(store) == contents(make(tmp_path, names, "plain"))
 
 
 def test_a_folder_is_claimed_once_by_many(tmp_path: Path, raw: Path) -> None:
@@ -642,7 +634,7 @@ def test_a_folder_is_claimed_once_by_many(tmp_path: Path, raw: Path) -> None:
     ]
     assert [process.wait() for process in processes] == [0, 0, 0, 0]
     finalize(tmp_path / "store")
-    assert content(tmp_path / "store") == content(make(tmp_path, names, "plain"))
+    assert contents(tmp_path / "store") == contents(make(tmp_path, names, "plain"))
 
 
 # Bad files.
@@ -753,7 +745,7 @@ def test_mended_file_is_taken_up(tmp_path: Path, raw: Path, old: bool) -> None:
     assert rejected(store) == {}
     changed = {name for name, stamp in stamps(store).items() if stamp != before[name]}
     assert changed == {shard_name(1)}
-    assert content(store) == content(make(tmp_path, names, "straight"))
+    assert contents(store) == contents(make(tmp_path, names, "straight"))
 
 
 def test_mended_file_is_not_lost_by_a_kill(

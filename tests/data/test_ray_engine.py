@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import ROOT, dist_train, environment, run_well
+from helpers import ROOT, contents, dist_train, environment, run_well
 from ray.cluster_utils import Cluster
 
 from dist_train.data.store import SHARDS, Store
@@ -28,14 +28,6 @@ def cluster() -> Iterator[Cluster]:
     cluster.wait_for_nodes()
     yield cluster
     cluster.shutdown()
-
-
-def contents(store: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(store)): path.read_bytes()
-        for path in sorted(store.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, dist_train, environment, run_well
+from helpers import ROOT, contents, dist_train, environment, run_well
 
 from dist_train.data.store import INDEX, MARKER, Store
 
@@ -41,14 +41,6 @@ def prepare(raw: Path, out: Path | str) -> list[str]:
         *("prepare", "--manifest", raw / "clips.csv", "--source", raw, "--out", out),
         *("--roi", "none", "--shard-clips", SHARD_CLIPS, "--workers", 2),
     )
-
-
-def contents(store: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(store)): path.read_bytes()
-        for path in sorted(store.rglob("*"))
-        if path.is_file()
-    }
 
 
 def pages(paths: Iterable[Path]) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
-from helpers import ROOT, dist_train, environment, run_well
+from helpers import ROOT, contents, dist_train, environment, run_well
 from inotify import CREATED, MOVED_IN, OPENED, Event, Watch
 
 from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Store
@@ -98,14 +98,6 @@ def after(count: int) -> Callable[[Event], bool]:
 
 def named(*starts: str) -> Callable[[Event], bool]:
     return lambda event: event.name.startswith(starts) and event.kind != OPENED
-
-
-def contents(store: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(store)): path.read_bytes()
-        for path in sorted(store.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.mark.slow
