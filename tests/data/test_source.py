@@ -18,7 +18,7 @@ import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
-from helpers import ROOT, environment
+from helpers import ROOT, contents, dist_train, environment, run_well
 from make_media import grey_frames, write_video
 from moto.server import ThreadedMotoServer
 
@@ -594,3 +594,40 @@ def test_a_copy_without_a_name_decodes_alike(
         else:
             volume = read_volume(copy, where=source.where(path.name), suffix=path.suffix)
             np.testing.assert_array_equal(volume, read_volume(path))
+
+
+def test_a_store_from_s3_is_that_of_the_files(
+    gateway: Gateway, temporary: Path, tmp_path: Path
+) -> None:
+    """By the place, and by the manifest's URLs; a bad spell and a bad file on the way."""
+    raw, videos = tmp_path / "raw", ["a.mp4", "b.mp4", "c.mp4", "broken.mp4", "d.mp4"]
+    raw.mkdir()
+    system = fsspec.filesystem("s3")
+    for number, name in enumerate(videos):
+        write_video(raw / name, grey_frames(seed=number))
+        if name == "broken.mp4":
+            (raw / name).write_bytes(b"no video")
+        system.pipe(f"bucket/clips/{name}", (raw / name).read_bytes())
+    rows = [f"{name},s3://bucket/clips/{name},{n % 2}" for n, name in enumerate(videos)]
+    table = tmp_path / "clips.csv"
+    table.write_text("\n".join(["filename,url,label", *rows]) + "\n")
+    settings = {"HOME": str(tmp_path), "TMPDIR": str(temporary), **KEYS}
+
+    def store(name: str, *source: str) -> dict[str, bytes]:
+        out = tmp_path / name
+        options = ("--manifest", table, "--out", out, "--roi", "none", "--shard-clips", 2)
+        command = dist_train("prepare", *options, "--max-rejected", "20%", *source)
+        run_well(command, FSSPEC_S3_ENDPOINT_URL=gateway.url, **settings)
+        assert not list(temporary.iterdir())
+        return contents(out)
+
+    here = store("here", "--source", str(raw))
+    gateway.faults = [(503, b""), "cut", "refuse"]
+    assert store("place", "--source", "s3://bucket/clips") == here
+    assert store("urls") == here
+    assert gateway.faults == []
+    repaired = tmp_path / "place"
+    (repaired / "shards" / "shard-000001.tar").write_bytes(b"x")
+    repair = dist_train("verify", repaired, "--repair", "s3://bucket/clips")
+    run_well(repair, FSSPEC_S3_ENDPOINT_URL=gateway.url, **settings)
+    assert contents(repaired) == here
