@@ -83,19 +83,36 @@ class AugmentSettings(Section):
 
 
 class PlanSettings(Section):
-    """The global batch, cut evenly over ranks and accumulation steps, and its exact class ratio."""
+    """The global batch, cut evenly over ranks and accumulation steps, and its order.
+
+    ``batch``: clips of a step. ``ratio``: positives to negatives, exact in every micro-batch.
+    ``order``: "banded" puts clips of like depth into one step; "random" does not look at depth.
+    ``negatives``: "matched" have the depths of the positives, "natural" their own.
+    ``max_voxels``: with it, a step is as many times ``batch`` as stay within so many voxels.
+    ``balance_groups``: negatives of each group are drawn alike, whatever its size.
+    ``weights``: a CSV with ``filename,weight`` that says how often a negative is drawn against the
+    others; clips that it does not name weigh 1. It is read anew at the start of each epoch.
+    """
 
     batch: Positive = 32
-    positives: Positive = 1
-    negatives: Positive = 3
+    ratio: tuple[Positive, Positive] = (1, 3)
+    order: Literal["banded", "random"] = "banded"
+    negatives: Literal["matched", "natural"] = "matched"
+    max_voxels: Positive | None = None
+    balance_groups: bool = False
+    weights: Path | None = None
 
     @model_validator(mode="after")
-    def _ratio_divides_batch(self) -> PlanSettings:
-        if self.batch % (self.positives + self.negatives):
+    def _fits(self) -> PlanSettings:
+        if self.batch % sum(self.ratio):
             raise ValueError(
-                f"batch {self.batch} is not a multiple of positives + negatives = "
-                f"{self.positives + self.negatives}"
+                f"batch {self.batch} is not a multiple of positives + negatives = {sum(self.ratio)}"
             )
+        if self.max_voxels is not None and self.order == "random":
+            raise ValueError("a voxel budget (max_voxels) needs order: banded")
+        if self.weights is not None and self.max_voxels is not None:
+            # Where the steps begin would depend on the weights, which change as training goes on.
+            raise ValueError("weights cannot be read beside a voxel budget; leave out max_voxels")
         return self
 
 
@@ -155,10 +172,15 @@ class TrainSettings(Section):
 
 
 class CheckpointSettings(Section):
-    """When the run is saved for resuming, and how many checkpoints are kept."""
+    """When the run is saved for resuming, and how many checkpoints are kept.
+
+    ``accept_other_order``: go on from a checkpoint of another store, selection, split, plan or
+    seed, at the same step of the new order, rather than refuse it.
+    """
 
     every_steps: Positive = 500
     keep_last: Positive = 2
+    accept_other_order: bool = False
 
 
 class SnapshotSettings(Section):

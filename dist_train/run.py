@@ -27,6 +27,7 @@ from dist_train.data.files import write_whole
 from dist_train.data.plan import Plan, make_plan
 from dist_train.data.select import choose_clips
 from dist_train.data.store import Store
+from dist_train.data.weights import Floats
 from dist_train.errors import ConfigError, RunError
 from dist_train.models.registry import build_model
 
@@ -56,19 +57,37 @@ class RunData:
             chosen &= self.clips["label"] == label
         return self.clips.index[chosen].to_numpy(np.int64)
 
-    def plan(self) -> Plan:
+    def plan(self, weights: Floats | None = None) -> Plan:
         """The order of training.
+
+        Args:
+            weights: how often each clip of the store is drawn against others, if it is a negative:
+                float64 [clips]. It multiplies the manifest's weight.
 
         Raises:
             PlanError: the train split cannot fill the batches.
         """
-        plan = self.config.plan
+        plan, clip, table = self.config.plan, self.config.clip, self.store.table
+        positives, negatives = self.numbers("train", 1), self.numbers("train", 0)
+        most = clip.max_frames or table["frames"].max()
+        depths = table["frames"].clip(upper=most).to_numpy(np.int64)
+        own = table["weight"].to_numpy(np.float64)[negatives]
+        if weights is not None:
+            own = own * weights[negatives]
+        banded = plan.order == "banded"
         return make_plan(
-            self.numbers("train", 1),
-            self.numbers("train", 0),
+            positives,
+            negatives,
             batch=plan.batch,
-            ratio=(plan.positives, plan.negatives),
+            ratio=plan.ratio,
             seed=self.config.seed,
+            positive_depths=depths[positives] if banded else None,
+            negative_depths=depths[negatives] if banded else None,
+            matching=plan.negatives,
+            weights=None if (own == 1.0).all() else own,
+            groups=pd.factorize(table["group"])[0][negatives] if plan.balance_groups else None,
+            max_voxels=plan.max_voxels,
+            frame_voxels=clip.size[0] * clip.size[1],
         )
 
     def natural_rate(self) -> float:

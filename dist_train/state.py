@@ -7,6 +7,8 @@ step, so beside weights and moments the step itself is nearly all there is.
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from dist_train.engine.checkpoint import (
 )
 from dist_train.errors import CheckpointError, DistTrainError, RunError
 
+log = logging.getLogger(__name__)
+
 VERSION = 1
 # The epoch's training outputs so far, which its metrics need at its end.
 EPOCH = ("epoch/logits", "epoch/labels")
@@ -38,6 +42,7 @@ class RunState:
     """Saves and restores one run's state under ``folder``.
 
     Args:
+        plan_at: the plan that a step was, or is to be, made by.
         model: facts that the weights only mean the same with, as JSON types.
         store: fingerprint of the store.
     """
@@ -46,14 +51,15 @@ class RunState:
         self,
         folder: Path,
         backend: Backend,
-        plan: Plan,
+        plan_at: Callable[[int], Plan],
         settings: CheckpointSettings,
         *,
         seed: int,
         model: dict[str, Any],
         store: str,
     ) -> None:
-        self.folder, self.backend, self.plan, self.settings = folder, backend, plan, settings
+        self.folder, self.backend, self.settings = folder, backend, settings
+        self.plan_at = plan_at
         self.seed, self.model, self.store = seed, model, store
 
     def save(self, step: int, logits: np.ndarray, labels: np.ndarray) -> None:
@@ -68,15 +74,16 @@ class RunState:
         for name, values in zip(EPOCH, (logits, labels), strict=True):
             if mine(name):
                 tensors[name] = torch.from_numpy(values.astype(np.float32))
+        plan = self.plan_at(step - 1)
         facts = {
             "model": self.model,
             "store": self.store,
             "sampler": {
                 "version": VERSION,
                 "seed": self.seed,
-                "epoch": self.plan.epoch_of(step),
+                "epoch": plan.epoch_of(step),
                 "step": step,
-                "fingerprint": self.plan.fingerprint,
+                "fingerprint": plan.fingerprint,
             },
         }
         save_checkpoint(
@@ -109,8 +116,8 @@ class RunState:
         if choice is None:
             return None
         tensors, marker = load_checkpoint(choice)
-        self._check(choice, marker["facts"])
         step = int(marker["step"])
+        self._check(choice, marker["facts"], self.plan_at(step - 1))
         self.backend.load_state(tensors, updates=step)
         logits, labels = (
             tensors[name].numpy() if self.backend.is_main else np.empty(0, np.float32)
@@ -125,7 +132,7 @@ class RunState:
         except DistTrainError as error:
             return error
 
-    def _check(self, path: Path, facts: dict[str, Any]) -> None:
+    def _check(self, path: Path, facts: dict[str, Any], plan: Plan) -> None:
         if facts["model"] != self.model:
             names = sorted(self.model.keys() | facts["model"].keys())
             changed = [
@@ -138,15 +145,20 @@ class RunState:
                 where=path,
                 fix="Use the same model settings, or choose another 'out'.",
             )
-        sampler = facts["sampler"]
-        if facts["store"] != self.store or sampler["fingerprint"] != self.plan.fingerprint:
-            what = "store" if facts["store"] != self.store else "selection, split, plan or seed"
+        other_store = facts["store"] != self.store
+        if not other_store and facts["sampler"]["fingerprint"] == plan.fingerprint:
+            return
+        what = "store" if other_store else "selection, split, plan or seed"
+        if not self.settings.accept_other_order:
             raise CheckpointError(
                 f"this checkpoint was trained with another {what}, so the order of its clips "
                 "cannot go on here",
                 where=path,
-                fix="Use the same settings and store, or choose another 'out'.",
+                fix="Use the same settings and store, choose another 'out', or accept it by "
+                "checkpoint.accept_other_order=true: training goes on at the same step of the new "
+                "order.",
             )
+        log.warning("%s was trained with another %s; accepted", path, what)
 
 
 def drop_snapshots(folder: Path, *, after: int) -> None:

@@ -18,12 +18,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from dist_train.config import Config, dump_config
 from dist_train.data.collate import Batch
 from dist_train.data.loader import Loader
+from dist_train.data.plan import Plan
 from dist_train.data.sampler import HeldOutSampler, PlanSampler
 from dist_train.engine.backend import Backend
 from dist_train.engine.events import EventWriter
 from dist_train.engine.metrics import binary_metrics
 from dist_train.engine.optim import make_optimizer
 from dist_train.engine.schedule import Schedule
+from dist_train.epoch_weights import EpochWeights
 from dist_train.errors import RunError
 from dist_train.infer import held_out_logits
 from dist_train.run import (
@@ -87,7 +89,9 @@ class Trainer:
     def __init__(self, config: Config, backend: Backend) -> None:
         self.config, self.backend = config, backend
         self.data = open_data(config)
+        # Only weights change it while it runs, and those do not change where epochs begin.
         self.plan = self.data.plan()
+        self.weights = EpochWeights(config, self.data, backend)
         self.plan.check_cut(backend.world, config.train.accumulate)
         self.steps = self.plan.first_step(config.train.epochs)
         self.schedule = Schedule(config.schedule, config.optim.lr, self.steps, config.train.epochs)
@@ -96,7 +100,7 @@ class Trainer:
         self.state = RunState(
             config.out / CHECKPOINTS,
             backend,
-            self.plan,
+            self._plan_at,
             config.checkpoint,
             seed=config.seed,
             model=model_facts(config),
@@ -116,17 +120,19 @@ class Trainer:
         if found is not None:
             self.done, *outputs = found
             self.epoch_outputs = [(outputs[0], outputs[1])]
+        else:
+            self.weights.forget()
         if backend.is_main and self.done < self.steps:
             drop_snapshots(out / SNAPSHOTS, after=self.done)
             dump_config(self.config, out / CONFIG)
-            plan = self.config.plan
+            p, q = self.config.plan.ratio
             begin_session(
                 out,
                 {
                     "model": self.config.model.name,
                     "parameters": sum(p.numel() for p in backend.module.parameters()),
                     "positive_rate": {
-                        "train_batches": plan.positives / (plan.positives + plan.negatives),
+                        "train_batches": p / (p + q),
                         "natural": self.data.natural_rate(),
                     },
                     "steps": self.steps,
@@ -142,13 +148,14 @@ class Trainer:
     def fit(self, progress: Progress | None = None) -> None:
         """The loop: from where the run is to its end."""
         config, plan, snapshot_steps = self.config, self.plan, self.snapshot_steps()
-        batches, held_out = iter(self._training_batches()), self._held_out_batches()
+        batches, held_out = self._training_batches(), self._held_out_batches()
         self.backend.model.train()
         with self._events() as events:
             for step in range(self.done, self.steps):
                 values = self._step(step, batches)
                 self.done = step + 1
-                if self.done == plan.first_step(plan.epoch_of(step) + 1):
+                epoch_ends = self.done == plan.first_step(plan.epoch_of(step) + 1)
+                if epoch_ends:
                     values |= self._train_metrics() | self._val_metrics(held_out)
                 if events is not None:
                     events.write(self.done, plan.epoch_of(step), time.time(), values)
@@ -160,6 +167,8 @@ class Trainer:
                     self.state.save(self.done, *self._gathered_outputs())
                 if progress is not None:
                     progress(self.done, self.steps, self._headline(values))
+                if epoch_ends and config.plan.weights is not None:
+                    batches = self._training_batches()
 
     def _step(self, step: int, batches: Iterator[Batch]) -> Values:
         """One optimizer step on the global batch; its figures."""
@@ -178,7 +187,7 @@ class Trainer:
             with backend.micro_step():
                 logits = backend.model(as_input(batch.volumes, self.config), batch.frames)
                 loss = binary_cross_entropy_with_logits(logits.float(), batch.labels)
-                backend.backward(loss)
+                backend.backward(loss * self.plan.weight(step))
             total += loss.detach() / accumulate
             self.epoch_outputs.append(
                 (logits.detach().float().cpu().numpy(), batch.labels.cpu().numpy())
@@ -191,7 +200,7 @@ class Trainer:
             "train/loss": mean_loss,
             "train/lr": lr,
             "train/grad_norm": norm,
-            "speed/clips_per_second": self.config.plan.batch / seconds,
+            "speed/clips_per_second": self.plan.clips_at(step) / seconds,
             "speed/data_wait": waited / seconds,
         } | _memory(backend.device)
 
@@ -241,16 +250,27 @@ class Trainer:
             contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
             save_snapshot(path, contiguous, {"step": self.done, "model": self.state.model})
 
-    def _training_batches(self) -> Iterable[Batch]:
+    def _plan_at(self, step: int) -> Plan:
+        """The plan that a step is made by."""
+        if self.config.plan.weights is None:
+            return self.plan
+        return self.weights.plan(self.plan.first_step(self.plan.epoch_of(step)))
+
+    def _training_batches(self) -> Iterator[Batch]:
+        """From the next step to the end; of the epoch, if weights are read for each."""
+        last, plan = self.steps, self.plan
+        if self.config.plan.weights is not None and self.done < self.steps:
+            last = plan.first_step(plan.epoch_of(self.done) + 1)
+            plan = self._plan_at(self.done)
         sampler = PlanSampler(
-            self.plan,
+            plan,
             rank=self.backend.rank,
             world=self.backend.world,
             accumulate=self.config.train.accumulate,
             first=self.done,
-            last=self.steps,
+            last=last,
         )
-        return Loader(self.data.dataset(training=True), sampler, self.config.loader)
+        return iter(Loader(self.data.dataset(training=True), sampler, self.config.loader))
 
     def _held_out_batches(self) -> Iterable[Batch]:
         world, accumulate = self.backend.world, self.config.train.accumulate

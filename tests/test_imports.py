@@ -19,7 +19,7 @@ LEVELS = [
     {"data"},
     {"models"},
     {"engine"},
-    {"run", "infer", "state"},
+    {"run", "infer", "state", "epoch_weights"},
     {"train", "predict", "evaluate", "report"},
     {"cli"},
     {"__main__"},

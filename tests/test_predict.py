@@ -185,7 +185,7 @@ def test_a_clip_is_predicted_the_same_in_any_company(
 ) -> None:
     """Clips of five depths share one batch, or are two and two."""
     config = open_run(run)
-    plan = PlanSettings(batch=2, positives=1, negatives=1)
+    plan = PlanSettings(batch=2, ratio=(1, 1))
     dump_config(config.model_copy(update={"plan": plan}), run / "config.yaml")
     together = pd.read_csv(predict(predicted, store=new_clips, out=tmp_path / "a"))
     in_pairs = pd.read_csv(predict(run, store=new_clips, out=tmp_path / "b"))

@@ -1,134 +1,123 @@
 """The order of training: (seed, step) -> the global batch -> each rank's slots, in closed form.
 
-Pure numpy; no I/O. Each class is an endless stream of clips: pass after pass over all clips of the
-class, every pass in an order of its own. Step t takes the next ``batch * p / (p + q)`` positives
-and ``batch * q / (p + q)`` negatives of the two streams, so any step is known without the steps
-before it, remainders are carried into the next pass, and nothing is dropped or repeated.
+Pure numpy; no I/O. A block is a step's clips at the plain batch size, of exactly p positives to q
+negatives. An epoch puts the positives in order of depth and cuts them into blocks (bands.py), which
+follow each other in a shuffled order. The negatives stand in bins of like depth (depth_bins.py),
+each an endless stream of passes (passes.py). A block takes its negatives from the bins that its
+rank in depth points to. Any step is known without the steps before it: what its epoch asks of each
+bin is one small table, and what the epochs before it drew is a formula (shares.py).
 
-The order of a pass sorts the clips by a keyed 64-bit hash. It is written out here, rather than
-taken from a random generator, so that it is the same on every machine and in every version.
+docs/sampling.md shows how to follow it by hand.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from functools import lru_cache
-from math import gcd
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
+from dist_train.data.bands import Bands
+from dist_train.data.by_depth import ByDepth, by_depth, depth_order
+from dist_train.data.depth_bins import Demand, DepthBins, depth_bins
+from dist_train.data.draws import Draws, epoch_draws
+from dist_train.data.epochs import Epochs
+from dist_train.data.passes import Passes
+from dist_train.data.plan_rules import Matching, PlanRules, check_rules
+from dist_train.data.shuffle import Ints, below, permute, root_key, subkey
+from dist_train.data.voxel_budget import longest_run, run_edges
+from dist_train.data.weights import UNIT, Floats, arcs, balanced, check_weights, whole
 from dist_train.errors import PlanError
 
-Clips = np.ndarray[Any, np.dtype[np.int64]]
+#: Part of the fingerprint. A change of the order that a seed gives needs another number.
+VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
-class Stream:
-    """One class's clips (int64 [count]), pass after pass, ``take`` of them a step.
-
-    Clips of one step differ from each other, also where a step reaches over the end of a pass: the
-    new pass then begins with clips that the old one did not end with.
-
-    Raises:
-        PlanError: there are too few clips for that.
-    """
-
-    clips: Clips
-    take: int
-    seed: int
-    name: str
-
-    def __post_init__(self) -> None:
-        # A pass must be able to begin with clips that are neither in the tail of the pass before
-        # nor in its own (see order). The tail is shorter than a step.
-        count, take = len(self.clips), self.take
-        longest_tail = take - gcd(count, take)
-        if count < take + longest_tail:
-            raise PlanError(
-                f"the selection holds {count} {self.name} for train, and the batch needs {take} "
-                f"different ones a step, for which at least {take + longest_tail} are needed",
-                fix="Lower plan.batch, or select more clips.",
-            )
-
-    def tail(self, number: int) -> int:
-        """How many clips of pass ``number`` fall into a step that the next pass completes."""
-        return (number + 1) * len(self.clips) % self.take
-
-    def at_step(self, step: int) -> Clips:
-        """The clips of step ``step``: int64 [take]."""
-        count, first = len(self.clips), step * self.take
-        number, start = divmod(first, count)
-        here = self.order(number)[start : start + self.take]
-        if len(here) == self.take:
-            return here.copy()
-        return np.concatenate([here, self.order(number + 1)[: self.take - len(here)]])
-
-    def order(self, number: int) -> Clips:
-        """Pass ``number``: every clip once, int64 [count]."""
-        return _pass_order(self, number)
-
-    def sorted_by_hash(self, number: int) -> Clips:
-        """The order of a pass before its head is mended: int64 [count]."""
-        keyed = _mix(self.clips.astype(np.uint64) ^ _key(self.seed, self.name, number))
-        return self.clips[np.argsort(keyed)]
-
-
-# A step reaches over two passes at most, of two streams.
-@lru_cache(maxsize=4)
-def _pass_order(stream: Stream, number: int) -> Clips:
-    order = stream.sorted_by_hash(number)
-    carried = stream.tail(number - 1) if number else 0
-    if carried == 0:
-        return order
-    # There are enough clips (see __post_init__) for the head to be found in front of the pass's own
-    # tail. So the tail stays where the hash puts it, and the next pass knows it without this one.
-    before = stream.sorted_by_hash(number - 1)[-carried:]
-    head = np.flatnonzero(~np.isin(order, before))[: stream.take - carried]
-    rest = np.setdiff1d(np.arange(len(order)), head)
-    mended: Clips = order[np.concatenate([head, rest])]
-    return mended
-
-
-@dataclass(frozen=True)
 class Plan:
     """The global batches of a run, of exactly ``ratio`` = (p, q) positives to negatives.
 
     An epoch is one pass over the positives: epoch e begins at the first step that begins with a
     clip of pass e. Where a pass does not fill its last step, the next pass does, so epochs can
-    differ in length by one step.
+    differ in length.
 
     A global batch is a row of groups of p positives and q negatives. Ranks and micro-batches are
     cut along groups, so each of them has the exact ratio, and the concatenation over ranks is the
     global batch at every world size.
     """
 
-    positives: Stream
-    negatives: Stream
-    ratio: tuple[int, int]
-    batch: int
+    rules: PlanRules
+    bands: Bands
+    bins: DepthBins
+    passes: Passes
+    negatives: ByDepth
+    weights_digest: str = ""
+    weights_lowered: int = 0
 
-    def global_batch(self, step: int) -> Clips:
-        """Clip numbers of step ``step`` (0 is the first of the run): int64 [batch]."""
-        p, q = self.ratio
-        groups = self.batch // (p + q)
+    @property
+    def batch(self) -> int:
+        """Clips of a block, which is a step if there is no voxel budget."""
+        return self.rules.batch
+
+    @property
+    def ratio(self) -> tuple[int, int]:
+        return self.rules.ratio
+
+    @property
+    def positives(self) -> ByDepth:
+        return self.bands.clips
+
+    @property
+    def epochs(self) -> Epochs:
+        return self.bands.epochs
+
+    def first_step(self, epoch: int) -> int:
+        """The first step of epoch ``epoch``."""
+        return self.epochs.first_step(epoch)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that step ``step`` belongs to: the last e with first_step(e) <= step."""
+        return self.epochs.epoch_of(step)
+
+    def clips_at(self, step: int) -> int:
+        """Clips of the global batch: a multiple of ``batch``."""
+        place = self._place(step)
+        return (place.last - place.first) * self.batch
+
+    def weight(self, step: int) -> float:
+        """What the step's mean loss is multiplied by so that every clip of a run counts alike: its
+        clips over the mean of an endless run. 1 without a voxel budget."""
+        place = self._place(step)
+        return (place.last - place.first) / self.epochs.blocks_a_step()
+
+    def global_batch(self, step: int) -> Ints:
+        """Clip numbers of step ``step`` (0 is the first of the run): int64 [clips_at(step)]."""
+        positives, negatives = self._groups(step)
+        return (
+            np.concatenate(
+                [self.positives.clips[positives], self.negatives.clips[negatives]], axis=1
+            )
+            .reshape(-1)
+            .astype(np.int64)
+        )
+
+    def depths(self, step: int) -> Ints:
+        """Frames of the clips of ``global_batch``, in its order: int64 [clips_at(step)]."""
+        positives, negatives = self._groups(step)
         return np.concatenate(
-            [
-                self.positives.at_step(step).reshape(groups, p),
-                self.negatives.at_step(step).reshape(groups, q),
-            ],
-            axis=1,
+            [self.positives.depth_at(positives), self.negatives.depth_at(negatives)], axis=1
         ).reshape(-1)
 
-    def rank_batches(self, step: int, *, rank: int, world: int, accumulate: int) -> Clips:
-        """What ``rank`` sees at a step: int64 [accumulate, batch / world / accumulate].
+    def rank_batches(self, step: int, *, rank: int, world: int, accumulate: int) -> Ints:
+        """What ``rank`` sees at a step: int64 [accumulate, clips_at(step) / world / accumulate].
 
         Raises:
             PlanError: the global batch cannot be cut that way in whole groups.
         """
         self.check_cut(world, accumulate)
-        mine: Clips = self.global_batch(step).reshape(world, accumulate, -1)[rank]
+        mine: Ints = self.global_batch(step).reshape(world, accumulate, -1)[rank]
         return mine
 
     def check_cut(self, world: int, accumulate: int) -> None:
@@ -142,55 +131,174 @@ class Plan:
                 fix=f"Use a multiple of {world * accumulate * group}.",
             )
 
-    def first_step(self, epoch: int) -> int:
-        """The first step of epoch ``epoch``."""
-        return -(-epoch * len(self.positives.clips) // self.positives.take)
-
-    def epoch_of(self, step: int) -> int:
-        """The epoch that step ``step`` belongs to: the last e with first_step(e) <= step."""
-        return step * self.positives.take // len(self.positives.clips)
-
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Identity of the whole order, as 16 hex digits."""
-        digest = hashlib.sha256(repr((self.ratio, self.batch)).encode())
-        for stream in (self.positives, self.negatives):
-            digest.update(repr((stream.seed, stream.name, stream.take)).encode())
-            digest.update(stream.clips.astype("<i8").tobytes())
-        return digest.hexdigest()[:16]
+        parts = (
+            VERSION,
+            self.rules,
+            self.positives.digest,
+            self.negatives.digest,
+            self.weights_digest,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def _place(self, step: int) -> Place:
+        epoch = self.epochs.epoch_of(step)
+        place = step - self.epochs.first_step(epoch)
+        if place == self.epochs.runs_of(epoch):
+            return Place(epoch, -1, 0, 1)
+        first, last = self.epochs.blocks_of(epoch, int(_visits(self, epoch)[place]))
+        return Place(epoch, place + 1, first, last)
+
+    def _groups(self, step: int) -> tuple[Ints, Ints]:
+        """Indices of the step's clips in groups: int64 [groups, p] and [groups, q].
+
+        The groups stand on a ring, up in depth by every second one and down again by the others,
+        and the ring is cut at a random place. So a micro-batch holds clips of like depth however
+        the batch is cut, and no rank is always given the shallow ones.
+        """
+        place = self._place(step)
+        if place.piece < 0:
+            positives = np.concatenate(
+                [self.bands.tail(place.epoch), self.bands.head(place.epoch + 1)]
+            )
+            drawn = zip(
+                _draws(self, place.epoch).of(-1), _draws(self, place.epoch + 1).of(0), strict=True
+            )
+            draws = [np.concatenate(both) for both in drawn]
+            # A bin's last place in the one epoch is followed by its first in the next.
+            bins, first = np.unique(draws[0], return_index=True)
+            draws = [bins, draws[1][first], np.bincount(draws[0], draws[2])[bins].astype(np.int64)]
+        else:
+            positives = self.bands.blocks(place.epoch, place.first, place.last)
+            draws = list(_draws(self, place.epoch).of(place.piece))
+        negatives = self.passes.take(*draws)
+
+        groups = len(positives) // self.ratio[0]
+        turn = below(subkey(root_key(self.rules.seed, "turns"), step), groups)
+        upward = np.arange(groups)
+        ring = np.roll(np.concatenate([upward[::2], upward[1::2][::-1]]), turn)
+        return (
+            _by_depth(positives, self.positives).reshape(groups, -1)[ring],
+            _by_depth(negatives, self.negatives).reshape(groups, -1)[ring],
+        )
+
+
+class Place(NamedTuple):
+    """Where a step lies: the piece of its epoch's draws, -1 if it reaches over the end of the pass,
+    and its blocks ``first`` to ``last`` (excluded), counted from the shallow end."""
+
+    epoch: int
+    piece: int
+    first: int
+    last: int
+
+
+# A step needs two epochs at most; the others are for a second walk, as of another loader.
+@lru_cache(maxsize=8)
+def _visits(plan: Plan, epoch: int) -> Ints:
+    """The runs of an epoch, counted from the shallow end, as they are visited: int64 [runs]."""
+    runs = plan.epochs.runs_of(epoch)
+    return permute(np.arange(runs), runs, subkey(root_key(plan.rules.seed, "visits"), epoch))
+
+
+@lru_cache(maxsize=8)
+def _draws(plan: Plan, epoch: int) -> Draws:
+    visits = _visits(plan, epoch)
+    split = int(np.searchsorted(plan.epochs.edges(epoch), plan.bands.split))
+    return epoch_draws(epoch, plan.epochs, plan.bins.shares, visits, split, plan.ratio)
+
+
+def _by_depth(indices: Ints, clips: ByDepth) -> Ints:
+    """Indices in order of depth; clips of one depth stay as they were drawn."""
+    return indices[np.argsort(clips.depth_at(indices), kind="stable")]
 
 
 def make_plan(
-    positives: Clips, negatives: Clips, *, batch: int, ratio: tuple[int, int], seed: int
+    positives: Ints,
+    negatives: Ints,
+    *,
+    batch: int,
+    ratio: tuple[int, int],
+    seed: int,
+    positive_depths: Ints | None = None,
+    negative_depths: Ints | None = None,
+    matching: Matching = "matched",
+    weights: Floats | None = None,
+    groups: Ints | None = None,
+    max_voxels: int | None = None,
+    frame_voxels: int = 1,
 ) -> Plan:
     """A plan over clip numbers of the two classes.
 
+    Args:
+        positives: clip numbers, int64 [count], in any order.
+        negatives: clip numbers of the other class, likewise.
+        positive_depths: frames of each positive, int64 [count]. Without depths all clips are taken
+            to be alike, and so come in random order.
+        negative_depths: frames of each negative, int64 [count].
+        weights: of each negative, float64 [count]. It is drawn as often, against others of its bin,
+            as its weight says; 0 leaves it out.
+        groups: code of each negative's group, int64 [count]. Weights are divided by the size of the
+            group, so that groups are drawn alike.
+        batch, ratio, seed, matching, max_voxels, frame_voxels: see ``PlanRules``.
+
     Raises:
-        PlanError: the batch is no multiple of p + q, or a class holds too few clips for a batch of
-            different ones.
+        PlanError: the batch is no multiple of p + q, a class holds too few clips for a batch of
+            different ones, or depths, weights or groups do not fit.
     """
-    p, q = ratio
-    groups, rest = divmod(batch, p + q)
-    if rest or not groups:
-        raise PlanError(
-            f"plan.batch {batch} cannot hold {p} positive to {q} negatives",
-            fix=f"Use a multiple of {p + q}.",
-        )
-    return Plan(
-        Stream(positives, groups * p, seed, "positives"),
-        Stream(negatives, groups * q, seed, "negatives"),
-        ratio,
-        batch,
-    )
+    rules = PlanRules(batch, ratio, seed, matching, max_voxels, frame_voxels)
+    check_rules(rules, len(positives))
+    if weights is not None:
+        check_weights(weights, len(negatives))
+    if groups is not None:
+        weights = balanced(np.ones(len(negatives)) if weights is None else weights, groups)
+    if weights is not None:
+        kept = weights > 0
+        negatives, weights = negatives[kept], weights[kept]
+        negative_depths = None if negative_depths is None else negative_depths[kept]
+    sorted_positives = by_depth(positives, positive_depths, "positives")
+    sorted_negatives = by_depth(negatives, negative_depths, "negatives")
+    if weights is not None:
+        depths = np.ones_like(negatives) if negative_depths is None else negative_depths
+        weights = weights[depth_order(negatives, depths)]
+    return plan_of(sorted_positives, sorted_negatives, rules, weights)
 
 
-def _key(seed: int, name: str, number: int) -> np.uint64:
-    digest = hashlib.sha256(f"{seed}/{name}/{number}".encode()).digest()
-    return np.uint64(int.from_bytes(digest[:8], "little"))
+def plan_of(
+    positives: ByDepth, negatives: ByDepth, rules: PlanRules, weights: Floats | None = None
+) -> Plan:
+    """A plan over clips that are sorted already, as a cache has them.
 
+    Args:
+        weights: of each negative, by index, all greater than 0: float64 [count].
 
-def _mix(values: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014), a bijection of 64-bit words."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    Raises:
+        PlanError: see ``make_plan``.
+    """
+    check_rules(rules, len(positives))
+    p, q = rules.ratio
+    take, block = rules.batch // (p + q) * p, rules.batch // (p + q) * q
+    epochs = Epochs(len(positives), take)
+    longest = 1 if rules.max_voxels is None else longest_run(positives, negatives, rules)
+    demand = Demand(rules.ratio, block, longest * block, straddling=epochs.period > 1)
+    natural = None
+    if rules.matching == "natural":
+        natural = np.diff(negatives.starts)
+        if weights is not None and len(weights):
+            natural = np.add.reduceat(whole(weights), negatives.starts[:-1])
+    bins = depth_bins(positives, negatives, demand, natural)
+
+    ends, lowered = None, 0
+    if weights is not None:
+        # A pass of as few clips as it can have would come to the same ones again and again.
+        needed = np.minimum(np.diff(bins.starts), np.maximum(1, 3 * (bins.most - 1)))
+        ends, lowered = arcs(weights, bins.starts, needed)
+    passes = Passes(bins.starts, bins.most, rules.seed, ends, 1 if ends is None else UNIT)
+    bands = Bands(positives, epochs, rules.seed)
+    if rules.max_voxels is not None:
+        runs = {n: run_edges(n, longest, bands, negatives, bins, rules) for n in set(epochs.wholes)}
+        bands = replace(bands, epochs=replace(epochs, runs=runs))
+    digest = "" if weights is None else hashlib.sha256(weights.astype("<f8").tobytes()).hexdigest()
+    return Plan(rules, bands, bins, passes, negatives, digest, lowered)

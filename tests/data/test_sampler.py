@@ -54,6 +54,28 @@ def test_resumed_sampler_goes_on_where_it_stopped() -> None:
     assert resumed == straight
 
 
+def test_steps_of_a_voxel_budget_differ_in_size_alike_on_all_ranks() -> None:
+    rng = np.random.default_rng(0)
+    plan = make_plan(
+        np.arange(60),
+        np.arange(60, 600),
+        batch=8,
+        ratio=(1, 3),
+        seed=0,
+        positive_depths=rng.integers(10, 100, 60),
+        negative_depths=rng.integers(10, 100, 540),
+        max_voxels=8 * 100,
+    )
+    last = plan.first_step(2)
+    ranks = [
+        list(PlanSampler(plan, rank=rank, world=2, accumulate=1, first=0, last=last))
+        for rank in range(2)
+    ]
+    sizes = [[len(batch) for batch in batches] for batches in ranks]
+    assert sizes[0] == sizes[1] == [plan.clips_at(step) // 2 for step in range(last)]
+    assert len(set(sizes[0])) > 2
+
+
 def test_second_iteration_is_the_first() -> None:
     once = sampler()
     assert list(once) == list(once)

@@ -1,0 +1,59 @@
+"""Sampling weights that change between epochs, kept beside the run so that it can be resumed."""
+
+from __future__ import annotations
+
+import shutil
+from functools import lru_cache
+
+from dist_train.config import Config
+from dist_train.data.files import write_whole
+from dist_train.data.plan import Plan
+from dist_train.data.weight_table import read_weights
+from dist_train.engine.backend import Backend
+from dist_train.errors import PlanError
+from dist_train.run import RunData
+
+
+class EpochWeights:
+    """The plan of each epoch, by the table of ``plan.weights`` as it was when the epoch began.
+
+    The table is copied into the run's folder then: a resumed run goes on with what its epoch was
+    begun with, whatever the table says by now.
+    """
+
+    def __init__(self, config: Config, data: RunData, backend: Backend) -> None:
+        self.table = config.plan.weights
+        self.folder = config.out / "weights"
+        self.data, self.backend = data, backend
+        # An epoch's plan is asked for when it begins, and when it is saved.
+        self.plan = lru_cache(maxsize=2)(self._plan)
+
+    def forget(self) -> None:
+        """A new run begins: what an earlier one left is not its own. A collective call."""
+        if self.backend.is_main:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.backend.from_main(None)
+
+    def _plan(self, first_step: int) -> Plan:
+        """The plan of the epoch that begins with ``first_step``; a collective call.
+
+        Raises:
+            PlanError: the table cannot be read.
+        """
+        answer = self.backend.from_main(self._content(first_step) if self.backend.is_main else None)
+        if isinstance(answer, PlanError):
+            raise answer
+        return self.data.plan(read_weights(answer, self.data.store.table["filename"], self.table))
+
+    def _content(self, first_step: int) -> bytes | PlanError:
+        """An error is handed to all ranks, rather than raised while they wait for an answer."""
+        assert self.table is not None
+        kept = self.folder / f"step-{first_step}.csv"
+        try:
+            if not kept.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_whole(kept, self.table.read_bytes())
+            return kept.read_bytes()
+        except OSError as error:
+            where = error.filename or self.table
+            return PlanError(f"cannot be read ({error.strerror})", where=where)
