@@ -10,7 +10,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace
+from av.video.reformatter import Colorspace, VideoReformatter
 
 from dist_train.data.manifest import Manifest, read_manifest
 from dist_train.data.roi import Box
@@ -43,10 +43,16 @@ def write_video(
         matrix = Colorspace.ITU709 if bt709 else Colorspace.ITU601
         if bt709:
             stream.codec_context.colorspace = Colorspace.ITU709
+        converter = VideoReformatter()
         for number, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            frame = frame.reformat(
-                format=pix_fmt, dst_colorspace=matrix, dst_color_range=colour_range
+            # With several threads FFmpeg now and then damages a row of an odd-sized picture.
+            frame = converter.reformat(
+                frame,
+                format=pix_fmt,
+                dst_colorspace=matrix,
+                dst_color_range=colour_range,
+                threads=1,
             )
             if times is not None:
                 frame.pts, frame.time_base = times[number], Fraction(1, rate)

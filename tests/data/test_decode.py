@@ -48,7 +48,7 @@ ENCODINGS = {
     "mp4, HEVC, 10 bits": (
         {
             "codec": "libx265",
-            "options": {"x265-params": "lossless=1:log-level=none"},
+            "options": {"x265-params": "lossless=1:pools=none:frame-threads=1:log-level=none"},
             "pix_fmt": "yuv420p10le",
         },
         2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import multiprocessing
 import os
 import pickle
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,7 +26,6 @@ from moto.server import ThreadedMotoServer
 
 from dist_train.data.decode import Video, read_volume
 from dist_train.data.manifest import read_manifest
-from dist_train.data.pool import each_done
 from dist_train.data.source import (
     LocalFolder,
     RemoteFolder,
@@ -390,7 +391,9 @@ def test_worker_processes_fetch_after_their_parent_did(
     content_of(source, "b.bin")
     monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", gateway.url)
     names = ["a.bin", "b.bin", "sub/c.bin", "a.bin"]
-    lengths = dict(each_done(length_of, [(source, name) for name in names], workers=2))
+    # Not of the fork server, which may be older than these settings.
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        lengths = dict(pool.map(length_of, [(source, name) for name in names]))
     assert lengths == {name: len(FILES[name]) for name in names}
 
 

@@ -47,7 +47,8 @@ def test_output_and_gradients_at_any_depth(
     exact = by_hand(exact_x, exact_weight, stride)
     exact.backward(upstream.double())
 
-    tolerance = 1e-5 if precision is torch.float32 else 2e-2
+    # Where the CPU has no bfloat16 instructions, sums too are rounded to bfloat16 on the way.
+    tolerance = 1e-5 if precision is torch.float32 else 5e-2
     assert conv.weight.grad is not None
     assert x.grad is not None
     assert exact_weight.grad is not None
