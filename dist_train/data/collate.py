@@ -21,6 +21,20 @@ class Batch:
     labels: Tensor
     clips: Tensor
 
+    def share_memory(self) -> Batch:
+        """Move the tensors to shared memory, for another process; returns the batch itself.
+
+        Raises:
+            MemoryError: there is not enough shared memory, or no file descriptor for it.
+        """
+        try:
+            for tensor in (self.volumes, self.frames, self.labels, self.clips):
+                if tensor is not None:
+                    tensor.share_memory_()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise MemoryError(str(error)) from None
+        return self
+
     def pin_memory(self) -> Batch:
         """Called by ``DataLoader(pin_memory=True)``, for copies that overlap the step."""
         return Batch(

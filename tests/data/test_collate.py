@@ -58,6 +58,17 @@ def test_host_parts_stay_on_the_host() -> None:
     assert batch.frames.device.type == batch.clips.device.type == "cpu"
 
 
+@pytest.mark.parametrize("depths", [(2, 3), (2, 2)])
+def test_shared(depths: tuple[int, int]) -> None:
+    batch = collate([sample(depth) for depth in depths])
+    before = batch.volumes.clone()
+    assert batch.share_memory() is batch
+    tensors = [batch.volumes, batch.labels, batch.clips]
+    tensors += [] if batch.frames is None else [batch.frames]
+    assert all(tensor.is_shared() for tensor in tensors)
+    assert torch.equal(batch.volumes, before)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
 def test_pinned() -> None:
     batch: Batch = collate([sample(2), sample(3)]).pin_memory()

@@ -1,0 +1,121 @@
+"""Slots -> batch in a worker process, whose place is known when it dies."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import cv2
+from torch.utils.data import Dataset, get_worker_info
+
+from dist_train.data.collate import Batch, collate
+from dist_train.data.dataset import ClipDataset
+from dist_train.data.pool import end_with_parent
+from dist_train.data.sampler import Slot
+from dist_train.data.shards import shard_name
+from dist_train.data.store import SHARDS
+from dist_train.errors import DistTrainError, StoreError
+
+NOWHERE = -1
+LESS_MEMORY = "Lower loader.workers, loader.prefetch or plan.batch, and run the command again."
+# Of faulthandler, when the time is over.
+GAVE_UP = 1
+
+
+class Place(ctypes.Structure):
+    """Where a worker is: its process id; its clip, or ``NOWHERE``. For memory that outlives it."""
+
+    _fields_ = (("pid", ctypes.c_int64), ("clip", ctypes.c_int64))
+
+
+@dataclass(frozen=True)
+class Fetch(Dataset[Batch | DistTrainError]):
+    """A ``DataLoader``'s dataset of whole batches.
+
+    A user's error comes as a value: DataLoader would put the worker's traceback in its text.
+
+    Args:
+        clips: where the slots' clips come from.
+        places: one for each worker, in shared memory; None if there are none.
+        patience: seconds for one clip, after which a worker ends itself.
+    """
+
+    clips: ClipDataset
+    places: ctypes.Array[Place] | None
+    patience: float
+
+    def __getitem__(self, slots: list[Slot]) -> Batch | DistTrainError:
+        worker = get_worker_info()
+        try:
+            if self.places is None or worker is None:
+                return collate([self.clips[slot] for slot in slots])
+            return self._in_worker(slots, self.places[worker.id])
+        except DistTrainError as error:
+            return error
+
+    def _in_worker(self, slots: list[Slot], place: Place) -> Batch:
+        samples = []
+        try:
+            for slot in slots:
+                place.clip = slot.clip
+                # By a thread in C: it ends the process also where a library never comes back.
+                faulthandler.dump_traceback_later(self.patience, exit=True)
+                samples.append(self.clips[slot])
+            # Else a thread of the queue would do it, and if it failed, the batch would never come.
+            return collate(samples).share_memory()
+        except MemoryError as error:
+            raise self._at(place.clip, f"out of memory ({error})", LESS_MEMORY) from None
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            place.clip = NOWHERE
+
+    def death(self, dead: Mapping[int | None, int | None]) -> StoreError:
+        """What to tell of dead workers: process id -> exit code, negative for a signal.
+
+        Of several it is one that was at a clip.
+        """
+        at = {place.pid: int(place.clip) for place in self.places or ()}
+        pid = max(dead, key=lambda pid: at.get(pid, NOWHERE))
+        clip, code = at.get(pid, NOWHERE), dead[pid] or 0
+        if code == GAVE_UP and clip != NOWHERE:
+            what = f"a loader worker gave up after {self.patience:g} s"
+            return self._at(clip, what, "Check that the store's file system answers.")
+        if code == -signal.SIGKILL:
+            what = "a loader worker was killed (SIGKILL)"
+            return self._at(clip, what, f"Memory probably ran out. {LESS_MEMORY}")
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return self._at(
+            clip,
+            f"a loader worker died ({how})",
+            "Its standard error says where in the code. Run the command again; if it dies at this "
+            "clip again, leave the clip out of the manifest.",
+        )
+
+    def _at(self, clip: int, what: str, fix: str) -> StoreError:
+        store = self.clips.store
+        if clip == NOWHERE:
+            return StoreError(f"{what} between two batches", where=store.folder, fix=fix)
+        row = store.table.iloc[clip]
+        shard = store.folder / SHARDS / shard_name(int(row["shard"]))
+        return StoreError(f"{what} at clip '{row['key']}'", where=shard, fix=fix)
+
+
+def begin_worker(worker: int) -> None:
+    """The ``worker_init_fn`` of worker number ``worker``."""
+    end_with_parent()
+    # A terminal sends it to all; the parent ends its workers, or goes on with them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A crash then shows its Python stack.
+    faulthandler.enable()
+    info = get_worker_info()
+    assert info is not None
+    assert isinstance(info.dataset, Fetch)
+    assert info.dataset.places is not None
+    place = info.dataset.places[worker]
+    place.pid, place.clip = os.getpid(), NOWHERE
+    # Parallelism is over clips, in processes.
+    cv2.setNumThreads(1)
