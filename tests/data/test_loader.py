@@ -401,6 +401,7 @@ def test_loader_that_is_dropped_ends_its_workers(store: Store, failed: bool) -> 
 
 
 WALK = """
+import signal
 import sys
 from pathlib import Path
 from dist_train.config import LoaderSettings
@@ -409,6 +410,8 @@ from dist_train.data.loader import Loader
 from dist_train.data.sampler import HeldOutSampler
 from dist_train.data.store import Store
 
+# A shell starts what it runs in the background with Ctrl-C ignored, and that is inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 store = Store(Path(sys.argv[1]))
 clips = HeldOutSampler(list(range(24)), [1] * 24, rank=0, world=1, batch=1)
 dataset = ClipDataset(store, size=(64, 64), max_frames=None, augment=None)
