@@ -249,7 +249,7 @@ def test_real_volumes_from_file_to_report(real_data: Path, tmp_path: Path) -> No
     run_well(dist_train("prepare-npz", tmp_path / "part.npz", "--out", tmp_path / "store"))
     settings = overrides(
         tmp_path / "store", out, "clip.size=[28, 28]", "plan.batch=16", "model.width=8",
-        "optim.lr=3e-3", "train.epochs=4", "train.precision=bf16", "snapshots.at=[4]",
+        "optim.lr=3e-3", "train.epochs=4", "snapshots.at=[4]",
     )  # fmt: skip
     run_well(dist_train("train", *settings))
     run_well(dist_train("predict", out))
