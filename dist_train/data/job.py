@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,8 @@ from typing import Any
 import pandas as pd
 
 from dist_train.data.files import PARTIAL, write_whole
-from dist_train.data.shards import Record, shard_name
+from dist_train.data.shard_files import Shard
+from dist_train.data.shards import Record
 from dist_train.data.store import SHARDS
 from dist_train.errors import ConfigError, StoreError
 
@@ -38,50 +38,6 @@ _TYPES: dict[str, type[str] | type[bool] | str] = {
     "crowd_score": "float64",
     "tier1": bool,
 }
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The files of one shard of a store, written or not."""
-
-    number: int
-    folder: Path
-
-    @property
-    def path(self) -> Path:
-        return self.folder / shard_name(self.number)
-
-    @property
-    def rejects_path(self) -> Path:
-        return self.path.with_suffix(".rejected.csv")
-
-    def is_written(self) -> bool:
-        return self.path.exists() and self.rejects_path.exists()
-
-    def rejects(self) -> pd.DataFrame:
-        """Its files that gave no clip: columns ``file``, ``reason``, ``class``, all text.
-
-        Raises:
-            StoreError: the list is missing or damaged.
-        """
-        try:
-            table = pd.read_csv(self.rejects_path, dtype=str, keep_default_na=False)
-            if table.columns.tolist() != ["file", "reason", "class"]:
-                raise ValueError("its columns are not file, reason, class")
-        except (OSError, ValueError) as error:
-            raise StoreError(
-                f"the list of rejects cannot be read ({error})",
-                where=self.rejects_path,
-                fix="Delete it and run 'dist-train prepare' again with the same settings.",
-            ) from None
-        return table
-
-
-def to_record(row: Record) -> Record:
-    """What a clip's record says of its row of the manifest."""
-    crowd = row["crowd_score"]
-    record = {name: value for name, value in row.items() if name != "key"}
-    return record | {"crowd_score": None if math.isnan(crowd) else crowd}
 
 
 @dataclass(frozen=True)
@@ -159,6 +115,25 @@ def read_job(out: Path) -> Job:
         lineterminator="\n",
     )
     return Job(table, made_from)
+
+
+def read_rejects(shard: Shard) -> pd.DataFrame:
+    """The files of a shard that gave no clip: columns ``file``, ``reason``, ``class``, all text.
+
+    Raises:
+        StoreError: the list is missing or damaged.
+    """
+    try:
+        table = pd.read_csv(shard.rejects_path, dtype=str, keep_default_na=False)
+        if table.columns.tolist() != ["file", "reason", "class"]:
+            raise ValueError("its columns are not file, reason, class")
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"the list of rejects cannot be read ({error})",
+            where=shard.rejects_path,
+            fix="Delete it and run 'dist-train prepare' again with the same settings.",
+        ) from None
+    return table
 
 
 def _read_made_from(path: Path) -> dict[str, Any]:

@@ -94,14 +94,7 @@ class Plan:
 
     def global_batch(self, step: int) -> Ints:
         """Clip numbers of step ``step`` (0 is the first of the run): int64 [clips_at(step)]."""
-        positives, negatives = self._groups(step)
-        return (
-            np.concatenate(
-                [self.positives.clips[positives], self.negatives.clips[negatives]], axis=1
-            )
-            .reshape(-1)
-            .astype(np.int64)
-        )
+        return self._clips(*self._groups(step)).reshape(-1)
 
     def depths(self, step: int) -> Ints:
         """Frames of the clips of ``global_batch``, in its order: int64 [clips_at(step)]."""
@@ -113,12 +106,21 @@ class Plan:
     def rank_batches(self, step: int, *, rank: int, world: int, accumulate: int) -> Ints:
         """What ``rank`` sees at a step: int64 [accumulate, clips_at(step) / world / accumulate].
 
+        First come the micro-batches, then the ranks: all ranks together see the same clips in a
+        micro-batch at every world size, which statistics that they share depend on.
+
         Raises:
             PlanError: the global batch cannot be cut that way in whole groups.
         """
         self.check_cut(world, accumulate)
-        mine: Ints = self.global_batch(step).reshape(world, accumulate, -1)[rank]
-        return mine
+        # Only of this rank's clips is the number looked up, in what may be a mapped file.
+        mine = (
+            indices.reshape(accumulate, world, -1, indices.shape[1])[:, rank].reshape(
+                -1, indices.shape[1]
+            )
+            for indices in self._groups(step)
+        )
+        return self._clips(*mine).reshape(accumulate, -1)
 
     def check_cut(self, world: int, accumulate: int) -> None:
         """Raise ``PlanError`` unless every rank's every micro-batch can hold whole groups."""
@@ -142,6 +144,12 @@ class Plan:
             self.weights_digest,
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def _clips(self, positives: Ints, negatives: Ints) -> Ints:
+        """Clip numbers of groups given by index, [groups, p] and [groups, q]: int64 [groups, p + q]."""
+        return np.concatenate(
+            [self.positives.clips[positives], self.negatives.clips[negatives]], axis=1
+        ).astype(np.int64)
 
     def _place(self, step: int) -> Place:
         epoch = self.epochs.epoch_of(step)

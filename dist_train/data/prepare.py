@@ -19,13 +19,16 @@ from dist_train.data.clip import PIXELS_VERSION, PrepareSettings
 from dist_train.data.decode import Volume
 from dist_train.data.files import write_whole
 from dist_train.data.index import index_checksum, write_index
-from dist_train.data.job import Job, Part, Shard, read_job, writing
+from dist_train.data.job import Job, Part, read_job, read_rejects, writing
 from dist_train.data.manifest import Manifest
 from dist_train.data.medmnist import read_medmnist
-from dist_train.data.source import Source, manifest_source, open_source
+from dist_train.data.remote import manifest_source, open_source
+from dist_train.data.shard_files import Shard
+from dist_train.data.source import Source
 from dist_train.data.store import FORMAT, INDEX, MARKER, REJECTED, read_marker
 from dist_train.data.supervise import UNWATCHED, Limits, supervised
-from dist_train.data.task import Task, finished, settings_of, tasks, write_task
+from dist_train.data.task import Task, write_task
+from dist_train.data.todo import finished, settings_of, tasks
 from dist_train.errors import StoreError
 
 Progress = Callable[[int, int], None]
@@ -276,7 +279,7 @@ def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) ->
 
 def gather_rejects(shards: Sequence[Shard]) -> pd.DataFrame:
     """The rejects of all shards, in the order of the manifest."""
-    return pd.concat([shard.rejects() for shard in shards])
+    return pd.concat([read_rejects(shard) for shard in shards])
 
 
 def count_classes(rejects: pd.DataFrame) -> dict[str, int]:

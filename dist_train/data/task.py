@@ -1,18 +1,19 @@
-"""A shard to write, and the writing of it: what worker processes do."""
+"""A shard to write, and the writing of it: what worker processes do.
+
+They import this module at their start, so it stays light: no pandas, no remote places.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-
-from pydantic import TypeAdapter
 
 from dist_train.data.clip import PrepareSettings, read_clip
 from dist_train.data.decode import Volume, to_uint8_volume
 from dist_train.data.files import write_whole
-from dist_train.data.job import Job, Shard, to_record
+from dist_train.data.shard_files import Shard, to_record
 from dist_train.data.shards import Record, write_shard
 from dist_train.data.source import Source
 from dist_train.data.supervise import Steps
@@ -35,37 +36,6 @@ class Task:
     def without(self, position: int, reason: str) -> Task:
         """The same, with a row's file rejected unread."""
         return replace(self, condemned={**self.condemned, position: reason})
-
-
-def finished(shard: Shard, source: Source | Sequence[Volume]) -> bool:
-    """Whether the shard is there, and no file that it rejected was mended since."""
-    if not shard.is_written():
-        return False
-    if not isinstance(source, Source):
-        return True
-    written = shard.path.stat().st_mtime
-    return not any(source.changed_since(name, written) for name in shard.rejects()["file"])
-
-
-def settings_of(job: Job) -> PrepareSettings:
-    """The settings that a store is made with."""
-    return TypeAdapter(PrepareSettings).validate_python(job.made_from["settings"])
-
-
-def tasks(job: Job, shards: Iterable[Shard], source: Source | Sequence[Volume]) -> Iterator[Task]:
-    """How to write these shards, each made when it is asked for.
-
-    Args:
-        source: files by name, or a volume for each row of the manifest.
-    """
-    settings = settings_of(job)
-    for shard in shards:
-        rows = job.rows(shard)
-        if isinstance(source, Source):
-            yield Task(shard, rows, settings, source.narrowed([row["filename"] for row in rows]))
-        else:
-            first = shard.number * settings.shard_clips
-            yield Task(shard, rows, settings, source[first : first + len(rows)])
 
 
 def write_task(task: Task, steps: Steps) -> int:

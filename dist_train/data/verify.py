@@ -19,7 +19,7 @@ import numpy as np
 
 from dist_train.data.files import crc32c
 from dist_train.data.index import index_checksum, look_up
-from dist_train.data.job import Job, Shard, read_job, to_record, writing
+from dist_train.data.job import Job, read_job, read_rejects, writing
 from dist_train.data.pool import each_done
 from dist_train.data.prepare import (
     by_class,
@@ -31,6 +31,7 @@ from dist_train.data.prepare import (
     source_again,
     write_shards,
 )
+from dist_train.data.shard_files import Shard, to_record
 from dist_train.data.shards import Record, read_records
 from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, read_marker
 from dist_train.errors import StoreError
@@ -201,7 +202,7 @@ def _check_shard(check: _Check) -> tuple[int, list[Fault]]:
     if not shard.path.is_file():
         return shard.number, [Fault(shard.path, "the shard is missing", shard.number)]
     try:
-        rejects = shard.rejects()
+        rejects = read_rejects(shard)
     except StoreError as error:
         return shard.number, [Fault(shard.rejects_path, error.what, shard.number)]
     labels = {row["filename"]: str(row["label"]) for row in check.rows}

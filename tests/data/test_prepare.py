@@ -42,12 +42,13 @@ from dist_train.data.prepare import (
     prepare_npz,
     prepare_part,
 )
+from dist_train.data.remote import open_source
 from dist_train.data.roi import Box, OutlineColour, crop_to_outline
 from dist_train.data.shards import shard_name
-from dist_train.data.source import open_source
 from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Store
 from dist_train.data.supervise import UNWATCHED
-from dist_train.data.task import tasks, write_task
+from dist_train.data.task import write_task
+from dist_train.data.todo import tasks
 from dist_train.errors import ConfigError, StoreError
 
 WHOLE = PrepareSettings(roi="none", shard_clips=4)

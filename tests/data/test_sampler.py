@@ -41,9 +41,9 @@ def test_ranks_cut_the_global_batch(world: int, accumulate: int) -> None:
     for step in range(9):
         joined = [
             slot.clip
+            for micro in range(step * accumulate, (step + 1) * accumulate)
             for batches in ranks
-            for batch in batches[step * accumulate : (step + 1) * accumulate]
-            for slot in batch
+            for slot in batches[micro]
         ]
         assert joined == PLAN.global_batch(step).tolist()
 

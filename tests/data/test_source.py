@@ -26,14 +26,8 @@ from moto.server import ThreadedMotoServer
 
 from dist_train.data.decode import Video, read_volume
 from dist_train.data.manifest import read_manifest
-from dist_train.data.source import (
-    LocalFolder,
-    RemoteFolder,
-    Source,
-    UrlTable,
-    manifest_source,
-    open_source,
-)
+from dist_train.data.remote import RemoteFolder, UrlTable, manifest_source, open_source
+from dist_train.data.source import LocalFolder, Source
 from dist_train.errors import DecodeError, ManifestError, StoreError
 
 NOISE = np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8).tobytes()
@@ -208,7 +202,7 @@ def test_the_copy_is_gone_with_its_context(gateway: Gateway) -> None:
 
 def test_a_bad_spell_is_waited_out(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("dist_train.data.source.time.sleep", waits.append)
+    monkeypatch.setattr("dist_train.data.remote.time.sleep", waits.append)
     gateway.faults += [s3_error(503, "SlowDown"), s3_error(500, "InternalError"), "cut", "cut"]
     assert content_of(open_source("s3://bucket/train"), "a.bin") == NOISE
     assert waits == [0.5, 1, 2, 4]
@@ -317,7 +311,7 @@ def test_another_size_than_declared_is_refused(more: int, monkeypatch: pytest.Mo
 # What a process of its own does: 'fetch' prints the content's length while the copy is there.
 FETCH = """
 import sys
-from dist_train.data.source import open_source
+from dist_train.data.remote import open_source
 with open_source("s3://bucket/train").fetched(sys.argv[1]) as path:
     print(len(path.read_bytes()))
 """

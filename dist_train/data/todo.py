@@ -1,0 +1,45 @@
+"""Which shards of a job are still to be written, and the task of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from pydantic import TypeAdapter
+
+from dist_train.data.clip import PrepareSettings
+from dist_train.data.decode import Volume
+from dist_train.data.job import Job, read_rejects
+from dist_train.data.shard_files import Shard
+from dist_train.data.source import Source
+from dist_train.data.task import Task
+
+
+def finished(shard: Shard, source: Source | Sequence[Volume]) -> bool:
+    """Whether the shard is there, and no file that it rejected was mended since."""
+    if not shard.is_written():
+        return False
+    if not isinstance(source, Source):
+        return True
+    written = shard.path.stat().st_mtime
+    return not any(source.changed_since(name, written) for name in read_rejects(shard)["file"])
+
+
+def settings_of(job: Job) -> PrepareSettings:
+    """The settings that a store is made with."""
+    return TypeAdapter(PrepareSettings).validate_python(job.made_from["settings"])
+
+
+def tasks(job: Job, shards: Iterable[Shard], source: Source | Sequence[Volume]) -> Iterator[Task]:
+    """How to write these shards, each made when it is asked for.
+
+    Args:
+        source: files by name, or a volume for each row of the manifest.
+    """
+    settings = settings_of(job)
+    for shard in shards:
+        rows = job.rows(shard)
+        if isinstance(source, Source):
+            yield Task(shard, rows, settings, source.narrowed([row["filename"] for row in rows]))
+        else:
+            first = shard.number * settings.shard_clips
+            yield Task(shard, rows, settings, source[first : first + len(rows)])
