@@ -146,7 +146,7 @@ class Plan:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def _clips(self, positives: Ints, negatives: Ints) -> Ints:
-        """Clip numbers of groups given by index, [groups, p] and [groups, q]: int64 [groups, p + q]."""
+        """Clip numbers of groups of indices [groups, p] and [groups, q]: int64 [groups, p + q]."""
         return np.concatenate(
             [self.positives.clips[positives], self.negatives.clips[negatives]], axis=1
         ).astype(np.int64)
