@@ -274,6 +274,23 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Option(help="Safetensors file to write.")],
+    onnx: Annotated[Path | None, typer.Option(help="ONNX file to write as well.")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Else the newest snapshot, else checkpoint.")
+    ] = None,
+) -> None:
+    """Write a run's model as one file."""
+    from dist_train.export import export_run
+
+    facts = export_run(run, out, onnx=onnx, step=step)
+    for written in filter(None, (out, onnx)):
+        typer.echo(f"{facts['from']} of step {facts['step']} in {written}")
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write a run's report: one HTML page that needs nothing else."""
     from dist_train.data.store import Store

@@ -131,7 +131,21 @@ class ModelSettings(Section):
     stem_stride: tuple[Positive, Positive, Positive] = (1, 2, 2)
     stem_pool: bool = True
     dropout: BelowOne = 0.0
-    recompute: Literal["none", "block"] = "none"
+    recompute: Literal["none", "cheap", "block", "stage"] = "none"
+
+
+class NormSettings(Section):
+    """Batch normalisation.
+
+    ``shared``: in training, statistics are over the clips of all processes, so that they do not
+    depend on how many there are. ``momentum``: weight of a step's statistics in the running ones.
+    ``precise_steps``: a snapshot's statistics are those of so many steps before it, taken with its
+    own weights; 0 keeps the running ones.
+    """
+
+    shared: bool = True
+    momentum: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    precise_steps: Natural = 0
 
 
 class OptimSettings(Section):
@@ -161,25 +175,47 @@ class TrainSettings(Section):
 
     ``precision``: "bf16" and "fp16" are autocast; parameters and statistics stay float32.
     ``channels_last``: channels-last memory layout, which bf16 convolutions need to be fast.
-    ``backend``: "ddp", or DeepSpeed's ZeRO stage 1 or 2.
+    ``backend``: "ddp", DeepSpeed's ZeRO stage 1, 2 or 3, or torch's FSDP2; docs/scaling.md says
+    which to choose. ``offload``: ZeRO's moments are kept, and weights updated, on the host.
+    ``timeout``: seconds after which a process that waits for others gives up.
+    ``hang``: seconds without a finished step, or held-out batch, after which a run ends.
+    ``max_skips``: steps of a session that are left out because their loss or gradient
+    is not finite, twice.
+    ``check_steps``: after each of the first so many steps all processes compare their weights.
     """
 
     epochs: Positive = 20
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     accumulate: Positive = 1
     channels_last: bool = True
-    backend: Literal["ddp", "zero1", "zero2"] = "ddp"
+    backend: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
+    offload: bool = False
+    timeout: Annotated[float, Field(gt=0.0)] = 1800.0
+    hang: Annotated[float, Field(gt=0.0)] | None = 3600.0
+    max_skips: Natural = 3
+    check_steps: Natural = 2
+
+    @model_validator(mode="after")
+    def _offload_has_zero(self) -> TrainSettings:
+        if self.offload and not self.backend.startswith("zero"):
+            raise ValueError("offload is offered under ZeRO only; choose backend: zero1, 2 or 3")
+        return self
 
 
 class CheckpointSettings(Section):
-    """When the run is saved for resuming, and how many checkpoints are kept.
+    """When the run is saved for resuming, and which checkpoints are kept.
 
+    ``keep_last``: the newest so many. ``keep_every``: also those whose step is a multiple of it.
+    ``best``: also the one with the best value of this metric, such as val/mcc@0.5; then the run is
+    also saved at the end of each epoch.
     ``accept_other_order``: go on from a checkpoint of another store, selection, split, plan or
     seed, at the same step of the new order, rather than refuse it.
     """
 
     every_steps: Positive = 500
     keep_last: Positive = 2
+    keep_every: Positive | None = None
+    best: str | None = None
     accept_other_order: bool = False
 
 
@@ -204,6 +240,7 @@ class Config(Section):
     plan: PlanSettings = PlanSettings()
     loader: LoaderSettings = LoaderSettings()
     model: ModelSettings = ModelSettings()
+    norm: NormSettings = NormSettings()
     optim: OptimSettings = OptimSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     train: TrainSettings = TrainSettings()

@@ -9,7 +9,7 @@ from dist_train.config import Config
 from dist_train.data.files import write_whole
 from dist_train.data.plan import Plan
 from dist_train.data.weight_table import read_weights
-from dist_train.engine.backend import Backend
+from dist_train.engine.backends.base import Backend
 from dist_train.errors import PlanError
 from dist_train.run import RunData
 

@@ -64,3 +64,17 @@ class BackendError(DistTrainError):
 
 class RunError(DistTrainError):
     """A run folder lacks what the command needs from it."""
+
+
+class StoppedError(DistTrainError):
+    """A run was told to stop, and can be resumed.
+
+    Args:
+        exit_code: what the process ends with.
+    """
+
+    def __init__(
+        self, what: str, *, exit_code: int, where: object | None = None, fix: str | None = None
+    ) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.exit_code = exit_code

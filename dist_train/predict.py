@@ -17,7 +17,7 @@ from dist_train.data.files import write_whole
 from dist_train.data.loader import Loader
 from dist_train.data.sampler import HeldOutSampler
 from dist_train.data.store import Store
-from dist_train.engine.backend import autocast
+from dist_train.engine.backends.base import autocast
 from dist_train.engine.checkpoint import by_step
 from dist_train.engine.metrics import best_threshold, prior_correct
 from dist_train.errors import ConfigError, RunError

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_train.config import CheckpointSettings
 from dist_train.data.files import write_whole
 from dist_train.data.plan import Plan
-from dist_train.engine.backend import Backend
-from dist_train.engine.checkpoint import (
-    by_step,
-    load_checkpoint,
-    newest_whole,
-    save_checkpoint,
-    share,
-)
+from dist_train.engine.backends.base import Backend
+from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole, share
+from dist_train.engine.checkpoint_keep import Keep
+from dist_train.engine.checkpoint_writer import CheckpointWriter
 from dist_train.errors import CheckpointError, DistTrainError, RunError
 
 log = logging.getLogger(__name__)
@@ -61,15 +57,25 @@ class RunState:
         self.folder, self.backend, self.settings = folder, backend, settings
         self.plan_at = plan_at
         self.seed, self.model, self.store = seed, model, store
+        keep = Keep(settings.keep_last, settings.keep_every, settings.best)
+        self.writer = CheckpointWriter(folder, backend, keep=keep)
+        self.saved_at: int | None = None
 
-    def save(self, step: int, logits: np.ndarray, labels: np.ndarray) -> None:
-        """Write a checkpoint after ``step`` steps; a collective call.
+    def save(
+        self,
+        step: int,
+        logits: np.ndarray,
+        labels: np.ndarray,
+        metrics: Mapping[str, float | None],
+    ) -> None:
+        """Begin the checkpoint after ``step`` steps; a collective call. ``writer`` completes it.
 
         Args:
             logits, labels: float32 [N], this epoch's training outputs, of all ranks.
+            metrics: of these weights, as far as they were judged.
         """
-        names = [*self.backend.state_names(), *EPOCH]
-        mine = share(names, self.backend.rank, self.backend.world)
+        sizes = self.backend.sizes() | dict.fromkeys(EPOCH, len(logits))
+        mine = share(sizes, self.backend.rank, self.backend.world)
         tensors = self.backend.state(mine)
         for name, values in zip(EPOCH, (logits, labels), strict=True):
             if mine(name):
@@ -85,10 +91,11 @@ class RunState:
                 "step": step,
                 "fingerprint": plan.fingerprint,
             },
+            "loss_scale": self.backend.scaler_state(),
+            "metrics": dict(metrics),
         }
-        save_checkpoint(
-            self.folder, step, tensors, facts, self.backend, keep_last=self.settings.keep_last
-        )
+        self.writer.save(step, tensors, facts)
+        self.saved_at = step
 
     def refuse_existing(self) -> None:
         """Raise ``RunError`` if the folder holds checkpoints, which a new run would mix with."""
@@ -119,11 +126,20 @@ class RunState:
         step = int(marker["step"])
         self._check(choice, marker["facts"], self.plan_at(step - 1))
         self.backend.load_state(tensors, updates=step)
+        self.backend.load_scaler_state(marker["facts"].get("loss_scale"))
         logits, labels = (
             tensors[name].numpy() if self.backend.is_main else np.empty(0, np.float32)
             for name in EPOCH
         )
         return step, logits, labels
+
+    def begin_anew(self, model: nn.Module) -> None:
+        """Put the weights of a fresh model in place, and moments of zero; a collective call."""
+        state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+        for name in self.backend.state_names():
+            if name not in state:
+                state[name] = torch.zeros_like(state[f"model/{name.partition('/')[2]}"])
+        self.backend.load_state(state, updates=0)
 
     def _choose(self) -> Path | DistTrainError | None:
         """An error is handed to all ranks, rather than raised while they wait for an answer."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -20,14 +22,20 @@ from dist_train.data.collate import Batch
 from dist_train.data.loader import Loader
 from dist_train.data.plan import Plan
 from dist_train.data.sampler import HeldOutSampler, PlanSampler
-from dist_train.engine.backend import Backend
+from dist_train.engine.backends import make_backend
+from dist_train.engine.backends.base import Backend
 from dist_train.engine.events import EventWriter
 from dist_train.engine.metrics import binary_metrics
 from dist_train.engine.optim import make_optimizer
+from dist_train.engine.sanity import check_agreement, weights_digest
 from dist_train.engine.schedule import Schedule
+from dist_train.engine.stop import INTERRUPTED, TRY_AGAIN, StopSignals
+from dist_train.engine.watchdog import Watchdog
 from dist_train.epoch_weights import EpochWeights
-from dist_train.errors import RunError
+from dist_train.errors import RunError, StoppedError
 from dist_train.infer import held_out_logits
+from dist_train.models.norm import set_momentum, share_statistics
+from dist_train.models.precise_norm import precise_statistics
 from dist_train.run import (
     CHECKPOINTS,
     CONFIG,
@@ -41,28 +49,47 @@ from dist_train.run import (
 )
 from dist_train.state import RunState, drop_snapshots, save_snapshot
 
+log = logging.getLogger(__name__)
+
 Resume = Literal["never", "auto"]
 Progress = Callable[[int, int, str], None]
+BeforeStep = Callable[["Trainer", int], None]
 Values = dict[str, float | None]
 
 
-def train(config: Config, *, resume: Resume = "never", progress: Progress | None = None) -> None:
+class BadStepError(Exception):
+    """The loss or the gradient norm of a step is not finite, on all ranks."""
+
+    def __init__(self, step: int, loss: float, norm: float) -> None:
+        super().__init__(f"at step {step + 1} the loss is {loss:g} and the gradient norm {norm:g}")
+        self.step = step
+
+
+def train(
+    config: Config,
+    *,
+    resume: Resume = "never",
+    progress: Progress | None = None,
+    before_step: BeforeStep | None = None,
+) -> None:
     """Train one run to its end, in ``config.out``. Call it in every process of the launch.
 
     Args:
         resume: "auto" goes on from the newest whole checkpoint, or begins where there is none;
             "never" refuses a folder that holds a run already.
         progress: called on rank 0 with (steps done, steps in all, a line of figures).
+        before_step: called on every rank with the trainer and the step that comes, 0 the first.
 
     Raises:
+        StoppedError: SIGTERM or SIGINT came; a checkpoint was written.
         DistTrainError: the settings, store, selection or checkpoints do not allow it.
     """
-    backend = Backend(config.train, clip_norm=config.optim.clip_norm)
+    backend = make_backend(config.train, clip_norm=config.optim.clip_norm)
     try:
         trainer = Trainer(config, backend)
         with _only_session(config.out, backend):
             trainer.begin(resume)
-            trainer.fit(progress if backend.is_main else None)
+            trainer.fit(progress if backend.is_main else None, before_step)
     finally:
         backend.close()
 
@@ -96,7 +123,10 @@ class Trainer:
         self.steps = self.plan.first_step(config.train.epochs)
         self.schedule = Schedule(config.schedule, config.optim.lr, self.steps, config.train.epochs)
         model = make_model(config)
-        backend.wrap(model, make_optimizer(model, config.optim))
+        share_statistics(model, backend.all_reduce if self._shares_statistics() else None)
+        # So that a step moves running statistics as far, however many micro-batches it is cut into.
+        set_momentum(model, 1 - (1 - config.norm.momentum) ** (1 / config.train.accumulate))
+        backend.wrap(model, lambda wrapped: make_optimizer(wrapped, config.optim))
         self.state = RunState(
             config.out / CHECKPOINTS,
             backend,
@@ -108,6 +138,9 @@ class Trainer:
         )
         self.done = 0
         self.epoch_outputs: list[tuple[np.ndarray, np.ndarray]] = []
+        self.bad_steps: Counter[int] = Counter()
+        self.stop = StopSignals()
+        self.watchdog = Watchdog(config.train.hang, backend.rank)
 
     def begin(self, resume: Resume) -> None:
         """Take up a checkpoint, or begin a new run; note it in the run's folder."""
@@ -118,10 +151,17 @@ class Trainer:
         else:
             self.state.refuse_existing()
         if found is not None:
-            self.done, *outputs = found
-            self.epoch_outputs = [(outputs[0], outputs[1])]
+            self._take_up(*found)
         else:
             self.weights.forget()
+        check_agreement(
+            backend,
+            {
+                "the step to begin with": self.done,
+                "the plan": self.plan.fingerprint,
+                "the store": self.data.store.fingerprint,
+            },
+        )
         if backend.is_main and self.done < self.steps:
             drop_snapshots(out / SNAPSHOTS, after=self.done)
             dump_config(self.config, out / CONFIG)
@@ -145,30 +185,113 @@ class Trainer:
                 },
             )
 
-    def fit(self, progress: Progress | None = None) -> None:
-        """The loop: from where the run is to its end."""
+    def fit(self, progress: Progress | None = None, before_step: BeforeStep | None = None) -> None:
+        """From where the run is to its end, going back and on again where a step was bad."""
+        with self.stop, self.watchdog, self._checkpoint_completed():
+            while self.done < self.steps:
+                try:
+                    self._walk(progress, before_step)
+                except BadStepError as bad:
+                    self._go_back(bad)
+
+    @contextmanager
+    def _checkpoint_completed(self) -> Iterator[None]:
+        """At its end the checkpoint in flight is in place, after an error also, unless other ranks
+        may not be there to complete it with."""
+        try:
+            yield
+        except Exception:
+            if self.backend.world == 1:
+                self.state.writer.finish()
+            raise
+        self.state.writer.finish()
+
+    def _walk(self, progress: Progress | None, before_step: BeforeStep | None) -> None:
+        """The loop."""
         config, plan, snapshot_steps = self.config, self.plan, self.snapshot_steps()
         batches, held_out = self._training_batches(), self._held_out_batches()
         self.backend.model.train()
         with self._events() as events:
             for step in range(self.done, self.steps):
+                if before_step is not None:
+                    before_step(self, step)
                 values = self._step(step, batches)
                 self.done = step + 1
+                self.watchdog.beat()
                 epoch_ends = self.done == plan.first_step(plan.epoch_of(step) + 1)
+                judged: Values = {}
                 if epoch_ends:
-                    values |= self._train_metrics() | self._val_metrics(held_out)
+                    judged = self._train_metrics() | self._val_metrics(held_out)
                 if events is not None:
-                    events.write(self.done, plan.epoch_of(step), time.time(), values)
+                    events.write(self.done, plan.epoch_of(step), time.time(), values | judged)
                 if self.done in snapshot_steps:
                     self._save_snapshot()
-                if self.done % config.checkpoint.every_steps == 0 or self.done == self.steps:
-                    if events is not None:
-                        events.flush()
-                    self.state.save(self.done, *self._gathered_outputs())
+                if self._is_saved_after(epoch_ends):
+                    self._save(events, judged)
                 if progress is not None:
-                    progress(self.done, self.steps, self._headline(values))
-                if epoch_ends and config.plan.weights is not None:
+                    progress(self.done, self.steps, self._headline(values | judged))
+                self._heed_the_others(events)
+                if epoch_ends and config.plan.weights is not None and self.done < self.steps:
                     batches = self._training_batches()
+
+    def _heed_the_others(self, events: EventWriter | None) -> None:
+        """What ranks tell each other once a step: signals, and shares of a checkpoint written."""
+        ready = self.state.writer.ready
+        terminate, interrupt, written = self.backend.sums(
+            [self.stop.terminate, self.stop.interrupt, ready]
+        )
+        if written == self.backend.world:
+            self.state.writer.commit()
+        if (terminate or interrupt) and self.done < self.steps:
+            if self.state.saved_at != self.done:
+                self._save(events, {})
+            self.state.writer.finish()
+            raise StoppedError(
+                f"stopped by {'SIGINT' if interrupt else 'SIGTERM'} after step {self.done}, "
+                "which is saved",
+                where=self.config.out,
+                fix="Go on by --resume auto.",
+                exit_code=INTERRUPTED if interrupt else TRY_AGAIN,
+            )
+
+    def _go_back(self, bad: BadStepError) -> None:
+        """To the last checkpoint, for a fault that does not come again; where it does, the step is
+        left out; and where too many are, the run ends."""
+        self.bad_steps[bad.step] += 1
+        left_out = sum(times > 1 for times in self.bad_steps.values())
+        if left_out > self.config.train.max_skips:
+            raise RunError(
+                f"training diverged: {bad}, and {left_out - 1} steps were left out already",
+                where=self.config.out,
+                fix="Lower optim.lr, and go on from the checkpoint before by --resume auto.",
+            )
+        self.state.writer.finish()
+        found = self.state.restore()
+        if found is not None:
+            self._take_up(*found)
+        else:
+            self.state.begin_anew(make_model(self.config))
+            self._take_up(0, *2 * [np.empty(0, np.float32)])
+        if self.backend.is_main:
+            then = "the step is left out" if self.bad_steps[bad.step] > 1 else "it is tried again"
+            log.warning("%s; back to step %d, and %s", bad, self.done, then)
+
+    def _take_up(self, done: int, logits: np.ndarray, labels: np.ndarray) -> None:
+        self.done = done
+        self.epoch_outputs = [(logits, labels)]
+
+    def _is_saved_after(self, epoch_ends: bool) -> bool:
+        settings = self.config.checkpoint
+        return (
+            self.done % settings.every_steps == 0
+            or self.done == self.steps
+            or (epoch_ends and settings.best is not None)
+        )
+
+    def _save(self, events: EventWriter | None, judged: Values) -> None:
+        if events is not None:
+            events.flush()
+        self.state.save(self.done, *self._gathered_outputs(), judged)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> Values:
         """One optimizer step on the global batch; its figures."""
@@ -180,21 +303,33 @@ class Trainer:
         lr = self.schedule.lr(step)
         backend.set_lr(lr)
         total = torch.zeros((), device=backend.device)
-        for _ in range(accumulate):
+        left_out = self.bad_steps[step] > 1
+        for micro in range(accumulate):
             asked = time.perf_counter()
             batch = next(batches).to(backend.device)
             waited += time.perf_counter() - asked
-            with backend.micro_step():
+            if left_out:
+                continue
+            with backend.micro_step(last=micro == accumulate - 1):
                 logits = backend.model(as_input(batch.volumes, self.config), batch.frames)
                 loss = binary_cross_entropy_with_logits(logits.float(), batch.labels)
-                backend.backward(loss * self.plan.weight(step))
+                backend.backward(loss * (self.plan.weight(step) / accumulate))
             total += loss.detach() / accumulate
             self.epoch_outputs.append(
                 (logits.detach().float().cpu().numpy(), batch.labels.cpu().numpy())
             )
+        if left_out:
+            return {"train/loss": None, "train/lr": lr}
         norm = backend.update()
-        mean_loss = backend.mean(total)
-        self._refuse_divergence(step, mean_loss, norm)
+        mean_loss = backend.sums([float(total)])[0] / backend.world
+        # In fp16 a step whose gradients overflow is skipped, and the loss scale lowered.
+        overflow_is_fine = self.config.train.precision == "fp16"
+        if not (math.isfinite(mean_loss) and (math.isfinite(norm) or overflow_is_fine)):
+            raise BadStepError(step, mean_loss, norm)
+        if step < self.config.train.check_steps:
+            check_agreement(
+                backend, {"the step": step, "a digest of the weights": weights_digest(backend)}
+            )
         seconds = time.perf_counter() - began
         return {
             "train/loss": mean_loss,
@@ -203,20 +338,6 @@ class Trainer:
             "speed/clips_per_second": self.plan.clips_at(step) / seconds,
             "speed/data_wait": waited / seconds,
         } | _memory(backend.device)
-
-    def _refuse_divergence(self, step: int, loss: float, norm: float) -> None:
-        """At once, and on all ranks: no checkpoint may hold weights that cannot recover."""
-        # In fp16 a step whose gradients overflow is skipped, and the loss scale lowered.
-        fine = math.isfinite(loss) and (
-            math.isfinite(norm) or self.config.train.precision == "fp16"
-        )
-        if not fine:
-            raise RunError(
-                f"training diverged: at step {step + 1} the loss is {loss:g} and the gradient "
-                f"norm {norm:g}",
-                where=self.config.out,
-                fix="Lower optim.lr, and go on from the checkpoint before by --resume auto.",
-            )
 
     def _train_metrics(self) -> Values:
         """Of the epoch that ends: its batches as they were trained on."""
@@ -229,7 +350,13 @@ class Trainer:
         backend = self.backend
         backend.sync_buffers()
         with backend.autocast():
-            mine = held_out_logits(backend.module, held_out, self.config, backend.device)
+            mine = held_out_logits(
+                backend.module,
+                held_out,
+                self.config,
+                backend.device,
+                done=lambda _: self.watchdog.beat(),
+            )
         clips, logits = self._gathered(mine)
         labels = self.data.store.table["label"].to_numpy(np.float32)[clips]
         loss = binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(labels))
@@ -244,11 +371,40 @@ class Trainer:
         return {self.plan.first_step(epoch) for epoch in at}
 
     def _save_snapshot(self) -> None:
+        """A collective call."""
+        with self._precise_statistics():
+            weights = self.backend.state(
+                lambda name: self.backend.is_main and name.startswith("model/")
+            )
         if self.backend.is_main:
-            weights = {k: v.detach().cpu() for k, v in self.backend.module.state_dict().items()}
             path = self.config.out / SNAPSHOTS / f"step-{self.done}.safetensors"
-            contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+            contiguous = {
+                name.removeprefix("model/"): tensor.cpu().contiguous()
+                for name, tensor in weights.items()
+            }
             save_snapshot(path, contiguous, {"step": self.done, "model": self.state.model})
+
+    @contextmanager
+    def _precise_statistics(self) -> Iterator[None]:
+        """Within it, statistics are those of the last steps' batches by the weights as they are."""
+        steps, module = self.config.norm.precise_steps, self.backend.module
+        if not steps:
+            yield
+            return
+        running = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        batches = self._batches(max(0, self.done - steps), self.done)
+        with torch.no_grad(), self.backend.autocast():
+            with precise_statistics(module, self.backend.all_reduce):
+                for batch in batches:
+                    moved = batch.to(self.backend.device)
+                    module(as_input(moved.volumes, self.config), moved.frames)
+                    self.watchdog.beat()
+            yield
+            for name, buffer in module.named_buffers():
+                buffer.copy_(running[name])
+
+    def _shares_statistics(self) -> bool:
+        return self.config.norm.shared and self.backend.world > 1
 
     def _plan_at(self, step: int) -> Plan:
         """The plan that a step is made by."""
@@ -258,19 +414,23 @@ class Trainer:
 
     def _training_batches(self) -> Iterator[Batch]:
         """From the next step to the end; of the epoch, if weights are read for each."""
-        last, plan = self.steps, self.plan
-        if self.config.plan.weights is not None and self.done < self.steps:
-            last = plan.first_step(plan.epoch_of(self.done) + 1)
-            plan = self._plan_at(self.done)
+        last = self.steps
+        if self.config.plan.weights is not None:
+            last = self.plan.first_step(self.plan.epoch_of(self.done) + 1)
+        return iter(self._batches(self.done, last))
+
+    def _batches(self, first: int, last: int) -> Loader:
+        """This rank's micro-batches of steps ``first`` to ``last`` (excluded), by the plan of the
+        first."""
         sampler = PlanSampler(
-            plan,
+            self._plan_at(first),
             rank=self.backend.rank,
             world=self.backend.world,
             accumulate=self.config.train.accumulate,
-            first=self.done,
+            first=first,
             last=last,
         )
-        return iter(Loader(self.data.dataset(training=True), sampler, self.config.loader))
+        return Loader(self.data.dataset(training=True), sampler, self.config.loader)
 
     def _held_out_batches(self) -> Iterable[Batch]:
         world, accumulate = self.backend.world, self.config.train.accumulate
@@ -304,8 +464,8 @@ class Trainer:
     def _headline(self, values: Values) -> str:
         epoch = self.plan.epoch_of(self.done - 1) + 1
         text = (
-            f"epoch {epoch}/{self.config.train.epochs}  loss {values['train/loss']:.3f}  "
-            f"{values['speed/clips_per_second']:.1f} clips/s"
+            f"epoch {epoch}/{self.config.train.epochs}  loss {values['train/loss'] or 0:.3f}  "
+            f"{values.get('speed/clips_per_second') or 0:.1f} clips/s"
         )
         mcc = values.get("val/mcc@0.5")
         return text if mcc is None else f"{text}  val MCC {mcc:.3f}"

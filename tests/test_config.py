@@ -89,7 +89,7 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
         ("train.epochs=0", "setting 'train.epochs': Input should be greater than or equal to 1"),
         (
             "train.backend=fsdp",
-            "setting 'train.backend': Input should be 'ddp', 'zero1' or 'zero2'",
+            "setting 'train.backend': Input should be 'ddp', 'zero1', 'zero2', 'zero3' or 'fsdp2'",
         ),
         ("clip.size=[8]", "setting 'clip.size.1': Field required"),
         ("augment.flip=1.5", "setting 'augment.flip': Input should be less than or equal to 1"),

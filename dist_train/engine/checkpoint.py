@@ -1,103 +1,59 @@
-"""Sharded checkpoints that are whole or not there.
+"""Sharded checkpoints that are whole or not there: their form, and how they are read.
 
 ``step-N/`` holds one ``rank-RRRRR.safetensors`` a rank, each with its share of the training state
-by parameter name, and ``checkpoint.json``: the facts of the run, and name, size and crc32c of every
-file. All of it is written to ``step-N.partial/``, synced, then renamed by rank 0. As tensors are
-kept by name and whole, a checkpoint can be read at any world size and by any backend.
+by parameter name, and ``checkpoint.json``: the facts of the run, name, size and crc32c of every
+file, and a crc32c of its own. As tensors are kept by name and whole, a checkpoint can be read at
+any world size and by any backend. ``checkpoint_writer.py`` writes them.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
 import logging
 import re
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+import stat
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_train.data.files import PARTIAL, crc32c, sync_folder, write_whole
+from dist_train.data.files import crc32c
+from dist_train.engine.tensor_file import sum_of_file
 from dist_train.errors import CheckpointError
 
 MARKER = "checkpoint.json"
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 
-class Group(Protocol):
-    """What saving needs of the process group."""
+def share(sizes: Mapping[str, int], rank: int, world: int) -> Callable[[str], bool]:
+    """Which tensors ``rank`` writes, so that each is written once and all ranks write like much.
 
-    rank: int
-    world: int
+    The largest goes first, to the rank that has least (Graham 1969).
 
-    def gather(self, value: Any) -> list[Any]: ...
-
-
-def share(names: Sequence[str], rank: int, world: int) -> Callable[[str], bool]:
-    """Which tensors ``rank`` writes: every ``world``-th name, so each is written once."""
-    mine = set(names[rank::world])
-    return lambda name: name in mine
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    facts: Mapping[str, Any],
-    group: Group,
-    *,
-    keep_last: int,
-) -> Path:
-    """Write ``folder/step-N`` from every rank's own tensors; a collective call.
-
-    Older checkpoints beyond ``keep_last`` are removed once the new one is in place.
-
-    Raises:
-        CheckpointError: a rank could not write; nothing is left that looks whole.
+    Args:
+        sizes: of each tensor by name, the same on every rank.
     """
-    final = folder / f"step-{step}"
-    aside = folder / f"step-{step}{PARTIAL}"
-    marker: dict[str, Any] = {"step": step, "facts": dict(facts)}
-
-    def begin() -> None:
-        if group.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-
-    def commit() -> None:
-        if group.rank == 0:
-            write_whole(aside / MARKER, json.dumps(marker, indent=2, sort_keys=True))
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-            sync_folder(folder)
-            _remove_others(folder, step, keep_last)
-
-    try:
-        _together(group, begin)
-        marker["files"] = _together(group, lambda: _write_share(aside, group.rank, tensors))
-        _together(group, commit)
-    except OSError as error:
-        if group.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"the checkpoint cannot be written ({error})",
-            where=final,
-            fix="Make room or mend the disk; the run goes on from the checkpoint before.",
-        ) from None
-    return final
+    loads = [(0, other) for other in range(world)]
+    mine = set()
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        load, owner = loads[0]
+        heapq.heapreplace(loads, (load + sizes[name], owner))
+        if owner == rank:
+            mine.add(name)
+    return lambda name: name in mine
 
 
 def newest_whole(folder: Path) -> Path | None:
     """The last checkpoint whose files are all there and unharmed; None where there is none at all.
 
-    Damaged ones are skipped with a line in the log.
+    Others are skipped with a line in the log.
 
     Raises:
-        CheckpointError: there are checkpoints, and each of them is damaged.
+        CheckpointError: there are checkpoints, and none of them is whole.
     """
     found = [path for _, path in by_step(folder)]
     for path in reversed(found):
@@ -119,6 +75,8 @@ def newest_whole(folder: Path) -> Path | None:
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a checkpoint, on the host, and its marker (``step``, ``facts``, ``files``).
 
+    The files are read once for their checksums; the tensors are mapped, not read, until used.
+
     Raises:
         CheckpointError: it is missing, torn or damaged.
     """
@@ -139,50 +97,64 @@ def by_step(folder: Path, suffix: str = "") -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in named if match)
 
 
-def _remove_others(folder: Path, step: int, keep_last: int) -> None:
-    """Leave step ``step`` and the ``keep_last`` - 1 before it.
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
 
-    Those after it are damaged: the run would have resumed from them.
+
+def seal(content: Mapping[str, Any]) -> str:
+    """The text of a marker. No other text is one of the same content, and it has its own crc32c."""
+    text = json.dumps(content, indent=2, sort_keys=True)
+    sealed = {**content, "crc32c": crc32c(text.encode())}
+    return json.dumps(sealed, indent=2, sort_keys=True)
+
+
+def read_marker(path: Path) -> dict[str, Any]:
+    """The marker of a checkpoint, whose files are not looked at.
+
+    Raises:
+        CheckpointError: it is missing, damaged or foreign.
     """
-    found = by_step(folder)
-    before = [path for number, path in found if number <= step]
-    after = [path for number, path in found if number > step]
-    for path in [*before[:-keep_last], *after]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _together(group: Group, act: Callable[[], Result]) -> list[Result]:
-    """What ``act`` returns on each rank, on every rank. Where it fails on one, all raise OSError,
-    rather than wait for that one."""
-    outcome: Result | str
     try:
-        outcome = act()
-    except OSError as error:
-        outcome = f"process {group.rank}: {error.strerror}"
-    outcomes = group.gather(outcome)
-    for failed in outcomes:
-        if isinstance(failed, str):
-            raise OSError(failed)
-    return outcomes
+        text = (path / MARKER).read_text(encoding="utf-8")
+        marker = json.loads(text)
+        if not isinstance(marker, dict) or seal(_unsealed(marker)) != text:
+            raise ValueError(f"{MARKER} is damaged, or not of this form")
+        if path.name != f"step-{marker['step']}":
+            raise ValueError(f"{MARKER} is of step {marker['step']}")
+        names = [entry["name"] for entry in marker["files"]]
+        if not names or names != [rank_file(rank) for rank in range(len(names))]:
+            raise ValueError(f"{MARKER} does not name one file of each process")
+        if not isinstance(marker["facts"], dict):
+            raise ValueError(f"{MARKER} has no facts")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"the checkpoint is not whole ({error})", where=path) from None
+    return _unsealed(marker)
 
 
-def _write_share(aside: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """This rank's file, and its entry in the marker."""
-    path = aside / f"rank-{rank:05d}.safetensors"
-    content = save(dict(tensors))
-    write_whole(path, content)
-    return {"name": path.name, "size": len(content), "crc32c": crc32c(content)}
+def _unsealed(marker: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in marker.items() if name != "crc32c"}
 
 
 def _check(path: Path) -> dict[str, Any]:
+    """Every byte of a checkpoint; its marker."""
+    marker = read_marker(path)
+    expected = {entry["name"] for entry in marker["files"]} | {MARKER}
     try:
-        marker: dict[str, Any] = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        # File systems and desktops leave hidden files of their own (.nfs0001, .DS_Store).
+        there = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
+        if there != expected:
+            odd = ", ".join(sorted(there ^ expected))
+            raise CheckpointError(f"the checkpoint is not whole ({odd})", where=path)
         for entry in marker["files"]:
-            content = (path / entry["name"]).read_bytes()
-            if len(content) != entry["size"] or crc32c(content) != entry["crc32c"]:
-                raise CheckpointError("the file is damaged", where=path / entry["name"])
-        if not (isinstance(marker["step"], int) and isinstance(marker["facts"], dict)):
-            raise ValueError(f"{MARKER} is not of this form")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            _check_file(path / entry["name"], entry)
+    except (OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"the checkpoint is not whole ({error})", where=path) from None
     return marker
+
+
+def _check_file(file: Path, entry: Mapping[str, Any]) -> None:
+    facts = file.stat()
+    # The size first: a torn file is known without reading it.
+    fine = stat.S_ISREG(facts.st_mode) and facts.st_size == entry["size"]
+    if not fine or sum_of_file(file) != (entry["size"], entry["crc32c"]):
+        raise CheckpointError("the file is damaged", where=file)

@@ -13,7 +13,11 @@ of D frames of H x W pixels, width w and the default stem:
     average over real voxels, dropout, linear                      1
 """
 
-from typing import ClassVar, Literal, get_args
+from __future__ import annotations
+
+from functools import partial
+from itertools import islice
+from typing import ClassVar, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,26 +28,46 @@ from dist_train.models.conv import Conv3d
 from dist_train.models.frames import ValidFrames, clear_padding, strided, valid_frames
 from dist_train.models.norm import BatchNorm3d
 from dist_train.models.pooling import global_average_pool
-from dist_train.models.recompute import run_recomputed
+from dist_train.models.recompute import Recompute, run_part
+from dist_train.models.remake import forget, remade
 
-Recompute = Literal["none", "block"]
+#: A mode for the stem with its pooling, and for each of the layers 1 to 4.
+RecomputePlan = tuple[Recompute, Recompute, Recompute, Recompute, Recompute]
+PARTS = ("stem", "layer1", "layer2", "layer3", "layer4")
+NOTHING_TWICE: RecomputePlan = ("none", "none", "none", "none", "none")
 
 
 class ConvNorm(nn.Module):
-    """A convolution, with padding of half its kernel, and batch normalisation for its bias."""
+    """A convolution, with padding of half its kernel, batch normalisation for its bias, and, if
+    ``relu``, rectification."""
 
     def __init__(
-        self, in_channels: int, channels: int, kernel: int, stride: int | tuple[int, int, int] = 1
+        self,
+        in_channels: int,
+        channels: int,
+        kernel: int,
+        stride: int | tuple[int, int, int] = 1,
+        *,
+        relu: bool,
     ) -> None:
         super().__init__()
         self.conv = Conv3d(in_channels, channels, kernel, stride, padding=kernel // 2, bias=False)
         self.norm = BatchNorm3d(channels)
+        self.relu = relu
+        # Its output is larger than its input and costs little, so that making it again pays.
+        self.is_cheap = kernel == 1 and channels > in_channels
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor, valid: ValidFrames | None = None) -> Tensor:
         """Map [B, C, D, H, W] to [B, C', D', H', W'], of which ``valid`` are the real frames."""
-        normalised: Tensor = self.norm(self.conv(x), valid)
+        x = remade(self.conv, x) if self.is_cheap else self.conv(x)
+        if self.relu:
+            return remade(self._rectified, x, valid)
+        normalised: Tensor = self.norm(x, valid)
         return normalised
+
+    def _rectified(self, x: Tensor, valid: ValidFrames | None) -> Tensor:
+        return F.relu(self.norm(x, valid))
 
 
 class ResidualBlock(nn.Module):
@@ -60,7 +84,9 @@ class ResidualBlock(nn.Module):
         self.stride = stride
         out_channels = channels * self.expansion
         same_shape = stride == 1 and in_channels == out_channels
-        self.shortcut = None if same_shape else ConvNorm(in_channels, out_channels, 1, stride)
+        self.shortcut = (
+            None if same_shape else ConvNorm(in_channels, out_channels, 1, stride, relu=False)
+        )
 
     def add_shortcut(self, x: Tensor, residual: Tensor, after: ValidFrames | None) -> Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x, after)
@@ -74,13 +100,13 @@ class BasicBlock(ResidualBlock):
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__(in_channels, channels, stride)
-        self.conv1 = ConvNorm(in_channels, channels, 3, stride)
-        self.conv2 = ConvNorm(channels, channels, 3)
+        self.conv1 = ConvNorm(in_channels, channels, 3, stride, relu=True)
+        self.conv2 = ConvNorm(channels, channels, 3, relu=False)
 
     def forward(
         self, x: Tensor, before: ValidFrames | None = None, after: ValidFrames | None = None
     ) -> Tensor:
-        residual = F.relu(self.conv1(x, after))
+        residual = self.conv1(x, after)
         residual = self.conv2(residual, after)
         return self.add_shortcut(x, residual, after)
 
@@ -92,15 +118,15 @@ class Bottleneck(ResidualBlock):
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__(in_channels, channels, stride)
-        self.conv1 = ConvNorm(in_channels, channels, 1)
-        self.conv2 = ConvNorm(channels, channels, 3, stride)
-        self.conv3 = ConvNorm(channels, channels * self.expansion, 1)
+        self.conv1 = ConvNorm(in_channels, channels, 1, relu=True)
+        self.conv2 = ConvNorm(channels, channels, 3, stride, relu=True)
+        self.conv3 = ConvNorm(channels, channels * self.expansion, 1, relu=False)
 
     def forward(
         self, x: Tensor, before: ValidFrames | None = None, after: ValidFrames | None = None
     ) -> Tensor:
-        residual = F.relu(self.conv1(x, before))
-        residual = F.relu(self.conv2(residual, after))
+        residual = self.conv1(x, before)
+        residual = self.conv2(residual, after)
         residual = self.conv3(residual, after)
         return self.add_shortcut(x, residual, after)
 
@@ -133,8 +159,8 @@ class ResNet3D(nn.Module):
         in_channels: channels of a clip.
         stem_stride: stride of the stem in D, H and W.
         stem_pool: False leaves out the pooling, so that all that follows is twice as large.
-        recompute: "block" keeps only the inputs of the blocks for the backward pass, and computes
-            what is inside a second time.
+        recompute: how little is kept for the backward pass: a mode of ``recompute.py``, or one for
+            each of ``PARTS``. The attribute of this name can be set at any time.
         dropout: probability of dropping a pooled feature.
 
     Raises:
@@ -149,7 +175,7 @@ class ResNet3D(nn.Module):
         in_channels: int = 1,
         stem_stride: tuple[int, int, int] = (1, 2, 2),
         stem_pool: bool = True,
-        recompute: Recompute = "none",
+        recompute: Recompute | RecomputePlan = "none",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -158,13 +184,13 @@ class ResNet3D(nn.Module):
         _check("in_channels", in_channels, in_channels >= 1, "at least 1")
         strides_fit = len(stem_stride) == 3 and min(stem_stride) >= 1
         _check("stem_stride", stem_stride, strides_fit, "three numbers, each at least 1")
-        _check("recompute", recompute, recompute in get_args(Recompute), '"none" or "block"')
         _check("dropout", dropout, 0.0 <= dropout < 1.0, "at least 0 and less than 1")
         self.in_channels = in_channels
         self.recompute = recompute
         self.stem_frame_stride = stem_stride[0]
-        self.stem = ConvNorm(in_channels, width, 7, stem_stride)
-        self.pool = nn.MaxPool3d(3, stride=2, padding=1) if stem_pool else None
+        self.stem = ConvNorm(in_channels, width, 7, stem_stride, relu=True)
+        self.pool = nn.MaxPool3d(3, stride=2, padding=1, return_indices=True) if stem_pool else None
+        self.repeats = BLOCKS[depth][1]
         self.blocks = _stack_blocks(depth, width)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width * 8 * BLOCKS[depth][0].expansion, 1)
@@ -193,23 +219,46 @@ class ResNet3D(nn.Module):
         valid = valid_frames(frames, x)
         x = clear_padding(x, valid)
         valid = strided(valid, self.stem_frame_stride)
-        x = F.relu(self.stem(x, valid))
-        if self.pool is not None:
-            # Zeros among rectified values are as good as the -inf that a maximum is padded with,
-            # but the last real frame is also in the window of the first padded one.
-            valid = strided(valid, 2)
-            x = clear_padding(self.pool(x), valid)
-        for block in self.blocks:
-            assert isinstance(block, ResidualBlock)
-            before, valid = valid, strided(valid, block.stride)
-            if self.recompute == "block":
-                x = run_recomputed(block, x, before, valid)
-            else:
-                x = block(x, before, valid)
+        pooled = valid if self.pool is None else strided(valid, 2)
+        modes = self.recompute if self.training else NOTHING_TWICE
+        x = run_part(modes[0], [partial(self._run_stem, valid=valid, pooled=pooled)], x)
+        valid, blocks = pooled, iter(self.blocks)
+        for mode, repeat in zip(modes[1:], self.repeats, strict=True):
+            steps = []
+            for block in islice(blocks, repeat):
+                assert isinstance(block, ResidualBlock)
+                before, valid = valid, strided(valid, block.stride)
+                steps.append(partial(block, before=before, after=valid))
+            x = run_part(mode, steps, x)
         features = self.dropout(global_average_pool(x, valid))
         with torch.autocast(x.device.type, enabled=False):
             logits: Tensor = self.head(features.to(self.head.weight.dtype))
         return logits.squeeze(1)
+
+    @property
+    def recompute(self) -> RecomputePlan:
+        """A mode of ``recompute.py`` for each of ``PARTS``; all at once can be set by one."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, modes: Recompute | RecomputePlan) -> None:
+        known = get_args(Recompute)
+        plan = (modes,) * len(PARTS) if isinstance(modes, str) else tuple(modes)
+        fits = len(plan) == len(PARTS) and all(mode in known for mode in plan)
+        wanted = f"one of {', '.join(known)}, or one of them for each of {', '.join(PARTS)}"
+        _check("recompute", modes, fits, wanted)
+        self._recompute = cast(RecomputePlan, plan)
+
+    def _run_stem(self, x: Tensor, valid: ValidFrames | None, pooled: ValidFrames | None) -> Tensor:
+        x = self.stem(x, valid)
+        pool = self.pool
+        if pool is None:
+            return x
+        y, indices = pool(x)
+        forget(indices, lambda x: pool(x)[1], x)
+        # Zeros among rectified values are as good as the -inf that a maximum is padded with, but
+        # the last real frame is also in the window of the first padded one.
+        return clear_padding(y, pooled)
 
 
 def _stack_blocks(depth: int, width: int) -> nn.ModuleList:

@@ -28,10 +28,11 @@ from dist_train.engine.checkpoint import load_checkpoint
 from dist_train.train import train
 
 FILE = "cpu_2proc.yaml"
-BACKENDS = ["ddp", "zero1", "zero2"]
+BACKENDS = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+SHARDED = BACKENDS[1:]
 # Two backends add up in different orders, and AdamW makes steps of full size of small differences,
 # so that they part sooner the higher the rate.
-STEADY = ("optim.lr=3e-4", "checkpoint.keep_last=9")
+STEADY = ("optim.lr=3e-4", "checkpoint.keep_last=9", "norm.shared=false")
 
 
 def train_two(store: Path, out: Path, backend: str, *more: str, resume: str = "never") -> Path:
@@ -145,15 +146,18 @@ def facts_of(backend: str) -> dict[str, Any]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_asked_for_is_what_runs(backend: str) -> None:
     facts = facts_of(backend)
-    zero = backend != "ddp"
-    assert facts["engine"] == ("DeepSpeedEngine" if zero else "DistributedDataParallel")
-    assert facts["stage"] == BACKENDS.index(backend)
-    assert facts["partitions_gradients"] == (backend == "zero2")
+    zero = backend.startswith("zero")
+    plain = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPSequential"}
+    assert facts["engine"] == ("DeepSpeedEngine" if zero else plain[backend])
+    assert facts["stage"] == (int(backend[-1]) if zero else 0)
+    assert facts["partitions_gradients"] == (backend in ("zero2", "zero3"))
     assert facts["computed"] == ["torch.bfloat16"]
     assert facts["state"] == ["torch.float32", "torch.int64"], "bf16 is autocast, not a cast"
     # ZeRO pads each partition by a few values at most.
-    share = facts["parameters"] / (2 if zero else 1)
+    share = facts["parameters"] / (1 if backend == "ddp" else 2)
     assert facts["moments_held"] == pytest.approx([share] * 2, abs=8)
+    share = facts["parameters"] / (2 if backend in ("zero3", "fsdp2") else 1)
+    assert facts["weights_held"] == pytest.approx([share] * 2, abs=8)
 
 
 @pytest.mark.slow
@@ -162,14 +166,14 @@ def test_processes_talk(backend: str) -> None:
     facts = facts_of(backend)
     assert facts["world"] == 2
     assert facts["ranks"] == [0, 1]
-    assert facts["mean"] == 0.5
+    assert facts["sum"] == 1.0
     assert facts["from_main"] == ["of rank 0"] * 2
     first, second = facts["gathered_statistics"]
     assert first == second, "a saved state has one set of statistics"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["zero1", "zero2"])
+@pytest.mark.parametrize("backend", SHARDED)
 def test_zero_trains_as_ddp_does(
     store: Path, ddp: Path, tmp_path: Path, backend: str, request: pytest.FixtureRequest
 ) -> None:
@@ -183,7 +187,7 @@ def test_zero_trains_as_ddp_does(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["zero1", "zero2"])
+@pytest.mark.parametrize("backend", SHARDED)
 def test_zero_takes_over_from_ddp(store: Path, ddp: Path, tmp_path: Path, backend: str) -> None:
     out = cut(ddp, tmp_path / "run", after=8)
     train_two(store, out, backend, resume="auto")

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from dist_train.errors import ModelError
 from dist_train.models.frames import valid_frames
-from dist_train.models.norm import BatchNorm3d, held_statistics
+from dist_train.models.norm import BatchNorm3d, set_momentum
+from dist_train.models.passes import TwoPasses
 
 FRAMES = torch.tensor([5, 2, 7])
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -112,18 +113,29 @@ def test_bfloat16_clips_keep_dtype_and_format_and_statistics_stay_float32(memory
 
 
 @pytest.mark.parametrize("frames", [None, FRAMES])
-def test_held_statistics_change_no_result_and_no_buffer(frames):
+def test_a_second_pass_changes_no_result_and_no_buffer(frames):
     clips = random_clips()
-    norm, held = random_norm(), random_norm()
-    before = copy.deepcopy(held.state_dict())
+    norm, repeated = random_norm(), random_norm()
+    before = copy.deepcopy(repeated.state_dict())
     expected = norm(clips, valid_frames(frames, clips))
-    with held_statistics():
-        y = held(clips, valid_frames(frames, clips))
+    with TwoPasses().second():
+        y = repeated(clips, valid_frames(frames, clips))
     assert torch.equal(y, expected)
-    assert all(torch.equal(value, before[name]) for name, value in held.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in repeated.state_dict().items())
 
-    held(clips, valid_frames(frames, clips))
-    assert all(torch.equal(getattr(held, name), getattr(norm, name)) for name in BUFFERS)
+    repeated(clips, valid_frames(frames, clips))
+    assert all(torch.equal(getattr(repeated, name), getattr(norm, name)) for name in BUFFERS)
+
+
+def test_momentum_is_the_weight_of_the_newest_batch():
+    norm = random_norm()
+    set_momentum(nn.Sequential(norm), 0.25)
+    clips = random_clips()
+    norm(clips)
+    mean = clips.transpose(0, 1).flatten(1).mean(dim=1)
+    torch.testing.assert_close(norm.running_mean, 0.25 * mean)
+    with pytest.raises(ModelError, match="momentum is 0"):
+        set_momentum(norm, 0.0)
 
 
 def test_a_single_value_per_channel_has_no_variance():

@@ -3,13 +3,14 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.models.norm import BatchNorm3d
-from dist_train.models.recompute import run_recomputed
+from dist_train.models.recompute import run_part
 from dist_train.models.resnet3d import ResNet3D
 
 # Not 16 or 32 frames: where a layer comes to depth 2, oneDNN 3.12 leaves the weight gradient of its
 # 3x3x3 convolutions unset in bfloat16, and no two runs are the same.
 DEPTH = 40
 FRAMES = [None, torch.tensor([40, 9, 26])]
+PLANS = ["cheap", "block", "stage", ("block", "cheap", "none", "stage", "cheap")]
 MODELS = [{"depth": 18, "width": 8}, {"depth": 50, "width": 4}]
 
 
@@ -36,12 +37,14 @@ def train_two_steps(model: ResNet3D, frames: Tensor | None, bfloat16: bool) -> l
     return left
 
 
+@pytest.mark.parametrize("recompute", PLANS, ids=str)
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("frames", FRAMES, ids=["full", "padded"])
 @pytest.mark.parametrize("settings", MODELS, ids=["basic", "bottleneck"])
-def test_recompute_changes_no_bit(make_model, settings, frames, bfloat16):
+def test_recompute_changes_no_bit(make_model, settings, frames, bfloat16, recompute):
     plain = make_model(**settings, dropout=0.5)
-    recomputed = make_model(**settings, dropout=0.5, recompute="block")
+    recomputed = make_model(**settings, dropout=0.5)
+    recomputed.recompute = recompute
     expected = train_two_steps(plain, frames, bfloat16)
     left = train_two_steps(recomputed, frames, bfloat16)
     assert len(expected) == 2 * (2 + len([*plain.parameters()]) + len([*plain.buffers()]))
@@ -55,7 +58,7 @@ def test_random_numbers_inside_a_block_are_drawn_again():
             nn.Conv3d(1, 4, 3), BatchNorm3d(4), nn.Dropout(0.5), nn.Conv3d(4, 1, 3)
         )
         x = random_clips(depth=6, size=6)
-        y = run_recomputed(block, x) if recompute else block(x)
+        y = run_part("block" if recompute else "none", [block], x)
         y.square().sum().backward()
         grads = [p.grad for p in block.parameters() if p.grad is not None]
         return [y, *grads, *block.buffers(), torch.get_rng_state()]
@@ -96,10 +99,12 @@ def saved_bytes(model: ResNet3D, frames: Tensor | None) -> int:
     return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
 
 
+# Shares of what is kept without recomputing; padded clips are kept in full by "cheap", and only
+# their real frames without.
+@pytest.mark.parametrize(("recompute", "most"), [("cheap", 0.7), ("block", 0.4), ("stage", 0.15)])
 @pytest.mark.parametrize("frames", FRAMES, ids=["full", "padded"])
-def test_recompute_keeps_a_fraction_of_the_activations(make_model, frames):
-    # Without the pooling, blocks hold nearly all activations; the stem is not recomputed.
-    settings = {"depth": 50, "width": 4, "stem_pool": False}
+def test_recompute_keeps_a_fraction_of_the_activations(make_model, frames, recompute, most):
+    settings = {"depth": 50, "width": 8}
     plain = saved_bytes(make_model(**settings), frames)
-    recomputed = saved_bytes(make_model(**settings, recompute="block"), frames)
-    assert recomputed < 0.4 * plain
+    recomputed = saved_bytes(make_model(**settings, recompute=recompute), frames)
+    assert recomputed < most * plain

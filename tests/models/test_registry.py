@@ -26,7 +26,7 @@ def test_settings_reach_the_model():
     model = build_model("resnet3d-10", width=4, in_channels=2, dropout=0.5, recompute="block")
     assert model(torch.zeros(2, 2, 4, 32, 32)).shape == (2,)
     assert model.dropout.p == 0.5
-    assert model.recompute == "block"
+    assert model.recompute == ("block",) * 5
 
 
 def test_an_unknown_name_gets_the_nearest_and_all_others():

@@ -1,0 +1,259 @@
+"""What every backend is to the rest of the package: one process's view of a training on many.
+
+Its rank, its device, a model to call, and a training state by parameter name that looks the same
+however the tensors are spread over the ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from dist_train.config import TrainSettings
+from dist_train.errors import BackendError
+
+# AdamW keeps these beside each parameter.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+class Backend(ABC):
+    """The process group, the wrapped model and its optimizer.
+
+    Args:
+        settings: precision, backend, and how long to wait for other processes.
+        clip_norm: largest global gradient norm, or None.
+
+    Attributes:
+        module: the model itself, by whose names the state goes; to be called for held-out clips.
+        model: what is called in training.
+        numels: elements of each weight and buffer by name, also where a rank has a part of it.
+
+    Raises:
+        BackendError: the machine cannot do what is asked, or another backend than the one asked
+            for would run.
+    """
+
+    #: What ``accelerator.distributed_type`` says of it when it really runs.
+    runs_as: tuple[str, ...] = ("NO", "MULTI_GPU", "MULTI_CPU")
+    module: nn.Module
+    model: Any
+    numels: dict[str, int]
+
+    def __init__(self, settings: TrainSettings, *, clip_norm: float | None) -> None:
+        self.settings, self.clip_norm = settings, clip_norm
+        cuda = torch.cuda.is_available()
+        if settings.precision == "fp16" and not cuda:
+            raise BackendError(
+                "fp16 needs a CUDA device", where="train.precision", fix="Use bf16 or fp32."
+            )
+        launched = "WORLD_SIZE" in os.environ
+        handlers = [
+            InitProcessGroupKwargs(
+                backend="nccl" if cuda else "gloo", timeout=timedelta(seconds=settings.timeout)
+            )
+        ]
+        self.accelerator = self._accelerator(cuda, handlers if launched else [])
+        self.rank = int(self.accelerator.process_index)
+        self.world = int(self.accelerator.num_processes)
+        self.device: torch.device = self.accelerator.device
+        self._check_world()
+        self._check_active()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def _accelerator(self, cuda: bool, handlers: list[Any]) -> Accelerator:
+        return Accelerator(
+            cpu=not cuda,
+            mixed_precision=_accelerate_name(self.settings.precision),
+            kwargs_handlers=handlers,
+        )
+
+    def _check_world(self) -> None:
+        """Launchers may start processes that do not find each other; each would train alone."""
+        promised = int(os.environ.get("WORLD_SIZE", "1"))
+        if promised != self.world:
+            raise BackendError(
+                f"the launcher started {promised} processes, but only {self.world} found each other"
+            )
+
+    def _check_active(self) -> None:
+        """Accelerate may fall back to another backend in silence."""
+        running = str(self.accelerator.distributed_type.value)
+        if running not in self.runs_as:
+            raise BackendError(
+                f"train.backend is {self.settings.backend}, but {running} is what Accelerate runs",
+                fix="Choose the backend by train.backend alone, not by the launcher's settings.",
+            )
+
+    # The step.
+
+    def wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        """Take over the model (on any device, before the first step) and make its optimizer."""
+        self.numels = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+        self._wrap(model, make_optimizer)
+
+    @abstractmethod
+    def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None: ...
+
+    @abstractmethod
+    def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Context of one micro-batch; gradients are exchanged in the last one of a step only."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss, which is divided by the number of micro-batches already."""
+
+    @abstractmethod
+    def update(self) -> float:
+        """Clip, step and clear the gradients, after the last micro-batch.
+
+        Where the norm is not finite, weights may be spoiled.
+
+        Returns:
+            The global gradient norm before clipping.
+        """
+
+    @abstractmethod
+    def drop_gradients(self) -> None:
+        """Clear the gradients without a step."""
+
+    @abstractmethod
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the coming step, to be set before its first micro-batch."""
+
+    # Training state by parameter name.
+
+    def sync_buffers(self) -> None:
+        """Give every rank rank 0's BatchNorm statistics."""
+        if self.world > 1:
+            for buffer in self.module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name and parameter, as this rank has it, of all that is trained."""
+        return ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
+
+    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights that every rank has whole, and so alike."""
+        return self.module.named_parameters()
+
+    def state_names(self) -> list[str]:
+        """Names of all tensors of the training state, the same on every rank."""
+        weights = [name for name, _ in self.module.named_parameters()]
+        buffers = [name for name, _ in self.module.named_buffers()]
+        moments = [f"{moment}/{name}" for name, _ in self.trained() for moment in MOMENTS]
+        return [*(f"model/{name}" for name in [*weights, *buffers]), *moments]
+
+    def sizes(self) -> dict[str, int]:
+        """Elements of each tensor of ``state_names``."""
+        return {name: self.numels[name.partition("/")[2]] for name in self.state_names()}
+
+    def state(self, mine: Callable[[str], bool]) -> dict[str, Tensor]:
+        """The whole tensors for which ``mine(name)``: live ones, to be copied before the next step.
+        A collective call."""
+        self.sync_buffers()
+        kept = {}
+        for name, tensor in self._whole_tensors():
+            if mine(name):
+                kept[name] = tensor.detach()
+        return kept
+
+    def load_state(self, state: Mapping[str, Tensor], *, updates: int) -> None:
+        """Put a whole training state in place, after ``wrap``.
+
+        Args:
+            state: every tensor of ``state_names``, of any world size and backend.
+            updates: optimizer steps taken so far, for AdamW's bias correction.
+        """
+        with torch.no_grad():
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(state[f"model/{name}"])
+            self._load(state, updates)
+
+    def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of ``state_names``, one at a time, gathered where they are spread."""
+        for name, parameter in self.module.named_parameters():
+            yield f"model/{name}", self._whole_weight(parameter)
+        for name, buffer in self.module.named_buffers():
+            yield f"model/{name}", buffer
+        for name, parameter in self.trained():
+            for moment in MOMENTS:
+                yield f"{moment}/{name}", self._whole_moment(parameter, moment)
+
+    def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
+        return parameter
+
+    @abstractmethod
+    def _whole_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
+        """A moment of a parameter; zeros before the first step."""
+
+    @abstractmethod
+    def _load(self, state: Mapping[str, Tensor], updates: int) -> None:
+        """Put weights and moments in place."""
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """The state of fp16's loss scale, as JSON types; None without one."""
+        scaler = self.accelerator.scaler
+        return None if scaler is None else dict(scaler.state_dict())
+
+    def load_scaler_state(self, state: dict[str, Any] | None) -> None:
+        """Take up what ``scaler_state`` gave; nothing where either run has no loss scale."""
+        if state is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The arithmetic of the run, for calling ``module`` itself (held-out clips)."""
+        return autocast(self.settings.precision, self.device)
+
+    # Talk between ranks.
+
+    def gather(self, value: Any) -> list[Any]:
+        """One picklable value from every rank, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """The sum over the ranks of each of a few numbers, in float64, on every rank."""
+        if self.world == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return [float(value) for value in total.tolist()]
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sum a tensor over the ranks, in place."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        return self.gather(value)[0]
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self.accelerator.end_training()
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """torch.autocast for "bf16" and "fp16", nothing for "fp32"."""
+    kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=kind, enabled=kind is not None)
+
+
+def _accelerate_name(precision: str) -> str:
+    return "no" if precision == "fp32" else precision

@@ -1,0 +1,203 @@
+"""Checkpoints written while training goes on.
+
+A step waits only for a copy of its tensors into host memory. A thread of each rank writes that copy
+to ``step-N.partial/``; when all ranks have, rank 0 adds the marker and renames the folder. No
+thread talks to another process: what needs all ranks is done where all ranks call.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from dist_train.data.files import PARTIAL, sync_folder, write_whole
+from dist_train.engine.checkpoint import MARKER, by_step, rank_file, read_marker, seal
+from dist_train.engine.checkpoint_keep import Keep, Metrics, to_remove
+from dist_train.engine.host_buffers import HostBuffers
+from dist_train.engine.tensor_file import write_tensors
+from dist_train.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+class Group(Protocol):
+    """What saving needs of the process group."""
+
+    rank: int
+    world: int
+
+    def gather(self, value: Any) -> list[Any]: ...
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A checkpoint that is being written."""
+
+    step: int
+    facts: dict[str, Any]
+    entry: Future[dict[str, Any]]
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, at most one at a time; used by every rank.
+
+    Between ``save`` and ``commit`` the checkpoint does not exist: a killed run goes on from the one
+    before. Each rank holds host memory of the size of its largest share.
+
+    Args:
+        folder: where ``step-N`` will be.
+        keep: which checkpoints stay when a new one is committed.
+    """
+
+    def __init__(self, folder: Path, group: Group, *, keep: Keep) -> None:
+        self._folder, self._group, self._keep = folder, group, keep
+        self._buffers = HostBuffers()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._flight: _Flight | None = None
+        self._pruned: Future[None] | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Begin the checkpoint of step ``step``; a collective call, which commits the one before.
+
+        Args:
+            tensors: this rank's share, on any device; they may change as soon as this returns.
+            facts: JSON types, the same on every rank. ``facts["metrics"]``, by name, is what
+                ``Keep.best`` looks at.
+
+        Raises:
+            CheckpointError: the one before could not be written; this one was not begun.
+        """
+        self.commit()
+        # As they will be read back: what the caller changes later has no part in them.
+        kept_facts = json.loads(json.dumps(dict(facts)))
+        copies = self._buffers.copy(tensors)
+        aside = self._folder / f"step-{step}{PARTIAL}"
+        entry = self._thread.submit(_write_share, aside, self._group.rank, copies)
+        self._flight = _Flight(step, kept_facts, entry)
+
+    @property
+    def ready(self) -> bool:
+        """Whether a checkpoint waits for ``commit``, and this rank's share of it is written or has
+        failed."""
+        return self._flight is not None and self._flight.entry.done()
+
+    def commit(self) -> Path | None:
+        """Finish what ``save`` began; a collective call. It waits for ranks that are not ready.
+
+        Returns:
+            The checkpoint; None where none was begun.
+
+        Raises:
+            CheckpointError: a rank could not write; nothing is left that looks whole.
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return None
+        final = self._folder / f"step-{flight.step}"
+        aside = self._folder / f"step-{flight.step}{PARTIAL}"
+        try:
+            files = self._together(flight.entry.result)
+            marker = {"step": flight.step, "facts": flight.facts, "files": files}
+            self._together(lambda: self._publish(aside, final, seal(marker)))
+        except _OfSomeRank as error:
+            # Together, so that no rank begins to write there again while it is removed.
+            self._together(lambda: self._discard(aside))
+            raise CheckpointError(
+                f"the checkpoint cannot be written ({error})",
+                where=final,
+                fix="Make room or mend the disk; the run goes on from the checkpoint before.",
+            ) from error.__cause__
+        if self._group.rank == 0:
+            self._pruned = self._thread.submit(_prune, self._folder, flight.step, self._keep)
+        return final
+
+    def finish(self) -> Path | None:
+        """``commit``, and wait until older checkpoints are removed; a collective call."""
+        path = self.commit()
+        if self._pruned is not None:
+            self._pruned.result()
+        return path
+
+    def _publish(self, aside: Path, final: Path, marker: str) -> None:
+        """On rank 0, while no other rank writes."""
+        if self._group.rank != 0:
+            return
+        write_whole(aside / MARKER, marker)
+        # A killed session may have left shares of a larger world.
+        for path in aside.iterdir():
+            if path.name not in {MARKER, *map(rank_file, range(self._group.world))}:
+                path.unlink()
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        sync_folder(self._folder)
+        for _, left in by_step(self._folder, PARTIAL):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _discard(self, aside: Path) -> None:
+        if self._group.rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _together(self, act: Callable[[], Result]) -> list[Result]:
+        """What ``act`` returns on each rank, on every rank. Where it fails on one, all raise,
+        rather than wait for that one."""
+        cause: Exception | None = None
+        outcome: Result | _Failure
+        try:
+            outcome = act()
+        except Exception as error:
+            cause = error
+            outcome = _Failure(f"process {self._group.rank}: {_reason(error)}")
+        outcomes = self._group.gather(outcome)
+        for failed in outcomes:
+            if isinstance(failed, _Failure):
+                raise _OfSomeRank(failed.reason) from cause
+        return outcomes
+
+
+@dataclass(frozen=True)
+class _Failure:
+    reason: str
+
+
+class _OfSomeRank(Exception):
+    """A rank failed; its cause is known on that rank alone."""
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else repr(error)
+
+
+def _write_share(aside: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """This rank's file, and its entry in the marker."""
+    aside.mkdir(parents=True, exist_ok=True)
+    path = aside / rank_file(rank)
+    written = write_tensors(path, tensors)
+    return {"name": path.name, **written._asdict()}
+
+
+def _prune(folder: Path, newest: int, keep: Keep) -> None:
+    found = dict(by_step(folder))
+    saved = {step: _metrics(path) for step, path in found.items()}
+    for step in to_remove(saved, newest, keep):
+        try:
+            shutil.rmtree(found[step])
+        except OSError as error:
+            log.warning("an old checkpoint cannot be removed: %s", error)
+
+
+def _metrics(path: Path) -> Metrics:
+    """As saved with a checkpoint; none where it is damaged, so that it is not the best."""
+    try:
+        metrics = read_marker(path)["facts"].get("metrics", {})
+    except CheckpointError:
+        return {}
+    return metrics if isinstance(metrics, dict) else {}

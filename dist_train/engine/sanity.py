@@ -1,0 +1,42 @@
+"""Checks that all ranks are in the same state: what differs is a bug, a bad card or a bad network,
+and is told before it spoils a run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from dist_train.engine.backends.base import Backend
+from dist_train.errors import BackendError
+
+
+def check_agreement(backend: Backend, facts: Mapping[str, object]) -> None:
+    """Raise if a fact is not the same on all ranks; a collective call.
+
+    Raises:
+        BackendError: naming the fact and the ranks that are in the minority.
+    """
+    mine = {name: str(value) for name, value in facts.items()}
+    everyone = backend.gather(mine)
+    for name in mine:
+        values = [of_rank.get(name) for of_rank in everyone]
+        (common, _), *others = Counter(values).most_common()
+        if others:
+            odd = [rank for rank, value in enumerate(values) if value != common]
+            raise BackendError(
+                f"{name} differs between processes: {values[odd[0]]} on process "
+                f"{', '.join(map(str, odd))}, {common} on the others",
+                fix="Check that all run the same code on the same store, and their devices.",
+            )
+
+
+def weights_digest(backend: Backend) -> str:
+    """Of the bits of all weights that every rank has whole, in float32: 16 hex digits."""
+    digest = hashlib.sha256()
+    for _, tensor in backend.replicated():
+        digest.update(np.ascontiguousarray(tensor.detach().to("cpu", torch.float32)).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,217 @@
+"""A run's model as one file: safetensors for PyTorch, ONNX for everything else."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dist_train.config import Config
+from dist_train.data.files import write_whole
+from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole
+from dist_train.errors import RunError
+from dist_train.models.resnet3d import BasicBlock, Bottleneck, ConvNorm, ResNet3D
+from dist_train.run import CHECKPOINTS, SNAPSHOTS, make_model, model_facts, open_run
+from dist_train.state import SNAPSHOT, save_snapshot
+
+NEEDED_FOR_ONNX = ("onnx", "onnxscript")
+#: Of a protobuf message, and so of an ONNX file that holds its weights.
+MOST_BYTES = 2**31
+
+
+def export_run(
+    run: Path, out: Path, *, onnx: Path | None = None, step: int | None = None
+) -> dict[str, Any]:
+    """Write the model of a run: weights and BatchNorm statistics, from its newest snapshot, or
+    from its newest whole checkpoint where it has no snapshot.
+
+    The ONNX model takes ``volumes``, float32 [B, 1, D, H, W] of 0 to 1, with the run's H and W, and
+    ``frames``, int64 [B], the true depth of each clip, from 1 to D. It gives ``logits``, float32
+    [B]; B and D are free. As in PyTorch, what padded frames hold does not matter.
+
+    Args:
+        out: the safetensors file to write.
+        onnx: the ONNX file to write, if any.
+        step: take the snapshot, or else the checkpoint, of this step.
+
+    Returns:
+        The facts that both files carry as JSON under "facts" in their metadata: ``step``, ``from``
+        ("snapshot" or "checkpoint"), ``model`` (its settings) and ``clip`` (``size``,
+        ``max_frames``).
+
+    Raises:
+        RunError: no run, no weights, weights that do not fit the run, or no ONNX here.
+        CheckpointError: the checkpoints that there are are damaged.
+        OSError: a file cannot be written.
+    """
+    config = open_run(run)
+    if onnx is not None:
+        _need_onnx()
+    model, facts = _load(run, config, step)
+    facts |= {
+        "model": model_facts(config),
+        "clip": {"size": list(config.clip.size), "max_frames": config.clip.max_frames},
+    }
+    for path in filter(None, (out, onnx)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_snapshot(out, contiguous, facts)
+    if onnx is not None:
+        write_whole(onnx, onnx_bytes(model, config.clip.size, facts))
+    return facts
+
+
+class PaddedInference(nn.Module):
+    """A ``ResNet3D`` in eval mode as a graph without branches, for any depths in a batch.
+
+    ``ResNet3D`` gathers real frames, whose number depends on the data. In eval mode normalisation
+    needs no gathering: padded frames are normalised like the others, then set to zero.
+    """
+
+    def __init__(self, model: ResNet3D) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, volumes: Tensor, frames: Tensor) -> Tensor:
+        """Logits [B] of float32 [B, 1, D, H, W] with ``frames``, int64 [B], real frames each."""
+        depth = torch.arange(volumes.shape[2], device=volumes.device)
+        real = (depth < frames[:, None])[:, None, :, None, None]
+        x, real = _conv_norm(self.model.stem, _clear(volumes, real), real)
+        x = F.relu(x)
+        if self.model.pool is not None:
+            real = real[:, :, ::2]
+            x = _clear(self.model.pool(x), real)
+        for block in self.model.blocks:
+            assert isinstance(block, BasicBlock | Bottleneck)
+            x, real = _block(block, x, real)
+        features = x.mean(dim=(3, 4)).sum(dim=2) / real.sum(dim=(2, 3, 4))
+        logits: Tensor = self.model.head(features)
+        return logits.squeeze(1)
+
+
+def _block(block: BasicBlock | Bottleneck, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    shortcut = x if block.shortcut is None else _conv_norm(block.shortcut, x, real)[0]
+    x, real = _conv_norm(block.conv1, x, real)
+    x, real = _conv_norm(block.conv2, F.relu(x), real)
+    if isinstance(block, Bottleneck):
+        x, real = _conv_norm(block.conv3, F.relu(x), real)
+    return F.relu(x + shortcut), real
+
+
+def _conv_norm(part: ConvNorm, x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, C, D, H, W] with its real frames, bool [B, 1, D, 1, 1], and both behind the layer."""
+    conv, norm = part.conv, part.norm
+    real = real[:, :, :: conv.stride[0]]
+    x = F.conv3d(x, conv.weight, None, conv.stride, conv.padding)
+    x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    return _clear(x, real), real
+
+
+def _clear(x: Tensor, real: Tensor) -> Tensor:
+    return torch.where(real, x, 0.0)
+
+
+def onnx_bytes(model: nn.Module, size: tuple[int, int], facts: dict[str, Any]) -> bytes:
+    """A model as the content of an ONNX file; ``size`` is H and W of its clips.
+
+    Raises:
+        RunError: the model has no ONNX form.
+    """
+    if not isinstance(model, ResNet3D):
+        raise RunError(f"{type(model).__name__} cannot be written as ONNX", fix="Leave out --onnx.")
+    if sum(tensor.nbytes for tensor in model.state_dict().values()) >= MOST_BYTES:
+        raise RunError(
+            "the model is larger than the 2 GiB of an ONNX file", fix="Leave out --onnx."
+        )
+    # So deep that no axis has length 1 anywhere: the exporter would take that for a constant.
+    depth = 32 * model.stem_frame_stride + 1
+    example = torch.zeros(2, 1, depth, *size), torch.full((2,), depth)
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            PaddedInference(model).eval(),
+            example,
+            input_names=["volumes", "frames"],
+            output_names=["logits"],
+            dynamic_shapes={"volumes": {0: "batch", 2: "depth"}, "frames": {0: "batch"}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    content = program.model_proto
+    content.metadata_props.add(key="facts", value=json.dumps(facts))
+    serialized: bytes = content.SerializeToString()
+    return serialized
+
+
+def _load(run: Path, config: Config, step: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The model with its weights, and where they are from."""
+    model = make_model(config)
+    path, origin = _find(run, step)
+    try:
+        if origin == "snapshot":
+            weights = load_file(path)
+        else:
+            tensors, _ = load_checkpoint(path)
+            weights = {name: tensors[f"model/{name}"] for name in model.state_dict()}
+        model.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"the {origin} does not fit the run ({reason})", where=path) from None
+    found = int(path.name.removeprefix("step-").removesuffix(SNAPSHOT))
+    return model.eval(), {"step": found, "from": origin}
+
+
+def _find(run: Path, step: int | None) -> tuple[Path, str]:
+    """Where weights are, and whether that is a snapshot or a checkpoint."""
+    snapshots = dict(by_step(run / SNAPSHOTS, SNAPSHOT))
+    checkpoints = dict(by_step(run / CHECKPOINTS))
+    if step is None and snapshots:
+        step = max(snapshots)
+    if step in snapshots:
+        return snapshots[step], "snapshot"
+    path = newest_whole(run / CHECKPOINTS) if step is None else checkpoints.get(step)
+    if path is not None:
+        return path, "checkpoint"
+    there = ", ".join(map(str, sorted(snapshots.keys() | checkpoints.keys())))
+    raise RunError(
+        "the run has no weights yet" if step is None else f"the run has no weights of step {step}",
+        where=run,
+        fix=f"There are those of {there}."
+        if there
+        else "Let 'dist-train train' reach a snapshot or a checkpoint.",
+    )
+
+
+def _need_onnx() -> None:
+    missing = [name for name in NEEDED_FOR_ONNX if find_spec(name) is None]
+    if missing:
+        raise RunError(
+            f"ONNX needs {' and '.join(missing)}",
+            fix="Run pip install 'dist_train[export]', or leave out --onnx.",
+        )
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """What PyTorch's exporter says of its own insides and of packages that this needs not."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,41 @@
+"""torchrun, ending with a code that a scheduler can act on.
+
+torchrun itself ends with 1 whatever happened. This takes the same arguments and ends with
+
+- 0: the workers finished;
+- 75 (EX_TEMPFAIL): it was told to end by SIGTERM, or the first worker that failed ended with 75,
+  which a training does that was told so: start it again, and it goes on from its checkpoint;
+- 128 + N: it was told to end by another signal N, or a worker died by it;
+- any other: what the first worker that failed ended with.
+
+On a signal torchrun passes it to its workers, waits TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (30
+unless set) for them to save a checkpoint, and kills what is left.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+
+def run() -> int:
+    """Run torchrun with this process's arguments; the code to end with."""
+    try:
+        main()
+    except SignalException as told:
+        return os.EX_TEMPFAIL if told.sigval == signal.SIGTERM else 128 + told.sigval
+    except ChildFailedError as failed:
+        _, first = failed.get_first_failure()
+        print(failed, file=sys.stderr)
+        # A negative one is the signal that the worker died by.
+        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

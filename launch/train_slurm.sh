@@ -1,0 +1,46 @@
+#!/bin/bash
+#SBATCH --job-name=train
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# Trains on several nodes for as many time limits as it takes. Submit it from the repository:
+#
+#   sbatch launch/train_slurm.sh --config configs/clog_loss_ddp.yaml store=STORE out=OUT
+#
+# Ten minutes before the time limit (--signal) all nodes are told to save a checkpoint and end, and
+# the job is put into the queue again. Slurm itself does so when a node fails (--requeue). A job
+# that is cancelled, or ends with an error of its own, is not started again.
+set -euo pipefail
+host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export PET_NNODES="$SLURM_NNODES"
+export PET_NPROC_PER_NODE="${SLURM_GPUS_ON_NODE:-1}"
+# Jobs that share a node must not meet at one port.
+export PET_RDZV_ENDPOINT="$host:$((20000 + SLURM_JOB_ID % 10000))"
+export PET_RDZV_ID="$SLURM_JOB_ID"
+# Less than the time that --signal leaves.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=540
+
+told=
+# Once only. Without --batch, scancel's signal reaches the tasks of srun, not this script.
+trap 'trap "" USR1; told=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+
+# A task that ends first must not take along one that still writes the checkpoint.
+srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" launch/torchrun.sh "$@" &
+tasks=$!
+code=0
+wait "$tasks" || code=$?
+if [[ -n $told ]]; then
+  # The signal ended the first 'wait', not the tasks.
+  code=0
+  wait "$tasks" || code=$?
+fi
+if [[ -n $told && $code -ne 0 ]]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
