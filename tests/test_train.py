@@ -106,7 +106,7 @@ def test_the_first_loss_is_that_of_the_planned_clips(
     model, dataset = make_model(config), data.dataset(training=True)
     losses = []
     for clips in np.split(data.plan().global_batch(0), accumulate):
-        batch = collate([dataset[Slot(int(clip), 0)] for clip in clips])
+        batch = collate(dataset, [Slot(int(clip), 0) for clip in clips])
         logits = model(as_input(batch.volumes, config), batch.frames)
         losses.append(float(binary_cross_entropy_with_logits(logits, batch.labels).detach()))
     with pytest.raises(InterruptedSessionError):

@@ -184,7 +184,7 @@ def budgeted(store: Path, out: Path, *more: str) -> Config:
 def batch_of(data: RunData, step: int) -> Batch:
     dataset = data.dataset(training=True)
     epoch = data.plan().epoch_of(step)
-    return collate([dataset[Slot(int(clip), epoch)] for clip in data.plan().global_batch(step)])
+    return collate(dataset, [Slot(int(clip), epoch) for clip in data.plan().global_batch(step)])
 
 
 def test_gradients_are_weighted_by_the_clips_of_a_step(deep_store: Path, tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
-"""Samples -> one batch, zero-padded in depth, with the true depths."""
+"""Slots -> one batch, zero-padded in depth, with the true depths."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train.data.dataset import Sample
+from dist_train.data.dataset import ClipDataset
+from dist_train.data.sampler import Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +56,29 @@ class Batch:
         )
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples of equal height and width; shorter clips get black frames at their end."""
-    depths = [len(sample.volume) for sample in samples]
-    _, height, width = samples[0].volume.shape
-    volumes = torch.zeros(len(samples), 1, max(depths), height, width, dtype=torch.uint8)
-    for volume, sample in zip(volumes, samples, strict=True):
-        volume[0, : len(sample.volume)] = sample.volume
+def shape_of(clips: ClipDataset, slots: Sequence[Slot]) -> tuple[int, ...]:
+    """Of the volumes of a batch."""
+    return len(slots), 1, max(int(clips.depths[slot.clip]) for slot in slots), *clips.size
+
+
+def fill(volumes: Tensor, clips: ClipDataset, slots: Iterable[Slot]) -> Batch:
+    """A batch in ``volumes``, of ``shape_of``; shorter clips get black frames at their end."""
+    pixels = volumes.numpy()[:, 0]
+    numbers = []
+    for row, slot in zip(pixels, slots, strict=True):
+        depth = clips.depths[slot.clip]
+        clips.fill(row[:depth], slot)
+        row[depth:] = 0
+        numbers.append(slot.clip)
+    depths, labels = clips.depths[numbers], clips.labels[numbers]
     return Batch(
         volumes=volumes,
-        frames=torch.tensor(depths) if min(depths) < max(depths) else None,
-        labels=torch.tensor([sample.label for sample in samples], dtype=torch.float32),
-        clips=torch.tensor([sample.clip for sample in samples]),
+        frames=torch.from_numpy(depths) if depths.min() < depths.max() else None,
+        labels=torch.from_numpy(labels.astype(np.float32)),
+        clips=torch.tensor(numbers),
     )
+
+
+def collate(clips: ClipDataset, slots: Sequence[Slot]) -> Batch:
+    """A batch in memory of its own."""
+    return fill(torch.empty(shape_of(clips, slots), dtype=torch.uint8), clips, slots)

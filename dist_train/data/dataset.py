@@ -43,16 +43,24 @@ class ClipDataset(Dataset[Sample]):
         self.store, self.size, self.max_frames, self.augment = store, size, max_frames, augment
         self.labels = store.table["label"].to_numpy(np.int64)
 
+        frames = store.table["frames"].to_numpy(np.int64)
+        self.depths = frames if max_frames is None else np.minimum(frames, max_frames)
+
     def __getitem__(self, slot: Slot) -> Sample:
+        pixels = np.empty((int(self.depths[slot.clip]), *self.size), dtype=np.uint8)
+        self.fill(pixels, slot)
+        return Sample(torch.from_numpy(pixels), int(self.labels[slot.clip]), slot.clip)
+
+    def fill(self, out: Volume, slot: Slot) -> None:
+        """Write the clip to ``out``, uint8 [depths[slot.clip], *size] in C order."""
         clip = self.store.read(slot.clip)
-        if self.max_frames is not None and len(clip) > self.max_frames:
-            start = self._start(slot, len(clip) - self.max_frames)
-            clip = clip[start : start + self.max_frames]
-        clip = resize(clip, self.size)
-        if self.augment is not None:
-            clip = self.augment(clip, epoch=slot.epoch, number=slot.clip)
-        volume = torch.from_numpy(np.ascontiguousarray(clip))
-        return Sample(volume, int(self.labels[slot.clip]), slot.clip)
+        if len(out) < len(clip):
+            start = self._start(slot, len(clip) - len(out))
+            clip = clip[start : start + len(out)]
+        if self.augment is None:
+            resize(clip, self.size, out)
+        else:
+            out[:] = self.augment(resize(clip, self.size), epoch=slot.epoch, number=slot.clip)
 
     def _start(self, slot: Slot, room: int) -> int:
         if self.augment is None:
@@ -61,17 +69,22 @@ class ClipDataset(Dataset[Sample]):
         return int(np.random.default_rng(key).integers(room + 1))
 
 
-def resize(clip: Volume, size: tuple[int, int]) -> Volume:
+def resize(clip: Volume, size: tuple[int, int], out: Volume | None = None) -> Volume:
     """Resize every frame of uint8 [D, H, W] to ``size`` (height, width): uint8 [D, *size].
 
-    Area averaging where the frame shrinks, bilinear where it grows.
+    Area averaging where the frame shrinks, bilinear where it grows. The result is written to
+    ``out`` if there is one; else it is new, or the clip itself where that has the size.
     """
     height, width = size
     if clip.shape[1:] == (height, width):
-        return clip
+        if out is None:
+            return clip
+        out[:] = clip
+        return out
     shrinks = clip.shape[1] * clip.shape[2] > height * width
     how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    out = np.empty((len(clip), height, width), dtype=np.uint8)
+    if out is None:
+        out = np.empty((len(clip), height, width), dtype=np.uint8)
     for source, target in zip(clip, out, strict=True):
         cv2.resize(source, (width, height), dst=target, interpolation=how)
     return out

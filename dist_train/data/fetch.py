@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import math
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import cv2
-from torch.utils.data import Dataset, get_worker_info
+import torch
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from dist_train.data.collate import Batch, collate
+from dist_train.data.arena import Arena, lent_tensor
+from dist_train.data.collate import Batch, collate, fill, shape_of
 from dist_train.data.dataset import ClipDataset
 from dist_train.data.pool import end_with_parent
 from dist_train.data.sampler import Slot
@@ -32,8 +36,54 @@ class Place(ctypes.Structure):
     _fields_ = (("pid", ctypes.c_int64), ("clip", ctypes.c_int64))
 
 
+class Task(NamedTuple):
+    """A batch to be made, and where in the arena; None: in memory of its own."""
+
+    slots: list[Slot]
+    offset: int | None
+
+
+class Tasks(Sampler[Task]):
+    """A sampler's batches, each with a region of the arena for its volumes."""
+
+    def __init__(
+        self, batches: Sampler[list[Slot]], clips: ClipDataset, arena: Arena | None
+    ) -> None:
+        self.batches, self.clips, self.arena = batches, clips, arena
+
+    def __iter__(self) -> Iterator[Task]:
+        for slots in self.batches:
+            yield Task(slots, self._lent(slots))
+
+    def _lent(self, slots: list[Slot]) -> int | None:
+        return self.arena and self.arena.lend(math.prod(shape_of(self.clips, slots)))
+
+
 @dataclass(frozen=True)
-class Fetch(Dataset[Batch | DistTrainError]):
+class LentBatch:
+    """A batch whose volumes are in the arena, on its way from a worker: the parent unpickles the
+    ``Batch``."""
+
+    batch: Batch
+    arena: Arena
+    offset: int
+
+    def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
+        volumes = (self.arena.number, self.offset, tuple(self.batch.volumes.shape))
+        # As arrays: a tensor would travel by a file descriptor of its own.
+        others = (self.batch.frames, self.batch.labels, self.batch.clips)
+        return _arrived, (volumes, *(None if each is None else each.numpy() for each in others))
+
+
+def _arrived(volumes: tuple[int, int, tuple[int, ...]], *others: Any) -> Batch:
+    frames, labels, clips = (None if each is None else torch.from_numpy(each) for each in others)
+    assert labels is not None
+    assert clips is not None
+    return Batch(lent_tensor(*volumes), frames, labels, clips)
+
+
+@dataclass(frozen=True)
+class Fetch(Dataset[Batch | LentBatch | DistTrainError]):
     """A ``DataLoader``'s dataset of whole batches.
 
     A user's error comes as a value: DataLoader would put the worker's traceback in its text.
@@ -41,37 +91,47 @@ class Fetch(Dataset[Batch | DistTrainError]):
     Args:
         clips: where the slots' clips come from.
         places: one for each worker, in shared memory; None if there are none.
+        arena: where workers put volumes; None if there is none.
         patience: seconds for one clip, after which a worker ends itself.
     """
 
     clips: ClipDataset
     places: ctypes.Array[Place] | None
+    arena: Arena | None
     patience: float
 
-    def __getitem__(self, slots: list[Slot]) -> Batch | DistTrainError:
+    def __getitem__(self, task: Task) -> Batch | LentBatch | DistTrainError:
         worker = get_worker_info()
         try:
             if self.places is None or worker is None:
-                return collate([self.clips[slot] for slot in slots])
-            return self._in_worker(slots, self.places[worker.id])
+                return collate(self.clips, task.slots)
+            return self._in_worker(task, self.places[worker.id])
         except DistTrainError as error:
             return error
 
-    def _in_worker(self, slots: list[Slot], place: Place) -> Batch:
-        samples = []
+    def _in_worker(self, task: Task, place: Place) -> Batch | LentBatch:
         try:
-            for slot in slots:
-                place.clip = slot.clip
-                # By a thread in C: it ends the process also where a library never comes back.
-                faulthandler.dump_traceback_later(self.patience, exit=True)
-                samples.append(self.clips[slot])
-            # Else a thread of the queue would do it, and if it failed, the batch would never come.
-            return collate(samples).share_memory()
+            shape, slots = shape_of(self.clips, task.slots), self._announced(task.slots, place)
+            if self.arena is None or task.offset is None:
+                # Else a thread of the queue would do it, and if it failed, the batch would never
+                # come.
+                volumes = torch.empty(shape, dtype=torch.uint8)
+                return fill(volumes, self.clips, slots).share_memory()
+            pixels = self.arena.view(task.offset, math.prod(shape))
+            batch = fill(torch.from_numpy(pixels).view(shape), self.clips, slots)
+            return LentBatch(batch, self.arena, task.offset)
         except MemoryError as error:
             raise self._at(place.clip, f"out of memory ({error})", LESS_MEMORY) from None
         finally:
             faulthandler.cancel_dump_traceback_later()
             place.clip = NOWHERE
+
+    def _announced(self, slots: Sequence[Slot], place: Place) -> Iterator[Slot]:
+        for slot in slots:
+            place.clip = slot.clip
+            # By a thread in C: it ends the process also where a library never comes back.
+            faulthandler.dump_traceback_later(self.patience, exit=True)
+            yield slot
 
     def death(self, dead: Mapping[int | None, int | None]) -> StoreError:
         """What to tell of dead workers: process id -> exit code, negative for a signal.

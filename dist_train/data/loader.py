@@ -13,9 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from dist_train.config import LoaderSettings
+from dist_train.data.arena import arena_of_memory
 from dist_train.data.collate import Batch
 from dist_train.data.dataset import ClipDataset
-from dist_train.data.fetch import Fetch, Place, begin_worker
+from dist_train.data.fetch import Fetch, Place, Tasks, begin_worker
 from dist_train.data.sampler import Slot
 from dist_train.errors import DistTrainError
 
@@ -48,11 +49,12 @@ class Loader:
         # The server imports once what each worker would import anew.
         context.set_forkserver_preload([__name__])
         places = context.RawArray(Place, settings.workers) if many else None
-        self._fetch = Fetch(dataset, places, PATIENCE)
+        arena = arena_of_memory() if many else None
+        self._fetch = Fetch(dataset, places, arena, PATIENCE)
         self._workers: list[BaseProcess] = []
         self._fetched = DataLoader(
             self._fetch,
-            sampler=batches,
+            sampler=Tasks(batches, dataset, arena),
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=settings.workers,

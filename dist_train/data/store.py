@@ -77,13 +77,17 @@ class Store:
             StoreError: the shard is gone, or the bytes are not those that were written.
         """
         pixels = np.empty(self._shape[clip], dtype=np.uint8)
+        self.read_into(pixels, clip)
+        return pixels
+
+    def read_into(self, out: Volume, clip: int) -> None:
+        """The same, into ``out``: uint8, C order, as many pixels as the clip has."""
         try:
-            read = os.preadv(self._descriptor(clip), [pixels.data], int(self._offset[clip]))
+            read = os.preadv(self._descriptor(clip), [out.data], int(self._offset[clip]))
         except OSError as error:
             raise self._damage(clip, error.strerror or str(error)) from None
-        if read != pixels.size or crc32c(pixels) != self._crc32c[clip]:
+        if read != out.size or crc32c(out) != self._crc32c[clip]:
             raise self._damage(clip, "the bytes are not those that were stored")
-        return pixels
 
     def clip_of(self, key: str) -> int:
         """The number of the clip with this key."""

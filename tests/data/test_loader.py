@@ -28,9 +28,11 @@ from make_media import write_manifest, write_volumes
 
 from dist_train.config import AugmentSettings, LoaderSettings
 from dist_train.data import loader as loader_module
+from dist_train.data.arena import PAGE, Arena
 from dist_train.data.augment import Augment
 from dist_train.data.collate import Batch
-from dist_train.data.dataset import ClipDataset, Sample
+from dist_train.data.dataset import ClipDataset
+from dist_train.data.decode import Volume
 from dist_train.data.loader import Loader
 from dist_train.data.plan import make_plan
 from dist_train.data.prepare import PrepareSettings, prepare
@@ -140,6 +142,21 @@ def test_batches_do_not_depend_on_the_workers(
     store: Store, alone: list[Batch], workers: int
 ) -> None:
     assert_same(list(plan_loader(store, workers)), alone)
+
+
+@pytest.mark.parametrize("lends", [False, True])
+def test_batches_that_are_kept_stay_as_they_are(
+    store: Store, alone: list[Batch], monkeypatch: pytest.MonkeyPatch, lends: bool
+) -> None:
+    """Of an arena, until its memory is lent again; and where there is none, or no more room."""
+    if not lends:
+        monkeypatch.setattr(loader_module, "arena_of_memory", lambda: Arena(PAGE))
+    loader = plan_loader(store, 2)
+    kept = list(loader)
+    again = list(loader)
+    del loader
+    assert_same(kept, alone)
+    assert_same(again, alone)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
@@ -274,10 +291,10 @@ class Troubled(ClipDataset):
         super().__init__(store, size=(12, 12), max_frames=None, augment=None)
         self.clip, self.trouble = clip, trouble
 
-    def __getitem__(self, slot: Slot) -> Sample:
+    def fill(self, out: Volume, slot: Slot) -> None:
         if slot.clip == self.clip:
             self.trouble()
-        return super().__getitem__(slot)
+        super().fill(out, slot)
 
 
 def troubled(store: Store, trouble: Callable[[], object]) -> StoreError:
@@ -358,7 +375,9 @@ def allow_no_bytes_in_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
 
-def test_worker_without_shared_memory(store: Store) -> None:
+def test_worker_without_shared_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system refuses an arena, each batch has shared memory of its own."""
+    monkeypatch.setattr(loader_module, "arena_of_memory", lambda: None)
     error = troubled(store, allow_no_bytes_in_files)
     assert "out of memory (unable to resize file" in str(error)
 
@@ -480,11 +499,7 @@ def test_nothing_is_left_behind(store: Store, how: str, where: str) -> None:
     has been killed."""
     with walking(store, where) as (process, children):
         assert len(children) == 4, "a fork server, a resource tracker, two workers"
-        shared = set()
-        # Workers that nobody waits for come to have all of their batches ready.
-        while where == "wait" and not any(path.startswith("/dev/shm/torch_") for path in shared):
-            shared = shared_memory(children)
-        shared |= shared_memory(children)
+        shared = shared_memory(children)
         assert any(path.startswith("/dev/shm/sem.") for path in shared)
         if how == "interrupted":
             os.killpg(process.pid, signal.SIGINT)

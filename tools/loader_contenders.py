@@ -1,0 +1,486 @@
+"""The loaders that tools/bench_loader.py compares, each run in a process of its own.
+
+    python tools/loader_contenders.py NAME FOLDER TASK.json
+
+Every contender gives batches of uint8 [B, 1, D, H, W] of the same clips: one positive to three
+negatives, in random order, every frame resized by the same cv2 calls, padded to the deepest. The
+peers' batches are made in shared memory at once, as PyTorch's own ``default_collate`` makes them.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+import time
+import types
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any, cast
+
+import cv2
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dist_train.config import LoaderSettings
+from dist_train.data.collate import shape_of
+from dist_train.data.dataset import ClipDataset, resize
+from dist_train.data.decode import Volume
+from dist_train.data.loader import Loader
+from dist_train.data.plan import Plan, make_plan
+from dist_train.data.sampler import PlanSampler, Slot
+from dist_train.data.store import Store
+
+SIZE, RATIO, SEED = (160, 160), (1, 3), 0
+CLASSES = ("negative", "positive")
+#: Clips of the epoch in whose middle a run goes on.
+EPOCH = 100_000
+
+
+@dataclass(frozen=True)
+class Task:
+    """``resume``: the first batch is that in the middle of an epoch of ``EPOCH`` clips."""
+
+    batch: int
+    workers: int
+    prefetch: int
+    warm_up: int = 0
+    batches: int = 0
+    resume: bool = False
+    pause: float = 0.0
+
+
+class CannotError(Exception):
+    """What a contender cannot do."""
+
+
+Loaders = Callable[[Path, Task], Iterable[Any]]
+
+
+# --- the same work for all peers ------------------------------------------------------------------
+
+
+def prepared(clip: Volume) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(resize(clip, SIZE)))
+
+
+def padded(clips: list[Any]) -> Tensor:
+    """Resized clips -> one batch in shared memory."""
+    clips = [clip["x"] if isinstance(clip, dict) else clip for clip in clips]
+    shape = (len(clips), 1, max(map(len, clips)), *SIZE)
+    pixels = int(np.prod(shape))
+    if torch.utils.data.get_worker_info() is None:
+        out = torch.zeros(shape, dtype=torch.uint8)
+    else:
+        # The system gives it zeroed.
+        storage = torch.empty(0, dtype=torch.uint8).untyped_storage()._new_shared(pixels)
+        out = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)  # type: ignore[call-overload]
+    for row, clip in zip(out, clips, strict=True):
+        row[0, : len(clip)] = clip
+    return out
+
+
+def one_thread(_: int) -> None:
+    cv2.setNumThreads(1)
+
+
+def of_torch(dataset: Any, task: Task, **how: Any) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        num_workers=task.workers,
+        prefetch_factor=task.prefetch,
+        worker_init_fn=one_thread,
+        **how,
+    )
+
+
+def read_labels(folder: Path) -> list[int]:
+    return cast(list[int], json.loads((folder / "labels.json").read_text()))
+
+
+def plan_of(labels: Iterable[int], task: Task) -> Plan:
+    numbers = np.array(list(labels))
+    positives, negatives = np.flatnonzero(numbers == 1), np.flatnonzero(numbers == 0)
+    return make_plan(positives, negatives, batch=task.batch, ratio=RATIO, seed=SEED)
+
+
+def planned(labels: Iterable[int], task: Task) -> PlanSampler:
+    first = EPOCH // task.batch // 2 if task.resume else 0
+    plan = plan_of(labels, task)
+    last = first + task.warm_up + task.batches + task.workers * task.prefetch + 1
+    return PlanSampler(plan, rank=0, world=1, accumulate=1, first=first, last=last)
+
+
+# --- ours -----------------------------------------------------------------------------------------
+
+
+class Repeated(ClipDataset):
+    """``EPOCH`` clips: those of the store, again and again."""
+
+    def __init__(self, store: Store, **how: Any) -> None:
+        super().__init__(store, **how)
+        self.clips = len(self.labels)
+        self.labels, self.depths = (np.resize(each, EPOCH) for each in (self.labels, self.depths))
+
+    def fill(self, out: Volume, slot: Slot) -> None:
+        super().fill(out, Slot(slot.clip % self.clips, slot.epoch))
+
+
+def ours(
+    folder: Path, task: Task, *, max_frames: int | None = None, store: Store | None = None
+) -> Loader:
+    kind = Repeated if task.resume else ClipDataset
+    store = store or Store(folder / "store")
+    clips = kind(store, size=SIZE, max_frames=max_frames, augment=None)
+    settings = LoaderSettings(workers=task.workers, prefetch=task.prefetch)
+    return Loader(clips, planned(clips.labels.tolist(), task), settings)
+
+
+def ours_empty(folder: Path, task: Task) -> Loader:
+    """One frame of each clip: what the processes take without batches."""
+    return ours(folder, task, max_frames=1)
+
+
+# --- plain files, and the original's LMDB of pickles ----------------------------------------------
+
+
+@dataclass
+class Files(Dataset[Tensor]):
+    folder: Path
+    clips: int
+
+    def __getitem__(self, slot: Slot) -> Tensor:
+        return prepared(np.load(self.folder / f"{slot.clip % self.clips:06d}.npy"))
+
+
+def plain(folder: Path, task: Task) -> DataLoader[Any]:
+    labels = read_labels(folder)
+    sampler = planned(np.resize(labels, EPOCH) if task.resume else labels, task)
+    files = Files(folder / "raw", len(labels))
+    return of_torch(files, task, batch_sampler=sampler, collate_fn=padded)
+
+
+@dataclass
+class Pickles(Dataset[Tensor]):
+    path: Path
+    clips: int
+    transaction: Any = None
+
+    def __getitem__(self, slot: Slot) -> Tensor:
+        if self.transaction is None:
+            import lmdb
+
+            self.transaction = lmdb.open(str(self.path), readonly=True, lock=False).begin()
+        return prepared(pickle.loads(self.transaction.get(b"%06d" % (slot.clip % self.clips))))
+
+
+def original(folder: Path, task: Task) -> DataLoader[Any]:
+    labels = read_labels(folder)
+    if task.resume:
+        raise CannotError("draws at random, and keeps no state")
+    pickles = Pickles(folder / "original", len(labels))
+    return of_torch(pickles, task, batch_sampler=planned(labels, task), collate_fn=padded)
+
+
+def write_original(folder: Path) -> None:
+    import lmdb
+
+    with (
+        lmdb.open(str(folder / "original"), map_size=1 << 40) as environment,
+        environment.begin(write=True) as transaction,
+    ):
+        for number, _, clip in raw_clips(folder):
+            transaction.put(b"%06d" % number, pickle.dumps(clip))
+
+
+def raw_clips(folder: Path) -> Iterator[tuple[int, int, Volume]]:
+    for number, label in enumerate(read_labels(folder)):
+        yield number, label, np.load(folder / "raw" / f"{number:06d}.npy")
+
+
+# --- WebDataset -----------------------------------------------------------------------------------
+
+
+def write_webdataset(folder: Path) -> None:
+    import webdataset
+
+    for label, name in enumerate(CLASSES):
+        (folder / "webdataset" / name).mkdir(parents=True)
+        pattern = str(folder / "webdataset" / name / "%03d.tar")
+        with webdataset.ShardWriter(pattern, maxcount=32, verbose=0) as shards:
+            for number, of_clip, clip in raw_clips(folder):
+                if of_clip == label:
+                    shards.write({"__key__": f"{number:06d}", "npy": clip})
+
+
+def of_webdataset(folder: Path, task: Task) -> Any:
+    import webdataset
+
+    if task.resume:
+        raise CannotError("keeps no state; it would read the first half of the epoch again")
+
+    def clips(name: str) -> Any:
+        shards = sorted(map(str, (folder / "webdataset" / name).glob("*.tar")))
+        read = webdataset.WebDataset(
+            shards, resampled=True, shardshuffle=False, nodesplitter=webdataset.split_by_node
+        )
+        return read.shuffle(100).decode().to_tuple("npy").map(lambda sample: prepared(sample[0]))
+
+    shares = [part / sum(RATIO) for part in RATIO[::-1]]
+    mix = webdataset.RandomMix([clips(name) for name in CLASSES], probs=shares)
+    batches = webdataset.DataPipeline(mix, webdataset.batched(task.batch, collation_fn=padded))
+    return of_torch(batches, task, batch_size=None)
+
+
+# --- MosaicML Streaming ---------------------------------------------------------------------------
+
+
+def stand_in_for_torchvision() -> None:
+    """Streaming imports it for data sets that are not used here; its wheel does not load beside a
+    CPU build of PyTorch."""
+    for name in ("", ".datasets", ".transforms", ".transforms.functional"):
+        module = types.ModuleType(f"torchvision{name}")
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        sys.modules[module.__name__] = module
+    vars(sys.modules["torchvision.datasets"])["VisionDataset"] = object
+    vars(sys.modules["torchvision.transforms.functional"])["to_tensor"] = None
+    # Else it would look whether the stand-in has what it has not.
+    import transformers.utils.import_utils as asked
+
+    asked.is_torchvision_available = lambda: False
+
+
+def write_streaming(folder: Path) -> None:
+    stand_in_for_torchvision()
+    from streaming import MDSWriter
+
+    for label, name in enumerate(CLASSES):
+        out = str(folder / "streaming" / name)
+        with MDSWriter(out=out, columns={"x": "ndarray:uint8"}, size_limit=1 << 26) as writer:
+            for _, of_clip, clip in raw_clips(folder):
+                if of_clip == label:
+                    writer.write({"x": clip})
+
+
+def of_streaming(folder: Path, task: Task) -> Any:
+    stand_in_for_torchvision()
+    from streaming import Stream, StreamingDataLoader, StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    clean_stale_shared_memory()
+
+    class Clips(StreamingDataset):  # type: ignore[misc, unused-ignore]
+        def __getitem__(self, number: int) -> Tensor:
+            return prepared(super().__getitem__(number)["x"])
+
+    streams = [
+        Stream(local=str(folder / "streaming" / name), proportion=part / sum(RATIO))
+        for name, part in zip(CLASSES, RATIO[::-1], strict=True)
+    ]
+    clips = Clips(
+        streams=streams,
+        batch_size=task.batch,
+        shuffle=True,
+        shuffle_seed=SEED,
+        batching_method="stratified",
+        epoch_size=EPOCH,
+    )
+    batches = StreamingDataLoader(
+        clips,
+        batch_size=task.batch,
+        collate_fn=padded,
+        num_workers=task.workers,
+        prefetch_factor=task.prefetch,
+        worker_init_fn=one_thread,
+    )
+    if task.resume:
+        state = clips.state_dict(0, from_beginning=True) or {}
+        batches.load_state_dict(state | {"epoch": 0, "sample_in_epoch": EPOCH // 2})
+    return batches
+
+
+# --- LitData --------------------------------------------------------------------------------------
+
+
+def write_litdata(folder: Path) -> None:
+    from litdata import optimize
+
+    by_class: list[list[Path]] = [[], []]
+    for number, label in enumerate(read_labels(folder)):
+        by_class[label].append(folder / "raw" / f"{number:06d}.npy")
+    for name, paths in zip(CLASSES, by_class, strict=True):
+        optimize(
+            fn=_load,
+            inputs=[str(path) for path in paths],
+            output_dir=str(folder / "litdata" / name),
+            chunk_bytes="64MB",
+            num_workers=1,
+            reorder_files=False,
+            verbose=False,
+        )
+
+
+def _load(path: str) -> dict[str, Any]:
+    return {"x": np.load(path)}
+
+
+def of_litdata(folder: Path, task: Task) -> Any:
+    from litdata import CombinedStreamingDataset, StreamingDataLoader, StreamingDataset
+
+    if task.resume:
+        raise CannotError("its state is that of a loader that ran so far, and is not made by hand")
+
+    class Clips(StreamingDataset):  # type: ignore[misc, unused-ignore]
+        def __getitem__(self, number: Any) -> Tensor:
+            return prepared(super().__getitem__(number)["x"])
+
+    parts = [Clips(str(folder / "litdata" / name), shuffle=True, seed=SEED) for name in CLASSES]
+    shares = [part / sum(RATIO) for part in RATIO[::-1]]
+    mix = CombinedStreamingDataset(parts, seed=SEED, weights=shares, iterate_over_all=False)
+
+    def batches() -> Iterator[Tensor]:
+        # It ends where the first of the two does.
+        while True:
+            yield from StreamingDataLoader(
+                mix,
+                batch_size=task.batch,
+                collate_fn=padded,
+                num_workers=task.workers,
+                prefetch_factor=task.prefetch,
+                worker_init_fn=one_thread,
+                drop_last=True,
+                persistent_workers=False,
+            )
+
+    return batches()
+
+
+CONTENDERS: dict[str, Loaders] = {
+    "ours": ours,
+    "original": original,
+    "plain files": plain,
+    "WebDataset": of_webdataset,
+    "Streaming": of_streaming,
+    "LitData": of_litdata,
+}
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "original": write_original,
+    "WebDataset": write_webdataset,
+    "Streaming": write_streaming,
+    "LitData": write_litdata,
+}
+OTHERS: dict[str, Loaders] = {"ours, empty": ours_empty}
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def run(loader: Loaders, folder: Path, task: Task) -> dict[str, Any]:
+    """Time to the first batch, from before the store is opened, and then clips a second."""
+    began = time.perf_counter()
+    batches = iter(loader(folder, task))
+    next(batches)
+    found: dict[str, Any] = {"first_batch_s": time.perf_counter() - began}
+    for _ in range(task.warm_up):
+        next(batches)
+    peak, clips, began = 0.0, 0, time.perf_counter()
+    for _ in range(task.batches):
+        clips += len(volumes_of(next(batches)))
+        if task.pause:
+            time.sleep(task.pause)
+            peak = max(peak, tree_mb())
+    if task.batches and not task.pause:
+        found["clips_per_second"] = clips / (time.perf_counter() - began)
+    return found | ({"peak_mb": peak} if task.pause else {})
+
+
+def run_again(folder: Path, task: Task) -> dict[str, Any]:
+    """Of ours: seconds from making a loader to its first batch, where the store is open and the
+    server that forks workers is up, as after a first loader of the same process."""
+    store = Store(folder / "store")
+    next(iter(ours(folder, task)))
+    began = time.perf_counter()
+    next(iter(ours(folder, task, store=store)))
+    return {"first_batch_s": time.perf_counter() - began}
+
+
+def volumes_of(batch: Any) -> Tensor:
+    return cast(Tensor, batch if isinstance(batch, Tensor) else batch.volumes)
+
+
+def tree_mb() -> float:
+    """Of this process and its children, shared pages counted once: 10^6 bytes."""
+    me = psutil.Process()
+    return sum(int(each.memory_full_info().pss) for each in (me, *me.children(True))) / 1e6
+
+
+def queue_mb(folder: Path, task: Task) -> float:
+    """The largest that ``workers * prefetch`` batches in a row are: 10^6 bytes."""
+    clips = ClipDataset(Store(folder / "store"), size=SIZE, max_frames=None, augment=None)
+    batches = planned(clips.labels.tolist(), task)
+    sizes = np.array([np.prod(shape_of(clips, slots)) for slots in batches])
+    return float(np.convolve(sizes, np.ones(task.workers * task.prefetch), "valid").max() / 1e6)
+
+
+def against_pread(folder: Path, batch: int, rounds: int) -> dict[str, float]:
+    """GB/s of bare ``preadv``, and of the store, of the same clips into the same buffer."""
+    import os
+
+    store = Store(folder / "store")
+    sizes = store.table[["frames", "height", "width"]].prod(axis=1).to_numpy()
+    paths = sorted((folder / "store" / "shards").glob("*.tar"))
+    files = [os.open(path, os.O_RDONLY) for path in paths]
+    where = [(files[shard], offset) for shard, offset in store.table[["shard", "offset"]].values]
+    order = np.random.default_rng(SEED).permutation(len(sizes))
+    order = order[: len(order) // batch * batch].reshape(-1, batch)
+    buffer = np.zeros(int(sizes[order].sum(1).max()), np.uint8)
+
+    def bare(clip: int, out: Volume) -> None:
+        os.preadv(where[clip][0], [out.data], where[clip][1])
+
+    def seconds(read: Callable[[int, Volume], None]) -> float:
+        began = time.perf_counter()
+        for clips in order:
+            start = 0
+            for clip in clips.tolist():
+                end = start + int(sizes[clip])
+                read(clip, buffer[start:end])
+                start = end
+        return time.perf_counter() - began
+
+    def checked(clip: int, out: Volume) -> None:
+        store.read_into(out, clip)
+
+    times = [(seconds(bare), seconds(checked)) for _ in range(rounds + 1)][1:]
+    raw, of_store = np.median(np.array(times), axis=0)
+    total = sizes[order].sum() / 1e9
+    return {"pread_gb_s": float(total / raw), "store_gb_s": float(total / of_store)}
+
+
+def main() -> None:
+    name, folder, task = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    try:
+        if name == "pread":
+            found: dict[str, Any] = against_pread(folder, **task)
+        elif name == "again":
+            found = run_again(folder, Task(**task))
+        elif name == "queue":
+            found = {"queue_mb": queue_mb(folder, Task(**task))}
+        elif name.startswith("write "):
+            WRITERS[name.removeprefix("write ")](folder)
+            found = {}
+        else:
+            found = run((CONTENDERS | OTHERS)[name], folder, Task(**task))
+    except CannotError as error:
+        found = {"cannot": str(error)}
+    # Streaming and LitData print to standard output.
+    print("\n" + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
