@@ -204,10 +204,11 @@ class Bench:
         )
         queue = replace(task, warm_up=0, batches=batches)
         queue_mb = (self.child("ours", "queue", asdict(queue)) or {})["queue_mb"]
-        peers = [clips_s[name] for name in PEERS if clips_s[name]]
+        rate = clips_s["ours"]
+        peers = [of_peer for name in PEERS if (of_peer := clips_s[name]) is not None]
         return {
             "summary": {
-                "vs_best_peer": clips_s["ours"] / max(peers) if clips_s["ours"] and peers else None,
+                "vs_best_peer": rate / max(peers) if rate and peers else None,
                 "vs_pread": read["store_gb_s"] / read["pread_gb_s"],
                 "resume_s": resumes["ours"],
                 "resume_warm_s": again["resume"],

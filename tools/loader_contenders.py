@@ -78,8 +78,9 @@ def padded(clips: list[Any]) -> Tensor:
         out = torch.zeros(shape, dtype=torch.uint8)
     else:
         # The system gives it zeroed.
-        storage = torch.empty(0, dtype=torch.uint8).untyped_storage()._new_shared(pixels)
-        out = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)  # type: ignore[call-overload]
+        none = torch.empty(0, dtype=torch.uint8)
+        storage = none.untyped_storage()._new_shared(pixels)  # type: ignore[no-untyped-call]
+        out = none.set_(storage).view(shape)
     for row, clip in zip(out, clips, strict=True):
         row[0, : len(clip)] = clip
     return out

@@ -90,7 +90,7 @@ class Arena:
 
     def __getstate__(self) -> dict[str, Any]:
         multiprocessing.context.assert_spawning(self)
-        handle = reduction.DupFd(self._descriptor)  # type: ignore[attr-defined]
+        handle = reduction.DupFd(self._descriptor)
         return {"number": self.number, "size": self.size, "handle": handle}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

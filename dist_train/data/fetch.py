@@ -56,7 +56,9 @@ class Tasks(Sampler[Task]):
             yield Task(slots, self._lent(slots))
 
     def _lent(self, slots: list[Slot]) -> int | None:
-        return self.arena and self.arena.lend(math.prod(shape_of(self.clips, slots)))
+        if self.arena is None:
+            return None
+        return self.arena.lend(math.prod(shape_of(self.clips, slots)))
 
 
 @dataclass(frozen=True)
