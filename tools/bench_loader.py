@@ -110,7 +110,7 @@ def make_clips(folder: Path, clips: int) -> None:
 
     A share of ``RATIO`` is positive, so that all of them come equally often.
     """
-    (folder / "raw").mkdir(parents=True)
+    (folder / "raw").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(SEED)
     counts = np.array(list(CLIPS_BY_DEPTH.values()))
     depths = rng.choice(np.array(list(CLIPS_BY_DEPTH)), clips, p=counts / counts.sum())

@@ -27,7 +27,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> ClipDataset:
     manifest = write_manifest(folder / "clips.csv", names, list(LABELS))
     prepare(manifest, folder / "raw", folder / "store", PrepareSettings(roi="none"), workers=1)
     dataset = ClipDataset(Store(folder / "store"), size=(4, 5), max_frames=None, augment=None)
-    dataset.labels[3] = -1
+    dataset.labels = np.array([*LABELS[:3], -1])
     return dataset
 
 
