@@ -22,7 +22,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> ClipDataset:
     folder = tmp_path_factory.mktemp("collate")
     (folder / "raw").mkdir()
     for clip, depth in enumerate(DEPTHS):
-        np.save(folder / "raw" / f"{clip}.npy", np.full((depth, 3, 4), clip + 1, np.uint8))
+        np.save(folder / "raw" / f"{clip}.npy", np.full((depth, 8, 9), clip + 1, np.uint8))
     names = [f"{clip}.npy" for clip in range(len(DEPTHS))]
     manifest = write_manifest(folder / "clips.csv", names, list(LABELS))
     prepare(manifest, folder / "raw", folder / "store", PrepareSettings(roi="none"), workers=1)
