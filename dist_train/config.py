@@ -178,10 +178,12 @@ class TrainSettings(Section):
     ``backend``: "ddp", DeepSpeed's ZeRO stage 1, 2 or 3, or torch's FSDP2; docs/scaling.md says
     which to choose. ``offload``: ZeRO's moments are kept, and weights updated, on the host.
     ``timeout``: seconds after which a process that waits for others gives up.
-    ``hang``: seconds without a finished step, or held-out batch, after which a run ends.
+    ``hang``: seconds without a finished step, or held-out batch, after which a run ends; at most
+    three quarters of ``timeout``, so that a hung process tells where it is before others give up.
     ``max_skips``: steps of a session that are left out because their loss or gradient
     is not finite, twice.
-    ``check_steps``: after each of the first so many steps all processes compare their weights.
+    ``check_steps``: after each of a session's first so many steps all processes compare their
+    weights. ``slow``: a process whose steps take so many times those of the others is named.
     """
 
     epochs: Positive = 20
@@ -194,6 +196,7 @@ class TrainSettings(Section):
     hang: Annotated[float, Field(gt=0.0)] | None = 3600.0
     max_skips: Natural = 3
     check_steps: Natural = 2
+    slow: Annotated[float, Field(gt=1.0)] = 1.5
 
     @model_validator(mode="after")
     def _offload_has_zero(self) -> TrainSettings:
@@ -208,14 +211,16 @@ class CheckpointSettings(Section):
     ``keep_last``: the newest so many. ``keep_every``: also those whose step is a multiple of it.
     ``best``: also the one with the best value of this metric, such as val/mcc@0.5; then the run is
     also saved at the end of each epoch.
-    ``accept_other_order``: go on from a checkpoint of another store, selection, split, plan or
-    seed, at the same step of the new order, rather than refuse it.
+    ``max_failures``: so many failures to write one, in a row, are warned of only, as long as there
+    is an older one to go back to. ``accept_other_order``: go on from a checkpoint of another store,
+    selection, split, plan or seed, at the same step of the new order, rather than pass it over.
     """
 
     every_steps: Positive = 500
     keep_last: Positive = 2
     keep_every: Positive | None = None
     best: str | None = None
+    max_failures: Natural = 3
     accept_other_order: bool = False
 
 
@@ -289,8 +294,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(config: Config, path: Path) -> None:
     """Write the resolved settings as YAML; ``load_config`` of the file gives an equal tree."""
-    tree = config.model_dump(mode="json")
-    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    path.write_text(config_text(config), encoding="utf-8")
+
+
+def config_text(config: Config) -> str:
+    """What ``dump_config`` writes."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def _first_of(error: ValidationError) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -17,19 +17,23 @@ import torch
 from scipy.special import expit
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dist_train.config import Config, dump_config
+from dist_train.config import Config, config_text
 from dist_train.data.collate import Batch
+from dist_train.data.files import write_whole
 from dist_train.data.loader import Loader
 from dist_train.data.plan import Plan
 from dist_train.data.sampler import HeldOutSampler, PlanSampler
 from dist_train.engine.backends import make_backend
 from dist_train.engine.backends.base import Backend
 from dist_train.engine.events import EventWriter
+from dist_train.engine.lost_process import losses_explained
 from dist_train.engine.metrics import binary_metrics
 from dist_train.engine.optim import make_optimizer
-from dist_train.engine.sanity import check_agreement, weights_digest
+from dist_train.engine.pace import Pace
+from dist_train.engine.sanity import check_agreement, check_weights
 from dist_train.engine.schedule import Schedule
 from dist_train.engine.stop import INTERRUPTED, TRY_AGAIN, StopSignals
+from dist_train.engine.together import on_main
 from dist_train.engine.watchdog import Watchdog
 from dist_train.epoch_weights import EpochWeights
 from dist_train.errors import RunError, StoppedError
@@ -60,8 +64,11 @@ Values = dict[str, float | None]
 class BadStepError(Exception):
     """The loss or the gradient norm of a step is not finite, on all ranks."""
 
-    def __init__(self, step: int, loss: float, norm: float) -> None:
-        super().__init__(f"at step {step + 1} the loss is {loss:g} and the gradient norm {norm:g}")
+    def __init__(self, step: int, loss: float, norm: float, ranks: list[int]) -> None:
+        where = f", by process {', '.join(map(str, ranks))}" if ranks else ""
+        super().__init__(
+            f"at step {step + 1} the loss is {loss:g}{where} and the gradient norm {norm:g}"
+        )
         self.step = step
 
 
@@ -82,31 +89,25 @@ def train(
 
     Raises:
         StoppedError: SIGTERM or SIGINT came; a checkpoint was written.
+        LostProcessError: another process has ended, or cannot be reached.
         DistTrainError: the settings, store, selection or checkpoints do not allow it.
     """
-    backend = make_backend(config.train, clip_norm=config.optim.clip_norm)
-    try:
-        trainer = Trainer(config, backend)
-        with _only_session(config.out, backend):
-            trainer.begin(resume)
-            trainer.fit(progress if backend.is_main else None, before_step)
-    finally:
-        backend.close()
+    with losses_explained():
+        backend = make_backend(config.train, clip_norm=config.optim.clip_norm)
+        try:
+            trainer = Trainer(config, backend)
+            with _only_session(config.out, backend):
+                trainer.begin(resume)
+                trainer.fit(progress if backend.is_main else None, before_step)
+        finally:
+            backend.close()
 
 
 @contextmanager
 def _only_session(out: Path, backend: Backend) -> Iterator[None]:
-    """Rank 0 holds the folder; where it cannot, all ranks raise rather than wait for it."""
+    """Rank 0 holds the folder."""
     with ExitStack() as held:
-        refused = None
-        if backend.is_main:
-            try:
-                held.enter_context(only_session(out))
-            except (RunError, OSError) as error:
-                refused = error
-        refused = backend.from_main(refused)
-        if refused is not None:
-            raise refused
+        on_main(backend, lambda: held.enter_context(only_session(out)))
         yield
 
 
@@ -136,20 +137,26 @@ class Trainer:
             model=model_facts(config),
             store=self.data.store.fingerprint,
         )
-        self.done = 0
+        self.done = self.first_step = 0
         self.epoch_outputs: list[tuple[np.ndarray, np.ndarray]] = []
         self.bad_steps: Counter[int] = Counter()
         self.stop = StopSignals()
-        self.watchdog = Watchdog(config.train.hang, backend.rank)
+        self.pace = Pace(backend, config.train.slow)
+        self.events: EventWriter | None = None
+        # Before others give up on a process that hangs, it is to tell where.
+        hang = config.train.hang
+        self.watchdog = Watchdog(
+            None if hang is None else min(hang, 0.75 * config.train.timeout), backend.rank
+        )
 
     def begin(self, resume: Resume) -> None:
         """Take up a checkpoint, or begin a new run; note it in the run's folder."""
-        out, backend = self.config.out, self.backend
+        backend = self.backend
         found = None
         if resume == "auto":
             found = self.state.restore()
         else:
-            self.state.refuse_existing()
+            on_main(backend, self.state.refuse_existing)
         if found is not None:
             self._take_up(*found)
         else:
@@ -162,28 +169,34 @@ class Trainer:
                 "the store": self.data.store.fingerprint,
             },
         )
-        if backend.is_main and self.done < self.steps:
-            drop_snapshots(out / SNAPSHOTS, after=self.done)
-            dump_config(self.config, out / CONFIG)
-            p, q = self.config.plan.ratio
-            begin_session(
-                out,
-                {
-                    "model": self.config.model.name,
-                    "parameters": sum(p.numel() for p in backend.module.parameters()),
-                    "positive_rate": {
-                        "train_batches": p / (p + q),
-                        "natural": self.data.natural_rate(),
-                    },
-                    "steps": self.steps,
+        if self.done < self.steps:
+            on_main(backend, lambda: self._note_session(self.done if found else None))
+        self.first_step = self.done
+
+    def _note_session(self, resumed_from: int | None) -> None:
+        """On rank 0."""
+        config, backend = self.config, self.backend
+        drop_snapshots(config.out / SNAPSHOTS, after=self.done)
+        write_whole(config.out / CONFIG, config_text(config))
+        p, q = config.plan.ratio
+        begin_session(
+            config.out,
+            {
+                "model": config.model.name,
+                "parameters": sum(backend.numels[name] for name, _ in backend.trained()),
+                "positive_rate": {
+                    "train_batches": p / (p + q),
+                    "natural": self.data.natural_rate(),
                 },
-                {
-                    "resumed_from_step": self.done if found else None,
-                    "world_size": backend.world,
-                    "backend": self.config.train.backend,
-                    "device": str(backend.device),
-                },
-            )
+                "steps": self.steps,
+            },
+            {
+                "resumed_from_step": resumed_from,
+                "world_size": backend.world,
+                "backend": config.train.backend,
+                "device": str(backend.device),
+            },
+        )
 
     def fit(self, progress: Progress | None = None, before_step: BeforeStep | None = None) -> None:
         """From where the run is to its end, going back and on again where a step was bad."""
@@ -202,16 +215,16 @@ class Trainer:
             yield
         except Exception:
             if self.backend.world == 1:
-                self.state.writer.finish()
+                self.state.finish()
             raise
-        self.state.writer.finish()
+        self.state.finish()
 
     def _walk(self, progress: Progress | None, before_step: BeforeStep | None) -> None:
         """The loop."""
         config, plan, snapshot_steps = self.config, self.plan, self.snapshot_steps()
         batches, held_out = self._training_batches(), self._held_out_batches()
         self.backend.model.train()
-        with self._events() as events:
+        with self._events():
             for step in range(self.done, self.steps):
                 if before_step is not None:
                     before_step(self, step)
@@ -222,30 +235,34 @@ class Trainer:
                 judged: Values = {}
                 if epoch_ends:
                     judged = self._train_metrics() | self._val_metrics(held_out)
-                if events is not None:
-                    events.write(self.done, plan.epoch_of(step), time.time(), values | judged)
+                if self.events is not None:
+                    now = time.time()  # for display alone: clocks jump
+                    self.events.write(self.done, plan.epoch_of(step), now, values | judged)
                 if self.done in snapshot_steps:
                     self._save_snapshot()
-                if self._is_saved_after(epoch_ends):
-                    self._save(events, judged)
+                if self.done == self.steps:
+                    self._save(judged)
+                elif self._is_saved_after(epoch_ends):
+                    with self.state.failures_survived():
+                        self._save(judged)
                 if progress is not None:
                     progress(self.done, self.steps, self._headline(values | judged))
-                self._heed_the_others(events)
+                self._heed_the_others()
                 if epoch_ends and config.plan.weights is not None and self.done < self.steps:
                     batches = self._training_batches()
 
-    def _heed_the_others(self, events: EventWriter | None) -> None:
+    def _heed_the_others(self) -> None:
         """What ranks tell each other once a step: signals, and shares of a checkpoint written."""
-        ready = self.state.writer.ready
+        ready = self.state.ready
         terminate, interrupt, written = self.backend.sums(
             [self.stop.terminate, self.stop.interrupt, ready]
         )
         if written == self.backend.world:
-            self.state.writer.commit()
+            self.state.commit()
         if (terminate or interrupt) and self.done < self.steps:
             if self.state.saved_at != self.done:
-                self._save(events, {})
-            self.state.writer.finish()
+                self._save({})
+            self.state.finish()
             raise StoppedError(
                 f"stopped by {'SIGINT' if interrupt else 'SIGTERM'} after step {self.done}, "
                 "which is saved",
@@ -265,7 +282,7 @@ class Trainer:
                 where=self.config.out,
                 fix="Lower optim.lr, and go on from the checkpoint before by --resume auto.",
             )
-        self.state.writer.finish()
+        self.state.commit()
         found = self.state.restore()
         if found is not None:
             self._take_up(*found)
@@ -282,16 +299,16 @@ class Trainer:
 
     def _is_saved_after(self, epoch_ends: bool) -> bool:
         settings = self.config.checkpoint
-        return (
-            self.done % settings.every_steps == 0
-            or self.done == self.steps
-            or (epoch_ends and settings.best is not None)
-        )
+        return self.done % settings.every_steps == 0 or (epoch_ends and settings.best is not None)
 
-    def _save(self, events: EventWriter | None, judged: Values) -> None:
-        if events is not None:
-            events.flush()
+    def _save(self, judged: Values) -> None:
+        """A collective call."""
+        on_main(self.backend, self._flush_events)
         self.state.save(self.done, *self._gathered_outputs(), judged)
+
+    def _flush_events(self) -> None:
+        if self.events is not None:
+            self.events.flush()
 
     def _step(self, step: int, batches: Iterator[Batch]) -> Values:
         """One optimizer step on the global batch; its figures."""
@@ -300,13 +317,15 @@ class Trainer:
         key = np.random.SeedSequence((self.config.seed, step, backend.rank))
         torch.manual_seed(int(key.generate_state(1)[0]))
         began, waited = time.perf_counter(), 0.0
+        self.pace.begin()
         lr = self.schedule.lr(step)
         backend.set_lr(lr)
         total = torch.zeros((), device=backend.device)
         left_out = self.bad_steps[step] > 1
         for micro in range(accumulate):
             asked = time.perf_counter()
-            batch = next(batches).to(backend.device)
+            with self.pace.own_work():
+                batch = next(batches).to(backend.device)
             waited += time.perf_counter() - asked
             if left_out:
                 continue
@@ -321,15 +340,17 @@ class Trainer:
         if left_out:
             return {"train/loss": None, "train/lr": lr}
         norm = backend.update()
-        mean_loss = backend.sums([float(total)])[0] / backend.world
+        sum_of_losses, *own_work = backend.sums([float(total), *self.pace.shares()])
+        mean_loss = sum_of_losses / backend.world
         # In fp16 a step whose gradients overflow is skipped, and the loss scale lowered.
         overflow_is_fine = self.config.train.precision == "fp16"
         if not (math.isfinite(mean_loss) and (math.isfinite(norm) or overflow_is_fine)):
-            raise BadStepError(step, mean_loss, norm)
-        if step < self.config.train.check_steps:
-            check_agreement(
-                backend, {"the step": step, "a digest of the weights": weights_digest(backend)}
-            )
+            losses = backend.gather(float(total))
+            odd = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+            raise BadStepError(step, mean_loss, norm, odd)
+        if step < self.first_step + self.config.train.check_steps:
+            check_agreement(backend, {"the step": step})
+            check_weights(backend)
         seconds = time.perf_counter() - began
         return {
             "train/loss": mean_loss,
@@ -337,6 +358,7 @@ class Trainer:
             "train/grad_norm": norm,
             "speed/clips_per_second": self.plan.clips_at(step) / seconds,
             "speed/data_wait": waited / seconds,
+            **self.pace.judge(own_work),
         } | _memory(backend.device)
 
     def _train_metrics(self) -> Values:
@@ -376,13 +398,13 @@ class Trainer:
             weights = self.backend.state(
                 lambda name: self.backend.is_main and name.startswith("model/")
             )
-        if self.backend.is_main:
-            path = self.config.out / SNAPSHOTS / f"step-{self.done}.safetensors"
-            contiguous = {
-                name.removeprefix("model/"): tensor.cpu().contiguous()
-                for name, tensor in weights.items()
-            }
-            save_snapshot(path, contiguous, {"step": self.done, "model": self.state.model})
+        path = self.config.out / SNAPSHOTS / f"step-{self.done}.safetensors"
+        contiguous = {
+            name.removeprefix("model/"): tensor.cpu().contiguous()
+            for name, tensor in weights.items()
+        }
+        facts = {"step": self.done, "model": self.state.model}
+        on_main(self.backend, lambda: save_snapshot(path, contiguous, facts))
 
     @contextmanager
     def _precise_statistics(self) -> Iterator[None]:
@@ -456,10 +478,17 @@ class Trainer:
         first, second = zip(*self.backend.gather(mine), strict=True)
         return np.concatenate(first), np.concatenate(second)
 
-    def _events(self) -> AbstractContextManager[EventWriter | None]:
-        if not self.backend.is_main or self.done >= self.steps:
-            return nullcontext()
-        return EventWriter(self.config.out, after=self.done)
+    @contextmanager
+    def _events(self) -> Iterator[None]:
+        """Within it, rank 0 has ``events``. A collective call."""
+        with ExitStack() as opened:
+
+            def begin() -> None:
+                writer = EventWriter(self.config.out, after=self.done)
+                self.events = opened.enter_context(writer)
+
+            on_main(self.backend, begin)
+            yield
 
     def _headline(self, values: Values) -> str:
         epoch = self.plan.epoch_of(self.done - 1) + 1

@@ -1,0 +1,30 @@
+"""What is told where another process of the run is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.distributed import DistError
+
+from dist_train.errors import LostProcessError
+
+
+@contextmanager
+def losses_explained() -> Iterator[None]:
+    """Within it, what torch raises where another process does not answer is a user's error.
+
+    Raises:
+        LostProcessError: in place of that.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's own errors have no type of their own, but name the line of gloo that they are from.
+        if not (isinstance(error, DistError) or "/gloo/" in str(error)):
+            raise
+        first_line = str(error).partition("\n")[0]
+        raise LostProcessError(
+            f"another process of the run has ended, or cannot be reached ({first_line})",
+            fix="What it said is above or in its own log. Go on by --resume auto.",
+        ) from error

@@ -1,0 +1,192 @@
+"""Faults as objects, each of which strikes one rank at one step, once in a run's life."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_train.engine.checkpoint import by_step, rank_file
+from dist_train.train import Trainer
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Attributes:
+    rank: where it strikes; None is everywhere.
+    step: before the forward pass of this step, 0 the first.
+    name: of a file that says that it has struck; None strikes each time.
+    """
+
+    rank: int | None
+    step: int
+    name: str | None = None
+
+    def is_due(self, trainer: Trainer, step: int, struck: Path) -> bool:
+        if step != self.step or self.rank not in (None, trainer.backend.rank):
+            return False
+        if self.name is None:
+            return True
+        try:
+            (struck / f"{self.name}.{trainer.backend.rank}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def strike(self, trainer: Trainer) -> None:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Signal(Fault):
+    """The process sends a signal to itself; or to its launcher, its parent."""
+
+    number: int = signal.SIGKILL
+    to_launcher: bool = False
+
+    def strike(self, trainer: Trainer) -> None:
+        os.kill(os.getppid() if self.to_launcher else os.getpid(), self.number)
+
+
+@dataclass(frozen=True)
+class NotANumber(Fault):
+    """The model's output of this step is NaN, and so are loss, gradients and statistics."""
+
+    value: float = float("nan")
+
+    def strike(self, trainer: Trainer) -> None:
+        def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            handle.remove()
+            return output * self.value
+
+        handle = trainer.backend.module.register_forward_hook(spoil)
+
+
+@dataclass(frozen=True)
+class Hang(Fault):
+    """The process does nothing any more; with ``lock``, nor does any other thread of Python's."""
+
+    lock: bool = False
+
+    def strike(self, trainer: Trainer) -> None:
+        if self.lock:
+            ctypes.PyDLL(None).sleep(3600)
+        while True:
+            time.sleep(3600)
+
+
+@dataclass(frozen=True)
+class Slow(Fault):
+    """From this step on, the rank's first convolution takes longer by so many seconds."""
+
+    seconds: float = 0.02
+
+    def strike(self, trainer: Trainer) -> None:
+        first = next(
+            m for m in trainer.backend.module.modules() if isinstance(m, torch.nn.Conv3d)
+        )
+        # A wrapper of its forward rather than a hook, as a slow device is slow inside.
+        inner = first.forward
+
+        def slow(input: torch.Tensor) -> torch.Tensor:
+            time.sleep(self.seconds)
+            return inner(input)
+
+        first.forward = slow
+
+
+@dataclass(frozen=True)
+class OtherWeights(Fault):
+    """One weight changes by a last bit on this rank alone, as by a bad memory chip."""
+
+    weight: str = ""
+
+    def strike(self, trainer: Trainer) -> None:
+        with torch.no_grad():
+            value = dict(trainer.backend.module.named_parameters())[self.weight].view(-1)
+            value[-1:] = torch.nextafter(value[-1:], torch.tensor(9.0))
+
+
+@dataclass(frozen=True)
+class OtherStep(Fault):
+    """This rank believes to be at another step."""
+
+    def strike(self, trainer: Trainer) -> None:
+        step, trainer._step = trainer._step, None
+
+        def elsewhere(number: int, batches: Any) -> Any:
+            return step(number + 1, batches)
+
+        trainer._step = elsewhere
+
+
+@dataclass(frozen=True)
+class Torn(Fault):
+    """The newest checkpoint loses the end of a file, and the process is killed: what was written
+    last did not reach the disk when the power went."""
+
+    def strike(self, trainer: Trainer) -> None:
+        found = by_step(trainer.config.out / "checkpoints")
+        if found:
+            file = found[-1][1] / rank_file(0)
+            os.truncate(file, file.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class ClockJump(Fault):
+    """The wall clock goes forth or back by so many hours."""
+
+    hours: float = 0.0
+
+    def strike(self, trainer: Trainer) -> None:
+        true_time = time.time
+        time.time = lambda: true_time() + 3600 * self.hours
+
+
+@dataclass(frozen=True)
+class Runs(Fault):
+    """A shell command, as root of what the test has made for it."""
+
+    command: str = ""
+
+    def strike(self, trainer: Trainer) -> None:
+        assert os.system(self.command) == 0
+
+
+KINDS = {
+    kind.__name__: kind
+    for kind in (
+        Signal, NotANumber, Hang, Slow, OtherWeights, OtherStep, Torn, ClockJump, Runs,
+    )
+}  # fmt: skip
+
+
+def as_json(fault: Fault) -> dict[str, Any]:
+    return {"kind": type(fault).__name__} | fault.__dict__
+
+
+def from_json(content: Mapping[str, Any]) -> Fault:
+    settings = dict(content)
+    return KINDS[settings.pop("kind")](**settings)
+
+
+@dataclass
+class Injector:
+    """What ``train`` calls before each step."""
+
+    faults: Sequence[Fault]
+    struck: Path
+    log: list[str] = field(default_factory=list)
+
+    def __call__(self, trainer: Trainer, step: int) -> None:
+        for fault in self.faults:
+            if fault.is_due(trainer, step, self.struck):
+                fault.strike(trainer)
