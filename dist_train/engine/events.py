@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from time import time as wall_time
 from types import TracebackType
 
 from dist_train.data.files import write_whole
@@ -39,26 +39,26 @@ class EventWriter:
             write_whole(path, b"".join(line for line in lines if _is_whole(line, after)))
         (run / BOARD).mkdir(exist_ok=True)
         self._lines, self._board = GrowingFile(path), GrowingFile(next_file(run / BOARD))
-        self._board.append(opening(after + 1, wall_time()))
+        self._board.append(opening(after + 1, time.time()))
         self._told = False
 
-    def write(self, step: int, epoch: int, time: float, values: Mapping[str, float | None]) -> None:
+    def write(self, step: int, epoch: int, at: float, values: Mapping[str, float | None]) -> None:
         """Numbers of step ``step`` (1 is the first); what is not finite becomes null.
 
         Where the disk is full they are kept in memory, with a warning, until there is room.
 
         Args:
-            time: seconds since 1970, for display alone.
+            at: seconds since 1970, for display alone.
         """
         finite = {
             name: value if value is not None and math.isfinite(value) else None
             for name, value in values.items()
         }
-        line = {"step": step, "epoch": epoch, "time": time} | finite
+        line = {"step": step, "epoch": epoch, "time": at} | finite
         known = {name: value for name, value in finite.items() if value is not None}
         for file, record in (
             (self._lines, f"{json.dumps(line)}\n".encode()),
-            (self._board, scalars(step, time, known)),
+            (self._board, scalars(step, at, known)),
         ):
             try:
                 file.append(record)

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Hang(Fault):
 
     def strike(self, trainer: Trainer) -> None:
         if self.lock:
-            ctypes.PyDLL(None).sleep(3600)
+            ctypes.PyDLL(None).sleep(3600)  # a PyDLL's functions are called with the lock held
         while True:
             time.sleep(3600)
 
@@ -89,9 +89,7 @@ class Slow(Fault):
     seconds: float = 0.02
 
     def strike(self, trainer: Trainer) -> None:
-        first = next(
-            m for m in trainer.backend.module.modules() if isinstance(m, torch.nn.Conv3d)
-        )
+        first = next(m for m in trainer.backend.module.modules() if isinstance(m, torch.nn.Conv3d))
         # A wrapper of its forward rather than a hook, as a slow device is slow inside.
         inner = first.forward
 
@@ -119,12 +117,8 @@ class OtherStep(Fault):
     """This rank believes to be at another step."""
 
     def strike(self, trainer: Trainer) -> None:
-        step, trainer._step = trainer._step, None
-
-        def elsewhere(number: int, batches: Any) -> Any:
-            return step(number + 1, batches)
-
-        trainer._step = elsewhere
+        step = trainer._step
+        trainer._step = lambda number, batches: step(number + 1, batches)
 
 
 @dataclass(frozen=True)
@@ -184,7 +178,6 @@ class Injector:
 
     faults: Sequence[Fault]
     struck: Path
-    log: list[str] = field(default_factory=list)
 
     def __call__(self, trainer: Trainer, step: int) -> None:
         for fault in self.faults:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -48,9 +47,16 @@ class Group:
         logs = self.logs if rank is None else [self.logs[rank]]
         return "\n".join(log.read_text() for log in logs if log.exists())
 
-    def signal(self, number: int, rank: int | None = None) -> None:
-        for pid in self.pids if rank is None else [self.pids[rank]]:
-            os.kill(pid, number)
+    def signal(self, number: int, rank: int) -> None:
+        """Send a signal, and wait until the process has taken it."""
+        os.kill(self.pids[rank], number)
+        status = Path(f"/proc/{self.pids[rank]}/status")
+
+        def taken() -> bool:
+            pending = [line for line in status.read_text().splitlines() if "Pnd:" in line]
+            return not any(int(line.split()[1], 16) >> number - 1 & 1 for line in pending)
+
+        self.wait_for(taken)
 
     def kill(self, pids: Sequence[int]) -> None:
         family = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
@@ -67,12 +73,19 @@ class Group:
 
 
 class Launcher:
-    """Starts them. One server is used by all tests of a session."""
+    """Starts them. One server is used by all tests of a session.
+
+    Args:
+        around: a command that the server is started by, as one that makes it a namespace.
+    """
+
+    def __init__(self, around: Sequence[str] = ()) -> None:
+        self._around = around
 
     def __enter__(self) -> Launcher:
         self._folder = TemporaryDirectory(prefix="faults-")
         self._process = subprocess.Popen(
-            [sys.executable, "-u", str(HERE / "warm.py")],
+            [*self._around, sys.executable, "-u", str(HERE / "warm.py")],
             env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path])),
             cwd=ROOT,
             stdin=subprocess.PIPE,
@@ -81,6 +94,10 @@ class Launcher:
         )
         self._number = 0
         return self
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def __exit__(
         self,
@@ -105,11 +122,13 @@ class Launcher:
         *,
         resume: bool = False,
         faults: Sequence[Fault] = (),
+        networks: bool = False,
     ) -> Group:
         """Start the ranks of a run, with no launcher that would start them again.
 
         Args:
             settings: of all ranks, or of each.
+            networks: rank 1 is on a host of its own, joined to rank 0's by a cable.
         """
         folder, env = self._place(faults)
         port = free_port()
@@ -124,11 +143,14 @@ class Launcher:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
+            if networks:
+                ranked |= {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": "ab"[rank]}
             processes.append(
                 {
                     "env": env | ranked,
                     "arguments": [*(("--resume", "auto") if resume else ()), *own],
                     "log": str(folder / f"{rank}.log"),
+                    "own_network": networks and rank == 1,
                 }
             )
         return self._start(processes)
@@ -179,10 +201,6 @@ class Launcher:
             ]
         )
 
-    def faulty(self, faults: Sequence[Fault], **more: str) -> dict[str, str]:
-        """The environment of a program that is to meet them."""
-        return self._place(faults)[1] | more
-
     def _place(
         self, faults: Sequence[Fault], folder: Path | None = None
     ) -> tuple[Path, dict[str, str]]:
@@ -204,7 +222,3 @@ def free_port() -> int:
         taken.bind(("127.0.0.1", 0))
         port: int = taken.getsockname()[1]
         return port
-
-
-def interrupt(group: Group, rank: int | None = None) -> None:
-    group.signal(signal.SIGINT, rank)

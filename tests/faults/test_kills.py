@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import os
+import sys
+import time
 from pathlib import Path
 
-from faults import Signal
-from helpers import board_of, losses_of, metrics_of, overrides
-from launcher import Launcher
+import psutil
+import pytest
+from faults import Runs, Signal
+from helpers import (
+    LAUNCH,
+    ROOT,
+    environment,
+    losses_of,
+    overrides,
+    tiny_config,
+)
+from launcher import Group, Launcher
+from runs import assert_same, sessions_of
 
-STEPS = 18
+from dist_train.train import train
+
 DROPOUT = "model.dropout=0.3"
-
-
-def assert_same(run: Path, straight: Path, steps: int = STEPS) -> None:
-    """All figures of all steps, each once, in both places; and the weights."""
-    assert [line["step"] for line in metrics_of(run)] == list(range(1, steps + 1))
-    assert metrics_of(run) == metrics_of(straight)
-    for name in ("train/loss", "val/loss"):
-        assert board_of(run, name) == board_of(straight, name)
-    names = sorted(path.name for path in (straight / "snapshots").iterdir())
-    assert sorted(path.name for path in (run / "snapshots").iterdir()) == names
-    for name in names:
-        assert (run / "snapshots" / name).read_bytes() == (
-            straight / "snapshots" / name
-        ).read_bytes()
-
-
-def sessions_of(run: Path) -> list[tuple[int, int | None]]:
-    """World size, and step it went on from, of each."""
-    sessions = json.loads((run / "run.json").read_text())["sessions"]
-    return [(s["world_size"], s["resumed_from_step"]) for s in sessions]
 
 
 def test_each_rank_is_killed_and_the_launcher_goes_on(
@@ -46,3 +39,76 @@ def test_each_rank_is_killed_and_the_launcher_goes_on(
     assert begun[2] in (None, 4), begun
     assert begun[3] in (8, 12), begun
     assert len(begun) == 4
+
+
+def test_fewer_ranks_go_on_where_the_batch_can_be_cut(
+    launcher: Launcher, store: Path, tmp_path: Path
+) -> None:
+    """4 ranks, of which one dies: 3 are refused, 2 go on. A step's clips and statistics are the
+    same at any number of ranks, so that one process alone shows what is to come out."""
+    settings = ("plan.batch=16", "train.epochs=6", "optim.lr=3e-4")
+    straight, out = tmp_path / "straight", tmp_path / "run"
+    train(tiny_config(store, straight, *settings))
+
+    group = launcher.run(4, overrides(store, out, *settings), faults=[Signal(2, 6)])
+    assert group.codes() == [75, 75, -9, 75]
+    for rank in (0, 1, 3):
+        assert "another process of the run has ended" in group.said(rank)
+        assert "Go on by --resume auto" in group.said(rank)
+        assert "Traceback" not in group.said(rank)
+    three = launcher.run(3, overrides(store, out, *settings), resume=True)
+    assert three.codes() == [1, 1, 1]
+    assert "error: plan.batch 16 cannot be cut into 3 processes" in three.said(0)
+    launcher.run(2, overrides(store, out, *settings), resume=True).well()
+    assert sessions_of(out) == [(4, None), (2, 4)]
+    assert losses_of(out) == pytest.approx(losses_of(straight), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_node_is_lost_and_the_launcher_of_the_other_goes_on(
+    launcher: Launcher, store: Path, tmp_path: Path
+) -> None:
+    """Two nodes of 2 ranks. The second goes, with its launcher, while all are at step 6."""
+    settings = ("plan.batch=16", "train.epochs=6", "optim.lr=3e-4")
+    straight, out, go = tmp_path / "straight", tmp_path / "run", tmp_path / "go"
+    train(tiny_config(store, straight, *settings))
+    wait = Runs(None, 6, "wait", command=f"until [ -e {go} ]; do sleep 0.02; done")
+    group = launcher.elastic(
+        overrides(store, out, *settings), faults=[wait], nodes=2, struck=tmp_path / "struck"
+    )
+    struck = tmp_path / "struck"
+    group.wait_for(lambda: len(list(struck.glob("wait.*"))) == 4)
+    group.kill([group.pids[1]])
+    go.touch()
+    left = Group(launcher, group.pids[:1], group.logs[:1])
+    left.well()
+    assert sessions_of(out) == [(4, None), (2, 4)]
+    assert losses_of(out) == pytest.approx(losses_of(straight), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_rank_is_killed_under_torchrun(store: Path, straight: Path, tmp_path: Path) -> None:
+    """By the file that users start, which starts its processes anew."""
+    out = tmp_path / "run"
+    env = environment(
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        PET_NPROC_PER_NODE="2",
+    )
+    with (tmp_path / "log").open("w") as log:
+        process = psutil.Popen(
+            [str(LAUNCH / "torchrun.sh"), *overrides(store, out, DROPOUT, "train.epochs=3")],
+            cwd=ROOT, env=env, stdout=log, stderr=log,
+        )  # fmt: skip
+        metrics = out / "metrics.jsonl"
+        deadline = time.monotonic() + 90
+        while not (metrics.exists() and len(metrics.read_bytes().splitlines()) > 5):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        (worker,) = [p for p in process.children(recursive=True) if p.environ().get("RANK") == "1"]
+        worker.kill()
+        assert process.wait(120) == 0, (tmp_path / "log").read_text()
+    assert_same(out, straight)
+    (_, first), (_, second) = sessions_of(out)
+    assert first is None
+    assert second is not None
