@@ -165,8 +165,8 @@ class Trainer:
             backend,
             {
                 "the step to begin with": self.done,
-                "the plan": self.plan.fingerprint,
                 "the store": self.data.store.fingerprint,
+                "the plan": self.plan.fingerprint,
             },
         )
         if self.done < self.steps:

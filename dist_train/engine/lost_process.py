@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,8 +24,13 @@ def losses_explained() -> Iterator[None]:
         # gloo's own errors have no type of their own, but name the line of gloo that they are from.
         if not (isinstance(error, DistError) or "/gloo/" in str(error)):
             raise
-        first_line = str(error).partition("\n")[0]
         raise LostProcessError(
-            f"another process of the run has ended, or cannot be reached ({first_line})",
+            f"another process of the run has ended, or cannot be reached ({_core(error)})",
             fix="What it said is above or in its own log. Go on by --resume auto.",
         ) from error
+
+
+def _core(error: Exception) -> str:
+    """The first sentence of its message, without the line of torch's code that it is from."""
+    first_line = str(error).partition("\n")[0]
+    return re.sub(r"\[\S*\.cc:\d+\] ", "", first_line).partition(". ")[0]

@@ -64,7 +64,8 @@ class NotANumber(Fault):
     def strike(self, trainer: Trainer) -> None:
         def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
             handle.remove()
-            return output * self.value
+            # A step that is left out has no forward pass.
+            return output * self.value if trainer.done == self.step else output
 
         handle = trainer.backend.module.register_forward_hook(spoil)
 
