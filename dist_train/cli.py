@@ -341,22 +341,24 @@ def main() -> None:
         sys.exit(130)
 
 
-def _leave_launch() -> None:
+def _leave_launch(code: int = 0) -> None:
     """End a launched process at once: all is written, and its process group is closed.
 
     gloo's threads outlive the group, and the end of the interpreter under them aborts about one
-    process in ten of ZeRO on CPUs (torch 2.13, deepspeed 0.19.8): a failure to the launcher.
+    process in ten of ZeRO on CPUs (torch 2.13, deepspeed 0.19.8), whose launcher would never see
+    the code that it was to end with.
     """
     if "WORLD_SIZE" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 def _fail(message: str, code: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     process = "" if rank == "0" else f" (process {rank})"
     print(f"error{process}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    _leave_launch(code)
     sys.exit(code)
 
 

@@ -144,6 +144,7 @@ class RunState:
             yield
         except (CheckpointError, OSError) as error:
             self._failures += 1
+            self.saved_at = None
             if not self._has_one or self._failures > self.settings.max_failures:
                 raise
             if self.backend.is_main:

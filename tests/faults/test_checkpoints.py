@@ -59,7 +59,7 @@ def test_where_none_is_whole_it_does_not_begin_anew(
     before = (left / "metrics.jsonl").read_bytes()
     (left / "checkpoints" / "step-16" / "checkpoint.json").write_text("{}")
     group = launcher.run(2, overrides(store, left, DROPOUT), resume=True)
-    assert group.codes() == [1, 1]
+    assert group.codes() == [1, 1], group.said()
     assert "none of the 1 checkpoints is whole" in group.said(0)
     assert "Restore one from a copy" in group.said(0)
     assert (left / "metrics.jsonl").read_bytes() == before
@@ -77,7 +77,7 @@ def test_rank_0_chooses_whatever_another_sees(
     group = launcher.run(
         2, lambda rank: overrides(store, (left, apart)[rank], DROPOUT), resume=True
     )
-    assert group.codes() == [1, 1]
+    assert group.codes() == [1, 1], group.said()
     assert sessions_of(left)[-1] == (2, 16)
     assert "rank-00001.safetensors was written by another process" in group.said(0)
     assert "Give 'out' on a disk that all machines share" in group.said(0)
@@ -90,7 +90,7 @@ def test_all_stop_where_one_cannot_read_what_rank_0_chose(
     group = launcher.run(
         2, lambda rank: overrides(store, (left, tmp_path / "apart")[rank], DROPOUT), resume=True
     )
-    assert group.codes() == [1, 1]
+    assert group.codes() == [1, 1], group.said()
     assert "process 0 chose this checkpoint, and another cannot read it" in group.said(0)
     assert "(process 1: " in group.said(0)
 

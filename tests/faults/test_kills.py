@@ -51,13 +51,13 @@ def test_fewer_ranks_go_on_where_the_batch_can_be_cut(
     train(tiny_config(store, straight, *settings))
 
     group = launcher.run(4, overrides(store, out, *settings), faults=[Signal(2, 6)])
-    assert group.codes() == [75, 75, -9, 75]
+    assert group.codes() == [75, 75, -9, 75], group.said()
     for rank in (0, 1, 3):
         assert "another process of the run has ended" in group.said(rank)
         assert "Go on by --resume auto" in group.said(rank)
         assert "Traceback" not in group.said(rank)
     three = launcher.run(3, overrides(store, out, *settings), resume=True)
-    assert three.codes() == [1, 1, 1]
+    assert three.codes() == [1, 1, 1], three.said()
     assert "error: plan.batch 16 cannot be cut into 3 processes" in three.said(0)
     launcher.run(2, overrides(store, out, *settings), resume=True).well()
     assert sessions_of(out) == [(4, None), (2, 4)]

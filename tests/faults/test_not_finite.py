@@ -44,7 +44,7 @@ def test_after_too_many_the_run_ends(launcher: Launcher, store: Path, tmp_path: 
     faults = [NotANumber(0, step) for step in range(5, 9)]
     settings = overrides(store, tmp_path, "train.max_skips=2")
     group = launcher.run(2, settings, faults=faults)
-    assert group.codes() == [1, 1]
+    assert group.codes() == [1, 1], group.said()
     assert "training diverged: at step 8 the loss is nan" in group.said(0)
     assert "2 steps were left out already" in group.said(0)
 

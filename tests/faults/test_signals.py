@@ -21,7 +21,7 @@ def test_told_to_stop_it_saves_the_step_it_is_at(
     """One rank alone is told; all save and leave together."""
     settings = overrides(store, tmp_path, DROPOUT)
     group = launcher.run(2, settings, faults=[Signal(1, 5, number=number)])
-    assert group.codes() == [code, code]
+    assert group.codes() == [code, code], group.said()
     assert f"stopped by {signal.Signals(number).name} after step 6, which is saved" in group.said(0)
     assert checkpoints_of(tmp_path) == [4, 6]
     launcher.run(2, settings, resume=True).well()
@@ -35,7 +35,7 @@ def test_a_launcher_that_is_told_to_stop_ends_with_what_a_scheduler_requeues(
     settings = overrides(store, tmp_path, DROPOUT)
     told = Signal(0, 5, number=signal.SIGTERM, to_launcher=True)
     group = launcher.elastic(settings, faults=[told])
-    assert group.codes() == [75]
+    assert group.codes() == [75], group.said()
     saved = checkpoints_of(tmp_path)[-1]
     assert len(metrics_of(tmp_path)) == saved, "nothing that was done is lost"
     launcher.elastic(settings).well()
@@ -53,6 +53,6 @@ def test_a_second_interrupt_ends_at_once_also_a_rank_that_waits_for_another(
         group.signal(signal.SIGINT, rank)
     for rank in (0, 1):
         group.signal(signal.SIGINT, rank)
-    assert group.codes(10) == [130, 130]
+    assert group.codes(10) == [130, 130], group.said()
     assert "interrupted twice" in group.said(0)
     assert checkpoints_of(tmp_path) == [4]

@@ -34,7 +34,7 @@ import elastic
 def train(arguments: list[str]) -> None:
     sys.argv = ["dist-train", "train", *arguments]
     # A process of torch's elastic agent is to return, rather than to leave.
-    faulty_train.cli._leave_launch = lambda: None
+    faulty_train.cli._leave_launch = lambda code=0: None
     faulty_train.main()
 
 
