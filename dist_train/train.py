@@ -228,6 +228,7 @@ class Trainer:
             for step in range(self.done, self.steps):
                 if before_step is not None:
                     before_step(self, step)
+                self.pace.begin()
                 values = self._step(step, batches)
                 self.done = step + 1
                 self.watchdog.beat()
@@ -317,15 +318,13 @@ class Trainer:
         key = np.random.SeedSequence((self.config.seed, step, backend.rank))
         torch.manual_seed(int(key.generate_state(1)[0]))
         began, waited = time.perf_counter(), 0.0
-        self.pace.begin()
         lr = self.schedule.lr(step)
         backend.set_lr(lr)
         total = torch.zeros((), device=backend.device)
         left_out = self.bad_steps[step] > 1
         for micro in range(accumulate):
             asked = time.perf_counter()
-            with self.pace.own_work():
-                batch = next(batches).to(backend.device)
+            batch = next(batches).to(backend.device)
             waited += time.perf_counter() - asked
             if left_out:
                 continue
@@ -340,7 +339,7 @@ class Trainer:
         if left_out:
             return {"train/loss": None, "train/lr": lr}
         norm = backend.update()
-        sum_of_losses, *own_work = backend.sums([float(total), *self.pace.shares()])
+        sum_of_losses, *own_work = backend.sums([float(total), *self.pace.shares(waited)])
         mean_loss = sum_of_losses / backend.world
         # In fp16 a step whose gradients overflow is skipped, and the loss scale lowered.
         overflow_is_fine = self.config.train.precision == "fp16"

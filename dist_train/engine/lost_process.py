@@ -10,6 +10,9 @@ from torch.distributed import DistError
 
 from dist_train.errors import LostProcessError
 
+#: gloo's errors have no type of their own. All but this one name the line of gloo they are from.
+OF_GLOO = ("/gloo/", "Application timeout caused pair closure")
+
 
 @contextmanager
 def losses_explained() -> Iterator[None]:
@@ -21,8 +24,7 @@ def losses_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # gloo's own errors have no type of their own, but name the line of gloo that they are from.
-        if not (isinstance(error, DistError) or "/gloo/" in str(error)):
+        if not (isinstance(error, DistError) or any(part in str(error) for part in OF_GLOO)):
             raise
         raise LostProcessError(
             f"another process of the run has ended, or cannot be reached ({_core(error)})",

@@ -6,8 +6,7 @@ import logging
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from statistics import median_low
 from typing import Any
 
@@ -54,23 +53,21 @@ class Pace:
         """A step begins."""
         self._own, self._used = 0.0, 0
 
-    @contextmanager
-    def own_work(self) -> Iterator[None]:
-        """Within it, this process waits for no other."""
-        began = time.perf_counter()
-        yield
-        self._own += time.perf_counter() - began
-
-    def shares(self) -> list[float]:
+    def shares(self, waited: float) -> list[float]:
         """Seconds of own work in this step in this process's place of a list of all of them, and 0
-        in the others, so that the sum over the processes is the list of each one's."""
+        in the others, so that the sum over the processes is the list of each one's.
+
+        Args:
+            waited: seconds for data.
+        """
         if self._backend.world == 1:
             return []
         for before, after in self._marks[: self._used]:
             after.synchronize()
             self._own += before.elapsed_time(after) / 1000
         self._used = 0
-        return [self._own if r == self._backend.rank else 0.0 for r in range(self._backend.world)]
+        mine = waited + self._own
+        return [mine if r == self._backend.rank else 0.0 for r in range(self._backend.world)]
 
     def judge(self, seconds: Sequence[float]) -> dict[str, float | None]:
         """Say on rank 0 which process is slow, if one is.

@@ -31,7 +31,7 @@ def test_what_has_no_room_waits_in_its_order(tmp_path: Path, little_room: Little
         assert path.read_bytes() == b"a" * 40, "no part of a record"
     with pytest.raises(OSError, match=f"{path}"):
         file.flush()
-    little_room(200)
+    little_room(199)
     with pytest.raises(OSError, match=f"{path}"):
         file.flush()
     assert path.read_bytes() == b"a" * 40 + b"b" * 80

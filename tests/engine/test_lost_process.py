@@ -24,6 +24,7 @@ UNCONNECTED = (
     [
         (RuntimeError(CLOSED), "(Connection closed by peer [127.0.0.1]:8906)"),
         (RuntimeError(UNCONNECTED), "failed with timed out connecting: SO_ERROR"),
+        (RuntimeError("Application timeout caused pair closure"), "(Application timeout caused"),
         (DistStoreError("Timed out after 31 seconds\nException raised from"), "after 31 seconds)"),
         (DistNetworkError("The client socket has failed"), "(The client socket has failed)"),
     ],

@@ -9,11 +9,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from dist_train.engine import checkpoint_writer
 from dist_train.engine.checkpoint import by_step, rank_file
+from dist_train.engine.tensor_file import write_tensors
 from dist_train.train import Trainer
 
 
@@ -68,6 +71,42 @@ class NotANumber(Fault):
             return output * self.value if trainer.done == self.step else output
 
         handle = trainer.backend.module.register_forward_hook(spoil)
+
+
+@dataclass(frozen=True)
+class InfiniteGradient(Fault):
+    """One weight's gradient of this step is inf on this rank, and the loss is as it should be."""
+
+    def strike(self, trainer: Trainer) -> None:
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            handle.remove()
+            return gradient * float("inf")
+
+        handle = next(trainer.backend.module.parameters()).register_hook(spoil)
+
+
+@dataclass(frozen=True)
+class KilledWriting(Fault):
+    """The process is killed when half of its share of the next checkpoint is written."""
+
+    def strike(self, trainer: Trainer) -> None:
+        def half(path: Path, tensors: Any) -> Any:
+            write_tensors(path, tensors)
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint_writer.write_tensors = half
+
+
+@dataclass(frozen=True)
+class KilledPublishing(Fault):
+    """The process is killed when the next checkpoint lacks nothing but its name."""
+
+    def strike(self, trainer: Trainer) -> None:
+        def kill(path: Path, **how: Any) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint_writer.shutil = SimpleNamespace(rmtree=kill)
 
 
 @dataclass(frozen=True)
@@ -159,7 +198,8 @@ class Runs(Fault):
 KINDS = {
     kind.__name__: kind
     for kind in (
-        Signal, NotANumber, Hang, Slow, OtherWeights, OtherStep, Torn, ClockJump, Runs,
+        Signal, NotANumber, InfiniteGradient, KilledWriting, KilledPublishing, Hang, Slow,
+        OtherWeights, OtherStep, Torn, ClockJump, Runs,
     )
 }  # fmt: skip
 

@@ -124,7 +124,8 @@ class Launcher:
         faults: Sequence[Fault] = (),
         networks: bool = False,
     ) -> Group:
-        """Start the ranks of a run, with no launcher that would start them again.
+        """Start the ranks of a run, with no launcher that would start them again; one alone as
+        without any.
 
         Args:
             settings: of all ranks, or of each.
@@ -143,8 +144,10 @@ class Launcher:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
+            if world == 1:
+                ranked = {}
             if networks:
-                ranked |= {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": "ab"[rank]}
+                ranked |= {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": ("near", "far")[rank]}
             processes.append(
                 {
                     "env": env | ranked,

@@ -9,15 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from faults import Runs, Signal
-from helpers import (
-    LAUNCH,
-    ROOT,
-    environment,
-    losses_of,
-    overrides,
-    tiny_config,
-)
+from faults import KilledPublishing, KilledWriting, Runs, Signal
+from helpers import LAUNCH, ROOT, environment, losses_of, metrics_of, overrides, tiny_config
 from launcher import Group, Launcher
 from runs import assert_same, sessions_of
 
@@ -39,6 +32,33 @@ def test_each_rank_is_killed_and_the_launcher_goes_on(
     assert begun[2] in (None, 4), begun
     assert begun[3] in (8, 12), begun
     assert len(begun) == 4
+
+
+def test_killed_while_a_checkpoint_is_written(
+    launcher: Launcher, store: Path, straight: Path, tmp_path: Path
+) -> None:
+    """The 4th's share is half there; the 8th is all there, but for its name. Neither counts."""
+    faults = [KilledWriting(1, 3, "writing"), KilledPublishing(0, 7, "publishing")]
+    out = tmp_path / "run"
+    launcher.elastic(overrides(store, out, DROPOUT), faults=faults).well()
+    assert_same(out, straight)
+    assert [step for _, step in sessions_of(out)] == [None, None, 4]
+    assert not list((out / "checkpoints").glob("*.partial"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_process_without_a_launcher(
+    launcher: Launcher, store: Path, tmp_path: Path, precision: str
+) -> None:
+    straight, out = tmp_path / "straight", tmp_path / "run"
+    more = (DROPOUT, f"train.precision={precision}", "optim.lr=3e-3", "norm.precise_steps=2")
+    launcher.run(1, overrides(store, straight, *more)).well()
+    group = launcher.run(1, overrides(store, out, *more), faults=[Signal(0, 9)])
+    assert group.codes() == [-9], group.said()
+    assert len(metrics_of(out)) == 9
+    launcher.run(1, overrides(store, out, *more), resume=True).well()
+    assert_same(out, straight)
+    assert sessions_of(out)[1] in [(1, 8), (1, 4)], "of the last checkpoint, if it was in place"
 
 
 def test_fewer_ranks_go_on_where_the_batch_can_be_cut(

@@ -32,7 +32,7 @@ def test_a_cut_cable_ends_both_and_they_go_on_when_it_is_mended(
     host: Launcher, store: Path, straight: Path, tmp_path: Path
 ) -> None:
     settings = overrides(store, tmp_path, DROPOUT)
-    cut = Runs(1, 6, command="ip link set b down")
+    cut = Runs(1, 6, command="ip link set far down")
     group = host.run(2, [*settings, "train.timeout=8"], faults=[cut], networks=True)
     assert group.codes(20) == [75, 75], group.said()
     for rank in (0, 1):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-from faults import NotANumber
+from faults import InfiniteGradient, NotANumber
 from helpers import losses_of, metrics_of, overrides
 from launcher import Launcher
 from runs import STEPS, assert_same
@@ -16,14 +17,19 @@ DROPOUT = "model.dropout=0.3"
 def test_a_fault_that_does_not_come_again_leaves_no_trace(
     launcher: Launcher, store: Path, straight: Path, tmp_path: Path
 ) -> None:
-    """Before the first checkpoint, and after one."""
-    faults = [NotANumber(0, 1, "early"), NotANumber(1, 9, "late", value=float("inf"))]
+    """Before the first checkpoint, and after one; in the loss, and in the gradient alone."""
+    faults = [
+        NotANumber(0, 1, "early"),
+        NotANumber(1, 9, "late", value=float("inf")),
+        InfiniteGradient(1, 14, "last"),
+    ]
     group = launcher.run(2, overrides(store, tmp_path, DROPOUT), faults=faults)
     group.well()
     assert_same(tmp_path, straight)
     assert "at step 2 the loss is nan, by process 0" in group.said(0)
     assert "back to step 0, and it is tried again" in group.said(0)
     assert "by process 1" in group.said(0)
+    assert re.search(r"at step 15 the loss is 0\.\d+ and the gradient norm inf", group.said(0))
     assert "back to step 8, and it is tried again" in group.said(0)
 
 

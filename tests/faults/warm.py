@@ -84,12 +84,12 @@ def leave_network() -> None:
     assert ctypes.CDLL(None, use_errno=True).unshare(new_network) == 0, ctypes.get_errno()
     there = f"nsenter --net=/proc/{os.getppid()}/ns/net"
     for command in (
-        f"{there} ip link add a type veth peer name b netns {os.getpid()}",
-        f"{there} ip address add 10.77.0.1/24 dev a",
-        f"{there} ip link set a up",
-        "ip address add 10.77.0.2/24 dev b",
+        f"{there} ip link add name near type veth peer name far netns {os.getpid()}",
+        f"{there} ip address add 10.77.0.1/24 dev near",
+        f"{there} ip link set near up",
+        "ip address add 10.77.0.2/24 dev far",
         "ip link set lo up",
-        "ip link set b up",
+        "ip link set far up",
     ):
         subprocess.run(command.split(), check=True)
 
