@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,8 +61,10 @@ class Group:
 
     def kill(self, pids: Sequence[int]) -> None:
         family = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
-        for member in [c for p in family for c in p.children(recursive=True)] + family:
-            member.kill()
+        # The launchers first, so that they start nothing again.
+        for member in family + [c for p in family for c in p.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
         self.launcher.ask({"wait": list(pids), "seconds": 30})
 
     def wait_for(self, reached: Callable[[], bool], seconds: float = 60) -> None:

@@ -83,6 +83,8 @@ def leave_network() -> None:
     new_network = 0x40000000  # CLONE_NEWNET of sched.h; os.unshare came with Python 3.12
     assert ctypes.CDLL(None, use_errno=True).unshare(new_network) == 0, ctypes.get_errno()
     there = f"nsenter --net=/proc/{os.getppid()}/ns/net"
+    # The kernel takes its time to remove that of a process that has ended.
+    subprocess.run(f"{there} ip link delete near".split(), stderr=subprocess.DEVNULL)
     for command in (
         f"{there} ip link add name near type veth peer name far netns {os.getpid()}",
         f"{there} ip address add 10.77.0.1/24 dev near",
