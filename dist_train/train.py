@@ -96,7 +96,7 @@ def train(
         backend = make_backend(config.train, clip_norm=config.optim.clip_norm)
         try:
             trainer = Trainer(config, backend)
-            with _only_session(config.out, backend):
+            with _only_session(config.out, backend), trainer.stop:
                 trainer.begin(resume)
                 trainer.fit(progress if backend.is_main else None, before_step)
         finally:
@@ -200,7 +200,7 @@ class Trainer:
 
     def fit(self, progress: Progress | None = None, before_step: BeforeStep | None = None) -> None:
         """From where the run is to its end, going back and on again where a step was bad."""
-        with self.stop, self.watchdog, self._checkpoint_completed():
+        with self.watchdog, self._checkpoint_completed():
             while self.done < self.steps:
                 try:
                     self._walk(progress, before_step)

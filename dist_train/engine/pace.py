@@ -36,6 +36,8 @@ class Pace:
 
     def __init__(self, backend: Backend, slow: float) -> None:
         self._backend, self._slow = backend, slow
+        # Held-out clips are no part of a step.
+        self._in_step = False
         self._own = 0.0
         self._began = 0.0
         self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -50,8 +52,8 @@ class Pace:
                     module.register_forward_hook(self._after)
 
     def begin(self) -> None:
-        """A step begins."""
-        self._own, self._used = 0.0, 0
+        """A step begins, which ends with ``shares``."""
+        self._in_step, self._own, self._used = True, 0.0, 0
 
     def shares(self, waited: float) -> list[float]:
         """Seconds of own work in this step in this process's place of a list of all of them, and 0
@@ -60,6 +62,7 @@ class Pace:
         Args:
             waited: seconds for data.
         """
+        self._in_step = False
         if self._backend.world == 1:
             return []
         for before, after in self._marks[: self._used]:
@@ -101,6 +104,8 @@ class Pace:
         )
 
     def _before(self, module: nn.Module, inputs: Any) -> None:
+        if not self._in_step:
+            return
         if self._backend.device.type != "cuda":
             self._began = time.perf_counter()
             return
@@ -110,6 +115,8 @@ class Pace:
         self._marks[self._used][0].record()
 
     def _after(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if not self._in_step:
+            return
         if self._backend.device.type != "cuda":
             self._own += time.perf_counter() - self._began
             return

@@ -58,6 +58,9 @@ def test_own_work_is_data_and_convolutions(clock: list[float]) -> None:
     measured.begin()
     ranks.module(torch.zeros(1, 1, 2, 2, 2))
     assert measured.shares(waited=5) == [0, 0, 11, 0]
+    ranks.module(torch.zeros(1, 1, 2, 2, 2))
+    measured.begin()
+    assert measured.shares(waited=1) == [0, 0, 1, 0], "held-out clips do not count"
 
 
 def test_a_slow_one_is_named_after_a_while_and_not_again_soon(
@@ -90,3 +93,20 @@ def test_a_process_alone_is_compared_with_nobody() -> None:
     measured = Pace(Ranks(world=1), slow=1.5)
     assert measured.shares(waited=5) == []
     assert measured.judge([]) == {}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_on_cuda_the_devices_own_time_counts() -> None:
+    """Convolutions are handed over in far less time than they take."""
+    device = torch.device("cuda")
+    ranks = Ranks(device=device, module=nn.Conv3d(16, 16, 5, padding=2).to(device))
+    measured = Pace(ranks, slow=1.5)
+    clip = torch.zeros(1, 16, 32, 64, 64, device=device)
+    ranks.module(clip)
+    times = []
+    for repeats in (2, 20):
+        measured.begin()
+        for _ in range(repeats):
+            ranks.module(clip)
+        times.append(measured.shares(waited=0)[0])
+    assert 5 < times[1] / times[0] < 20

@@ -10,6 +10,13 @@ from helpers import overrides, tiny_store
 from launcher import Launcher
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The launcher alone takes seconds to be warm."""
+    for item in items:
+        if "launcher" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def launcher() -> Iterator[Launcher]:
     with Launcher() as launcher:

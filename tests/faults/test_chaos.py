@@ -40,7 +40,6 @@ def random_faults(seed: int) -> list[Fault]:
     return faults
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_thirty_faults(launcher: Launcher, store: Path, tmp_path: Path) -> None:
     straight, out, struck = (tmp_path / name for name in ("straight", "run", "struck"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from faults import Hang
 from helpers import overrides
 from launcher import Launcher
@@ -13,7 +12,6 @@ from runs import assert_same
 DROPOUT = "model.dropout=0.3"
 
 
-@pytest.mark.slow
 def test_a_rank_that_hangs_and_those_that_wait_for_it_tell_where(
     launcher: Launcher, store: Path, straight: Path, tmp_path: Path
 ) -> None:
@@ -30,7 +28,6 @@ def test_a_rank_that_hangs_and_those_that_wait_for_it_tell_where(
     assert_same(tmp_path, straight)
 
 
-@pytest.mark.slow
 def test_a_rank_that_hangs_with_pythons_lock_tells_where_too(
     launcher: Launcher, store: Path, tmp_path: Path
 ) -> None:

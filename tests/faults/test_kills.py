@@ -84,7 +84,6 @@ def test_fewer_ranks_go_on_where_the_batch_can_be_cut(
     assert losses_of(out) == pytest.approx(losses_of(straight), rel=1e-4)
 
 
-@pytest.mark.slow
 def test_a_node_is_lost_and_the_launcher_of_the_other_goes_on(
     launcher: Launcher, store: Path, tmp_path: Path
 ) -> None:
@@ -106,7 +105,6 @@ def test_a_node_is_lost_and_the_launcher_of_the_other_goes_on(
     assert losses_of(out) == pytest.approx(losses_of(straight), rel=1e-4)
 
 
-@pytest.mark.slow
 def test_a_rank_is_killed_under_torchrun(store: Path, straight: Path, tmp_path: Path) -> None:
     """By the file that users start, which starts its processes anew."""
     out = tmp_path / "run"

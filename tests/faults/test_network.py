@@ -27,7 +27,6 @@ def host() -> Iterator[Launcher]:
         pytest.skip("no network of one's own is allowed here")
 
 
-@pytest.mark.slow
 def test_a_cut_cable_ends_both_and_they_go_on_when_it_is_mended(
     host: Launcher, store: Path, straight: Path, tmp_path: Path
 ) -> None:

@@ -42,7 +42,6 @@ def as_seen(launcher: Launcher, path: Path) -> Path:
     return Path(f"/proc/{launcher.pid}/root{path}")
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_over_a_checkpoint_that_cannot_be_written(
     disk: tuple[Launcher, Path], store: Path, straight: Path
 ) -> None:
@@ -59,7 +58,6 @@ def test_a_run_goes_on_over_a_checkpoint_that_cannot_be_written(
     assert checkpoints_of(as_seen(launcher, out)) == [16, 18]
 
 
-@pytest.mark.slow
 def test_after_too_many_failures_it_ends_and_goes_on_when_there_is_room(
     disk: tuple[Launcher, Path], store: Path, straight: Path
 ) -> None:
