@@ -14,6 +14,8 @@ from dist_train.engine.stop import TRY_AGAIN
 #: Seconds, at most, after which a hung process ends when it has told where it is, and after which
 #: the C library tells. Launchers wait at least 30 s before they kill what is left of a run.
 OTHERS_TELL, C_TELLS = 5.0, 10.0
+#: Stacks go to the system's own: in a notebook, sys.stderr is no file.
+STDERR = 2
 
 
 class Watchdog:
@@ -42,7 +44,7 @@ class Watchdog:
         self._last = time.monotonic()
         if self.seconds is not None:
             later = self.seconds + min(self.seconds, C_TELLS)
-            faulthandler.dump_traceback_later(later, exit=True)
+            faulthandler.dump_traceback_later(later, exit=True, file=STDERR)
 
     def __enter__(self) -> Watchdog:
         if self.seconds is not None:
@@ -72,6 +74,6 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
-            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            faulthandler.dump_traceback(file=STDERR, all_threads=True)
             time.sleep(min(self.seconds / 2, OTHERS_TELL))
             os._exit(TRY_AGAIN)

@@ -162,7 +162,7 @@ class ZeroBackend(Backend):
             return
         # Every rank has a part of the same size, padded at the end, which DeepSpeed's own function
         # for whole tensors forgets (seen in 0.19.8).
-        size = parameter.ds_tensor.numel()
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         padded = F.pad(whole.reshape(-1), (0, size * self.world - whole.numel()))
         part = padded.narrow(0, size * self.rank, size)
         self.model.optimizer.set_local_hp_param(part, parameter, moment)
