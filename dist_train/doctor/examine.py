@@ -102,7 +102,7 @@ def _of_launch(
     if show is not None:
         show(table_of_rates(rates, str(dist.get_backend()), dist.get_world_size()))
     together = [
-        judge_collectives(rates, cards=device.type == "cuda"),
+        judge_collectives(rates, world=dist.get_world_size(), cards=device.type == "cuda"),
         judge_pairs(measure_pairs(device, hosts), hosts),
         judge_clocks(measure_clocks()),
         check_shared(folder, hosts),
