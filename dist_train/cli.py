@@ -236,6 +236,25 @@ def train(
 
 
 @app.command()
+def doctor(
+    folder: Annotated[
+        Path, typer.Option(help="On the disk that runs will be written to.")
+    ] = Path(),
+    timeout: Annotated[
+        float, typer.Option(min=1.0, help="Seconds that processes wait for each other.")
+    ] = 60.0,
+) -> None:
+    """Say whether this machine is fit for training; all machines, under a launcher."""
+    from dist_train.doctor.examine import examine
+
+    findings = examine(folder.resolve(), timeout=timeout)
+    bad = sum(finding.state == "bad" for finding in findings)
+    _leave_launch(1 if bad else 0)
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     store: Annotated[Path | None, typer.Option(help="Predict this store instead.")] = None,

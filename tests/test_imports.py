@@ -20,7 +20,7 @@ LEVELS = [
     {"models"},
     {"engine"},
     {"run", "infer", "state", "epoch_weights"},
-    {"train", "predict", "export", "evaluate", "report"},
+    {"train", "predict", "export", "evaluate", "report", "doctor"},
     {"cli"},
     {"__main__"},
 ]

@@ -6,6 +6,7 @@ however the tensors are spread over the ranks.
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from dist_train.config import TrainSettings
+from dist_train.engine.known_bad import check_pair, cudnn_version
 from dist_train.errors import BackendError
+
+log = logging.getLogger(__name__)
 
 # AdamW keeps these beside each parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -68,6 +72,10 @@ class Backend(ABC):
         self.device: torch.device = self.accelerator.device
         self._check_world()
         self._check_active()
+        if cuda:
+            # Of the build's own cuDNN or one installed beside it: the one that runs.
+            for warning in check_pair(settings, torch.__version__, cudnn_version() or 0):
+                log.log(logging.WARNING if self.is_main else logging.DEBUG, "%s", warning)
 
     @property
     def is_main(self) -> bool:
