@@ -358,6 +358,9 @@ class Trainer:
                 done=lambda _: self.watchdog.beat(),
             )
         clips, logits = self._gathered(mine)
+        # In an order that does not depend on the number of ranks, and each once.
+        clips, places = np.unique(clips, return_index=True)
+        logits = logits[places]
         labels = self.data.store.table["label"].to_numpy(np.float32)[clips]
         loss = binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(labels))
         metrics = binary_metrics(expit(logits), labels)
