@@ -60,7 +60,6 @@ def main() -> None:
     parser.add_argument("--figure", default="train/loss", help="by default train/loss")
     parser.add_argument("--steps", type=step_range, help="FIRST:LAST; by default all of both")
     arguments = parser.parse_args()
-    console = Console()
     try:
         compared = compare(
             arguments.a,
@@ -72,13 +71,13 @@ def main() -> None:
     except NotComparableError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    console.print(as_table(compared, arguments.figure))
+    Console().print(as_table(compared, arguments.figure))
     worst_at, worst = compared.worst
     said = f"{len(compared.rows)} steps, largest difference {worst:.3g} at step {worst_at}: "
     if compared.first is None:
-        console.print(said + f"the same within {compared.tolerance:g}")
+        print(said + f"the same within {compared.tolerance:g}")
         return
-    console.print(said + f"more than {compared.tolerance:g}, first at step {compared.first}")
+    print(said + f"more than {compared.tolerance:g}, first at step {compared.first}")
     sys.exit(1)
 
 
