@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,17 @@ SPLITS = {"train": (12, 28), "val": (4, 6), "test": (4, 6)}
 STEPS_PER_EPOCH = 6
 # What depends on the clock or the machine, not on the arithmetic.
 UNSTEADY = ("time", "speed/", "memory/")
+
+
+def tool(name: str) -> ModuleType:
+    """The module of ``tools/name.py``."""
+    spec = spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    # Where dataclasses look for the module that they are made in.
+    sys.modules[name] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def contents(folder: Path) -> dict[str, bytes]:

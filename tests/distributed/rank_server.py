@@ -16,6 +16,7 @@ import signal
 import sys
 import traceback
 import warnings
+from pathlib import Path
 
 # DeepSpeed picks its device when it is first imported.
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -41,8 +42,9 @@ def launched(
     argv: list[str], envs: list[dict[str, str]], logs: list[str], seconds: int
 ) -> list[int]:
     # A thread would be lost in the forked processes, with the locks that it holds.
-    assert len(os.listdir("/proc/self/task")) == 1
-    ranks = {forked(argv, env, log): rank for rank, (env, log) in enumerate(zip(envs, logs))}
+    assert len(list(Path("/proc/self/task").iterdir())) == 1
+    places = enumerate(zip(envs, logs, strict=True))
+    ranks = {forked(argv, env, log): rank for rank, (env, log) in places}
     codes = [0] * len(envs)
     signal.signal(signal.SIGALRM, lambda *_: end(ranks))
     signal.alarm(seconds)

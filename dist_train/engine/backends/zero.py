@@ -65,7 +65,13 @@ class ZeroBackend(Backend):
         }
         if self.settings.precision == "bf16":
             # Not the "bf16" section, which casts the parameters and BatchNorm's statistics too.
-            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+            config["torch_autocast"] = {
+                "enabled": True,
+                "dtype": "bfloat16",
+                # Of these (by default of linear layers) DeepSpeed reduces gradients in bf16, and
+                # stage 3 gathers weights so: logits would be rounded to 8 bits.
+                "lower_precision_safe_modules": [],
+            }
         return config
 
     def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
@@ -153,7 +159,7 @@ class ZeroBackend(Backend):
         if persistent:
             persistent[0].all_gather(persistent)
 
-    def _set_master(self, parameter: nn.Parameter, whole: Tensor, moment: str | None) -> None:
+    def _set_master(self, parameter: Any, whole: Tensor, moment: str | None) -> None:
         """Put this rank's part of a weight, or of a moment of it, into its float32 partition."""
         from deepspeed.utils import set_full_hp_param
 
