@@ -39,6 +39,7 @@ from dist_train.epoch_weights import EpochWeights
 from dist_train.errors import RunError, StoppedError
 from dist_train.infer import held_out_logits
 from dist_train.models.norm import set_momentum, share_statistics
+from dist_train.models.norm_gap import by_running_and_own_statistics
 from dist_train.models.precise_norm import precise_statistics
 from dist_train.run import (
     CHECKPOINTS,
@@ -139,6 +140,7 @@ class Trainer:
         )
         self.done = self.first_step = 0
         self.epoch_outputs: list[tuple[np.ndarray, np.ndarray]] = []
+        self.last_batch: Batch | None = None
         self.bad_steps: Counter[int] = Counter()
         self.stop = StopSignals()
         self.pace = Pace(backend, config.train.slow)
@@ -235,7 +237,7 @@ class Trainer:
                 epoch_ends = self.done == plan.first_step(plan.epoch_of(step) + 1)
                 judged: Values = {}
                 if epoch_ends:
-                    judged = self._train_metrics() | self._val_metrics(held_out)
+                    judged = self._train_metrics() | self._val_metrics(held_out) | self._norm_gap()
                 if self.events is not None:
                     now = time.time()  # for display alone: clocks jump
                     self.events.write(self.done, plan.epoch_of(step), now, values | judged)
@@ -379,10 +381,26 @@ class Trainer:
                 done=lambda _: self.watchdog.beat(),
             )
         clips, logits = self._gathered(mine)
+        # In an order that does not depend on the number of ranks, and each once.
+        clips, places = np.unique(clips, return_index=True)
+        logits = logits[places]
         labels = self.data.store.table["label"].to_numpy(np.float32)[clips]
         loss = binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(labels))
         metrics = binary_metrics(expit(logits), labels)
         return {"val/loss": float(loss)} | {f"val/{k}": v for k, v in metrics.items()}
+
+    def _norm_gap(self) -> Values:
+        """The loss in eval mode, less that by batch statistics, of the last micro-batches of the
+        epoch: by the same weights on the same clips, without dropout. A collective call."""
+        assert self.last_batch is not None
+        batch = self.last_batch.to(self.backend.device)
+        volumes = as_input(batch.volumes, self.config)
+        with self.backend.autocast():
+            both = by_running_and_own_statistics(self.backend.module, volumes, batch.frames)
+        running, own = self.backend.sums(
+            [float(binary_cross_entropy_with_logits(y.float(), batch.labels)) for y in both]
+        )
+        return {"norm/gap": (running - own) / self.backend.world}
 
     def snapshot_steps(self) -> set[int]:
         """Numbers of done steps after which the weights are kept for prediction."""
@@ -397,13 +415,16 @@ class Trainer:
             weights = self.backend.state(
                 lambda name: self.backend.is_main and name.startswith("model/")
             )
+            # Copies: what they are of is put back at the end.
+            copies = {
+                name.removeprefix("model/"): tensor.cpu().clone(
+                    memory_format=torch.contiguous_format
+                )
+                for name, tensor in weights.items()
+            }
         path = self.config.out / SNAPSHOTS / f"step-{self.done}.safetensors"
-        contiguous = {
-            name.removeprefix("model/"): tensor.cpu().contiguous()
-            for name, tensor in weights.items()
-        }
         facts = {"step": self.done, "model": self.state.model}
-        on_main(self.backend, lambda: save_snapshot(path, contiguous, facts))
+        on_main(self.backend, lambda: save_snapshot(path, copies, facts))
 
     @contextmanager
     def _precise_statistics(self) -> Iterator[None]:
@@ -438,7 +459,11 @@ class Trainer:
         last = self.steps
         if self.config.plan.weights is not None:
             last = self.plan.first_step(self.plan.epoch_of(self.done) + 1)
-        return iter(self._batches(self.done, last))
+        return map(self._noted, self._batches(self.done, last))
+
+    def _noted(self, batch: Batch) -> Batch:
+        self.last_batch = batch
+        return batch
 
     def _batches(self, first: int, last: int) -> Loader:
         """This rank's micro-batches of steps ``first`` to ``last`` (excluded), by the plan of the

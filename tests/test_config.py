@@ -88,6 +88,10 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
         ("plan.batch=many", "setting 'plan.batch': Input should be a valid integer"),
         ("train.epochs=0", "setting 'train.epochs': Input should be greater than or equal to 1"),
         (
+            "train.offload=true",
+            "setting 'train': offload is offered under ZeRO only; choose backend: zero1, 2 or 3",
+        ),
+        (
             "train.backend=fsdp",
             "setting 'train.backend': Input should be 'ddp', 'zero1', 'zero2', 'zero3' or 'fsdp2'",
         ),

@@ -65,7 +65,13 @@ class ZeroBackend(Backend):
         }
         if self.settings.precision == "bf16":
             # Not the "bf16" section, which casts the parameters and BatchNorm's statistics too.
-            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+            config["torch_autocast"] = {
+                "enabled": True,
+                "dtype": "bfloat16",
+                # Of these (by default of linear layers) DeepSpeed reduces gradients in bf16, and
+                # stage 3 gathers weights so: logits would be rounded to 8 bits.
+                "lower_precision_safe_modules": [],
+            }
         return config
 
     def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
@@ -153,7 +159,7 @@ class ZeroBackend(Backend):
         if persistent:
             persistent[0].all_gather(persistent)
 
-    def _set_master(self, parameter: nn.Parameter, whole: Tensor, moment: str | None) -> None:
+    def _set_master(self, parameter: Any, whole: Tensor, moment: str | None) -> None:
         """Put this rank's part of a weight, or of a moment of it, into its float32 partition."""
         from deepspeed.utils import set_full_hp_param
 
@@ -162,7 +168,7 @@ class ZeroBackend(Backend):
             return
         # Every rank has a part of the same size, padded at the end, which DeepSpeed's own function
         # for whole tensors forgets (seen in 0.19.8).
-        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        size = parameter.ds_tensor.numel()
         padded = F.pad(whole.reshape(-1), (0, size * self.world - whole.numel()))
         part = padded.narrow(0, size * self.rank, size)
         self.model.optimizer.set_local_hp_param(part, parameter, moment)
