@@ -14,44 +14,42 @@ import json
 import math
 import os
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from scaling_model import Link, Projection, assumptions, link_of, project
 
-from dist_train.config import Config, load_config
-from dist_train.data.collate import Batch
-from dist_train.data.loader import Loader
 from dist_train.data.prepare import prepare_npz
-from dist_train.data.sampler import PlanSampler
-from dist_train.engine.backends import make_backend
-from dist_train.engine.backends.base import Backend
-from dist_train.models.norm import share_statistics
-from dist_train.run import as_input
-from dist_train.train import Trainer
 
-#: Clips of a rank at a step in weak scaling, and least in strong scaling: 1 positive, 3 negatives.
+RANK = Path(__file__).with_name("scaling_rank.py")
+#: Clips of a rank at a step in weak scaling, and the fewest in strong scaling: 1 positive, 3
+#: negatives.
 CLIPS = 4
-#: Steps of each run that are not counted.
+#: Steps of each run that are not counted: two with checks, and one after them.
 WARM_UP = 3
-#: Bytes of DDP's buckets of gradients (torch's default).
-BUCKET = 25 * 2**20
-#: Bytes of the all-reduces that latency and bandwidth of a link are taken from.
-SMALL, LARGE = 64, 2**24
 PROJECTED = (1, 2, 4, 8, 16, 32, 64, 128)
+#: What a step is made of, as the tables name it and as the figures do.
+PARTS = {
+    "data": "data_s",
+    "compute": "compute_s",
+    "wait": "wait_s",
+    "statistics": "statistics_s",
+    "gradients": "gradients_s",
+    "rest": "rest_s",
+}
+
+Parts = dict[str, Any]
 
 
 def main() -> None:
@@ -66,38 +64,59 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, help="GB/s of a link, for the projection")
     parser.add_argument("--latency", type=float, help="microseconds of a link, for the projection")
     parser.add_argument("--json", type=Path, help="write the figures there, under 'summary'")
-    parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.rank_of:
-        be_a_rank(json.loads(arguments.rank_of))
-        return
     worlds = sorted({1, *arguments.worlds})
-    if torch.cuda.is_available() and max(worlds) > torch.cuda.device_count():
-        parser.error(f"--worlds: there are {torch.cuda.device_count()} CUDA devices")
-    steps = 4 if arguments.quick else arguments.steps
+    cuda = torch.cuda.is_available()
+    if cuda and max(worlds) > torch.cuda.device_count():
+        parser.error(f"--worlds: there are only {torch.cuda.device_count()} CUDA devices")
     workload = Workload(
-        arguments.model, arguments.width, arguments.frames, arguments.side, steps
+        arguments.model,
+        arguments.width,
+        arguments.frames,
+        arguments.side,
+        steps=4 if arguments.quick else arguments.steps,
+        precision="bf16" if cuda else "fp32",
     )
     with tempfile.TemporaryDirectory(prefix="bench_scaling.") as folder:
-        result = measure(Path(folder), workload, worlds, arguments.bandwidth, arguments.latency)
+        cases = measure(Path(folder), workload, worlds)
+    # Ranks on CPUs share the cores that this process may use.
+    processors = max(worlds) if cuda else len(os.sched_getaffinity(0))
+    result = evaluate(cases, worlds, processors, arguments.bandwidth, arguments.latency)
+    result |= {
+        "workload": asdict(workload),
+        "device": "cuda" if cuda else "cpu",
+        "versions": {"torch": torch.__version__},
+    }
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    for what in (split_table(result), projection_table(result), *result["assumptions"]):
-        Console().print(what, highlight=False)
+    console = Console()
+    console.print(cases_table(result))
+    if result["projection"]:
+        console.print(projection_table(result))
+    for line in result["notes"]:
+        console.print(f"- {line}", highlight=False)
+
+
+def say(what: str) -> None:
+    print(f"== {what}", file=sys.stderr, flush=True)
+
+
+# --- what is run ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained: a model, clips of ``frames`` x ``side`` x ``side``, and for how long."""
+    """A model, clips of ``frames`` x ``side`` x ``side``, and how many steps are counted."""
 
     model: str
     width: int
     frames: int
     side: int
     steps: int
+    precision: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Case:
     """So many processes, each with so many clips at a step."""
 
@@ -108,59 +127,245 @@ class Case:
     def batch(self) -> int:
         return self.world * self.clips
 
+    def __str__(self) -> str:
+        return f"{self.world}x{self.clips}"
 
-def measure(
-    folder: Path,
-    workload: Workload,
+
+def weak(world: int) -> Case:
+    return Case(world, CLIPS)
+
+
+def strong(world: int, worlds: Sequence[int]) -> Case:
+    """The same global batch at every world size."""
+    return Case(world, CLIPS * math.lcm(*worlds) // world)
+
+
+def measure(folder: Path, workload: Workload, worlds: Sequence[int]) -> dict[Case, Parts]:
+    cases = {case for world in worlds for case in (weak(world), strong(world, worlds))}
+    return {case: measured(folder, workload, case) for case in sorted(cases)}
+
+
+def measured(folder: Path, workload: Workload, case: Case) -> Parts:
+    """Start the processes of a case, each on a core of its own as far as there are enough."""
+    say(f"processes x clips: {case}")
+    steps = WARM_UP + workload.steps
+    store = folder / f"store-{case.batch}"
+    if not store.exists():
+        make_store(store, workload, steps * case.batch)
+    cuda = torch.cuda.is_available()
+    out = folder / str(case)
+    out.mkdir()
+    settings = {
+        "store": store,
+        "out": out,
+        "clip.size": [workload.side, workload.side],
+        "plan.batch": case.batch,
+        # A rank on a core has no other for its loader.
+        "loader.workers": 2 if cuda else 0,
+        "model.name": workload.model,
+        "model.width": workload.width,
+        "train.epochs": 1,
+        "train.precision": workload.precision,
+        "checkpoint.every_steps": steps,
+    }
+    cores = sorted(os.sched_getaffinity(0))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    with ExitStack() as stack:
+        for rank in range(case.world):
+            task = {
+                "settings": [f"{name}={value}" for name, value in settings.items()],
+                "core": None if cuda else cores[rank % len(cores)],
+                "warm_up": WARM_UP,
+                "out": str(folder / f"{case}.json"),
+            }
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": case.world,
+                "LOCAL_WORLD_SIZE": case.world,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4") if cuda else 1,
+            }
+            log = stack.enter_context((folder / f"{case}.{rank}.log").open("w+b"))
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, str(RANK), json.dumps(task)],
+                    env=os.environ | {name: str(value) for name, value in place.items()},
+                    stdout=log,
+                    stderr=log,
+                )
+            )
+        failed = first_failure(ranks)
+        if failed is not None:
+            text = (folder / f"{case}.{failed}.log").read_text(errors="replace")
+            sys.exit(f"error: process {failed} of {case.world} failed:\n{text[-3000:]}")
+    parts: Parts = json.loads((folder / f"{case}.json").read_text(encoding="utf-8"))
+    return parts
+
+
+def first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Wait for all of them; where one fails, end the others, which would wait for it."""
+    try:
+        while True:
+            codes = [rank.poll() for rank in ranks]
+            failed = [number for number, code in enumerate(codes) if code]
+            if failed or None not in codes:
+                return failed[0] if failed else None
+            time.sleep(0.1)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def make_store(folder: Path, workload: Workload, clips: int) -> None:
+    """A store whose epoch is ``clips`` long: noise, and a bright middle in the positives."""
+    rng = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    for split, positives in (("train", clips // 4), ("val", 1), ("test", 1)):
+        labels = np.repeat([1, 0, 0, 0], positives)
+        shape = (len(labels), workload.frames, workload.side, workload.side)
+        images = rng.integers(0, 120, shape, dtype=np.uint8)
+        middle = slice(workload.side // 3, 2 * workload.side // 3)
+        images[:positives, :, middle, middle] += 100
+        arrays |= {f"{split}_images": images, f"{split}_labels": labels[:, None].astype(np.uint8)}
+    source = folder.with_suffix(".npz")
+    np.savez(source, **arrays)
+    prepare_npz(source, folder)
+    source.unlink()
+
+
+# --- the figures ----------------------------------------------------------------------------------
+
+
+def evaluate(
+    cases: dict[Case, Parts],
     worlds: Sequence[int],
+    processors: int,
     bandwidth: float | None,
     latency: float | None,
 ) -> dict[str, Any]:
-    batch = CLIPS * math.lcm(*worlds)
-    weak = {world: Case(world, CLIPS) for world in worlds}
-    strong = {world: Case(world, batch // world) for world in worlds}
-    cases = {}
-    for case in sorted({*weak.values(), *strong.values()}, key=lambda case: (case.world, case.clips)):
-        say(f"{case.world} processes x {case.clips} clips")
-        cases[case] = run_case(folder, workload, case)
-    cores = cores_in_use()
-    rows = [
-        row(kind, case, cases[case], cases[of_world[1]], cores)
-        for kind, of_world in (("weak", weak), ("strong", strong))
-        for case in of_world.values()
-    ]
+    """Efficiencies, a projection, and what a reader must know of them.
+
+    Args:
+        processors: cores or GPUs that ranks run on.
+        bandwidth: GB/s of the links of the projection; None: as measured.
+        latency: their microseconds; None: as measured.
+    """
+    lines: list[dict[str, Any]] = []
+    for scaling, alone in (("weak", weak(1)), ("strong", strong(1, worlds))):
+        for world in worlds:
+            case = weak(world) if scaling == "weak" else strong(world, worlds)
+            rate, rate_alone = (c.batch / cases[c]["step_s"] for c in (case, alone))
+            lines.append(
+                {
+                    "scaling": scaling,
+                    "case": str(case),
+                    "processes": world,
+                    "clips_per_second": rate,
+                    "efficiency": rate / rate_alone / min(world, processors),
+                }
+            )
+    notes = []
+    if max(worlds) > processors:
+        notes.append(
+            f"Only {processors} cores are here: more processes share them, and their efficiency is "
+            f"taken against {processors} times one process."
+        )
+    projection: list[Projection] = []
     # Where ranks share a core, none of them is as it would be on a machine of its own.
-    apart = max(world for world in worlds if world <= cores)
-    projection: list[dict[str, float]] = []
-    assumptions = ["No projection: it takes 2 processes that share no core."]
-    if apart > 1:
-        link = Link.measured(cases[weak[apart]], bandwidth, latency)
-        own_link = Link.measured(cases[weak[apart]], None, None)
-        basis = cases[weak[apart]]
-        for line in rows:
-            if line["processes"] > 1:
-                line["predicted_s"] = projected(
-                    cases[Case(line["processes"], line["clips"])],
-                    basis,
-                    own_link,
-                    line["processes"],
-                )
+    apart = [weak(world) for world in worlds if 1 < world <= processors]
+    if apart:
+        basis = cases[apart[-1]]
+        link = given_link(link_of(basis), bandwidth, latency)
         projection = [project(basis, link, ranks) for ranks in PROJECTED]
-        assumptions = assumptions_of(basis, link, apart)
-    summary: dict[str, float] = {}
-    for line in rows:
-        if line["processes"] > 1:
-            summary[f"efficiency_{line['scaling']}_{line['processes']}"] = line["efficiency"]
-    for line in projection:
-        summary[f"projected_{line['ranks']:.0f}"] = line["efficiency"]
+        notes += assumptions(basis, link)
+        for line in lines:
+            if line["processes"] > 1:
+                line["predicted_s"] = predicted(basis, cases, line)
+    summary = {
+        f"efficiency_{line['scaling']}_{line['processes']}": line["efficiency"]
+        for line in lines
+        if line["processes"] > 1
+    }
+    summary |= {
+        f"projected_{there.ranks}": projection[0].step / there.step for there in projection[1:]
+    }
     return {
         "summary": summary,
-        "cases": rows,
-        "projection": projection,
-        "assumptions": assumptions,
-        "parts": {f"{case.world}x{case.clips}": parts for case, parts in cases.items()},
-        "workload": asdict(workload),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "cores": cores,
-        "versions": {"torch": torch.__version__},
+        "lines": lines,
+        "projection": [
+            asdict(there) | {"step": there.step, "without_overlap": there.without_overlap}
+            for there in projection
+        ],
+        "notes": notes,
+        "parts": {str(case): parts for case, parts in cases.items()},
+        "processors": processors,
     }
+
+
+def given_link(measured: Link, bandwidth: float | None, latency: float | None) -> Link:
+    return Link(
+        measured.latency if latency is None else latency * 1e-6,
+        measured.bandwidth if bandwidth is None else bandwidth * 1e9,
+    )
+
+
+def predicted(basis: Parts, cases: dict[Case, Parts], line: dict[str, Any]) -> float:
+    """Seconds of a step of a case: its exchange and waiting from ``basis`` and the model, data and
+    compute as they were measured in it."""
+    own = {str(case): parts for case, parts in cases.items()}[line["case"]]
+    known = {name: own[name] for name in ("data_s", "compute_s", "samples_s")}
+    return project(basis | known, link_of(basis), line["processes"]).step
+
+
+# --- the tables -----------------------------------------------------------------------------------
+
+
+def cases_table(result: dict[str, Any]) -> Table:
+    workload = result["workload"]
+    table = Table(
+        title="{model} of width {width}, clips of {frames}x{side}x{side}, {precision}; "
+        "ms of a step".format(**workload)
+    )
+    for heading in ("scaling", "ranks x clips", "clips/s", "efficiency", "step", *PARTS, "model"):
+        table.add_column(heading, justify="left" if heading == "scaling" else "right")
+    for line in result["lines"]:
+        parts = result["parts"][line["case"]]
+        table.add_row(
+            line["scaling"],
+            line["case"],
+            f"{line['clips_per_second']:.1f}",
+            f"{line['efficiency']:.2f}",
+            *(milliseconds(parts[name]) for name in ("step_s", *PARTS.values())),
+            milliseconds(line["predicted_s"]) if "predicted_s" in line else "",
+        )
+    return table
+
+
+def projection_table(result: dict[str, Any]) -> Table:
+    table = Table(title="projected, weak scaling; ms of a step")
+    for heading in ("ranks", "step", *PARTS, "efficiency", "without overlap"):
+        table.add_column(heading, justify="right")
+    alone = result["projection"][0]["step"]
+    for there in result["projection"]:
+        table.add_row(
+            str(there["ranks"]),
+            milliseconds(there["step"]),
+            *(milliseconds(there[part]) for part in PARTS),
+            f"{alone / there['step']:.2f}",
+            f"{alone / there['without_overlap']:.2f}",
+        )
+    return table
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f}"
+
+
+if __name__ == "__main__":
+    main()

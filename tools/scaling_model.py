@@ -71,9 +71,7 @@ class Projection:
 
     @property
     def step(self) -> float:
-        return (
-            self.data + self.compute + self.wait + self.statistics + self.gradients + self.rest
-        )
+        return self.data + self.compute + self.wait + self.statistics + self.gradients + self.rest
 
     @property
     def without_overlap(self) -> float:
@@ -81,7 +79,7 @@ class Projection:
 
 
 def project(parts: dict[str, Any], link: Link, ranks: int) -> Projection:
-    """A step of ``ranks`` that are joined by ``link``, each with as many clips as the measured ones.
+    """A step of ``ranks`` that are joined by ``link``, each with as many clips as those measured.
 
     Args:
         parts: as tools/scaling_rank.py measures them, on 2 ranks or more.

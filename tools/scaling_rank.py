@@ -1,7 +1,7 @@
 """One process of tools/bench_scaling.py: trains, and takes the same step apart.
 
-Its one argument is JSON: settings of the run, the core to stay on (or null), and where rank 0
-writes what it measured.
+Its one argument is JSON: settings of the run, the core to stay on (or null), how many of its first
+steps are not counted, and where rank 0 writes what it measured.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from dist_train.data.loader import Loader
 from dist_train.data.sampler import PlanSampler
 from dist_train.engine.backends import make_backend
 from dist_train.engine.backends.base import Backend
+from dist_train.engine.events import METRICS
 from dist_train.models.norm import share_statistics
 from dist_train.run import as_input
 from dist_train.train import Trainer
 
-#: Steps of the run that are not counted.
-WARM_UP = 3
 #: Times that an all-reduce is measured.
 REPEATS = 15
 
@@ -47,21 +46,21 @@ def main() -> None:
         trainer = Trainer(config, backend)
         trainer.begin("never")
         trainer.fit()
-        parts = in_parts(trainer, trainer.steps - WARM_UP) | all_reduces(backend)
+        parts = in_parts(trainer, trainer.steps - task["warm_up"]) | all_reduces(backend)
         if backend.is_main:
-            parts = with_whole_step(parts, config.out / "metrics.jsonl", config.plan.batch)
+            lines = (config.out / METRICS).read_text(encoding="utf-8").splitlines()
+            counted = [json.loads(line) for line in lines[task["warm_up"] :]]
+            parts = with_whole_step(parts, counted, config.plan.batch)
             Path(task["out"]).write_text(json.dumps(parts), encoding="utf-8")
     finally:
         backend.close()
 
 
-def with_whole_step(parts: dict[str, Any], metrics: Path, batch: int) -> dict[str, Any]:
+def with_whole_step(parts: dict[str, Any], lines: list[Any], batch: int) -> dict[str, Any]:
     """Add the step as the run's own record has it, and what of it none of the parts explains."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    seconds = [batch / line["speed/clips_per_second"] for line in lines[WARM_UP:]]
-    waited = [line["speed/data_wait"] for line in lines[WARM_UP:]]
-    step = statistics.median(seconds)
-    data = statistics.median(s * w for s, w in zip(seconds, waited, strict=True))
+    seconds = [batch / line["speed/clips_per_second"] for line in lines]
+    waited = [s * line["speed/data_wait"] for s, line in zip(seconds, lines, strict=True)]
+    step, data = statistics.median(seconds), statistics.median(waited)
     known = sum(parts[f"{part}_s"] for part in ("compute", "wait", "statistics", "gradients"))
     return parts | {"step_s": step, "data_s": data, "rest_s": step - data - known}
 
@@ -192,8 +191,9 @@ def average_gradients(backend: Backend) -> None:
 
 def average(backend: Backend, gradients: list[Tensor]) -> None:
     # Each in its own memory layout, so that the copies are straight.
-    bucket = torch.empty(sum(g.numel() for g in gradients), device=backend.device)
-    places = list(bucket.split([g.numel() for g in gradients]))
+    sizes = [gradient.numel() for gradient in gradients]
+    bucket = torch.empty(sum(sizes), device=backend.device)
+    places = torch.split(bucket, sizes)
     for place, gradient in zip(places, gradients, strict=True):
         place.as_strided(gradient.shape, gradient.stride(), place.storage_offset()).copy_(gradient)
     backend.all_reduce(bucket.div_(backend.world))
@@ -229,4 +229,5 @@ def timed(act: Callable[[], object], backend: Backend) -> float:
     return time.perf_counter() - began
 
 
-main()
+if __name__ == "__main__":
+    main()

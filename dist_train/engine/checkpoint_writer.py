@@ -108,7 +108,7 @@ class CheckpointWriter:
             files = self._together(flight.entry.result)
             marker = {"step": flight.step, "facts": flight.facts, "files": files}
             self._together(lambda: self._publish(aside, final, seal(marker)))
-        except _OfSomeRank as error:
+        except _SomeRankError as error:
             # Together, so that no rank begins to write there again while it is removed.
             self._together(lambda: self._discard(aside))
             raise CheckpointError(
@@ -159,7 +159,7 @@ class CheckpointWriter:
         outcomes = self._group.gather(outcome)
         for failed in outcomes:
             if isinstance(failed, _Failure):
-                raise _OfSomeRank(failed.reason) from cause
+                raise _SomeRankError(failed.reason) from cause
         return outcomes
 
 
@@ -168,7 +168,7 @@ class _Failure:
     reason: str
 
 
-class _OfSomeRank(Exception):
+class _SomeRankError(Exception):
     """A rank failed; its cause is known on that rank alone."""
 
 

@@ -38,7 +38,7 @@ DTYPES = {
 }
 #: Integers of each size, as which numpy can see the bits of every dtype.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-#: The checksum holds Python's lock, so a writing thread works in pieces of a tenth of a millisecond.
+#: The checksum holds Python's lock, so the writing thread's pieces take a tenth of a millisecond.
 CHUNK = 2**20
 #: Bytes of one write; a multiple of what any device asks of writes that pass the system's cache by.
 STAGE, ALIGNED = 8 * 2**20, 4096
@@ -115,7 +115,7 @@ class _Stage:
         begin = 0
         while begin < end:
             try:
-                begin += os.write(self._file, self._bytes[begin:end])
+                begin += os.write(self._file, self._bytes[begin:end].data)
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._to_the_cache():
                     raise
@@ -145,7 +145,7 @@ def sum_of_file(path: Path) -> Sum:
     size = crc = 0
     held = np.empty(CHUNK, np.uint8)
     with path.open("rb", buffering=0) as file:
-        while read := file.readinto(memoryview(held)):
+        while read := file.readinto(held.data):
             crc = google_crc32c.extend(crc, held[:read])
             size += read
     return Sum(size, crc)
