@@ -42,6 +42,8 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHUNK = 2**20
 #: Bytes of one write; a multiple of what any device asks of writes that pass the system's cache by.
 STAGE, ALIGNED = 8 * 2**20, 4096
+#: The flag for such writes; not every system has it.
+DIRECT = getattr(os, "O_DIRECT", 0)
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 
@@ -78,9 +80,8 @@ class _Stage:
 
     def __init__(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        direct = getattr(os, "O_DIRECT", 0)
         try:
-            self._file = os.open(path, flags | direct, 0o666)
+            self._file = os.open(path, flags | DIRECT, 0o666)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -124,10 +125,9 @@ class _Stage:
 
     def _to_the_cache(self) -> bool:
         """Write through the system's cache from here on; False where that is so already."""
-        direct = getattr(os, "O_DIRECT", 0)
         flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
-        fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~direct)
-        return bool(flags & direct)
+        fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~DIRECT)
+        return bool(flags & DIRECT)
 
     def __enter__(self) -> _Stage:
         return self
