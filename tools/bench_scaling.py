@@ -225,7 +225,7 @@ def first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
 def make_store(folder: Path, workload: Workload, clips: int) -> None:
     """A store whose epoch is ``clips`` long: noise, and a bright middle in the positives."""
     rng = np.random.default_rng(0)
-    arrays: dict[str, np.ndarray[Any, Any]] = {}
+    arrays: dict[str, Any] = {}
     for split, positives in (("train", clips // 4), ("val", 1), ("test", 1)):
         labels = np.repeat([1, 0, 0, 0], positives)
         shape = (len(labels), workload.frames, workload.side, workload.side)
@@ -327,44 +327,48 @@ def predicted(basis: Parts, cases: dict[Case, Parts], line: dict[str, Any]) -> f
 
 
 def cases_table(result: dict[str, Any]) -> Table:
-    workload = result["workload"]
+    """One column a case."""
+    lines = result["lines"]
+    parts = [result["parts"][line["case"]] for line in lines]
     table = Table(
         title="{model} of width {width}, clips of {frames}x{side}x{side}, {precision}; "
-        "ms of a step".format(**workload)
+        "milliseconds of a step".format(**result["workload"])
     )
-    for heading in ("scaling", "ranks x clips", "clips/s", "efficiency", "step", *PARTS, "model"):
-        table.add_column(heading, justify="left" if heading == "scaling" else "right")
-    for line in result["lines"]:
-        parts = result["parts"][line["case"]]
-        table.add_row(
-            line["scaling"],
-            line["case"],
-            f"{line['clips_per_second']:.1f}",
-            f"{line['efficiency']:.2f}",
-            *(milliseconds(parts[name]) for name in ("step_s", *PARTS.values())),
-            milliseconds(line["predicted_s"]) if "predicted_s" in line else "",
-        )
+    table.add_column("ranks x clips of each")
+    for line in lines:
+        table.add_column(f"{line['scaling']}\n{line['case']}", justify="right")
+    table.add_row("clips/s", *(f"{line['clips_per_second']:.1f}" for line in lines))
+    table.add_row("efficiency", *(f"{line['efficiency']:.2f}" for line in lines))
+    table.add_section()
+    table.add_row("step", *(milliseconds(of_case["step_s"]) for of_case in parts))
+    for label, name in PARTS.items():
+        table.add_row(f"  {label}", *(milliseconds(of_case[name]) for of_case in parts))
+    table.add_section()
+    predictions = (line.get("predicted_s") for line in lines)
+    table.add_row("step by the model", *("" if p is None else milliseconds(p) for p in predictions))
     return table
 
 
 def projection_table(result: dict[str, Any]) -> Table:
-    table = Table(title="projected, weak scaling; ms of a step")
-    for heading in ("ranks", "step", *PARTS, "efficiency", "without overlap"):
-        table.add_column(heading, justify="right")
-    alone = result["projection"][0]["step"]
-    for there in result["projection"]:
-        table.add_row(
-            str(there["ranks"]),
-            milliseconds(there["step"]),
-            *(milliseconds(there[part]) for part in PARTS),
-            f"{alone / there['step']:.2f}",
-            f"{alone / there['without_overlap']:.2f}",
-        )
+    """One column a number of ranks."""
+    projection = result["projection"]
+    alone = projection[0]["step"]
+    table = Table(title="projected, weak scaling; milliseconds of a step")
+    table.add_column("ranks")
+    for there in projection:
+        table.add_column(str(there["ranks"]), justify="right")
+    table.add_row("step", *(milliseconds(there["step"]) for there in projection))
+    for part in PARTS:
+        table.add_row(f"  {part}", *(milliseconds(there[part]) for there in projection))
+    table.add_section()
+    table.add_row("efficiency", *(f"{alone / there['step']:.2f}" for there in projection))
+    without = (f"{alone / there['without_overlap']:.2f}" for there in projection)
+    table.add_row("  nothing hidden", *without)
     return table
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.1f}"
+    return f"{1e3 * seconds:.0f}" if seconds >= 1 else f"{1e3 * seconds:.1f}"
 
 
 if __name__ == "__main__":

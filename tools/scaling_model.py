@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,26 +17,37 @@ BUCKET = 25 * 2**20
 
 @dataclass(frozen=True)
 class Link:
-    """Between neighbours in a ring: ``latency`` of a message in seconds, bytes a second."""
+    """Between two ranks: ``latency`` of a message in seconds, bytes a second.
+
+    ``trees``: the library also sums along a tree, where that is faster (NCCL does, gloo does not).
+    """
 
     latency: float
     bandwidth: float
+    trees: bool = False
 
-    def ring(self, size: int, ranks: int) -> float:
-        """Seconds of an all-reduce of ``size`` bytes over a ring of ``ranks``.
+    def all_reduce(self, size: int, ranks: int) -> float:
+        """Seconds for ``size`` bytes.
 
-        2 (ranks - 1) messages one after the other, of a share of the bytes each (Thakur,
-        Rabenseifner & Gropp 2005). gloo does it so; NCCL's trees need fewer messages.
+        A ring is 2 (ranks - 1) messages one after the other, of a share of the bytes each (Thakur,
+        Rabenseifner & Gropp 2005). A tree is up and down log2(ranks) levels; as the bytes are in
+        many pieces, which follow each other, they pass each link twice in all (Sanders, Speck &
+        Träff 2009).
         """
         messages = 2 * (ranks - 1)
-        return messages * (self.latency + size / ranks / self.bandwidth)
+        ring = messages * (self.latency + size / ranks / self.bandwidth)
+        if not self.trees:
+            return ring
+        levels = math.ceil(math.log2(ranks))
+        return min(ring, 2 * (levels * self.latency + (ranks > 1) * size / self.bandwidth))
 
 
-def fitted(small: float, large: float, ranks: int) -> Link:
-    """The link over which all-reduces of ``SMALL`` and ``LARGE`` bytes take so many seconds."""
+def fitted(small: float, large: float, ranks: int, *, trees: bool = False) -> Link:
+    """The link over which rings sum ``SMALL`` and ``LARGE`` bytes in so many seconds."""
     messages = 2 * (ranks - 1)
     by_size = max(large - small, 1e-9)
-    return Link(small / messages, messages * (LARGE - SMALL) / ranks / by_size)
+    latency = small / (2 * math.ceil(math.log2(ranks)) if trees else messages)
+    return Link(latency, messages * (LARGE - SMALL) / ranks / by_size, trees)
 
 
 def expected_slowest(samples: Sequence[float], ranks: int) -> float:
@@ -90,8 +102,10 @@ def project(parts: dict[str, Any], link: Link, ranks: int) -> Projection:
     measured, own = parts["world"], link_of(parts)
 
     def moved(seconds: float, sizes: Sequence[int]) -> float:
-        """What was measured, with the ring as it would be instead of the ring as it is."""
-        change = sum(link.ring(size, ranks) - own.ring(size, measured) for size in sizes)
+        """What was measured, and what more the exchange would take than it does there."""
+        change = sum(
+            link.all_reduce(size, ranks) - own.all_reduce(size, measured) for size in sizes
+        )
         return max(0.0, seconds + change)
 
     exchange = moved(parts["exchange_s"], buckets(parts["gradient_bytes"]))
@@ -109,7 +123,8 @@ def project(parts: dict[str, Any], link: Link, ranks: int) -> Projection:
 
 def link_of(parts: dict[str, Any]) -> Link:
     """The measured one."""
-    return fitted(parts["all_reduce_s"]["small"], parts["all_reduce_s"]["large"], parts["world"])
+    times = parts["all_reduce_s"]
+    return fitted(times["small"], times["large"], parts["world"], trees=parts["trees"])
 
 
 def shown(parts: dict[str, Any]) -> float:
@@ -129,8 +144,9 @@ def assumptions(parts: dict[str, Any], link: Link) -> list[str]:
         f"{len(parts['samples_s'])} measured steps (coefficient of variation "
         f"{np.std(parts['samples_s']) / np.mean(parts['samples_s']):.3f}); a rank slower than any "
         f"of them is not foreseen, nor one that is always slow.",
-        f"All-reduce is a ring: 2 (N - 1) messages over links of {1e6 * link.latency:.0f} us and "
-        f"{link.bandwidth / 1e9:.2f} GB/s.",
+        f"All-reduce is a ring of 2 (N - 1) messages"
+        f"{', or a tree where that is faster,' if link.trees else ''} over links of "
+        f"{1e6 * link.latency:.0f} us and {link.bandwidth / 1e9:.2f} GB/s.",
         f"Gradients are {parts['gradient_bytes'] / 1e6:.0f} MB, in buckets of 25 MiB; the backward "
         f"pass hides {1 - shown(parts):.0%} of their exchange, as on {world} ranks.",
         f"Statistics of normalisation are {calls} all-reduces of "

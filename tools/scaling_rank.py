@@ -112,6 +112,8 @@ def in_parts(trainer: Trainer, steps: int) -> dict[str, Any]:
         "gradients_s": 0.0 if alone else median((whole - shared - update).mean(0)),
         "exchange_s": 0.0 if alone else median(exchange.mean(0)),
         "samples_s": (backward + update).ravel().tolist(),
+        # Of its collectives; gloo has rings only.
+        "trees": backend.device.type == "cuda",
         "gradient_bytes": sum(p.numel() * p.element_size() for _, p in backend.trained()),
         "statistics_bytes": taken_apart.statistics_bytes,
     }
@@ -231,3 +233,7 @@ def timed(act: Callable[[], object], backend: Backend) -> float:
 
 if __name__ == "__main__":
     main()
+    # gloo's threads outlive its group, and may abort a process that ends by itself under them.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -24,7 +24,7 @@ LINK = Link(latency=1e-4, bandwidth=1e9)
 def parts(**more: Any) -> dict[str, Any]:
     """As measured on two ranks over ``LINK``, with nothing hidden and no rank slower."""
     gradients, statistics = 3 * BUCKET, [1000] * 10
-    exchange = sum(LINK.ring(size, 2) for size in buckets(gradients))
+    exchange = sum(LINK.all_reduce(size, 2) for size in buckets(gradients))
     return {
         "world": 2,
         "clips": 4,
@@ -32,28 +32,39 @@ def parts(**more: Any) -> dict[str, Any]:
         "compute_s": 1.0,
         "wait_s": 0.0,
         "samples_s": [1.0, 1.0],
-        "statistics_s": sum(LINK.ring(size, 2) for size in statistics),
+        "statistics_s": sum(LINK.all_reduce(size, 2) for size in statistics),
         "statistics_bytes": statistics,
         "gradients_s": exchange,
         "exchange_s": exchange,
         "gradient_bytes": gradients,
         "rest_s": 0.05,
-        "all_reduce_s": {"small": LINK.ring(SMALL, 2), "large": LINK.ring(LARGE, 2)},
+        "trees": False,
+        "all_reduce_s": {"small": LINK.all_reduce(SMALL, 2), "large": LINK.all_reduce(LARGE, 2)},
         **more,
     }
 
 
 def test_a_ring_sends_each_byte_twice_less_one_share() -> None:
-    assert Link(0, 1e9).ring(10**9, 4) == pytest.approx(2 * 3 / 4)
-    assert Link(1e-3, 1e30).ring(10**9, 4) == pytest.approx(6e-3)
-    assert LINK.ring(10**6, 1) == 0
+    assert Link(0, 1e9).all_reduce(10**9, 4) == pytest.approx(2 * 3 / 4)
+    assert Link(1e-3, 1e30).all_reduce(10**9, 4) == pytest.approx(6e-3)
+    assert LINK.all_reduce(10**6, 1) == 0
 
 
-@pytest.mark.parametrize("ranks", [2, 5])
-def test_a_link_is_found_again_from_what_it_does(ranks: int) -> None:
-    found = fitted(LINK.ring(SMALL, ranks), LINK.ring(LARGE, ranks), ranks)
-    assert found.bandwidth == pytest.approx(LINK.bandwidth)
-    assert found.latency == pytest.approx(LINK.latency, rel=1e-2)
+def test_a_tree_is_taken_where_messages_are_what_costs() -> None:
+    trees = Link(1e-3, 1e9, trees=True)
+    assert trees.all_reduce(8, 64) == pytest.approx(12e-3, rel=1e-3)
+    assert trees.all_reduce(10**9, 4) == pytest.approx(Link(1e-3, 1e9).all_reduce(10**9, 4))
+    assert trees.all_reduce(10**9, 1) == 0
+
+
+@pytest.mark.parametrize("ranks", [2, 5, 8])
+@pytest.mark.parametrize("trees", [False, True])
+def test_a_link_is_found_again_from_what_it_does(ranks: int, trees: bool) -> None:
+    link = Link(1e-5, 1e9, trees)
+    times = (link.all_reduce(size, ranks) for size in (SMALL, LARGE))
+    found = fitted(*times, ranks, trees=trees)
+    assert found.bandwidth == pytest.approx(link.bandwidth, rel=2e-2)
+    assert found.latency == pytest.approx(link.latency, rel=2e-2)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 7, 64])
@@ -81,9 +92,9 @@ def test_as_many_ranks_as_were_measured_take_what_was_measured() -> None:
 
 def test_more_ranks_take_the_ring_of_more_and_wait_for_the_slowest() -> None:
     there = project(parts(samples_s=[0.9, 1.1]), LINK, 64)
-    exchange = sum(LINK.ring(size, 64) for size in buckets(3 * BUCKET))
+    exchange = sum(LINK.all_reduce(size, 64) for size in buckets(3 * BUCKET))
     assert there.gradients == pytest.approx(exchange, rel=1e-3)
-    assert there.statistics == pytest.approx(10 * LINK.ring(1000, 64), rel=2e-2)
+    assert there.statistics == pytest.approx(10 * LINK.all_reduce(1000, 64), rel=2e-2)
     assert there.wait == pytest.approx(0.1, rel=1e-6)
     assert there.compute == 1.0
 
