@@ -43,7 +43,7 @@ from dist_train.state import RunState
 #: Clips of a step, [B, 1, D, H, W]. Small: a step much shorter than a write shows what it costs.
 CLIPS = (4, 1, 4, 32, 32)
 #: Steps before anything is timed, and least number of them after each save.
-WARM_UP, FEWEST_STEPS = 3, 4
+WARM_UP, FEWEST_STEPS = 3, 3
 CONTENDERS = ("asynchronous", "torch_save", "accelerate")
 KEPT = 1
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet3d-101", help="default resnet3d-101: 1.02 GB")
     parser.add_argument("--width", type=int, default=64, help="of the model (default 64)")
-    parser.add_argument("--rounds", type=int, default=7, help="saves of each kind (default 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="saves of each kind (default 5)")
     parser.add_argument("--quick", action="store_true", help="3 rounds")
     parser.add_argument("--folder", type=Path, help="a folder on the disk to write to")
     parser.add_argument("--json", type=Path, help="write the figures there, under 'summary'")
