@@ -10,6 +10,7 @@ from pathlib import Path
 from faults import ClockJump, NotANumber, Signal
 from helpers import ROOT, overrides
 from launcher import Launcher
+
 from runs import assert_same
 
 #: The wall clock of these is shown to users, and read by nobody else.
