@@ -1,7 +1,8 @@
-"""What augmentation costs: ours against albumentations frame by frame, for the same draws.
+"""What augmentation costs: ours against albumentations frame by frame, and on the device.
 
 Both do the same to the same clips; that they agree to the bit is checked before they are timed.
-benchmarks/augment.md says how to read the figures.
+Then how many clips one core reads and packs for the device. benchmarks/augment.md says how to read
+the figures.
 
     python tools/bench_augment.py [--rounds N] [--json FILE]
 """
@@ -13,6 +14,7 @@ import copy
 import json
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,12 +29,24 @@ from rich.table import Table
 
 from dist_train.config import AugmentSettings
 from dist_train.data.augment import Augment
+from dist_train.data.augment_device import augmented_batch
+from dist_train.data.clip import PrepareSettings
+from dist_train.data.collate import collate
+from dist_train.data.dataset import ClipDataset
 from dist_train.data.decode import Volume
+from dist_train.data.manifest import read_manifest
+from dist_train.data.native import pack
+from dist_train.data.prepare import prepare
+from dist_train.data.sampler import Slot
+from dist_train.data.store import Store
 
 #: Frames, height and width of a clip.
 SHAPE = 60, 160, 160
 #: Draws that a figure is the mean of.
 DRAWS = 24
+#: Clips that one core reads and packs, in batches of so many.
+CLIPS, BATCH = 256, 16
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"device"}, 0.0)
 #: Of configs/clog_loss_*.yaml.
 RECIPE = {
@@ -71,13 +85,19 @@ def measure(rounds: int) -> dict[str, Any]:
     for name, settings in ROWS.items():
         say(name)
         rows[name] = row(Augment(AugmentSettings.model_validate(settings), seed=0), clip, rounds)
+    say("feeding")
+    with tempfile.TemporaryDirectory(prefix="bench_augment.") as folder:
+        feed = feeding(Path(folder), rounds)
     return {
         "summary": {
             "vs_per_frame": rows["recipe"]["vs_per_frame"],
             "vs_per_frame_all_at_once": rows["all at once"]["vs_per_frame"],
             "vs_calls": rows["recipe"]["vs_calls"],
             "clips_per_second": 1e3 / rows["recipe"]["ours_ms"],
+            "device_clips_per_second": 1e3 / rows["recipe"]["device_ms"],
+            **feed,
         },
+        "device": str(DEVICE),
         "rows": rows,
         "clip": SHAPE,
         "draws": DRAWS,
@@ -115,7 +135,8 @@ def row(augment: Augment, clip: Volume, rounds: int) -> dict[str, float]:
             same = np.array_equal(ways["ours"](clip, number), ways[other](clip, number))
             assert same, f"{other} gives another clip"
     found = milliseconds(ways, clip, rounds)
-    times = {f"{name}_ms": found[name] for name in ways}
+    found["device"] = device_milliseconds(augment, rounds)
+    times = {f"{name}_ms": took for name, took in found.items()}
     return times | {f"vs_{name}": found[name] / found["ours"] for name in ("per_frame", "calls")}
 
 
@@ -174,18 +195,91 @@ def timed(apply: Apply, clip: Volume) -> float:
     return (time.perf_counter() - began) / DRAWS * 1e3
 
 
+# --- the device -----------------------------------------------------------------------------------
+
+
+def native(count: int) -> list[Volume]:
+    """Crops of 60 frames, of 40 to 104 pixels in height and width: a fifth of 160 x 160 pixels."""
+    sizes = np.random.default_rng(1).integers(40, 105, (count, 2)).tolist()
+    grain = cells((SHAPE[0], 104, 104))
+    return [np.ascontiguousarray(grain[:, :height, :width]) for height, width in sizes]
+
+
+def device_milliseconds(augment: Augment, rounds: int) -> float:
+    """Of resizing and augmenting a native clip, in batches, once the draws are made."""
+    size = SHAPE[1], SHAPE[2]
+    clips = [torch.from_numpy(clip) for clip in native(DRAWS)]
+    draws = [augment.draw(size, epoch=0, number=number) for number in range(DRAWS)]
+    packed = pack(clips, draws).to(DEVICE)
+    best = float("inf")
+    for _ in range(rounds + 1):
+        wait()
+        began = time.perf_counter()
+        augmented_batch(packed, size)
+        wait()
+        best = min(best, time.perf_counter() - began)
+    return best / DRAWS * 1e3
+
+
+def wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# --- one core of a loader -------------------------------------------------------------------------
+
+
+def feeding(folder: Path, rounds: int) -> dict[str, float]:
+    """Clips a second that one process reads from a store in the page cache and makes batches of in
+    shared memory, as a loader's worker does: the recipe on the device, and on the host."""
+    raw = folder / "raw"
+    raw.mkdir()
+    names = [f"{number}.npy" for number in range(CLIPS)]
+    for name, clip in zip(names, native(CLIPS), strict=True):
+        np.save(raw / name, clip)
+    lines = ["filename,label", *(f"{name},{number % 2}" for number, name in enumerate(names))]
+    (folder / "clips.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    manifest = read_manifest(folder / "clips.csv")
+    prepare(manifest, raw, folder / "store", PrepareSettings(roi="none"), workers=1)
+    store = Store(folder / "store")
+    rates = {}
+    for name, on_device in (("feed_clips_per_second", True), ("feed_on_host", False)):
+        dataset = ClipDataset(
+            store,
+            size=(SHAPE[1], SHAPE[2]),
+            max_frames=None,
+            augment=Augment(AugmentSettings.model_validate(OFF | RECIPE), seed=0),
+            on_device=on_device,
+        )
+        rates[name] = max(feed_rate(dataset, epoch) for epoch in range(rounds))
+    return rates
+
+
+def feed_rate(dataset: ClipDataset, epoch: int) -> float:
+    began = time.perf_counter()
+    for first in range(0, CLIPS, BATCH):
+        slots = [Slot(clip, epoch) for clip in range(first, first + BATCH)]
+        collate([dataset[slot] for slot in slots]).share_memory()
+    return CLIPS / (time.perf_counter() - began)
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 
 def as_table(result: dict[str, Any]) -> Table:
-    table = Table(title="ms a clip of {} x {} x {}, one thread".format(*result["clip"]))
-    for heading in ("", "ours", "per frame", "", "calls", ""):
+    table = Table(title="ms a clip of {} x {} x {}".format(*result["clip"]))
+    for heading in ("", "ours", "per frame", "", "calls", "", f"on {result['device']}"):
         table.add_column(heading, justify="right" if table.columns else "left")
     for name, of in result["rows"].items():
         figures = [f"{of['ours_ms']:.2f}"]
         for way in ("per_frame", "calls"):
             figures += [f"{of[f'{way}_ms']:.1f}", f"x {of[f'vs_{way}']:.1f}"]
-        table.add_row(name, *figures)
+        table.add_row(name, *figures, f"{of['device_ms']:.2f}")
+    summary = result["summary"]
+    table.caption = (
+        f"one core reads, draws and packs {summary['feed_clips_per_second']:.0f} clips/s for the "
+        f"device; with all on the host, {summary['feed_on_host']:.0f} clips/s"
+    )
     return table
 
 
