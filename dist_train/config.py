@@ -71,7 +71,10 @@ class ClipSettings(Section):
 
 
 class AugmentSettings(Section):
-    """Probability of each augmentation; every frame of a clip gets the same draw."""
+    """Probability of each augmentation; every frame of a clip gets the same draw.
+
+    ``device``: loader workers only read clips and draw; the device resizes and augments them.
+    """
 
     flip: Fraction = 0.5
     rotate90: Fraction = 0.5
@@ -80,6 +83,7 @@ class AugmentSettings(Section):
     blur_noise: Fraction = 0.0
     distort: Fraction = 0.0
     shift_scale_rotate: Fraction = 0.0
+    device: bool = False
 
 
 class PlanSettings(Section):

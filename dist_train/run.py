@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from dist_train.config import Config, load_config
 from dist_train.data.augment import Augment
+from dist_train.data.augment_device import augmented_batch
 from dist_train.data.dataset import ClipDataset
 from dist_train.data.files import write_whole
+from dist_train.data.native import NativeClips
 from dist_train.data.plan import Plan, make_plan
 from dist_train.data.select import choose_clips
 from dist_train.data.store import Store
@@ -123,7 +125,11 @@ def open_data(config: Config) -> RunData:
 def clip_dataset(config: Config, store: Store, augment: Augment | None) -> ClipDataset:
     """Clips in the shape that the config's model takes."""
     return ClipDataset(
-        store, size=config.clip.size, max_frames=config.clip.max_frames, augment=augment
+        store,
+        size=config.clip.size,
+        max_frames=config.clip.max_frames,
+        augment=augment,
+        on_device=config.augment.device,
     )
 
 
@@ -136,8 +142,11 @@ def make_model(config: Config) -> nn.Module:
     return model.to(memory_format=_layout(config))  # type: ignore[call-overload, no-any-return]
 
 
-def as_input(volumes: Tensor, config: Config) -> Tensor:
-    """uint8 [B, 1, D, H, W] to float32 of 0 to 1 in the run's memory layout, on the same device."""
+def as_input(volumes: Tensor | NativeClips, config: Config) -> Tensor:
+    """uint8 [B, 1, D, H, W], or clips of their own sizes, to float32 [B, 1, D, H, W] of 0 to 1 in
+    the run's memory layout, on the same device."""
+    if isinstance(volumes, NativeClips):
+        return augmented_batch(volumes, config.clip.size).to(memory_format=_layout(config))
     return volumes.to(memory_format=_layout(config)).float().div_(255)
 
 

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dist_train.data.augment import Augment
-from dist_train.data.decode import Volume
+from dist_train.data.augment_draw import Draw
+from dist_train.data.resize import resize
 from dist_train.data.sampler import Slot
 from dist_train.data.store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One clip: ``volume`` uint8 [D, H, W], ``label`` (-1 if not known), ``clip`` its number."""
+    """One clip: ``volume`` uint8 [D, H, W], ``label`` (-1 if not known), ``clip`` its number.
+
+    ``draw`` is what the device is to do to it once it is resized, None if all is done.
+    """
 
     volume: Tensor
     label: int
     clip: int
+    draw: Draw | None = None
 
 
 class ClipDataset(Dataset[Sample]):
     """Clips of a store, cut to ``max_frames``, resized to ``size`` and augmented.
 
     With ``augment`` None the cut is the middle of the clip; otherwise its place is random, keyed
-    like the augmentation.
+    like the augmentation. With ``on_device`` clips are only cut, and a draw goes along.
     """
 
     def __init__(
@@ -39,8 +43,10 @@ class ClipDataset(Dataset[Sample]):
         size: tuple[int, int],
         max_frames: int | None,
         augment: Augment | None,
+        on_device: bool = False,
     ) -> None:
         self.store, self.size, self.max_frames, self.augment = store, size, max_frames, augment
+        self.on_device = on_device
         self.labels = store.table["label"].to_numpy(np.int64)
 
     def __getitem__(self, slot: Slot) -> Sample:
@@ -48,30 +54,23 @@ class ClipDataset(Dataset[Sample]):
         if self.max_frames is not None and len(clip) > self.max_frames:
             start = self._start(slot, len(clip) - self.max_frames)
             clip = clip[start : start + self.max_frames]
-        clip = resize(clip, self.size)
-        if self.augment is not None:
-            clip = self.augment(clip, epoch=slot.epoch, number=slot.clip)
+        draw = None
+        if self.on_device:
+            draw = self._draw(slot)
+        else:
+            clip = resize(clip, self.size)
+            if self.augment is not None:
+                clip = self.augment(clip, epoch=slot.epoch, number=slot.clip)
         volume = torch.from_numpy(np.ascontiguousarray(clip))
-        return Sample(volume, int(self.labels[slot.clip]), slot.clip)
+        return Sample(volume, int(self.labels[slot.clip]), slot.clip, draw)
+
+    def _draw(self, slot: Slot) -> Draw:
+        if self.augment is None:
+            return Draw()
+        return self.augment.draw(self.size, epoch=slot.epoch, number=slot.clip)
 
     def _start(self, slot: Slot, room: int) -> int:
         if self.augment is None:
             return room // 2
         key = (self.augment.seed, slot.epoch, slot.clip, 1)
         return int(np.random.default_rng(key).integers(room + 1))
-
-
-def resize(clip: Volume, size: tuple[int, int]) -> Volume:
-    """Resize every frame of uint8 [D, H, W] to ``size`` (height, width): uint8 [D, *size].
-
-    Area averaging where the frame shrinks, bilinear where it grows.
-    """
-    height, width = size
-    if clip.shape[1:] == (height, width):
-        return clip
-    shrinks = clip.shape[1] * clip.shape[2] > height * width
-    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    out = np.empty((len(clip), height, width), dtype=np.uint8)
-    for source, target in zip(clip, out, strict=True):
-        cv2.resize(source, (width, height), dst=target, interpolation=how)
-    return out
