@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from dist_train.errors import ConfigError
 
@@ -128,7 +128,12 @@ class LoaderSettings(Section):
 
 
 class ModelSettings(Section):
-    """The network; see ``models/registry.py`` for the names."""
+    """The network; see ``models/registry.py`` for the names.
+
+    ``recompute``: what the backward pass makes again rather than keeps; docs/activations.md says
+    what each mode keeps and costs. ``activation_memory``: bytes, such as 8GiB, that activations may
+    take; with it the cheapest modes that fit are chosen for each part of the network.
+    """
 
     name: str = "resnet3d-101"
     width: Positive = 64
@@ -136,6 +141,16 @@ class ModelSettings(Section):
     stem_pool: bool = True
     dropout: BelowOne = 0.0
     recompute: Literal["none", "cheap", "block", "stage"] = "none"
+    activation_memory: Annotated[ByteSize, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _budget_chooses(self) -> ModelSettings:
+        if self.activation_memory is not None and self.recompute != "none":
+            raise ValueError(
+                f"activation_memory chooses what is recomputed; leave out recompute: "
+                f"{self.recompute}"
+            )
+        return self
 
 
 class NormSettings(Section):
@@ -188,6 +203,8 @@ class TrainSettings(Section):
     is not finite, twice.
     ``check_steps``: after each of a session's first so many steps all processes compare their
     weights. ``slow``: a process whose steps take so many times those of the others is named.
+    ``probe``: where the largest micro-batch is tried before the first step, and ``accumulate`` is
+    raised for this machine if memory does not suffice for it.
     """
 
     epochs: Positive = 20
@@ -201,6 +218,7 @@ class TrainSettings(Section):
     max_skips: Natural = 3
     check_steps: Natural = 2
     slow: Annotated[float, Field(gt=1.0)] = 1.5
+    probe: Literal["cuda", "always", "never"] = "cuda"
 
     @model_validator(mode="after")
     def _offload_has_zero(self) -> TrainSettings:

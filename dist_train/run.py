@@ -92,6 +92,12 @@ class RunData:
             frame_voxels=clip.size[0] * clip.size[1],
         )
 
+    def deepest(self) -> int:
+        """Frames of the deepest clip of the train split, as it reaches the model."""
+        train = self.clips.index[self.clips["split"] == "train"]
+        deepest = int(self.store.table["frames"].to_numpy()[train].max())
+        return min(deepest, self.config.clip.max_frames or deepest)
+
     def natural_rate(self) -> float:
         """Share of positives in the train split as it is, before any balancing."""
         train = self.clips[self.clips["split"] == "train"]
@@ -136,7 +142,7 @@ def clip_dataset(config: Config, store: Store, augment: Augment | None) -> ClipD
 def make_model(config: Config) -> nn.Module:
     """The config's model in its memory layout, with weights drawn from its seed."""
     torch.manual_seed(config.seed)
-    settings = config.model.model_dump(exclude={"name"})
+    settings = config.model.model_dump(exclude={"name", "activation_memory"})
     model = build_model(config.model.name, **settings)
     # The stubs of nn.Module.to lack memory_format on its own.
     return model.to(memory_format=_layout(config))  # type: ignore[call-overload, no-any-return]
@@ -156,7 +162,9 @@ def _layout(config: Config) -> torch.memory_format:
 
 def model_facts(config: Config) -> dict[str, Any]:
     """What a checkpoint must agree with for its weights to mean the same: JSON types."""
-    facts: dict[str, Any] = config.model.model_dump(mode="json", exclude={"recompute"})
+    facts: dict[str, Any] = config.model.model_dump(
+        mode="json", exclude={"recompute", "activation_memory"}
+    )
     return facts
 
 

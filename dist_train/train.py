@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import torch
 from scipy.special import expit
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.config import Config, config_text
@@ -32,12 +33,13 @@ from dist_train.engine.optim import make_optimizer
 from dist_train.engine.pace import Pace
 from dist_train.engine.sanity import check_agreement, check_weights
 from dist_train.engine.schedule import Schedule
-from dist_train.engine.stop import INTERRUPTED, TRY_AGAIN, StopSignals
+from dist_train.engine.stop import INTERRUPTED, TRY_AGAIN, StopSignals, leave
 from dist_train.engine.together import on_main
 from dist_train.engine.watchdog import Watchdog
 from dist_train.epoch_weights import EpochWeights
 from dist_train.errors import RunError, StoppedError
 from dist_train.infer import held_out_logits
+from dist_train.micro_batch import Buffers, MicroBatches, free_cache
 from dist_train.models.norm import set_momentum, share_statistics
 from dist_train.models.norm_gap import by_running_and_own_statistics
 from dist_train.models.precise_norm import precise_statistics
@@ -60,6 +62,10 @@ Resume = Literal["never", "auto"]
 Progress = Callable[[int, int, str], None]
 BeforeStep = Callable[["Trainer", int], None]
 Values = dict[str, float | None]
+
+
+class ShortMemoryError(Exception):
+    """Memory did not suffice for a micro-batch; weights and moments are as before the step."""
 
 
 class BadStepError(Exception):
@@ -121,13 +127,12 @@ class Trainer:
         # Only weights change it while it runs, and those do not change where epochs begin.
         self.plan = self.data.plan()
         self.weights = EpochWeights(config, self.data, backend)
-        self.plan.check_cut(backend.world, config.train.accumulate)
+        self.micro = MicroBatches(config, self.data, self.plan, backend)
         self.steps = self.plan.first_step(config.train.epochs)
         self.schedule = Schedule(config.schedule, config.optim.lr, self.steps, config.train.epochs)
-        model = make_model(config)
+        model = self.micro.make_model()
         share_statistics(model, backend.all_reduce if self._shares_statistics() else None)
-        # So that a step moves running statistics as far, however many micro-batches it is cut into.
-        set_momentum(model, 1 - (1 - config.norm.momentum) ** (1 / config.train.accumulate))
+        self._set_momentum(model)
         backend.wrap(model, lambda wrapped: make_optimizer(wrapped, config.optim))
         self.state = RunState(
             config.out / CHECKPOINTS,
@@ -139,6 +144,7 @@ class Trainer:
             store=self.data.store.fingerprint,
         )
         self.done = self.first_step = 0
+        self.buffers = Buffers(backend.module)
         self.epoch_outputs: list[tuple[np.ndarray, np.ndarray]] = []
         self.last_batch: Batch | None = None
         self.bad_steps: Counter[int] = Counter()
@@ -180,6 +186,7 @@ class Trainer:
         config, backend = self.config, self.backend
         drop_snapshots(config.out / SNAPSHOTS, after=self.done)
         write_whole(config.out / CONFIG, config_text(config))
+        self.micro.write_note()
         p, q = config.plan.ratio
         begin_session(
             config.out,
@@ -197,6 +204,7 @@ class Trainer:
                 "world_size": backend.world,
                 "backend": config.train.backend,
                 "device": str(backend.device),
+                "micro_batch": self.micro.facts(),
             },
         )
 
@@ -204,10 +212,16 @@ class Trainer:
         """From where the run is to its end, going back and on again where a step was bad."""
         with self.watchdog, self._checkpoint_completed():
             while self.done < self.steps:
+                short = None
                 try:
                     self._walk(progress, before_step)
                 except BadStepError as bad:
                     self._go_back(bad)
+                except ShortMemoryError as error:
+                    short = str(error)
+                # Only here is what the error's traceback held let go of.
+                if short is not None:
+                    self._cut_smaller(short)
 
     @contextmanager
     def _checkpoint_completed(self) -> Iterator[None]:
@@ -296,6 +310,28 @@ class Trainer:
             then = "the step is left out" if self.bad_steps[bad.step] > 1 else "it is tried again"
             log.warning("%s; back to step %d, and %s", bad, self.done, then)
 
+    def _cut_smaller(self, short: str) -> None:
+        """Be ready to repeat the step with smaller micro-batches.
+
+        Where there are several processes, the others wait for this one in a collective call, which
+        it cannot take part in any more, and leaving their group in order could wait for them. So it
+        ends at once; its launcher ends them, and the next session reads the note.
+        """
+        backend = self.backend
+        try:
+            self.micro.halve()
+        except RunError as error:
+            if not backend.can_repeat:
+                leave(str(error), backend.rank, error.exit_code)
+            raise
+        now = f"{short}; from now on micro-batches have {self.micro.clips} clips"
+        if not backend.can_repeat:
+            where = self.config.out
+            leave(f"{where}: {now}. Go on by --resume auto.", backend.rank, TRY_AGAIN)
+        log.warning("%s", now)
+        free_cache(backend.device)
+        self._set_momentum(backend.module)
+
     def _take_up(self, done: int, logits: np.ndarray, labels: np.ndarray) -> None:
         self.done = done
         self.epoch_outputs = [(logits, labels)]
@@ -315,32 +351,26 @@ class Trainer:
 
     def _step(self, step: int, batches: Iterator[Batch]) -> Values:
         """One optimizer step on the global batch; its figures."""
-        backend, accumulate = self.backend, self.config.train.accumulate
+        backend = self.backend
         # Dropout's draws depend on seed, step and rank alone, so no random state is ever saved.
         key = np.random.SeedSequence((self.config.seed, step, backend.rank))
         torch.manual_seed(int(key.generate_state(1)[0]))
-        began, waited = time.perf_counter(), 0.0
+        began = time.perf_counter()
         lr = self.schedule.lr(step)
         backend.set_lr(lr)
-        total = torch.zeros((), device=backend.device)
-        left_out = self.bad_steps[step] > 1
-        for micro in range(accumulate):
-            asked = time.perf_counter()
-            batch = next(batches).to(backend.device)
-            waited += time.perf_counter() - asked
-            if left_out:
-                continue
-            with backend.micro_step(last=micro == accumulate - 1):
-                logits = backend.model(as_input(batch.volumes, self.config), batch.frames)
-                loss = binary_cross_entropy_with_logits(logits.float(), batch.labels)
-                backend.backward(loss * (self.plan.weight(step) / accumulate))
-            total += loss.detach() / accumulate
-            self.epoch_outputs.append(
-                (logits.detach().float().cpu().numpy(), batch.labels.cpu().numpy())
-            )
-        if left_out:
+        with self._undone_if_memory_is_short(step):
+            total, waited = self._micro_steps(step, batches)
+        if self._is_left_out(step):
             return {"train/loss": None, "train/lr": lr}
-        norm = backend.update()
+        try:
+            norm = backend.update()
+        except torch.OutOfMemoryError:
+            raise RunError(
+                "memory does not suffice for the optimizer's step, whatever the micro-batch",
+                where=self.config.out,
+                fix="Set train.backend: zero2, with train.offload if need be, and go on by "
+                "--resume auto.",
+            ) from None
         sum_of_losses, *own_work = backend.sums([float(total), *self.pace.shares(waited)])
         mean_loss = sum_of_losses / backend.world
         # In fp16 a step whose gradients overflow is skipped, and the loss scale lowered.
@@ -361,6 +391,53 @@ class Trainer:
             "speed/data_wait": waited / seconds,
             **self.pace.judge(own_work),
         } | _memory(backend.device)
+
+    def _micro_steps(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
+        """Add up the gradients of a step's micro-batches.
+
+        Returns:
+            The mean loss of this rank's clips, and the seconds that it waited for them.
+        """
+        backend, accumulate = self.backend, self.micro.accumulate
+        total, waited = torch.zeros((), device=backend.device), 0.0
+        for micro in range(accumulate):
+            asked = time.perf_counter()
+            batch = next(batches).to(backend.device)
+            waited += time.perf_counter() - asked
+            if self._is_left_out(step):
+                continue
+            with backend.micro_step(last=micro == accumulate - 1):
+                logits = backend.model(as_input(batch.volumes, self.config), batch.frames)
+                loss = binary_cross_entropy_with_logits(logits.float(), batch.labels)
+                backend.backward(loss * (self.plan.weight(step) / accumulate))
+            total += loss.detach() / accumulate
+            self.epoch_outputs.append(
+                (logits.detach().float().cpu().numpy(), batch.labels.cpu().numpy())
+            )
+        return total, waited
+
+    @contextmanager
+    def _undone_if_memory_is_short(self, step: int) -> Iterator[None]:
+        """Around what changes no weights."""
+        backend, outputs = self.backend, len(self.epoch_outputs)
+        if backend.can_repeat:
+            self.buffers.keep()
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if backend.can_repeat:
+                backend.drop_gradients()
+                self.buffers.put_back()
+                del self.epoch_outputs[outputs:]
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise ShortMemoryError(f"out of memory at step {step + 1} ({reason})") from None
+
+    def _is_left_out(self, step: int) -> bool:
+        return self.bad_steps[step] > 1
+
+    def _set_momentum(self, model: nn.Module) -> None:
+        # So that a step moves running statistics as far, however many micro-batches it is cut into.
+        set_momentum(model, 1 - (1 - self.config.norm.momentum) ** (1 / self.micro.accumulate))
 
     def _train_metrics(self) -> Values:
         """Of the epoch that ends: its batches as they were trained on."""
@@ -472,21 +549,20 @@ class Trainer:
             self._plan_at(first),
             rank=self.backend.rank,
             world=self.backend.world,
-            accumulate=self.config.train.accumulate,
+            accumulate=self.micro.accumulate,
             first=first,
             last=last,
         )
         return Loader(self.data.dataset(training=True), sampler, self.config.loader)
 
     def _held_out_batches(self) -> Iterable[Batch]:
-        world, accumulate = self.backend.world, self.config.train.accumulate
         clips = self.data.numbers("val")
         sampler = HeldOutSampler(
             clips.tolist(),
             self.data.store.table["frames"].to_numpy()[clips].tolist(),
             rank=self.backend.rank,
-            world=world,
-            batch=self.config.plan.batch // (world * accumulate),
+            world=self.backend.world,
+            batch=self.micro.clips,
         )
         return Loader(self.data.dataset(training=False), sampler, self.config.loader)
 

@@ -19,7 +19,7 @@ LEVELS = [
     {"data"},
     {"models"},
     {"engine"},
-    {"run", "infer", "state", "epoch_weights"},
+    {"run", "infer", "state", "epoch_weights", "micro_batch"},
     {"train", "predict", "export", "evaluate", "report", "doctor"},
     {"cli"},
     {"__main__"},

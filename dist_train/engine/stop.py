@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 #: "Temporary failure, try again" (sysexits.h): a scheduler may put the job back into its queue.
 TRY_AGAIN = os.EX_TEMPFAIL
 #: What shells report for a program that Ctrl-C ended.
 INTERRUPTED = 130
+
+
+def leave(message: str, rank: int, code: int) -> NoReturn:
+    """End this process at once, without a word to the others of its group, and say why."""
+    print(f"error (process {rank}): {message}", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 class StopSignals:

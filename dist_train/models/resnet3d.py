@@ -28,7 +28,7 @@ from dist_train.models.conv import Conv3d
 from dist_train.models.frames import ValidFrames, clear_padding, strided, valid_frames
 from dist_train.models.norm import BatchNorm3d
 from dist_train.models.pooling import global_average_pool
-from dist_train.models.recompute import Recompute, run_part
+from dist_train.models.recompute import Recompute, Step, run_part
 from dist_train.models.remake import forget, remade
 
 #: A mode for the stem with its pooling, and for each of the layers 1 to 4.
@@ -218,22 +218,35 @@ class ResNet3D(nn.Module):
             )
         valid = valid_frames(frames, x)
         x = clear_padding(x, valid)
-        valid = strided(valid, self.stem_frame_stride)
-        pooled = valid if self.pool is None else strided(valid, 2)
         modes = self.recompute if self.training else NOTHING_TWICE
-        x = run_part(modes[0], [partial(self._run_stem, valid=valid, pooled=pooled)], x)
-        valid, blocks = pooled, iter(self.blocks)
-        for mode, repeat in zip(modes[1:], self.repeats, strict=True):
-            steps = []
-            for block in islice(blocks, repeat):
-                assert isinstance(block, ResidualBlock)
-                before, valid = valid, strided(valid, block.stride)
-                steps.append(partial(block, before=before, after=valid))
+        parts, valid = self.parts(valid)
+        for mode, steps in zip(modes, parts, strict=True):
             x = run_part(mode, steps, x)
         features = self.dropout(global_average_pool(x, valid))
         with torch.autocast(x.device.type, enabled=False):
             logits: Tensor = self.head(features.to(self.head.weight.dtype))
         return logits.squeeze(1)
+
+    def parts(
+        self, valid: ValidFrames | None = None
+    ) -> tuple[list[list[Step]], ValidFrames | None]:
+        """What is run one after the other in each of ``PARTS``, and the real frames behind it.
+
+        Args:
+            valid: the real frames of the clips.
+        """
+        valid = strided(valid, self.stem_frame_stride)
+        pooled = valid if self.pool is None else strided(valid, 2)
+        parts: list[list[Step]] = [[partial(self._run_stem, valid=valid, pooled=pooled)]]
+        valid, blocks = pooled, iter(self.blocks)
+        for repeat in self.repeats:
+            steps: list[Step] = []
+            for block in islice(blocks, repeat):
+                assert isinstance(block, ResidualBlock)
+                before, valid = valid, strided(valid, block.stride)
+                steps.append(partial(block, before=before, after=valid))
+            parts.append(steps)
+        return parts, valid
 
     @property
     def recompute(self) -> RecomputePlan:

@@ -81,6 +81,12 @@ class Backend(ABC):
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def can_repeat(self) -> bool:
+        """Whether a step whose forward or backward pass failed can be begun again, after
+        ``drop_gradients``. Not where hooks exchange gradients or weights on the way."""
+        return False
+
     def _accelerator(self, cuda: bool, handlers: list[Any]) -> Accelerator:
         return Accelerator(
             cpu=not cuda,
