@@ -124,12 +124,16 @@ class LoaderSettings(Section):
 
 
 class ModelSettings(Section):
-    """The network; see ``models/registry.py`` for the names."""
+    """The network; see ``models/registry.py`` for the names.
+
+    ``stem_folded``: the stem is computed by space to depth, which is the same but for rounding.
+    """
 
     name: str = "resnet3d-101"
     width: Positive = 64
     stem_stride: tuple[Positive, Positive, Positive] = (1, 2, 2)
     stem_pool: bool = True
+    stem_folded: bool = False
     dropout: BelowOne = 0.0
     recompute: Literal["none", "cheap", "block", "stage"] = "none"
 
@@ -149,12 +153,16 @@ class NormSettings(Section):
 
 
 class OptimSettings(Section):
-    """AdamW. Weight decay applies to weights with two or more axes only."""
+    """AdamW. Weight decay applies to weights with two or more axes only.
+
+    ``fused``: one kernel for the whole update; the same but for rounding.
+    """
 
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     clip_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    fused: bool = False
 
 
 class ScheduleSettings(Section):
