@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import torch
 from scipy.special import expit
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.config import Config, dump_config
@@ -137,7 +138,8 @@ class Trainer:
             store=self.data.store.fingerprint,
         )
         self.done = 0
-        self.epoch_outputs: list[tuple[np.ndarray, np.ndarray]] = []
+        # Logits and labels, on the device: a copy to the host would wait for it.
+        self.epoch_outputs: list[tuple[Tensor, Tensor]] = []
         self.bad_steps: Counter[int] = Counter()
         self.stop = StopSignals()
         self.watchdog = Watchdog(config.train.hang, backend.rank)
@@ -278,7 +280,9 @@ class Trainer:
 
     def _take_up(self, done: int, logits: np.ndarray, labels: np.ndarray) -> None:
         self.done = done
-        self.epoch_outputs = [(logits, labels)]
+        device = self.backend.device
+        columns = torch.from_numpy(logits).to(device), torch.from_numpy(labels).to(device)
+        self.epoch_outputs = [columns]
 
     def _is_saved_after(self, epoch_ends: bool) -> bool:
         settings = self.config.checkpoint
@@ -315,13 +319,13 @@ class Trainer:
                 loss = binary_cross_entropy_with_logits(logits.float(), batch.labels)
                 backend.backward(loss * (self.plan.weight(step) / accumulate))
             total += loss.detach() / accumulate
-            self.epoch_outputs.append(
-                (logits.detach().float().cpu().numpy(), batch.labels.cpu().numpy())
-            )
+            self.epoch_outputs.append((logits.detach().float(), batch.labels))
         if left_out:
             return {"train/loss": None, "train/lr": lr}
+        # Before the update, so that nothing waits for its end: the next step is queued behind it.
+        own_loss = float(total)
         norm = backend.update()
-        mean_loss = backend.sums([float(total)])[0] / backend.world
+        mean_loss = backend.sums([own_loss])[0] / backend.world
         # In fp16 a step whose gradients overflow is skipped, and the loss scale lowered.
         overflow_is_fine = self.config.train.precision == "fp16"
         if not (math.isfinite(mean_loss) and (math.isfinite(norm) or overflow_is_fine)):
@@ -446,9 +450,8 @@ class Trainer:
 
     def _gathered_outputs(self) -> tuple[np.ndarray, np.ndarray]:
         """Logits and labels of the epoch so far, float32 [N], of all ranks."""
-        empty = np.empty(0, np.float32)
-        outputs = self.epoch_outputs or [(empty, empty)]
-        mine = [np.concatenate(column) for column in zip(*outputs, strict=True)]
+        outputs = self.epoch_outputs or [(torch.empty(0), torch.empty(0))]
+        mine = [torch.cat(column).cpu().numpy() for column in zip(*outputs, strict=True)]
         return self._gathered((mine[0], mine[1]))
 
     def _gathered(self, mine: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

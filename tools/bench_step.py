@@ -41,6 +41,7 @@ from dist_train.data.plan import Plan, make_plan
 from dist_train.data.shuffle import Ints
 from dist_train.engine.backends import make_backend
 from dist_train.engine.optim import make_optimizer
+from dist_train.models.registry import build_model
 from dist_train.run import as_input, make_model
 
 MODEL = "resnet3d-101"
@@ -248,10 +249,10 @@ def padded(depths: Ints) -> int:
     return len(depths) * int(depths.max())
 
 
-def make_batch(depths: Ints, *, cuda: bool) -> Batch:
+def make_batch(depths: Ints, size: tuple[int, int], *, cuda: bool) -> Batch:
     """Noise in place of clips, on the host; one in four is positive."""
     deepest = int(depths.max())
-    volumes = torch.zeros(len(depths), 1, deepest, SIDE, SIDE, dtype=torch.uint8)
+    volumes = torch.zeros(len(depths), 1, deepest, *size, dtype=torch.uint8)
     for volume, depth in zip(volumes, depths.tolist(), strict=True):
         volume[0, :depth].random_(256)
     lengths = torch.from_numpy(depths) if depths.min() < deepest else None
@@ -286,10 +287,14 @@ class Turn:
 
 
 class Row:
-    """One net in training by one row's settings, step by step as dist_train/train.py takes it."""
+    """One net in training by one row's settings, step by step as dist_train/train.py takes it.
 
-    def __init__(self, config: Config, variant: Variant) -> None:
-        self.config, self.variant = config, variant
+    Args:
+        knows_lengths: see ``Variant``.
+    """
+
+    def __init__(self, config: Config, *, knows_lengths: bool) -> None:
+        self.config, self.knows_lengths = config, knows_lengths
         self.backend = make_backend(config.train, clip_norm=config.optim.clip_norm)
         model = make_model(config)
         self.backend.wrap(model, lambda wrapped: make_optimizer(wrapped, config.optim))
@@ -298,7 +303,7 @@ class Row:
 
     def turn(self, steps: Sequence[Ints]) -> Turn:
         cuda = self.device.type == "cuda"
-        batches = [make_batch(depths, cuda=cuda) for depths in steps]
+        batches = [make_batch(depths, (SIDE, SIDE), cuda=cuda) for depths in steps]
         if cuda:
             # What was given back after the last turn is taken anew.
             self.step(batches[-1], Marks(self.device))
@@ -328,7 +333,7 @@ class Row:
         marks.mark()
         moved = batch.to(self.device)
         with backend.micro_step(last=True):
-            frames = moved.frames if self.variant.knows_lengths else None
+            frames = moved.frames if self.knows_lengths else None
             logits = backend.model(as_input(moved.volumes, config), frames)
             loss = binary_cross_entropy_with_logits(logits.float(), moved.labels)
             marks.mark()
@@ -386,7 +391,7 @@ def serve(connection: Connection, variant: Variant, model: str, threads: int) ->
     """The process of a row: it builds the net, and takes a turn when it is told its steps."""
     try:
         torch.set_num_threads(threads)
-        row = Row(config_of(variant, model), variant)
+        row = Row(config_of(variant, model), knows_lengths=variant.knows_lengths)
         connection.send(None)
         while True:
             connection.send(row.turn(connection.recv()))
@@ -486,6 +491,7 @@ def measure(load: Workload, names: Sequence[str], source: str) -> dict[str, Any]
         "ceilings": asdict(ceilings),
         "workload": {
             "model": load.model,
+            "parameters": parameters_of(load.model),
             "frames_scale": load.scale,
             "size": SIDE,
             "depths": source,
@@ -514,6 +520,11 @@ def _noted(failed: dict[str, str], name: str) -> Iterator[None]:
 
 def _alive(rows: dict[str, Process], failed: dict[str, str]) -> list[tuple[str, Process]]:
     return [(name, row) for name, row in rows.items() if name not in failed]
+
+
+def parameters_of(model: str) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_model(model).parameters())
 
 
 def machine(device: torch.device) -> dict[str, Any]:

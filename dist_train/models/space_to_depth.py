@@ -37,7 +37,8 @@ class FoldedConv3d(Conv3d):
     def forward(self, input: Tensor) -> Tensor:
         """Map [B, C, D, H, W] to [B, C', D', H', W']."""
         axes = [self._axis(axis, length) for axis, length in enumerate(input.shape[2:])]
-        channels_last = self.weight.is_contiguous(memory_format=torch.channels_last_3d)
+        # A tensor of one channel is contiguous in both formats; only this stride tells them apart.
+        channels_last = 1 in (input.stride(1), self.weight.stride(1))
         layout = torch.channels_last_3d if channels_last else torch.contiguous_format
         # All padding is in the input, so it is never shallower than the kernel: see conv.py.
         x = _folded(F.pad(input, _pads([(before, after) for *_, before, after in axes])), axes)

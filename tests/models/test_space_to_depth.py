@@ -36,7 +36,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_convolution(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_output_has_the_layout_of_the_weights(layout: torch.memory_format) -> None:
+def test_the_output_has_the_layout_of_the_network(layout: torch.memory_format) -> None:
     conv = FoldedConv3d(1, 8, 7, (1, 2, 2), padding=3, bias=False)
     conv = conv.to(memory_format=layout)  # type: ignore[call-overload]
     assert conv(torch.rand(2, 1, 8, 16, 16)).is_contiguous(memory_format=layout)
