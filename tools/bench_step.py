@@ -233,11 +233,11 @@ class Workload:
         return sorted(steps, key=lambda of_step: int(of_step.max()))
 
     def turns(self, config: Config) -> list[list[Ints]]:
-        """Depths of the clips of each timed step: steps at even quantiles of the epoch, so that few
-        of them stand for all."""
-        epoch, number = self.epoch(config), self.rounds * self.steps
-        chosen = [epoch[int((i + 0.5) / number * len(epoch))] for i in range(number)]
-        return [chosen[turn :: self.rounds] for turn in range(self.rounds)]
+        """Depths of the clips of each timed step, which is the same throughout a turn: steps at
+        even quantiles of the epoch, so that few of them stand for all."""
+        epoch = self.epoch(config)
+        places = [int((turn + 0.5) / self.rounds * len(epoch)) for turn in range(self.rounds)]
+        return [[epoch[place]] * self.steps for place in places]
 
 
 def efficiency(steps: Sequence[Ints]) -> float:
