@@ -130,6 +130,7 @@ class LoaderSettings(Section):
 class ModelSettings(Section):
     """The network; see ``models/registry.py`` for the names.
 
+    ``stem_folded``: the stem is computed by space to depth, which is the same but for rounding.
     ``recompute``: what the backward pass makes again rather than keeps; docs/activations.md says
     what each mode keeps and costs. ``activation_memory``: bytes, such as 8GiB, that activations may
     take; with it the cheapest modes that fit are chosen for each part of the network.
@@ -139,6 +140,7 @@ class ModelSettings(Section):
     width: Positive = 64
     stem_stride: tuple[Positive, Positive, Positive] = (1, 2, 2)
     stem_pool: bool = True
+    stem_folded: bool = False
     dropout: BelowOne = 0.0
     recompute: Literal["none", "cheap", "block", "stage"] = "none"
     activation_memory: Annotated[ByteSize, Field(ge=1)] | None = None
@@ -168,12 +170,16 @@ class NormSettings(Section):
 
 
 class OptimSettings(Section):
-    """AdamW. Weight decay applies to weights with two or more axes only."""
+    """AdamW. Weight decay applies to weights with two or more axes only.
+
+    ``fused``: one kernel for the whole update; the same but for rounding.
+    """
 
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     clip_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    fused: bool = False
 
 
 class ScheduleSettings(Section):

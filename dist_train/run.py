@@ -162,9 +162,8 @@ def _layout(config: Config) -> torch.memory_format:
 
 def model_facts(config: Config) -> dict[str, Any]:
     """What a checkpoint must agree with for its weights to mean the same: JSON types."""
-    facts: dict[str, Any] = config.model.model_dump(
-        mode="json", exclude={"recompute", "activation_memory"}
-    )
+    only_how = {"recompute", "activation_memory", "stem_folded"}
+    facts: dict[str, Any] = config.model.model_dump(mode="json", exclude=only_how)
     return facts
 
 

@@ -145,7 +145,8 @@ class Trainer:
         )
         self.done = self.first_step = 0
         self.buffers = Buffers(backend.module)
-        self.epoch_outputs: list[tuple[np.ndarray, np.ndarray]] = []
+        # Logits and labels, on the device: a copy to the host would wait for it.
+        self.epoch_outputs: list[tuple[Tensor, Tensor]] = []
         self.last_batch: Batch | None = None
         self.bad_steps: Counter[int] = Counter()
         self.stop = StopSignals()
@@ -334,7 +335,9 @@ class Trainer:
 
     def _take_up(self, done: int, logits: np.ndarray, labels: np.ndarray) -> None:
         self.done = done
-        self.epoch_outputs = [(logits, labels)]
+        device = self.backend.device
+        columns = torch.from_numpy(logits).to(device), torch.from_numpy(labels).to(device)
+        self.epoch_outputs = [columns]
 
     def _is_saved_after(self, epoch_ends: bool) -> bool:
         settings = self.config.checkpoint
@@ -362,6 +365,8 @@ class Trainer:
             total, waited = self._micro_steps(step, batches)
         if self._is_left_out(step):
             return {"train/loss": None, "train/lr": lr}
+        # Before the update, so that nothing waits for its end: the next step is queued behind it.
+        own_loss = float(total)
         try:
             norm = backend.update()
         except torch.OutOfMemoryError:
@@ -371,12 +376,12 @@ class Trainer:
                 fix="Set train.backend: zero2, with train.offload if need be, and go on by "
                 "--resume auto.",
             ) from None
-        sum_of_losses, *own_work = backend.sums([float(total), *self.pace.shares(waited)])
+        sum_of_losses, *own_work = backend.sums([own_loss, *self.pace.shares(waited)])
         mean_loss = sum_of_losses / backend.world
         # In fp16 a step whose gradients overflow is skipped, and the loss scale lowered.
         overflow_is_fine = self.config.train.precision == "fp16"
         if not (math.isfinite(mean_loss) and (math.isfinite(norm) or overflow_is_fine)):
-            losses = backend.gather(float(total))
+            losses = backend.gather(own_loss)
             odd = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
             raise BadStepError(step, mean_loss, norm, odd)
         if step < self.first_step + self.config.train.check_steps:
@@ -411,9 +416,8 @@ class Trainer:
                 loss = binary_cross_entropy_with_logits(logits.float(), batch.labels)
                 backend.backward(loss * (self.plan.weight(step) / accumulate))
             total += loss.detach() / accumulate
-            self.epoch_outputs.append(
-                (logits.detach().float().cpu().numpy(), batch.labels.cpu().numpy())
-            )
+            # Labels are copied, or they would hold the loader's memory for an epoch.
+            self.epoch_outputs.append((logits.detach().float(), batch.labels.clone()))
         return total, waited
 
     @contextmanager
@@ -568,9 +572,8 @@ class Trainer:
 
     def _gathered_outputs(self) -> tuple[np.ndarray, np.ndarray]:
         """Logits and labels of the epoch so far, float32 [N], of all ranks."""
-        empty = np.empty(0, np.float32)
-        outputs = self.epoch_outputs or [(empty, empty)]
-        mine = [np.concatenate(column) for column in zip(*outputs, strict=True)]
+        outputs = self.epoch_outputs or [(torch.empty(0), torch.empty(0))]
+        mine = [torch.cat(column).cpu().numpy() for column in zip(*outputs, strict=True)]
         return self._gathered((mine[0], mine[1]))
 
     def _gathered(self, mine: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
