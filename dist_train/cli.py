@@ -236,6 +236,25 @@ def train(
 
 
 @app.command()
+def doctor(
+    folder: Annotated[
+        Path, typer.Option(help="On the disk that runs will be written to.")
+    ] = Path(),
+    timeout: Annotated[
+        float, typer.Option(min=1.0, help="Seconds that processes wait for each other.")
+    ] = 60.0,
+) -> None:
+    """Say whether this machine is fit for training; all machines, under a launcher."""
+    from dist_train.doctor.examine import examine
+
+    findings = examine(folder.resolve(), timeout=timeout)
+    bad = sum(finding.state == "bad" for finding in findings)
+    _leave_launch(1 if bad else 0)
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
 def predict(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     store: Annotated[Path | None, typer.Option(help="Predict this store instead.")] = None,
@@ -341,22 +360,24 @@ def main() -> None:
         sys.exit(130)
 
 
-def _leave_launch() -> None:
+def _leave_launch(code: int = 0) -> None:
     """End a launched process at once: all is written, and its process group is closed.
 
     gloo's threads outlive the group, and the end of the interpreter under them aborts about one
-    process in ten of ZeRO on CPUs (torch 2.13, deepspeed 0.19.8): a failure to the launcher.
+    process in ten of ZeRO on CPUs (torch 2.13, deepspeed 0.19.8), whose launcher would never see
+    the code that it was to end with.
     """
     if "WORLD_SIZE" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 def _fail(message: str, code: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     process = "" if rank == "0" else f" (process {rank})"
     print(f"error{process}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    _leave_launch(code)
     sys.exit(code)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from dist_train.errors import ConfigError
 
@@ -71,7 +71,10 @@ class ClipSettings(Section):
 
 
 class AugmentSettings(Section):
-    """Probability of each augmentation; every frame of a clip gets the same draw."""
+    """Probability of each augmentation; every frame of a clip gets the same draw.
+
+    ``device``: loader workers only read clips and draw; the device resizes and augments them.
+    """
 
     flip: Fraction = 0.5
     rotate90: Fraction = 0.5
@@ -80,6 +83,7 @@ class AugmentSettings(Section):
     blur_noise: Fraction = 0.0
     distort: Fraction = 0.0
     shift_scale_rotate: Fraction = 0.0
+    device: bool = False
 
 
 class PlanSettings(Section):
@@ -124,14 +128,31 @@ class LoaderSettings(Section):
 
 
 class ModelSettings(Section):
-    """The network; see ``models/registry.py`` for the names."""
+    """The network; see ``models/registry.py`` for the names.
+
+    ``stem_folded``: the stem is computed by space to depth, which is the same but for rounding.
+    ``recompute``: what the backward pass makes again rather than keeps; docs/activations.md says
+    what each mode keeps and costs. ``activation_memory``: bytes, such as 8GiB, that activations may
+    take; with it the cheapest modes that fit are chosen for each part of the network.
+    """
 
     name: str = "resnet3d-101"
     width: Positive = 64
     stem_stride: tuple[Positive, Positive, Positive] = (1, 2, 2)
     stem_pool: bool = True
+    stem_folded: bool = False
     dropout: BelowOne = 0.0
     recompute: Literal["none", "cheap", "block", "stage"] = "none"
+    activation_memory: Annotated[ByteSize, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _budget_chooses(self) -> ModelSettings:
+        if self.activation_memory is not None and self.recompute != "none":
+            raise ValueError(
+                f"activation_memory chooses what is recomputed; leave out recompute: "
+                f"{self.recompute}"
+            )
+        return self
 
 
 class NormSettings(Section):
@@ -149,12 +170,16 @@ class NormSettings(Section):
 
 
 class OptimSettings(Section):
-    """AdamW. Weight decay applies to weights with two or more axes only."""
+    """AdamW. Weight decay applies to weights with two or more axes only.
+
+    ``fused``: one kernel for the whole update; the same but for rounding.
+    """
 
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     clip_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    fused: bool = False
 
 
 class ScheduleSettings(Section):
@@ -178,10 +203,14 @@ class TrainSettings(Section):
     ``backend``: "ddp", DeepSpeed's ZeRO stage 1, 2 or 3, or torch's FSDP2; docs/scaling.md says
     which to choose. ``offload``: ZeRO's moments are kept, and weights updated, on the host.
     ``timeout``: seconds after which a process that waits for others gives up.
-    ``hang``: seconds without a finished step, or held-out batch, after which a run ends.
+    ``hang``: seconds without a finished step, or held-out batch, after which a run ends; at most
+    three quarters of ``timeout``, so that a hung process tells where it is before others give up.
     ``max_skips``: steps of a session that are left out because their loss or gradient
     is not finite, twice.
-    ``check_steps``: after each of the first so many steps all processes compare their weights.
+    ``check_steps``: after each of a session's first so many steps all processes compare their
+    weights. ``slow``: a process whose steps take so many times those of the others is named.
+    ``probe``: where the largest micro-batch is tried before the first step, and ``accumulate`` is
+    raised for this machine if memory does not suffice for it.
     """
 
     epochs: Positive = 20
@@ -194,6 +223,8 @@ class TrainSettings(Section):
     hang: Annotated[float, Field(gt=0.0)] | None = 3600.0
     max_skips: Natural = 3
     check_steps: Natural = 2
+    slow: Annotated[float, Field(gt=1.0)] = 1.5
+    probe: Literal["cuda", "always", "never"] = "cuda"
 
     @model_validator(mode="after")
     def _offload_has_zero(self) -> TrainSettings:
@@ -208,14 +239,16 @@ class CheckpointSettings(Section):
     ``keep_last``: the newest so many. ``keep_every``: also those whose step is a multiple of it.
     ``best``: also the one with the best value of this metric, such as val/mcc@0.5; then the run is
     also saved at the end of each epoch.
-    ``accept_other_order``: go on from a checkpoint of another store, selection, split, plan or
-    seed, at the same step of the new order, rather than refuse it.
+    ``max_failures``: so many failures to write one, in a row, are warned of only, as long as there
+    is an older one to go back to. ``accept_other_order``: go on from a checkpoint of another store,
+    selection, split, plan or seed, at the same step of the new order, rather than pass it over.
     """
 
     every_steps: Positive = 500
     keep_last: Positive = 2
     keep_every: Positive | None = None
     best: str | None = None
+    max_failures: Natural = 3
     accept_other_order: bool = False
 
 
@@ -289,8 +322,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(config: Config, path: Path) -> None:
     """Write the resolved settings as YAML; ``load_config`` of the file gives an equal tree."""
-    tree = config.model_dump(mode="json")
-    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    path.write_text(config_text(config), encoding="utf-8")
+
+
+def config_text(config: Config) -> str:
+    """What ``dump_config`` writes."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def _first_of(error: ValidationError) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from dist_train.data.files import write_whole
 from dist_train.data.plan import Plan
 from dist_train.data.weight_table import read_weights
 from dist_train.engine.backends.base import Backend
+from dist_train.engine.together import on_main
 from dist_train.errors import PlanError
 from dist_train.run import RunData
 
@@ -40,13 +41,10 @@ class EpochWeights:
         Raises:
             PlanError: the table cannot be read.
         """
-        answer = self.backend.from_main(self._content(first_step) if self.backend.is_main else None)
-        if isinstance(answer, PlanError):
-            raise answer
-        return self.data.plan(read_weights(answer, self.data.store.table["filename"], self.table))
+        content = on_main(self.backend, lambda: self._content(first_step))
+        return self.data.plan(read_weights(content, self.data.store.table["filename"], self.table))
 
-    def _content(self, first_step: int) -> bytes | PlanError:
-        """An error is handed to all ranks, rather than raised while they wait for an answer."""
+    def _content(self, first_step: int) -> bytes:
         assert self.table is not None
         kept = self.folder / f"step-{first_step}.csv"
         try:
@@ -56,4 +54,4 @@ class EpochWeights:
             return kept.read_bytes()
         except OSError as error:
             where = error.filename or self.table
-            return PlanError(f"cannot be read ({error.strerror})", where=where)
+            raise PlanError(f"cannot be read ({error.strerror})", where=where) from error

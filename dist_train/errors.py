@@ -4,6 +4,8 @@ The command line prints ``str(error)`` as one line and exits with ``error.exit_c
 traceback only for exceptions that are not a ``DistTrainError``, which are bugs.
 """
 
+import os
+
 
 class DistTrainError(Exception):
     """Base of all user-facing errors.
@@ -60,6 +62,12 @@ class CheckpointError(DistTrainError):
 
 class BackendError(DistTrainError):
     """The distributed backend that was asked for is not the one that is running."""
+
+
+class LostProcessError(BackendError):
+    """Another process of the run has ended, or cannot be reached. The run can be resumed."""
+
+    exit_code = os.EX_TEMPFAIL
 
 
 class RunError(DistTrainError):

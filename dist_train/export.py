@@ -89,9 +89,10 @@ class PaddedInference(nn.Module):
         real = (depth < frames[:, None])[:, None, :, None, None]
         x, real = _conv_norm(self.model.stem, _clear(volumes, real), real)
         x = F.relu(x)
-        if self.model.pool is not None:
+        pool = self.model.pool
+        if pool is not None:
             real = real[:, :, ::2]
-            x = _clear(self.model.pool(x), real)
+            x = _clear(F.max_pool3d(x, pool.kernel_size, pool.stride, pool.padding), real)
         for block in self.model.blocks:
             assert isinstance(block, BasicBlock | Bottleneck)
             x, real = _block(block, x, real)

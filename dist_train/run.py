@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from dist_train.config import Config, load_config
 from dist_train.data.augment import Augment
+from dist_train.data.augment_device import augmented_batch
 from dist_train.data.dataset import ClipDataset
 from dist_train.data.files import write_whole
+from dist_train.data.native import NativeClips
 from dist_train.data.plan import Plan, make_plan
 from dist_train.data.select import choose_clips
 from dist_train.data.store import Store
@@ -90,6 +92,12 @@ class RunData:
             frame_voxels=clip.size[0] * clip.size[1],
         )
 
+    def deepest(self) -> int:
+        """Frames of the deepest clip of the train split, as it reaches the model."""
+        train = self.clips.index[self.clips["split"] == "train"]
+        deepest = int(self.store.table["frames"].to_numpy()[train].max())
+        return min(deepest, self.config.clip.max_frames or deepest)
+
     def natural_rate(self) -> float:
         """Share of positives in the train split as it is, before any balancing."""
         train = self.clips[self.clips["split"] == "train"]
@@ -123,21 +131,28 @@ def open_data(config: Config) -> RunData:
 def clip_dataset(config: Config, store: Store, augment: Augment | None) -> ClipDataset:
     """Clips in the shape that the config's model takes."""
     return ClipDataset(
-        store, size=config.clip.size, max_frames=config.clip.max_frames, augment=augment
+        store,
+        size=config.clip.size,
+        max_frames=config.clip.max_frames,
+        augment=augment,
+        on_device=config.augment.device,
     )
 
 
 def make_model(config: Config) -> nn.Module:
     """The config's model in its memory layout, with weights drawn from its seed."""
     torch.manual_seed(config.seed)
-    settings = config.model.model_dump(exclude={"name"})
+    settings = config.model.model_dump(exclude={"name", "activation_memory"})
     model = build_model(config.model.name, **settings)
     # The stubs of nn.Module.to lack memory_format on its own.
     return model.to(memory_format=_layout(config))  # type: ignore[call-overload, no-any-return]
 
 
-def as_input(volumes: Tensor, config: Config) -> Tensor:
-    """uint8 [B, 1, D, H, W] to float32 of 0 to 1 in the run's memory layout, on the same device."""
+def as_input(volumes: Tensor | NativeClips, config: Config) -> Tensor:
+    """uint8 [B, 1, D, H, W], or clips of their own sizes, to float32 [B, 1, D, H, W] of 0 to 1 in
+    the run's memory layout, on the same device."""
+    if isinstance(volumes, NativeClips):
+        return augmented_batch(volumes, config.clip.size).to(memory_format=_layout(config))
     return volumes.to(memory_format=_layout(config)).float().div_(255)
 
 
@@ -147,7 +162,8 @@ def _layout(config: Config) -> torch.memory_format:
 
 def model_facts(config: Config) -> dict[str, Any]:
     """What a checkpoint must agree with for its weights to mean the same: JSON types."""
-    facts: dict[str, Any] = config.model.model_dump(mode="json", exclude={"recompute"})
+    only_how = {"recompute", "activation_memory", "stem_folded"}
+    facts: dict[str, Any] = config.model.model_dump(mode="json", exclude=only_how)
     return facts
 
 

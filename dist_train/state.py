@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from dist_train.engine.backends.base import Backend
 from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole, share
 from dist_train.engine.checkpoint_keep import Keep
 from dist_train.engine.checkpoint_writer import CheckpointWriter
-from dist_train.errors import CheckpointError, DistTrainError, RunError
+from dist_train.engine.together import OfSomeRankError, on_main, together
+from dist_train.errors import CheckpointError, RunError
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +63,7 @@ class RunState:
         keep = Keep(settings.keep_last, settings.keep_every, settings.best)
         self.writer = CheckpointWriter(folder, backend, keep=keep)
         self.saved_at: int | None = None
+        self._failures, self._has_one = 0, False
 
     def save(
         self,
@@ -68,12 +72,13 @@ class RunState:
         labels: np.ndarray,
         metrics: Mapping[str, float | None],
     ) -> None:
-        """Begin the checkpoint after ``step`` steps; a collective call. ``writer`` completes it.
+        """Begin the checkpoint after ``step`` steps; a collective call. ``commit`` completes it.
 
         Args:
             logits, labels: float32 [N], this epoch's training outputs, of all ranks.
             metrics: of these weights, as far as they were judged.
         """
+        self.commit()
         sizes = self.backend.sizes() | dict.fromkeys(EPOCH, len(logits))
         mine = share(sizes, self.backend.rank, self.backend.world)
         tensors = self.backend.state(mine)
@@ -106,32 +111,113 @@ class RunState:
                 fix="Go on with it by --resume auto, or choose another 'out'.",
             )
 
-    def restore(self) -> tuple[int, np.ndarray, np.ndarray] | None:
-        """Take up the newest whole checkpoint; a collective call. None where there is none.
+    @property
+    def ready(self) -> bool:
+        """Whether ``commit`` need not wait for this rank."""
+        return self.writer.ready
 
-        Rank 0 chooses, and every rank follows.
+    def commit(self) -> None:
+        """Complete what ``save`` began; a collective call.
+
+        Raises:
+            CheckpointError: it cannot be written, and there is no older one, or this has happened
+                too many times in a row.
+        """
+        with self.failures_survived():
+            if self.writer.commit() is not None:
+                self._failures, self._has_one = 0, True
+
+    def finish(self) -> None:
+        """Complete what ``save`` began, and the removal of older ones; a collective call.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        if self.writer.finish() is not None:
+            self._failures, self._has_one = 0, True
+
+    @contextmanager
+    def failures_survived(self) -> Iterator[None]:
+        """Within it, a failure to save, which all ranks see alike, is warned of only: an end would
+        lose what was done since the last checkpoint, and by the next there may be room again."""
+        try:
+            yield
+        except (CheckpointError, OSError) as error:
+            self._failures += 1
+            self.saved_at = None
+            if not self._has_one or self._failures > self.settings.max_failures:
+                raise
+            if self.backend.is_main:
+                log.warning(
+                    "%s Training goes on; it ends if more than %d checkpoints in a row fail "
+                    "(checkpoint.max_failures), and this is number %d.",
+                    error,
+                    self.settings.max_failures,
+                    self._failures,
+                )
+
+    def restore(self) -> tuple[int, np.ndarray, np.ndarray] | None:
+        """Take up the newest whole checkpoint of this run; a collective call. None where there is
+        no checkpoint.
+
+        Rank 0 chooses, and every rank follows, whatever it sees in the folder. Those of another
+        model, store or plan are skipped with a line in the log, and not removed.
 
         Returns:
             Steps done, and the epoch's logits and labels so far (on rank 0; empty on the others).
 
         Raises:
-            CheckpointError: all are damaged, or it is of another model, store or plan.
+            CheckpointError: none is whole and of this run, or a rank cannot read the chosen one.
         """
-        choice = self.backend.from_main(self._choose() if self.backend.is_main else None)
-        if isinstance(choice, DistTrainError):
-            raise choice
-        if choice is None:
-            return None
-        tensors, marker = load_checkpoint(choice)
-        step = int(marker["step"])
-        self._check(choice, marker["facts"], self.plan_at(step - 1))
-        self.backend.load_state(tensors, updates=step)
-        self.backend.load_scaler_state(marker["facts"].get("loss_scale"))
-        logits, labels = (
-            tensors[name].numpy() if self.backend.is_main else np.empty(0, np.float32)
-            for name in EPOCH
-        )
-        return step, logits, labels
+        foreign: CheckpointError | None = None
+        before: int | None = None
+        while (chosen := on_main(self.backend, partial(self._choose, before, foreign))) is not None:
+            path = self.folder / chosen
+            tensors, marker = self._read(path)
+            step = int(marker["step"])
+            try:
+                self._check(path, marker["facts"], self.plan_at(step - 1))
+            except CheckpointError as error:
+                if self.backend.is_main:
+                    log.warning("skipped a checkpoint: %s", error)
+                self.writer.spared.add(step)
+                before, foreign = step, foreign or error
+                continue
+            self.backend.load_state(tensors, updates=step)
+            self.backend.load_scaler_state(marker["facts"].get("loss_scale"))
+            logits, labels = (
+                tensors[name].numpy() if self.backend.is_main else np.empty(0, np.float32)
+                for name in EPOCH
+            )
+            self._has_one = True
+            return step, logits, labels
+        if foreign is not None:
+            raise foreign
+        return None
+
+    def _choose(self, before: int | None, foreign: CheckpointError | None) -> str | None:
+        """The name of the newest whole one; on rank 0."""
+        try:
+            found = newest_whole(self.folder, before=before)
+        except CheckpointError:
+            # That those before it are damaged does not help: this one could be taken up.
+            if foreign is not None:
+                raise foreign from None
+            raise
+        return None if found is None else found.name
+
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """``load_checkpoint`` on every rank, or on none."""
+        read: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
+        try:
+            together(self.backend, lambda: read.append(load_checkpoint(path)))
+        except OfSomeRankError as error:
+            raise CheckpointError(
+                f"process 0 chose this checkpoint, and another cannot read it ({error})",
+                where=path,
+                fix="Give 'out' on a disk that all machines share, and see that it is mounted.",
+            ) from error.__cause__
+        return read[0]
 
     def begin_anew(self, model: nn.Module) -> None:
         """Put the weights of a fresh model in place, and moments of zero; a collective call."""
@@ -140,13 +226,6 @@ class RunState:
             if name not in state:
                 state[name] = torch.zeros_like(state[f"model/{name.partition('/')[2]}"])
         self.backend.load_state(state, updates=0)
-
-    def _choose(self) -> Path | DistTrainError | None:
-        """An error is handed to all ranks, rather than raised while they wait for an answer."""
-        try:
-            return newest_whole(self.folder)
-        except DistTrainError as error:
-            return error
 
     def _check(self, path: Path, facts: dict[str, Any], plan: Plan) -> None:
         if facts["model"] != self.model:

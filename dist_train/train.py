@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -15,26 +15,33 @@ import numpy as np
 import psutil
 import torch
 from scipy.special import expit
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dist_train.config import Config, dump_config
+from dist_train.config import Config, config_text
 from dist_train.data.collate import Batch
+from dist_train.data.files import write_whole
 from dist_train.data.loader import Loader
 from dist_train.data.plan import Plan
 from dist_train.data.sampler import HeldOutSampler, PlanSampler
 from dist_train.engine.backends import make_backend
 from dist_train.engine.backends.base import Backend
 from dist_train.engine.events import EventWriter
+from dist_train.engine.lost_process import losses_explained
 from dist_train.engine.metrics import binary_metrics
 from dist_train.engine.optim import make_optimizer
-from dist_train.engine.sanity import check_agreement, weights_digest
+from dist_train.engine.pace import Pace
+from dist_train.engine.sanity import check_agreement, check_weights
 from dist_train.engine.schedule import Schedule
-from dist_train.engine.stop import INTERRUPTED, TRY_AGAIN, StopSignals
+from dist_train.engine.stop import INTERRUPTED, TRY_AGAIN, StopSignals, leave
+from dist_train.engine.together import on_main
 from dist_train.engine.watchdog import Watchdog
 from dist_train.epoch_weights import EpochWeights
 from dist_train.errors import RunError, StoppedError
 from dist_train.infer import held_out_logits
+from dist_train.micro_batch import Buffers, MicroBatches, free_cache
 from dist_train.models.norm import set_momentum, share_statistics
+from dist_train.models.norm_gap import by_running_and_own_statistics
 from dist_train.models.precise_norm import precise_statistics
 from dist_train.run import (
     CHECKPOINTS,
@@ -57,11 +64,18 @@ BeforeStep = Callable[["Trainer", int], None]
 Values = dict[str, float | None]
 
 
+class ShortMemoryError(Exception):
+    """Memory did not suffice for a micro-batch; weights and moments are as before the step."""
+
+
 class BadStepError(Exception):
     """The loss or the gradient norm of a step is not finite, on all ranks."""
 
-    def __init__(self, step: int, loss: float, norm: float) -> None:
-        super().__init__(f"at step {step + 1} the loss is {loss:g} and the gradient norm {norm:g}")
+    def __init__(self, step: int, loss: float, norm: float, ranks: list[int]) -> None:
+        where = f", by process {', '.join(map(str, ranks))}" if ranks else ""
+        super().__init__(
+            f"at step {step + 1} the loss is {loss:g}{where} and the gradient norm {norm:g}"
+        )
         self.step = step
 
 
@@ -82,31 +96,25 @@ def train(
 
     Raises:
         StoppedError: SIGTERM or SIGINT came; a checkpoint was written.
+        LostProcessError: another process has ended, or cannot be reached.
         DistTrainError: the settings, store, selection or checkpoints do not allow it.
     """
-    backend = make_backend(config.train, clip_norm=config.optim.clip_norm)
-    try:
-        trainer = Trainer(config, backend)
-        with _only_session(config.out, backend):
-            trainer.begin(resume)
-            trainer.fit(progress if backend.is_main else None, before_step)
-    finally:
-        backend.close()
+    with losses_explained():
+        backend = make_backend(config.train, clip_norm=config.optim.clip_norm)
+        try:
+            trainer = Trainer(config, backend)
+            with _only_session(config.out, backend), trainer.stop:
+                trainer.begin(resume)
+                trainer.fit(progress if backend.is_main else None, before_step)
+        finally:
+            backend.close()
 
 
 @contextmanager
 def _only_session(out: Path, backend: Backend) -> Iterator[None]:
-    """Rank 0 holds the folder; where it cannot, all ranks raise rather than wait for it."""
+    """Rank 0 holds the folder."""
     with ExitStack() as held:
-        refused = None
-        if backend.is_main:
-            try:
-                held.enter_context(only_session(out))
-            except (RunError, OSError) as error:
-                refused = error
-        refused = backend.from_main(refused)
-        if refused is not None:
-            raise refused
+        on_main(backend, lambda: held.enter_context(only_session(out)))
         yield
 
 
@@ -119,13 +127,12 @@ class Trainer:
         # Only weights change it while it runs, and those do not change where epochs begin.
         self.plan = self.data.plan()
         self.weights = EpochWeights(config, self.data, backend)
-        self.plan.check_cut(backend.world, config.train.accumulate)
+        self.micro = MicroBatches(config, self.data, self.plan, backend)
         self.steps = self.plan.first_step(config.train.epochs)
         self.schedule = Schedule(config.schedule, config.optim.lr, self.steps, config.train.epochs)
-        model = make_model(config)
+        model = self.micro.make_model()
         share_statistics(model, backend.all_reduce if self._shares_statistics() else None)
-        # So that a step moves running statistics as far, however many micro-batches it is cut into.
-        set_momentum(model, 1 - (1 - config.norm.momentum) ** (1 / config.train.accumulate))
+        self._set_momentum(model)
         backend.wrap(model, lambda wrapped: make_optimizer(wrapped, config.optim))
         self.state = RunState(
             config.out / CHECKPOINTS,
@@ -136,20 +143,29 @@ class Trainer:
             model=model_facts(config),
             store=self.data.store.fingerprint,
         )
-        self.done = 0
-        self.epoch_outputs: list[tuple[np.ndarray, np.ndarray]] = []
+        self.done = self.first_step = 0
+        self.buffers = Buffers(backend.module)
+        # Logits and labels, on the device: a copy to the host would wait for it.
+        self.epoch_outputs: list[tuple[Tensor, Tensor]] = []
+        self.last_batch: Batch | None = None
         self.bad_steps: Counter[int] = Counter()
         self.stop = StopSignals()
-        self.watchdog = Watchdog(config.train.hang, backend.rank)
+        self.pace = Pace(backend, config.train.slow)
+        self.events: EventWriter | None = None
+        # Before others give up on a process that hangs, it is to tell where.
+        hang = config.train.hang
+        self.watchdog = Watchdog(
+            None if hang is None else min(hang, 0.75 * config.train.timeout), backend.rank
+        )
 
     def begin(self, resume: Resume) -> None:
         """Take up a checkpoint, or begin a new run; note it in the run's folder."""
-        out, backend = self.config.out, self.backend
+        backend = self.backend
         found = None
         if resume == "auto":
             found = self.state.restore()
         else:
-            self.state.refuse_existing()
+            on_main(backend, self.state.refuse_existing)
         if found is not None:
             self._take_up(*found)
         else:
@@ -158,41 +174,55 @@ class Trainer:
             backend,
             {
                 "the step to begin with": self.done,
-                "the plan": self.plan.fingerprint,
                 "the store": self.data.store.fingerprint,
+                "the plan": self.plan.fingerprint,
             },
         )
-        if backend.is_main and self.done < self.steps:
-            drop_snapshots(out / SNAPSHOTS, after=self.done)
-            dump_config(self.config, out / CONFIG)
-            p, q = self.config.plan.ratio
-            begin_session(
-                out,
-                {
-                    "model": self.config.model.name,
-                    "parameters": sum(p.numel() for p in backend.module.parameters()),
-                    "positive_rate": {
-                        "train_batches": p / (p + q),
-                        "natural": self.data.natural_rate(),
-                    },
-                    "steps": self.steps,
+        if self.done < self.steps:
+            on_main(backend, lambda: self._note_session(self.done if found else None))
+        self.first_step = self.done
+
+    def _note_session(self, resumed_from: int | None) -> None:
+        """On rank 0."""
+        config, backend = self.config, self.backend
+        drop_snapshots(config.out / SNAPSHOTS, after=self.done)
+        write_whole(config.out / CONFIG, config_text(config))
+        self.micro.write_note()
+        p, q = config.plan.ratio
+        begin_session(
+            config.out,
+            {
+                "model": config.model.name,
+                "parameters": sum(backend.numels[name] for name, _ in backend.trained()),
+                "positive_rate": {
+                    "train_batches": p / (p + q),
+                    "natural": self.data.natural_rate(),
                 },
-                {
-                    "resumed_from_step": self.done if found else None,
-                    "world_size": backend.world,
-                    "backend": self.config.train.backend,
-                    "device": str(backend.device),
-                },
-            )
+                "steps": self.steps,
+            },
+            {
+                "resumed_from_step": resumed_from,
+                "world_size": backend.world,
+                "backend": config.train.backend,
+                "device": str(backend.device),
+                "micro_batch": self.micro.facts(),
+            },
+        )
 
     def fit(self, progress: Progress | None = None, before_step: BeforeStep | None = None) -> None:
         """From where the run is to its end, going back and on again where a step was bad."""
-        with self.stop, self.watchdog, self._checkpoint_completed():
+        with self.watchdog, self._checkpoint_completed():
             while self.done < self.steps:
+                short = None
                 try:
                     self._walk(progress, before_step)
                 except BadStepError as bad:
                     self._go_back(bad)
+                except ShortMemoryError as error:
+                    short = str(error)
+                # Only here is what the error's traceback held let go of.
+                if short is not None:
+                    self._cut_smaller(short)
 
     @contextmanager
     def _checkpoint_completed(self) -> Iterator[None]:
@@ -202,50 +232,55 @@ class Trainer:
             yield
         except Exception:
             if self.backend.world == 1:
-                self.state.writer.finish()
+                self.state.finish()
             raise
-        self.state.writer.finish()
+        self.state.finish()
 
     def _walk(self, progress: Progress | None, before_step: BeforeStep | None) -> None:
         """The loop."""
         config, plan, snapshot_steps = self.config, self.plan, self.snapshot_steps()
         batches, held_out = self._training_batches(), self._held_out_batches()
         self.backend.model.train()
-        with self._events() as events:
+        with self._events():
             for step in range(self.done, self.steps):
                 if before_step is not None:
                     before_step(self, step)
+                self.pace.begin()
                 values = self._step(step, batches)
                 self.done = step + 1
                 self.watchdog.beat()
                 epoch_ends = self.done == plan.first_step(plan.epoch_of(step) + 1)
                 judged: Values = {}
                 if epoch_ends:
-                    judged = self._train_metrics() | self._val_metrics(held_out)
-                if events is not None:
-                    events.write(self.done, plan.epoch_of(step), time.time(), values | judged)
+                    judged = self._train_metrics() | self._val_metrics(held_out) | self._norm_gap()
+                if self.events is not None:
+                    now = time.time()  # for display alone: clocks jump
+                    self.events.write(self.done, plan.epoch_of(step), now, values | judged)
                 if self.done in snapshot_steps:
                     self._save_snapshot()
-                if self._is_saved_after(epoch_ends):
-                    self._save(events, judged)
+                if self.done == self.steps:
+                    self._save(judged)
+                elif self._is_saved_after(epoch_ends):
+                    with self.state.failures_survived():
+                        self._save(judged)
                 if progress is not None:
                     progress(self.done, self.steps, self._headline(values | judged))
-                self._heed_the_others(events)
+                self._heed_the_others()
                 if epoch_ends and config.plan.weights is not None and self.done < self.steps:
                     batches = self._training_batches()
 
-    def _heed_the_others(self, events: EventWriter | None) -> None:
+    def _heed_the_others(self) -> None:
         """What ranks tell each other once a step: signals, and shares of a checkpoint written."""
-        ready = self.state.writer.ready
+        ready = self.state.ready
         terminate, interrupt, written = self.backend.sums(
             [self.stop.terminate, self.stop.interrupt, ready]
         )
         if written == self.backend.world:
-            self.state.writer.commit()
+            self.state.commit()
         if (terminate or interrupt) and self.done < self.steps:
             if self.state.saved_at != self.done:
-                self._save(events, {})
-            self.state.writer.finish()
+                self._save({})
+            self.state.finish()
             raise StoppedError(
                 f"stopped by {'SIGINT' if interrupt else 'SIGTERM'} after step {self.done}, "
                 "which is saved",
@@ -265,7 +300,7 @@ class Trainer:
                 where=self.config.out,
                 fix="Lower optim.lr, and go on from the checkpoint before by --resume auto.",
             )
-        self.state.writer.finish()
+        self.state.commit()
         found = self.state.restore()
         if found is not None:
             self._take_up(*found)
@@ -276,60 +311,82 @@ class Trainer:
             then = "the step is left out" if self.bad_steps[bad.step] > 1 else "it is tried again"
             log.warning("%s; back to step %d, and %s", bad, self.done, then)
 
+    def _cut_smaller(self, short: str) -> None:
+        """Be ready to repeat the step with smaller micro-batches.
+
+        Where there are several processes, the others wait for this one in a collective call, which
+        it cannot take part in any more, and leaving their group in order could wait for them. So it
+        ends at once; its launcher ends them, and the next session reads the note.
+        """
+        backend = self.backend
+        try:
+            self.micro.halve()
+        except RunError as error:
+            if not backend.can_repeat:
+                leave(str(error), backend.rank, error.exit_code)
+            raise
+        now = f"{short}; from now on micro-batches have {self.micro.clips} clips"
+        if not backend.can_repeat:
+            where = self.config.out
+            leave(f"{where}: {now}. Go on by --resume auto.", backend.rank, TRY_AGAIN)
+        log.warning("%s", now)
+        free_cache(backend.device)
+        self._set_momentum(backend.module)
+
     def _take_up(self, done: int, logits: np.ndarray, labels: np.ndarray) -> None:
         self.done = done
-        self.epoch_outputs = [(logits, labels)]
+        device = self.backend.device
+        columns = torch.from_numpy(logits).to(device), torch.from_numpy(labels).to(device)
+        self.epoch_outputs = [columns]
 
     def _is_saved_after(self, epoch_ends: bool) -> bool:
         settings = self.config.checkpoint
-        return (
-            self.done % settings.every_steps == 0
-            or self.done == self.steps
-            or (epoch_ends and settings.best is not None)
-        )
+        return self.done % settings.every_steps == 0 or (epoch_ends and settings.best is not None)
 
-    def _save(self, events: EventWriter | None, judged: Values) -> None:
-        if events is not None:
-            events.flush()
+    def _save(self, judged: Values) -> None:
+        """A collective call."""
+        on_main(self.backend, self._flush_events)
         self.state.save(self.done, *self._gathered_outputs(), judged)
+
+    def _flush_events(self) -> None:
+        if self.events is not None:
+            self.events.flush()
 
     def _step(self, step: int, batches: Iterator[Batch]) -> Values:
         """One optimizer step on the global batch; its figures."""
-        backend, accumulate = self.backend, self.config.train.accumulate
+        backend = self.backend
         # Dropout's draws depend on seed, step and rank alone, so no random state is ever saved.
         key = np.random.SeedSequence((self.config.seed, step, backend.rank))
         torch.manual_seed(int(key.generate_state(1)[0]))
-        began, waited = time.perf_counter(), 0.0
+        began = time.perf_counter()
         lr = self.schedule.lr(step)
         backend.set_lr(lr)
-        total = torch.zeros((), device=backend.device)
-        left_out = self.bad_steps[step] > 1
-        for micro in range(accumulate):
-            asked = time.perf_counter()
-            batch = next(batches).to(backend.device)
-            waited += time.perf_counter() - asked
-            if left_out:
-                continue
-            with backend.micro_step(last=micro == accumulate - 1):
-                logits = backend.model(as_input(batch.volumes, self.config), batch.frames)
-                loss = binary_cross_entropy_with_logits(logits.float(), batch.labels)
-                backend.backward(loss * (self.plan.weight(step) / accumulate))
-            total += loss.detach() / accumulate
-            self.epoch_outputs.append(
-                (logits.detach().float().cpu().numpy(), batch.labels.cpu().numpy())
-            )
-        if left_out:
+        with self._undone_if_memory_is_short(step):
+            total, waited = self._micro_steps(step, batches)
+        if self._is_left_out(step):
             return {"train/loss": None, "train/lr": lr}
-        norm = backend.update()
-        mean_loss = backend.sums([float(total)])[0] / backend.world
+        # Before the update, so that nothing waits for its end: the next step is queued behind it.
+        own_loss = float(total)
+        try:
+            norm = backend.update()
+        except torch.OutOfMemoryError:
+            raise RunError(
+                "memory does not suffice for the optimizer's step, whatever the micro-batch",
+                where=self.config.out,
+                fix="Set train.backend: zero2, with train.offload if need be, and go on by "
+                "--resume auto.",
+            ) from None
+        sum_of_losses, *own_work = backend.sums([own_loss, *self.pace.shares(waited)])
+        mean_loss = sum_of_losses / backend.world
         # In fp16 a step whose gradients overflow is skipped, and the loss scale lowered.
         overflow_is_fine = self.config.train.precision == "fp16"
         if not (math.isfinite(mean_loss) and (math.isfinite(norm) or overflow_is_fine)):
-            raise BadStepError(step, mean_loss, norm)
-        if step < self.config.train.check_steps:
-            check_agreement(
-                backend, {"the step": step, "a digest of the weights": weights_digest(backend)}
-            )
+            losses = backend.gather(own_loss)
+            odd = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+            raise BadStepError(step, mean_loss, norm, odd)
+        if step < self.first_step + self.config.train.check_steps:
+            check_agreement(backend, {"the step": step})
+            check_weights(backend)
         seconds = time.perf_counter() - began
         return {
             "train/loss": mean_loss,
@@ -337,7 +394,54 @@ class Trainer:
             "train/grad_norm": norm,
             "speed/clips_per_second": self.plan.clips_at(step) / seconds,
             "speed/data_wait": waited / seconds,
+            **self.pace.judge(own_work),
         } | _memory(backend.device)
+
+    def _micro_steps(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
+        """Add up the gradients of a step's micro-batches.
+
+        Returns:
+            The mean loss of this rank's clips, and the seconds that it waited for them.
+        """
+        backend, accumulate = self.backend, self.micro.accumulate
+        total, waited = torch.zeros((), device=backend.device), 0.0
+        for micro in range(accumulate):
+            asked = time.perf_counter()
+            batch = next(batches).to(backend.device)
+            waited += time.perf_counter() - asked
+            if self._is_left_out(step):
+                continue
+            with backend.micro_step(last=micro == accumulate - 1):
+                logits = backend.model(as_input(batch.volumes, self.config), batch.frames)
+                loss = binary_cross_entropy_with_logits(logits.float(), batch.labels)
+                backend.backward(loss * (self.plan.weight(step) / accumulate))
+            total += loss.detach() / accumulate
+            # Labels are copied, or they would hold the loader's memory for an epoch.
+            self.epoch_outputs.append((logits.detach().float(), batch.labels.clone()))
+        return total, waited
+
+    @contextmanager
+    def _undone_if_memory_is_short(self, step: int) -> Iterator[None]:
+        """Around what changes no weights."""
+        backend, outputs = self.backend, len(self.epoch_outputs)
+        if backend.can_repeat:
+            self.buffers.keep()
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if backend.can_repeat:
+                backend.drop_gradients()
+                self.buffers.put_back()
+                del self.epoch_outputs[outputs:]
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise ShortMemoryError(f"out of memory at step {step + 1} ({reason})") from None
+
+    def _is_left_out(self, step: int) -> bool:
+        return self.bad_steps[step] > 1
+
+    def _set_momentum(self, model: nn.Module) -> None:
+        # So that a step moves running statistics as far, however many micro-batches it is cut into.
+        set_momentum(model, 1 - (1 - self.config.norm.momentum) ** (1 / self.micro.accumulate))
 
     def _train_metrics(self) -> Values:
         """Of the epoch that ends: its batches as they were trained on."""
@@ -358,10 +462,26 @@ class Trainer:
                 done=lambda _: self.watchdog.beat(),
             )
         clips, logits = self._gathered(mine)
+        # In an order that does not depend on the number of ranks, and each once.
+        clips, places = np.unique(clips, return_index=True)
+        logits = logits[places]
         labels = self.data.store.table["label"].to_numpy(np.float32)[clips]
         loss = binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(labels))
         metrics = binary_metrics(expit(logits), labels)
         return {"val/loss": float(loss)} | {f"val/{k}": v for k, v in metrics.items()}
+
+    def _norm_gap(self) -> Values:
+        """The loss in eval mode, less that by batch statistics, of the last micro-batches of the
+        epoch: by the same weights on the same clips, without dropout. A collective call."""
+        assert self.last_batch is not None
+        batch = self.last_batch.to(self.backend.device)
+        volumes = as_input(batch.volumes, self.config)
+        with self.backend.autocast():
+            both = by_running_and_own_statistics(self.backend.module, volumes, batch.frames)
+        running, own = self.backend.sums(
+            [float(binary_cross_entropy_with_logits(y.float(), batch.labels)) for y in both]
+        )
+        return {"norm/gap": (running - own) / self.backend.world}
 
     def snapshot_steps(self) -> set[int]:
         """Numbers of done steps after which the weights are kept for prediction."""
@@ -376,13 +496,16 @@ class Trainer:
             weights = self.backend.state(
                 lambda name: self.backend.is_main and name.startswith("model/")
             )
-        if self.backend.is_main:
-            path = self.config.out / SNAPSHOTS / f"step-{self.done}.safetensors"
-            contiguous = {
-                name.removeprefix("model/"): tensor.cpu().contiguous()
+            # Copies: what they are of is put back at the end.
+            copies = {
+                name.removeprefix("model/"): tensor.cpu().clone(
+                    memory_format=torch.contiguous_format
+                )
                 for name, tensor in weights.items()
             }
-            save_snapshot(path, contiguous, {"step": self.done, "model": self.state.model})
+        path = self.config.out / SNAPSHOTS / f"step-{self.done}.safetensors"
+        facts = {"step": self.done, "model": self.state.model}
+        on_main(self.backend, lambda: save_snapshot(path, copies, facts))
 
     @contextmanager
     def _precise_statistics(self) -> Iterator[None]:
@@ -417,7 +540,11 @@ class Trainer:
         last = self.steps
         if self.config.plan.weights is not None:
             last = self.plan.first_step(self.plan.epoch_of(self.done) + 1)
-        return iter(self._batches(self.done, last))
+        return map(self._noted, self._batches(self.done, last))
+
+    def _noted(self, batch: Batch) -> Batch:
+        self.last_batch = batch
+        return batch
 
     def _batches(self, first: int, last: int) -> Loader:
         """This rank's micro-batches of steps ``first`` to ``last`` (excluded), by the plan of the
@@ -426,29 +553,27 @@ class Trainer:
             self._plan_at(first),
             rank=self.backend.rank,
             world=self.backend.world,
-            accumulate=self.config.train.accumulate,
+            accumulate=self.micro.accumulate,
             first=first,
             last=last,
         )
         return Loader(self.data.dataset(training=True), sampler, self.config.loader)
 
     def _held_out_batches(self) -> Iterable[Batch]:
-        world, accumulate = self.backend.world, self.config.train.accumulate
         clips = self.data.numbers("val")
         sampler = HeldOutSampler(
             clips.tolist(),
             self.data.store.table["frames"].to_numpy()[clips].tolist(),
             rank=self.backend.rank,
-            world=world,
-            batch=self.config.plan.batch // (world * accumulate),
+            world=self.backend.world,
+            batch=self.micro.clips,
         )
         return Loader(self.data.dataset(training=False), sampler, self.config.loader)
 
     def _gathered_outputs(self) -> tuple[np.ndarray, np.ndarray]:
         """Logits and labels of the epoch so far, float32 [N], of all ranks."""
-        empty = np.empty(0, np.float32)
-        outputs = self.epoch_outputs or [(empty, empty)]
-        mine = [np.concatenate(column) for column in zip(*outputs, strict=True)]
+        outputs = self.epoch_outputs or [(torch.empty(0), torch.empty(0))]
+        mine = [torch.cat(column).cpu().numpy() for column in zip(*outputs, strict=True)]
         return self._gathered((mine[0], mine[1]))
 
     def _gathered(self, mine: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -456,10 +581,17 @@ class Trainer:
         first, second = zip(*self.backend.gather(mine), strict=True)
         return np.concatenate(first), np.concatenate(second)
 
-    def _events(self) -> AbstractContextManager[EventWriter | None]:
-        if not self.backend.is_main or self.done >= self.steps:
-            return nullcontext()
-        return EventWriter(self.config.out, after=self.done)
+    @contextmanager
+    def _events(self) -> Iterator[None]:
+        """Within it, rank 0 has ``events``. A collective call."""
+        with ExitStack() as opened:
+
+            def begin() -> None:
+                writer = EventWriter(self.config.out, after=self.done)
+                self.events = opened.enter_context(writer)
+
+            on_main(self.backend, begin)
+            yield
 
     def _headline(self, values: Values) -> str:
         epoch = self.plan.epoch_of(self.done - 1) + 1

@@ -22,6 +22,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
+# Else workers that are started again meet in the store that those before them used, and may read
+# there where one of those was to be reached (https://github.com/pytorch/pytorch/issues/135712).
+os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+
 
 def run() -> int:
     """Run torchrun with this process's arguments; the code to end with."""

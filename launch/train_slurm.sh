@@ -30,8 +30,15 @@ told=
 # Once only. Without --batch, scancel's signal reaches the tasks of srun, not this script.
 trap 'trap "" USR1; told=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
+# Slurm's own names of the nodes are used throughout, as theirs may not be known to each other. The
+# first is where all meet, and waits for the last to be booted.
+# shellcheck disable=SC2016  # each task expands it for itself
+each='[[ $SLURM_NODEID == 0 ]] && first=true || first=false
+  export PET_LOCAL_ADDR="$SLURMD_NODENAME"
+  export PET_RDZV_CONF="is_host=$first,join_timeout=1800,read_timeout=600"
+  exec launch/torchrun.sh "$@"'
 # A task that ends first must not take along one that still writes the checkpoint.
-srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" launch/torchrun.sh "$@" &
+srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c "$each" train "$@" &
 tasks=$!
 code=0
 wait "$tasks" || code=$?

@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
-import psutil
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_train.config import Config, load_config
@@ -25,6 +25,17 @@ SPLITS = {"train": (12, 28), "val": (4, 6), "test": (4, 6)}
 STEPS_PER_EPOCH = 6
 # What depends on the clock or the machine, not on the arithmetic.
 UNSTEADY = ("time", "speed/", "memory/")
+
+
+def tool(name: str) -> ModuleType:
+    """The module of ``tools/name.py``."""
+    spec = spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    # Where dataclasses look for the module that they are made in.
+    sys.modules[name] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -136,21 +147,3 @@ def run_well(command: Sequence[str], **env: str) -> str:
     done = run(command, **env)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def kill_when(command: Sequence[str], reached: Callable[[], bool], **env: str) -> None:
-    """Start a command, and SIGKILL all of its processes once ``reached()``."""
-    process = psutil.Popen(
-        command, env=environment(**env), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 90
-    while not reached():
-        assert process.poll() is None, f"it ended too soon: {process.stderr.read().decode()}"
-        assert time.monotonic() < deadline, "it never came so far"
-        time.sleep(0.002)
-    # Workers of a launcher have sessions of their own, so there is no one group to kill.
-    family = [process, *process.children(recursive=True)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family, timeout=30)
-    process.stderr.close()

@@ -216,6 +216,17 @@ def test_a_run_without_its_record(fails: Command, trained: Path, tmp_path: Path)
     assert not (tmp_path / "run" / "predictions.csv").exists()
 
 
+def test_an_export_that_cannot_be(fails: Command, trained: Path, tmp_path: Path) -> None:
+    message = fails("export", trained, "--out", tmp_path / "x", "--step", 999)
+    assert message.startswith(f"{trained}: the run has no weights of step 999. There are those of ")
+    message = fails("export", tmp_path, "--out", tmp_path / "x")
+    assert message.startswith(f"{tmp_path}: there is no run here. ")
+    (tmp_path / "file").write_text("mine")
+    message = fails("export", trained, "--out", tmp_path / "file" / "x")
+    assert message == f"{tmp_path / 'file'}: File exists"
+    assert not (tmp_path / "x").exists()
+
+
 def test_info_of_no_store(fails: Command, tmp_path: Path) -> None:
     assert fails("info", tmp_path).startswith(f"{tmp_path}: there is no store here. ")
 

@@ -50,6 +50,16 @@ def test_dump_and_load_give_an_equal_tree(tmp_path: Path) -> None:
     assert load_config(tmp_path / "c.yaml") == config
 
 
+@pytest.mark.parametrize(
+    ("given", "bytes"), [("8GiB", 2**33), ("1.5 GB", 1_500_000_000), ("700MiB", 700 * 2**20)]
+)
+def test_memory_is_given_with_its_unit(tmp_path: Path, given: str, bytes: int) -> None:
+    config = load_config(None, ["store=s", f"model.activation_memory={given}"])
+    assert config.model.activation_memory == bytes
+    dump_config(config, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == config
+
+
 def test_the_tree_is_frozen() -> None:
     config = Config(store=Path("s"))
     with pytest.raises(ValidationError, match="frozen"):
@@ -88,6 +98,10 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
         ("plan.batch=many", "setting 'plan.batch': Input should be a valid integer"),
         ("train.epochs=0", "setting 'train.epochs': Input should be greater than or equal to 1"),
         (
+            "train.offload=true",
+            "setting 'train': offload is offered under ZeRO only; choose backend: zero1, 2 or 3",
+        ),
+        (
             "train.backend=fsdp",
             "setting 'train.backend': Input should be 'ddp', 'zero1', 'zero2', 'zero3' or 'fsdp2'",
         ),
@@ -110,6 +124,15 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
         ("optim.lr=.inf", "setting 'optim.lr': Input should be a finite number"),
         ("snapshots.at=[21]", "snapshots.at names epoch 21, but train.epochs is 20"),
         (f"seed={2**63}", "setting 'seed': Input should be less than"),
+        (
+            "model.activation_memory=8 pints",
+            "setting 'model.activation_memory': could not interpret",
+        ),
+        ("model.activation_memory=0", "'model.activation_memory': Input should be greater than"),
+        (
+            "model={activation_memory: 8GiB, recompute: block}",
+            "activation_memory chooses what is recomputed; leave out recompute: block",
+        ),
         ("plan=3", "setting 'plan': Input should be a valid dictionary"),
         ("seed.x=3", "unknown setting 'seed.x'"),
         ("plan.batch", "'plan.batch' is not of the form key=value"),

@@ -19,8 +19,8 @@ LEVELS = [
     {"data"},
     {"models"},
     {"engine"},
-    {"run", "infer", "state", "epoch_weights"},
-    {"train", "predict", "export", "evaluate", "report"},
+    {"run", "infer", "state", "epoch_weights", "micro_batch"},
+    {"train", "predict", "export", "evaluate", "report", "doctor"},
     {"cli"},
     {"__main__"},
 ]

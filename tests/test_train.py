@@ -20,13 +20,16 @@ from helpers import (
     tiny_store,
 )
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dist_train.data.collate import collate
+from dist_train.config import Config
+from dist_train.data.collate import Batch, collate
 from dist_train.data.sampler import Slot
 from dist_train.engine.checkpoint import by_step, load_checkpoint
 from dist_train.engine.schedule import Schedule
 from dist_train.errors import CheckpointError, RunError
+from dist_train.models.precise_norm import precise_statistics
 from dist_train.run import as_input, make_model, open_data
 from dist_train.train import Progress, train
 
@@ -214,6 +217,88 @@ def test_recomputation_changes_neither_losses_nor_statistics(store: Path, tmp_pa
     )
     for name, tensor in none.items():
         torch.testing.assert_close(block[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+# Batch normalisation.
+
+
+def micro_batch(config: Config, step: int, part: slice = slice(None)) -> tuple[Batch, Tensor]:
+    """Clips of a step as they are trained on, and their volumes as the model takes them."""
+    data = open_data(config)
+    dataset, epoch = data.dataset(training=True), data.plan().epoch_of(step)
+    clips = data.plan().global_batch(step)[part]
+    batch = collate(dataset, [Slot(int(clip), epoch) for clip in clips])
+    return batch, as_input(batch.volumes, config)
+
+
+def test_the_gap_is_eval_loss_less_train_loss_of_the_same_clips(
+    store: Path, straight: Path
+) -> None:
+    """From the snapshot at the end of the epoch, in the second half of whose last step the model
+    is called without dropout."""
+    config = tiny_config(store, straight, "model.dropout=0.3")
+    model = make_model(config)
+    model.load_state_dict(load_file(straight / "snapshots" / "step-12.safetensors"))
+    batch, volumes = micro_batch(config, 11)
+    losses = []
+    with torch.no_grad():
+        for training in (False, True):
+            model.train(training)
+            model.dropout.eval()
+            logits = model(volumes, batch.frames)
+            losses.append(float(binary_cross_entropy_with_logits(logits, batch.labels)))
+    gaps = [(line["step"], line["norm/gap"]) for line in metrics_of(straight) if "norm/gap" in line]
+    assert [step for step, _ in gaps] == [6, 12, 18]
+    assert gaps[1][1] == pytest.approx(losses[0] - losses[1], abs=1e-6)
+    assert abs(gaps[1][1]) > 1e-3
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_moves_running_statistics_as_far_however_it_is_cut(
+    store: Path, tmp_path: Path, accumulate: int
+) -> None:
+    """Those of the stem, which sees the first weights in the first step."""
+    config = tiny_config(
+        store, tmp_path / "run", f"train.accumulate={accumulate}", "checkpoint.every_steps=1"
+    )
+    with pytest.raises(InterruptedSessionError):
+        train(config, progress=interrupt_at(1))
+    tensors, _ = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-1")
+    stem = make_model(config).stem
+    means = []
+    for half in np.split(np.arange(8), accumulate):
+        _, volumes = micro_batch(config, 0, slice(half[0], half[-1] + 1))
+        means.append(stem.conv(volumes).detach().mean(dim=(0, 2, 3, 4)))
+    # The first of two micro-batches weighs a little less than the second one.
+    share = (1 - 0.1) ** (1 / accumulate)
+    expected = torch.zeros(4)
+    for mean in means:
+        expected = share * expected + (1 - share) * mean
+    torch.testing.assert_close(tensors["model/stem.norm.running_mean"], expected)
+    assert tensors["model/stem.norm.num_batches_tracked"] == accumulate
+
+
+def test_a_snapshot_has_precise_statistics_and_training_does_not_notice(
+    store: Path, straight: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(store, tmp_path, "model.dropout=0.3", "norm.precise_steps=3")
+    train(config)
+    assert metrics_of(tmp_path) == metrics_of(straight)
+    precise, plain = (
+        load_file(run / "snapshots" / "step-12.safetensors") for run in (tmp_path, straight)
+    )
+    moved = {name for name in plain if not torch.equal(plain[name], precise[name])}
+    assert moved == {name for name in plain if name.endswith(("running_mean", "running_var"))}
+    model = make_model(config)
+    model.load_state_dict(plain)
+    model.train()
+    with torch.no_grad(), precise_statistics(model):
+        # Only the head, behind all normalisation, has dropout.
+        for step in (9, 10, 11):
+            batch, volumes = micro_batch(config, step)
+            model(volumes, batch.frames)
+    for name in moved:
+        torch.testing.assert_close(precise[name], model.state_dict()[name])
 
 
 @pytest.mark.slow

@@ -35,8 +35,7 @@ from dist_train.data.weights import Floats
 POSITIVES = 1_887
 #: The clips of a rank at a step, 1 to 3.
 RANK_BATCH, RATIO = 4, (1, 3)
-#: Enough epochs and seeds that no figure moves in its third digit.
-#: Epochs and seeds that the figures are means of.
+#: Epochs and seeds that the figures are means of: enough that none moves in its third digit.
 EPOCHS, SEEDS = {8: 2, 64: 8, 512: 24}, 3
 CLIPS, RANKS, FAR_STEP = 100_000_000, 1_024, 10**6
 #: Steps that are timed, one after the other.

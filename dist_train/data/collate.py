@@ -1,4 +1,4 @@
-"""Slots -> one batch, zero-padded in depth, with the true depths."""
+"""Slots -> one batch, zero-padded in depth or packed, with the true depths."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train.data.dataset import ClipDataset
+from dist_train.data.dataset import ClipDataset, Sample
+from dist_train.data.native import NativeClips, pack
 from dist_train.data.sampler import Slot
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """``volumes`` uint8 [B, 1, D, H, W]; ``frames`` int64 [B] true depths, or None where no clip is
-    padded; ``labels`` float32 [B]; ``clips`` int64 [B] clip numbers."""
+    """``volumes`` uint8 [B, 1, D, H, W], or clips of their own sizes that the device is to resize;
+    ``frames`` int64 [B] true depths, or None where no clip is padded; ``labels`` float32 [B];
+    ``clips`` int64 [B] clip numbers."""
 
-    volumes: Tensor
+    volumes: Tensor | NativeClips
     frames: Tensor | None
     labels: Tensor
     clips: Tensor
@@ -29,10 +31,12 @@ class Batch:
         Raises:
             MemoryError: there is not enough shared memory, or no file descriptor for it.
         """
+        volumes = self.volumes
+        pixels = volumes.tensors if isinstance(volumes, NativeClips) else (volumes,)
         try:
-            for tensor in (self.volumes, self.frames, self.labels, self.clips):
+            for tensor in (*pixels, self.frames, self.labels, self.clips):
                 if tensor is not None:
-                    tensor.share_memory_()  # type: ignore[no-untyped-call]
+                    tensor.share_memory_()
         except RuntimeError as error:
             raise MemoryError(str(error)) from None
         return self
@@ -79,6 +83,26 @@ def fill(volumes: Tensor, clips: ClipDataset, slots: Iterable[Slot]) -> Batch:
     )
 
 
+def packed(samples: Iterable[Sample]) -> Batch:
+    """A batch of clips with a draw, of their own sizes, for the device to resize."""
+    volumes, draws, labels, clips = [], [], [], []
+    for sample in samples:
+        assert sample.draw is not None
+        volumes.append(sample.volume)
+        draws.append(sample.draw)
+        labels.append(sample.label)
+        clips.append(sample.clip)
+    depths = [len(volume) for volume in volumes]
+    return Batch(
+        volumes=pack(volumes, draws),
+        frames=torch.tensor(depths) if min(depths) < max(depths) else None,
+        labels=torch.tensor(labels, dtype=torch.float32),
+        clips=torch.tensor(clips),
+    )
+
+
 def collate(clips: ClipDataset, slots: Sequence[Slot]) -> Batch:
     """A batch in memory of its own."""
+    if clips.on_device:
+        return packed(clips[slot] for slot in slots)
     return fill(torch.empty(shape_of(clips, slots), dtype=torch.uint8), clips, slots)

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from dist_train.data.arena import Arena, lent_tensor
-from dist_train.data.collate import Batch, collate, fill, shape_of
+from dist_train.data.collate import Batch, collate, fill, packed, shape_of
 from dist_train.data.dataset import ClipDataset
 from dist_train.data.pool import end_with_parent
 from dist_train.data.sampler import Slot
@@ -56,7 +56,8 @@ class Tasks(Sampler[Task]):
             yield Task(slots, self._lent(slots))
 
     def _lent(self, slots: list[Slot]) -> int | None:
-        if self.arena is None:
+        # Clips of their own sizes are packed by the worker, which alone knows what they take.
+        if self.arena is None or self.clips.on_device:
             return None
         return self.arena.lend(math.prod(shape_of(self.clips, slots)))
 
@@ -71,6 +72,7 @@ class LentBatch:
     offset: int
 
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
+        assert isinstance(self.batch.volumes, torch.Tensor)
         volumes = (self.arena.number, self.offset, tuple(self.batch.volumes.shape))
         # As arrays: a tensor would travel by a file descriptor of its own.
         others = (self.batch.frames, self.batch.labels, self.batch.clips)
@@ -113,10 +115,13 @@ class Fetch(Dataset[Batch | LentBatch | DistTrainError]):
 
     def _in_worker(self, task: Task, place: Place) -> Batch | LentBatch:
         try:
-            shape, slots = shape_of(self.clips, task.slots), self._announced(task.slots, place)
+            slots = self._announced(task.slots, place)
+            # Else a thread of the queue would share it, and if it failed, the batch would never
+            # come.
+            if self.clips.on_device:
+                return packed(map(self.clips.__getitem__, slots)).share_memory()
+            shape = shape_of(self.clips, task.slots)
             if self.arena is None or task.offset is None:
-                # Else a thread of the queue would do it, and if it failed, the batch would never
-                # come.
                 volumes = torch.empty(shape, dtype=torch.uint8)
                 return fill(volumes, self.clips, slots).share_memory()
             pixels = self.arena.view(task.offset, math.prod(shape))

@@ -28,6 +28,7 @@ SMALLER = 8
 # How far apart, in pixels, the pieces of one thing may be; and of a line that compression broke.
 GAP = 4
 GAPS = (2, 4, 8)
+CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +159,8 @@ def find_outline(frame: Frame, colour: OutlineColour) -> Box | None:
     it tells the part of the frame in which luma is looked at.
     """
     accepted = _accepted(colour, frame.full_range, frame.bt709)
-    # A look-up for each pixel takes four times as long as a comparison with one number.
-    coarse = frame.cr >= accepted.least_cr.min()
+    # A look-up for each pixel takes four times as long as these, which leave little to look up.
+    coarse = cv2.subtract(frame.cr, frame.cb) >= accepted.least_excess
     reddish = _box(*cv2.boundingRect(coarse.view(np.uint8)))
     if reddish.area == 0:
         return None
@@ -224,12 +225,14 @@ class _Accepted:
     """The luma, as it is coded, that makes a colour an outline's, for every chroma.
 
     ``low``, ``high``: uint8 [256, 256] over Cb and Cr, ends included; low > high where no luma
-    does. ``least_cr``: uint8 [256], for each Cb a Cr below which no luma does.
+    does. ``least_cr``: uint8 [256], for each Cb a Cr below which no luma does. ``least_excess``:
+    Cr less Cb, or 0 where that is negative, below which no luma does.
     """
 
     low: np.ndarray
     high: np.ndarray
     least_cr: np.ndarray
+    least_excess: int
 
 
 @cache
@@ -248,7 +251,9 @@ def _accepted(colour: OutlineColour, full_range: bool, bt709: bool) -> _Accepted
         high[inside] = level
     possible = low <= high
     least_cr = np.where(possible.any(axis=1), possible.argmax(axis=1), 255).astype(np.uint8)
-    return _Accepted(low, high, least_cr)
+    cb, cr = np.nonzero(possible)
+    least_excess = max(0, int((cr - cb).min(initial=255)))
+    return _Accepted(low, high, least_cr, least_excess)
 
 
 def _rgb_over_luma(full_range: bool, bt709: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -273,11 +278,12 @@ def _of_the_colour(frame: Frame, part: Box, accepted: _Accepted) -> np.ndarray:
     )
     above = cv2.compare(luma, low[:rows, :columns], cv2.CMP_GE)
     below = cv2.compare(luma, high[:rows, :columns], cv2.CMP_LE)
-    # The last blocks of an odd size have fewer pixels.
-    lacks = 0, height - rows, 0, width - columns
-    return np.asarray(
-        cv2.copyMakeBorder(cv2.bitwise_and(above, below), *lacks, cv2.BORDER_CONSTANT, value=0)
-    )
+    pixels = cv2.bitwise_and(above, below)
+    if luma.shape != (height, width):
+        # The last blocks of an odd size have fewer pixels.
+        lacks = 0, height - rows, 0, width - columns
+        pixels = cv2.copyMakeBorder(pixels, *lacks, cv2.BORDER_CONSTANT, value=0)
+    return np.asarray(pixels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,9 +315,8 @@ def _outline(pixels: np.ndarray) -> Box | None:
 
 def _without_necks(ring: _Ring, pixels: np.ndarray) -> Box:
     """The ring's box, without blobs that hang on it by a neck of one or two pixels."""
-    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     # What is beyond the mask is not of the colour.
-    thinner = cv2.erode(pixels, cross, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    thinner = cv2.erode(pixels, CROSS, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     kept = _largest_ring(thinner)
     if kept is None:
         return ring.box

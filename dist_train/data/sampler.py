@@ -47,17 +47,21 @@ class PlanSampler(Sampler[list[Slot]]):
 
 
 class HeldOutSampler(Sampler[list[Slot]]):
-    """Every clip of a held-out set once, over all ranks, in batches of at most ``batch``.
+    """Every clip of a held-out set, over all ranks, in batches of at most ``batch``.
 
     Clips are sorted by depth first, so that a batch holds clips of like depth and little padding,
-    and dealt to the ranks in turn, so that the ranks have like work.
+    and dealt to the ranks in turn, so that the ranks have like work. All ranks have as many clips,
+    so that they call a model whose weights are spread over them as often: where the clips do not
+    go round, the deepest ones are there a second time.
     """
 
     def __init__(
         self, clips: list[int], frames: list[int], *, rank: int, world: int, batch: int
     ) -> None:
         by_depth = sorted(zip(frames, clips, strict=True))
-        mine = [Slot(clip, 0) for _, clip in by_depth[rank::world]]
+        again = -len(by_depth) % world
+        dealt = by_depth + [by_depth[-1 - i % len(by_depth)] for i in range(again)]
+        mine = [Slot(clip, 0) for _, clip in dealt[rank::world]]
         self.batches = [mine[i : i + batch] for i in range(0, len(mine), batch)]
 
     def __iter__(self) -> Iterator[list[Slot]]:

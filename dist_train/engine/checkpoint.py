@@ -47,15 +47,18 @@ def share(sizes: Mapping[str, int], rank: int, world: int) -> Callable[[str], bo
     return lambda name: name in mine
 
 
-def newest_whole(folder: Path) -> Path | None:
+def newest_whole(folder: Path, *, before: int | None = None) -> Path | None:
     """The last checkpoint whose files are all there and unharmed; None where there is none at all.
 
     Others are skipped with a line in the log.
 
+    Args:
+        before: of the checkpoints of earlier steps than this.
+
     Raises:
         CheckpointError: there are checkpoints, and none of them is whole.
     """
-    found = [path for _, path in by_step(folder)]
+    found = [path for step, path in by_step(folder) if before is None or step < before]
     for path in reversed(found):
         try:
             _check(path)

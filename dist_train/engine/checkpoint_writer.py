@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -23,19 +24,10 @@ from dist_train.engine.checkpoint import MARKER, by_step, rank_file, read_marker
 from dist_train.engine.checkpoint_keep import Keep, Metrics, to_remove
 from dist_train.engine.host_buffers import HostBuffers
 from dist_train.engine.tensor_file import write_tensors
+from dist_train.engine.together import Group, OfSomeRankError, together
 from dist_train.errors import CheckpointError
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
-
-
-class Group(Protocol):
-    """What saving needs of the process group."""
-
-    rank: int
-    world: int
-
-    def gather(self, value: Any) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +48,9 @@ class CheckpointWriter:
     Args:
         folder: where ``step-N`` will be.
         keep: which checkpoints stay when a new one is committed.
+
+    Attributes:
+        spared: steps of checkpoints of other runs, which stay too.
     """
 
     def __init__(self, folder: Path, group: Group, *, keep: Keep) -> None:
@@ -64,6 +59,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._flight: _Flight | None = None
         self._pruned: Future[None] | None = None
+        self.spared: set[int] = set()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Begin the checkpoint of step ``step``; a collective call, which commits the one before.
@@ -105,19 +101,21 @@ class CheckpointWriter:
         final = self._folder / f"step-{flight.step}"
         aside = self._folder / f"step-{flight.step}{PARTIAL}"
         try:
-            files = self._together(flight.entry.result)
+            files = together(self._group, flight.entry.result)
             marker = {"step": flight.step, "facts": flight.facts, "files": files}
-            self._together(lambda: self._publish(aside, final, seal(marker)))
-        except _OfSomeRank as error:
+            together(self._group, lambda: self._publish(aside, final, marker))
+        except OfSomeRankError as error:
             # Together, so that no rank begins to write there again while it is removed.
-            self._together(lambda: self._discard(aside))
+            together(self._group, lambda: self._discard(aside))
             raise CheckpointError(
                 f"the checkpoint cannot be written ({error})",
                 where=final,
                 fix="Make room or mend the disk; the run goes on from the checkpoint before.",
             ) from error.__cause__
         if self._group.rank == 0:
-            self._pruned = self._thread.submit(_prune, self._folder, flight.step, self._keep)
+            self._pruned = self._thread.submit(
+                _prune, self._folder, flight.step, self._keep, frozenset(self.spared)
+            )
         return final
 
     def finish(self) -> Path | None:
@@ -127,11 +125,13 @@ class CheckpointWriter:
             self._pruned.result()
         return path
 
-    def _publish(self, aside: Path, final: Path, marker: str) -> None:
+    def _publish(self, aside: Path, final: Path, marker: Mapping[str, Any]) -> None:
         """On rank 0, while no other rank writes."""
         if self._group.rank != 0:
             return
-        write_whole(aside / MARKER, marker)
+        for entry in marker["files"]:
+            _check_seen(aside / entry["name"], entry["size"])
+        write_whole(aside / MARKER, seal(marker))
         # A killed session may have left shares of a larger world.
         for path in aside.iterdir():
             if path.name not in {MARKER, *map(rank_file, range(self._group.world))}:
@@ -146,35 +146,6 @@ class CheckpointWriter:
         if self._group.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
 
-    def _together(self, act: Callable[[], Result]) -> list[Result]:
-        """What ``act`` returns on each rank, on every rank. Where it fails on one, all raise,
-        rather than wait for that one."""
-        cause: Exception | None = None
-        outcome: Result | _Failure
-        try:
-            outcome = act()
-        except Exception as error:
-            cause = error
-            outcome = _Failure(f"process {self._group.rank}: {_reason(error)}")
-        outcomes = self._group.gather(outcome)
-        for failed in outcomes:
-            if isinstance(failed, _Failure):
-                raise _OfSomeRank(failed.reason) from cause
-        return outcomes
-
-
-@dataclass(frozen=True)
-class _Failure:
-    reason: str
-
-
-class _OfSomeRank(Exception):
-    """A rank failed; its cause is known on that rank alone."""
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else repr(error)
-
 
 def _write_share(aside: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """This rank's file, and its entry in the marker."""
@@ -184,8 +155,22 @@ def _write_share(aside: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[
     return {"name": path.name, **written._asdict()}
 
 
-def _prune(folder: Path, newest: int, keep: Keep) -> None:
-    found = dict(by_step(folder))
+def _check_seen(file: Path, size: int) -> None:
+    """What another rank wrote is here too. Opened, as only then network file systems look anew."""
+    try:
+        with file.open("rb") as opened:
+            there = os.fstat(opened.fileno()).st_size
+    except FileNotFoundError:
+        there = None
+    if there != size:
+        raise CheckpointError(
+            f"{file.name} was written by another process, and is not there for process 0",
+            fix="Give 'out' on a disk that all machines share",
+        )
+
+
+def _prune(folder: Path, newest: int, keep: Keep, spared: frozenset[int]) -> None:
+    found = {step: path for step, path in by_step(folder) if step not in spared}
     saved = {step: _metrics(path) for step, path in found.items()}
     for step in to_remove(saved, newest, keep):
         try:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from torch.utils.tensorboard import SummaryWriter
-
 from dist_train.data.files import write_whole
+from dist_train.engine.board import next_file, opening, scalars
+from dist_train.engine.growing_file import GrowingFile
 
 METRICS = "metrics.jsonl"
+BOARD = "tensorboard"
+log = logging.getLogger(__name__)
 
 
 class EventWriter:
@@ -24,6 +27,9 @@ class EventWriter:
         run: the run's folder.
         after: steps done so far. What an earlier, killed session wrote of later steps is dropped,
             so that every step is there once.
+
+    Raises:
+        OSError: the files cannot be written.
     """
 
     def __init__(self, run: Path, *, after: int) -> None:
@@ -31,28 +37,46 @@ class EventWriter:
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
             write_whole(path, b"".join(line for line in lines if _is_whole(line, after)))
-        self.file = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=after + 1)
+        (run / BOARD).mkdir(exist_ok=True)
+        self._lines, self._board = GrowingFile(path), GrowingFile(next_file(run / BOARD))
+        self._board.append(opening(after + 1, time.time()))
+        self._told = False
 
-    def write(self, step: int, epoch: int, time: float, values: Mapping[str, float | None]) -> None:
-        """Numbers of step ``step`` (1 is the first); what is not finite becomes null."""
+    def write(self, step: int, epoch: int, at: float, values: Mapping[str, float | None]) -> None:
+        """Numbers of step ``step`` (1 is the first); what is not finite becomes null.
+
+        Where the disk is full they are kept in memory, with a warning, until there is room.
+
+        Args:
+            at: seconds since 1970, for display alone.
+        """
         finite = {
             name: value if value is not None and math.isfinite(value) else None
             for name, value in values.items()
         }
-        line = {"step": step, "epoch": epoch, "time": time} | finite
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        for name, value in finite.items():
-            if value is not None:
-                self.board.add_scalar(name, value, step, walltime=time)
+        line = {"step": step, "epoch": epoch, "time": at} | finite
+        known = {name: value for name, value in finite.items() if value is not None}
+        for file, record in (
+            (self._lines, f"{json.dumps(line)}\n".encode()),
+            (self._board, scalars(step, at, known)),
+        ):
+            try:
+                file.append(record)
+            except OSError as error:
+                if not self._told:
+                    log.warning("figures are kept in memory until they can be written: %s", error)
+                self._told = True
 
     def flush(self) -> None:
         """Put all that was written on the disk. Called before each checkpoint, so that a session
-        which goes on from there lacks nothing of the steps before."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.board.flush()
+        which goes on from there lacks nothing of the steps before.
+
+        Raises:
+            OSError: there is no room, or the disk fails.
+        """
+        self._lines.flush()
+        self._board.flush()
+        self._told = False
 
     def __enter__(self) -> EventWriter:
         return self
@@ -63,8 +87,8 @@ class EventWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.file.close()
-        self.board.close()
+        self._lines.close()
+        self._board.close()
 
 
 def _is_whole(line: bytes, last: int) -> bool:

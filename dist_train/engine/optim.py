@@ -16,4 +16,6 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Ada
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, betas=settings.betas, fused=True if settings.fused else None
+    )

@@ -34,9 +34,20 @@ def check_agreement(backend: Backend, facts: Mapping[str, object]) -> None:
             )
 
 
-def weights_digest(backend: Backend) -> str:
-    """Of the bits of all weights that every rank has whole, in float32: 16 hex digits."""
-    digest = hashlib.sha256()
-    for _, tensor in backend.replicated():
-        digest.update(np.ascontiguousarray(tensor.detach().to("cpu", torch.float32)).tobytes())
-    return digest.hexdigest()[:16]
+def check_weights(backend: Backend) -> None:
+    """Raise if a weight that every rank has whole is not the same, bit for bit, on all of them; a
+    collective call.
+
+    Raises:
+        BackendError: naming the first such weight and the ranks that are in the minority.
+    """
+    digests = {name: _digest(tensor) for name, tensor in backend.replicated()}
+    whole = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
+    # Of each weight only where they differ: there are hundreds, and there may be hundreds of ranks.
+    if len(set(backend.gather(whole))) > 1:
+        check_agreement(backend, {f"the weight {name}": of for name, of in digests.items()})
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    bits = np.ascontiguousarray(tensor.detach().to("cpu", torch.float32)).tobytes()
+    return hashlib.sha256(bits).hexdigest()[:16]

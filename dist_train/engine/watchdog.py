@@ -11,14 +11,22 @@ from types import TracebackType
 
 from dist_train.engine.stop import TRY_AGAIN
 
+#: Seconds, at most, after which a hung process ends when it has told where it is, and after which
+#: the C library tells. Launchers wait at least 30 s before they kill what is left of a run.
+OTHERS_TELL, C_TELLS = 5.0, 10.0
+#: Stacks go to the system's own: in a notebook, sys.stderr is no file.
+STDERR = 2
+
 
 class Watchdog:
     """Ends the process if nobody calls ``beat`` for a while, with the stacks of all its threads.
 
-    Where one rank hangs, the others wait for it, so every rank's own watchdog tells where it is.
-    A thread does it, and says why; where that cannot run, because a library hangs without releasing
-    Python's lock, a timer of the C library does it half as long again later. A process that was
-    stopped from outside tells nothing, but its launcher ends it when the others are gone.
+    Where one rank hangs, the others wait for it, so every rank's own watchdog tells where it is. It
+    ends its process a little later, when those of the others, which would break off when this one
+    is gone, have told too. A thread does it, and says why; where that cannot run, because a library
+    hangs without releasing Python's lock, a timer of the C library does it a little later still. A
+    process that was stopped from outside tells nothing, but its launcher ends it when the others
+    are gone.
 
     Args:
         seconds: the longest time between two beats; None watches nothing.
@@ -35,7 +43,8 @@ class Watchdog:
         """Something was done."""
         self._last = time.monotonic()
         if self.seconds is not None:
-            faulthandler.dump_traceback_later(1.5 * self.seconds, exit=True)
+            later = self.seconds + min(self.seconds, C_TELLS)
+            faulthandler.dump_traceback_later(later, exit=True, file=STDERR)
 
     def __enter__(self) -> Watchdog:
         if self.seconds is not None:
@@ -60,9 +69,11 @@ class Watchdog:
                 continue
             print(
                 f"error (process {self.rank}): no step was finished in {self.seconds:g} s "
-                "(train.hang). Where its threads are is below. Go on by --resume auto.",
+                "(train.hang). A process hangs, or the network between them is gone: where each "
+                "one's threads are is told below or in its log. Go on by --resume auto.",
                 file=sys.stderr,
                 flush=True,
             )
-            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            faulthandler.dump_traceback(file=STDERR, all_threads=True)
+            time.sleep(min(self.seconds / 2, OTHERS_TELL))
             os._exit(TRY_AGAIN)

@@ -28,8 +28,9 @@ from dist_train.models.conv import Conv3d
 from dist_train.models.frames import ValidFrames, clear_padding, strided, valid_frames
 from dist_train.models.norm import BatchNorm3d
 from dist_train.models.pooling import global_average_pool
-from dist_train.models.recompute import Recompute, run_part
+from dist_train.models.recompute import Recompute, Step, run_part
 from dist_train.models.remake import forget, remade
+from dist_train.models.space_to_depth import FoldedConv3d
 
 #: A mode for the stem with its pooling, and for each of the layers 1 to 4.
 RecomputePlan = tuple[Recompute, Recompute, Recompute, Recompute, Recompute]
@@ -39,7 +40,7 @@ NOTHING_TWICE: RecomputePlan = ("none", "none", "none", "none", "none")
 
 class ConvNorm(nn.Module):
     """A convolution, with padding of half its kernel, batch normalisation for its bias, and, if
-    ``relu``, rectification."""
+    ``relu``, rectification. ``folded``: by space to depth."""
 
     def __init__(
         self,
@@ -49,9 +50,11 @@ class ConvNorm(nn.Module):
         stride: int | tuple[int, int, int] = 1,
         *,
         relu: bool,
+        folded: bool = False,
     ) -> None:
         super().__init__()
-        self.conv = Conv3d(in_channels, channels, kernel, stride, padding=kernel // 2, bias=False)
+        make = FoldedConv3d if folded else Conv3d
+        self.conv = make(in_channels, channels, kernel, stride, padding=kernel // 2, bias=False)
         self.norm = BatchNorm3d(channels)
         self.relu = relu
         # Its output is larger than its input and costs little, so that making it again pays.
@@ -159,6 +162,8 @@ class ResNet3D(nn.Module):
         in_channels: channels of a clip.
         stem_stride: stride of the stem in D, H and W.
         stem_pool: False leaves out the pooling, so that all that follows is twice as large.
+        stem_folded: compute the stem by space to depth (space_to_depth.py), which changes rounding
+            alone.
         recompute: how little is kept for the backward pass: a mode of ``recompute.py``, or one for
             each of ``PARTS``. The attribute of this name can be set at any time.
         dropout: probability of dropping a pooled feature.
@@ -175,6 +180,7 @@ class ResNet3D(nn.Module):
         in_channels: int = 1,
         stem_stride: tuple[int, int, int] = (1, 2, 2),
         stem_pool: bool = True,
+        stem_folded: bool = False,
         recompute: Recompute | RecomputePlan = "none",
         dropout: float = 0.0,
     ) -> None:
@@ -188,7 +194,7 @@ class ResNet3D(nn.Module):
         self.in_channels = in_channels
         self.recompute = recompute
         self.stem_frame_stride = stem_stride[0]
-        self.stem = ConvNorm(in_channels, width, 7, stem_stride, relu=True)
+        self.stem = ConvNorm(in_channels, width, 7, stem_stride, relu=True, folded=stem_folded)
         self.pool = nn.MaxPool3d(3, stride=2, padding=1, return_indices=True) if stem_pool else None
         self.repeats = BLOCKS[depth][1]
         self.blocks = _stack_blocks(depth, width)
@@ -218,22 +224,35 @@ class ResNet3D(nn.Module):
             )
         valid = valid_frames(frames, x)
         x = clear_padding(x, valid)
-        valid = strided(valid, self.stem_frame_stride)
-        pooled = valid if self.pool is None else strided(valid, 2)
         modes = self.recompute if self.training else NOTHING_TWICE
-        x = run_part(modes[0], [partial(self._run_stem, valid=valid, pooled=pooled)], x)
-        valid, blocks = pooled, iter(self.blocks)
-        for mode, repeat in zip(modes[1:], self.repeats, strict=True):
-            steps = []
-            for block in islice(blocks, repeat):
-                assert isinstance(block, ResidualBlock)
-                before, valid = valid, strided(valid, block.stride)
-                steps.append(partial(block, before=before, after=valid))
+        parts, valid = self.parts(valid)
+        for mode, steps in zip(modes, parts, strict=True):
             x = run_part(mode, steps, x)
         features = self.dropout(global_average_pool(x, valid))
         with torch.autocast(x.device.type, enabled=False):
             logits: Tensor = self.head(features.to(self.head.weight.dtype))
         return logits.squeeze(1)
+
+    def parts(
+        self, valid: ValidFrames | None = None
+    ) -> tuple[list[list[Step]], ValidFrames | None]:
+        """What is run one after the other in each of ``PARTS``, and the real frames behind it.
+
+        Args:
+            valid: the real frames of the clips.
+        """
+        valid = strided(valid, self.stem_frame_stride)
+        pooled = valid if self.pool is None else strided(valid, 2)
+        parts: list[list[Step]] = [[partial(self._run_stem, valid=valid, pooled=pooled)]]
+        valid, blocks = pooled, iter(self.blocks)
+        for repeat in self.repeats:
+            steps: list[Step] = []
+            for block in islice(blocks, repeat):
+                assert isinstance(block, ResidualBlock)
+                before, valid = valid, strided(valid, block.stride)
+                steps.append(partial(block, before=before, after=valid))
+            parts.append(steps)
+        return parts, valid
 
     @property
     def recompute(self) -> RecomputePlan:

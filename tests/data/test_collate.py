@@ -7,8 +7,10 @@ import pytest
 import torch
 from make_media import write_manifest
 
-from dist_train.data.collate import Batch, collate, fill, shape_of
-from dist_train.data.dataset import ClipDataset
+from dist_train.data.augment_draw import Draw
+from dist_train.data.collate import Batch, collate, fill, packed, shape_of
+from dist_train.data.dataset import ClipDataset, Sample
+from dist_train.data.native import NativeClips
 from dist_train.data.prepare import PrepareSettings, prepare
 from dist_train.data.sampler import Slot
 from dist_train.data.store import Store
@@ -84,6 +86,49 @@ def test_shared(clips: ClipDataset, numbers: tuple[int, ...]) -> None:
     tensors += [] if batch.frames is None else [batch.frames]
     assert all(tensor.is_shared() for tensor in tensors)
     assert torch.equal(batch.volumes, before)
+
+
+def packed_noise(*shapes: tuple[int, int, int]) -> Batch:
+    noise = np.random.default_rng(0)
+    pictures = noise.normal(size=(2, 4, 4)).astype(np.float32)
+    draws = [Draw(is_displaced=True, pictures=pictures), Draw(is_reversed=True)]
+    return packed(
+        [
+            Sample(torch.from_numpy(noise.integers(0, 256, shape, dtype=np.uint8)), 1, 0, draw)
+            for shape, draw in zip(shapes, draws, strict=True)
+        ]
+    )
+
+
+def test_clips_with_draws_keep_their_sizes() -> None:
+    batch = packed_noise((3, 5, 6), (2, 9, 4))
+    clips = batch.volumes
+    assert isinstance(clips, NativeClips)
+    assert clips.shapes == ((3, 5, 6), (2, 9, 4))
+    assert clips.pixels.shape == (3 * 5 * 6 + 2 * 9 * 4,)
+    assert clips.pictures.shape == (2, 4, 4)
+    assert [draw.is_reversed for draw in clips.draws] == [False, True]
+    assert batch.frames is not None
+    assert batch.frames.tolist() == [3, 2]
+    assert packed_noise((3, 5, 6), (3, 9, 4)).frames is None
+
+
+def test_clips_of_their_own_sizes_are_shared_and_moved() -> None:
+    batch = packed_noise((3, 5, 6), (2, 9, 4))
+    assert isinstance(batch.volumes, NativeClips)
+    before = batch.volumes.pixels.clone()
+    assert batch.share_memory() is batch
+    assert all(tensor.is_shared() for tensor in batch.volumes.tensors)
+    assert torch.equal(batch.volumes.pixels, before)
+    moved = batch.to(torch.device("meta")).volumes
+    assert isinstance(moved, NativeClips)
+    assert all(tensor.device.type == "meta" for tensor in moved.tensors)
+
+
+def test_clips_without_pictures_are_shared_too() -> None:
+    batch = packed([Sample(torch.zeros(2, 3, 4, dtype=torch.uint8), 0, 0, Draw())]).share_memory()
+    assert isinstance(batch.volumes, NativeClips)
+    assert len(batch.volumes.pictures) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")

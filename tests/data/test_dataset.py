@@ -8,9 +8,11 @@ import torch
 from make_media import write_manifest
 
 from dist_train.config import AugmentSettings
-from dist_train.data.augment import Augment
-from dist_train.data.dataset import ClipDataset, resize
+from dist_train.data.augment import Augment, augmented
+from dist_train.data.augment_draw import Draw
+from dist_train.data.dataset import ClipDataset
 from dist_train.data.prepare import PrepareSettings, prepare
+from dist_train.data.resize import resize
 from dist_train.data.sampler import Slot
 from dist_train.data.store import Store
 
@@ -78,30 +80,28 @@ def test_augmentation_is_keyed_by_the_slot(store: Store) -> None:
         np.testing.assert_array_equal(dataset[Slot(0, epoch)].volume.numpy(), expected)
 
 
-def test_resize_to_its_own_size_is_the_clip() -> None:
-    clip = np.random.default_rng(0).integers(0, 256, (3, 7, 9), dtype=np.uint8)
-    assert resize(clip, (7, 9)) is clip
+def test_on_the_device_clips_keep_their_size_and_the_draw_goes_along(store: Store) -> None:
+    settings = AugmentSettings(reverse=0.5, shift_scale_rotate=1, device=True)
+    host, device = (
+        ClipDataset(
+            store,
+            size=(16, 16),
+            max_frames=10,
+            augment=Augment(settings, seed=0),
+            on_device=on_device,
+        )
+        for on_device in (False, True)
+    )
+    for epoch in range(6):
+        there = device[Slot(0, epoch)]
+        assert there.volume.shape == (10, 8, 9)
+        assert there.draw is not None
+        clip = augmented(resize(there.volume.numpy(), (16, 16)), there.draw)
+        np.testing.assert_array_equal(host[Slot(0, epoch)].volume.numpy(), clip)
 
 
-def test_shrinking_averages_areas() -> None:
-    clip = np.random.default_rng(0).integers(0, 256, (3, 12, 20), dtype=np.uint8)
-    blocks = clip.reshape(3, 6, 2, 10, 2).mean(axis=(2, 4))
-    assert np.abs(resize(clip, (6, 10)) - blocks).max() <= 0.5
-
-
-def test_growing_interpolates() -> None:
-    ramp = np.tile(np.arange(0, 200, 20, dtype=np.uint8), (2, 10, 1))
-    grown = resize(ramp, (10, 40)).astype(int)
-    assert grown.shape == (2, 10, 40)
-    steps = np.diff(grown, axis=2)
-    assert steps.min() >= 0
-    assert steps.max() <= 6
-
-
-@pytest.mark.parametrize("size", [(1, 1), (5, 40), (40, 5)])
-def test_any_size(size: tuple[int, int]) -> None:
-    clip = np.full((2, 11, 13), 77, np.uint8)
-    resized = resize(clip, size)
-    assert resized.shape == (2, *size)
-    assert resized.dtype == np.uint8
-    assert (resized == 77).all()
+def test_on_the_device_without_augmentation_nothing_is_drawn(store: Store) -> None:
+    dataset = ClipDataset(store, size=(16, 16), max_frames=None, augment=None, on_device=True)
+    sample = dataset[Slot(1, 0)]
+    assert sample.volume.shape == (10, 20, 12)
+    assert str(sample.draw) == str(Draw())

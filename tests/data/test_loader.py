@@ -41,7 +41,9 @@ from dist_train.data.shards import shard_name
 from dist_train.data.store import SHARDS, Store
 from dist_train.errors import StoreError
 
-EVERYTHING = AugmentSettings(**dict.fromkeys(AugmentSettings.model_fields, 0.5))
+EVERYTHING = AugmentSettings.model_validate(
+    dict.fromkeys(AugmentSettings.model_fields.keys() - {"device"}, 0.5)
+)
 STEPS, CLIPS, SHARD_CLIPS = 14, 24, 6
 
 

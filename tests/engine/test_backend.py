@@ -127,10 +127,14 @@ def test_fp16_is_refused_without_a_gpu() -> None:
         make_backend(TrainSettings(precision="fp16"), clip_norm=None)
 
 
-def test_zero_is_refused_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("backend", "name"), [("zero2", "ZeRO"), ("fsdp2", "FSDP")])
+def test_what_spreads_weights_is_refused_without_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, backend: str, name: str
+) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(BackendError, match="ZeRO needs a launcher"):
-        make_backend(TrainSettings(precision="fp32", backend="zero2"), clip_norm=None)
+    settings = TrainSettings.model_validate({"precision": "fp32", "backend": backend})
+    with pytest.raises(BackendError, match=f"{name} needs a launcher"):
+        make_backend(settings, clip_norm=None)
 
 
 def test_ddp_is_refused_where_the_launcher_asks_for_deepspeed(

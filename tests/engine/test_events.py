@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import board_of, environment
+from room import LittleRoom
 
 from dist_train.engine.events import EventWriter
 
@@ -17,11 +18,6 @@ def write(run: Path, steps: range, *, after: int, value: float = 0.0) -> None:
     with EventWriter(run, after=after) as events:
         for step in steps:
             events.write(step, 0, 1000.0 + step, {"a/loss": value + step, "a/gone": None})
-    # TensorBoard reads files in the order of their names, which begin with the second of the start.
-    # The sessions of a test may begin in the same one.
-    board = run / "tensorboard"
-    (fresh,) = board.glob("events.*")
-    fresh.rename(board / f"{len(list(board.iterdir()))}.tfevents")
 
 
 def lines_of(run: Path) -> list[dict[str, object]]:
@@ -81,6 +77,38 @@ def test_a_damaged_line_is_dropped_alone(tmp_path: Path, bad: bytes) -> None:
     path.write_bytes(first + bad + b"\n" + third)
     write(tmp_path, range(4, 6), after=3)
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 3, 4, 5]
+
+
+def test_figures_of_older_runs_are_read_before(tmp_path: Path) -> None:
+    """TensorBoard's own writer names files by the second."""
+    board = tmp_path / "tensorboard"
+    board.mkdir()
+    write(tmp_path, range(1, 4), after=0)
+    (fresh,) = board.iterdir()
+    fresh.rename(board / "events.out.tfevents.1764000000.host.77.0")
+    write(tmp_path, range(3, 5), after=2, value=100)
+    assert board_of(tmp_path, "a/loss") == [(1, 1.0), (2, 2.0), (3, 103.0), (4, 104.0)]
+
+
+def test_figures_wait_until_there_is_room(
+    tmp_path: Path, little_room: LittleRoom, caplog: pytest.LogCaptureFixture
+) -> None:
+    with EventWriter(tmp_path, after=0) as events:
+        for step in range(1, 30):
+            if step == 5:
+                little_room(400)
+            if step == 25:
+                with pytest.raises(OSError, match=r"metrics\.jsonl"):
+                    events.flush()
+                little_room(None)
+            events.write(step, 0, 1000.0, {"a/loss": float(step)})
+            if step == 24:
+                assert len(lines_of(tmp_path)) < 10, "half a line is none"
+        events.flush()
+    assert [line["step"] for line in lines_of(tmp_path)] == list(range(1, 30))
+    assert [step for step, _ in board_of(tmp_path, "a/loss")] == list(range(1, 30))
+    (warning,) = caplog.records
+    assert "kept in memory" in warning.getMessage()
 
 
 KILLED = """

@@ -47,3 +47,21 @@ def test_the_first_step_is_that_of_the_paper() -> None:
         decay = 0.5 if parameter.ndim > 1 else 0.0
         stepped = gradient / (gradient.square().sqrt() + 1e-8) + decay * before[name]
         torch.testing.assert_close(parameter.detach(), before[name] - 0.1 * stepped)
+
+
+def test_the_fused_update_is_the_plain_one_but_for_rounding() -> None:
+    """Gradients are given: computed ones of 0 would be noise, which AdamW makes as large as any."""
+    runs = []
+    for fused in (False, True):
+        model = network()
+        optimizer = make_optimizer(model, OptimSettings(lr=0.01, fused=fused))
+        assert all(group["fused"] is (fused or None) for group in optimizer.param_groups)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(5):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        moments = [moment for state in optimizer.state.values() for moment in state.values()]
+        runs.append([*model.parameters(), *moments])
+    for ours, theirs in zip(runs[1], runs[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)

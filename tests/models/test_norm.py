@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from dist_train.errors import ModelError
 from dist_train.models.frames import valid_frames
 from dist_train.models.norm import BatchNorm3d, set_momentum
+from dist_train.models.norm_gap import by_running_and_own_statistics
 from dist_train.models.passes import TwoPasses
 
 FRAMES = torch.tensor([5, 2, 7])
@@ -146,3 +147,23 @@ def test_a_single_value_per_channel_has_no_variance():
     with pytest.raises(ModelError, match="single value per channel"):
         norm(padded, valid_frames(torch.tensor([1]), padded))
     assert norm.eval()(torch.zeros(1, 4, 1, 1, 1)).shape == (1, 4, 1, 1, 1)
+
+
+def test_what_running_statistics_change():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.5), random_norm()).train()
+    with torch.no_grad():
+        model[1].running_mean.fill_(2.0)
+    before = copy.deepcopy(model.state_dict())
+    clips = random_clips()
+    running, own = by_running_and_own_statistics(model, clips)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+    assert model[1].observer is None
+    twin = copy.deepcopy(model[1])
+    assert torch.equal(running, twin.eval()(clips))
+    assert torch.equal(own, twin.train()(clips))
+    assert (own - running).abs().max() > 0.1
+    model.eval()
+    assert torch.equal(by_running_and_own_statistics(model, clips)[0], running)
+    assert not model[1].training

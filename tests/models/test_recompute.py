@@ -1,8 +1,9 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dist_train.models.norm import BatchNorm3d
+from dist_train.models.norm import BatchNorm3d, norms, share_statistics
 from dist_train.models.recompute import run_part
 from dist_train.models.resnet3d import ResNet3D
 
@@ -51,6 +52,23 @@ def test_recompute_changes_no_bit(make_model, settings, frames, bfloat16, recomp
     assert [torch.equal(a, b) for a, b in zip(left, expected, strict=True)] == [True] * len(left)
 
 
+@pytest.mark.parametrize("recompute", PLANS, ids=str)
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+def test_recompute_changes_no_bit_of_shared_statistics(make_model, bfloat16, recompute):
+    """Shared with a second process that has the same clips. It is asked as often in each mode:
+    once a layer in the forward pass and once in the backward pass."""
+    results, calls = [], []
+    for modes in ("none", recompute):
+        model = make_model(18, width=4, dropout=0.5, recompute=modes)
+        summed = []
+        share_statistics(model, lambda sums, summed=summed: summed.append(sums.mul_(2)))
+        results.append(train_two_steps(model, FRAMES[1], bfloat16))
+        calls.append(len(summed))
+    assert [torch.equal(a, b) for a, b in zip(*results, strict=True)] == [True] * len(results[0])
+    layers = len([*norms(model)])
+    assert calls == [2 * 2 * layers] * 2
+
+
 def test_random_numbers_inside_a_block_are_drawn_again():
     def run(recompute: bool) -> list[Tensor]:
         torch.manual_seed(0)
@@ -84,19 +102,19 @@ def test_blocks_run_once_without_gradients(make_model):
     assert model.stem.norm.num_batches_tracked == 1
 
 
-def saved_bytes(model: ResNet3D, frames: Tensor | None) -> int:
+def saved_bytes(model: ResNet3D, clips: Tensor, frames: Tensor | None = None) -> int:
     """What the forward pass keeps for the backward pass, besides parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(random_clips(), frames)
+        output = model(clips, frames)
     assert output.requires_grad
-    return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
+    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
 
 
 # Shares of what is kept without recomputing; padded clips are kept in full by "cheap", and only
@@ -105,6 +123,28 @@ def saved_bytes(model: ResNet3D, frames: Tensor | None) -> int:
 @pytest.mark.parametrize("frames", FRAMES, ids=["full", "padded"])
 def test_recompute_keeps_a_fraction_of_the_activations(make_model, frames, recompute, most):
     settings = {"depth": 50, "width": 8}
-    plain = saved_bytes(make_model(**settings), frames)
-    recomputed = saved_bytes(make_model(**settings, recompute=recompute), frames)
+    plain = saved_bytes(make_model(**settings), random_clips(), frames)
+    recomputed = saved_bytes(make_model(**settings, recompute=recompute), random_clips(), frames)
     assert recomputed < most * plain
+
+
+@pytest.mark.slow
+def test_what_resnet_101_keeps_of_four_clips():
+    """Of tensors without data, which the machine has room for."""
+    kept = {}
+    with FakeTensorMode():
+        model, clips = ResNet3D(101), torch.empty(4, 1, 64, 160, 160)
+        for mode in ("none", "cheap", "block", "stage"):
+            model.recompute = mode
+            kept[mode] = saved_bytes(model, clips)
+    assert 4.5 * 2**30 < kept["none"] < 5 * 2**30
+    assert kept["cheap"] <= 0.6 * kept["none"]
+    assert kept["stage"] <= 0.15 * kept["none"]
+    assert kept["stage"] < kept["block"] < kept["cheap"]
+
+
+def test_tensors_without_data_are_counted_as_real_ones(make_model):
+    real = saved_bytes(make_model(18, width=8, recompute="cheap"), random_clips())
+    with FakeTensorMode():
+        model = ResNet3D(18, width=8, recompute="cheap")
+        assert saved_bytes(model, torch.empty(3, 1, DEPTH, 32, 32)) == real

@@ -6,6 +6,7 @@ however the tensors are spread over the ranks.
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from dist_train.config import TrainSettings
+from dist_train.engine.known_bad import check_pair, cudnn_version
 from dist_train.errors import BackendError
+
+log = logging.getLogger(__name__)
 
 # AdamW keeps these beside each parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -68,10 +72,20 @@ class Backend(ABC):
         self.device: torch.device = self.accelerator.device
         self._check_world()
         self._check_active()
+        if cuda:
+            # Of the build's own cuDNN or one installed beside it: the one that runs.
+            for warning in check_pair(settings, torch.__version__, cudnn_version() or 0):
+                log.log(logging.WARNING if self.is_main else logging.DEBUG, "%s", warning)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def can_repeat(self) -> bool:
+        """Whether a step whose forward or backward pass failed can be begun again, after
+        ``drop_gradients``. Not where hooks exchange gradients or weights on the way."""
+        return False
 
     def _accelerator(self, cuda: bool, handlers: list[Any]) -> Accelerator:
         return Accelerator(

@@ -26,6 +26,10 @@ class DdpBackend(Backend):
             )
         super().__init__(settings, clip_norm=clip_norm)
 
+    @property
+    def can_repeat(self) -> bool:
+        return self.model is self.module
+
     def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         self.module = model.to(self.device)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))

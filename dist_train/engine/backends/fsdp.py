@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -38,6 +39,8 @@ class FsdpBackend(Backend):
             )
 
     def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        # The logits are a view, and nobody writes into them.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.device.type, (self.world,))
         # A shard is a range of a parameter's first axis, which is contiguous in plain layout only.
         model = model.to(self.device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, DeepSpeedPlugin
 from torch import Tensor, nn
 
@@ -64,7 +65,13 @@ class ZeroBackend(Backend):
         }
         if self.settings.precision == "bf16":
             # Not the "bf16" section, which casts the parameters and BatchNorm's statistics too.
-            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+            config["torch_autocast"] = {
+                "enabled": True,
+                "dtype": "bfloat16",
+                # Of these (by default of linear layers) DeepSpeed reduces gradients in bf16, and
+                # stage 3 gathers weights so: logits would be rounded to 8 bits.
+                "lower_precision_safe_modules": [],
+            }
         return config
 
     def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
@@ -127,8 +134,6 @@ class ZeroBackend(Backend):
         return whole
 
     def _load(self, state: Mapping[str, Tensor], updates: int) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         zero = self.model.optimizer
         for partition in self._partitions():
             zero.optimizer.state[partition] = {
@@ -141,16 +146,32 @@ class ZeroBackend(Backend):
         if persistent:
             persistent[0].partition(persistent)
         for name, parameter in self.trained():
-            safe_set_full_fp32_param(parameter, state[f"model/{name}"].to(self.device))
+            self._set_master(parameter, state[f"model/{name}"], None)
             for moment in MOMENTS:
-                value = state[f"{moment}/{name}"].to(self.device)
-                safe_set_full_optimizer_state(parameter, value, moment)
+                self._set_master(parameter, state[f"{moment}/{name}"], moment)
+            if self.stage < 3:
+                # What it computes with until the first step, which makes it from the partitions.
+                parameter.copy_(state[f"model/{name}"])
         if self.stage == 3:
             # What it computes with follows what was put into its float32 partitions.
             for number in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(number)
         if persistent:
             persistent[0].all_gather(persistent)
+
+    def _set_master(self, parameter: Any, whole: Tensor, moment: str | None) -> None:
+        """Put this rank's part of a weight, or of a moment of it, into its float32 partition."""
+        from deepspeed.utils import set_full_hp_param
+
+        if self.stage < 3:
+            set_full_hp_param(parameter, whole, moment)
+            return
+        # Every rank has a part of the same size, padded at the end, which DeepSpeed's own function
+        # for whole tensors forgets (seen in 0.19.8).
+        size = parameter.ds_tensor.numel()
+        padded = F.pad(whole.reshape(-1), (0, size * self.world - whole.numel()))
+        part = padded.narrow(0, size * self.rank, size)
+        self.model.optimizer.set_local_hp_param(part, parameter, moment)
 
     def _partitions(self) -> list[Tensor]:
         """The flat float32 tensors that this rank's optimizer steps."""

@@ -1,0 +1,39 @@
+"""Are there as many CPUs as threads that will compute on them?"""
+
+from __future__ import annotations
+
+import os
+
+from dist_train.doctor.cgroup import group_values
+from dist_train.doctor.finding import Finding
+
+
+def check_cpus(processes: int, threads: int) -> Finding:
+    """CPUs of this machine against its training processes and the threads of each.
+
+    Args:
+        processes: of the launch, on this machine.
+        threads: with which each computes (torch.get_num_threads()).
+    """
+    return judge_cpus(usable_cpus(), processes, threads)
+
+
+def judge_cpus(cpus: float, processes: int, threads: int) -> Finding:
+    found = f"{cpus:g} for {processes} processes x {threads} threads"
+    if cpus < processes:
+        fix = f"Start at most {max(1, int(cpus))} processes here, or give them more CPUs."
+        return Finding("CPUs", "warn", found, fix)
+    if processes * threads > cpus:
+        fix = f"Set OMP_NUM_THREADS={int(cpus) // processes} before the launch."
+        return Finding("CPUs", "warn", found, fix)
+    return Finding("CPUs", "ok", found)
+
+
+def usable_cpus() -> float:
+    """CPUs that this process may run on, and no more than its cgroups' quota of their time."""
+    quotas = []
+    for text in group_values("cpu.max"):
+        quota, _, period = text.partition(" ")
+        if quota != "max":
+            quotas.append(int(quota) / int(period))
+    return min([float(len(os.sched_getaffinity(0))), *quotas])

@@ -1,0 +1,99 @@
+"""The graphics cards that torch can use, and the driver under them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import torch
+
+from dist_train.doctor.finding import Finding
+
+
+def check_devices(processes: int) -> Iterator[Finding]:
+    """Each card of this machine, or why there is none.
+
+    Args:
+        processes: of the launch, on this machine; each wants a card of its own.
+    """
+    driver = _drivers()
+    if not torch.cuda.is_available():
+        yield judge_absence(driver, torch.version.cuda)
+        return
+    yield Finding("driver", "ok", f"{driver[0] if driver else '?'}, CUDA {torch.version.cuda}")
+    cards = torch.cuda.device_count()
+    if processes > cards:
+        fix = f"Start at most {cards} processes here (--num_processes, PET_NPROC_PER_NODE)."
+        yield Finding("devices", "bad", f"{cards} for {processes} processes", fix)
+    else:
+        yield Finding("devices", "ok", f"{cards} for {processes} processes")
+    for number in range(cards):
+        properties = torch.cuda.get_device_properties(number)
+        free, total = torch.cuda.mem_get_info(number)
+        yield judge_device(
+            f"device {number}",
+            properties.name,
+            (properties.major, properties.minor),
+            free,
+            total,
+            torch.cuda.get_arch_list(),
+        )
+
+
+def _drivers() -> list[str]:
+    """Driver versions by card, as nvidia-smi tells them; none where it finds no card."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return said.stdout.split() if said.returncode == 0 else []
+
+
+def judge_absence(drivers: list[str], cuda: str | None) -> Finding:
+    """Why torch sees no card.
+
+    Args:
+        drivers: one version for each card that the driver sees.
+        cuda: the version of CUDA that torch was built for, if any.
+    """
+    if not drivers:
+        return Finding("devices", "ok", "no graphics card: training runs on CPUs")
+    found = f"{len(drivers)} cards under driver {drivers[0]}"
+    if cuda is None:
+        fix = "Install torch by its CUDA build: https://pytorch.org/get-started/locally/"
+        return Finding("devices", "bad", f"{found}, but torch is built without CUDA", fix)
+    fix = (
+        "Install a driver that is new enough for it, and check CUDA_VISIBLE_DEVICES and "
+        "'python -c \"import torch; torch.cuda.init()\"'."
+    )
+    return Finding("devices", "bad", f"{found}, but torch for CUDA {cuda} sees none", fix)
+
+
+def judge_device(
+    what: str, name: str, capability: tuple[int, int], free: int, total: int, built_for: list[str]
+) -> Finding:
+    """One card.
+
+    Args:
+        capability: compute capability, such as (9, 0).
+        free, total: bytes of its memory.
+        built_for: architectures of this torch, such as sm_90.
+    """
+    major, minor = capability
+    found = (
+        f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, capability {major}.{minor}"
+    )
+    kernels = [int(arch.removeprefix("sm_").rstrip("af")) for arch in built_for if "sm_" in arch]
+    # Code for a card runs on later ones of the same generation.
+    if kernels and not any(k // 10 == major and k % 10 <= minor for k in kernels):
+        fix = f"Install a torch built for sm_{major}{minor}; this one has {' '.join(built_for)}."
+        return Finding(what, "bad", found, fix)
+    if free < 0.9 * total:
+        return Finding(what, "warn", found, "Something else runs on it: see nvidia-smi.")
+    if major < 8:
+        return Finding(what, "warn", found, "It has no bf16: set train.precision to fp16 or fp32.")
+    return Finding(what, "ok", found)

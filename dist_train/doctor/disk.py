@@ -1,0 +1,85 @@
+"""How fast a folder's disk is, in what training does with it: checkpoints, and reading of clips."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from dist_train.doctor.finding import Finding, graded
+
+BYTES, BLOCK = 128 * 2**20, 4 * 2**20
+# A native crop of some hundred frames, as stores hold them.
+CLIP, READS = 256 * 2**10, 200
+
+
+def check_disk(folder: Path) -> Iterator[Finding]:
+    """Room, writing with fsync, and random reads that the page cache does not answer."""
+    name = f"disk of {folder}"
+    path = folder / f".dist_train-doctor-{os.getpid()}-{time.time_ns()}"
+    try:
+        free = shutil.disk_usage(folder).free
+        yield graded(
+            f"{name}: room",
+            free,
+            f"{free / 2**30:.1f} GiB free",
+            "Make room: each checkpoint of a ResNet-101 takes 1 GB, and three are there at times.",
+            bad=4 * 10**9,
+            warn=20 * 10**9,
+        )
+        rate = _write(path)
+        yield graded(
+            f"{name}: write + fsync",
+            rate,
+            f"{rate / 1e6:.0f} MB/s",
+            "Give runs a faster disk (out=), or save less often (checkpoint.every_steps).",
+            warn=100e6,
+        )
+        latencies = _read(path)
+        median, worst = (1e3 * float(q) for q in np.quantile(latencies, [0.5, 0.99]))
+        yield graded(
+            f"{name}: random reads",
+            -median,
+            f"{CLIP // 2**10} KiB in {median:.1f} ms, 1 % over {worst:.1f} ms",
+            "Copy the store to a local disk, or raise loader.workers and loader.prefetch.",
+            warn=-20.0,
+        )
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "Make room." if full else "Give a folder that exists and may be written: --folder."
+        yield Finding(name, "bad", str(error.strerror), fix)
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _write(path: Path) -> float:
+    """Bytes a second until they are on the disk."""
+    # Not zeros, which some file systems do not store.
+    block = np.random.default_rng(0).bytes(BLOCK)
+    began = time.perf_counter()
+    with path.open("wb", buffering=0) as file:
+        for _ in range(BYTES // BLOCK):
+            file.write(block)
+        os.fsync(file.fileno())
+    return BYTES / (time.perf_counter() - began)
+
+
+def _read(path: Path) -> list[float]:
+    """Seconds of each of many reads of a clip's size at random places."""
+    places = np.random.default_rng(1).integers(0, BYTES - CLIP, READS)
+    seconds = []
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for place in places.tolist():
+            began = time.perf_counter()
+            os.pread(file.fileno(), CLIP, place)
+            seconds.append(time.perf_counter() - began)
+    return seconds

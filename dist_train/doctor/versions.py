@@ -1,0 +1,93 @@
+"""Is everything installed that the package needs, in versions that it works with?"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from dist_train.doctor.finding import Finding, State
+from dist_train.engine.known_bad import bad_pairs, cudnn_name
+
+PACKAGE = "dist_train"
+# Of which a line each is shown also when they are fine.
+SHOWN = ("torch", "accelerate", "deepspeed", "numpy")
+
+
+def check_versions() -> Iterator[Finding]:
+    """Python and the packages, against what this package declares that it needs."""
+    try:
+        own = metadata.metadata(PACKAGE)
+        needed = metadata.requires(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        yield Finding(
+            "packages",
+            "warn",
+            "dist_train is not installed, so what it needs is not known",
+            "Run 'pip install -e .' in the repository.",
+        )
+        return
+    yield _python(platform.python_version(), own["Requires-Python"])
+    yield from judge_packages(needed, _installed())
+
+
+def _python(version: str, needed: str) -> Finding:
+    if version in SpecifierSet(needed):
+        return Finding("python", "ok", version)
+    return Finding("python", "bad", f"{version}, needed {needed}", "Install a newer Python.")
+
+
+def _installed() -> dict[str, str]:
+    """Versions by name as PyPI compares them."""
+    return {_key(d.metadata["Name"]): d.version for d in metadata.distributions()}
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")
+
+
+def judge_packages(needed: Iterable[str], installed: Mapping[str, str]) -> Iterator[Finding]:
+    """A line for each package of ``SHOWN``, and each that is missing or of the wrong version.
+
+    Args:
+        needed: requirements in the form of PEP 508; those of extras are left out.
+        installed: versions by lower-case name.
+    """
+    fine = 0
+    for requirement in map(Requirement, needed):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        name, version = requirement.name, installed.get(_key(requirement.name))
+        install = f"Run: pip install '{name}{requirement.specifier}'"
+        if version is None:
+            yield Finding(name, "bad", "not installed", install)
+        elif not requirement.specifier.contains(version, prereleases=True):
+            yield Finding(name, "bad", f"{version}, needed {requirement.specifier}", install)
+        elif name in SHOWN:
+            yield Finding(name, "ok", version)
+        else:
+            fine += 1
+    if fine:
+        yield Finding("other packages", "ok", f"{fine} as needed")
+
+
+def judge_pair(torch: str, cudnn: int | None) -> Iterator[Finding]:
+    """torch and cuDNN together.
+
+    Args:
+        torch: as ``torch.__version__``.
+        cudnn: as ``torch.backends.cudnn.version()``: None where there is none.
+    """
+    if cudnn is None:
+        yield Finding("torch and cuDNN", "ok", f"torch {torch} has no cuDNN: CPU only")
+        return
+    pairs, found = bad_pairs(torch, cudnn), f"torch {torch}, cuDNN {cudnn_name(cudnn)}"
+    for pair in pairs:
+        state: State = "bad" if pair.wrong else "warn"
+        what = f"{found}: {pair.what} ({', '.join(sorted(pair.precisions))})"
+        yield Finding("torch and cuDNN", state, what, f"{pair.fix} {pair.source}")
+    if not pairs:
+        yield Finding("torch and cuDNN", "ok", found)

@@ -1,0 +1,80 @@
+"""Work of which all ranks hear how it went: where one fails all raise, rather than wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from dist_train.errors import DistTrainError
+
+Result = TypeVar("Result")
+
+
+class Group(Protocol):
+    """What it needs of the process group."""
+
+    rank: int
+    world: int
+
+    def gather(self, value: Any) -> list[Any]: ...
+
+
+class OfSomeRankError(Exception):
+    """A rank failed; its cause is known on that rank alone."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    reason: str
+
+
+def together(group: Group, act: Callable[[], Result]) -> list[Result]:
+    """What ``act`` returns on each rank, on every rank; a collective call.
+
+    Raises:
+        OfSomeRankError: naming the first rank where it failed, and why.
+    """
+    cause: Exception | None = None
+    outcome: Result | _Failure
+    try:
+        outcome = act()
+    except Exception as error:
+        cause = error
+        outcome = _Failure(f"process {group.rank}: {_reason(error)}")
+    outcomes = group.gather(outcome)
+    for failed in outcomes:
+        if isinstance(failed, _Failure):
+            raise OfSomeRankError(failed.reason) from cause
+    return outcomes
+
+
+def on_main(group: Group, act: Callable[[], Result]) -> Result:
+    """What ``act`` returns on rank 0, where alone it is called, on every rank; a collective call.
+
+    What it raises there is raised everywhere; an error that the user has no part in, as a
+    ``RuntimeError``.
+    """
+    result: Result | None = None
+    cause: Exception | None = None
+    if group.rank == 0:
+        try:
+            result = act()
+        except Exception as error:
+            cause = error
+    # Other errors may be of a kind that cannot be sent.
+    sent = (
+        cause if isinstance(cause, DistTrainError | OSError | None) else RuntimeError(repr(cause))
+    )
+    result, failed = group.gather((result, sent))[0]
+    if cause is not None:
+        raise cause
+    if failed is not None:
+        raise failed
+    return result
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, DistTrainError):
+        return str(error)
+    return error.strerror or str(error) if isinstance(error, OSError) else repr(error)

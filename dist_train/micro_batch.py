@@ -1,0 +1,304 @@
+"""How large a micro-batch memory allows: tried before the first step, noted in the run's folder,
+and made smaller when memory runs out all the same.
+
+A step's clips are cut into processes x accumulation steps, and each piece is a micro-batch of whole
+groups of positives and negatives. Fewer clips at once are more accumulation steps of the same
+global batch. docs/activations.md has what that changes, and why several processes start again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_train.config import Config
+from dist_train.data.files import write_whole
+from dist_train.data.plan import Plan
+from dist_train.engine.backends.base import Backend
+from dist_train.engine.together import on_main
+from dist_train.errors import DistTrainError, RunError
+from dist_train.models.activation_budget import Choice, choose_plan, in_units, measure_parts
+from dist_train.models.norm import share_statistics
+from dist_train.models.registry import build_model
+from dist_train.models.resnet3d import PARTS, ResNet3D
+from dist_train.run import RunData, as_input, make_model
+
+log = logging.getLogger(__name__)
+
+#: In a run's folder: the most clips that a micro-batch may hold, and of which settings that holds.
+NOTE = "micro_batch.json"
+#: Of the device's memory, for what comes later: fragments, and buffers of communication.
+MARGIN = 1 / 20
+#: Of the weights' size: AdamW's two moments, and the gradients once more, to be exchanged.
+COPIES = 3
+
+
+def cuts(plan: Plan, world: int, accumulate: int) -> list[int]:
+    """Numbers of accumulation steps that cut a step into whole groups: ``accumulate``, then each
+    the next that is at least twice as large, and last that of one group at a time.
+
+    Raises:
+        PlanError: ``accumulate`` itself does not cut it so.
+    """
+    plan.check_cut(world, accumulate)
+    groups = plan.batch // sum(plan.ratio) // world
+    found = [accumulate]
+    for more in range(2 * accumulate, groups + 1):
+        if groups % more == 0 and more >= 2 * found[-1]:
+            found.append(more)
+    return found if found[-1] == groups else [*found, groups]
+
+
+def largest_step(plan: Plan, deepest: int) -> tuple[int, int]:
+    """Clips and frames of the step that takes the most memory.
+
+    Args:
+        deepest: frames of the deepest clip. Under a voxel budget only a step of a single block may
+            hold it; others are as deep as the budget has room for.
+    """
+    steps = [(plan.batch, deepest)]
+    if plan.rules.max_voxels is not None:
+        runs = {int(n) for edges in plan.epochs.runs.values() for n in edges[1:] - edges[:-1]}
+        for clips in (n * plan.batch for n in runs if n > 1):
+            room = plan.rules.max_voxels // (clips * plan.rules.frame_voxels)
+            steps.append((clips, min(room, deepest)))
+    return max(steps, key=lambda step: step[0] * step[1])
+
+
+class MicroBatches:
+    """How the steps of a run are cut, on this machine. The same on all ranks.
+
+    Attributes:
+        accumulate: micro-batches of a step.
+        chosen: what is recomputed within ``model.activation_memory``; None without that.
+    """
+
+    def __init__(self, config: Config, data: RunData, plan: Plan, backend: Backend) -> None:
+        """A collective call, before the backend takes over the model.
+
+        Raises:
+            PlanError: ``train.accumulate`` cannot cut the steps.
+            RunError: memory does not suffice for the smallest micro-batch.
+            ModelError: ``model.activation_memory`` does not suffice for what ``train.accumulate``
+                makes of a step.
+        """
+        self.config, self.plan, self.backend = config, plan, backend
+        self.step_clips, self.frames = largest_step(plan, data.deepest())
+        self.note = _Note(config, backend.device)
+        self.accumulate = config.train.accumulate
+        plan.check_cut(backend.world, self.accumulate)
+        self.chosen: Choice | None = on_main(backend, self._choose)
+        known = on_main(backend, self.note.read)
+        while known is not None and self.clips > known and not self._is_smallest():
+            self.accumulate = self._next()
+        if config.train.probe == "always" or (
+            config.train.probe == "cuda" and backend.device.type == "cuda"
+        ):
+            self._find()
+
+    @property
+    def clips(self) -> int:
+        """Clips of a micro-batch, of a step of one block."""
+        return self.plan.batch // (self.backend.world * self.accumulate)
+
+    def make_model(self) -> nn.Module:
+        """The run's model, which recomputes what was chosen."""
+        model = make_model(self.config)
+        if self.chosen is not None:
+            assert isinstance(model, ResNet3D)
+            model.recompute = self.chosen.plan
+        return model
+
+    def facts(self) -> dict[str, Any]:
+        """What is done, for the run's record: JSON types."""
+        facts: dict[str, Any] = {"clips": self.clips, "accumulate": self.accumulate}
+        if self.chosen is not None:
+            facts["recompute"] = dict(zip(PARTS, self.chosen.plan, strict=True))
+            facts["activation_bytes"] = self.chosen.bytes
+        return facts
+
+    def halve(self) -> None:
+        """The next smaller micro-batch, and a note of it; on one rank, which decides for all that
+        start again.
+
+        Raises:
+            RunError: it is one group of positives and negatives already.
+        """
+        self.accumulate = self._next()
+        self.write_note()
+
+    def write_note(self) -> None:
+        """Note the size for sessions to come, if it is not what the settings say."""
+        if self.accumulate != self.config.train.accumulate:
+            self.note.write(self.clips)
+
+    def _is_smallest(self) -> bool:
+        return len(cuts(self.plan, self.backend.world, self.accumulate)) == 1
+
+    def _next(self) -> int:
+        if self._is_smallest():
+            p, q = self.plan.ratio
+            raise RunError(
+                f"memory does not suffice for a micro-batch of {p} positives to {q} negatives of "
+                f"up to {self.frames} frames, and it cannot be halved",
+                where=self.config.out,
+                fix="Set model.recompute or model.activation_memory, or lower clip.max_frames.",
+            )
+        return cuts(self.plan, self.backend.world, self.accumulate)[1]
+
+    # The budget.
+
+    def _choose(self) -> Choice | None:
+        config = self.config
+        budget = config.model.activation_memory
+        if budget is None:
+            return None
+        clips = self.step_clips // (self.backend.world * self.accumulate)
+        # fp16 is of the same size.
+        precision = None if config.train.precision == "fp32" else torch.bfloat16
+        shape = (clips, 1, self.frames, *config.clip.size)
+        costs = measure_parts(self._without_data, shape, precision)
+        choice = choose_plan(costs, budget)
+        what = f"activations of {clips} clips of {self.frames} frames"
+        if choice.bytes > budget:
+            raise RunError(
+                f"{what} take {in_units(choice.bytes)} at the least, and the budget is "
+                f"{in_units(budget)}",
+                where="model.activation_memory",
+                fix="Give so much, raise train.accumulate, or lower plan.batch, clip.max_frames or "
+                "clip.size.",
+            )
+        log.info(
+            "%s take %s of %s: recompute %s, for %.0f %% more work",
+            what, in_units(choice.bytes), in_units(budget), ", ".join(choice.plan),
+            100 * (choice.work - 1),
+        )  # fmt: skip
+        return choice
+
+    def _without_data(self) -> nn.Module:
+        settings = self.config.model.model_dump(exclude={"name", "activation_memory"})
+        return self._alone(build_model(self.config.model.name, **settings))
+
+    def _alone(self, model: nn.Module) -> nn.Module:
+        """Normalising as it does among several processes, but without them."""
+        if self.config.norm.shared and self.backend.world > 1:
+            share_statistics(model, lambda sums: None)
+        return model
+
+    # The probe.
+
+    def _find(self) -> None:
+        """Make micro-batches smaller until the largest one runs on every rank.
+
+        Each rank tries by itself, on a model that no backend knows, whose hooks would wait for the
+        other ranks.
+        """
+        found: int | DistTrainError
+        try:
+            while not self._runs():
+                self.accumulate = self._next()
+            found = self.accumulate
+        except DistTrainError as error:
+            found = error
+        answers = self.backend.gather(found)
+        for answer in answers:
+            if isinstance(answer, DistTrainError):
+                raise answer
+        self.accumulate = max(answers)
+        if self.backend.is_main and self.accumulate != self.config.train.accumulate:
+            log.warning(
+                "memory suffices for %d clips of %d frames at once: train.accumulate is %d here",
+                self.clips, self.frames, self.accumulate,
+            )  # fmt: skip
+
+    def _runs(self) -> bool:
+        """Whether memory suffices for the largest micro-batch. No weights, statistics or random
+        numbers of the run are touched."""
+        device = self.backend.device
+        suffices = True
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                self._run_once()
+        except torch.OutOfMemoryError:
+            suffices = False
+        # Only now is what the traceback held let go of.
+        free_cache(device)
+        return suffices
+
+    def _run_once(self) -> None:
+        config, device = self.config, self.backend.device
+        model = self._alone(self.make_model()).to(device).train()
+        reserved = COPIES * sum(p.numel() * p.element_size() for p in model.parameters())
+        if device.type == "cuda":
+            reserved += int(torch.cuda.get_device_properties(device).total_memory * MARGIN)
+        reserve = torch.empty(reserved, dtype=torch.uint8, device=device)
+        clips = self.step_clips // (self.backend.world * self.accumulate)
+        volumes = torch.zeros(
+            clips, 1, self.frames, *config.clip.size, dtype=torch.uint8, device=device
+        )
+        # One clip is shorter by a frame: a batch with padding takes more than one without.
+        lengths = torch.full((clips,), self.frames)
+        lengths[0] = max(1, self.frames - 1)
+        with self.backend.autocast():
+            loss = model(as_input(volumes, config), lengths).float().mean()
+        loss.backward()
+        del reserve
+
+
+class _Note:
+    """What earlier sessions of a run found. It holds only for settings that take the same memory,
+    on a device of the same kind."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.path: Path = config.out / NOTE
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.of: dict[str, Any] = {
+            "model": config.model.model_dump(mode="json"),
+            "clip": config.clip.model_dump(mode="json"),
+            "max_voxels": config.plan.max_voxels,
+            "precision": config.train.precision,
+            "device": name,
+        }
+
+    def read(self) -> int | None:
+        """The most clips of a micro-batch; None where nothing is known."""
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            return int(content["clips"]) if content["of"] == self.of else None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is left aside: %s", self.path, error)
+            return None
+
+    def write(self, clips: int) -> None:
+        content = json.dumps({"clips": clips, "of": self.of}, indent=2)
+        write_whole(self.path, content, contested=True)
+
+
+class Buffers:
+    """A copy of a model's buffers as they were before a step, to repeat it from."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._live = list(module.buffers())
+        self._copies = [buffer.clone() for buffer in self._live]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        torch._foreach_copy_(self._copies, self._live)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        torch._foreach_copy_(self._live, self._copies)
+
+
+def free_cache(device: torch.device) -> None:
+    """Give back what torch holds for reuse, of which no piece may be large enough."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()

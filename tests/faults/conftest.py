@@ -1,0 +1,36 @@
+"""A server of warm processes, a store, and a run that nobody disturbs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import overrides, tiny_store
+from launcher import Launcher
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The launcher alone takes seconds to be warm."""
+    for item in items:
+        if "launcher" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    with Launcher() as launcher:
+        yield launcher
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_store(tmp_path_factory.mktemp("faults") / "store")
+
+
+@pytest.fixture(scope="session")
+def straight(launcher: Launcher, store: Path) -> Path:
+    """18 steps on 2 ranks, with a checkpoint after each 4th; not to be changed."""
+    out = store.parent / "straight"
+    launcher.run(2, overrides(store, out, "model.dropout=0.3")).well()
+    return out

@@ -1,0 +1,226 @@
+"""Faults as objects, each of which strikes one rank at one step, once in a run's life."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dist_train.engine import checkpoint_writer
+from dist_train.engine.checkpoint import by_step, rank_file
+from dist_train.engine.tensor_file import write_tensors
+from dist_train.train import Trainer
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Attributes:
+    rank: where it strikes; None is everywhere.
+    step: before the forward pass of this step, 0 the first.
+    name: of a file that says that it has struck; None strikes each time.
+    """
+
+    rank: int | None
+    step: int
+    name: str | None = None
+
+    def is_due(self, trainer: Trainer, step: int, struck: Path) -> bool:
+        if step != self.step or self.rank not in (None, trainer.backend.rank):
+            return False
+        if self.name is None:
+            return True
+        try:
+            (struck / f"{self.name}.{trainer.backend.rank}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def strike(self, trainer: Trainer) -> None:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Signal(Fault):
+    """The process sends a signal to itself; or to its launcher, its parent."""
+
+    number: int = signal.SIGKILL
+    to_launcher: bool = False
+
+    def strike(self, trainer: Trainer) -> None:
+        os.kill(os.getppid() if self.to_launcher else os.getpid(), self.number)
+
+
+@dataclass(frozen=True)
+class NotANumber(Fault):
+    """The model's output of this step is NaN, and so are loss, gradients and statistics."""
+
+    value: float = float("nan")
+
+    def strike(self, trainer: Trainer) -> None:
+        def spoil(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            handle.remove()
+            # A step that is left out has no forward pass.
+            return output * self.value if trainer.done == self.step else output
+
+        handle = trainer.backend.module.register_forward_hook(spoil)
+
+
+@dataclass(frozen=True)
+class InfiniteGradient(Fault):
+    """One weight's gradient of this step is inf on this rank, and the loss is as it should be."""
+
+    def strike(self, trainer: Trainer) -> None:
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            handle.remove()
+            return gradient * float("inf")
+
+        handle = next(trainer.backend.module.parameters()).register_hook(spoil)
+
+
+@dataclass(frozen=True)
+class KilledWriting(Fault):
+    """The process is killed when half of its share of the next checkpoint is written."""
+
+    def strike(self, trainer: Trainer) -> None:
+        def half(path: Path, tensors: Any) -> Any:
+            write_tensors(path, tensors)
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint_writer.write_tensors = half
+
+
+@dataclass(frozen=True)
+class KilledPublishing(Fault):
+    """The process is killed when the next checkpoint lacks nothing but its name."""
+
+    def strike(self, trainer: Trainer) -> None:
+        def kill(path: Path, **how: Any) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint_writer.shutil = SimpleNamespace(rmtree=kill)
+
+
+@dataclass(frozen=True)
+class Hang(Fault):
+    """The process does nothing any more; with ``lock``, nor does any other thread of Python's."""
+
+    lock: bool = False
+
+    def strike(self, trainer: Trainer) -> None:
+        if self.lock:
+            ctypes.PyDLL(None).sleep(3600)  # a PyDLL's functions are called with the lock held
+        while True:
+            time.sleep(3600)
+
+
+@dataclass(frozen=True)
+class Slow(Fault):
+    """From this step on, the rank's first convolution takes longer by so many seconds."""
+
+    seconds: float = 0.02
+
+    def strike(self, trainer: Trainer) -> None:
+        first = next(m for m in trainer.backend.module.modules() if isinstance(m, torch.nn.Conv3d))
+        # A wrapper of its forward rather than a hook, as a slow device is slow inside.
+        inner = first.forward
+
+        def slow(input: torch.Tensor) -> torch.Tensor:
+            time.sleep(self.seconds)
+            return inner(input)
+
+        first.forward = slow
+
+
+@dataclass(frozen=True)
+class OtherWeights(Fault):
+    """One weight changes by a last bit on this rank alone, as by a bad memory chip."""
+
+    weight: str = ""
+
+    def strike(self, trainer: Trainer) -> None:
+        with torch.no_grad():
+            value = dict(trainer.backend.module.named_parameters())[self.weight].view(-1)
+            value[-1:] = torch.nextafter(value[-1:], torch.tensor(9.0))
+
+
+@dataclass(frozen=True)
+class OtherStep(Fault):
+    """This rank believes to be at another step."""
+
+    def strike(self, trainer: Trainer) -> None:
+        step = trainer._step
+        trainer._step = lambda number, batches: step(number + 1, batches)
+
+
+@dataclass(frozen=True)
+class Torn(Fault):
+    """The newest checkpoint loses the end of a file, and the process is killed: what was written
+    last did not reach the disk when the power went."""
+
+    def strike(self, trainer: Trainer) -> None:
+        found = by_step(trainer.config.out / "checkpoints")
+        if found:
+            file = found[-1][1] / rank_file(0)
+            os.truncate(file, file.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class ClockJump(Fault):
+    """The wall clock goes forth or back by so many hours."""
+
+    hours: float = 0.0
+
+    def strike(self, trainer: Trainer) -> None:
+        true_time = time.time
+        time.time = lambda: true_time() + 3600 * self.hours
+
+
+@dataclass(frozen=True)
+class Runs(Fault):
+    """A shell command, as root of what the test has made for it."""
+
+    command: str = ""
+
+    def strike(self, trainer: Trainer) -> None:
+        assert os.system(self.command) == 0
+
+
+KINDS = {
+    kind.__name__: kind
+    for kind in (
+        Signal, NotANumber, InfiniteGradient, KilledWriting, KilledPublishing, Hang, Slow,
+        OtherWeights, OtherStep, Torn, ClockJump, Runs,
+    )
+}  # fmt: skip
+
+
+def as_json(fault: Fault) -> dict[str, Any]:
+    return {"kind": type(fault).__name__} | fault.__dict__
+
+
+def from_json(content: Mapping[str, Any]) -> Fault:
+    settings = dict(content)
+    return KINDS[settings.pop("kind")](**settings)
+
+
+@dataclass
+class Injector:
+    """What ``train`` calls before each step."""
+
+    faults: Sequence[Fault]
+    struck: Path
+
+    def __call__(self, trainer: Trainer, step: int) -> None:
+        for fault in self.faults:
+            if fault.is_due(trainer, step, self.struck):
+                fault.strike(trainer)

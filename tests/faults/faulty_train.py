@@ -1,0 +1,36 @@
+"""``dist-train train`` with faults: FAULTS names a JSON file of them, made by the test.
+
+Started as a program by a real launcher, or called in a process that ``warm.py`` has forked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+from faults import Injector, from_json
+
+import dist_train.train
+from dist_train import cli
+
+
+def main() -> None:
+    """Run the command line of ``sys.argv``; ends the process as it does, but for success."""
+    place = os.environ.get("FAULTS")
+    if place is not None:
+        faults = [from_json(content) for content in json.loads(Path(place).read_text())]
+        injector = Injector(faults, Path(place).parent)
+        dist_train.train.train = partial(dist_train.train.train, before_step=injector)
+    try:
+        cli.main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "train")
+    main()

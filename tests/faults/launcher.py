@@ -1,0 +1,230 @@
+"""The test's side of ``warm.py``: runs of several ranks, and what became of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Any
+
+import psutil
+from faults import Fault, as_json
+from helpers import ROOT, environment
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Group:
+    """Processes that were started together: the ranks of a run, or one launcher."""
+
+    launcher: Launcher
+    pids: list[int]
+    logs: list[Path]
+
+    def codes(self, seconds: float = 60) -> list[int]:
+        """How each has ended: its exit code, or the negative of the signal that killed it."""
+        ended = self.launcher.ask({"wait": self.pids, "seconds": seconds})
+        left = [pid for pid in self.pids if str(pid) not in ended]
+        if left:
+            self.kill(left)
+            raise AssertionError(f"{len(left)} still ran after {seconds} s: {self.said()}")
+        return [ended[str(pid)] for pid in self.pids]
+
+    def well(self) -> None:
+        assert self.codes() == [0] * len(self.pids), self.said()
+
+    def said(self, rank: int | None = None) -> str:
+        """Standard output and error, of one or of all."""
+        logs = self.logs if rank is None else [self.logs[rank]]
+        return "\n".join(log.read_text() for log in logs if log.exists())
+
+    def signal(self, number: int, rank: int) -> None:
+        """Send a signal, and wait until the process has taken it."""
+        os.kill(self.pids[rank], number)
+        status = Path(f"/proc/{self.pids[rank]}/status")
+
+        def taken() -> bool:
+            pending = [line for line in status.read_text().splitlines() if "Pnd:" in line]
+            return not any(int(line.split()[1], 16) >> number - 1 & 1 for line in pending)
+
+        self.wait_for(taken)
+
+    def kill(self, pids: Sequence[int]) -> None:
+        family = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+        # The launchers first, so that they start nothing again.
+        for member in family + [c for p in family for c in p.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        self.launcher.ask({"wait": list(pids), "seconds": 30})
+
+    def wait_for(self, reached: Callable[[], bool], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not reached():
+            assert time.monotonic() < deadline, f"it never came so far: {self.said()}"
+            assert all(map(psutil.pid_exists, self.pids)), self.said()
+            time.sleep(0.01)
+
+
+class Launcher:
+    """Starts them. One server is used by all tests of a session.
+
+    Args:
+        around: a command that the server is started by, as one that makes it a namespace.
+    """
+
+    def __init__(self, around: Sequence[str] = ()) -> None:
+        self._around = around
+
+    def __enter__(self) -> Launcher:
+        self._folder = TemporaryDirectory(prefix="faults-")
+        self._process = subprocess.Popen(
+            [*self._around, sys.executable, "-u", str(HERE / "warm.py")],
+            env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path])),
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._number = 0
+        return self
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(30)
+        self._folder.cleanup()
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def run(
+        self,
+        world: int,
+        settings: Sequence[str] | Callable[[int], Sequence[str]],
+        *,
+        resume: bool = False,
+        faults: Sequence[Fault] = (),
+        networks: bool = False,
+    ) -> Group:
+        """Start the ranks of a run, with no launcher that would start them again; one alone as
+        without any.
+
+        Args:
+            settings: of all ranks, or of each.
+            networks: rank 1 is on a host of its own, joined to rank 0's by a cable.
+        """
+        folder, env = self._place(faults)
+        port = free_port()
+        processes = []
+        for rank in range(world):
+            own = settings(rank) if callable(settings) else settings
+            ranked = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            if world == 1:
+                ranked = {}
+            if networks:
+                ranked |= {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": ("near", "far")[rank]}
+            processes.append(
+                {
+                    "env": env | ranked,
+                    "arguments": [*(("--resume", "auto") if resume else ()), *own],
+                    "log": str(folder / f"{rank}.log"),
+                    "own_network": networks and rank == 1,
+                }
+            )
+        return self._start(processes)
+
+    def elastic(
+        self,
+        settings: Sequence[str],
+        *,
+        faults: Sequence[Fault] = (),
+        processes: int = 2,
+        nodes: int = 1,
+        least: int = 1,
+        restarts: int = 10,
+        struck: Path | None = None,
+        grace: int = 30,
+    ) -> Group:
+        """Start launch/elastic.py, on one node or as so many on this machine, the first of which
+        is where the others meet.
+
+        Args:
+            struck: folder of ``faults``, so that those that struck under an earlier launcher do
+                not come again.
+        """
+        folder, env = self._place(faults, struck)
+        endpoint = f"127.0.0.1:{free_port()}"
+        options = {
+            "min_nodes": least,
+            "max_nodes": nodes,
+            "nproc_per_node": processes,
+            "run_id": "test",
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": endpoint,
+            "local_addr": "127.0.0.1",
+            "max_restarts": restarts,
+            "monitor_interval": 0.05,
+            "shutdown_timeout": grace,
+        }
+        waits = {"last_call_timeout": 1, "keep_alive_interval": 1, "keep_alive_max_attempt": 3}
+        return self._start(
+            [
+                {
+                    "env": env,
+                    "arguments": ["--resume", "auto", *settings],
+                    "log": str(folder / f"{node}.log"),
+                    "elastic": options | {"rdzv_configs": waits | {"is_host": node == 0}},
+                }
+                for node in range(nodes)
+            ]
+        )
+
+    def _place(
+        self, faults: Sequence[Fault], folder: Path | None = None
+    ) -> tuple[Path, dict[str, str]]:
+        self._number += 1
+        place = Path(self._folder.name) / str(self._number)
+        place.mkdir()
+        written = (folder or place) / "faults.json"
+        written.parent.mkdir(exist_ok=True)
+        written.write_text(json.dumps([as_json(fault) for fault in faults]))
+        return place, {"FAULTS": str(written), "OMP_NUM_THREADS": "1"}
+
+    def _start(self, processes: list[dict[str, Any]]) -> Group:
+        pids = self.ask({"start": processes})
+        return Group(self, pids, [Path(process["log"]) for process in processes])
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port

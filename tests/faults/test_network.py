@@ -1,0 +1,43 @@
+"""The network between two hosts is cut: both end by themselves, and go on when it is back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults import Runs
+from helpers import overrides
+from launcher import Launcher
+from runs import assert_same, sessions_of
+from test_disk_full import UNSHARE
+
+DROPOUT = "model.dropout=0.3"
+
+
+@pytest.fixture
+def host() -> Iterator[Launcher]:
+    """A launcher on a network of its own, which it may join others to."""
+    alone = [*UNSHARE, "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    try:
+        with Launcher(alone) as launcher:
+            launcher.ask({"wait": [], "seconds": 0})
+            yield launcher
+    except ValueError:
+        pytest.skip("no network of one's own is allowed here")
+
+
+def test_a_cut_cable_ends_both_and_they_go_on_when_it_is_mended(
+    host: Launcher, store: Path, straight: Path, tmp_path: Path
+) -> None:
+    settings = overrides(store, tmp_path, DROPOUT)
+    cut = Runs(1, 6, command="ip link set far down")
+    group = host.run(2, [*settings, "train.timeout=8"], faults=[cut], networks=True)
+    assert group.codes(20) == [75, 75], group.said()
+    for rank in (0, 1):
+        said = group.said(rank)
+        assert "the network between them is gone" in said or "cannot be reached" in said
+        assert "Go on by --resume auto" in said
+    host.run(2, settings, resume=True, networks=True).well()
+    assert_same(tmp_path, straight)
+    assert sessions_of(tmp_path)[1] == (2, 4)

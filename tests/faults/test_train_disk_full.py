@@ -1,0 +1,79 @@
+"""The disk fills up while a run trains: it goes on, or ends with its place kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults import Runs
+from helpers import overrides
+from launcher import Launcher
+from runs import assert_same, checkpoints_of, sessions_of
+from test_disk_full import UNSHARE
+
+DROPOUT = "model.dropout=0.3"
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Launcher, Path]]:
+    """A launcher that sees a small disk, and the folder where it does."""
+    folder = tmp_path_factory.mktemp("disk")
+    mount = 'mount -t tmpfs -o size=8m tmpfs "$0" && exec "$@"'
+    try:
+        with Launcher([*UNSHARE, "sh", "-c", mount, str(folder)]) as launcher:
+            launcher.ask({"wait": [], "seconds": 0})
+            yield launcher, folder
+    except ValueError:
+        pytest.skip("no mount of one's own is allowed here")
+
+
+def filled(run: Path, step: int) -> Runs:
+    """To the last byte."""
+    return Runs(0, step, f"full{step}", command=f"cat /dev/zero > {run}/filler 2> /dev/null; true")
+
+
+def emptied(run: Path, step: int) -> Runs:
+    return Runs(0, step, f"empty{step}", command=f"rm {run}/filler")
+
+
+def as_seen(launcher: Launcher, path: Path) -> Path:
+    """A path in the launcher's own file system, from outside of it."""
+    return Path(f"/proc/{launcher.pid}/root{path}")
+
+
+def test_a_run_goes_on_over_a_checkpoint_that_cannot_be_written(
+    disk: tuple[Launcher, Path], store: Path, straight: Path
+) -> None:
+    """Full from step 5 to 11: checkpoint 8 fails. Nothing is missing in the end."""
+    launcher, folder = disk
+    out = folder / "on"
+    faults = [filled(out, 5), emptied(out, 11)]
+    group = launcher.run(2, overrides(store, out, DROPOUT), faults=faults)
+    group.well()
+    assert "No space left on device" in group.said(0)
+    assert "Training goes on" in group.said(0)
+    assert "this is number 1" in group.said(0)
+    assert_same(as_seen(launcher, out), straight)
+    assert checkpoints_of(as_seen(launcher, out)) == [16, 18]
+
+
+def test_after_too_many_failures_it_ends_and_goes_on_when_there_is_room(
+    disk: tuple[Launcher, Path], store: Path, straight: Path
+) -> None:
+    launcher, folder = disk
+    out = folder / "ends"
+    settings = overrides(store, out, DROPOUT, "checkpoint.max_failures=1")
+    group = launcher.run(
+        2, [*settings, "checkpoint.every_steps=2", "train.epochs=3"], faults=[filled(out, 5)]
+    )
+    assert group.codes() == [1, 1], group.said()
+    assert "this is number 1" in group.said(0)
+    (message,) = [line for line in group.said(0).splitlines() if line.startswith("error")]
+    assert "No space left on device" in message
+    assert "Traceback" not in group.said()
+    assert checkpoints_of(as_seen(launcher, out)) == [2, 4]
+    (as_seen(launcher, out) / "filler").unlink()
+    launcher.run(2, settings, resume=True).well()
+    assert_same(as_seen(launcher, out), straight)
+    assert [step for _, step in sessions_of(as_seen(launcher, out))] == [None, 4]

@@ -1,0 +1,86 @@
+"""Channels last through the whole network: no operation gets or makes another layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dist_train.models.resnet3d import ResNet3D
+
+LAYOUT = torch.channels_last_3d
+HEAVY = ("convolution", "batch_norm", "relu", "threshold", "max_pool3d", "add")
+
+
+def is_activation(x: Any) -> bool:
+    """Five axes, of which no two orders can look alike."""
+    return isinstance(x, Tensor) and x.ndim == 5 and min(x.shape) > 1
+
+
+class Layouts(TorchDispatchMode):
+    """Notes what of the heavy operations is not channels last, and copies into another layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+        self.wrong: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        inputs = [x for x in tree_leaves((args, kwargs)) if is_activation(x)]
+        outputs = [x for x in tree_leaves(out) if is_activation(x)]
+        if any(heavy in name for heavy in HEAVY):
+            self.seen += 1
+            if not all(x.is_contiguous(memory_format=LAYOUT) for x in inputs + outputs):
+                self.wrong.append(name)
+        if name in ("clone", "_to_copy", "copy_", "contiguous"):
+            layouts = {x.is_contiguous(memory_format=LAYOUT) for x in inputs + outputs}
+            if layouts not in ({True}, set()):
+                self.wrong.append(name)
+        return out
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """With one, torch has a 1x1x1 convolution of its own for the CPU, which gives plain layout."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("folded", [False, True], ids=["plain", "folded"])
+@pytest.mark.parametrize("frames", [[32, 32], [32, 19]], ids=["full", "padded"])
+def test_every_operation_is_in_one_layout_forward_and_backward(
+    frames: list[int], folded: bool, recompute: Any
+) -> None:
+    torch.manual_seed(0)
+    model = ResNet3D(50, width=4, stem_folded=folded, recompute=recompute)
+    model = model.to(memory_format=LAYOUT)  # type: ignore[call-overload]
+    # The smallest whose last activations are [2, C, 2, 2, 2].
+    clips = torch.rand(2, 1, 32, 64, 64).to(memory_format=LAYOUT)
+    with Layouts() as layouts:
+        model(clips, torch.tensor(frames)).sum().backward()
+    assert layouts.seen > 300
+    # The gradient of the average over voxels is one number a channel, expanded: a layout of none.
+    layouts.wrong.remove("threshold_backward")
+    # Folding one channel into four is a copy, of the input and of the kernel.
+    assert layouts.wrong == (["clone"] * 2 * (1 + (recompute == "block")) if folded else [])
+
+
+def test_a_contiguous_network_would_be_noticed() -> None:
+    torch.manual_seed(0)
+    model = ResNet3D(10, width=4)
+    with Layouts() as layouts:
+        model(torch.rand(2, 1, 32, 64, 64)).sum().backward()
+    assert len(layouts.wrong) > 50

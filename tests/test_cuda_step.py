@@ -1,0 +1,61 @@
+"""The step's levers on a CUDA device, where another library computes them: the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from dist_train.config import Config, load_config
+from dist_train.engine.backends.base import autocast
+from dist_train.engine.optim import make_optimizer
+from dist_train.run import as_input, make_model
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
+]
+PLAIN = ("model.name=resnet3d-10", "model.width=16", "train.precision=fp32")
+
+
+def config_of(*settings: str) -> Config:
+    return load_config(None, ["store=none", *PLAIN, *settings])
+
+
+def trained(config: Config, steps: int = 3) -> list[torch.Tensor]:
+    """Loss of each step and the weights after them, on the device, in TF32-free arithmetic."""
+    device = torch.device("cuda")
+    model = make_model(config).to(device)
+    optimizer = make_optimizer(model, config.optim)
+    generator = torch.Generator().manual_seed(1)
+    clips = torch.randint(256, (4, 1, 20, 64, 64), dtype=torch.uint8, generator=generator)
+    frames, labels = torch.tensor([20, 17, 20, 9]), torch.tensor([1.0, 0, 0, 0], device=device)
+    losses = []
+    for _ in range(steps):
+        with autocast(config.train.precision, device):
+            logits = model(as_input(clips.to(device), config), frames)
+        loss = binary_cross_entropy_with_logits(logits.float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return [torch.stack(losses), *(parameter.detach() for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize(
+    ("setting", "tolerance"),
+    [
+        ("train.channels_last=true", 2e-3),
+        ("model.stem_folded=true", 2e-3),
+        ("optim.fused=true", 2e-3),
+        ("model.recompute=cheap", 2e-3),
+        ("train.precision=bf16", 5e-2),
+    ],
+)
+def test_a_lever_changes_the_first_losses_by_rounding_alone(
+    monkeypatch: pytest.MonkeyPatch, setting: str, tolerance: float
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    plain = trained(config_of("train.channels_last=false"))[0]
+    changed = trained(config_of("train.channels_last=false", setting))[0]
+    torch.testing.assert_close(changed, plain, rtol=tolerance, atol=tolerance)

@@ -1,0 +1,218 @@
+"""A run's model as one file: the same logits as the run's own model, whoever computes them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from helpers import dist_train, run_well, tiny_config, tiny_store
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dist_train.engine.checkpoint import load_checkpoint
+from dist_train.errors import CheckpointError, RunError
+from dist_train.export import export_run, onnx_bytes
+from dist_train.models.resnet3d import BLOCKS, Bottleneck, ResNet3D
+from dist_train.run import make_model, model_facts, open_run
+from dist_train.train import train
+
+SIDE = 16
+# Clips of several depths in one batch, without padding, and alone; a single frame.
+BATCHES = [([9, 4, 1], 9), ([5, 5], 5), ([12], 12), ([3], 8), ([1], 1)]
+each_batch = pytest.mark.parametrize(("frames", "depth"), BATCHES, ids=str)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run with snapshots of steps 6 and 12; not to be changed."""
+    folder = tmp_path_factory.mktemp("export")
+    store, out = tiny_store(folder / "store"), folder / "run"
+    train(tiny_config(store, out, "train.epochs=2", "snapshots.at=[1, 2]", "model.dropout=0.3"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path) -> tuple[Path, Path]:
+    """Both files, by the command."""
+    out, graph = run.parent / "new" / "model.safetensors", run.parent / "model.onnx"
+    said = run_well(dist_train("export", run, "--out", out, "--onnx", graph))
+    assert said == "".join(f"snapshot of step 12 in {file}\n" for file in (out, graph))
+    return out, graph
+
+
+def model_of(run: Path, weights: dict[str, Tensor]) -> nn.Module:
+    model = make_model(open_run(run))
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def batch(frames: list[int], depth: int) -> tuple[Tensor, Tensor]:
+    """Clips of 0 to 1, and whatever there may be in padded frames."""
+    generator = torch.Generator().manual_seed(depth)
+    volumes = torch.rand(len(frames), 1, depth, SIDE, SIDE, generator=generator)
+    for volume, real in zip(volumes, frames, strict=True):
+        volume[:, real:] = float("nan")
+    return volumes, torch.tensor(frames)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, frames: list[int], depth: int) -> np.ndarray:
+    volumes, lengths = batch(frames, depth)
+    logits: np.ndarray = model(volumes, lengths).numpy()
+    return logits
+
+
+def by_onnx(graph: bytes, frames: list[int], depth: int) -> np.ndarray:
+    volumes, lengths = batch(frames, depth)
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    inputs = {"volumes": volumes.numpy(), "frames": lengths.numpy()}
+    (logits,) = session.run(["logits"], inputs)
+    return logits
+
+
+@pytest.mark.slow
+@each_batch
+def test_the_safetensors_file_gives_the_logits_of_the_snapshot(
+    run: Path, exported: tuple[Path, Path], frames: list[int], depth: int
+) -> None:
+    snapshot = model_of(run, load_file(run / "snapshots" / "step-12.safetensors"))
+    mine = logits_of(model_of(run, load_file(exported[0])), frames, depth)
+    assert np.isfinite(mine).all()
+    np.testing.assert_array_equal(mine, logits_of(snapshot, frames, depth))
+
+
+@pytest.mark.slow
+@each_batch
+def test_the_onnx_file_gives_the_same_logits(
+    run: Path, exported: tuple[Path, Path], frames: list[int], depth: int
+) -> None:
+    onnx.checker.check_model(str(exported[1]), full_check=True)
+    expected = logits_of(model_of(run, load_file(exported[0])), frames, depth)
+    found = by_onnx(exported[1].read_bytes(), frames, depth)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_both_files_say_what_they_are(run: Path, exported: tuple[Path, Path]) -> None:
+    expected: dict[str, Any] = {
+        "step": 12,
+        "from": "snapshot",
+        "model": model_facts(open_run(run)),
+        "clip": {"size": [SIDE, SIDE], "max_frames": None},
+    }
+    with safe_open(exported[0], "pt") as file:
+        assert json.loads(file.metadata()["facts"]) == expected
+    (facts,) = [p.value for p in onnx.load(exported[1]).metadata_props if p.key == "facts"]
+    assert json.loads(facts) == expected
+
+
+@pytest.mark.slow
+def test_bottlenecks_and_pooling_as_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ResNet-50 of one block a layer, coarse in depth."""
+    monkeypatch.setitem(BLOCKS, 50, (Bottleneck, (1, 1, 1, 1)))
+    torch.manual_seed(0)
+    model = ResNet3D(50, width=4, stem_stride=(2, 2, 2))
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm3d):
+            for tensor in (norm.bias, norm.running_mean):
+                nn.init.uniform_(tensor, -0.5, 0.5)
+    graph = onnx_bytes(model.eval(), (SIDE, SIDE), {})
+    for frames, depth in BATCHES:
+        expected = logits_of(model, frames, depth)
+        np.testing.assert_allclose(by_onnx(graph, frames, depth), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_can_be_chosen(run: Path, tmp_path: Path) -> None:
+    assert export_run(run, tmp_path / "6", step=6)["from"] == "snapshot"
+    weights = load_file(tmp_path / "6")
+    snapshot = load_file(run / "snapshots" / "step-6.safetensors")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in snapshot.items())
+
+
+@pytest.mark.parametrize("step", [None, 8], ids=["newest", "step 8"])
+def test_a_run_without_snapshots_gives_its_checkpoint(
+    run: Path, tmp_path: Path, step: int | None
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "snapshots")
+    facts = export_run(tmp_path / "run", tmp_path / "file", step=step)
+    assert (facts["step"], facts["from"]) == (step or 12, "checkpoint")
+    tensors, _ = load_checkpoint(run / "checkpoints" / f"step-{step or 12}")
+    weights = load_file(tmp_path / "file")
+    assert weights.keys() == make_model(open_run(run)).state_dict().keys()
+    assert all(torch.equal(weights[name], tensors[f"model/{name}"]) for name in weights)
+
+
+def test_a_step_that_is_not_there(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError) as caught:
+        export_run(run, tmp_path / "file", step=7)
+    assert str(caught.value) == (
+        f"{run}: the run has no weights of step 7. There are those of 6, 8, 12."
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_saved_nothing_yet(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copy(run / "config.yaml", tmp_path / "run")
+    with pytest.raises(RunError, match="the run has no weights yet"):
+        export_run(tmp_path / "run", tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=f"^{tmp_path}: there is no run here"):
+        export_run(tmp_path, tmp_path / "file")
+
+
+def test_weights_of_another_model(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("width: 4", "width: 8"))
+    with pytest.raises(RunError, match=r"step-12.safetensors: the snapshot does not fit the run"):
+        export_run(copy, tmp_path / "file")
+    shutil.rmtree(copy / "snapshots")
+    with pytest.raises(RunError, match=r"step-12: the checkpoint does not fit the run"):
+        export_run(copy, tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_damaged_file_is_told(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    snapshot = copy / "snapshots" / "step-12.safetensors"
+    snapshot.write_bytes(snapshot.read_bytes()[:-10])
+    with pytest.raises(RunError, match=f"^{snapshot}: the snapshot does not fit the run"):
+        export_run(copy, tmp_path / "file")
+    shutil.rmtree(copy / "snapshots")
+    for share in (copy / "checkpoints").glob("step-*/rank-*"):
+        share.write_bytes(share.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints is whole"):
+        export_run(copy, tmp_path / "file")
+    with pytest.raises(CheckpointError, match=r"rank-00000.safetensors: the file is damaged"):
+        export_run(copy, tmp_path / "file", step=8)
+    assert not (tmp_path / "file").exists()
+
+
+def test_without_onnx_it_says_what_to_install(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dist_train.export.NEEDED_FOR_ONNX", ("onnx", "no_such_package"))
+    with pytest.raises(RunError, match=r"ONNX needs no_such_package. Run pip install"):
+        export_run(run, tmp_path / "file", onnx=tmp_path / "graph")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_without_an_onnx_form() -> None:
+    with pytest.raises(RunError, match=r"Linear cannot be written as ONNX. Leave out --onnx"):
+        onnx_bytes(nn.Linear(1, 1), (SIDE, SIDE), {})

@@ -1,0 +1,319 @@
+"""Memory that does not suffice: the probe, a step that is repeated, and the budget of activations.
+
+Errors are injected, as a CPU has no such limit: a hook on the real model raises what CUDA would.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import LAUNCH, losses_of, metrics_of, run_well, tiny_config, tiny_store
+from torch import nn
+
+from dist_train import micro_batch
+from dist_train.config import Config, load_config
+from dist_train.data.plan import Plan, make_plan
+from dist_train.errors import PlanError, RunError
+from dist_train.micro_batch import cuts, largest_step
+from dist_train.run import make_model
+from dist_train.train import BeforeStep, Trainer, train
+
+# 4 groups of 1:3 a step, 3 steps an epoch, and a checkpoint after each 4th.
+SETTINGS = ("plan.batch=16", "model.dropout=0.3", "snapshots.at=[3]")
+LAST = "step-9.safetensors"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_store(tmp_path_factory.mktemp("memory") / "store")
+
+
+def config_of(store: Path, out: Path, *more: str) -> Config:
+    return tiny_config(store, out, *SETTINGS, *more)
+
+
+def weights_of(run: Path) -> bytes:
+    return (run / "snapshots" / LAST).read_bytes()
+
+
+def sessions_of(run: Path) -> list[dict[str, Any]]:
+    sessions: list[dict[str, Any]] = json.loads((run / "run.json").read_text())["sessions"]
+    return sessions
+
+
+def limit(model: nn.Module, clips: int, *, spared: int = 0) -> None:
+    """From now on the model has no memory for more than so many clips in training, but for the
+    first ``spared`` batches."""
+    left = [spared]
+
+    def check(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if module.training and len(inputs[0]) > clips:
+            left[0] -= 1
+            if left[0] < 0:
+                raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nMore is told here.")
+
+    model.register_forward_pre_hook(check)
+
+
+def limit_at(step: int, clips: int, *, spared: int = 0) -> BeforeStep:
+    limited = []
+
+    def before_step(trainer: Trainer, coming: int) -> None:
+        if coming == step and not limited:
+            limited.append(coming)
+            limit(trainer.backend.module, clips, spared=spared)
+
+    return before_step
+
+
+class InterruptedSessionError(Exception):
+    pass
+
+
+def interrupt_at(step: int) -> Any:
+    def progress(done: int, total: int, figures: str) -> None:
+        if done == step:
+            raise InterruptedSessionError
+
+    return progress
+
+
+# How a step is cut.
+
+
+def plan_of(batch: int, **more: Any) -> Plan:
+    return make_plan(np.arange(100), np.arange(100, 900), batch=batch, ratio=(1, 3), seed=0, **more)
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "accumulate", "expected"),
+    [
+        (64, 1, 1, [1, 2, 4, 8, 16]),
+        (64, 4, 1, [1, 2, 4]),
+        (64, 4, 2, [2, 4]),
+        (64, 4, 4, [4]),
+        (48, 1, 1, [1, 2, 4, 12]),
+        (48, 1, 3, [3, 6, 12]),
+        (48, 4, 1, [1, 3]),
+        (20, 1, 1, [1, 5]),
+    ],
+)
+def test_cuts_halve_as_long_as_groups_stay_whole(
+    batch: int, world: int, accumulate: int, expected: list[int]
+) -> None:
+    plan = plan_of(batch)
+    assert cuts(plan, world, accumulate) == expected
+    for cut in expected:
+        plan.check_cut(world, cut)
+
+
+def test_cuts_of_what_cannot_be_cut() -> None:
+    with pytest.raises(PlanError, match="cannot be cut into 1 processes x 3"):
+        cuts(plan_of(16), 1, 3)
+
+
+def test_without_a_budget_the_largest_step_is_one_of_the_deepest_clips() -> None:
+    assert largest_step(plan_of(16), 70) == (16, 70)
+
+
+def test_no_step_takes_more_than_the_largest() -> None:
+    depths = np.random.default_rng(0).integers(4, 60, 900)
+    for budget in (16 * 60 * 25, 16 * 90 * 25, 16 * 500 * 25):
+        plan = plan_of(
+            16,
+            positive_depths=depths[:100],
+            negative_depths=depths[100:],
+            max_voxels=budget,
+            frame_voxels=25,
+        )
+        clips, frames = largest_step(plan, int(depths.max()))
+        taken = [
+            plan.clips_at(step) * int(plan.depths(step).max()) for step in range(plan.first_step(3))
+        ]
+        assert max(taken) <= clips * frames
+        assert clips * frames <= max(budget / 25, 16 * depths.max())
+        assert max(taken) > 0.6 * clips * frames
+
+
+# A step that is repeated.
+
+
+@pytest.fixture(scope="module")
+def repeated(store: Path) -> Path:
+    """A run whose 5th step has memory for its first micro-batch, but not for the second; not to be
+    changed."""
+    out = store.parent / "repeated"
+    train(
+        config_of(store, out, "train.accumulate=2"),
+        before_step=limit_at(4, clips=4, spared=1),
+    )
+    return out
+
+
+def test_the_step_is_repeated_as_if_it_had_always_been_cut_so(
+    store: Path, repeated: Path, tmp_path: Path
+) -> None:
+    """To the bit: statistics, random numbers and outputs of the failed attempt are gone."""
+    first = config_of(store, tmp_path, "train.accumulate=2")
+    with pytest.raises(InterruptedSessionError):
+        train(first, progress=interrupt_at(4))
+    train(config_of(store, tmp_path, "train.accumulate=4"), resume="auto")
+    assert metrics_of(repeated) == metrics_of(tmp_path)
+    assert weights_of(repeated) == weights_of(tmp_path)
+
+
+def test_a_resumed_run_keeps_what_was_found(store: Path, repeated: Path, tmp_path: Path) -> None:
+    config = config_of(store, tmp_path, "train.accumulate=2")
+    with pytest.raises(InterruptedSessionError):
+        train(config, progress=interrupt_at(6), before_step=limit_at(4, clips=4, spared=1))
+    train(config, resume="auto")
+    assert metrics_of(tmp_path) == metrics_of(repeated)
+    assert weights_of(tmp_path) == weights_of(repeated)
+    found = [session["micro_batch"]["accumulate"] for session in sessions_of(tmp_path)]
+    assert found == [2, 4]
+    assert load_config(tmp_path / "config.yaml").train.accumulate == 2
+
+
+def test_what_was_found_counts_for_the_settings_that_it_was_found_with(
+    store: Path, repeated: Path, tmp_path: Path
+) -> None:
+    note = (repeated / micro_batch.NOTE).read_text()
+    for number, (more, accumulate) in enumerate(
+        [((), 4), (("model.recompute=block",), 1), (("clip.max_frames=4",), 1)]
+    ):
+        out = tmp_path / str(number)
+        out.mkdir()
+        (out / micro_batch.NOTE).write_text(note)
+        with pytest.raises(InterruptedSessionError):
+            train(config_of(store, out, *more), progress=interrupt_at(1))
+        assert sessions_of(out)[0]["micro_batch"]["accumulate"] == accumulate
+
+
+def test_a_damaged_note_is_left_aside(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / micro_batch.NOTE).write_text('{"clips": ')
+    with pytest.raises(InterruptedSessionError):
+        train(config_of(store, tmp_path), progress=interrupt_at(1))
+    assert f"{tmp_path / micro_batch.NOTE} is left aside" in caplog.text
+    assert sessions_of(tmp_path)[0]["micro_batch"]["accumulate"] == 1
+
+
+def test_one_group_cannot_be_halved(store: Path, tmp_path: Path) -> None:
+    config = config_of(store, tmp_path, "train.accumulate=4")
+    with pytest.raises(RunError) as caught:
+        train(config, before_step=limit_at(0, clips=1))
+    for part in (
+        "a micro-batch of 1 positives to 3 negatives of up to 8 frames, and it cannot be halved",
+        "model.recompute",
+        "model.activation_memory",
+        "clip.max_frames",
+    ):
+        assert part in str(caught.value)
+
+
+# The probe.
+
+
+def with_memory_for(monkeypatch: pytest.MonkeyPatch, clips: int) -> None:
+    """Models have memory for so many clips, in the probe as in training."""
+
+    def limited(config: Config) -> nn.Module:
+        model = make_model(config)
+        limit(model, clips)
+        return model
+
+    monkeypatch.setattr(micro_batch, "make_model", limited)
+
+
+@pytest.mark.parametrize(("memory_for", "accumulate"), [(99, 1), (16, 1), (15, 2), (5, 4)])
+def test_the_probe_finds_the_micro_batch_before_the_first_step(
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    memory_for: int,
+    accumulate: int,
+) -> None:
+    """And leaves no trace: the run is, to the bit, the one that was cut so from the beginning."""
+    train(config_of(store, tmp_path / "cut", f"train.accumulate={accumulate}"))
+    with_memory_for(monkeypatch, memory_for)
+    config = config_of(store, tmp_path / "found", "train.probe=always")
+    with pytest.raises(InterruptedSessionError):
+        train(config, progress=interrupt_at(5))
+    train(config, resume="auto")
+    assert metrics_of(tmp_path / "found") == metrics_of(tmp_path / "cut")
+    assert weights_of(tmp_path / "found") == weights_of(tmp_path / "cut")
+    found = [s["micro_batch"]["accumulate"] for s in sessions_of(tmp_path / "found")]
+    assert found == [accumulate] * 2
+
+
+def test_a_probe_that_finds_nothing_says_so_before_anything_is_written(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_memory_for(monkeypatch, 3)
+    with pytest.raises(RunError, match="and it cannot be halved"):
+        train(config_of(store, tmp_path / "run", "train.probe=always"))
+    assert not (tmp_path / "run").exists()
+
+
+# The budget of activations.
+
+
+def test_a_budget_changes_nothing_but_memory(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(config_of(store, tmp_path / "plain"))
+    with caplog.at_level(logging.INFO, "dist_train"):
+        train(config_of(store, tmp_path / "budget", "model.activation_memory=1200KiB"))
+    assert metrics_of(tmp_path / "budget") == metrics_of(tmp_path / "plain")
+    assert weights_of(tmp_path / "budget") == weights_of(tmp_path / "plain")
+    facts = sessions_of(tmp_path / "budget")[0]["micro_batch"]
+    assert list(facts["recompute"]) == ["stem", "layer1", "layer2", "layer3", "layer4"]
+    assert set(facts["recompute"].values()) != {"none"}
+    assert facts["activation_bytes"] <= 1200 * 2**10
+    assert ", ".join(facts["recompute"].values()) in caplog.text
+
+
+def test_a_budget_that_nothing_fits_says_what_would(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError) as caught:
+        train(config_of(store, tmp_path / "run", "model.activation_memory=10KiB"))
+    text = str(caught.value)
+    assert text.startswith("model.activation_memory: activations of 16 clips of 8 frames take ")
+    for part in (" MiB at the least, and the budget is 0.0 MiB", "raise train.accumulate",
+                 "lower plan.batch, clip.max_frames"):  # fmt: skip
+        assert part in text
+    assert not (tmp_path / "run").exists()
+
+
+# Several processes.
+
+
+@pytest.mark.slow
+def test_where_one_of_two_processes_has_no_memory_both_start_again_with_less(
+    store: Path, tmp_path: Path
+) -> None:
+    """Process 1 fails in its 6th step, in which process 0 waits for its statistics. The launcher
+    starts both again, from the checkpoint after step 4, with micro-batches of half the size."""
+    settings = ("model.dropout=0", "optim.lr=3e-4")
+    config = config_of(store, tmp_path / "two", *settings)
+    (tmp_path / "c.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    script = Path(__file__).parent / "distributed" / "short_memory.py"
+    launcher = [str(LAUNCH / "elastic.py"), "--standalone", "--nproc-per-node=2"]
+    run_well([sys.executable, *launcher, "--max-restarts=1", str(script), str(tmp_path / "c.yaml")])
+    first, second = sessions_of(tmp_path / "two")
+    assert (first["micro_batch"]["accumulate"], first["resumed_from_step"]) == (1, None)
+    assert (second["micro_batch"]["accumulate"], second["resumed_from_step"]) == (2, 4)
+
+    # All ranks together see in each micro-batch the clips that one process would.
+    alone = tmp_path / "one"
+    with pytest.raises(InterruptedSessionError):
+        train(config_of(store, alone, *settings), progress=interrupt_at(4))
+    train(config_of(store, alone, *settings, "train.accumulate=2"), resume="auto")
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(alone), rel=1e-4)

@@ -1,0 +1,287 @@
+"""What augmentation costs: ours against albumentations frame by frame, and on the device.
+
+Both do the same to the same clips; that they agree to the bit is checked before they are timed.
+Then how many clips one core reads and packs for the device. benchmarks/augment.md says how to read
+the figures.
+
+    python tools/bench_augment.py [--rounds N] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import albumentations as A
+import cv2
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dist_train.config import AugmentSettings
+from dist_train.data.augment import Augment
+from dist_train.data.augment_device import augmented_batch
+from dist_train.data.clip import PrepareSettings
+from dist_train.data.collate import collate
+from dist_train.data.dataset import ClipDataset
+from dist_train.data.decode import Volume
+from dist_train.data.manifest import read_manifest
+from dist_train.data.native import pack
+from dist_train.data.prepare import prepare
+from dist_train.data.sampler import Slot
+from dist_train.data.store import Store
+
+#: Frames, height and width of a clip.
+SHAPE = 60, 160, 160
+#: Draws that a figure is the mean of.
+DRAWS = 24
+#: Clips that one core reads and packs, in batches of so many.
+CLIPS, BATCH = 256, 16
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"device"}, 0.0)
+#: Of configs/clog_loss_*.yaml.
+RECIPE = {
+    "flip": 0.5,
+    "rotate90": 0.5,
+    "reverse": 0.5,
+    "brightness": 0.5,
+    "blur_noise": 0.2,
+    "distort": 0.2,
+    "shift_scale_rotate": 0.3,
+}
+ROWS = {
+    **{name: OFF | {name: 1.0} for name in RECIPE},
+    "all at once": dict.fromkeys(OFF, 1.0),
+    "recipe": OFF | RECIPE,
+}
+Apply = Callable[[Volume, int], Volume]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3, help="times that all is timed")
+    parser.add_argument("--json", type=Path, help="write the figures there, under 'summary'")
+    arguments = parser.parse_args()
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    result = measure(arguments.rounds)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    Console().print(as_table(result))
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    clip = cells(SHAPE)
+    rows = {}
+    for name, settings in ROWS.items():
+        say(name)
+        rows[name] = row(Augment(AugmentSettings.model_validate(settings), seed=0), clip, rounds)
+    say("feeding")
+    with tempfile.TemporaryDirectory(prefix="bench_augment.") as folder:
+        feed = feeding(Path(folder), rounds)
+    return {
+        "summary": {
+            "vs_per_frame": rows["recipe"]["vs_per_frame"],
+            "vs_per_frame_all_at_once": rows["all at once"]["vs_per_frame"],
+            "vs_calls": rows["recipe"]["vs_calls"],
+            "clips_per_second": 1e3 / rows["recipe"]["ours_ms"],
+            "device_clips_per_second": 1e3 / rows["recipe"]["device_ms"],
+            **feed,
+        },
+        "device": str(DEVICE),
+        "rows": rows,
+        "clip": SHAPE,
+        "draws": DRAWS,
+        "rounds": rounds,
+        "versions": {
+            "albumentations": A.__version__,
+            "opencv": cv2.__version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def say(what: str) -> None:
+    print(f"== {what}", file=sys.stderr, flush=True)
+
+
+def cells(shape: tuple[int, int, int]) -> Volume:
+    """A clip of blurred noise, whose grain is that of blood cells."""
+    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return np.stack([cv2.GaussianBlur(frame, (9, 9), 2.5) for frame in noise])
+
+
+# --- the ways -------------------------------------------------------------------------------------
+
+
+def row(augment: Augment, clip: Volume, rounds: int) -> dict[str, float]:
+    """Milliseconds a clip by each way, and how many times as long as ours the others take."""
+    ways: dict[str, Apply] = {
+        "ours": lambda clip, number: np.ascontiguousarray(augment(clip, epoch=0, number=number)),
+        "per_frame": PerFrame(augment, by_calls=False),
+        "calls": PerFrame(augment, by_calls=True),
+    }
+    for number in range(4):
+        for other in ("per_frame", "calls"):
+            same = np.array_equal(ways["ours"](clip, number), ways[other](clip, number))
+            assert same, f"{other} gives another clip"
+    found = milliseconds(ways, clip, rounds)
+    found["device"] = device_milliseconds(augment, rounds)
+    times = {f"{name}_ms": took for name, took in found.items()}
+    return times | {f"vs_{name}": found[name] / found["ours"] for name in ("per_frame", "calls")}
+
+
+class PerFrame:
+    """albumentations' own transforms, frame by frame.
+
+    Args:
+        augment: whose transforms and draws.
+        by_calls: draw anew for each frame, by the same random states. Otherwise once for each clip,
+            and replay that.
+    """
+
+    def __init__(self, augment: Augment, *, by_calls: bool) -> None:
+        self.draw, self.by_calls = augment.draw, by_calls
+        used = augment.draw.transform
+        self.pipeline: Any = (
+            None
+            if used is None
+            else (A.Compose if by_calls else A.ReplayCompose)(copy.deepcopy(used.transforms))
+        )
+
+    def __call__(self, clip: Volume, number: int) -> Volume:
+        key = np.random.SeedSequence((self.draw.seed, 0, number))
+        numbers, choices, reversal = (int(word) for word in key.generate_state(3))
+
+        def begin() -> Any:
+            self.pipeline.set_random_state(np.random.default_rng(numbers), random.Random(choices))
+            return self.pipeline
+
+        if self.pipeline is None:
+            pass
+        elif self.by_calls:
+            clip = np.stack([begin()(image=frame)["image"] for frame in clip])
+        else:
+            drawn = begin()(image=clip[0])["replay"]
+            # Restored once; ReplayCompose.replay does it for each picture, which takes longer.
+            replay = A.ReplayCompose._restore_for_replay(drawn)
+            clip = np.stack([replay(image=frame, force_apply=True)["image"] for frame in clip])
+        is_reversed = np.random.default_rng(reversal).random() < self.draw.reverse
+        return np.ascontiguousarray(clip[::-1]) if is_reversed else clip
+
+
+def milliseconds(ways: dict[str, Apply], clip: Volume, rounds: int) -> dict[str, float]:
+    """The least of several rounds, in which the ways take turns."""
+    found = dict.fromkeys(ways, float("inf"))
+    for _ in range(rounds):
+        for name, apply in ways.items():
+            found[name] = min(found[name], timed(apply, clip))
+    return found
+
+
+def timed(apply: Apply, clip: Volume) -> float:
+    began = time.perf_counter()
+    for number in range(DRAWS):
+        apply(clip, number)
+    return (time.perf_counter() - began) / DRAWS * 1e3
+
+
+# --- the device -----------------------------------------------------------------------------------
+
+
+def native(count: int) -> list[Volume]:
+    """Crops of 60 frames, of 40 to 104 pixels in height and width: a fifth of 160 x 160 pixels."""
+    sizes = np.random.default_rng(1).integers(40, 105, (count, 2)).tolist()
+    grain = cells((SHAPE[0], 104, 104))
+    return [np.ascontiguousarray(grain[:, :height, :width]) for height, width in sizes]
+
+
+def device_milliseconds(augment: Augment, rounds: int) -> float:
+    """Of resizing and augmenting a native clip, in batches, once the draws are made."""
+    size = SHAPE[1], SHAPE[2]
+    clips = [torch.from_numpy(clip) for clip in native(DRAWS)]
+    draws = [augment.draw(size, epoch=0, number=number) for number in range(DRAWS)]
+    packed = pack(clips, draws).to(DEVICE)
+    best = float("inf")
+    for _ in range(rounds + 1):
+        wait()
+        began = time.perf_counter()
+        augmented_batch(packed, size)
+        wait()
+        best = min(best, time.perf_counter() - began)
+    return best / DRAWS * 1e3
+
+
+def wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# --- one core of a loader -------------------------------------------------------------------------
+
+
+def feeding(folder: Path, rounds: int) -> dict[str, float]:
+    """Clips a second that one process reads from a store in the page cache and makes batches of in
+    shared memory, as a loader's worker does: the recipe on the device, and on the host."""
+    raw = folder / "raw"
+    raw.mkdir()
+    names = [f"{number}.npy" for number in range(CLIPS)]
+    for name, clip in zip(names, native(CLIPS), strict=True):
+        np.save(raw / name, clip)
+    lines = ["filename,label", *(f"{name},{number % 2}" for number, name in enumerate(names))]
+    (folder / "clips.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    manifest = read_manifest(folder / "clips.csv")
+    prepare(manifest, raw, folder / "store", PrepareSettings(roi="none"), workers=1)
+    store = Store(folder / "store")
+    rates = {}
+    for name, on_device in (("feed_clips_per_second", True), ("feed_on_host", False)):
+        dataset = ClipDataset(
+            store,
+            size=(SHAPE[1], SHAPE[2]),
+            max_frames=None,
+            augment=Augment(AugmentSettings.model_validate(OFF | RECIPE), seed=0),
+            on_device=on_device,
+        )
+        rates[name] = max(feed_rate(dataset, epoch) for epoch in range(rounds))
+    return rates
+
+
+def feed_rate(dataset: ClipDataset, epoch: int) -> float:
+    began = time.perf_counter()
+    for first in range(0, CLIPS, BATCH):
+        slots = [Slot(clip, epoch) for clip in range(first, first + BATCH)]
+        collate(dataset, slots).share_memory()
+    return CLIPS / (time.perf_counter() - began)
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def as_table(result: dict[str, Any]) -> Table:
+    table = Table(title="ms a clip of {} x {} x {}".format(*result["clip"]))
+    for heading in ("", "ours", "per frame", "", "calls", "", f"on {result['device']}"):
+        table.add_column(heading, justify="right" if table.columns else "left")
+    for name, of in result["rows"].items():
+        figures = [f"{of['ours_ms']:.2f}"]
+        for way in ("per_frame", "calls"):
+            figures += [f"{of[f'{way}_ms']:.1f}", f"x {of[f'vs_{way}']:.1f}"]
+        table.add_row(name, *figures, f"{of['device_ms']:.2f}")
+    summary = result["summary"]
+    table.caption = (
+        f"one core reads, draws and packs {summary['feed_clips_per_second']:.0f} clips/s for the "
+        f"device; with all on the host, {summary['feed_on_host']:.0f} clips/s"
+    )
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Where the time of a training step goes: a trace to look at, and the kernels that take longest.
+
+    python tools/profile_step.py [--config FILE] [key=value ...] [--out DIR]
+
+The trace opens at https://ui.perfetto.dev. Clips are noise, so no store is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_step import Marks, Row, make_batch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from dist_train.config import load_config
+from dist_train.errors import DistTrainError
+
+TRACE = "trace.json.gz"
+
+
+class Named(Marks):
+    """Marks of a step that appear in the trace by name."""
+
+    NAMES = ("forward", "backward", "optimizer")
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.open: Any = None
+
+    def mark(self) -> None:
+        if self.open is not None:
+            self.open.__exit__(None, None, None)
+            self.open = None
+        if len(self.points) < len(self.NAMES):
+            self.open = record_function(self.NAMES[len(self.points)])
+            self.open.__enter__()
+        super().mark()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, help="settings of a run; default: the defaults")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings on top of them")
+    parser.add_argument("--clips", type=int, default=4, help="of a step (default 4)")
+    parser.add_argument("--frames", type=int, help="of a clip; default 16 on a CPU, else 60")
+    parser.add_argument("--steps", type=int, default=2, help="in the trace (default 2)")
+    parser.add_argument("--top", type=int, default=20, help="rows of the table (default 20)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/profile"), help="folder of the trace"
+    )
+    arguments = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    frames = arguments.frames or (60 if cuda else 16)
+    try:
+        config = load_config(arguments.config, ["store=none", *arguments.settings])
+        row = Row(config, knows_lengths=True)
+    except DistTrainError as error:
+        raise SystemExit(f"error: {error}") from None
+    batch = make_batch(np.full(arguments.clips, frames), config.clip.size, cuda=cuda)
+    # The first step also chooses kernels and makes the moments.
+    row.step(batch, Marks(row.device))
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as profiled:
+        for _ in range(arguments.steps):
+            row.step(batch, Named(row.device))
+        if cuda:
+            torch.cuda.synchronize()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    trace = arguments.out / TRACE
+    profiled.export_chrome_trace(str(trace))
+    rows = top_kernels(profiled, cuda=cuda, steps=arguments.steps)
+    net = f"{config.model.name}, {arguments.clips} clips of {frames} frames"
+    Console().print(as_table(rows[: arguments.top], f"{net}, {row.device}"))
+    print(f"trace: {trace} (open it at https://ui.perfetto.dev)")
+
+
+def top_kernels(
+    profiled: profile, *, cuda: bool, steps: int
+) -> list[tuple[str, int, float, float]]:
+    """Name, calls a step, ms a step and share of all: on the device's own time where there is one.
+
+    Time of what a kernel calls is not in it.
+    """
+    own = "self_device_time_total" if cuda else "self_cpu_time_total"
+    found = [
+        (event.key, event.count, float(getattr(event, own)))
+        for event in profiled.key_averages()
+        if event.key not in Named.NAMES
+    ]
+    total = sum(time for *_, time in found) or 1.0
+    rows = [(name, count // steps, t / steps / 1e3, t / total) for name, count, t in found]
+    return sorted(rows, key=lambda row: -row[2])
+
+
+def as_table(rows: list[tuple[str, int, float, float]], title: str) -> Table:
+    table = Table(title=title)
+    table.add_column("kernel or operation")
+    for heading in ("calls a step", "ms a step", "share"):
+        table.add_column(heading, justify="right")
+    for name, calls, milliseconds, share in rows:
+        table.add_row(name[:70], str(calls), f"{milliseconds:.2f}", f"{share:.1%}")
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""What a machine can do at most, and how long a graph of operations takes on it at least.
+
+Ceilings are measured: the best of matrix products and convolutions in FLOP/s, and of copies in
+bytes/s. Of a graph each operation takes the longer of its FLOPs over the one and its bytes (inputs
+and outputs, each once) over the other (Williams et al. 2009). It is the graph as PyTorch runs it,
+operation by operation: a compiler that fuses some of them can be faster than this model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import binary_cross_entropy_with_logits, conv3d
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from dist_train.models.registry import build_model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Seconds that a timed piece of work should take, and the repetitions of which the best counts.
+LONG_ENOUGH, TIMES = 0.1, 4
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """FLOP/s by precision, and bytes/s of a copy, read and written."""
+
+    flops: dict[str, float]
+    bandwidth: float
+
+    def seconds(self, operations: Sequence[Operation]) -> float:
+        """How long a graph takes at least."""
+        peak = {DTYPES[name]: flops for name, flops in self.flops.items()}
+        slowest = min(peak.values())
+        return sum(
+            max(op.flops / peak.get(op.dtype, slowest), op.moved / self.bandwidth)
+            for op in operations
+        )
+
+
+def measure_ceilings(device: torch.device, precisions: Sequence[str]) -> Ceilings:
+    """By products of square matrices and 3x3x3 convolutions, as large as it takes to be fast."""
+    flops = {
+        name: max(_product_rate(device, DTYPES[name]), _convolution_rate(device, DTYPES[name]))
+        for name in precisions
+    }
+    size = 2**28 if device.type == "cpu" else 2**30
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    return Ceilings(flops, 2 * size / best(lambda: target.copy_(source), device))
+
+
+def best(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call: the least of a few, after one that does not count."""
+    work()
+    found = []
+    for _ in range(TIMES):
+        synchronize(device)
+        began = time.perf_counter()
+        work()
+        synchronize(device)
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s; larger matrices until one product takes ``LONG_ENOUGH``, up to 8192."""
+    rate = 0.0
+    for power in range(8, 14):
+        n = 2**power
+        a = torch.ones(n, n, dtype=dtype, device=device)
+        seconds = best(lambda a=a: a @ a, device)  # type: ignore[misc]
+        rate = max(rate, 2 * n**3 / seconds)
+        if seconds > LONG_ENOUGH:
+            break
+    return rate
+
+
+@torch.no_grad()
+def _convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of 3x3x3 with 256 channels, channels last; more frames until it takes long enough."""
+    rate, channels = 0.0, 256
+    weight = torch.ones(channels, channels, 3, 3, 3, dtype=dtype, device=device)
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    for power in range(0, 8):
+        x = torch.ones(1, channels, 2**power, 20, 20, dtype=dtype, device=device)
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        seconds = best(lambda x=x: conv3d(x, weight, padding=1), device)  # type: ignore[misc]
+        rate = max(rate, 2 * 27 * channels**2 * x[0, 0].numel() / seconds)
+        if seconds > LONG_ENOUGH:
+            break
+    return rate
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a graph: its name, FLOPs, bytes read and written, and its arithmetic."""
+
+    name: str
+    flops: int
+    moved: int
+    dtype: torch.dtype
+
+
+class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operations that run within it; views, which do nothing, are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[Operation] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if not outputs or func.is_view:
+            return out
+        count = flop_registry.get(func.overloadpacket)
+        flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
+        # In the arithmetic of the largest tensor: the others are scales, sums and indices.
+        largest = max(inputs + outputs, key=lambda tensor: tensor.numel())
+        moved = sum(tensor.numel() * tensor.itemsize for tensor in inputs + outputs)
+        self.operations.append(Operation(str(func), flops, moved, largest.dtype))
+        return out
+
+
+def count_step(
+    model: str, shape: tuple[int, int, int, int, int], precision: str, device: torch.device
+) -> list[Operation]:
+    """The operations of a forward and backward pass, by shapes alone: nothing is computed.
+
+    Args:
+        model: a name of the registry, in its plain form.
+        shape: [B, 1, D, H, W] of which all frames are real.
+        precision: of autocast.
+    """
+    dtype = DTYPES[precision]
+    # Random numbers for weights would be the slowest part.
+    count = Count()
+    with FakeTensorMode(), torch.device(device):
+        net = build_model(model)
+        clips, labels = torch.empty(shape), torch.empty(shape[0])
+        with count:
+            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+                logits = net(clips, None)
+            binary_cross_entropy_with_logits(logits, labels).backward()  # type: ignore[no-untyped-call]
+    return count.operations
