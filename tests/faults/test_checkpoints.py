@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from helpers import overrides, tiny_config
 from launcher import Launcher
+from run_files import assert_same, checkpoints_of, sessions_of
 
 from dist_train.train import train
-from runs import assert_same, checkpoints_of, sessions_of
 
 DROPOUT = "model.dropout=0.3"
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from faults import ClockJump, NotANumber, Signal
 from helpers import ROOT, overrides
 from launcher import Launcher
-
-from runs import assert_same
+from run_files import assert_same
 
 #: The wall clock of these is shown to users, and read by nobody else.
 DISPLAYS = {"engine/events.py", "run.py", "train.py"}

@@ -9,9 +9,8 @@ import pytest
 from faults import Runs
 from helpers import overrides
 from launcher import Launcher
+from run_files import assert_same, checkpoints_of, sessions_of
 from test_disk_full import UNSHARE
-
-from runs import assert_same, checkpoints_of, sessions_of
 
 DROPOUT = "model.dropout=0.3"
 
