@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader, Dataset
 from dist_train.config import LoaderSettings
 from dist_train.data.collate import shape_of
 from dist_train.data.dataset import ClipDataset
-from dist_train.data.resize import resize
 from dist_train.data.decode import Volume
 from dist_train.data.loader import Loader
 from dist_train.data.plan import Plan, make_plan
+from dist_train.data.resize import resize
 from dist_train.data.sampler import PlanSampler, Slot
 from dist_train.data.store import Store
 

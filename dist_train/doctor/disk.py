@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ CLIP, READS = 256 * 2**10, 200
 def check_disk(folder: Path) -> Iterator[Finding]:
     """Room, writing with fsync, and random reads that the page cache does not answer."""
     name = f"disk of {folder}"
-    path = folder / f".dist_train-doctor-{os.getpid()}-{time.time_ns()}"
+    path = folder / f".dist_train-doctor-{os.getpid()}-{secrets.token_hex(8)}"
     try:
         free = shutil.disk_usage(folder).free
         yield graded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -180,7 +181,7 @@ def check_shared(folder: Path, hosts: Sequence[str]) -> Finding | None:
     """Whether all machines see what one writes. None on one machine."""
     if len(set(hosts)) == 1:
         return None
-    mark = everyone(folder / f".dist_train-doctor-{time.time_ns()}")[0]
+    mark = everyone(folder / f".dist_train-doctor-{secrets.token_hex(8)}")[0]
     try:
         if dist.get_rank() == 0:
             mark.touch()

@@ -10,7 +10,7 @@ import pytest
 from faults import ClockJump, Fault, Hang, NotANumber, Signal, Torn
 from helpers import overrides
 from launcher import Launcher
-from runs import assert_same, sessions_of
+from run_files import assert_same, sessions_of
 
 EPOCHS, FAULTS = 16, 30
 STEPS = 6 * EPOCHS

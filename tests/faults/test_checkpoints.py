@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import overrides, tiny_config
 from launcher import Launcher
-from runs import assert_same, checkpoints_of, sessions_of
+from run_files import assert_same, checkpoints_of, sessions_of
 
 from dist_train.train import train
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from faults import ClockJump, NotANumber, Signal
 from helpers import ROOT, overrides
 from launcher import Launcher
-from runs import assert_same
+from run_files import assert_same
 
-#: The wall clock of these is shown to users, and read by nobody else.
-DISPLAYS = {"engine/events.py", "run.py", "train.py"}
+#: These show the wall clock to users, or compare those of machines; nothing else is done by it.
+DISPLAYS = {"doctor/links.py", "engine/events.py", "run.py", "train.py"}
 
 
 def test_hours_forth_and_back(

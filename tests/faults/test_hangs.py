@@ -7,7 +7,7 @@ from pathlib import Path
 from faults import Hang
 from helpers import overrides
 from launcher import Launcher
-from runs import assert_same
+from run_files import assert_same
 
 DROPOUT = "model.dropout=0.3"
 

@@ -12,7 +12,7 @@ import pytest
 from faults import KilledPublishing, KilledWriting, Runs, Signal
 from helpers import LAUNCH, ROOT, environment, losses_of, metrics_of, overrides, tiny_config
 from launcher import Group, Launcher
-from runs import assert_same, sessions_of
+from run_files import assert_same, sessions_of
 
 from dist_train.train import train
 

@@ -9,7 +9,7 @@ import pytest
 from faults import InfiniteGradient, NotANumber
 from helpers import losses_of, metrics_of, overrides
 from launcher import Launcher
-from runs import STEPS, assert_same
+from run_files import STEPS, assert_same
 
 DROPOUT = "model.dropout=0.3"
 

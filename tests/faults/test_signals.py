@@ -9,7 +9,7 @@ import pytest
 from faults import Hang, Signal
 from helpers import metrics_of, overrides
 from launcher import Launcher
-from runs import assert_same, checkpoints_of, sessions_of
+from run_files import assert_same, checkpoints_of, sessions_of
 
 DROPOUT = "model.dropout=0.3"
 

@@ -9,7 +9,7 @@ import pytest
 from faults import Runs
 from helpers import overrides
 from launcher import Launcher
-from runs import assert_same, checkpoints_of, sessions_of
+from run_files import assert_same, checkpoints_of, sessions_of
 from test_disk_full import UNSHARE
 
 DROPOUT = "model.dropout=0.3"
