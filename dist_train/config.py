@@ -173,6 +173,8 @@ class OptimSettings(Section):
     """AdamW. Weight decay applies to weights with two or more axes only.
 
     ``fused``: one kernel for the whole update; the same but for rounding.
+    ``ema``: validation and snapshots take an exponential moving average of the weights with this
+    decay, such as 0.999, in place of the weights; null for none.
     """
 
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
@@ -180,6 +182,7 @@ class OptimSettings(Section):
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     clip_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
     fused: bool = False
+    ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
 
 
 class ScheduleSettings(Section):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dist_train.config import Config
 from dist_train.data.files import write_whole
 from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole
+from dist_train.engine.ema import averaged
 from dist_train.errors import RunError
 from dist_train.models.resnet3d import BasicBlock, Bottleneck, ConvNorm, ResNet3D
 from dist_train.run import CHECKPOINTS, SNAPSHOTS, make_model, model_facts, open_run
@@ -165,7 +166,7 @@ def _load(run: Path, config: Config, step: int | None) -> tuple[nn.Module, dict[
             weights = load_file(path)
         else:
             tensors, _ = load_checkpoint(path)
-            weights = {name: tensors[f"model/{name}"] for name in model.state_dict()}
+            weights = averaged(tensors, model.state_dict())
         model.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]

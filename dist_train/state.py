@@ -26,6 +26,7 @@ from dist_train.engine.backends.base import Backend
 from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole, share
 from dist_train.engine.checkpoint_keep import Keep
 from dist_train.engine.checkpoint_writer import CheckpointWriter
+from dist_train.engine.ema import Ema
 from dist_train.engine.together import OfSomeRankError, on_main, together
 from dist_train.errors import CheckpointError, RunError
 
@@ -50,6 +51,7 @@ class RunState:
         self,
         folder: Path,
         backend: Backend,
+        ema: Ema,
         plan_at: Callable[[int], Plan],
         settings: CheckpointSettings,
         *,
@@ -58,6 +60,7 @@ class RunState:
         store: str,
     ) -> None:
         self.folder, self.backend, self.settings = folder, backend, settings
+        self.ema = ema
         self.plan_at = plan_at
         self.seed, self.model, self.store = seed, model, store
         keep = Keep(settings.keep_last, settings.keep_every, settings.best)
@@ -79,9 +82,9 @@ class RunState:
             metrics: of these weights, as far as they were judged.
         """
         self.commit()
-        sizes = self.backend.sizes() | dict.fromkeys(EPOCH, len(logits))
+        sizes = self.backend.sizes() | self.ema.sizes() | dict.fromkeys(EPOCH, len(logits))
         mine = share(sizes, self.backend.rank, self.backend.world)
-        tensors = self.backend.state(mine)
+        tensors = self.backend.state(mine) | self.ema.state(mine)
         for name, values in zip(EPOCH, (logits, labels), strict=True):
             if mine(name):
                 tensors[name] = torch.from_numpy(values.astype(np.float32))
@@ -184,6 +187,7 @@ class RunState:
                 before, foreign = step, foreign or error
                 continue
             self.backend.load_state(tensors, updates=step)
+            self.ema.load(tensors)
             self.backend.load_scaler_state(marker["facts"].get("loss_scale"))
             logits, labels = (
                 tensors[name].numpy() if self.backend.is_main else np.empty(0, np.float32)
@@ -226,6 +230,7 @@ class RunState:
             if name not in state:
                 state[name] = torch.zeros_like(state[f"model/{name.partition('/')[2]}"])
         self.backend.load_state(state, updates=0)
+        self.ema.load(state)
 
     def _check(self, path: Path, facts: dict[str, Any], plan: Plan) -> None:
         if facts["model"] != self.model:

@@ -14,21 +14,18 @@ from typing import Literal
 import numpy as np
 import psutil
 import torch
-from scipy.special import expit
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from dist_train.batches import Batches
 from dist_train.config import Config, config_text
 from dist_train.data.collate import Batch
 from dist_train.data.files import write_whole
-from dist_train.data.loader import Loader
-from dist_train.data.plan import Plan
-from dist_train.data.sampler import HeldOutSampler, PlanSampler
 from dist_train.engine.backends import make_backend
 from dist_train.engine.backends.base import Backend
+from dist_train.engine.ema import Ema
 from dist_train.engine.events import EventWriter
 from dist_train.engine.lost_process import losses_explained
-from dist_train.engine.metrics import binary_metrics
 from dist_train.engine.optim import make_optimizer
 from dist_train.engine.pace import Pace
 from dist_train.engine.sanity import check_agreement, check_weights
@@ -36,13 +33,11 @@ from dist_train.engine.schedule import Schedule
 from dist_train.engine.stop import INTERRUPTED, TRY_AGAIN, StopSignals, leave
 from dist_train.engine.together import on_main
 from dist_train.engine.watchdog import Watchdog
-from dist_train.epoch_weights import EpochWeights
 from dist_train.errors import RunError, StoppedError
-from dist_train.infer import held_out_logits
+from dist_train.judge import Judge, Values
 from dist_train.micro_batch import Buffers, MicroBatches, free_cache
 from dist_train.models.norm import set_momentum, share_statistics
-from dist_train.models.norm_gap import by_running_and_own_statistics
-from dist_train.models.precise_norm import precise_statistics
+from dist_train.outputs import EpochOutputs
 from dist_train.run import (
     CHECKPOINTS,
     CONFIG,
@@ -54,14 +49,13 @@ from dist_train.run import (
     only_session,
     open_data,
 )
-from dist_train.state import RunState, drop_snapshots, save_snapshot
+from dist_train.state import RunState, drop_snapshots
 
 log = logging.getLogger(__name__)
 
 Resume = Literal["never", "auto"]
 Progress = Callable[[int, int, str], None]
 BeforeStep = Callable[["Trainer", int], None]
-Values = dict[str, float | None]
 
 
 class ShortMemoryError(Exception):
@@ -126,18 +120,20 @@ class Trainer:
         self.data = open_data(config)
         # Only weights change it while it runs, and those do not change where epochs begin.
         self.plan = self.data.plan()
-        self.weights = EpochWeights(config, self.data, backend)
         self.micro = MicroBatches(config, self.data, self.plan, backend)
+        self.batches = Batches(config, self.data, self.plan, self.micro, backend)
         self.steps = self.plan.first_step(config.train.epochs)
         self.schedule = Schedule(config.schedule, config.optim.lr, self.steps, config.train.epochs)
         model = self.micro.make_model()
         share_statistics(model, backend.all_reduce if self._shares_statistics() else None)
         self._set_momentum(model)
         backend.wrap(model, lambda wrapped: make_optimizer(wrapped, config.optim))
+        self.ema = Ema(backend, config.optim.ema)
         self.state = RunState(
             config.out / CHECKPOINTS,
             backend,
-            self._plan_at,
+            self.ema,
+            self.batches.plan_at,
             config.checkpoint,
             seed=config.seed,
             model=model_facts(config),
@@ -145,8 +141,7 @@ class Trainer:
         )
         self.done = self.first_step = 0
         self.buffers = Buffers(backend.module)
-        # Logits and labels, on the device: a copy to the host would wait for it.
-        self.epoch_outputs: list[tuple[Tensor, Tensor]] = []
+        self.outputs = EpochOutputs(backend)
         self.last_batch: Batch | None = None
         self.bad_steps: Counter[int] = Counter()
         self.stop = StopSignals()
@@ -156,6 +151,9 @@ class Trainer:
         hang = config.train.hang
         self.watchdog = Watchdog(
             None if hang is None else min(hang, 0.75 * config.train.timeout), backend.rank
+        )
+        self.judge = Judge(
+            config, self.data, self.batches, backend, self.ema, beat=self.watchdog.beat
         )
 
     def begin(self, resume: Resume) -> None:
@@ -169,7 +167,7 @@ class Trainer:
         if found is not None:
             self._take_up(*found)
         else:
-            self.weights.forget()
+            self.batches.forget()
         check_agreement(
             backend,
             {
@@ -239,7 +237,7 @@ class Trainer:
     def _walk(self, progress: Progress | None, before_step: BeforeStep | None) -> None:
         """The loop."""
         config, plan, snapshot_steps = self.config, self.plan, self.snapshot_steps()
-        batches, held_out = self._training_batches(), self._held_out_batches()
+        batches, held_out = self._training_batches(), self.batches.held_out()
         self.backend.model.train()
         with self._events():
             for step in range(self.done, self.steps):
@@ -252,12 +250,12 @@ class Trainer:
                 epoch_ends = self.done == plan.first_step(plan.epoch_of(step) + 1)
                 judged: Values = {}
                 if epoch_ends:
-                    judged = self._train_metrics() | self._val_metrics(held_out) | self._norm_gap()
+                    judged = self._judge_epoch(held_out)
                 if self.events is not None:
                     now = time.time()  # for display alone: clocks jump
                     self.events.write(self.done, plan.epoch_of(step), now, values | judged)
                 if self.done in snapshot_steps:
-                    self._save_snapshot()
+                    self.judge.save_snapshot(self.done)
                 if self.done == self.steps:
                     self._save(judged)
                 elif self._is_saved_after(epoch_ends):
@@ -335,9 +333,7 @@ class Trainer:
 
     def _take_up(self, done: int, logits: np.ndarray, labels: np.ndarray) -> None:
         self.done = done
-        device = self.backend.device
-        columns = torch.from_numpy(logits).to(device), torch.from_numpy(labels).to(device)
-        self.epoch_outputs = [columns]
+        self.outputs.begin(logits, labels)
 
     def _is_saved_after(self, epoch_ends: bool) -> bool:
         settings = self.config.checkpoint
@@ -346,7 +342,7 @@ class Trainer:
     def _save(self, judged: Values) -> None:
         """A collective call."""
         on_main(self.backend, self._flush_events)
-        self.state.save(self.done, *self._gathered_outputs(), judged)
+        self.state.save(self.done, *self.outputs.gathered(), judged)
 
     def _flush_events(self) -> None:
         if self.events is not None:
@@ -384,6 +380,7 @@ class Trainer:
             losses = backend.gather(own_loss)
             odd = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
             raise BadStepError(step, mean_loss, norm, odd)
+        self.ema.update(step)
         if step < self.first_step + self.config.train.check_steps:
             check_agreement(backend, {"the step": step})
             check_weights(backend)
@@ -416,14 +413,13 @@ class Trainer:
                 loss = binary_cross_entropy_with_logits(logits.float(), batch.labels)
                 backend.backward(loss * (self.plan.weight(step) / accumulate))
             total += loss.detach() / accumulate
-            # Labels are copied, or they would hold the loader's memory for an epoch.
-            self.epoch_outputs.append((logits.detach().float(), batch.labels.clone()))
+            self.outputs.add(logits, batch.labels)
         return total, waited
 
     @contextmanager
     def _undone_if_memory_is_short(self, step: int) -> Iterator[None]:
         """Around what changes no weights."""
-        backend, outputs = self.backend, len(self.epoch_outputs)
+        backend, outputs = self.backend, len(self.outputs)
         if backend.can_repeat:
             self.buffers.keep()
         try:
@@ -432,7 +428,7 @@ class Trainer:
             if backend.can_repeat:
                 backend.drop_gradients()
                 self.buffers.put_back()
-                del self.epoch_outputs[outputs:]
+                self.outputs.cut(outputs)
             reason = str(error).partition("\n")[0].rstrip(".")
             raise ShortMemoryError(f"out of memory at step {step + 1} ({reason})") from None
 
@@ -443,45 +439,20 @@ class Trainer:
         # So that a step moves running statistics as far, however many micro-batches it is cut into.
         set_momentum(model, 1 - (1 - self.config.norm.momentum) ** (1 / self.micro.accumulate))
 
-    def _train_metrics(self) -> Values:
-        """Of the epoch that ends: its batches as they were trained on."""
-        logits, labels = self._gathered_outputs()
-        self.epoch_outputs.clear()
-        return {f"train/{k}": v for k, v in binary_metrics(expit(logits), labels).items()}
-
-    def _val_metrics(self, held_out: Iterable[Batch]) -> Values:
-        """Of the val split, at its own natural class ratio."""
-        backend = self.backend
-        backend.sync_buffers()
-        with backend.autocast():
-            mine = held_out_logits(
-                backend.module,
-                held_out,
-                self.config,
-                backend.device,
-                done=lambda _: self.watchdog.beat(),
-            )
-        clips, logits = self._gathered(mine)
-        # In an order that does not depend on the number of ranks, and each once.
-        clips, places = np.unique(clips, return_index=True)
-        logits = logits[places]
-        labels = self.data.store.table["label"].to_numpy(np.float32)[clips]
-        loss = binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(labels))
-        metrics = binary_metrics(expit(logits), labels)
-        return {"val/loss": float(loss)} | {f"val/{k}": v for k, v in metrics.items()}
-
-    def _norm_gap(self) -> Values:
-        """The loss in eval mode, less that by batch statistics, of the last micro-batches of the
-        epoch: by the same weights on the same clips, without dropout. A collective call."""
+    def _judge_epoch(self, held_out: Iterable[Batch]) -> Values:
+        """Figures of the epoch that ends. A collective call."""
         assert self.last_batch is not None
-        batch = self.last_batch.to(self.backend.device)
-        volumes = as_input(batch.volumes, self.config)
-        with self.backend.autocast():
-            both = by_running_and_own_statistics(self.backend.module, volumes, batch.frames)
-        running, own = self.backend.sums(
-            [float(binary_cross_entropy_with_logits(y.float(), batch.labels)) for y in both]
-        )
-        return {"norm/gap": (running - own) / self.backend.world}
+        judge = self.judge
+        values = judge.of_training(self.outputs)
+        self.outputs.cut(0)
+        return values | judge.of_held_out(held_out) | judge.norm_gap(self.last_batch)
+
+    def _training_batches(self) -> Iterator[Batch]:
+        return map(self._noted, self.batches.from_step(self.done))
+
+    def _noted(self, batch: Batch) -> Batch:
+        self.last_batch = batch
+        return batch
 
     def snapshot_steps(self) -> set[int]:
         """Numbers of done steps after which the weights are kept for prediction."""
@@ -490,96 +461,8 @@ class Trainer:
             return {step + 1 for step in self.schedule.minima()}
         return {self.plan.first_step(epoch) for epoch in at}
 
-    def _save_snapshot(self) -> None:
-        """A collective call."""
-        with self._precise_statistics():
-            weights = self.backend.state(
-                lambda name: self.backend.is_main and name.startswith("model/")
-            )
-            # Copies: what they are of is put back at the end.
-            copies = {
-                name.removeprefix("model/"): tensor.cpu().clone(
-                    memory_format=torch.contiguous_format
-                )
-                for name, tensor in weights.items()
-            }
-        path = self.config.out / SNAPSHOTS / f"step-{self.done}.safetensors"
-        facts = {"step": self.done, "model": self.state.model}
-        on_main(self.backend, lambda: save_snapshot(path, copies, facts))
-
-    @contextmanager
-    def _precise_statistics(self) -> Iterator[None]:
-        """Within it, statistics are those of the last steps' batches by the weights as they are."""
-        steps, module = self.config.norm.precise_steps, self.backend.module
-        if not steps:
-            yield
-            return
-        running = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        batches = self._batches(max(0, self.done - steps), self.done)
-        with torch.no_grad(), self.backend.autocast():
-            with precise_statistics(module, self.backend.all_reduce):
-                for batch in batches:
-                    moved = batch.to(self.backend.device)
-                    module(as_input(moved.volumes, self.config), moved.frames)
-                    self.watchdog.beat()
-            yield
-            for name, buffer in module.named_buffers():
-                buffer.copy_(running[name])
-
     def _shares_statistics(self) -> bool:
         return self.config.norm.shared and self.backend.world > 1
-
-    def _plan_at(self, step: int) -> Plan:
-        """The plan that a step is made by."""
-        if self.config.plan.weights is None:
-            return self.plan
-        return self.weights.plan(self.plan.first_step(self.plan.epoch_of(step)))
-
-    def _training_batches(self) -> Iterator[Batch]:
-        """From the next step to the end; of the epoch, if weights are read for each."""
-        last = self.steps
-        if self.config.plan.weights is not None:
-            last = self.plan.first_step(self.plan.epoch_of(self.done) + 1)
-        return map(self._noted, self._batches(self.done, last))
-
-    def _noted(self, batch: Batch) -> Batch:
-        self.last_batch = batch
-        return batch
-
-    def _batches(self, first: int, last: int) -> Loader:
-        """This rank's micro-batches of steps ``first`` to ``last`` (excluded), by the plan of the
-        first."""
-        sampler = PlanSampler(
-            self._plan_at(first),
-            rank=self.backend.rank,
-            world=self.backend.world,
-            accumulate=self.micro.accumulate,
-            first=first,
-            last=last,
-        )
-        return Loader(self.data.dataset(training=True), sampler, self.config.loader)
-
-    def _held_out_batches(self) -> Iterable[Batch]:
-        clips = self.data.numbers("val")
-        sampler = HeldOutSampler(
-            clips.tolist(),
-            self.data.store.table["frames"].to_numpy()[clips].tolist(),
-            rank=self.backend.rank,
-            world=self.backend.world,
-            batch=self.micro.clips,
-        )
-        return Loader(self.data.dataset(training=False), sampler, self.config.loader)
-
-    def _gathered_outputs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Logits and labels of the epoch so far, float32 [N], of all ranks."""
-        outputs = self.epoch_outputs or [(torch.empty(0), torch.empty(0))]
-        mine = [torch.cat(column).cpu().numpy() for column in zip(*outputs, strict=True)]
-        return self._gathered((mine[0], mine[1]))
-
-    def _gathered(self, mine: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Two arrays from all ranks, joined in rank order."""
-        first, second = zip(*self.backend.gather(mine), strict=True)
-        return np.concatenate(first), np.concatenate(second)
 
     @contextmanager
     def _events(self) -> Iterator[None]:

@@ -68,6 +68,7 @@ def golden_overrides(store: Path, out: Path, *more: str) -> list[str]:
         "model.stem_pool=false",
         "seed=5",
         "optim.lr=1e-6",
+        "optim.ema=0.9",
         "train.epochs=4",
         "train.precision=fp32",
         "checkpoint.every_steps=4",

@@ -36,6 +36,7 @@ from dist_train.config import CheckpointSettings, OptimSettings, TrainSettings
 from dist_train.data.plan import make_plan
 from dist_train.engine.backends.ddp import DdpBackend
 from dist_train.engine.checkpoint import newest_whole
+from dist_train.engine.ema import Ema
 from dist_train.engine.optim import make_optimizer
 from dist_train.models.registry import build_model
 from dist_train.state import RunState
@@ -133,6 +134,7 @@ class Training:
         self.state = RunState(
             folder / "asynchronous",
             self.backend,
+            Ema(self.backend, None),
             lambda _: plan,
             CheckpointSettings(keep_last=KEPT),
             seed=0,

@@ -28,6 +28,7 @@ SETTINGS = (
     "snapshots.at=[2, 4]",
     "model.dropout=0.3",
     "norm.precise_steps=2",
+    "optim.ema=0.9",
 )
 KILLED_IN = 11
 CASES = {
@@ -64,7 +65,13 @@ def test_a_killed_and_resumed_run_equals_the_straight_one(
         load_checkpoint(run / "checkpoints" / f"step-{STEPS}")[0] for run in (killed, straight)
     )
     assert mine.keys() == theirs.keys()
-    assert {name.split("/")[0] for name in mine} == {"model", "exp_avg", "exp_avg_sq", "epoch"}
+    assert {name.split("/")[0] for name in mine} == {
+        "model",
+        "exp_avg",
+        "exp_avg_sq",
+        "ema",
+        "epoch",
+    }
     for name, tensor in mine.items():
         assert torch.equal(tensor, theirs[name]), name
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
@@ -151,9 +151,13 @@ class Backend(ABC):
 
     def sync_buffers(self) -> None:
         """Give every rank rank 0's BatchNorm statistics."""
+        self.sync(self.module.buffers())
+
+    def sync(self, tensors: Iterable[Tensor]) -> None:
+        """Give every rank rank 0's values, in place. A collective call."""
         if self.world > 1:
-            for buffer in self.module.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, src=0)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and parameter, as this rank has it, of all that is trained."""
@@ -162,6 +166,29 @@ class Backend(ABC):
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         """The weights that every rank has whole, and so alike."""
         return self.module.named_parameters()
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and live tensor of what this rank has of each weight, and of each statistic: to be
+        read, or written into if ``parts_changed`` follows. Not between a step's micro-batches."""
+        for name, parameter in self.module.named_parameters():
+            yield name, self._part(parameter)
+        for name, buffer in self.module.named_buffers():
+            if buffer.is_floating_point():
+                yield name, buffer
+
+    def parts_changed(self) -> None:  # noqa: B027  # most backends compute with the parts themselves
+        """Compute with what was written into ``parts``. A collective call."""
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        """The whole of a tensor that is spread as weight ``name`` is. A collective call."""
+        return part
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        """What this rank has of a tensor, if it is spread as weight ``name`` is."""
+        return whole
+
+    def _part(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.detach()
 
     def state_names(self) -> list[str]:
         """Names of all tensors of the training state, the same on every rank."""

@@ -81,11 +81,41 @@ class FsdpBackend(Backend):
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         return iter(())
 
-    def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        self._reshard()
+        return super().parts()
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        like = self._sharded(name)
+        if like is None:
+            return part
+        spread = DTensor.from_local(
+            part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+        )
+        return _whole(spread)
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        like = self._sharded(name)
+        return whole if like is None else _spread(whole, like).to_local()
+
+    def _part(self, parameter: nn.Parameter) -> Tensor:
+        assert isinstance(parameter, DTensor)
+        return parameter.to_local().detach()
+
+    def _sharded(self, name: str) -> DTensor | None:
+        """The weight of that name; None for a statistic, which every rank has whole."""
+        owner, _, last = name.rpartition(".")
+        found = getattr(self.module.get_submodule(owner), last)
+        return found if isinstance(found, DTensor) else None
+
+    def _reshard(self) -> None:
         # After held-out clips, which have no backward pass, weights are still gathered.
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        self._reshard()
         return super()._whole_tensors()
 
     def _whole_weight(self, parameter: nn.Parameter) -> Tensor:

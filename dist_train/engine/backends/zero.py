@@ -112,6 +112,43 @@ class ZeroBackend(Backend):
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         return super().replicated() if self.stage < 3 else iter(())
 
+    def parts_changed(self) -> None:
+        if self.stage < 3:
+            return
+        self._partition_all()
+        persistent = self.model.optimizer.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    def whole(self, name: str, part: Tensor) -> Tensor:
+        shape = self._shapes.get(name)
+        if self.stage < 3 or shape is None:
+            return part
+        padded = part.new_empty(part.numel() * self.world)
+        torch.distributed.all_gather_into_tensor(padded, part.contiguous())
+        return padded[: shape.numel()].view(shape)
+
+    def part(self, name: str, whole: Tensor) -> Tensor:
+        return self._slice(whole) if self.stage == 3 and name in self._shapes else whole
+
+    def _part(self, parameter: nn.Parameter) -> Tensor:
+        mine: Tensor = parameter.ds_tensor if self.stage == 3 else parameter
+        return mine.detach()
+
+    def _partition_all(self) -> None:
+        """Drop the gathered copies of weights under stage 3, which new parts would not change."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        whole = [p for p in self.module.parameters() if p.ds_status == ZeroParamStatus.AVAILABLE]
+        if whole:
+            whole[0].partition(whole)
+
+    def _slice(self, whole: Tensor) -> Tensor:
+        """This rank's part: of the same size on all, padded at the end."""
+        size = -(-whole.numel() // self.world)
+        padded = F.pad(whole.reshape(-1), (0, size * self.world - whole.numel()))
+        return padded.narrow(0, size * self.rank, size)
+
     def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
         if self.stage < 3:
             return parameter
@@ -142,9 +179,8 @@ class ZeroBackend(Backend):
             }
         if self.stage < 3:
             self._link_moments()
-        persistent = zero.persistent_parameters if self.stage == 3 else []
-        if persistent:
-            persistent[0].partition(persistent)
+        if self.stage == 3:
+            self._partition_all()
         for name, parameter in self.trained():
             self._set_master(parameter, state[f"model/{name}"], None)
             for moment in MOMENTS:
@@ -156,8 +192,7 @@ class ZeroBackend(Backend):
             # What it computes with follows what was put into its float32 partitions.
             for number in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(number)
-        if persistent:
-            persistent[0].all_gather(persistent)
+            self.parts_changed()
 
     def _set_master(self, parameter: Any, whole: Tensor, moment: str | None) -> None:
         """Put this rank's part of a weight, or of a moment of it, into its float32 partition."""
@@ -166,12 +201,8 @@ class ZeroBackend(Backend):
         if self.stage < 3:
             set_full_hp_param(parameter, whole, moment)
             return
-        # Every rank has a part of the same size, padded at the end, which DeepSpeed's own function
-        # for whole tensors forgets (seen in 0.19.8).
-        size = parameter.ds_tensor.numel()
-        padded = F.pad(whole.reshape(-1), (0, size * self.world - whole.numel()))
-        part = padded.narrow(0, size * self.rank, size)
-        self.model.optimizer.set_local_hp_param(part, parameter, moment)
+        # DeepSpeed's own function for whole tensors forgets the padding (seen in 0.19.8).
+        self.model.optimizer.set_local_hp_param(self._slice(whole), parameter, moment)
 
     def _partitions(self) -> list[Tensor]:
         """The flat float32 tensors that this rank's optimizer steps."""

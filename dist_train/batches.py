@@ -1,0 +1,64 @@
+"""Which batches a process trains on, and which it is judged on."""
+
+from __future__ import annotations
+
+from dist_train.config import Config
+from dist_train.data.loader import Loader
+from dist_train.data.plan import Plan
+from dist_train.data.sampler import HeldOutSampler, PlanSampler
+from dist_train.engine.backends.base import Backend
+from dist_train.epoch_weights import EpochWeights
+from dist_train.micro_batch import MicroBatches
+from dist_train.run import RunData
+
+
+class Batches:
+    """This rank's micro-batches, by the plan of the epoch that they are of."""
+
+    def __init__(
+        self, config: Config, data: RunData, plan: Plan, micro: MicroBatches, backend: Backend
+    ) -> None:
+        self._config, self._data, self._plan = config, data, plan
+        self._micro, self._backend = micro, backend
+        self._weights = EpochWeights(config, data, backend)
+
+    def forget(self) -> None:
+        """A new run begins: weights that an earlier one kept are not its own. A collective call."""
+        self._weights.forget()
+
+    def plan_at(self, step: int) -> Plan:
+        """The plan that a step is made by."""
+        if self._config.plan.weights is None:
+            return self._plan
+        return self._weights.plan(self._plan.first_step(self._plan.epoch_of(step)))
+
+    def from_step(self, step: int) -> Loader:
+        """To the end of the run; of the epoch, if weights are read for each."""
+        epochs = self._config.train.epochs
+        if self._config.plan.weights is not None:
+            epochs = self._plan.epoch_of(step) + 1
+        return self.of_steps(step, self._plan.first_step(epochs))
+
+    def of_steps(self, first: int, last: int) -> Loader:
+        """Steps ``first`` to ``last`` (excluded), by the plan of the first."""
+        sampler = PlanSampler(
+            self.plan_at(first),
+            rank=self._backend.rank,
+            world=self._backend.world,
+            accumulate=self._micro.accumulate,
+            first=first,
+            last=last,
+        )
+        return Loader(self._data.dataset(training=True), sampler, self._config.loader)
+
+    def held_out(self) -> Loader:
+        """The val split, without augmentation; can be walked again and again."""
+        clips = self._data.numbers("val")
+        sampler = HeldOutSampler(
+            clips.tolist(),
+            self._data.store.table["frames"].to_numpy()[clips].tolist(),
+            rank=self._backend.rank,
+            world=self._backend.world,
+            batch=self._micro.clips,
+        )
+        return Loader(self._data.dataset(training=False), sampler, self._config.loader)
