@@ -270,7 +270,8 @@ def evaluate(
                     "efficiency": rate / rate_alone / min(world, processors),
                 }
             )
-    notes = []
+    notes: list[str] = []
+    measured: dict[str, float] = {}
     if max(worlds) > processors:
         notes.append(
             f"Only {processors} cores are here: more processes share them, and their efficiency is "
@@ -281,7 +282,12 @@ def evaluate(
     apart = [weak(world) for world in worlds if 1 < world <= processors]
     if apart:
         basis = cases[apart[-1]]
-        link = given_link(link_of(basis), bandwidth, latency)
+        between = link_of(basis)
+        measured = {
+            "link_gb_per_second": between.bandwidth / 1e9,
+            "link_latency_us": between.latency * 1e6,
+        }
+        link = given_link(between, bandwidth, latency)
         projection = [project(basis, link, ranks) for ranks in PROJECTED]
         notes += assumptions(basis, link)
         for line in lines:
@@ -292,7 +298,7 @@ def evaluate(
         for line in lines
         if line["processes"] > 1
     }
-    summary |= {
+    summary |= measured | {
         f"projected_{there.ranks}": projection[0].step / there.step for there in projection[1:]
     }
     return {

@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dist_train.config import LoaderSettings
-from dist_train.data.collate import shape_of
+from dist_train.data.augment_draw import Draw
+from dist_train.data.collate import size_of
 from dist_train.data.dataset import ClipDataset
 from dist_train.data.decode import Volume
 from dist_train.data.loader import Loader
@@ -132,15 +133,31 @@ class Repeated(ClipDataset):
     def fill(self, out: Volume, slot: Slot) -> None:
         super().fill(out, Slot(slot.clip % self.clips, slot.epoch))
 
+    def native_shape(self, clip: int) -> tuple[int, int, int]:
+        return super().native_shape(clip % self.clips)
+
+    def fill_native(self, out: Volume, slot: Slot) -> Draw:
+        return super().fill_native(out, Slot(slot.clip % self.clips, slot.epoch))
+
 
 def ours(
-    folder: Path, task: Task, *, max_frames: int | None = None, store: Store | None = None
+    folder: Path,
+    task: Task,
+    *,
+    max_frames: int | None = None,
+    store: Store | None = None,
+    on_device: bool = False,
 ) -> Loader:
     kind = Repeated if task.resume else ClipDataset
     store = store or Store(folder / "store")
-    clips = kind(store, size=SIZE, max_frames=max_frames, augment=None)
+    clips = kind(store, size=SIZE, max_frames=max_frames, augment=None, on_device=on_device)
     settings = LoaderSettings(workers=task.workers, prefetch=task.prefetch)
     return Loader(clips, planned(clips.labels.tolist(), task), settings)
+
+
+def ours_native(folder: Path, task: Task) -> Loader:
+    """Clips at their own sizes, packed, for a device to resize."""
+    return ours(folder, task, on_device=True)
 
 
 def ours_empty(folder: Path, task: Task) -> Loader:
@@ -364,6 +381,7 @@ def of_litdata(folder: Path, task: Task) -> Any:
 
 CONTENDERS: dict[str, Loaders] = {
     "ours": ours,
+    "ours, native": ours_native,
     "original": original,
     "plain files": plain,
     "WebDataset": of_webdataset,
@@ -392,7 +410,7 @@ def run(loader: Loaders, folder: Path, task: Task) -> dict[str, Any]:
         next(batches)
     peak, clips, began = 0.0, 0, time.perf_counter()
     for _ in range(task.batches):
-        clips += len(volumes_of(next(batches)))
+        clips += len(rows_of(next(batches)))
         if task.pause:
             time.sleep(task.pause)
             peak = max(peak, tree_mb())
@@ -411,8 +429,8 @@ def run_again(folder: Path, task: Task) -> dict[str, Any]:
     return {"first_batch_s": time.perf_counter() - began}
 
 
-def volumes_of(batch: Any) -> Tensor:
-    return cast(Tensor, batch if isinstance(batch, Tensor) else batch.volumes)
+def rows_of(batch: Any) -> Tensor:
+    return cast(Tensor, batch if isinstance(batch, Tensor) else batch.labels)
 
 
 def tree_mb() -> float:
@@ -425,7 +443,7 @@ def queue_mb(folder: Path, task: Task) -> float:
     """The largest that ``workers * prefetch`` batches in a row are: 10^6 bytes."""
     clips = ClipDataset(Store(folder / "store"), size=SIZE, max_frames=None, augment=None)
     batches = planned(clips.labels.tolist(), task)
-    sizes = np.array([np.prod(shape_of(clips, slots)) for slots in batches])
+    sizes = np.array([size_of(clips, slots) for slots in batches])
     return float(np.convolve(sizes, np.ones(task.workers * task.prefetch), "valid").max() / 1e6)
 
 

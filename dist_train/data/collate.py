@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train.data.dataset import ClipDataset, Sample
-from dist_train.data.native import NativeClips, pack
+from dist_train.data.dataset import ClipDataset
+from dist_train.data.native import NativeClips, packed
 from dist_train.data.sampler import Slot
 
 
@@ -60,49 +61,65 @@ class Batch:
         )
 
 
-def shape_of(clips: ClipDataset, slots: Sequence[Slot]) -> tuple[int, ...]:
-    """Of the volumes of a batch."""
-    return len(slots), 1, max(int(clips.depths[slot.clip]) for slot in slots), *clips.size
+def collate(clips: ClipDataset, slots: Sequence[Slot]) -> Batch:
+    """A batch in memory of its own."""
+    return fill(torch.empty(size_of(clips, slots), dtype=torch.uint8), clips, slots)
 
 
-def fill(volumes: Tensor, clips: ClipDataset, slots: Iterable[Slot]) -> Batch:
-    """A batch in ``volumes``, of ``shape_of``; shorter clips get black frames at their end."""
-    pixels = volumes.numpy()[:, 0]
-    numbers = []
-    for row, slot in zip(pixels, slots, strict=True):
-        depth = clips.depths[slot.clip]
-        clips.fill(row[:depth], slot)
-        row[depth:] = 0
-        numbers.append(slot.clip)
+def size_of(clips: ClipDataset, slots: Sequence[Slot]) -> int:
+    """Bytes of a batch's volumes."""
+    if clips.on_device:
+        return sum(math.prod(clips.native_shape(slot.clip)) for slot in slots)
+    return math.prod(_padded_shape(clips, slots))
+
+
+def fill(
+    pixels: Tensor,
+    clips: ClipDataset,
+    slots: Sequence[Slot],
+    before: Callable[[Slot], object] = lambda slot: None,
+) -> Batch:
+    """A batch in ``pixels``, uint8 [``size_of``], whatever they hold.
+
+    Args:
+        before: called with each slot when its clip is about to be read.
+    """
+    numbers = [slot.clip for slot in slots]
     depths, labels = clips.depths[numbers], clips.labels[numbers]
     return Batch(
-        volumes=volumes,
+        volumes=(_pack if clips.on_device else _pad)(pixels, clips, slots, before),
         frames=torch.from_numpy(depths) if depths.min() < depths.max() else None,
         labels=torch.from_numpy(labels.astype(np.float32)),
         clips=torch.tensor(numbers),
     )
 
 
-def packed(samples: Iterable[Sample]) -> Batch:
-    """A batch of clips with a draw, of their own sizes, for the device to resize."""
-    volumes, draws, labels, clips = [], [], [], []
-    for sample in samples:
-        assert sample.draw is not None
-        volumes.append(sample.volume)
-        draws.append(sample.draw)
-        labels.append(sample.label)
-        clips.append(sample.clip)
-    depths = [len(volume) for volume in volumes]
-    return Batch(
-        volumes=pack(volumes, draws),
-        frames=torch.tensor(depths) if min(depths) < max(depths) else None,
-        labels=torch.tensor(labels, dtype=torch.float32),
-        clips=torch.tensor(clips),
-    )
+def _padded_shape(clips: ClipDataset, slots: Sequence[Slot]) -> tuple[int, ...]:
+    return len(slots), 1, max(int(clips.depths[slot.clip]) for slot in slots), *clips.size
 
 
-def collate(clips: ClipDataset, slots: Sequence[Slot]) -> Batch:
-    """A batch in memory of its own."""
-    if clips.on_device:
-        return packed(clips[slot] for slot in slots)
-    return fill(torch.empty(shape_of(clips, slots), dtype=torch.uint8), clips, slots)
+def _pad(
+    pixels: Tensor, clips: ClipDataset, slots: Sequence[Slot], before: Callable[[Slot], object]
+) -> Tensor:
+    """As the model sees them; shorter clips get black frames at their end."""
+    volumes = pixels.view(_padded_shape(clips, slots))
+    for row, slot in zip(volumes.numpy()[:, 0], slots, strict=True):
+        before(slot)
+        depth = clips.depths[slot.clip]
+        clips.fill(row[:depth], slot)
+        row[depth:] = 0
+    return volumes
+
+
+def _pack(
+    pixels: Tensor, clips: ClipDataset, slots: Sequence[Slot], before: Callable[[Slot], object]
+) -> NativeClips:
+    """One behind the other, for the device to resize."""
+    shapes = tuple(clips.native_shape(slot.clip) for slot in slots)
+    draws, start, flat = [], 0, pixels.numpy()
+    for slot, shape in zip(slots, shapes, strict=True):
+        before(slot)
+        end = start + math.prod(shape)
+        draws.append(clips.fill_native(flat[start:end].reshape(shape), slot))
+        start = end
+    return packed(pixels, shapes, draws)

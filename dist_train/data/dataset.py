@@ -51,11 +51,14 @@ class ClipDataset(Dataset[Sample]):
         self.labels = store.table["label"].to_numpy(np.int64)
         frames = store.table["frames"].to_numpy(np.int64)
         self.depths = frames if max_frames is None else np.minimum(frames, max_frames)
+        self._frames, self._sides = frames, store.table[["height", "width"]].to_numpy(np.int64)
 
     def __getitem__(self, slot: Slot) -> Sample:
         label = int(self.labels[slot.clip])
         if self.on_device:
-            return Sample(torch.from_numpy(self._cut(slot)), label, slot.clip, self._draw(slot))
+            pixels = np.empty(self.native_shape(slot.clip), dtype=np.uint8)
+            draw = self.fill_native(pixels, slot)
+            return Sample(torch.from_numpy(pixels), label, slot.clip, draw)
         pixels = np.empty((int(self.depths[slot.clip]), *self.size), dtype=np.uint8)
         self.fill(pixels, slot)
         return Sample(torch.from_numpy(pixels), label, slot.clip)
@@ -69,16 +72,30 @@ class ClipDataset(Dataset[Sample]):
         else:
             out[:] = self.augment(resize(clip, self.size), epoch=slot.epoch, number=slot.clip)
 
+    def native_shape(self, clip: int) -> tuple[int, int, int]:
+        """D, H and W of a clip as it is stored, only cut."""
+        height, width = self._sides[clip].tolist()
+        return int(self.depths[clip]), height, width
+
+    def fill_native(self, out: Volume, slot: Slot) -> Draw:
+        """Write the clip, only cut, to ``out``, uint8 of ``native_shape`` in C order.
+
+        Returns:
+            What is to be done to it once it is resized.
+        """
+        if self.depths[slot.clip] == self._frames[slot.clip]:
+            self.store.read_into(out, slot.clip)
+        else:
+            out[:] = self._cut(slot)
+        if self.augment is None:
+            return Draw()
+        return self.augment.draw(self.size, epoch=slot.epoch, number=slot.clip)
+
     def _cut(self, slot: Slot) -> Volume:
         """The clip as it is stored, cut to ``max_frames``."""
         clip, depth = self.store.read(slot.clip), int(self.depths[slot.clip])
         start = self._start(slot, len(clip) - depth) if depth < len(clip) else 0
         return clip[start : start + depth]
-
-    def _draw(self, slot: Slot) -> Draw:
-        if self.augment is None:
-            return Draw()
-        return self.augment.draw(self.size, epoch=slot.epoch, number=slot.clip)
 
     def _start(self, slot: Slot, room: int) -> int:
         if self.augment is None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
-import math
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import cv2
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from dist_train.data.arena import Arena, lent_tensor
-from dist_train.data.collate import Batch, collate, fill, packed, shape_of
+from dist_train.data.collate import Batch, collate, fill, size_of
 from dist_train.data.dataset import ClipDataset
+from dist_train.data.native import NativeClips
 from dist_train.data.pool import end_with_parent
 from dist_train.data.sampler import Slot
 from dist_train.data.shards import shard_name
@@ -56,10 +58,7 @@ class Tasks(Sampler[Task]):
             yield Task(slots, self._lent(slots))
 
     def _lent(self, slots: list[Slot]) -> int | None:
-        # Clips of their own sizes are packed by the worker, which alone knows what they take.
-        if self.arena is None or self.clips.on_device:
-            return None
-        return self.arena.lend(math.prod(shape_of(self.clips, slots)))
+        return None if self.arena is None else self.arena.lend(size_of(self.clips, slots))
 
 
 @dataclass(frozen=True)
@@ -72,18 +71,28 @@ class LentBatch:
     offset: int
 
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
-        assert isinstance(self.batch.volumes, torch.Tensor)
-        volumes = (self.arena.number, self.offset, tuple(self.batch.volumes.shape))
+        volumes, native = self.batch.volumes, None
+        if isinstance(volumes, NativeClips):
+            # Their pictures are few, if any.
+            native = volumes.shapes, volumes.draws, volumes.pictures.numpy()
+            volumes = volumes.pixels
+        place = self.arena.number, self.offset, tuple(volumes.shape)
         # As arrays: a tensor would travel by a file descriptor of its own.
         others = (self.batch.frames, self.batch.labels, self.batch.clips)
-        return _arrived, (volumes, *(None if each is None else each.numpy() for each in others))
+        arrays = (None if each is None else each.numpy() for each in others)
+        return _arrived, (place, native, *arrays)
 
 
-def _arrived(volumes: tuple[int, int, tuple[int, ...]], *others: Any) -> Batch:
+def _arrived(place: tuple[int, int, tuple[int, ...]], native: Any, *others: Any) -> Batch:
+    pixels = lent_tensor(*place)
+    volumes: Tensor | NativeClips = pixels
+    if native is not None:
+        shapes, draws, pictures = native
+        volumes = NativeClips(pixels, shapes, draws, torch.from_numpy(pictures))
     frames, labels, clips = (None if each is None else torch.from_numpy(each) for each in others)
     assert labels is not None
     assert clips is not None
-    return Batch(lent_tensor(*volumes), frames, labels, clips)
+    return Batch(volumes, frames, labels, clips)
 
 
 @dataclass(frozen=True)
@@ -115,17 +124,15 @@ class Fetch(Dataset[Batch | LentBatch | DistTrainError]):
 
     def _in_worker(self, task: Task, place: Place) -> Batch | LentBatch:
         try:
-            slots = self._announced(task.slots, place)
-            # Else a thread of the queue would share it, and if it failed, the batch would never
-            # come.
-            if self.clips.on_device:
-                return packed(map(self.clips.__getitem__, slots)).share_memory()
-            shape = shape_of(self.clips, task.slots)
+            before = partial(self._announce, place)
+            size = size_of(self.clips, task.slots)
             if self.arena is None or task.offset is None:
-                volumes = torch.empty(shape, dtype=torch.uint8)
-                return fill(volumes, self.clips, slots).share_memory()
-            pixels = self.arena.view(task.offset, math.prod(shape))
-            batch = fill(torch.from_numpy(pixels).view(shape), self.clips, slots)
+                pixels = torch.empty(size, dtype=torch.uint8)
+                # Else a thread of the queue would share it, and if it failed, the batch would never
+                # come.
+                return fill(pixels, self.clips, task.slots, before).share_memory()
+            pixels = torch.from_numpy(self.arena.view(task.offset, size))
+            batch = fill(pixels, self.clips, task.slots, before)
             return LentBatch(batch, self.arena, task.offset)
         except MemoryError as error:
             raise self._at(place.clip, f"out of memory ({error})", LESS_MEMORY) from None
@@ -133,12 +140,10 @@ class Fetch(Dataset[Batch | LentBatch | DistTrainError]):
             faulthandler.cancel_dump_traceback_later()
             place.clip = NOWHERE
 
-    def _announced(self, slots: Sequence[Slot], place: Place) -> Iterator[Slot]:
-        for slot in slots:
-            place.clip = slot.clip
-            # By a thread in C: it ends the process also where a library never comes back.
-            faulthandler.dump_traceback_later(self.patience, exit=True)
-            yield slot
+    def _announce(self, place: Place, slot: Slot) -> None:
+        place.clip = slot.clip
+        # By a thread in C: it ends the process also where a library never comes back.
+        faulthandler.dump_traceback_later(self.patience, exit=True)
 
     def death(self, dead: Mapping[int | None, int | None]) -> StoreError:
         """What to tell of dead workers: process id -> exit code, negative for a signal.

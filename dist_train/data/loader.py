@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -16,7 +18,8 @@ from dist_train.config import LoaderSettings
 from dist_train.data.arena import arena_of_memory
 from dist_train.data.collate import Batch
 from dist_train.data.dataset import ClipDataset
-from dist_train.data.fetch import Fetch, Place, Tasks, begin_worker
+from dist_train.data.fetch import Fetch, LentBatch, Place, Task, Tasks, begin_worker
+from dist_train.data.handed_over import HandedOver
 from dist_train.data.sampler import Slot
 from dist_train.errors import DistTrainError
 
@@ -28,13 +31,17 @@ PATIENCE = 300.0
 # Seconds within which the fork server tells of a death.
 NEWS = 1.0
 
+Fetched = Batch | LentBatch | DistTrainError
+_starting = threading.Lock()
+
 
 class Loader:
     """Batches in the sampler's order, whatever the number of workers.
 
     Each pass is a new one, by the same workers, and ends the pass before it. A worker holds at most
-    ``settings.prefetch`` batches, to do or done. Never to be passed through
-    ``accelerator.prepare``: the sampler knows its rank already.
+    ``settings.prefetch`` batches, to do or done. While workers start, which takes seconds, this
+    process makes the first batches itself. Never to be passed through ``accelerator.prepare``: the
+    sampler knows its rank already.
 
     Raises:
         DistTrainError: while iterating: a clip cannot be read, or a worker died, found no memory,
@@ -44,38 +51,65 @@ class Loader:
     def __init__(
         self, dataset: ClipDataset, batches: Sampler[list[Slot]], settings: LoaderSettings
     ) -> None:
-        many = settings.workers > 0
+        self._many = settings.workers > 0
         context = multiprocessing.get_context(START_METHOD)
         # The server imports once what each worker would import anew.
         context.set_forkserver_preload([__name__])
-        places = context.RawArray(Place, settings.workers) if many else None
-        arena = arena_of_memory() if many else None
+        places = context.RawArray(Place, settings.workers) if self._many else None
+        arena = arena_of_memory() if self._many else None
         self._fetch = Fetch(dataset, places, arena, PATIENCE)
+        self._slots = HandedOver(batches)
         self._workers: list[BaseProcess] = []
+        self._start: Future[Iterator[Fetched]] | None = None
         self._fetched = DataLoader(
             self._fetch,
-            sampler=Tasks(batches, dataset, arena),
+            sampler=Tasks(self._slots, dataset, arena),
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=settings.workers,
-            prefetch_factor=settings.prefetch if many else None,
-            persistent_workers=many,
+            prefetch_factor=settings.prefetch if self._many else None,
+            persistent_workers=self._many,
             pin_memory=torch.cuda.is_available(),
-            multiprocessing_context=context if many else None,
+            multiprocessing_context=context if self._many else None,
             worker_init_fn=begin_worker,
+            # Of its own: it draws a seed in each pass, when the caller may have set torch's.
+            generator=torch.Generator(),
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        # At once, not at the first batch: the workers start, and DataLoader draws a seed from
-        # torch's generator, which the caller may set before each step.
-        others = multiprocessing.active_children()
-        with self._deaths_explained():
-            batches = iter(self._fetched)
-        if not self._workers:
-            self._workers = [p for p in multiprocessing.active_children() if p not in others]
-        return self._raised(batches)
+        if not self._many:
+            return self._raised(iter(self._fetched))
+        if self._start is not None:
+            with self._deaths_explained():
+                self._start.result()
+                return self._raised(iter(self._fetched))
+        # At once, not at the first batch.
+        self._slots.begin()
+        self._start = _in_thread(self._started)
+        return self._raised(self._until_started(self._start))
 
-    def _raised(self, batches: Iterator[Batch | DistTrainError]) -> Iterator[Batch]:
+    def wait(self) -> None:
+        """Wait until the workers of a pass that was begun are there."""
+        if self._start is not None:
+            self._start.result()
+
+    def _started(self) -> Iterator[Fetched]:
+        # One loader at a time, so that it knows its own workers.
+        with _starting:
+            others = multiprocessing.active_children()
+            batches: Iterator[Fetched] = iter(self._fetched)
+            self._workers = [p for p in multiprocessing.active_children() if p not in others]
+        return batches
+
+    def _until_started(self, start: Future[Iterator[Fetched]]) -> Iterator[Fetched]:
+        for slots in self._slots.taken():
+            batch = self._fetch[Task(slots, None)]
+            pinned = torch.cuda.is_available() and isinstance(batch, Batch)
+            yield batch.pin_memory() if pinned else batch
+        if not self._slots.are_used_up:
+            yield from start.result()
+
+    def _raised(self, batches: Iterator[Fetched]) -> Iterator[Batch]:
         while True:
             with self._deaths_explained():
                 batch = next(batches, None)
@@ -107,3 +141,20 @@ class Loader:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _in_thread(function: Callable[[], Iterator[Fetched]]) -> Future[Iterator[Fetched]]:
+    future: Future[Iterator[Fetched]] = Future()
+    # The device is chosen for each thread, and DataLoader notes that of the thread it starts in.
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def run() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="start of loader workers").start()
+    return future

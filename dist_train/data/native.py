@@ -42,10 +42,18 @@ class NativeClips:
 
 def pack(clips: Sequence[Tensor], draws: Sequence[Draw]) -> NativeClips:
     """Put clips, uint8 [D, H, W] each, and their draws together."""
+    shapes = tuple((clip.shape[0], clip.shape[1], clip.shape[2]) for clip in clips)
+    return packed(torch.cat([clip.reshape(-1) for clip in clips]), shapes, draws)
+
+
+def packed(
+    pixels: Tensor, shapes: tuple[tuple[int, int, int], ...], draws: Sequence[Draw]
+) -> NativeClips:
+    """Clips that lie one behind the other already, and their draws."""
     pictures = [torch.from_numpy(draw.pictures) for draw in draws if len(draw.pictures)]
     return NativeClips(
-        torch.cat([clip.reshape(-1) for clip in clips]),
-        tuple((clip.shape[0], clip.shape[1], clip.shape[2]) for clip in clips),
+        pixels,
+        shapes,
         tuple(replace(draw, pictures=NO_PICTURES) for draw in draws),
         torch.cat(pictures) if pictures else torch.from_numpy(NO_PICTURES.copy()),
     )

@@ -8,9 +8,9 @@ import torch
 from make_media import write_manifest
 
 from dist_train.data.augment_draw import Draw
-from dist_train.data.collate import Batch, collate, fill, packed, shape_of
-from dist_train.data.dataset import ClipDataset, Sample
-from dist_train.data.native import NativeClips
+from dist_train.data.collate import Batch, collate, fill, size_of
+from dist_train.data.dataset import ClipDataset
+from dist_train.data.native import NativeClips, pack
 from dist_train.data.prepare import PrepareSettings, prepare
 from dist_train.data.sampler import Slot
 from dist_train.data.store import Store
@@ -53,7 +53,7 @@ def test_clips_of_one_depth_are_stacked(clips: ClipDataset) -> None:
 def test_shorter_clips_get_black_frames_at_their_end(clips: ClipDataset) -> None:
     slots = [Slot(clip, 0) for clip in (0, 1, 2)]
     # Of the batch before it, as in the arena.
-    used = torch.full(shape_of(clips, slots), 255, dtype=torch.uint8)
+    used = torch.full((size_of(clips, slots),), 255, dtype=torch.uint8)
     batch = fill(used, clips, slots)
     assert batch.volumes.data_ptr() == used.data_ptr()
     assert batch.frames is not None
@@ -91,26 +91,36 @@ def test_shared(clips: ClipDataset, numbers: tuple[int, ...]) -> None:
 def packed_noise(*shapes: tuple[int, int, int]) -> Batch:
     noise = np.random.default_rng(0)
     pictures = noise.normal(size=(2, 4, 4)).astype(np.float32)
-    draws = [Draw(is_displaced=True, pictures=pictures), Draw(is_reversed=True)]
-    return packed(
-        [
-            Sample(torch.from_numpy(noise.integers(0, 256, shape, dtype=np.uint8)), 1, 0, draw)
-            for shape, draw in zip(shapes, draws, strict=True)
-        ]
-    )
+    draws = [Draw(is_displaced=True, pictures=pictures), Draw(is_reversed=True)][: len(shapes)]
+    clips = [torch.from_numpy(noise.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+    none = torch.zeros(len(shapes))
+    return Batch(pack(clips, draws), None, none, none.long())
 
 
 def test_clips_with_draws_keep_their_sizes() -> None:
-    batch = packed_noise((3, 5, 6), (2, 9, 4))
-    clips = batch.volumes
+    clips = packed_noise((3, 5, 6), (2, 9, 4)).volumes
     assert isinstance(clips, NativeClips)
     assert clips.shapes == ((3, 5, 6), (2, 9, 4))
     assert clips.pixels.shape == (3 * 5 * 6 + 2 * 9 * 4,)
     assert clips.pictures.shape == (2, 4, 4)
     assert [draw.is_reversed for draw in clips.draws] == [False, True]
+
+
+def test_clips_for_the_device_lie_one_behind_the_other(clips: ClipDataset) -> None:
+    native = ClipDataset(clips.store, size=(4, 5), max_frames=4, augment=None, on_device=True)
+    slots = [Slot(clip, 0) for clip in (0, 1, 2)]
+    used = torch.full((size_of(native, slots),), 255, dtype=torch.uint8)
+    batch = fill(used, native, slots)
+    assert isinstance(batch.volumes, NativeClips)
+    assert batch.volumes.pixels.data_ptr() == used.data_ptr()
+    assert batch.volumes.shapes == ((2, 8, 9), (4, 8, 9), (1, 8, 9))
+    expected = [number + 1 for number, depth in enumerate((2, 4, 1)) for _ in range(depth * 8 * 9)]
+    assert batch.volumes.pixels.tolist() == expected
     assert batch.frames is not None
-    assert batch.frames.tolist() == [3, 2]
-    assert packed_noise((3, 5, 6), (3, 9, 4)).frames is None
+    assert batch.frames.tolist() == [2, 4, 1]
+    assert batch.labels.tolist() == [0.0, 1.0, 0.0]
+    alone = fill(torch.empty(4 * 8 * 9, dtype=torch.uint8), native, slots[1:2])
+    assert alone.frames is None
 
 
 def test_clips_of_their_own_sizes_are_shared_and_moved() -> None:
@@ -126,7 +136,8 @@ def test_clips_of_their_own_sizes_are_shared_and_moved() -> None:
 
 
 def test_clips_without_pictures_are_shared_too() -> None:
-    batch = packed([Sample(torch.zeros(2, 3, 4, dtype=torch.uint8), 0, 0, Draw())]).share_memory()
+    clips = pack([torch.zeros(2, 3, 4, dtype=torch.uint8)], [Draw()])
+    batch = Batch(clips, None, torch.zeros(1), torch.zeros(1)).share_memory()
     assert isinstance(batch.volumes, NativeClips)
     assert len(batch.volumes.pictures) == 0
 

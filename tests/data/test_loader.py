@@ -101,6 +101,7 @@ def begun(loader: Loader) -> tuple[Iterator[Batch], list[psutil.Process]]:
     """A pass, and the workers that it started."""
     before = set(psutil.Process().children(recursive=True))
     batches = iter(loader)
+    loader.wait()
     # Their parent, for the system, is the fork server.
     return batches, list(set(psutil.Process().children(recursive=True)) - before)
 
@@ -213,6 +214,63 @@ def test_held_out_clips_all_come(store: Store) -> None:
     assert sorted(clip for batch in loader for clip in batch.clips.tolist()) == clips
 
 
+# While the workers start.
+
+
+class Slow(ClipDataset):
+    """On its way to a worker it waits until ``may_go``."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store, size=(12, 12), max_frames=None, augment=None)
+        self.may_go = threading.Event()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.may_go.wait()
+        return plain, (self.store,)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_first_batches_come_before_the_workers(store: Store, workers: int) -> None:
+    dataset = Slow(store)
+    loader = Loader(dataset, in_turn(range(CLIPS)), LoaderSettings(workers=workers))
+    batches = iter(loader)
+    came = [next(batches) for _ in range(3)]
+    dataset.may_go.set()
+    loader.wait()
+    came += list(batches)
+    expected = list(Loader(plain(store), in_turn(range(CLIPS)), LoaderSettings(workers=0)))
+    assert_same(came, expected)
+    assert_same(list(loader), expected)
+
+
+def test_pass_that_ends_before_the_workers_come_is_whole(store: Store) -> None:
+    dataset = Slow(store)
+    loader = Loader(dataset, in_turn(range(4)), LoaderSettings(workers=2))
+    expected = list(Loader(plain(store), in_turn(range(4)), LoaderSettings(workers=0)))
+    assert_same(list(loader), expected)
+    dataset.may_go.set()
+    assert_same(list(loader), expected)
+
+
+def test_pass_given_up_before_the_workers_come_leaves_nothing_in_the_next(store: Store) -> None:
+    dataset = Slow(store)
+    loader = Loader(dataset, in_turn(range(6)), LoaderSettings(workers=2))
+    batches = iter(loader)
+    assert next(batches).clips.tolist() == [0]
+    del batches
+    dataset.may_go.set()
+    assert [batch.clips.tolist() for batch in loader] == [[clip] for clip in range(6)]
+
+
+def test_random_numbers_of_the_caller_are_its_own(store: Store) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    for _ in Loader(plain(store), in_turn(range(4)), LoaderSettings(workers=1)):
+        pass
+    assert torch.equal(torch.rand(3), expected)
+
+
 # What workers hold.
 
 
@@ -230,7 +288,7 @@ class Counted(HeldOutSampler):
 def test_workers_hold_no_more_than_prefetch(store: Store) -> None:
     sampler = Counted(list(range(CLIPS)), list(range(CLIPS)), rank=0, world=1, batch=1)
     loader = Loader(plain(store), sampler, LoaderSettings(workers=2, prefetch=3))
-    batches = iter(loader)
+    batches, _ = begun(loader)
     for used in range(1, 8):
         next(batches)
         assert sampler.taken == used + 2 * 3
@@ -306,7 +364,8 @@ def troubled(store: Store, trouble: Callable[[], object]) -> StoreError:
     """
     settings = LoaderSettings(workers=2, prefetch=2)
     loader = Loader(Troubled(store, 7, trouble), in_turn(range(12), batch=2), settings)
-    came, error = error_of(loader)
+    batches, _ = begun(loader)
+    came, error = error_of(batches)
     assert came == [[0, 1], [2, 3], [4, 5]][: len(came)]
     assert error.where == shard_of(store, 7)
     assert f"at clip '{store.table['key'].iloc[7]}'" in error.what
@@ -359,7 +418,8 @@ def test_clip_that_never_comes(own_store: Store, monkeypatch: pytest.MonkeyPatch
     # To open it is to wait for a writer.
     os.mkfifo(shard)
     loader = Loader(plain(own_store), in_turn([0, 1, 8, 2]), LoaderSettings(workers=2))
-    _, error = error_of(loader)
+    batches, _ = begun(loader)
+    _, error = error_of(batches)
     assert "gave up after 4 s at clip 'clip008'" in error.what
     assert error.where == shard
 
@@ -438,13 +498,16 @@ clips = HeldOutSampler(list(range(24)), [1] * 24, rank=0, world=1, batch=1)
 dataset = ClipDataset(store, size=(64, 64), max_frames=None, augment=None)
 loader = Loader(dataset, clips, LoaderSettings(workers=2, prefetch=4))
 while True:
-    for number, batch in enumerate(loader):
+    batches = iter(loader)
+    if sys.argv[2] != "start":
+        loader.wait()
+    for number, batch in enumerate(batches):
         if number == 5:
             print("in the middle", flush=True)
             if sys.argv[2] == "end":
                 sys.exit()
             # Batches are ready, and more to come.
-            sys.argv[2] == "wait" and sys.stdin.read()
+            sys.argv[2] in ("start", "wait") and sys.stdin.read()
 """
 
 
@@ -527,3 +590,19 @@ def test_process_that_ends_in_the_middle(store: Store) -> None:
         _, errors = process.communicate(timeout=30)
         _, alive = psutil.wait_procs(children, timeout=20)
     assert (process.returncode, errors, alive) == (0, "", [])
+
+
+@pytest.mark.slow
+def test_nothing_is_left_behind_when_workers_were_to_start(store: Store) -> None:
+    with walking(store, "start") as (process, _):
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        left = []
+        for other in psutil.process_iter():
+            with suppress(ProcessLookupError):
+                if os.getsid(other.pid) == process.pid:
+                    left.append(other)
+        _, alive = psutil.wait_procs(left, timeout=20)
+    assert alive == []
+    assert process.returncode == -signal.SIGINT
+    assert errors.rstrip().endswith("KeyboardInterrupt"), errors

@@ -22,7 +22,10 @@ def test_the_parts_of_a_step_are_all_of_it(tmp_path: Path) -> None:
     assert "drawn independently from" in printed
     result = json.loads(figures.read_text())
     assert [line["case"] for line in result["lines"]] == ["1x4", "2x4", "1x8", "2x4"]
-    assert {"efficiency_weak_2", "efficiency_strong_2", "projected_64"} <= result["summary"].keys()
+    summary = result["summary"]
+    assert {"efficiency_weak_2", "efficiency_strong_2", "projected_64"} <= summary.keys()
+    assert summary["link_gb_per_second"] > 0
+    assert summary["link_latency_us"] > 0
     for case, parts in result["parts"].items():
         named = ("data", "compute", "wait", "statistics", "gradients", "rest")
         assert parts["step_s"] == pytest.approx(sum(parts[f"{name}_s"] for name in named)), case
