@@ -48,15 +48,19 @@ PACKAGES = {
 }
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "dist_train", "bench_peers")
 TOOL = Path(__file__).with_name("loader_contenders.py")
+#: Of what is prefetched at most: as much is taken before anything is timed, so that memory that is
+#: used again and again is there. With the batches that are timed it is less than an epoch, at whose
+#: end some peers start anew.
+WARM_UP = 4
 #: Seconds for one contender.
 PATIENCE = 300
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clips", type=int, default=1024, help="clips to make (default 1024)")
+    parser.add_argument("--clips", type=int, default=3072, help="clips to make (default 3072)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (default 3)")
-    parser.add_argument("--batches", type=int, default=12, help="of a run (default 12)")
+    parser.add_argument("--batches", type=int, default=24, help="of a run (default 24)")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"clips (default {BATCH})")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--quick", action="store_true", help="one round, only some clips")
@@ -175,7 +179,7 @@ class Bench:
         return found
 
     def measure(self, task: Task, batches: int, rounds: int) -> dict[str, Any]:
-        timed = replace(task, warm_up=task.workers * task.prefetch + 1, batches=batches)
+        timed = replace(task, warm_up=WARM_UP * task.workers * task.prefetch, batches=batches)
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
         # The first round warms the page cache up.
         for number in range(rounds + 1):

@@ -6,6 +6,7 @@ clips. Here the pages stay, so what a batch costs is its pixels.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import mmap
 import multiprocessing
@@ -24,6 +25,11 @@ from dist_train.data.decode import Volume
 PAGE = mmap.PAGESIZE
 # The part of it that was written to may be so many times what the regions in use reach to.
 SLACK = 2
+# What one fault maps, where the pages are there (Linux's fault_around_bytes), by reading.
+FAULT_AROUND = 16 * PAGE
+PIECE = 256 * PAGE
+_ZEROS = bytes(PIECE)
+MOST_AT_ONCE = os.sysconf("SC_IOV_MAX")
 
 _numbers = itertools.count()
 # Of this process, for the batches that come from workers.
@@ -51,16 +57,18 @@ class Arena:
         _arenas[self.number] = self
 
     def lend(self, size: int) -> int | None:
-        """The offset of a free region of ``size`` bytes, the lowest; None if there is none."""
+        """The offset of a free region of ``size`` bytes, from the smallest gap that has room; None
+        if there is none. Behind the last region in use is the largest gap."""
         back = {self._back.popleft() for _ in range(len(self._back))}
         self._lent = [region for region in self._lent if region[0] not in back]
         length = max(-(-size // PAGE), 1) * PAGE
         ends = [0, *(to for _, to in self._lent)]
         starts = [*(start for start, _ in self._lent), self.size]
-        gaps = zip(ends, starts, strict=True)
-        offset = next((end for end, start in gaps if start - end >= length), None)
-        if offset is None:
+        gaps = ((start - end, end) for end, start in zip(ends, starts, strict=True))
+        fitting = min((gap for gap in gaps if gap[0] >= length), default=None)
+        if fitting is None:
             return None
+        offset = fitting[1]
         self._lent = sorted([*self._lent, (offset, offset + length)])
         end = self._lent[-1][1]
         self._written = max(self._written, end)
@@ -72,6 +80,34 @@ class Arena:
     def view(self, offset: int, size: int) -> Volume:
         """uint8 [size] at ``offset``."""
         return np.frombuffer(self._memory, np.uint8, size, offset)
+
+    def writable(self, offset: int, size: int) -> Volume:
+        """``view``, with its pages there and mapped, for who is to write to all of it.
+
+        Each page would be a fault else, of 3.8 us where it is new, and of 2 us where another
+        process made it (measured). Written by a call and mapped by reading: 1.7 us and 0.2 us.
+
+        Raises:
+            MemoryError: there is not so much memory.
+        """
+        pixels = self.view(offset, size)
+        pieces = self._mapped[offset // PIECE : -(-(offset + size) // PIECE)]
+        if not pieces.all():
+            self._make_pages(offset, offset + size)
+            pixels[::FAULT_AROUND].max(initial=0)
+            pieces[:] = True
+        return pixels
+
+    def _make_pages(self, start: int, end: int) -> None:
+        while (hole := os.lseek(self._descriptor, start, os.SEEK_HOLE)) < end:
+            zeros = [_ZEROS] * min((end - hole) // PIECE, MOST_AT_ONCE)
+            try:
+                start = hole + os.pwritev(self._descriptor, zeros or [_ZEROS[: end - hole]], hole)
+            except OSError as error:
+                if error.errno in (errno.ENOMEM, errno.ENOSPC):
+                    raise MemoryError(error.strerror) from None
+                # A limit on files, perhaps, which memory is not subject to otherwise.
+                return
 
     def tensor(self, offset: int, shape: tuple[int, ...]) -> Tensor:
         """uint8 of ``shape`` in a region that was lent, which is free again when neither it nor a
@@ -87,6 +123,8 @@ class Arena:
             os.ftruncate(descriptor, size)
         self._descriptor, self.size = descriptor, size
         self._memory = mmap.mmap(descriptor, size)
+        # By this process. What was given back since is mapped by faults again.
+        self._mapped = np.zeros(-(-size // PIECE), np.bool_)
 
     def __getstate__(self) -> dict[str, Any]:
         multiprocessing.context.assert_spawning(self)

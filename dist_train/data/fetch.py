@@ -131,7 +131,7 @@ class Fetch(Dataset[Batch | LentBatch | DistTrainError]):
                 # Else a thread of the queue would share it, and if it failed, the batch would never
                 # come.
                 return fill(pixels, self.clips, task.slots, before).share_memory()
-            pixels = torch.from_numpy(self.arena.view(task.offset, size))
+            pixels = torch.from_numpy(self.arena.writable(task.offset, size))
             batch = fill(pixels, self.clips, task.slots, before)
             return LentBatch(batch, self.arena, task.offset)
         except MemoryError as error:

@@ -122,7 +122,10 @@ class Loader:
                     # The error refers to this frame. If the frame referred back, the workers would
                     # be left to the collector of cycles, under which DataLoader cannot end them.
                     del batch
-            yield batch
+            # Not kept here too: its memory is free again as soon as the caller lets go of it.
+            handed = [batch]
+            del batch
+            yield handed.pop()
 
     @contextmanager
     def _deaths_explained(self) -> Iterator[None]:

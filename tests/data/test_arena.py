@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,36 @@ def test_its_pages_are_used_again() -> None:
     for _ in range(8):
         arena.tensor(lent(arena, 4 * MB), (4 * MB,)).fill_(1)
     assert memory_of(arena) == 4 * MB
+
+
+def test_pages_are_made_for_who_is_to_write() -> None:
+    arena = Arena(64 * MB)
+    kept = arena.tensor(lent(arena, MB), (MB,)).fill_(3)
+    offset = lent(arena, 3 * MB + 5)
+    behind = arena.tensor(lent(arena, MB), (MB,)).fill_(4)
+    region = arena.writable(offset, 3 * MB + 5)
+    assert memory_of(arena) == 5 * MB + PAGE
+    assert (region == 0).all()
+    region[:] = 7
+    assert (arena.writable(offset, 3 * MB + 5) == 7).all(), "again: as it is"
+    assert (kept == 3).all()
+    assert (behind == 4).all()
+
+
+def no_pages(limit: int) -> None:
+    """Called in a process of its own, for which files, this memory too, have ``limit`` bytes."""
+    arena = Arena(4 * MB)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    arena.writable(0, MB)[:] = 5
+    assert memory_of(arena) == MB
+
+
+def test_a_limit_on_files_is_no_limit_on_memory() -> None:
+    process = multiprocessing.get_context("spawn").Process(target=no_pages, args=(3 * PAGE,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def _write(arena: Arena, offset: int) -> None:
