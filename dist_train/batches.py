@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain, pairwise, starmap
+
 from dist_train.config import Config
+from dist_train.data.collate import Batch
 from dist_train.data.loader import Loader
 from dist_train.data.plan import Plan
 from dist_train.data.sampler import HeldOutSampler, PlanSampler
@@ -32,15 +36,23 @@ class Batches:
             return self._plan
         return self._weights.plan(self._plan.first_step(self._plan.epoch_of(step)))
 
-    def from_step(self, step: int) -> Loader:
+    def config_at(self, step: int) -> Config:
+        """The run's settings, with ``clip`` as it is in training at a step."""
+        clip = self._config.clip.at(self._plan.epoch_of(step))
+        return self._config.model_copy(update={"clip": clip})
+
+    def from_step(self, step: int) -> Iterator[Batch]:
         """To the end of the run; of the epoch, if weights are read for each."""
-        epochs = self._config.train.epochs
+        epoch, end = self._plan.epoch_of(step), self._config.train.epochs
         if self._config.plan.weights is not None:
-            epochs = self._plan.epoch_of(step) + 1
-        return self.of_steps(step, self._plan.first_step(epochs))
+            end = epoch + 1
+        turns = [turn for turn in self._config.clip.stage_ends if epoch < turn < end]
+        steps = [step, *(self._plan.first_step(turn) for turn in (*turns, end))]
+        return chain.from_iterable(starmap(self.of_steps, pairwise(steps)))
 
     def of_steps(self, first: int, last: int) -> Loader:
-        """Steps ``first`` to ``last`` (excluded), by the plan of the first."""
+        """Steps ``first`` to ``last`` (excluded), by the plan of the first, with clips as they are
+        at the last of them."""
         sampler = PlanSampler(
             self.plan_at(first),
             rank=self._backend.rank,
@@ -49,7 +61,8 @@ class Batches:
             first=first,
             last=last,
         )
-        return Loader(self._data.dataset(training=True), sampler, self._config.loader)
+        dataset = self._data.dataset(training=True, config=self.config_at(last - 1))
+        return Loader(dataset, sampler, self._config.loader)
 
     def held_out(self) -> Loader:
         """The val split, without augmentation; can be walked again and again."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -59,15 +60,40 @@ class SplitSettings(Section):
         return self
 
 
+class ClipStage(Section):
+    """Clips of the next ``epochs`` epochs of training: ``size`` and ``max_frames`` of
+    ``ClipSettings``, and never more frames than those allow."""
+
+    epochs: Positive
+    size: tuple[Positive, Positive]
+    max_frames: Positive | None = None
+
+
 class ClipSettings(Section):
     """The shape in which a clip reaches the model.
 
     ``size``: height and width in pixels. ``max_frames``: longer clips are cut to this many
     consecutive frames, at a random place in training and in the middle otherwise; None keeps all.
+    ``growth``: the first epochs are trained on smaller clips, stage by stage (as in multigrid
+    training, Wu et al. 2020); held-out clips are of full size throughout.
     """
 
     size: tuple[Positive, Positive] = (160, 160)
     max_frames: Positive | None = None
+    growth: tuple[ClipStage, ...] = ()
+
+    def at(self, epoch: int) -> ClipSettings:
+        """What holds for training in an epoch, counted from 0."""
+        for stage, end in zip(self.growth, self.stage_ends, strict=True):
+            if epoch < end:
+                caps = [most for most in (stage.max_frames, self.max_frames) if most is not None]
+                return ClipSettings(size=stage.size, max_frames=min(caps, default=None))
+        return self
+
+    @property
+    def stage_ends(self) -> list[int]:
+        """The epoch, counted from 0, that each stage of ``growth`` ends before."""
+        return list(accumulate(stage.epochs for stage in self.growth))
 
 
 class AugmentSettings(Section):

@@ -77,11 +77,11 @@ class Judge:
         metrics = binary_metrics(expit(logits), labels)
         return {"val/loss": float(loss)} | {f"val/{k}": v for k, v in metrics.items()}
 
-    def norm_gap(self, batch: Batch) -> Values:
-        """The loss in eval mode, less that by batch statistics, of a micro-batch of each rank: by
-        the trained weights on the same clips, without dropout."""
+    def norm_gap(self, batch: Batch, step: int) -> Values:
+        """The loss in eval mode, less that by batch statistics, of a micro-batch of each rank of a
+        step: by the trained weights on the same clips, without dropout."""
         moved = batch.to(self._backend.device)
-        volumes = as_input(moved.volumes, self._config)
+        volumes = as_input(moved.volumes, self._batches.config_at(step))
         with self._backend.autocast():
             both = by_running_and_own_statistics(self._backend.module, volumes, moved.frames)
         running, own = self._backend.sums(
@@ -113,13 +113,14 @@ class Judge:
         if not steps:
             yield
             return
+        config = self._batches.config_at(done - 1)
         running = {name: buffer.clone() for name, buffer in module.named_buffers()}
         batches = self._batches.of_steps(max(0, done - steps), done)
         with torch.no_grad(), self._backend.autocast():
             with precise_statistics(module, self._backend.all_reduce):
                 for batch in batches:
                     moved = batch.to(self._backend.device)
-                    module(as_input(moved.volumes, self._config), moved.frames)
+                    module(as_input(moved.volumes, config), moved.frames)
                     self._beat()
             yield
             for name, buffer in module.named_buffers():

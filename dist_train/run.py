@@ -103,9 +103,10 @@ class RunData:
         train = self.clips[self.clips["split"] == "train"]
         return float((train["label"] == 1).mean())
 
-    def dataset(self, *, training: bool) -> ClipDataset:
+    def dataset(self, *, training: bool, config: Config | None = None) -> ClipDataset:
+        """``config``: settings of clips in place of the run's."""
         augment = Augment(self.config.augment, self.config.seed) if training else None
-        return clip_dataset(self.config, self.store, augment)
+        return clip_dataset(config or self.config, self.store, augment)
 
 
 def open_data(config: Config) -> RunData:
@@ -116,12 +117,19 @@ def open_data(config: Config) -> RunData:
         PlanError: the selection lacks a class.
         ConfigError: a setting does not fit the clips.
     """
-    height, width = config.clip.size
-    if config.augment.rotate90 > 0 and height != width:
+    sizes = config.clip.size, *(stage.size for stage in config.clip.growth)
+    if config.augment.rotate90 > 0 and any(height != width for height, width in sizes):
         raise ConfigError(
             "quarter turns need square clips",
             where="augment.rotate90",
-            fix="Set it to 0, or make clip.size square.",
+            fix="Set it to 0, or make clip.size and the sizes of clip.growth square.",
+        )
+    if config.clip.growth and config.clip.stage_ends[-1] >= config.train.epochs:
+        raise ConfigError(
+            f"its stages last {config.clip.stage_ends[-1]} epochs, and the run has "
+            f"{config.train.epochs}: no clip would be of full size",
+            where="clip.growth",
+            fix="Give it fewer epochs, or raise train.epochs.",
         )
     store = Store(config.store)
     clips = choose_clips(store.table, config.select, config.split, config.seed)

@@ -402,6 +402,7 @@ class Trainer:
         """
         backend, accumulate = self.backend, self.micro.accumulate
         total, waited = torch.zeros((), device=backend.device), 0.0
+        config = self.batches.config_at(step)
         for micro in range(accumulate):
             asked = time.perf_counter()
             batch = next(batches).to(backend.device)
@@ -409,7 +410,7 @@ class Trainer:
             if self._is_left_out(step):
                 continue
             with backend.micro_step(last=micro == accumulate - 1):
-                logits = backend.model(as_input(batch.volumes, self.config), batch.frames)
+                logits = backend.model(as_input(batch.volumes, config), batch.frames)
                 loss = binary_cross_entropy_with_logits(logits.float(), batch.labels)
                 backend.backward(loss * (self.plan.weight(step) / accumulate))
             total += loss.detach() / accumulate
@@ -445,7 +446,7 @@ class Trainer:
         judge = self.judge
         values = judge.of_training(self.outputs)
         self.outputs.cut(0)
-        return values | judge.of_held_out(held_out) | judge.norm_gap(self.last_batch)
+        return values | judge.of_held_out(held_out) | judge.norm_gap(self.last_batch, self.done - 1)
 
     def _training_batches(self) -> Iterator[Batch]:
         return map(self._noted, self.batches.from_step(self.done))
