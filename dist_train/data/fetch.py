@@ -115,10 +115,17 @@ class Fetch(Dataset[Batch | LentBatch | DistTrainError]):
 
     def __getitem__(self, task: Task) -> Batch | LentBatch | DistTrainError:
         worker = get_worker_info()
+        if self.places is None or worker is None:
+            return self.here(task.slots)
         try:
-            if self.places is None or worker is None:
-                return collate(self.clips, task.slots)
             return self._in_worker(task, self.places[worker.id])
+        except DistTrainError as error:
+            return error
+
+    def here(self, slots: list[Slot]) -> Batch | DistTrainError:
+        """Made in this process, in memory of its own."""
+        try:
+            return collate(self.clips, slots)
         except DistTrainError as error:
             return error
 

@@ -18,7 +18,7 @@ from dist_train.config import LoaderSettings
 from dist_train.data.arena import arena_of_memory
 from dist_train.data.collate import Batch
 from dist_train.data.dataset import ClipDataset
-from dist_train.data.fetch import Fetch, LentBatch, Place, Task, Tasks, begin_worker
+from dist_train.data.fetch import Fetch, Place, Tasks, begin_worker
 from dist_train.data.handed_over import HandedOver
 from dist_train.data.sampler import Slot
 from dist_train.errors import DistTrainError
@@ -31,7 +31,8 @@ PATIENCE = 300.0
 # Seconds within which the fork server tells of a death.
 NEWS = 1.0
 
-Fetched = Batch | LentBatch | DistTrainError
+# A ``LentBatch`` arrives as the ``Batch`` that it holds.
+Fetched = Batch | DistTrainError
 _starting = threading.Lock()
 
 
@@ -103,11 +104,15 @@ class Loader:
 
     def _until_started(self, start: Future[Iterator[Fetched]]) -> Iterator[Fetched]:
         for slots in self._slots.taken():
-            batch = self._fetch[Task(slots, None)]
-            pinned = torch.cuda.is_available() and isinstance(batch, Batch)
-            yield batch.pin_memory() if pinned else batch
+            yield self._here(slots)
         if not self._slots.are_used_up:
             yield from start.result()
+
+    def _here(self, slots: list[Slot]) -> Fetched:
+        batch = self._fetch.here(slots)
+        if isinstance(batch, Batch) and torch.cuda.is_available():
+            return batch.pin_memory()
+        return batch
 
     def _raised(self, batches: Iterator[Fetched]) -> Iterator[Batch]:
         while True:

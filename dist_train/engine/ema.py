@@ -38,7 +38,9 @@ class Ema:
             return
         decay = min(self._decay, (1 + step) / (10 + step))
         live = [part for _, part in self._backend.parts()]
-        get_ema_multi_avg_fn(decay)(list(self._averages.values()), live, step)
+        # It is without annotations.
+        average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        average(list(self._averages.values()), live, step)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -131,7 +131,7 @@ class ZeroBackend(Backend):
     def part(self, name: str, whole: Tensor) -> Tensor:
         return self._slice(whole) if self.stage == 3 and name in self._shapes else whole
 
-    def _part(self, parameter: nn.Parameter) -> Tensor:
+    def _part(self, parameter: Any) -> Tensor:
         mine: Tensor = parameter.ds_tensor if self.stage == 3 else parameter
         return mine.detach()
 
@@ -139,7 +139,8 @@ class ZeroBackend(Backend):
         """Drop the gathered copies of weights under stage 3, which new parts would not change."""
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        whole = [p for p in self.module.parameters() if p.ds_status == ZeroParamStatus.AVAILABLE]
+        parameters: list[Any] = list(self.module.parameters())
+        whole = [p for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
         if whole:
             whole[0].partition(whole)
 
