@@ -19,6 +19,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from dist_train.config import TrainSettings
+from dist_train.engine.cpu_flags import lacks_bf16
 from dist_train.engine.known_bad import check_pair, cudnn_version
 from dist_train.errors import BackendError
 
@@ -72,6 +73,12 @@ class Backend(ABC):
         self.device: torch.device = self.accelerator.device
         self._check_world()
         self._check_active()
+        if not cuda and settings.precision == "bf16" and lacks_bf16():
+            log.log(
+                logging.WARNING if self.is_main else logging.DEBUG,
+                "this CPU has no instructions for bf16, in which steps take many times as long as "
+                "in float32: set train.precision=fp32",
+            )
         if cuda:
             # Of the build's own cuDNN or one installed beside it: the one that runs.
             for warning in check_pair(settings, torch.__version__, cudnn_version() or 0):
