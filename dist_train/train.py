@@ -19,6 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.batches import Batches
 from dist_train.config import Config, config_text
+from dist_train.data.ahead import on_device
 from dist_train.data.collate import Batch
 from dist_train.data.files import write_whole
 from dist_train.engine.backends import make_backend
@@ -405,7 +406,7 @@ class Trainer:
         config = self.batches.config_at(step)
         for micro in range(accumulate):
             asked = time.perf_counter()
-            batch = next(batches).to(backend.device)
+            batch = next(batches)
             waited += time.perf_counter() - asked
             if self._is_left_out(step):
                 continue
@@ -449,7 +450,8 @@ class Trainer:
         return values | judge.of_held_out(held_out) | judge.norm_gap(self.last_batch, self.done - 1)
 
     def _training_batches(self) -> Iterator[Batch]:
-        return map(self._noted, self.batches.from_step(self.done))
+        batches = on_device(self.batches.from_step(self.done), self.backend.device)
+        return map(self._noted, batches)
 
     def _noted(self, batch: Batch) -> Batch:
         self.last_batch = batch
