@@ -225,7 +225,7 @@ class Slow(ClipDataset):
         self.may_go = threading.Event()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        self.may_go.wait()
+        assert self.may_go.wait(60)
         return plain, (self.store,)
 
 
