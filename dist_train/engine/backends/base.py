@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from dist_train.config import TrainSettings
@@ -65,7 +65,10 @@ class Backend(ABC):
         handlers = [
             InitProcessGroupKwargs(
                 backend="nccl" if cuda else "gloo", timeout=timedelta(seconds=settings.timeout)
-            )
+            ),
+            # Running statistics are read where ``sync_buffers`` was called, and only there.
+            # Gradients lie in the buckets that are exchanged, rather than be copied there and back.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ]
         self.accelerator = self._accelerator(cuda, handlers if launched else [])
         self.rank = int(self.accelerator.process_index)
