@@ -23,7 +23,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
         return
-    beside = torch.cuda.Stream(device)
+    beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copied() -> Batch | DistTrainError | None:
         try:
