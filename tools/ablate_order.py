@@ -31,7 +31,7 @@ from dist_train.data.store import Store
 CONFIG = Path("configs/demo_cpu.yaml")
 # Of clips cut to the demo's 32 frames nearly all are of one depth, and bands the same as random. So
 # each clip is its own first half, of 13 frames and more, before it is cut. (Of the first quarter,
-# uncut, some seeds learn nothing, in either order.) Fewer epochs, for ten runs to be bearable.
+# uncut, a run may learn nothing.) Fewer epochs, for ten runs to be bearable.
 SHARE = 2
 SETTINGS = ("train.epochs=24", "snapshots.at=[20, 21, 22, 23, 24]")
 ORDERS = ("random", "banded")
