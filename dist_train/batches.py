@@ -38,6 +38,8 @@ class Batches:
 
     def config_at(self, step: int) -> Config:
         """The run's settings, with ``clip`` as it is in training at a step."""
+        if not self._config.clip.growth:
+            return self._config
         clip = self._config.clip.at(self._plan.epoch_of(step))
         return self._config.model_copy(update={"clip": clip})
 

@@ -79,13 +79,12 @@ class Judge:
 
     def norm_gap(self, batch: Batch, step: int) -> Values:
         """The loss in eval mode, less that by batch statistics, of a micro-batch of each rank of a
-        step: by the trained weights on the same clips, without dropout."""
-        moved = batch.to(self._backend.device)
-        volumes = as_input(moved.volumes, self._batches.config_at(step))
+        step, on the device: by the trained weights on the same clips, without dropout."""
+        volumes = as_input(batch.volumes, self._batches.config_at(step))
         with self._backend.autocast():
-            both = by_running_and_own_statistics(self._backend.module, volumes, moved.frames)
+            both = by_running_and_own_statistics(self._backend.module, volumes, batch.frames)
         running, own = self._backend.sums(
-            [float(binary_cross_entropy_with_logits(y.float(), moved.labels)) for y in both]
+            [float(binary_cross_entropy_with_logits(y.float(), batch.labels)) for y in both]
         )
         return {"norm/gap": (running - own) / self._backend.world}
 

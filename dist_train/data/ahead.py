@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 
 from dist_train.data.collate import Batch
-from dist_train.data.native import NativeClips
 from dist_train.errors import DistTrainError
 
 
@@ -41,14 +40,8 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
             raise coming
         step = torch.cuda.current_stream(device)
         step.wait_stream(beside)
-        _used_by(step, coming)
+        # Its memory is not to be used again until the step is through with it, not only ``beside``.
+        for tensor in (*coming.pixels, coming.labels):
+            tensor.record_stream(step)
         current, coming = coming, copied()
         yield current
-
-
-def _used_by(stream: torch.cuda.Stream, batch: Batch) -> None:
-    """Keep the memory of a batch until ``stream`` is through with it, not only ``beside``."""
-    volumes = batch.volumes
-    pixels = volumes.tensors if isinstance(volumes, NativeClips) else (volumes,)
-    for tensor in (*pixels, batch.labels):
-        tensor.record_stream(stream)

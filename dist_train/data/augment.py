@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 
 from dist_train.config import AugmentSettings
-from dist_train.data.augment_draw import AS_IT_IS, Draw, Drawer, Kernel, Orientation
+from dist_train.data.augment_draw import Draw, Drawer, Kernel
 from dist_train.data.decode import Plane, Volume
+from dist_train.data.orientation import AS_IT_IS
 
-Picture = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 Map = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 
 # Frames that are resampled as the channels of one picture. OpenCV 5 does 4 of them in the time of
@@ -42,7 +42,7 @@ def augmented(clip: Volume, draw: Draw) -> Volume:
     if draw.affine is not None or draw.is_displaced:
         clip = _moved(clip, draw)
     elif draw.orientation != AS_IT_IS:
-        clip = np.stack([_laid(frame, draw.orientation) for frame in clip])
+        clip = np.stack([draw.orientation.laid(frame) for frame in clip])
     table = _tone_table(draw)
     if table is not None:
         clip = cv2.LUT(clip.reshape(-1, clip.shape[2]), table).reshape(clip.shape)
@@ -53,24 +53,13 @@ def augmented(clip: Volume, draw: Draw) -> Volume:
     return clip[::-1] if draw.is_reversed else clip
 
 
-def _laid(picture: Picture, how: Orientation) -> Picture:
-    """uint8 [H, W] or [H, W, C], contiguous."""
-    if how.transposed:
-        picture = cv2.transpose(picture)
-    if how.rows_reversed and how.columns_reversed:
-        picture = cv2.flip(picture, -1)
-    elif how.rows_reversed or how.columns_reversed:
-        picture = cv2.flip(picture, 0 if how.rows_reversed else 1)
-    return picture
-
-
 def _moved(clip: Volume, draw: Draw) -> Volume:
     """Laid, then moved and displaced, each rounded to grey levels."""
     depth, height, width = clip.shape
     out = np.empty(clip.shape, np.uint8)
     for first in range(0, depth, TOGETHER):
         places = [min(first + i, depth - 1) for i in range(TOGETHER)]
-        frames = _laid(cv2.merge([clip[place] for place in places]), draw.orientation)
+        frames = draw.orientation.laid(cv2.merge([clip[place] for place in places]))
         if draw.affine is not None:
             frames = cv2.warpAffine(frames, draw.affine, (width, height), flags=cv2.INTER_LINEAR)
         if draw.is_displaced:

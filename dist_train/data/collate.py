@@ -26,18 +26,21 @@ class Batch:
     labels: Tensor
     clips: Tensor
 
+    @property
+    def pixels(self) -> tuple[Tensor, ...]:
+        """The tensors that ``volumes`` is made of."""
+        return self.volumes.tensors if isinstance(self.volumes, NativeClips) else (self.volumes,)
+
     def share_memory(self) -> Batch:
         """Move the tensors to shared memory, for another process; returns the batch itself.
 
         Raises:
             MemoryError: there is not enough shared memory, or no file descriptor for it.
         """
-        volumes = self.volumes
-        pixels = volumes.tensors if isinstance(volumes, NativeClips) else (volumes,)
         try:
-            for tensor in (*pixels, self.frames, self.labels, self.clips):
+            for tensor in (*self.pixels, self.frames, self.labels, self.clips):
                 if tensor is not None:
-                    tensor.share_memory_()
+                    tensor.share_memory_()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise MemoryError(str(error)) from None
         return self

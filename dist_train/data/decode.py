@@ -16,6 +16,7 @@ import numpy as np
 import tifffile
 from av.video.reformatter import ColorRange, VideoReformatter
 
+from dist_train.data.orientation import AS_IT_IS, Orientation
 from dist_train.errors import DecodeError
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpeg", ".mpg"}
@@ -113,7 +114,7 @@ class Video:
                             turn = _turn(frame)
                         self._check_size(size, frame)
                         planes = _planes(frame, converter)
-                        yield turn.of(planes) if turn else planes
+                        yield _upright(planes, turn) if turn else planes
                         self.frames_decoded += 1
                 except av.error.FFmpegError as error:
                     # Else a file would count as damaged for what the machine lacks.
@@ -174,32 +175,16 @@ def _too_large(where: object) -> DecodeError:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """How a coded picture becomes upright: exchange rows and columns, then reverse either."""
-
-    transposed: bool
-    rows_reversed: bool
-    columns_reversed: bool
-
-    def of(self, frame: Frame) -> Frame:
-        """The upright frame. With an odd size, reversed chroma is off by one luma pixel, as it is
-        in FFmpeg's filters: a plane of half the size has no place for half a chroma pixel."""
-        y, cb, cr = map(self._plane, (frame.y, frame.cb, frame.cr))
-        return Frame(y, cb, cr, frame.full_range, frame.bt709)
-
-    def _plane(self, plane: Plane) -> Plane:
-        if self.transposed:
-            plane = cv2.transpose(plane)
-        if self.rows_reversed and self.columns_reversed:
-            plane = cv2.flip(plane, -1)
-        elif self.rows_reversed or self.columns_reversed:
-            plane = cv2.flip(plane, 0 if self.rows_reversed else 1)
+def _upright(frame: Frame, turn: Orientation) -> Frame:
+    """With an odd size, reversed chroma is off by one luma pixel, as it is in FFmpeg's filters: a
+    plane of half the size has no place for half a chroma pixel."""
+    y, cb, cr = map(turn.laid, (frame.y, frame.cb, frame.cr))
+    for plane in (y, cb, cr):
         plane.flags.writeable = False
-        return plane
+    return Frame(y, cb, cr, frame.full_range, frame.bt709)
 
 
-def _turn(frame: av.VideoFrame) -> _Turn | None:
+def _turn(frame: av.VideoFrame) -> Orientation | None:
     """What the frame's display matrix asks for, None if nothing.
 
     The matrix takes a coded column p and row q to the shown column a p + c q + x and row
@@ -210,12 +195,12 @@ def _turn(frame: av.VideoFrame) -> _Turn | None:
         return None
     a, b, _, c, d = np.frombuffer(stored, dtype=np.int32)[:5].tolist()
     if b == c == 0 and a and d:
-        turn = _Turn(False, rows_reversed=d < 0, columns_reversed=a < 0)
+        turn = Orientation(False, rows_reversed=d < 0, columns_reversed=a < 0)
     elif a == d == 0 and b and c:
-        turn = _Turn(True, rows_reversed=b < 0, columns_reversed=c < 0)
+        turn = Orientation(True, rows_reversed=b < 0, columns_reversed=c < 0)
     else:
         return None
-    return None if turn == _Turn(False, False, False) else turn
+    return None if turn == AS_IT_IS else turn
 
 
 def _planes(frame: av.VideoFrame, converter: VideoReformatter) -> Frame:

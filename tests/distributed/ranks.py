@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import tempfile
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import ROOT, environment
+from helpers import ROOT, environment, free_port
 
 #: Longest that a launch may take. Its processes are killed then.
 SECONDS = 240
@@ -75,10 +74,3 @@ class Ranks:
         self._server.stdin.close()
         self._server.wait(timeout=60)
         self._server.stdout.close()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-    return port

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import psutil
 from faults import Fault, as_json
-from helpers import ROOT, environment
+from helpers import ROOT, environment, free_port
 
 HERE = Path(__file__).parent
 
@@ -221,10 +220,3 @@ class Launcher:
     def _start(self, processes: list[dict[str, Any]]) -> Group:
         pids = self.ask({"start": processes})
         return Group(self, pids, [Path(process["log"]) for process in processes])
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port: int = taken.getsockname()[1]
-        return port
