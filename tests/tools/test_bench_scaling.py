@@ -29,8 +29,9 @@ def test_the_parts_of_a_step_are_all_of_it(tmp_path: Path) -> None:
     for case, parts in result["parts"].items():
         named = ("data", "compute", "wait", "statistics", "gradients", "rest")
         assert parts["step_s"] == pytest.approx(sum(parts[f"{name}_s"] for name in named)), case
-        assert 0 < parts["compute_s"] < parts["step_s"]
-        assert 0 < parts["data_s"] < parts["step_s"]
+        # Each is measured by itself: on a busy machine a part can take longer than the whole.
+        assert parts["compute_s"] > 0
+        assert parts["data_s"] > 0
         ranks = int(case.partition("x")[0])
         assert len(parts["samples_s"]) == 4 * ranks
     two = result["parts"]["2x4"]
