@@ -31,6 +31,7 @@ from dist_train.data.select import choose_clips
 from dist_train.data.store import Store
 from dist_train.data.weights import Floats
 from dist_train.errors import ConfigError, RunError
+from dist_train.models.norm import fuse
 from dist_train.models.registry import build_model
 
 log = logging.getLogger(__name__)
@@ -152,6 +153,8 @@ def make_model(config: Config) -> nn.Module:
     torch.manual_seed(config.seed)
     settings = config.model.model_dump(exclude={"name", "activation_memory"})
     model = build_model(config.model.name, **settings)
+    if config.norm.fused:
+        fuse(model)
     # The stubs of nn.Module.to lack memory_format on its own.
     return model.to(memory_format=_layout(config))  # type: ignore[call-overload, no-any-return]
 

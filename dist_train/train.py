@@ -37,6 +37,7 @@ from dist_train.engine.watchdog import Watchdog
 from dist_train.errors import RunError, StoppedError
 from dist_train.judge import Judge, Values
 from dist_train.micro_batch import Buffers, MicroBatches, free_cache
+from dist_train.models.fused_norm import check_compiler
 from dist_train.models.norm import set_momentum, share_statistics
 from dist_train.outputs import EpochOutputs
 from dist_train.run import (
@@ -119,6 +120,8 @@ class Trainer:
     def __init__(self, config: Config, backend: Backend) -> None:
         self.config, self.backend = config, backend
         self.data = open_data(config)
+        if config.norm.fused:
+            check_compiler(backend.device)
         # Only weights change it while it runs, and those do not change where epochs begin.
         self.plan = self.data.plan()
         self.micro = MicroBatches(config, self.data, self.plan, backend)

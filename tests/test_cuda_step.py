@@ -48,6 +48,7 @@ def trained(config: Config, steps: int = 3) -> list[torch.Tensor]:
         ("train.channels_last=true", 2e-3),
         ("model.stem_folded=true", 2e-3),
         ("optim.fused=true", 2e-3),
+        ("norm.fused=true", 2e-3),
         ("model.recompute=cheap", 2e-3),
         ("train.precision=bf16", 5e-2),
     ],

@@ -128,6 +128,7 @@ ALL = (
         ("plan.order=banded", "plan.negatives=matched"),
         "original",
     ),
+    Variant("fused_norm", "fast, BN with sum and ReLU compiled", ("norm.fused=true",), "fast"),
     Variant("batch16", "fast, 16 clips", ("plan.batch=16",), "fast"),
     Variant("batch32", "fast, 32 clips", ("plan.batch=32",), "fast"),
     Variant("cheap", "fast, BN and ReLU made again", ("model.recompute=cheap",), "fast"),
@@ -135,7 +136,7 @@ ALL = (
 )
 BY_NAME = {variant.name: variant for variant in ALL}
 #: What runs unless told otherwise. Batches of 16 whole clips want a GPU.
-ON_CPU = ("original", "channels_last", "bf16", "bands", "stem", "fast")
+ON_CPU = ("original", "channels_last", "bf16", "bands", "stem", "fast", "fused_norm")
 ON_CUDA = tuple(variant.name for variant in ALL)
 
 

@@ -15,11 +15,13 @@ class ValidFrames:
 
     Attributes:
         mask: bool [B, D] on the CPU, true on real frames.
+        on_device: the same on the batch's device.
         index: int64 [N] on the batch's device, the places of the N real frames among B * D.
     """
 
     def __init__(self, mask: Tensor, device: torch.device) -> None:
         self.mask = mask
+        self.on_device = mask.contiguous().to(device, non_blocking=True)
         self.index = mask.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
 
     def gather(self, x: Tensor) -> Tensor:
@@ -89,5 +91,5 @@ def clear_padding(x: Tensor, valid: ValidFrames | None) -> Tensor:
     """Set the padded frames of [B, C, D, H, W] to zero, whatever they hold."""
     if valid is None:
         return x
-    real = valid.mask[:, None, :, None, None].to(x.device, non_blocking=True)
+    real = valid.on_device[:, None, :, None, None]
     return torch.where(real, x, 0.0)  # masked_fill would lose channels_last_3d

@@ -14,9 +14,15 @@ from torch import Tensor, nn
 
 from dist_train.errors import ModelError
 from dist_train.models.frames import ValidFrames
+from dist_train.models.fused_norm import fused_norm, fused_statistics
 from dist_train.models.passes import is_repeated
 from dist_train.models.remake import remade
-from dist_train.models.shared_norm import AllReduce, shared_batch_norm, shared_statistics
+from dist_train.models.shared_norm import (
+    AllReduce,
+    Statistics,
+    shared_batch_norm,
+    shared_statistics,
+)
 
 #: Told the mean, the biased variance ([C] each) and the count of values of each training batch.
 Observer = Callable[[Tensor, Tensor, Tensor], None]
@@ -33,6 +39,7 @@ class BatchNorm3d(nn.BatchNorm3d):
     Attributes:
         all_reduce: with it, statistics in training mode are over the real frames of all processes.
         observer: with it, running statistics stay as they are, and it is told those of the batch.
+        fused: in training mode, all is done by the compiled loops of fused_norm.py.
     """
 
     # Always there with the default arguments; the base class allows None.
@@ -45,28 +52,70 @@ class BatchNorm3d(nn.BatchNorm3d):
         super().__init__(channels)
         self.all_reduce: AllReduce | None = None
         self.observer: Observer | None = None
+        self.fused = False
 
-    def forward(self, input: Tensor, valid: ValidFrames | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        valid: ValidFrames | None = None,
+        *,
+        plus: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
         """Normalise [B, C, D, H, W]; keep its dtype and memory format.
+
+        Args:
+            valid: its real frames.
+            plus: is added to what is normalised; zero in padded frames.
+            relu: rectify the sum.
 
         Raises:
             ModelError: in training mode, a channel has a single value, which has no variance.
         """
+        if self.fused and self.training:
+            return self._fused(input, valid, plus, relu)
         if valid is None:
-            return self._normalise(input)
-        return valid.scatter(self._normalise(remade(valid.gather, input)), like=input)
+            y = self._normalise(input)
+        else:
+            y = valid.scatter(self._normalise(remade(valid.gather, input)), like=input)
+        if plus is not None:
+            y = y + plus
+        return F.relu(y) if relu else y
+
+    def _fused(
+        self, x: Tensor, valid: ValidFrames | None, plus: Tensor | None, relu: bool
+    ) -> Tensor:
+        if self.all_reduce is None:
+            frames = x.shape[0] * x.shape[2] if valid is None else len(valid.index)
+            self._check_number(frames * x.shape[3] * x.shape[4])
+        statistics = fused_statistics(x, self.running_mean, valid, self.all_reduce)
+        self._note(statistics)
+        return fused_norm(
+            x,
+            self.weight,
+            self.bias,
+            statistics,
+            valid,
+            plus=plus,
+            relu=relu,
+            eps=self.eps,
+            all_reduce=self.all_reduce,
+        )
+
+    def _check_number(self, of_values: int) -> None:
+        if of_values == 1:
+            raise ModelError(
+                "batch statistics of a single value per channel",
+                where=f"batch normalisation of {self.num_features} channels",
+                fix="Train on larger clips, or on more clips in a batch",
+            )
 
     def _normalise(self, x: Tensor) -> Tensor:
         if not self.training:
             return self._batch_norm(x, self.running_mean, self.running_var)
         if self.all_reduce is not None:
             return self._normalise_by_shared(x, self.all_reduce)
-        if x.numel() == x.shape[1]:
-            raise ModelError(
-                "batch statistics of a single value per channel",
-                where=f"batch normalisation of {x.shape[1]} channels",
-                fix="Train on larger clips, or on more clips in a batch",
-            )
+        self._check_number(x.numel() // x.shape[1])
         if is_repeated():
             # The update goes to copies. Passing no statistics at all would change what autograd
             # saves, which checkpointing requires to be the same in both passes.
@@ -88,16 +137,21 @@ class BatchNorm3d(nn.BatchNorm3d):
 
     def _normalise_by_shared(self, x: Tensor, all_reduce: AllReduce) -> Tensor:
         statistics = shared_statistics(x, self.running_mean, all_reduce)
-        if not is_repeated():
-            mean, var, count = statistics
-            if self.observer is not None:
-                self.observer(mean, var, count)
-            else:
-                self.num_batches_tracked.add_(1)
-                unbiased = var * (count / (count - 1).clamp(min=1))
-                for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-                    running.lerp_(new.to(running.dtype), self.momentum)
+        self._note(statistics)
         return shared_batch_norm(x, self.weight, self.bias, statistics, self.eps, all_reduce)
+
+    def _note(self, statistics: Statistics) -> None:
+        """Let the observer know, or move the running statistics."""
+        if is_repeated():
+            return
+        mean, var, count = statistics
+        if self.observer is not None:
+            self.observer(mean, var, count)
+            return
+        self.num_batches_tracked.add_(1)
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.lerp_(new.to(running.dtype), self.momentum)
 
 
 def norms(model: nn.Module) -> Iterator[BatchNorm3d]:
@@ -117,6 +171,13 @@ def share_statistics(model: nn.Module, all_reduce: AllReduce | None) -> None:
     """
     for norm in norms(model):
         norm.all_reduce = all_reduce
+
+
+def fuse(model: nn.Module) -> None:
+    """Normalise by compiled loops in training mode, with the sum and the ReLU behind it. Rounding
+    differs; ``fused_norm.check_compiler`` tells whether it can be done on a device."""
+    for norm in norms(model):
+        norm.fused = True
 
 
 def set_momentum(model: nn.Module, momentum: float) -> None:

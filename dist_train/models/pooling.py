@@ -15,6 +15,6 @@ def global_average_pool(x: Tensor, valid: ValidFrames | None = None) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     if valid is None:
         return x.mean(dim=(2, 3, 4), dtype=dtype)
-    real = valid.mask[:, None].to(x.device, non_blocking=True)
+    real = valid.on_device[:, None]
     of_frames = x.mean(dim=(3, 4), dtype=dtype).masked_fill(~real, 0.0)
     return of_frames.sum(dim=2) / real.sum(dim=2)

@@ -20,7 +20,6 @@ from itertools import islice
 from typing import ClassVar, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_train.errors import ModelError
@@ -40,7 +39,7 @@ NOTHING_TWICE: RecomputePlan = ("none", "none", "none", "none", "none")
 
 class ConvNorm(nn.Module):
     """A convolution, with padding of half its kernel, batch normalisation for its bias, and, if
-    ``relu``, rectification. ``folded``: by space to depth."""
+    ``relu``, rectification of that and of what is added to it. ``folded``: by space to depth."""
 
     def __init__(
         self,
@@ -61,16 +60,21 @@ class ConvNorm(nn.Module):
         self.is_cheap = kernel == 1 and channels > in_channels
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor, valid: ValidFrames | None = None) -> Tensor:
-        """Map [B, C, D, H, W] to [B, C', D', H', W'], of which ``valid`` are the real frames."""
+    def forward(
+        self, x: Tensor, valid: ValidFrames | None = None, plus: Tensor | None = None
+    ) -> Tensor:
+        """Map [B, C, D, H, W] to [B, C', D', H', W'], of which ``valid`` are the real frames, and
+        add ``plus``."""
         x = remade(self.conv, x) if self.is_cheap else self.conv(x)
-        if self.relu:
+        if self.relu and plus is None:
             return remade(self._rectified, x, valid)
-        normalised: Tensor = self.norm(x, valid)
-        return normalised
+        # What goes into the next block is kept in any case.
+        y: Tensor = self.norm(x, valid, plus=plus, relu=self.relu)
+        return y
 
     def _rectified(self, x: Tensor, valid: ValidFrames | None) -> Tensor:
-        return F.relu(self.norm(x, valid))
+        rectified: Tensor = self.norm(x, valid, relu=True)
+        return rectified
 
 
 class ResidualBlock(nn.Module):
@@ -91,9 +95,9 @@ class ResidualBlock(nn.Module):
             None if same_shape else ConvNorm(in_channels, out_channels, 1, stride, relu=False)
         )
 
-    def add_shortcut(self, x: Tensor, residual: Tensor, after: ValidFrames | None) -> Tensor:
-        shortcut = x if self.shortcut is None else self.shortcut(x, after)
-        return F.relu(residual + shortcut)
+    def passed_by(self, x: Tensor, after: ValidFrames | None) -> Tensor:
+        """What is added to the residual."""
+        return x if self.shortcut is None else cast(Tensor, self.shortcut(x, after))
 
 
 class BasicBlock(ResidualBlock):
@@ -104,14 +108,14 @@ class BasicBlock(ResidualBlock):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__(in_channels, channels, stride)
         self.conv1 = ConvNorm(in_channels, channels, 3, stride, relu=True)
-        self.conv2 = ConvNorm(channels, channels, 3, relu=False)
+        self.conv2 = ConvNorm(channels, channels, 3, relu=True)
 
     def forward(
         self, x: Tensor, before: ValidFrames | None = None, after: ValidFrames | None = None
     ) -> Tensor:
         residual = self.conv1(x, after)
-        residual = self.conv2(residual, after)
-        return self.add_shortcut(x, residual, after)
+        y: Tensor = self.conv2(residual, after, plus=self.passed_by(x, after))
+        return y
 
 
 class Bottleneck(ResidualBlock):
@@ -123,15 +127,15 @@ class Bottleneck(ResidualBlock):
         super().__init__(in_channels, channels, stride)
         self.conv1 = ConvNorm(in_channels, channels, 1, relu=True)
         self.conv2 = ConvNorm(channels, channels, 3, stride, relu=True)
-        self.conv3 = ConvNorm(channels, channels * self.expansion, 1, relu=False)
+        self.conv3 = ConvNorm(channels, channels * self.expansion, 1, relu=True)
 
     def forward(
         self, x: Tensor, before: ValidFrames | None = None, after: ValidFrames | None = None
     ) -> Tensor:
         residual = self.conv1(x, before)
         residual = self.conv2(residual, after)
-        residual = self.conv3(residual, after)
-        return self.add_shortcut(x, residual, after)
+        y: Tensor = self.conv3(residual, after, plus=self.passed_by(x, after))
+        return y
 
 
 BLOCKS: dict[int, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]]] = {

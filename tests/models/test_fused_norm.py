@@ -1,0 +1,266 @@
+"""The compiled loops against the plain layers, which torch computes. Compiling takes its time."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from helpers import dist_train, losses_of, overrides, run, tiny_config, tiny_store
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from dist_train.errors import ModelError
+from dist_train.models.frames import valid_frames
+from dist_train.models.norm import BatchNorm3d, fuse, norms, share_statistics
+from dist_train.models.precise_norm import precise_statistics
+from dist_train.models.resnet3d import ResNet3D
+from dist_train.train import train
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here"),
+]
+DEPTH = 12
+FRAMES = {"full": None, "padded": torch.tensor([9, 12, 2])}
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew() -> Iterator[None]:
+    """No loop is left that another test's dtypes and shapes were compiled for."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def random_norm(dtype: torch.dtype, *, fused: bool) -> BatchNorm3d:
+    torch.manual_seed(1)
+    norm = BatchNorm3d(5)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.uniform_(norm.bias, -1, 1)
+    norm.running_mean.uniform_(-1, 4)
+    if fused:
+        fuse(norm)
+    return norm.to(dtype)
+
+
+def random_clips(dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    clips = torch.randn(3, 5, DEPTH, 4, 2, dtype=torch.float64, generator=generator)
+    return clips.to(dtype) + 3
+
+
+def one_layer(
+    norm: BatchNorm3d, clips: Tensor, frames: Tensor | None, *, plus: bool, relu: bool
+) -> dict[str, Tensor]:
+    """All that comes of a pass forward and backward."""
+    x = clips.clone().requires_grad_()
+    valid = valid_frames(frames, clips)
+    real = torch.ones(()) if valid is None else valid.mask[:, None, :, None, None]
+    added = (random_clips(clips.dtype, 1) - 3).mul(real).requires_grad_()
+    y = norm(x, valid, plus=added if plus else None, relu=relu)
+    (y * clips.sin()).sum().backward()
+    assert x.grad is not None
+    results = {"y": y.detach(), "x": x.grad, **dict(norm.named_buffers())}
+    results |= {name: p.grad for name, p in norm.named_parameters() if p.grad is not None}
+    if plus:
+        assert added.grad is not None
+        # Plainly, padded frames have a gradient here too, which goes nowhere.
+        results["plus"] = added.grad * real
+    return results
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Up to a share of the largest value of each tensor."""
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value.dtype == expected[name].dtype, name
+        worst, largest = (value - expected[name]).abs().max(), expected[name].abs().max()
+        assert worst <= tolerance * largest, (name, worst, largest)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
+@pytest.mark.parametrize("frames", FRAMES.values(), ids=FRAMES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str
+)
+def test_a_layer(
+    dtype: torch.dtype, tolerance: float, frames: Tensor | None, layout: torch.memory_format
+) -> None:
+    clips = random_clips(dtype).to(memory_format=layout)
+    for plus, relu in ((False, False), (False, True), (True, True)):
+        fused, plain = (
+            one_layer(random_norm(dtype, fused=fused), clips, frames, plus=plus, relu=relu)
+            for fused in (True, False)
+        )
+        assert_equal(fused, plain, tolerance)
+
+
+def test_a_layer_in_bfloat16() -> None:
+    """Activations of 8 bits, statistics and parameters in float32: both round their output, and a
+    gradient, once."""
+    clips = random_clips(torch.float32).bfloat16()
+    found, expected = (
+        one_layer(random_norm(torch.float32, fused=fused), clips, None, plus=False, relu=True)
+        for fused in (True, False)
+    )
+    assert found["y"].dtype == found["x"].dtype == torch.bfloat16
+    assert_equal(found, expected, 2**-7)
+
+
+def test_statistics_far_from_zero_do_not_cancel() -> None:
+    clips = random_clips(torch.float32) + 1e4
+    norm = random_norm(torch.float32, fused=True)
+    norm.running_mean.fill_(1e4)
+    norm.running_var.zero_()
+    norm(clips)
+    expected = clips.double().transpose(0, 1).flatten(1).var(1)
+    torch.testing.assert_close(norm.running_var.double(), 0.1 * expected, rtol=1e-5, atol=0)
+
+
+def test_in_evaluation_it_is_the_plain_layer() -> None:
+    clips = random_clips(torch.float32)
+    fused, plain = (random_norm(torch.float32, fused=fused).eval() for fused in (True, False))
+    assert torch.equal(fused(clips), plain(clips))
+    assert not counters["stats"]
+
+
+def test_a_single_value_has_no_variance() -> None:
+    norm = random_norm(torch.float32, fused=True)
+    with pytest.raises(ModelError, match="a single value"):
+        norm(torch.zeros(1, 5, 1, 1, 1))
+    clips = torch.zeros(1, 5, 2, 1, 1)
+    valid = valid_frames(torch.tensor([1]), clips)
+    with pytest.raises(ModelError, match="a single value"):
+        norm(clips, valid)
+
+
+# --- in a network ---------------------------------------------------------------------------------
+
+
+def trained(model: ResNet3D, frames: Tensor | None, depth: int = 20) -> dict[str, Tensor]:
+    """Loss, gradients and buffers after a step, dropout drawn from the same state."""
+    torch.manual_seed(2)
+    dtype = model.head.weight.dtype
+    clips = torch.rand(
+        3, 1, depth, 48, 48, dtype=dtype, generator=torch.Generator().manual_seed(3)
+    ).to(memory_format=torch.channels_last_3d)
+    model.zero_grad()
+    loss = model(clips, frames).square().sum()
+    loss.backward()
+    left = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach()} | left | dict(model.named_buffers())
+
+
+def make_model(dtype: torch.dtype, *, fused: bool, depth: int = 50) -> ResNet3D:
+    torch.manual_seed(0)
+    model = ResNet3D(depth, width=4, dropout=0.5).to(dtype)
+    for norm in norms(model):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -0.5, 0.5)
+    if fused:
+        fuse(model)
+    return model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("frames", [None, torch.tensor([20, 9, 13])], ids=["full", "padded"])
+@pytest.mark.parametrize("depth", [18, 50], ids=["basic", "bottleneck"])
+def test_a_network(depth: int, frames: Tensor | None) -> None:
+    fused, plain = (
+        trained(make_model(torch.float64, fused=fused, depth=depth), frames)
+        for fused in (True, False)
+    )
+    assert_equal(fused, plain, 1e-9)
+
+
+def test_recomputing_changes_no_bit() -> None:
+    frames = torch.tensor([20, 9, 13])
+    expected = trained(make_model(torch.float32, fused=True), frames)
+    for mode in ("cheap", "block", "stage"):
+        model = make_model(torch.float32, fused=True)
+        model.recompute = mode
+        left = trained(model, frames)
+        assert [name for name in left if not torch.equal(left[name], expected[name])] == [], mode
+
+
+def test_other_depths_need_no_other_code() -> None:
+    model = make_model(torch.float32, fused=True)
+    for depth, frames in ((16, None), (20, [20, 9, 13]), (24, [9, 24, 24]), (36, None)):
+        trained(model, None if frames is None else torch.tensor(frames), depth)
+        if depth == 20:
+            compiled = counters["stats"]["unique_graphs"]
+            assert compiled >= 4
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+def test_statistics_of_the_population_see_every_layer() -> None:
+    fused, plain = (make_model(torch.float64, fused=fused) for fused in (True, False))
+    clips = torch.rand(4, 1, 16, 48, 48, dtype=torch.float64)
+    for model in (fused, plain):
+        model.train()
+        with precise_statistics(model), torch.no_grad():
+            torch.manual_seed(0)
+            model(clips)
+    assert_equal(dict(fused.named_buffers()), dict(plain.named_buffers()), 1e-9)
+
+
+# --- shared by two processes ----------------------------------------------------------------------
+
+PARTS = [[9, 12], [12]]
+
+
+def run_layer(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    sizes = [len(part) for part in PARTS]
+    mine = random_clips(torch.float64).split(sizes)[rank]
+    norm = random_norm(torch.float64, fused=True)
+    share_statistics(norm, dist.all_reduce)
+    x = mine.clone().requires_grad_()
+    y = norm(x, valid_frames(torch.tensor(PARTS[rank]), x), relu=True)
+    (y * mine.sin()).sum().backward()
+    grads = {name: p.grad for name, p in norm.named_parameters()}
+    for grad in grads.values():
+        dist.all_reduce(grad)
+    found = {"y": y.detach(), "x": x.grad} | grads | dict(norm.named_buffers())
+    torch.save(found, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_as_one_with_the_clips_of_both(tmp_path: Path) -> None:
+    multiprocessing.spawn(run_layer, (str(tmp_path),), nprocs=2)
+    frames = torch.tensor([*PARTS[0], *PARTS[1]])
+    norm = random_norm(torch.float64, fused=False)
+    expected = one_layer(norm, random_clips(torch.float64), frames, plus=False, relu=True)
+    sizes = [len(part) for part in PARTS]
+    for rank in range(2):
+        mine = {name: expected[name].split(sizes)[rank] for name in ("y", "x")}
+        assert_equal(torch.load(tmp_path / str(rank)), expected | mine, 1e-12)
+
+
+# --- what a user sees -----------------------------------------------------------------------------
+
+
+def test_a_run_goes_as_without_it(tmp_path: Path) -> None:
+    store = tiny_store(tmp_path / "store")
+    for fused in (True, False):
+        train(tiny_config(store, tmp_path / str(fused), f"norm.fused={fused}"))
+    assert counters["stats"]["unique_graphs"] >= 4
+    fused, plain = (losses_of(tmp_path / str(fused)) for fused in (True, False))
+    assert fused == pytest.approx(plain, rel=1e-4)
+
+
+def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:
+    settings = overrides(tiny_store(tmp_path / "store"), tmp_path / "run", "norm.fused=true")
+    # No code that was compiled before lies there either.
+    places = {"TMPDIR": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = run(dist_train("train", *settings), CXX="/none/g++", PATH=str(tmp_path), **places)
+    assert done.returncode == 1
+    assert "norm.fused: torch.compile does not work here" in done.stderr
+    assert "Install a C++ compiler" in done.stderr
+    assert "Traceback" not in done.stderr
