@@ -361,6 +361,21 @@ def config_text(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def changes(before: Config, now: Config) -> list[str]:
+    """What differs, as "optim.lr: 0.001 before, 0.01 now", in the order of the tree."""
+    pairs = zip(_leaves(before), _leaves(now), strict=True)
+    return [f"{key}: {was} before, {new} now" for (key, was), (_, new) in pairs if was != new]
+
+
+def _leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def _first_of(error: ValidationError) -> tuple[str, str]:
     """The first setting that does not fit, and why; of a choice of forms, why not each of them."""
     first, *others = error.errors()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.batches import Batches
-from dist_train.config import Config, config_text
+from dist_train.config import Config, changes, config_text, load_config
 from dist_train.data.ahead import on_device
 from dist_train.data.collate import Batch
 from dist_train.data.files import write_whole
@@ -34,7 +34,7 @@ from dist_train.engine.schedule import Schedule
 from dist_train.engine.stop import INTERRUPTED, TRY_AGAIN, StopSignals, leave
 from dist_train.engine.together import on_main
 from dist_train.engine.watchdog import Watchdog
-from dist_train.errors import RunError, StoppedError
+from dist_train.errors import ConfigError, RunError, StoppedError
 from dist_train.judge import Judge, Values
 from dist_train.micro_batch import Buffers, MicroBatches, free_cache
 from dist_train.models.fused_norm import check_compiler
@@ -187,6 +187,7 @@ class Trainer:
     def _note_session(self, resumed_from: int | None) -> None:
         """On rank 0."""
         config, backend = self.config, self.backend
+        changed = [] if resumed_from is None else self._changed_settings()
         drop_snapshots(config.out / SNAPSHOTS, after=self.done)
         write_whole(config.out / CONFIG, config_text(config))
         self.micro.write_note()
@@ -208,8 +209,22 @@ class Trainer:
                 "backend": config.train.backend,
                 "device": str(backend.device),
                 "micro_batch": self.micro.facts(),
-            },
+            }
+            | ({"changed": changed} if changed else {}),
         )
+
+    def _changed_settings(self) -> list[str]:
+        """Against those of the session before, for the log and the record: what must not change is
+        refused with the checkpoint, and the rest is the user's to change, but not unawares."""
+        try:
+            before = load_config(self.config.out / CONFIG)
+        except ConfigError as error:
+            log.warning("the settings of the session before are not known: %s", error)
+            return []
+        changed = changes(before, self.config)
+        if changed:
+            log.warning("going on with other settings than before: %s", "; ".join(changed))
+        return changed
 
     def fit(self, progress: Progress | None = None, before_step: BeforeStep | None = None) -> None:
         """From where the run is to its end, going back and on again where a step was bad."""

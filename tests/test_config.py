@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 from pydantic import ValidationError
 
-from dist_train.config import Config, PlanSettings, dump_config, load_config
+from dist_train.config import Config, PlanSettings, changes, dump_config, load_config
 from dist_train.errors import ConfigError
 
 
@@ -48,6 +48,19 @@ def test_dump_and_load_give_an_equal_tree(tmp_path: Path) -> None:
     )
     dump_config(config, tmp_path / "c.yaml")
     assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_changes_are_named_with_both_values(tmp_path: Path) -> None:
+    before = load_config(None, ["store=a", "clip.growth=[{epochs: 2, size: [64, 64]}]"])
+    dump_config(before, tmp_path / "config.yaml")
+    assert changes(load_config(tmp_path / "config.yaml"), before) == []
+    now = load_config(None, ["store=b", "clip.size=[128, 128]", "plan.weights=w.csv"])
+    assert changes(before, now) == [
+        "store: a before, b now",
+        "clip.size: (160, 160) before, (128, 128) now",
+        f"clip.growth: {before.clip.growth} before, () now",
+        "plan.weights: None before, w.csv now",
+    ]
 
 
 @pytest.mark.parametrize(

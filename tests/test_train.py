@@ -201,6 +201,31 @@ def test_a_checkpoint_of_other_settings_is_refused(
     assert part in str(caught.value)
 
 
+def test_other_changes_are_told_and_recorded(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(InterruptedSessionError):
+        train(tiny_config(store, out), progress=interrupt_at(5))
+    train(tiny_config(store, out, "augment.flip=0", "optim.lr=0.02"), resume="auto")
+    changed = ["augment.flip: 0.5 before, 0.0 now", "optim.lr: 0.01 before, 0.02 now"]
+    assert f"going on with other settings than before: {'; '.join(changed)}" in caplog.text
+    first, second = json.loads((out / "run.json").read_text())["sessions"]
+    assert "changed" not in first
+    assert second["changed"] == changed
+
+
+def test_settings_of_before_that_cannot_be_read_are_no_obstacle(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(store, tmp_path / "run")
+    with pytest.raises(InterruptedSessionError):
+        train(config, progress=interrupt_at(5))
+    (tmp_path / "run" / "config.yaml").write_text("clip: 3")
+    train(config, resume="auto")
+    assert "the settings of the session before are not known" in caplog.text
+
+
 def test_a_checkpoint_of_another_store_is_refused(straight: Path, tmp_path: Path) -> None:
     other = tiny_store(tmp_path / "store", seed=1)
     with pytest.raises(CheckpointError, match="trained with another store"):
