@@ -43,8 +43,10 @@ def _loop(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises:
-    ModelError: ``torch.compile`` does not work on the device.
+    """Compile one of the loops, which is used later.
+
+    Raises:
+        ModelError: ``torch.compile`` does not work on the device.
     """
     rows, channels = torch.ones(2, 3, 4, device=device), torch.ones(4, device=device)
     try:

@@ -110,6 +110,18 @@ def test_golden_losses(one: dict[int, Path]) -> None:
     assert compared.first is None, compared.worst
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
+@pytest.mark.parametrize("backend", ["ddp", "zero3", "fsdp2"])
+def test_losses_by_compiled_norms(
+    golden: Path, one: dict[int, Path], ranks: Ranks, backend: str
+) -> None:
+    """Statistics shared by two processes, and weights that lie in pieces but for a layer's time."""
+    out = golden.parent / f"fused-{backend}"
+    settings = "norm.fused=true", f"train.backend={backend}"
+    ranks.run_well(2, TRAINED, *golden_overrides(golden, out, *settings))
+    assert_same(out, one[1], ELSEWHERE)
+
+
 @each_launch
 def test_losses_are_those_of_one_process(launch: Launch, one: dict[int, Path], made: Made) -> None:
     tolerance = LOSS[launch.backend]
