@@ -80,13 +80,14 @@ bench() {
 
 : >"$out/runs.jsonl"
 bench step 200
-bench recompute 90 --quick
+bench norm 30 --quick
+bench recompute 80 --quick
 bench checkpoint 70 --quick
 bench augment 50 --quick
 bench loader 60 --quick
 run profile 30 "$python" tools/profile_step.py --out "$out/profile"
 if "$python" -c 'import pytest' 2>/dev/null; then
-  run tests 80 "$python" -m pytest -q -m cuda tests
+  run tests 70 "$python" -m pytest -q -m cuda tests
 else
   echo "== tests: pytest is not here"
 fi
