@@ -46,7 +46,6 @@ from dist_train.run import as_input, make_model
 
 MODEL = "resnet3d-101"
 POSITIVES = 1_887
-SIDE = 160
 #: The stride of the network in depth: a shallower clip would have no frame left at its end.
 LEAST_FRAMES = 4
 
@@ -74,8 +73,9 @@ class Variant:
 ALL = (
     Variant(
         "original",
-        "float32, contiguous, 4 at random, padded",
+        "float32, contiguous, 4 of 160x160 at random, padded",
         (
+            "clip.size=[160, 160]",
             "train.precision=fp32",
             "train.channels_last=false",
             "plan.batch=4",
@@ -129,6 +129,7 @@ ALL = (
         "original",
     ),
     Variant("fused_norm", "fast, BN with sum and ReLU compiled", ("norm.fused=true",), "fast"),
+    Variant("smaller", "fast, 112x112, as in an early stage", ("clip.size=[112, 112]",), "fast"),
     Variant("batch16", "fast, 16 clips", ("plan.batch=16",), "fast"),
     Variant("batch32", "fast, 32 clips", ("plan.batch=32",), "fast"),
     Variant("cheap", "fast, BN and ReLU made again", ("model.recompute=cheap",), "fast"),
@@ -304,7 +305,7 @@ class Row:
 
     def turn(self, steps: Sequence[Ints]) -> Turn:
         cuda = self.device.type == "cuda"
-        batches = [make_batch(depths, (SIDE, SIDE), cuda=cuda) for depths in steps]
+        batches = [make_batch(depths, self.config.clip.size, cuda=cuda) for depths in steps]
         if cuda:
             # What was given back after the last turn is taken anew.
             self.step(batches[-1], Marks(self.device))
@@ -494,7 +495,6 @@ def measure(load: Workload, names: Sequence[str], source: str) -> dict[str, Any]
             "model": load.model,
             "parameters": parameters_of(load.model),
             "frames_scale": load.scale,
-            "size": SIDE,
             "depths": source,
             "rounds": load.rounds,
             "steps_a_round": load.steps,
@@ -556,7 +556,7 @@ def figures_of(
     frames = sum(map(padded, steps)) / seconds * efficiency(epoch)
     flops, modelled = 0, 0.0
     for depths in steps:
-        shape = (len(depths), 1, int(depths.max()), SIDE, SIDE)
+        shape = (len(depths), 1, int(depths.max()), *config.clip.size)
         operations = counted(load.model, shape, config.train.precision, device)
         flops += sum(operation.flops for operation in operations)
         modelled += ceilings.seconds(operations)
@@ -609,7 +609,7 @@ def as_table(result: dict[str, Any]) -> Table:
     peaks = ", ".join(
         f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in ceilings["flops"].items()
     )
-    net = f"{workload['model']}, {SIDE}x{SIDE}, depths x {workload['frames_scale']:g}"
+    net = f"{workload['model']}, depths x {workload['frames_scale']:g}"
     table = Table(title=f"{net}; ceilings: {peaks}, {ceilings['bandwidth'] / 1e9:.0f} GB/s")
     for heading in ("", "what"):
         table.add_column(heading)
