@@ -1,10 +1,10 @@
 """Batch normalisation with the shortcut's sum and ReLU, in as few readings of memory as it takes.
 
 ``F.batch_norm``, ``+`` and ``F.relu`` each read and write all activations, and padding costs two
-copies more. Here ``torch.compile`` makes one loop of each of four functions: for statistics, for
-the output, for the sums of the backward pass, and for its gradients. What a convolution gives is
-read twice forward and twice backward, and only it is kept, beside what the next layers keep anyway
-(as in-place activated batch normalisation has it, Rota Bulò et al. 2018, but without inverting).
+copies more. Here ``torch.compile`` makes two loops forward, for statistics and for the output, and
+two backward, for sums and for gradients. What a convolution gives is read once in each, and only it
+is kept, beside what the next layers keep anyway (as in-place activated batch normalisation has it,
+Rota Bulò et al. 2018, but without inverting).
 
 All of them work on rows: [F, P, C], the B * D frames, the H * W pixels, and the channels, which in
 ``channels_last_3d`` is how a batch [B, C, D, H, W] lies in memory.
@@ -60,61 +60,52 @@ def check_compiler(device: torch.device) -> None:
         ) from None
 
 
-def fused_statistics(
-    x: Tensor, origin: Tensor, valid: ValidFrames | None, all_reduce: AllReduce | None
-) -> Statistics:
-    """Statistics of each channel of the real frames of [B, C, D, H, W], here or over all processes.
-
-    Args:
-        origin: [C], in the dtype to accumulate in: values near the means, such as running ones,
-            around which sums of squares do not cancel (Chan, Golub & LeVeque 1983). Where
-            processes share statistics it must be the same in all.
-    """
-    return once(lambda: _statistics(x.detach(), origin.clone(), valid, all_reduce))
-
-
-@torch.no_grad()
-def _statistics(
-    x: Tensor, origin: Tensor, valid: ValidFrames | None, all_reduce: AllReduce | None
-) -> Statistics:
-    sums = _sums(_rows(x), _real(valid, x), origin)
-    if all_reduce is not None:
-        sums = sums.double()
-        all_reduce(sums)
-    number = sums[-1]
-    offset, square = (sums[:-1] / number).chunk(2)
-    var = (square - offset.square()).clamp(min=0.0)
-    return Statistics((origin + offset).to(origin.dtype), var.to(origin.dtype), number)
-
-
 def fused_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    statistics: Statistics,
+    origin: Tensor,
     valid: ValidFrames | None,
     *,
     plus: Tensor | None,
     relu: bool,
     eps: float,
     all_reduce: AllReduce | None,
-) -> Tensor:
-    """Normalise the real frames of [B, C, D, H, W] by ``statistics``, of which they are a part, add
-    ``plus``, and rectify; padded frames become zero. In the dtype of ``x``, channels last.
+) -> tuple[Tensor, Statistics]:
+    """Normalise the real frames of [B, C, D, H, W], add ``plus``, and rectify.
 
-    The gradients of weight and bias are those of this process's values.
+    Args:
+        origin: [C], in the dtype to accumulate in: values near the means, such as running ones,
+            around which sums of squares do not cancel (Chan, Golub & LeVeque 1983). Where
+            processes share statistics it must be the same in all.
+        all_reduce: with it, statistics are over all processes.
+
+    Returns:
+        In the dtype of ``x``, channels last, and zero in padded frames, with the statistics that it
+        was normalised by. Gradients of weight and bias are those of this process's values.
     """
     options = _Options(relu=relu, eps=eps, all_reduce=all_reduce)
-    output: Tensor = _FusedNorm.apply(  # type: ignore[no-untyped-call]
-        x, plus, weight, bias, *statistics, _real(valid, x), options
+    y, *statistics = _FusedNorm.apply(  # type: ignore[no-untyped-call]
+        x, plus, weight, bias, origin, _real(valid, x), options
     )
-    return output
+    return y, Statistics(*statistics)
 
 
 class _Options(NamedTuple):
     relu: bool
     eps: float
     all_reduce: AllReduce | None
+
+
+class _Vectors(NamedTuple):
+    """Mean and biased variance [C], how many values they are of [1], and the scale and shift [C]
+    that normalise by them."""
+
+    mean: Tensor
+    var: Tensor
+    number: Tensor
+    scale: Tensor
+    shift: Tensor
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -125,76 +116,88 @@ class _FusedNorm(torch.autograd.Function):
         plus: Tensor | None,
         weight: Tensor,
         bias: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        number: Tensor,
+        origin: Tensor,
         real: Tensor,
         options: _Options,
-    ) -> Tensor:
-        scale = weight * (var + options.eps).rsqrt()
-        shift = bias - mean * scale
-        added = None if plus is None else _rows(plus)
-        y = _clips(_output(_rows(x), added, real, scale, shift, options.relu), x)
+    ) -> tuple[Tensor, ...]:
+        relu, eps, all_reduce = options
+        rows = _rows(x), None if plus is None else _rows(plus), real
+        # Detached, as code would be compiled for each size that a Parameter has.
+        parameters = origin, weight.detach(), bias.detach(), eps
+        done: list[Tensor] = []
+
+        def find() -> _Vectors:
+            found: _Vectors
+            if all_reduce is None:
+                y, found = _to_output(*rows, *parameters, relu)
+                done.append(y)
+            else:
+                sums = torch.cat(_sums(rows[0], real, origin)).double()
+                all_reduce(sums)
+                found = _vectors(*sums[:-1].chunk(2), sums[-1:], *parameters)
+            return found
+
+        vectors = once(find)
+        y = _clips(done[0] if done else _output(*rows, vectors, relu), x)
         # Where something was added, only the output tells which values were rectified.
-        kept = y if plus is not None and options.relu else None
-        ctx.save_for_backward(x, kept, weight, scale, shift, mean, var, number, real)
+        kept = y if plus is not None and relu else None
+        ctx.save_for_backward(x, kept, weight, real, *vectors)
         ctx.options = options
-        return y
+        statistics = vectors.mean, vectors.var, vectors.number
+        ctx.mark_non_differentiable(*statistics)
+        return y, *statistics
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,) = grads
-        x, y, weight, scale, shift, mean, var, number, real = ctx.saved_tensors
-        options: _Options = ctx.options
-        rows = _rows(grad), _rows(x), None if y is None else _rows(y), real
-        inverse = (var + options.eps).rsqrt()
-        own = _gradient_sums(*rows, scale, shift, mean, options.relu)
-        of_bias, of_centred = own.unbind()
-        of_weight = of_centred * inverse
-        sums = own
-        if options.all_reduce is not None:
+        x, y, weight, real, *vectors = ctx.saved_tensors
+        relu, eps, all_reduce = ctx.options
+        rows = _rows(grads[0]), _rows(x), None if y is None else _rows(y), real
+        of_channels, options = _Vectors(*vectors), (eps, relu)
+        into_plus = ctx.needs_input_grad[1]
+        if all_reduce is None:
+            own, of_x, of_plus = _to_gradients(*rows, of_channels, *options, into_plus)
+        else:
+            own = _gradient_sums(*rows, of_channels, *options)
             sums = own.to(torch.float64, copy=True)
-            options.all_reduce(sums)
-        # weight / std * (g - mean(g) - normalised * mean(g * normalised)), by powers of x.
-        of_all, of_all_centred = (sums / number).to(own.dtype).unbind()
-        of_x = -scale * inverse.square() * of_all_centred
-        constant = -scale * of_all - of_x * mean
-        into_x, into_plus = _gradients(
-            *rows, scale, shift, of_x, constant, options.relu, ctx.needs_input_grad[1]
-        )
-        return (
-            _clips(into_x, x),
-            _clips(into_plus, x) if into_plus is not None else None,
-            of_weight.to(weight.dtype),
-            of_bias.to(weight.dtype),
-            *(None,) * 5,
-        )
+            all_reduce(sums)
+            of_x, of_plus = _gradients(*rows, sums, of_channels, *options, into_plus)
+        of_plus = None if of_plus is None else _clips(of_plus, x)
+        of_bias, of_weight = own.to(weight.dtype).unbind()
+        return _clips(of_x, x), of_plus, of_weight, of_bias, None, None, None
 
 
-# --- the loops ------------------------------------------------------------------------------------
+# --- what is computed -----------------------------------------------------------------------------
 
 
-@_loop
-def _sums(x: Tensor, real: Tensor, origin: Tensor) -> Tensor:
-    """[2 C + 1]: sums around ``origin``, sums of squares around it, and how many values they are
-    of."""
+def _sums_of(x: Tensor, real: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[C], [C] and [1]: sums around ``origin``, sums of squares around it, and how many values they
+    are of."""
     centred = torch.where(real, x.to(origin.dtype) - origin, 0.0)
     number = real.sum().to(origin.dtype).view(1) * x.shape[1]
     # First within each frame: so they are more exact, and do not depend on the number of threads.
-    sums = centred.sum(1).sum(0), centred.square().sum(1).sum(0)
-    return torch.cat([*sums, number])
+    return centred.sum(1).sum(0), centred.square().sum(1).sum(0), number
 
 
-@_loop
-def _output(
-    x: Tensor,
-    plus: Tensor | None,
-    real: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    relu: bool,
+def _vectors_of(
+    sums: Tensor,
+    squares: Tensor,
+    number: Tensor,
+    origin: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> _Vectors:
+    offset = sums / number
+    mean = (origin + offset).to(origin.dtype)
+    var = (squares / number - offset.square()).clamp(min=0.0).to(origin.dtype)
+    scale = weight * (var + eps).rsqrt()
+    return _Vectors(mean, var, number, scale, bias - mean * scale)
+
+
+def _output_of(
+    x: Tensor, plus: Tensor | None, real: Tensor, vectors: _Vectors, relu: bool
 ) -> Tensor:
-    y = x * scale + shift
+    y = x * vectors.scale + vectors.shift
     if plus is not None:
         y = y + plus
     if relu:
@@ -202,55 +205,93 @@ def _output(
     return torch.where(real, y, 0.0).to(x.dtype)
 
 
-@_loop
-def _gradient_sums(
+def _before_relu(
+    grad: Tensor, x: Tensor, y: Tensor | None, real: Tensor, vectors: _Vectors, relu: bool
+) -> Tensor:
+    """The gradient of what is rectified, in the dtype of the vectors; in padded frames 0."""
+    if relu:
+        real = real & ((x * vectors.scale + vectors.shift if y is None else y) > 0)
+    return torch.where(real, grad.to(vectors.scale.dtype), 0.0)
+
+
+def _gradient_sums_of(
     grad: Tensor,
     x: Tensor,
     y: Tensor | None,
     real: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
+    vectors: _Vectors,
+    eps: float,
     relu: bool,
 ) -> Tensor:
-    """[2, C]: sums of the gradient of what is normalised, and of it times the centred values."""
-    grad = _before_relu(grad, x, y, real, scale, shift, relu)
-    centred = x.to(mean.dtype) - mean
-    return torch.stack([grad.sum(1).sum(0), (grad * centred).sum(1).sum(0)])
+    """[2, C], the gradients of bias and weight: sums of the gradient of what is normalised, and of
+    it times the normalised values."""
+    grad = _before_relu(grad, x, y, real, vectors, relu)
+    centred = x.to(vectors.mean.dtype) - vectors.mean
+    of_weight = (grad * centred).sum(1).sum(0) * (vectors.var + eps).rsqrt()
+    return torch.stack([grad.sum(1).sum(0), of_weight])
 
 
-@_loop
-def _gradients(
+def _gradients_of(
     grad: Tensor,
     x: Tensor,
     y: Tensor | None,
     real: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    of_x: Tensor,
-    constant: Tensor,
+    sums: Tensor,
+    vectors: _Vectors,
+    eps: float,
     relu: bool,
     into_plus: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    # weight / std * (g - mean(g) - normalised * mean(g * normalised)), by powers of x.
+    of_all, of_normalised = (sums / vectors.number).to(vectors.scale.dtype).unbind()
+    of_x = -vectors.scale * (vectors.var + eps).rsqrt() * of_normalised
+    constant = -vectors.scale * of_all - of_x * vectors.mean
     dtype = grad.dtype
-    grad = _before_relu(grad, x, y, real, scale, shift, relu)
-    into_x = torch.where(real, grad * scale + x * of_x + constant, 0.0)
+    grad = _before_relu(grad, x, y, real, vectors, relu)
+    into_x = torch.where(real, grad * vectors.scale + x * of_x + constant, 0.0)
     return into_x.to(dtype), grad.to(dtype) if into_plus else None
 
 
-def _before_relu(
+# --- what is compiled -----------------------------------------------------------------------------
+
+_sums = _loop(_sums_of)
+_vectors = _loop(_vectors_of)
+_output = _loop(_output_of)
+_gradient_sums = _loop(_gradient_sums_of)
+_gradients = _loop(_gradients_of)
+
+
+# Where no process has to be asked in between, all of a pass in one call, which costs the host less.
+
+
+@_loop
+def _to_output(
+    x: Tensor,
+    plus: Tensor | None,
+    real: Tensor,
+    origin: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, _Vectors]:
+    vectors = _vectors_of(*_sums_of(x, real, origin), origin, weight, bias, eps)
+    return _output_of(x, plus, real, vectors, relu), vectors
+
+
+@_loop
+def _to_gradients(
     grad: Tensor,
     x: Tensor,
     y: Tensor | None,
     real: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    vectors: _Vectors,
+    eps: float,
     relu: bool,
-) -> Tensor:
-    """The gradient of what is rectified, in the dtype of ``scale``; in padded frames 0."""
-    if relu:
-        real = real & ((x * scale + shift if y is None else y) > 0)
-    return torch.where(real, grad.to(scale.dtype), 0.0)
+    into_plus: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    sums = _gradient_sums_of(grad, x, y, real, vectors, eps, relu)
+    return sums, *_gradients_of(grad, x, y, real, sums, vectors, eps, relu, into_plus)
 
 
 # --- rows and clips -------------------------------------------------------------------------------

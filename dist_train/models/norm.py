@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dist_train.errors import ModelError
 from dist_train.models.frames import ValidFrames
-from dist_train.models.fused_norm import fused_norm, fused_statistics
+from dist_train.models.fused_norm import fused_norm
 from dist_train.models.passes import is_repeated
 from dist_train.models.remake import remade
 from dist_train.models.shared_norm import (
@@ -88,19 +88,19 @@ class BatchNorm3d(nn.BatchNorm3d):
         if self.all_reduce is None:
             frames = x.shape[0] * x.shape[2] if valid is None else len(valid.index)
             self._check_number(frames * x.shape[3] * x.shape[4])
-        statistics = fused_statistics(x, self.running_mean, valid, self.all_reduce)
-        self._note(statistics)
-        return fused_norm(
+        y, statistics = fused_norm(
             x,
             self.weight,
             self.bias,
-            statistics,
+            self.running_mean,
             valid,
             plus=plus,
             relu=relu,
             eps=self.eps,
             all_reduce=self.all_reduce,
         )
+        self._note(statistics)
+        return y
 
     def _check_number(self, of_values: int) -> None:
         if of_values == 1:
