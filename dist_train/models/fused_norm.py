@@ -43,7 +43,7 @@ def _loop(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile one of the loops, which is used later.
+    """Compile one of the loops.
 
     Raises:
         ModelError: ``torch.compile`` does not work on the device.
