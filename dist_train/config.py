@@ -240,6 +240,8 @@ class TrainSettings(Section):
     is not finite, twice.
     ``check_steps``: after each of a session's first so many steps all processes compare their
     weights. ``slow``: a process whose steps take so many times those of the others is named.
+    ``graphs``: on one CUDA device the passes of a batch are recorded, for each of its shapes, and
+    replayed by a single launch (CUDA graphs); docs/numerics.md says where.
     ``probe``: where the largest micro-batch is tried before the first step, and ``accumulate`` is
     raised for this machine if memory does not suffice for it.
     """
@@ -250,6 +252,7 @@ class TrainSettings(Section):
     channels_last: bool = True
     backend: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
     offload: bool = False
+    graphs: bool = False
     timeout: Annotated[float, Field(gt=0.0)] = 1800.0
     hang: Annotated[float, Field(gt=0.0)] | None = 3600.0
     max_skips: Natural = 3
@@ -261,6 +264,12 @@ class TrainSettings(Section):
     def _offload_has_zero(self) -> TrainSettings:
         if self.offload and not self.backend.startswith("zero"):
             raise ValueError("offload is offered under ZeRO only; choose backend: zero1, 2 or 3")
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_fit(self) -> TrainSettings:
+        if self.graphs and (self.backend != "ddp" or self.precision == "fp16"):
+            raise ValueError("graphs are offered under ddp only, in bf16 or fp32")
         return self
 
 
@@ -310,6 +319,18 @@ class Config(Section):
     train: TrainSettings = TrainSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     snapshots: SnapshotSettings = SnapshotSettings()
+
+    @model_validator(mode="after")
+    def _graphs_run_once(self) -> Config:
+        if self.train.graphs and (self.model.recompute, self.model.activation_memory) != (
+            "none",
+            None,
+        ):
+            raise ValueError(
+                "what is recomputed cannot be recorded; leave out model.recompute and "
+                "model.activation_memory, or train.graphs"
+            )
+        return self
 
     @model_validator(mode="after")
     def _snapshots_fall_inside(self) -> Config:

@@ -15,7 +15,6 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.batches import Batches
 from dist_train.config import Config, changes, config_text, load_config
@@ -26,6 +25,7 @@ from dist_train.engine.backends import make_backend
 from dist_train.engine.backends.base import Backend
 from dist_train.engine.ema import Ema
 from dist_train.engine.events import EventWriter
+from dist_train.engine.graphs import make_micro_step
 from dist_train.engine.lost_process import losses_explained
 from dist_train.engine.optim import make_optimizer
 from dist_train.engine.pace import Pace
@@ -132,6 +132,7 @@ class Trainer:
         share_statistics(model, backend.all_reduce if self._shares_statistics() else None)
         self._set_momentum(model)
         backend.wrap(model, lambda wrapped: make_optimizer(wrapped, config.optim))
+        self.micro_step = make_micro_step(backend, device_knows_frames=config.norm.fused)
         self.ema = Ema(backend, config.optim.ema)
         self.state = RunState(
             config.out / CHECKPOINTS,
@@ -347,6 +348,7 @@ class Trainer:
             where = self.config.out
             leave(f"{where}: {now}. Go on by --resume auto.", backend.rank, TRY_AGAIN)
         log.warning("%s", now)
+        self.micro_step.forget()
         free_cache(backend.device)
         self._set_momentum(backend.module)
 
@@ -429,10 +431,13 @@ class Trainer:
             if self._is_left_out(step):
                 continue
             with backend.micro_step(last=micro == accumulate - 1):
-                logits = backend.model(as_input(batch.volumes, config), batch.frames)
-                loss = binary_cross_entropy_with_logits(logits.float(), batch.labels)
-                backend.backward(loss * (self.plan.weight(step) / accumulate))
-            total += loss.detach() / accumulate
+                logits, loss = self.micro_step(
+                    as_input(batch.volumes, config),
+                    batch.frames,
+                    batch.labels,
+                    self.plan.weight(step) / accumulate,
+                )
+            total += loss / accumulate
             self.outputs.add(logits, batch.labels)
         return total, waited
 

@@ -114,6 +114,8 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
             "train.offload=true",
             "setting 'train': offload is offered under ZeRO only; choose backend: zero1, 2 or 3",
         ),
+        ("train={graphs: true, backend: zero1}", "graphs are offered under ddp only, in bf16"),
+        ("train={graphs: true, precision: fp16}", "graphs are offered under ddp only, in bf16"),
         (
             "train.backend=fsdp",
             "setting 'train.backend': Input should be 'ddp', 'zero1', 'zero2', 'zero3' or 'fsdp2'",
@@ -157,6 +159,13 @@ def test_a_bad_override_is_named(override: str, part: str) -> None:
     text = message(override)
     assert text.startswith("command line: ") or override.startswith("snapshots")
     assert part in text
+
+
+@pytest.mark.parametrize("setting", ["model.recompute=cheap", "model.activation_memory=8GiB"])
+def test_what_is_recomputed_cannot_be_recorded(setting: str) -> None:
+    assert "leave out model.recompute and model.activation_memory, or train.graphs" in message(
+        "train.graphs=true", setting
+    )
 
 
 def test_an_override_that_goes_through_a_plain_value_is_refused() -> None:

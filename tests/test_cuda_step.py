@@ -7,7 +7,9 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.config import Config, load_config
+from dist_train.engine.backends import make_backend
 from dist_train.engine.backends.base import autocast
+from dist_train.engine.graphs import UNRECORDED, make_micro_step
 from dist_train.engine.optim import make_optimizer
 from dist_train.run import as_input, make_model
 
@@ -60,3 +62,33 @@ def test_a_lever_changes_the_first_losses_by_rounding_alone(
     plain = trained(config_of("train.channels_last=false"))[0]
     changed = trained(config_of("train.channels_last=false", setting))[0]
     torch.testing.assert_close(changed, plain, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_recorded_passes_are_the_passes(fused: bool) -> None:
+    """Shapes in turn, of which the second has padding, until each was replayed."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(20, None), (12, torch.tensor([12, 9, 12, 5])), (16, None)]
+    batches = [
+        (torch.randint(256, (4, 1, depth, 64, 64), dtype=torch.uint8, generator=generator), frames)
+        for _ in range(UNRECORDED + 3)
+        for depth, frames in shapes
+    ]
+
+    def losses(*settings: str) -> torch.Tensor:
+        config = config_of("optim.fused=true", f"norm.fused={str(fused).lower()}", *settings)
+        backend = make_backend(config.train, clip_norm=1.0)
+        torch.manual_seed(0)
+        backend.wrap(make_model(config), lambda model: make_optimizer(model, config.optim))
+        backend.model.train()
+        step = make_micro_step(backend, device_knows_frames=fused)
+        labels, found = torch.tensor([1.0, 0, 0, 0], device=backend.device), []
+        for clips, frames in batches:
+            x = as_input(clips.to(backend.device), config)
+            # Two micro-batches of a step, so that gradients are added up.
+            found += [step(x, frames, labels, 0.5)[1], step(x.flip(3), frames, labels, 0.5)[1]]
+            backend.update()
+        backend.close()
+        return torch.stack(found)
+
+    torch.testing.assert_close(losses("train.graphs=true"), losses(), rtol=2e-3, atol=2e-3)

@@ -32,14 +32,18 @@ from bench_plan import Clips, read_clips, spread
 from rich.console import Console
 from rich.table import Table
 from roofline import Ceilings, count_step, measure_ceilings, synchronize
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch import Tensor
 
 from dist_train.config import Config, load_config
-from dist_train.data.clog_loss_facts import CLIPS_BY_DEPTH
+from dist_train.data.augment_draw import Drawer
+from dist_train.data.clog_loss_facts import BOX_HEIGHT, BOX_WIDTH, CLIPS_BY_DEPTH
 from dist_train.data.collate import Batch
+from dist_train.data.native import NativeClips, pack
 from dist_train.data.plan import Plan, make_plan
 from dist_train.data.shuffle import Ints
 from dist_train.engine.backends import make_backend
+from dist_train.engine.graphs import UNRECORDED, make_micro_step
+from dist_train.engine.micro_step import MicroStep
 from dist_train.engine.optim import make_optimizer
 from dist_train.models.registry import build_model
 from dist_train.run import as_input, make_model
@@ -130,6 +134,19 @@ ALL = (
     ),
     Variant("fused_norm", "fast, BN with sum and ReLU compiled", ("norm.fused=true",), "fast"),
     Variant("smaller", "fast, 112x112, as in an early stage", ("clip.size=[112, 112]",), "fast"),
+    Variant(
+        "native",
+        "fast, crops of their own size, resized on the device",
+        ("augment.device=true",),
+        "fast",
+    ),
+    Variant(
+        "graphs",
+        "fast, compiled norms, recorded as CUDA graphs",
+        ("train.graphs=true",),
+        "fused_norm",
+        needs=frozenset({"cuda"}),
+    ),
     Variant("batch16", "fast, 16 clips", ("plan.batch=16",), "fast"),
     Variant("batch32", "fast, 32 clips", ("plan.batch=32",), "fast"),
     Variant("cheap", "fast, BN and ReLU made again", ("model.recompute=cheap",), "fast"),
@@ -251,16 +268,30 @@ def padded(depths: Ints) -> int:
     return len(depths) * int(depths.max())
 
 
-def make_batch(depths: Ints, size: tuple[int, int], *, cuda: bool) -> Batch:
-    """Noise in place of clips, on the host; one in four is positive."""
-    deepest = int(depths.max())
-    volumes = torch.zeros(len(depths), 1, deepest, *size, dtype=torch.uint8)
+def make_batch(depths: Ints, config: Config, *, cuda: bool) -> Batch:
+    """Noise in place of clips, on the host; one in four is positive. Crops that the device is to
+    resize have the challenge's median size."""
+    frames = torch.from_numpy(depths) if depths.min() < depths.max() else None
+    labels = torch.arange(len(depths)).remainder(4).eq(0).float()
+    volumes = (crops if config.augment.device else padded_clips)(depths, config)
+    batch = Batch(volumes, frames, labels, torch.arange(len(depths)))
+    return batch.pin_memory() if cuda else batch
+
+
+def padded_clips(depths: Ints, config: Config) -> Tensor:
+    volumes = torch.zeros(len(depths), 1, int(depths.max()), *config.clip.size, dtype=torch.uint8)
     for volume, depth in zip(volumes, depths.tolist(), strict=True):
         volume[0, :depth].random_(256)
-    lengths = torch.from_numpy(depths) if depths.min() < deepest else None
-    labels = torch.arange(len(depths)).remainder(4).eq(0).float()
-    batch = Batch(volumes, lengths, labels, torch.arange(len(depths)))
-    return batch.pin_memory() if cuda else batch
+    return volumes
+
+
+def crops(depths: Ints, config: Config) -> NativeClips:
+    draw = Drawer(config.augment, seed=0)
+    clips = [
+        torch.randint(256, (depth, BOX_HEIGHT[1], BOX_WIDTH[1]), dtype=torch.uint8)
+        for depth in depths.tolist()
+    ]
+    return pack(clips, [draw(config.clip.size, epoch=0, number=n) for n in range(len(clips))])
 
 
 # --- a row, in a process of its own ---------------------------------------------------------------
@@ -302,13 +333,21 @@ class Row:
         self.backend.wrap(model, lambda wrapped: make_optimizer(wrapped, config.optim))
         self.backend.model.train()
         self.device = self.backend.device
+        # Nothing is called between passes that are recorded.
+        self.passes = (
+            make_micro_step(self.backend, device_knows_frames=config.norm.fused)
+            if config.train.graphs
+            else MicroStep(self.backend, between=lambda: self.marks.mark())
+        )
+        self.marks = Marks(self.device)
 
     def turn(self, steps: Sequence[Ints]) -> Turn:
         cuda = self.device.type == "cuda"
-        batches = [make_batch(depths, self.config.clip.size, cuda=cuda) for depths in steps]
+        batches = [make_batch(depths, self.config, cuda=cuda) for depths in steps]
         if cuda:
-            # What was given back after the last turn is taken anew.
-            self.step(batches[-1], Marks(self.device))
+            # What was given back after the last turn is taken anew, and passes are recorded.
+            for _ in range(UNRECORDED + 1 if self.config.train.graphs else 1):
+                self.step(batches[-1], Marks(self.device))
         turn = Turn(depths=[depths.tolist() for depths in steps])
         with peak_memory(self.device) as peak:
             synchronize(self.device)
@@ -331,17 +370,17 @@ class Row:
         return turn
 
     def step(self, batch: Batch, marks: Marks) -> None:
-        backend, config = self.backend, self.config
+        """Passes that are recorded are one: all of their time counts as forward."""
+        self.marks = marks
         marks.mark()
         moved = batch.to(self.device)
-        with backend.micro_step(last=True):
+        with self.backend.micro_step(last=True):
             frames = moved.frames if self.knows_lengths else None
-            logits = backend.model(as_input(moved.volumes, config), frames)
-            loss = binary_cross_entropy_with_logits(logits.float(), moved.labels)
+            self.passes(as_input(moved.volumes, self.config), frames, moved.labels, 1.0)
+        if self.config.train.graphs:
             marks.mark()
-            backend.backward(loss)
         marks.mark()
-        backend.update()
+        self.backend.update()
         marks.mark()
 
 

@@ -62,7 +62,7 @@ def main() -> None:
         row = Row(config, knows_lengths=True)
     except DistTrainError as error:
         raise SystemExit(f"error: {error}") from None
-    batch = make_batch(np.full(arguments.clips, frames), config.clip.size, cuda=cuda)
+    batch = make_batch(np.full(arguments.clips, frames), config, cuda=cuda)
     # The first step also chooses kernels and makes the moments.
     row.step(batch, Marks(row.device))
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]

@@ -4,6 +4,8 @@ Throughout ``models``, a ``ValidFrames | None`` goes along with a batch; None st
 without padding, which then costs nothing extra.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -14,15 +16,20 @@ class ValidFrames:
     """The real frames of a batch [B, C, D, H, W].
 
     Attributes:
-        mask: bool [B, D] on the CPU, true on real frames.
+        mask: bool [B, D], true on real frames; on the CPU, or where the depths were given.
         on_device: the same on the batch's device.
-        index: int64 [N] on the batch's device, the places of the N real frames among B * D.
     """
 
     def __init__(self, mask: Tensor, device: torch.device) -> None:
         self.mask = mask
         self.on_device = mask.contiguous().to(device, non_blocking=True)
-        self.index = mask.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+
+    @cached_property
+    def index(self) -> Tensor:
+        """int64 [N] on the batch's device, the places of the N real frames among B * D. Of a mask
+        on the CPU; of another one the host waits for the device to know N."""
+        found = self.mask.flatten().nonzero().squeeze(1)
+        return found.to(self.on_device.device, non_blocking=True)
 
     def gather(self, x: Tensor) -> Tensor:
         """Take the real frames of [B, C, D, H, W] as a batch of images [N, C, H, W]."""
@@ -47,11 +54,12 @@ def valid_frames(frames: Tensor | None, clips: Tensor) -> ValidFrames | None:
 
     Args:
         frames: integer [B], the true depth of each clip, whose real frames come first; None when
-            all frames are real. Keep it on the CPU: reading it from a GPU waits for the device.
+            all frames are real. On the CPU they are checked; on a GPU they are taken as they are,
+            as reading them would wait for it.
         clips: [B, C, D, H, W].
 
     Returns:
-        None if no clip is padded.
+        None if no clip is padded, as far as the host knows.
 
     Raises:
         ModelError: ``frames`` is not one integer from 1 to D for each clip.
@@ -64,16 +72,19 @@ def valid_frames(frames: Tensor | None, clips: Tensor) -> ValidFrames | None:
             f"frames is {frames.dtype} {list(frames.shape)} for a batch of {batch} clips",
             fix="Pass one integer for each clip: its depth without padding",
         )
-    lengths = frames.cpu()
-    shortest, longest = int(lengths.min()), int(lengths.max())
+    if frames.device.type != "cpu":
+        return ValidFrames(
+            torch.arange(depth, device=frames.device) < frames[:, None], clips.device
+        )
+    shortest, longest = int(frames.min()), int(frames.max())
     if shortest < 1 or longest > depth:
         raise ModelError(
-            f"frames is {lengths.tolist()} for clips padded to {depth}",
+            f"frames is {frames.tolist()} for clips padded to {depth}",
             fix=f"Pass the depth of each clip without padding, from 1 to {depth}",
         )
     if shortest == depth:
         return None
-    return ValidFrames(torch.arange(depth) < lengths[:, None], clips.device)
+    return ValidFrames(torch.arange(depth) < frames[:, None], clips.device)
 
 
 def strided(valid: ValidFrames | None, stride: int) -> ValidFrames | None:
@@ -84,7 +95,7 @@ def strided(valid: ValidFrames | None, stride: int) -> ValidFrames | None:
     """
     if valid is None or stride == 1:
         return valid
-    return ValidFrames(valid.mask[:, ::stride], valid.index.device)
+    return ValidFrames(valid.mask[:, ::stride], valid.on_device.device)
 
 
 def clear_padding(x: Tensor, valid: ValidFrames | None) -> Tensor:

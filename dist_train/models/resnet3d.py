@@ -212,7 +212,7 @@ class ResNet3D(nn.Module):
         Args:
             x: floating point; what its padded frames hold does not matter.
             frames: integer [B], the true depth of each clip, whose real frames come first; None
-                when all D are real, which is faster. Leave it on the CPU.
+                when all D are real, which is faster. Best on the CPU: see ``valid_frames``.
 
         Returns:
             Logits in the dtype of the parameters, also under autocast: in bfloat16, with its 8

@@ -127,6 +127,12 @@ def test_fp16_is_refused_without_a_gpu() -> None:
         make_backend(TrainSettings(precision="fp16"), clip_norm=None)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="graphs are offered on CUDA devices")
+def test_graphs_are_refused_without_a_gpu() -> None:
+    with pytest.raises(BackendError, match="there are 1 on cpu"):
+        make_backend(TrainSettings(precision="fp32", graphs=True), clip_norm=None)
+
+
 @pytest.mark.parametrize(("backend", "name"), [("zero2", "ZeRO"), ("fsdp2", "FSDP")])
 def test_what_spreads_weights_is_refused_without_a_launcher(
     monkeypatch: pytest.MonkeyPatch, backend: str, name: str

@@ -25,6 +25,13 @@ class DdpBackend(Backend):
                 fix="Choose the backend by train.backend, not by the launch file.",
             )
         super().__init__(settings, clip_norm=clip_norm)
+        if settings.graphs and (self.device.type != "cuda" or self.world > 1):
+            raise BackendError(
+                f"CUDA graphs are for one process on a CUDA device, and there are {self.world} on "
+                f"{self.device.type}",
+                where="train.graphs",
+                fix="Set it to false.",
+            )
 
     @property
     def can_repeat(self) -> bool:
@@ -50,11 +57,12 @@ class DdpBackend(Backend):
         # fp16's scaler skips such a step itself, and lowers its scale.
         if self.accelerator.scaler is not None or norm < float("inf"):
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
         return norm
 
     def drop_gradients(self) -> None:
-        self.module.zero_grad(set_to_none=True)
+        # Recordings add to gradients where they lie.
+        self.module.zero_grad(set_to_none=not self.settings.graphs)
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
