@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_train.config import OptimSettings
 
@@ -19,3 +19,10 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Ada
     return torch.optim.AdamW(
         groups, lr=settings.lr, betas=settings.betas, fused=True if settings.fused else None
     )
+
+
+def updates_done(optimizer: torch.optim.Optimizer, updates: int, parameter: Tensor) -> Tensor:
+    """AdamW's ``step`` of a parameter, float32 []: the fused kernel reads it on the device, and the
+    others on the host."""
+    where = parameter.device if optimizer.defaults["fused"] else "cpu"
+    return torch.tensor(float(updates), device=where)

@@ -126,7 +126,7 @@ class BatchNorm3d(nn.BatchNorm3d):
             mean, var = self.running_mean.clone(), self.running_var.clone()
             y = self._batch_norm(x, mean, var, momentum=1.0)
             count = x.numel() // x.shape[1]
-            self.observer(mean, var * ((count - 1) / count), torch.tensor(count, device=x.device))
+            self.observer(mean, var * ((count - 1) / count), torch.full((), count, device=x.device))
             return y
         self.num_batches_tracked.add_(1)
         return self._batch_norm(x, self.running_mean, self.running_var)

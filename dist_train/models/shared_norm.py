@@ -41,7 +41,8 @@ def _statistics(x: Tensor, like: Tensor, all_reduce: AllReduce) -> Statistics:
     # The running statistics that it updates serve for their dtype only.
     scratch = torch.zeros_like(like), torch.ones_like(like)
     mean, var = (s.double() for s in torch.batch_norm_update_stats(x, *scratch, 1.0))
-    count = mean.new_tensor([x.numel() // x.shape[1]])
+    # By a kernel: a number that is copied there would make the host wait for the device.
+    count = mean.new_full((1,), x.numel() // x.shape[1])
     # Sums of squares around 0 cancel where the mean is large, but in float64 only far beyond what
     # x itself resolves.
     sums = torch.cat([count * mean, count * (var + mean.square()), count])
@@ -94,9 +95,10 @@ class _SharedBatchNorm(torch.autograd.Function):
         x, weight, mean, var, count = ctx.saved_tensors
         (grad,) = grads
         # With statistics taken for constants; the sums of its other two gradients are what the
-        # terms of mean and variance need.
+        # terms of mean and variance need. CUDA takes them from the saved ones, which CPUs ignore.
+        saved = mean, (var + ctx.eps).rsqrt()
         _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+            grad, x, weight, mean, var, *saved, False, ctx.eps, [False, True, True]
         )
         sums = torch.cat([of_weight, of_bias]).double()
         ctx.all_reduce(sums)

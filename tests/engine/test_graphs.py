@@ -20,7 +20,7 @@ from dist_train.engine.backends import make_backend
 from dist_train.engine.backends.base import Backend
 from dist_train.engine.graphs import UNRECORDED, GraphedMicroStep, make_micro_step
 from dist_train.engine.micro_step import MicroStep, Outputs
-from dist_train.models.norm import fuse
+from dist_train.models.norm import fuse, share_statistics
 from dist_train.models.resnet3d import ResNet3D
 
 Inputs = tuple[Tensor, Tensor | None, Tensor, float]
@@ -211,24 +211,39 @@ class OnOneDevice(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("fused", "padded"), [(False, False), (True, False), (True, True)])
+# Shared norms that are not fused take an operation that has no meta kernel.
+@pytest.mark.parametrize(
+    ("fused", "shared", "padded"),
+    [
+        (False, False, False),
+        (True, False, False),
+        (True, False, True),
+        (True, True, True),
+    ],
+)
 @pytest.mark.parametrize("folded", [False, True])
 def test_the_passes_ask_the_device_for_nothing(
-    monkeypatch: pytest.MonkeyPatch, fused: bool, padded: bool, folded: bool
+    monkeypatch: pytest.MonkeyPatch, fused: bool, padded: bool, folded: bool, shared: bool
 ) -> None:
-    """On the meta device there are no values, so that reading one fails."""
-    mode = recorded_on_meta(monkeypatch, fused=fused, padded=padded, folded=folded)
+    """On the meta device there are no values, so that reading one fails. What would be recorded is
+    also what the host need not wait for: among several processes too, where nothing is recorded."""
+    mode = recorded_on_meta(monkeypatch, fused=fused, padded=padded, folded=folded, shared=shared)
     assert mode.seen > 300
     assert not mode.elsewhere
 
 
 def test_padding_needs_norms_that_know_it_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotImplementedError, match="nonzero"):
-        recorded_on_meta(monkeypatch, fused=False, padded=True, folded=False)
+        recorded_on_meta(monkeypatch, padded=True)
 
 
 def recorded_on_meta(
-    monkeypatch: pytest.MonkeyPatch, *, fused: bool, padded: bool, folded: bool
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    fused: bool = False,
+    padded: bool = False,
+    folded: bool = False,
+    shared: bool = False,
 ) -> OnOneDevice:
     # It is not there for that device, and does nothing where parameters are float32.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
@@ -239,6 +254,8 @@ def recorded_on_meta(
         labels, weight = torch.empty(4), torch.empty(())
     if fused:
         fuse(model)
+    if shared:
+        share_statistics(model, lambda sums: None)
     step = MicroStep(_backend_of(model))
     with torch.compiler.set_stance("force_eager"), OnOneDevice("meta") as mode:
         step(x, frames, labels, weight)

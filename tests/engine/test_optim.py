@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from dist_train.config import OptimSettings
-from dist_train.engine.optim import make_optimizer
+from dist_train.engine.optim import make_optimizer, updates_done
 
 
 def network() -> nn.Sequential:
@@ -65,3 +66,10 @@ def test_the_fused_update_is_the_plain_one_but_for_rounding() -> None:
         runs.append([*model.parameters(), *moments])
     for ours, theirs in zip(runs[1], runs[0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("fused", "where"), [(True, "meta"), (False, "cpu")])
+def test_the_number_of_updates_lies_where_the_kernel_reads_it(fused: bool, where: str) -> None:
+    optimizer = make_optimizer(network(), OptimSettings(fused=fused))
+    done = updates_done(optimizer, 3, torch.empty(2, device="meta"))
+    assert (done.device.type, done.dtype, done.shape) == (where, torch.float32, ())

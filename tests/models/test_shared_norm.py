@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train.models.frames import valid_frames
 from dist_train.models.norm import BatchNorm3d, share_statistics
@@ -103,3 +105,34 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     for name, value in found.items():
         worst = (value - expected[name]).abs().max() / expected[name].abs().max()
         assert worst <= tolerance, (name, worst)
+
+
+class NormsBackward(TorchDispatchMode):
+    """Notes what the gradient of batch normalisation is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saved: list[tuple[Tensor | None, Tensor | None]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.native_batch_norm_backward.default:
+            self.saved.append((args[5], args[6]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_gradient_has_the_saved_statistics_that_cuda_takes_it_from() -> None:
+    norm = BatchNorm3d(3)
+    share_statistics(norm, lambda sums: None)
+    x = torch.randn(4, 3, 2, 5, 5, requires_grad=True)
+    y = norm(x)
+    with NormsBackward() as mode:
+        y.square().sum().backward()
+    ((mean, inverse),) = mode.saved
+    assert mean is not None
+    assert inverse is not None
+    by_channel = x.detach().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean, by_channel.mean(1))
+    expected = (by_channel.var(1, correction=0) + norm.eps).rsqrt()
+    torch.testing.assert_close(inverse, expected)

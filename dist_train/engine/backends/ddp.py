@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dist_train.config import TrainSettings
 from dist_train.engine.backends.base import MOMENTS, Backend, MakeOptimizer
+from dist_train.engine.optim import updates_done
 from dist_train.errors import BackendError
 
 
@@ -77,7 +78,7 @@ class DdpBackend(Backend):
             parameter.copy_(state[f"model/{name}"])
         for name, parameter in self.trained():
             self.optimizer.optimizer.state[parameter] = {
-                "step": torch.tensor(float(updates)),
+                "step": updates_done(self.optimizer.optimizer, updates, parameter),
                 # In the parameter's own memory layout.
                 **{m: torch.empty_like(parameter).copy_(state[f"{m}/{name}"]) for m in MOMENTS},
             }

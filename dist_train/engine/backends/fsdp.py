@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dist_train.config import TrainSettings
 from dist_train.engine.backends.base import MOMENTS, Backend, MakeOptimizer
+from dist_train.engine.optim import updates_done
 from dist_train.errors import BackendError
 
 
@@ -130,7 +131,7 @@ class FsdpBackend(Backend):
             parameter.copy_(_spread(state[f"model/{name}"], parameter))
         for name, parameter in self.trained():
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(updates)),
+                "step": updates_done(self.optimizer, updates, parameter),
                 **{m: _spread(state[f"{m}/{name}"], parameter) for m in MOMENTS},
             }
 

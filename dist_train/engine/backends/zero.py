@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dist_train.config import TrainSettings
 from dist_train.engine.backends.base import MOMENTS, Backend, MakeOptimizer
+from dist_train.engine.optim import updates_done
 from dist_train.errors import BackendError
 
 
@@ -175,7 +176,7 @@ class ZeroBackend(Backend):
         zero = self.model.optimizer
         for partition in self._partitions():
             zero.optimizer.state[partition] = {
-                "step": torch.tensor(float(updates)),
+                "step": updates_done(zero.optimizer, updates, partition),
                 **{moment: torch.zeros_like(partition) for moment in MOMENTS},
             }
         if self.stage < 3:
