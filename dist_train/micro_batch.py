@@ -261,7 +261,11 @@ class _Note:
             "model": config.model.model_dump(mode="json"),
             "clip": config.clip.model_dump(mode="json"),
             "max_voxels": config.plan.max_voxels,
-            "precision": config.train.precision,
+            "train": config.train.model_dump(
+                include={"precision", "backend", "offload", "channels_last", "graphs"}
+            ),
+            "norm": config.norm.model_dump(include={"shared", "fused"}),
+            "resized_on_device": config.augment.device,
             "device": name,
         }
 

@@ -509,7 +509,10 @@ def _calibration_caption(run: Run, e: Evaluation) -> str:
     if natural is None:
         return caption
     here = e.positives / e.clips
-    return f"{caption} Corrected for {natural:.1%} positives; these clips have {here:.1%}."
+    return (
+        f"{caption} Corrected for {natural:.1%} positives, unless predict was told another by "
+        f"--prior; these clips have {here:.1%}."
+    )
 
 
 def _calibration(raw: metrics.Floats, corrected: metrics.Floats, label: metrics.Floats) -> Axes:

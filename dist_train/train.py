@@ -102,8 +102,13 @@ def train(
             with _only_session(config.out, backend), trainer.stop:
                 trainer.begin(resume)
                 trainer.fit(progress if backend.is_main else None, before_step)
-        finally:
-            backend.close()
+        except BaseException as error:
+            # Others may be in a collective call, for whose end NCCL would wait before it leaves;
+            # then nobody were told of the error. All ranks stop alike by a signal.
+            if backend.world == 1 or isinstance(error, StoppedError):
+                backend.close()
+            raise
+        backend.close()
 
 
 @contextmanager
@@ -382,7 +387,8 @@ class Trainer:
             total, waited = self._micro_steps(step, batches)
         if self._is_left_out(step):
             return {"train/loss": None, "train/lr": lr}
-        # Before the update, so that nothing waits for its end: the next step is queued behind it.
+        # Before the update, so that one process does not wait for its end: the next step is queued
+        # behind it. Several wait, as they tell each other of the step.
         own_loss = float(total)
         try:
             norm = backend.update()

@@ -22,7 +22,8 @@ NEEDED = {
     "pandas": "pandas", "pydantic": "pydantic", "yaml": "pyyaml", "rich": "rich", "cv2":
     "opencv-python-headless", "albumentations": "albumentations", "lmdb": "lmdb", "psutil":
     "psutil", "torchmetrics": "torchmetrics", "tensorboard": "tensorboard", "safetensors":
-    "safetensors", "google_crc32c": "google-crc32c", "fsspec": "fsspec",
+    "safetensors", "google_crc32c": "google-crc32c", "fsspec": "fsspec", "av": "av", "tifffile":
+    "tifffile",
 }
 missing = [package for module, package in NEEDED.items() if not importlib.util.find_spec(module)]
 if missing:
@@ -35,7 +36,7 @@ if missing:
         f" -c constraints.txt {names}\n"
         "and here, beside the machine's own torch:\n"
         f"  {sys.executable} -m pip install --no-deps --no-index --find-links wheels {names}\n"
-        "What those need in turn is named when this is run again."
+        "pip check names what those need in turn."
     )
 import torch
 
@@ -86,10 +87,10 @@ bench checkpoint 70 --quick
 bench augment 50 --quick
 bench loader 60 --quick
 run profile 30 "$python" tools/profile_step.py --out "$out/profile"
-if "$python" -c 'import pytest' 2>/dev/null; then
+if "$python" -c 'import hypothesis, pytest' 2>/dev/null; then
   run tests 70 "$python" -m pytest -q -m cuda tests
 else
-  echo "== tests: pytest is not here"
+  echo "== tests: pytest or hypothesis is not here"
 fi
 
 "$python" - "$out" "$((SECONDS - began))" <<'PY'

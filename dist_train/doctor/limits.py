@@ -17,7 +17,8 @@ def check_limits(shared_memory: Path = Path("/dev/shm")) -> Iterator[Finding]:
     """All limits of this process.
 
     Args:
-        shared_memory: where loader workers hand over batches.
+        shared_memory: where NCCL's processes of a machine talk, and batches are handed over if the
+            system gives no nameless memory.
     """
     yield _open_files()
     yield _shared_memory(shared_memory)
@@ -26,7 +27,7 @@ def check_limits(shared_memory: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 
 def _open_files() -> Finding:
-    """Each batch that waits in shared memory, each shard, worker and connection is an open file."""
+    """Each shard, worker and connection is an open file; each batch too, without an arena."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     fix = "Run 'ulimit -n 65536' before the launch, or raise LimitNOFILE of the service."
     return graded("open files", _endless(soft), _named(soft), fix, bad=512, warn=4096)

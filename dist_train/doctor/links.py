@@ -182,22 +182,30 @@ def check_shared(folder: Path, hosts: Sequence[str]) -> Finding | None:
     if len(set(hosts)) == 1:
         return None
     mark = everyone(folder / f".dist_train-doctor-{secrets.token_hex(8)}")[0]
-    try:
-        if dist.get_rank() == 0:
-            mark.touch()
-        dist.barrier()
-        # Not touched before, so no cache says that it is absent.
-        seen = everyone(mark.exists())
-    except OSError as error:
-        return Finding("shared disk", "bad", str(error), "Give a folder that may be written.")
-    finally:
-        if dist.get_rank() == 0:
-            mark.unlink(missing_ok=True)
+    is_main = dist.get_rank() == 0
+    # Errors are told as values, so that every rank takes part in each exchange.
+    written = everyone(_tried(mark.touch) if is_main else None)[0]
+    # Not touched before, so no cache says that it is absent.
+    answers = everyone(_tried(mark.exists))
+    if is_main:
+        _tried(lambda: mark.unlink(missing_ok=True))
+    errors = [answer for answer in (written, *answers) if isinstance(answer, OSError)]
+    if errors:
+        return Finding("shared disk", "bad", str(errors[0]), "Give a folder that may be written.")
+    seen = [answer is True for answer in answers]
     blind = sorted({host for host, sees in zip(hosts, seen, strict=True) if not sees})
     if blind:
         fix = "Give runs (out=) and this check (--folder) a disk that all machines share."
         return Finding("shared disk", "bad", f"{folder} of rank 0 is not that of {blind}", fix)
     return Finding("shared disk", "ok", f"{folder} is the same on {len(set(hosts))} machines")
+
+
+def _tried(action: Callable[[], object]) -> object:
+    """What it gives, or the error of the disk."""
+    try:
+        return action()
+    except OSError as error:
+        return error
 
 
 def table(rates: Sequence[Rate], backend: str, world: int) -> Table:

@@ -15,7 +15,10 @@ DEVICES = [
     torch.device("cpu"),
     pytest.param(
         torch.device("cuda"),
-        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+        ],
     ),
 ]
 COUNT = 5

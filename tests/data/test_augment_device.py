@@ -151,6 +151,7 @@ def test_a_blur_is_a_matrix(length: int, taps: int) -> None:
     np.testing.assert_allclose(weights @ picture @ weights.T, expected, atol=1e-5)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_gives_what_the_cpu_gives(mixed: tuple[list[Volume], list[Draw]]) -> None:
     packed = pack([torch.from_numpy(clip) for clip in mixed[0]], mixed[1])

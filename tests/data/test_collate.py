@@ -142,6 +142,7 @@ def test_clips_without_pictures_are_shared_too() -> None:
     assert len(batch.volumes.pictures) == 0
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs CUDA")
 def test_pinned(clips: ClipDataset) -> None:
     batch = batch_of(clips, 0, 1).pin_memory()

@@ -45,6 +45,7 @@ def test_tensors_that_are_gone_are_not_held() -> None:
     assert buffers.copy({"b": torch.ones(4)}).keys() == {"b"}
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_copies_from_a_device_are_complete_and_pinned() -> None:
     buffers = HostBuffers()

@@ -95,6 +95,7 @@ def test_a_process_alone_is_compared_with_nobody() -> None:
     assert measured.judge([]) == {}
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_on_cuda_the_devices_own_time_counts() -> None:
     """Convolutions are handed over in far less time than they take."""
