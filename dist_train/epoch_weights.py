@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 from functools import lru_cache
 
 from dist_train.config import Config
@@ -13,6 +13,9 @@ from dist_train.engine.backends.base import Backend
 from dist_train.engine.together import on_main
 from dist_train.errors import PlanError
 from dist_train.run import RunData
+
+#: The name of a table, by the first step of the epoch.
+KEPT = re.compile(r"step-[0-9]+\.csv")
 
 
 class EpochWeights:
@@ -30,9 +33,12 @@ class EpochWeights:
         self.plan = lru_cache(maxsize=2)(self._plan)
 
     def forget(self) -> None:
-        """A new run begins: what an earlier one left is not its own. A collective call."""
+        """A new run begins: tables that an earlier one left are not its own. Others in a folder
+        of that name are the user's. A collective call."""
         if self.backend.is_main:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for path in self.folder.glob("step-*.csv"):
+                if KEPT.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
         self.backend.from_main(None)
 
     def _plan(self, first_step: int) -> Plan:

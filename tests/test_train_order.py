@@ -272,3 +272,12 @@ def test_another_order_is_refused_until_it_is_accepted(store: Path, tmp_path: Pa
     accepted = tiny_config(store, out, *changed, "checkpoint.accept_other_order=true")
     train(accepted, resume="auto")
     assert [line["step"] for line in metrics_of(out)] == list(range(1, 3 * STEPS_PER_EPOCH + 1))
+
+
+def test_a_new_run_leaves_a_folder_of_the_users_alone(store: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "run" / "weights"
+    weights.mkdir(parents=True)
+    for name in ("pretrained.bin", "step-0.csv", "step-0.csv.txt"):
+        (weights / name).write_text("filename,weight\n")
+    train(tiny_config(store, tmp_path / "run", "train.epochs=1", "snapshots.at=[1]"))
+    assert sorted(path.name for path in weights.iterdir()) == ["pretrained.bin", "step-0.csv.txt"]
