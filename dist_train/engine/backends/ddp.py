@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dist_train.config import TrainSettings
 from dist_train.engine.backends.base import MOMENTS, Backend, MakeOptimizer
+from dist_train.engine.later import later
 from dist_train.engine.optim import updates_done
 from dist_train.errors import BackendError
 
@@ -54,12 +55,20 @@ class DdpBackend(Backend):
     def update(self) -> float:
         """A norm that is not finite leaves the weights as they are."""
         limit = float("inf") if self.clip_norm is None else self.clip_norm
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        read = later(norm)
         # fp16's scaler skips such a step itself, and lowers its scale.
-        if self.accelerator.scaler is not None or norm < float("inf"):
-            self.optimizer.step()
+        if self.accelerator.scaler is None:
+            adamw = self.optimizer.optimizer
+            if adamw.defaults["fused"]:
+                # By the kernel, so that the device need not wait for the host to look.
+                adamw.found_inf = norm.isfinite().logical_not().to(torch.float32)
+            elif not read() < float("inf"):
+                self.drop_gradients()
+                return read()
+        self.optimizer.step()
         self.drop_gradients()
-        return norm
+        return read()
 
     def drop_gradients(self) -> None:
         # Recordings add to gradients where they lie.
