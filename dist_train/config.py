@@ -156,9 +156,7 @@ class LoaderSettings(Section):
 class ModelSettings(Section):
     """The network; see ``models/registry.py`` for the names.
 
-    ``stem_form``: how the stem is computed, the same but for rounding: "plain" by the library,
-    "folded" by space to depth, for CPUs, or over "patches", for CUDA. ``pool_fused``: where it
-    trains on CUDA, its pooling is one kernel each way; the same but for rounding.
+    ``stem_folded``: the stem is computed by space to depth, which is the same but for rounding.
     ``recompute``: what the backward pass makes again rather than keeps; docs/activations.md says
     what each mode keeps and costs. ``activation_memory``: bytes, such as 8GiB, that activations may
     take; with it the cheapest modes that fit are chosen for each part of the network.
@@ -168,8 +166,7 @@ class ModelSettings(Section):
     width: Positive = 64
     stem_stride: tuple[Positive, Positive, Positive] = (1, 2, 2)
     stem_pool: bool = True
-    stem_form: Literal["plain", "folded", "patches"] = "plain"
-    pool_fused: bool = False
+    stem_folded: bool = False
     dropout: BelowOne = 0.0
     recompute: Literal["none", "cheap", "block", "stage"] = "none"
     activation_memory: Annotated[ByteSize, Field(ge=1)] | None = None

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ def _layout(config: Config) -> torch.memory_format:
 
 def model_facts(config: Config) -> dict[str, Any]:
     """What a checkpoint must agree with for its weights to mean the same: JSON types."""
-    only_how = {"recompute", "activation_memory", "stem_form", "pool_fused"}
+    only_how = {"recompute", "activation_memory", "stem_folded"}
     facts: dict[str, Any] = config.model.model_dump(mode="json", exclude=only_how)
     return facts
 
@@ -250,16 +250,8 @@ def begin_session(run: Path, facts: dict[str, Any], session: dict[str, Any]) -> 
     started = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
     record |= facts | {
         "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in VERSIONS_OF},
+        | {name: version(name) for name in VERSIONS_OF},
         "host": {"name": socket.gethostname(), "machine": platform.machine()},
         "sessions": [*record.get("sessions", []), started | session],
     }
     write_whole(run / RECORD, json.dumps(record, indent=2))
-
-
-def _version(package: str) -> str | None:
-    """None where it is not installed, as DeepSpeed may not be where none of it is used."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

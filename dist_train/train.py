@@ -26,7 +26,6 @@ from dist_train.engine.backends.base import Backend
 from dist_train.engine.ema import Ema
 from dist_train.engine.events import EventWriter
 from dist_train.engine.graphs import make_micro_step
-from dist_train.engine.later import later
 from dist_train.engine.lost_process import losses_explained
 from dist_train.engine.optim import make_optimizer
 from dist_train.engine.pace import Pace
@@ -127,9 +126,7 @@ class Trainer:
         self.config, self.backend = config, backend
         self.data = open_data(config)
         if config.norm.fused:
-            check_compiler(backend.device, "norm.fused")
-        elif config.model.pool_fused and backend.device.type == "cuda":
-            check_compiler(backend.device, "model.pool_fused")
+            check_compiler(backend.device)
         # Only weights change it while it runs, and those do not change where epochs begin.
         self.plan = self.data.plan()
         self.micro = MicroBatches(config, self.data, self.plan, backend)
@@ -390,7 +387,9 @@ class Trainer:
             total, waited = self._micro_steps(step, batches)
         if self._is_left_out(step):
             return {"train/loss": None, "train/lr": lr}
-        loss = later(total)
+        # Before the update, so that one process does not wait for its end: the next step is queued
+        # behind it. Several wait, as they tell each other of the step.
+        own_loss = float(total)
         try:
             norm = backend.update()
         except torch.OutOfMemoryError:
@@ -400,7 +399,6 @@ class Trainer:
                 fix="Set train.backend: zero2, with train.offload if need be, and go on by "
                 "--resume auto.",
             ) from None
-        own_loss = loss()
         sum_of_losses, *own_work = backend.sums([own_loss, *self.pace.shares(waited)])
         mean_loss = sum_of_losses / backend.world
         # In fp16 a step whose gradients overflow is skipped, and the loss scale lowered.

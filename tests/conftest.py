@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-
-if not torch.cuda.is_available():
-    # Read when Triton is imported. Its kernels then run on CPUs, line by line.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile(
     "deterministic",

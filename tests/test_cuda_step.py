@@ -52,9 +52,7 @@ def trained(config: Config, steps: int = 3, *, shared: bool = False) -> list[tor
     ("setting", "tolerance"),
     [
         ("train.channels_last=true", 2e-3),
-        ("model.stem_form=folded", 2e-3),
-        ("model.stem_form=patches", 2e-3),
-        ("model.pool_fused=true", 2e-3),
+        ("model.stem_folded=true", 2e-3),
         ("optim.fused=true", 2e-3),
         ("norm.fused=true", 2e-3),
         ("model.recompute=cheap", 2e-3),
@@ -107,8 +105,7 @@ def test_the_fused_optimizer_goes_on_from_a_checkpoint() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_recorded_passes_are_the_passes(fused: bool) -> None:
-    """Shapes in turn, of which the second has padding, until each was replayed. Steps are small, as
-    AdamW's first ones make the least difference of a gradient near zero one of their whole size."""
+    """Shapes in turn, of which the second has padding, until each was replayed."""
     generator = torch.Generator().manual_seed(1)
     shapes = [(20, None), (12, torch.tensor([12, 9, 12, 5])), (16, None)]
     batches = [
@@ -117,11 +114,8 @@ def test_recorded_passes_are_the_passes(fused: bool) -> None:
         for depth, frames in shapes
     ]
 
-    kernels = ("norm.fused=true", "model.pool_fused=true", "model.stem_form=patches")
-
     def losses(*settings: str) -> torch.Tensor:
-        common = ("optim.fused=true", "optim.lr=0.0001", *(kernels if fused else ()))
-        config = config_of(*common, *settings)
+        config = config_of("optim.fused=true", f"norm.fused={str(fused).lower()}", *settings)
         backend = make_backend(config.train, clip_norm=1.0)
         torch.manual_seed(0)
         backend.wrap(make_model(config), lambda model: make_optimizer(model, config.optim))
@@ -136,4 +130,4 @@ def test_recorded_passes_are_the_passes(fused: bool) -> None:
         backend.close()
         return torch.stack(found)
 
-    torch.testing.assert_close(losses("train.graphs=true"), losses(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(losses("train.graphs=true"), losses(), rtol=2e-3, atol=2e-3)

@@ -52,7 +52,6 @@ MODEL = "resnet3d-101"
 POSITIVES = 1_887
 #: The stride of the network in depth: a shallower clip would have no frame left at its end.
 LEAST_FRAMES = 4
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ class Variant:
         settings: "key=value", beside those of ``over``.
         over: the name of another row, whose settings it has too.
         knows_lengths: False runs the net over padding as if it were frames, as the original did.
-        needs_bf16: the device must multiply it faster than float32.
-        tf32: False keeps all bits of float32 on CUDA, where convolutions drop some by default.
+        needs: "bf16" where the device must multiply it faster than float32; "cuda".
     """
 
     name: str
@@ -73,11 +71,10 @@ class Variant:
     settings: tuple[str, ...] = ()
     over: str | None = None
     knows_lengths: bool = True
-    needs_bf16: bool = False
-    tf32: bool = True
+    needs: frozenset[str] = frozenset()
 
 
-COMMON = (
+ALL = (
     Variant(
         "original",
         "float32, contiguous, 4 of 160x160 at random, padded",
@@ -90,7 +87,7 @@ COMMON = (
             "plan.negatives=natural",
             "model.recompute=none",
             "optim.fused=false",
-            "model.stem_form=plain",
+            "model.stem_folded=false",
         ),
         knows_lengths=False,
     ),
@@ -102,7 +99,7 @@ COMMON = (
         ("train.precision=bf16",),
         "channels_last",
         False,
-        needs_bf16=True,
+        needs=frozenset({"bf16"}),
     ),
     Variant(
         "bands",
@@ -110,12 +107,24 @@ COMMON = (
         ("plan.order=banded", "plan.negatives=matched"),
         "bf16",
     ),
-    Variant("adamw", "+ fused AdamW", ("optim.fused=true",), "bands"),
-)
-ONE_CHANGE = (
+    Variant("stem", "+ stem by space to depth", ("model.stem_folded=true",), "bands"),
+    Variant("fast", "+ fused AdamW", ("optim.fused=true",), "stem"),
+    # One change each.
+    Variant(
+        "only_stem",
+        "original, stem by space to depth",
+        ("model.stem_folded=true",),
+        "original",
+        False,
+    ),
     Variant("only_fused", "original, fused AdamW", ("optim.fused=true",), "original", False),
     Variant(
-        "only_bf16", "original, bf16", ("train.precision=bf16",), "original", False, needs_bf16=True
+        "only_bf16",
+        "original, bf16",
+        ("train.precision=bf16",),
+        "original",
+        False,
+        frozenset({"bf16"}),
     ),
     Variant(
         "only_bands",
@@ -123,6 +132,7 @@ ONE_CHANGE = (
         ("plan.order=banded", "plan.negatives=matched"),
         "original",
     ),
+    Variant("fused_norm", "fast, BN with sum and ReLU compiled", ("norm.fused=true",), "fast"),
     Variant("smaller", "fast, 112x112, as in an early stage", ("clip.size=[112, 112]",), "fast"),
     Variant(
         "native",
@@ -130,49 +140,28 @@ ONE_CHANGE = (
         ("augment.device=true",),
         "fast",
     ),
-)
-ON_CPU = (
-    *COMMON,
-    Variant("fast", "+ stem by space to depth", ("model.stem_form=folded",), "adamw"),
-    Variant("fused_norm", "fast, BN with sum and ReLU compiled", ("norm.fused=true",), "fast"),
-    *ONE_CHANGE,
     Variant(
-        "only_stem",
-        "original, stem by space to depth",
-        ("model.stem_form=folded",),
-        "original",
-        False,
+        "graphs",
+        "fast, compiled norms, recorded as CUDA graphs",
+        ("train.graphs=true",),
+        "fused_norm",
+        needs=frozenset({"cuda"}),
     ),
+    Variant("batch16", "fast, 16 clips", ("plan.batch=16",), "fast"),
+    Variant("batch32", "fast, 32 clips", ("plan.batch=32",), "fast"),
     Variant("cheap", "fast, BN and ReLU made again", ("model.recompute=cheap",), "fast"),
     Variant("block", "fast, blocks run twice", ("model.recompute=block",), "fast"),
 )
-ON_CUDA = (
-    *COMMON,
-    Variant("patches", "+ stem over patches", ("model.stem_form=patches",), "adamw"),
-    Variant("fused_norm", "+ BN with sum and ReLU fused", ("norm.fused=true",), "patches"),
-    Variant("fused_pool", "+ pooling fused", ("model.pool_fused=true",), "fused_norm"),
-    Variant("graphs", "+ CUDA graphs", ("train.graphs=true",), "fused_pool"),
-    Variant("batch16", "+ 16 clips", ("plan.batch=16",), "graphs"),
-    Variant("fast", "+ 32 clips", ("plan.batch=32",), "batch16"),
-    Variant("eager", "fast, not recorded", ("train.graphs=false",), "fast"),
-    Variant("float32", "original, no products in TF32", (), "original", False, tf32=False),
-    *ONE_CHANGE,
-    Variant("folded", "fast, stem by space to depth", ("model.stem_form=folded",), "fast"),
-    Variant("cheap", "eager, BN and ReLU made again", ("model.recompute=cheap",), "eager"),
-    Variant("block", "eager, blocks run twice", ("model.recompute=block",), "eager"),
-)
-BY_NAME = {
-    device: {variant.name: variant for variant in variants}
-    for device, variants in (("cpu", ON_CPU), ("cuda", ON_CUDA))
-}
-#: What runs on a CPU unless told otherwise: a step takes seconds there.
-FEW = ("original", "channels_last", "bf16", "bands", "adamw", "fast", "fused_norm")
+BY_NAME = {variant.name: variant for variant in ALL}
+#: What runs unless told otherwise. Batches of 16 whole clips want a GPU.
+ON_CPU = ("original", "channels_last", "bf16", "bands", "stem", "fast", "fused_norm")
+ON_CUDA = tuple(variant.name for variant in ALL)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depths", type=Path, help="CSV of clips by depth, as bench_plan.py takes")
-    parser.add_argument("--variants", help=f"of {', '.join(BY_NAME[DEVICE])}; or 'all'")
+    parser.add_argument("--variants", help=f"of {', '.join(BY_NAME)}; 'all' for all of them")
     parser.add_argument("--model", default=MODEL, help=f"default {MODEL}")
     parser.add_argument("--scale", type=float, help="of depths; default 0.25 on a CPU, else 1")
     parser.add_argument("--rounds", type=int, help="turns of each row; default 3 on a CPU, else 5")
@@ -180,14 +169,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="original and fast, one step, shallow")
     parser.add_argument("--json", type=Path, help="write the figures there, under 'summary'")
     arguments = parser.parse_args()
-    cuda = DEVICE == "cuda"
-    known = tuple(BY_NAME[DEVICE])
-    names = known if cuda else FEW
+    cuda = torch.cuda.is_available()
+    names = tuple(ON_CUDA if cuda else ON_CPU)
     if arguments.variants:
-        names = known if arguments.variants == "all" else tuple(arguments.variants.split(","))
+        names = (
+            tuple(BY_NAME) if arguments.variants == "all" else tuple(arguments.variants.split(","))
+        )
     elif arguments.quick:
         names = ("original", "fast")
-    unknown = set(names) - set(known)
+    unknown = set(names) - set(BY_NAME)
     if unknown:
         parser.error(f"no such variant: {', '.join(sorted(unknown))}")
     if not cuda:
@@ -209,7 +199,7 @@ def main() -> None:
 
 
 def say(what: str) -> None:
-    print(f"== {time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+    print(f"== {what}", file=sys.stderr, flush=True)
 
 
 # --- the clips ------------------------------------------------------------------------------------
@@ -312,14 +302,14 @@ def config_of(variant: Variant, model: str) -> Config:
 
 
 def settings_of(variant: Variant) -> list[str]:
-    below = [] if variant.over is None else settings_of(BY_NAME[DEVICE][variant.over])
+    below = [] if variant.over is None else settings_of(BY_NAME[variant.over])
     return [*below, *variant.settings]
 
 
 @dataclass
 class Turn:
     """Of the steps of one turn: seconds in all and by part, and the peak of memory in bytes (CUDA:
-    what the allocator holds; CPU: resident, above what the process held before)."""
+    of the allocator; CPU: resident, above what the process held before)."""
 
     seconds: float = 0.0
     forward: float = 0.0
@@ -355,8 +345,9 @@ class Row:
         cuda = self.device.type == "cuda"
         batches = [make_batch(depths, self.config, cuda=cuda) for depths in steps]
         if cuda:
-            # What was given back after the last turn is taken anew.
-            self.warm_up(batches[-1])
+            # What was given back after the last turn is taken anew, and passes are recorded.
+            for _ in range(UNRECORDED + 1 if self.config.train.graphs else 1):
+                self.step(batches[-1], Marks(self.device))
         turn = Turn(depths=[depths.tolist() for depths in steps])
         with peak_memory(self.device) as peak:
             synchronize(self.device)
@@ -377,11 +368,6 @@ class Row:
             gc.collect()
             torch.cuda.empty_cache()
         return turn
-
-    def warm_up(self, batch: Batch) -> None:
-        """Steps by which kernels are chosen, moments made, and passes recorded."""
-        for _ in range(UNRECORDED + 1 if self.config.train.graphs else 1):
-            self.step(batch, Marks(self.device))
 
     def step(self, batch: Batch, marks: Marks) -> None:
         """Passes that are recorded are one: all of their time counts as forward."""
@@ -428,7 +414,7 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield found
-        found.append(torch.cuda.max_memory_reserved(device))
+        found.append(torch.cuda.max_memory_allocated(device))
         return
     # 5 sets the kernel's high-water mark of this process back to what it holds now.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -446,7 +432,6 @@ def serve(connection: Connection, variant: Variant, model: str, threads: int) ->
     """The process of a row: it builds the net, and takes a turn when it is told its steps."""
     try:
         torch.set_num_threads(threads)
-        torch.backends.cudnn.allow_tf32 = variant.tf32
         row = Row(config_of(variant, model), knows_lengths=variant.knows_lengths)
         connection.send(None)
         while True:
@@ -498,15 +483,15 @@ class Process:
 
 
 def measure(load: Workload, names: Sequence[str], source: str) -> dict[str, Any]:
-    device = torch.device(DEVICE)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say("ceilings")
     ceilings = measure_ceilings(device, ["fp32", "bf16"])
-    has_bf16 = ceilings.flops["bf16"] > ceilings.flops["fp32"]
-    variants = [BY_NAME[DEVICE][name] for name in names]
-    left_out: list[str] = []
-    if not has_bf16:
-        left_out = [variant.name for variant in variants if variant.needs_bf16]
-        variants = [variant for variant in variants if not variant.needs_bf16]
+    has = {"cuda"} if device.type == "cuda" else set()
+    if ceilings.flops["bf16"] > ceilings.flops["fp32"]:
+        has.add("bf16")
+    variants = [BY_NAME[name] for name in names if BY_NAME[name].needs <= has]
+    left_out = [name for name in names if BY_NAME[name] not in variants]
+    if "bf16" not in has:
         # Rows above it go on in float32, as a run on such a device should.
         say("bf16 is slower than float32 on this device: it is left out of every row")
         variants = [_without_bf16(variant) for variant in variants]

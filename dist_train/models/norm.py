@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from dist_train.errors import ModelError
 from dist_train.models.frames import ValidFrames
-from dist_train.models.fused_norm import fused_norm, move_running_fused
+from dist_train.models.fused_norm import fused_norm
 from dist_train.models.passes import is_repeated
 from dist_train.models.remake import remade
 from dist_train.models.shared_norm import (
     AllReduce,
     Statistics,
-    move_running,
     shared_batch_norm,
     shared_statistics,
 )
@@ -147,12 +146,14 @@ class BatchNorm3d(nn.BatchNorm3d):
         """Let the observer know, or move the running statistics."""
         if is_repeated():
             return
+        mean, var, count = statistics
         if self.observer is not None:
-            self.observer(*statistics)
+            self.observer(mean, var, count)
             return
-        running = self.running_mean, self.running_var, self.num_batches_tracked
-        move = move_running_fused if self.fused else move_running
-        move(*running, statistics, self.momentum)
+        self.num_batches_tracked.add_(1)
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.lerp_(new.to(running.dtype), self.momentum)
 
 
 def norms(model: nn.Module) -> Iterator[BatchNorm3d]:

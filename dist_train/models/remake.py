@@ -131,9 +131,9 @@ class _Tape:
                 kept.append(saved)
         tensors = [saved.get() for saved in kept]
         anchor = torch.empty(0, requires_grad=True)
-        end: Tensor = _Keeper.apply(anchor, *tensors)  # type: ignore[no-untyped-call]
+        keeper = _Keeper.apply(anchor, *tensors).grad_fn  # type: ignore[no-untyped-call]
         for number, saved in enumerate(kept):
-            saved.tensor, saved.recipe = None, partial(_kept_by, end, number)
+            saved.tensor, saved.recipe = None, partial(_kept_by, keeper, number)
         self._saved.clear()
 
 
@@ -150,7 +150,6 @@ class _Keeper(torch.autograd.Function):
         raise AssertionError("it is no part of the graph")
 
 
-def _kept_by(end: Tensor, number: int) -> Tensor:
-    # By the end of its graph, not by the node: torch 2.11 frees what a node keeps with its graph.
-    tensor: Tensor = end.grad_fn.saved_tensors[number]  # type: ignore[union-attr]
+def _kept_by(keeper: Any, number: int) -> Tensor:
+    tensor: Tensor = keeper.saved_tensors[number]
     return tensor

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import islice
-from typing import ClassVar, Literal, cast, get_args
+from typing import ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,7 @@ from torch import Tensor, nn
 from dist_train.errors import ModelError
 from dist_train.models.conv import Conv3d
 from dist_train.models.frames import ValidFrames, clear_padding, strided, valid_frames
-from dist_train.models.fused_pool import fused_max_pool
 from dist_train.models.norm import BatchNorm3d
-from dist_train.models.patches import PatchConv3d
 from dist_train.models.pooling import global_average_pool
 from dist_train.models.recompute import Recompute, Step, run_part
 from dist_train.models.remake import forget, remade
@@ -39,19 +37,9 @@ PARTS = ("stem", "layer1", "layer2", "layer3", "layer4")
 NOTHING_TWICE: RecomputePlan = ("none", "none", "none", "none", "none")
 
 
-StemForm = Literal["plain", "folded", "patches"]
-STEMS: dict[StemForm, type[Conv3d]] = {
-    "plain": Conv3d,
-    "folded": FoldedConv3d,
-    "patches": PatchConv3d,
-}
-"""Of one channel, by the library, by space to depth (space_to_depth.py), or over patches
-(patches.py)."""
-
-
 class ConvNorm(nn.Module):
     """A convolution, with padding of half its kernel, batch normalisation for its bias, and, if
-    ``relu``, rectification of that and of what is added to it. ``make``: the convolution."""
+    ``relu``, rectification of that and of what is added to it. ``folded``: by space to depth."""
 
     def __init__(
         self,
@@ -61,9 +49,10 @@ class ConvNorm(nn.Module):
         stride: int | tuple[int, int, int] = 1,
         *,
         relu: bool,
-        make: type[Conv3d] = Conv3d,
+        folded: bool = False,
     ) -> None:
         super().__init__()
+        make = FoldedConv3d if folded else Conv3d
         self.conv = make(in_channels, channels, kernel, stride, padding=kernel // 2, bias=False)
         self.norm = BatchNorm3d(channels)
         self.relu = relu
@@ -177,8 +166,8 @@ class ResNet3D(nn.Module):
         in_channels: channels of a clip.
         stem_stride: stride of the stem in D, H and W.
         stem_pool: False leaves out the pooling, so that all that follows is twice as large.
-        stem_form: how the stem is computed, a key of ``STEMS``; it changes rounding alone.
-        pool_fused: pool by fused_pool.py where it trains on CUDA, which changes rounding alone.
+        stem_folded: compute the stem by space to depth (space_to_depth.py), which changes rounding
+            alone.
         recompute: how little is kept for the backward pass: a mode of ``recompute.py``, or one for
             each of ``PARTS``. The attribute of this name can be set at any time.
         dropout: probability of dropping a pooled feature.
@@ -195,8 +184,7 @@ class ResNet3D(nn.Module):
         in_channels: int = 1,
         stem_stride: tuple[int, int, int] = (1, 2, 2),
         stem_pool: bool = True,
-        stem_form: StemForm = "plain",
-        pool_fused: bool = False,
+        stem_folded: bool = False,
         recompute: Recompute | RecomputePlan = "none",
         dropout: float = 0.0,
     ) -> None:
@@ -204,17 +192,14 @@ class ResNet3D(nn.Module):
         _check("depth", depth, depth in BLOCKS, f"one of {', '.join(map(str, BLOCKS))}")
         _check("width", width, width >= 1, "at least 1")
         _check("in_channels", in_channels, in_channels >= 1, "at least 1")
-        _check("stem_form", stem_form, stem_form in STEMS, f"one of {', '.join(STEMS)}")
         strides_fit = len(stem_stride) == 3 and min(stem_stride) >= 1
         _check("stem_stride", stem_stride, strides_fit, "three numbers, each at least 1")
         _check("dropout", dropout, 0.0 <= dropout < 1.0, "at least 0 and less than 1")
         self.in_channels = in_channels
         self.recompute = recompute
         self.stem_frame_stride = stem_stride[0]
-        make = STEMS[stem_form]
-        self.stem = ConvNorm(in_channels, width, 7, stem_stride, relu=True, make=make)
+        self.stem = ConvNorm(in_channels, width, 7, stem_stride, relu=True, folded=stem_folded)
         self.pool = nn.MaxPool3d(3, stride=2, padding=1, return_indices=True) if stem_pool else None
-        self.pool_fused = pool_fused
         self.repeats = BLOCKS[depth][1]
         self.blocks = _stack_blocks(depth, width)
         self.dropout = nn.Dropout(dropout)
@@ -289,10 +274,9 @@ class ResNet3D(nn.Module):
 
     def _run_stem(self, x: Tensor, valid: ValidFrames | None, pooled: ValidFrames | None) -> Tensor:
         x = self.stem(x, valid)
-        if self.pool is None:
+        pool = self.pool
+        if pool is None:
             return x
-        fused = self.pool_fused and self.training and x.is_cuda
-        pool = fused_max_pool if fused else self.pool
         y, indices = pool(x)
         forget(indices, lambda x: pool(x)[1], x)
         # Zeros among rectified values are as good as the -inf that a maximum is padded with, but

@@ -27,22 +27,6 @@ class Statistics(NamedTuple):
     number: Tensor
 
 
-def move_running(
-    running_mean: Tensor,
-    running_var: Tensor,
-    steps: Tensor,
-    statistics: Statistics,
-    momentum: float,
-) -> None:
-    """Move running statistics [C], of which ``steps`` [] is the number so far, in place, towards
-    those of a batch by a share of ``momentum``; the variance towards the unbiased one."""
-    mean, var, number = statistics
-    steps.add_(1)
-    unbiased = var * (number / (number - 1).clamp(min=1))
-    for running, new in ((running_mean, mean), (running_var, unbiased)):
-        running.lerp_(new.to(running.dtype), momentum)
-
-
 def shared_statistics(x: Tensor, like: Tensor, all_reduce: AllReduce) -> Statistics:
     """Statistics of each channel of [N, C, ...], over all processes.
 

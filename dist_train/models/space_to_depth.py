@@ -10,7 +10,7 @@ is no multiple of the stride.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,9 @@ from torch import Tensor
 
 from dist_train.models.conv import Conv3d
 
-
-class Axis(NamedTuple):
-    """Of one axis: voxels of a block, zeros before the kernel, kernel in blocks, and zeros before
-    and after the input."""
-
-    stride: int
-    zeros: int
-    blocks: int
-    before: int
-    after: int
+#: Of one axis: voxels of a block, zeros before the kernel, kernel in blocks, output's length, and
+#: zeros before and after the input.
+_Axis = tuple[int, int, int, int, int, int]
 
 
 class FoldedConv3d(Conv3d):
@@ -43,40 +36,38 @@ class FoldedConv3d(Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [B, C, D, H, W] to [B, C', D', H', W']."""
-        axes = [axis_of(self, axis, length) for axis, length in enumerate(input.shape[2:])]
+        axes = [self._axis(axis, length) for axis, length in enumerate(input.shape[2:])]
         # A tensor of one channel is contiguous in both formats; only this stride tells them apart.
         channels_last = 1 in (input.stride(1), self.weight.stride(1))
         layout = torch.channels_last_3d if channels_last else torch.contiguous_format
         # All padding is in the input, so it is never shallower than the kernel: see conv.py.
-        x = _folded(F.pad(input, pads([(axis.before, axis.after) for axis in axes])), axes)
-        kernel = F.pad(self.weight, pads([(axis.zeros, 0) for axis in axes]))
+        x = _folded(F.pad(input, _pads([(before, after) for *_, before, after in axes])), axes)
+        kernel = F.pad(self.weight, _pads([(zeros, 0) for _, zeros, *_ in axes]))
         weight = _folded(kernel, axes)
         return F.conv3d(x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout))
 
-
-def axis_of(conv: Conv3d, axis: int, length: int) -> Axis:
-    """Of a convolution's input of that length."""
-    kernel, stride = conv.kernel_size[axis], conv.stride[axis]
-    padding = conv.padding[axis]
-    assert isinstance(padding, int)
-    zeros = -kernel % stride
-    blocks = (kernel + zeros) // stride
-    out = (length + 2 * padding - kernel) // stride + 1
-    before = padding + zeros
-    return Axis(stride, zeros, blocks, before, stride * (out - 1 + blocks) - length - before)
+    def _axis(self, axis: int, length: int) -> _Axis:
+        kernel, stride = self.kernel_size[axis], self.stride[axis]
+        padding = self.padding[axis]
+        assert isinstance(padding, int)
+        zeros = -kernel % stride
+        blocks = (kernel + zeros) // stride
+        out = (length + 2 * padding - kernel) // stride + 1
+        before = padding + zeros
+        return stride, zeros, blocks, out, before, stride * (out - 1 + blocks) - length - before
 
 
-def _folded(x: Tensor, axes: list[Axis]) -> Tensor:
+def _folded(x: Tensor, axes: list[_Axis]) -> Tensor:
     """[N, C, D, H, W] to [N, C * s_d * s_h * s_w, D / s_d, H / s_h, W / s_w]."""
     split = [
         n
         for length, axis in zip(x.shape[2:], axes, strict=True)
-        for n in (length // axis.stride, axis.stride)
+        for n in (length // axis[0], axis[0])
     ]
     x = x.reshape(*x.shape[:2], *split).permute(0, 1, 3, 5, 7, 2, 4, 6)
     return x.flatten(1, 4)
 
 
-def pads(of_axes: list[tuple[int, int]]) -> list[int]:
+def _pads(of_axes: list[tuple[int, int]]) -> list[int]:
     """In the order of ``F.pad``: the last axis first."""
     return [n for pair in reversed(of_axes) for n in pair]

@@ -21,7 +21,7 @@ from dist_train.engine.backends.base import Backend
 from dist_train.engine.graphs import UNRECORDED, GraphedMicroStep, make_micro_step
 from dist_train.engine.micro_step import MicroStep, Outputs
 from dist_train.models.norm import fuse, share_statistics
-from dist_train.models.resnet3d import ResNet3D, StemForm
+from dist_train.models.resnet3d import ResNet3D
 
 Inputs = tuple[Tensor, Tensor | None, Tensor, float]
 
@@ -221,13 +221,13 @@ class OnOneDevice(TorchDispatchMode):
         (True, True, True),
     ],
 )
-@pytest.mark.parametrize("stem", ["plain", "folded", "patches"])
+@pytest.mark.parametrize("folded", [False, True])
 def test_the_passes_ask_the_device_for_nothing(
-    monkeypatch: pytest.MonkeyPatch, fused: bool, padded: bool, stem: StemForm, shared: bool
+    monkeypatch: pytest.MonkeyPatch, fused: bool, padded: bool, folded: bool, shared: bool
 ) -> None:
     """On the meta device there are no values, so that reading one fails. What would be recorded is
     also what the host need not wait for: among several processes too, where nothing is recorded."""
-    mode = recorded_on_meta(monkeypatch, fused=fused, padded=padded, stem=stem, shared=shared)
+    mode = recorded_on_meta(monkeypatch, fused=fused, padded=padded, folded=folded, shared=shared)
     assert mode.seen > 300
     assert not mode.elsewhere
 
@@ -242,13 +242,13 @@ def recorded_on_meta(
     *,
     fused: bool = False,
     padded: bool = False,
-    stem: StemForm = "plain",
+    folded: bool = False,
     shared: bool = False,
 ) -> OnOneDevice:
     # It is not there for that device, and does nothing where parameters are float32.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     with torch.device("meta"):
-        model = ResNet3D(50, width=4, stem_form=stem, dropout=0.1).train()
+        model = ResNet3D(50, width=4, stem_folded=folded, dropout=0.1).train()
         x = torch.empty(4, 1, 10, 40, 40).to(memory_format=torch.channels_last_3d)
         frames = torch.empty(4, dtype=torch.int64) if padded else None
         labels, weight = torch.empty(4), torch.empty(())

@@ -15,24 +15,19 @@ from helpers import ROOT, environment
 from dist_train.config import load_config
 
 
-@pytest.mark.parametrize(
-    ("device", "name"),
-    [(device, name) for device, rows in bench_step.BY_NAME.items() for name in rows],
-)
-def test_a_row_is_a_config(monkeypatch: pytest.MonkeyPatch, device: str, name: str) -> None:
-    monkeypatch.setattr(bench_step, "DEVICE", device)
-    config = bench_step.config_of(bench_step.BY_NAME[device][name], "resnet3d-10")
-    assert config.model.name == "resnet3d-10"
+@pytest.mark.parametrize("variant", bench_step.ALL, ids=lambda variant: variant.name)
+def test_a_row_is_a_config(variant: bench_step.Variant) -> None:
+    assert bench_step.config_of(variant, "resnet3d-10").model.name == "resnet3d-10"
 
 
 def test_the_original_row_trains_as_the_original_recipe_does() -> None:
-    row = bench_step.config_of(bench_step.BY_NAME["cpu"]["original"], "resnet3d-101")
+    row = bench_step.config_of(bench_step.BY_NAME["original"], "resnet3d-101")
     recipe = load_config(ROOT / "configs" / "clog_loss_seed.yaml")
     assert (row.train.precision, row.train.channels_last) == ("fp32", False)
     for section, names in {
         "train": ("precision", "channels_last"),
         "plan": ("batch", "order", "negatives", "ratio"),
-        "model": ("name", "width", "recompute", "stem_form"),
+        "model": ("name", "width", "recompute", "stem_folded"),
         "optim": ("fused",),
     }.items():
         for name in names:
@@ -42,7 +37,7 @@ def test_the_original_row_trains_as_the_original_recipe_does() -> None:
 def test_timed_steps_are_as_deep_as_the_epoch_is() -> None:
     load = bench_step.Workload(bench_step.challenge_clips(), "resnet3d-10", 0.25, 4, 2)
     for name, expected in (("original", (0.70, 0.80)), ("fast", (0.98, 1.0))):
-        config = bench_step.config_of(bench_step.BY_NAME["cpu"][name], "resnet3d-10")
+        config = bench_step.config_of(bench_step.BY_NAME[name], "resnet3d-10")
         epoch = load.epoch(config)
         assert expected[0] <= bench_step.efficiency(epoch) <= expected[1]
         timed = [bench_step.padded(d) for turn in load.turns(config) for d in turn]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from dist_train.config import TrainSettings
 from dist_train.engine.backends.base import MOMENTS, Backend, MakeOptimizer
-from dist_train.engine.later import later
 from dist_train.engine.optim import updates_done
 from dist_train.errors import BackendError
 
@@ -55,20 +54,12 @@ class DdpBackend(Backend):
     def update(self) -> float:
         """A norm that is not finite leaves the weights as they are."""
         limit = float("inf") if self.clip_norm is None else self.clip_norm
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        read = later(norm)
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
         # fp16's scaler skips such a step itself, and lowers its scale.
-        if self.accelerator.scaler is None:
-            adamw = self.optimizer.optimizer
-            if adamw.defaults["fused"]:
-                # By the kernel, so that the device need not wait for the host to look.
-                adamw.found_inf = norm.isfinite().logical_not().to(torch.float32)
-            elif not read() < float("inf"):
-                self.drop_gradients()
-                return read()
-        self.optimizer.step()
+        if self.accelerator.scaler is not None or norm < float("inf"):
+            self.optimizer.step()
         self.drop_gradients()
-        return read()
+        return norm
 
     def drop_gradients(self) -> None:
         # Recordings add to gradients where they lie.

@@ -1,4 +1,4 @@
-"""Other forms of the stem's convolution against the plain one: other sums, the same numbers."""
+"""The folded convolution against the plain one: other sums, the same numbers."""
 
 from __future__ import annotations
 
@@ -6,32 +6,26 @@ import pytest
 import torch
 
 from dist_train.models.conv import Conv3d
-from dist_train.models.patches import PatchConv3d
-from dist_train.models.resnet3d import ResNet3D, StemForm
+from dist_train.models.resnet3d import ResNet3D
 from dist_train.models.space_to_depth import FoldedConv3d
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
-each_form = pytest.mark.parametrize("form", [FoldedConv3d, PatchConv3d])
 
 
-@each_form
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stride", [(1, 2, 2), (2, 2, 2), (1, 1, 1), (3, 2, 1)], ids=str)
 @pytest.mark.parametrize("shape", [(8, 16, 16), (1, 7, 9), (5, 6, 11)], ids=str)
 def test_outputs_and_gradients_are_those_of_the_plain_convolution(
-    shape: tuple[int, int, int],
-    stride: tuple[int, int, int],
-    layout: torch.memory_format,
-    form: type[Conv3d],
+    shape: tuple[int, int, int], stride: tuple[int, int, int], layout: torch.memory_format
 ) -> None:
     """In float64, where rounding is 1e-16."""
     torch.manual_seed(0)
     results = []
     plain = Conv3d(2, 3, 7, stride, padding=3, bias=False)
-    other = form(2, 3, 7, stride, padding=3, bias=False)
-    other.load_state_dict(plain.state_dict())
+    folded = FoldedConv3d(2, 3, 7, stride, padding=3, bias=False)
+    folded.load_state_dict(plain.state_dict())
     clips = torch.randn(2, 2, *shape, dtype=torch.float64)
-    for conv in (plain, other):
+    for conv in (plain, folded):
         conv.double().to(memory_format=layout)  # type: ignore[call-overload]
         x = clips.clone(memory_format=layout).requires_grad_()
         y = conv(x)
@@ -41,25 +35,19 @@ def test_outputs_and_gradients_are_those_of_the_plain_convolution(
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("form", "layout"),
-    [*((FoldedConv3d, layout) for layout in LAYOUTS), (PatchConv3d, torch.channels_last_3d)],
-)
-def test_the_output_has_the_layout_of_the_network(
-    form: type[Conv3d], layout: torch.memory_format
-) -> None:
-    conv = form(1, 8, 7, (1, 2, 2), padding=3, bias=False)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_output_has_the_layout_of_the_network(layout: torch.memory_format) -> None:
+    conv = FoldedConv3d(1, 8, 7, (1, 2, 2), padding=3, bias=False)
     conv = conv.to(memory_format=layout)  # type: ignore[call-overload]
     assert conv(torch.rand(2, 1, 8, 16, 16)).is_contiguous(memory_format=layout)
 
 
-@each_form
-def test_shallow_clips_in_bfloat16_get_right_gradients(form: type[Conv3d]) -> None:
+def test_shallow_clips_in_bfloat16_get_right_gradients() -> None:
     """See conv.py: what oneDNN leaves unwritten would be far outside of this."""
     torch.manual_seed(0)
     x = torch.randn(2, 1, 3, 16, 16)
     grads = []
-    for make, enabled in ((Conv3d, False), (form, True)):
+    for make, enabled in ((Conv3d, False), (FoldedConv3d, True)):
         torch.manual_seed(1)
         conv = make(1, 16, 7, (1, 2, 2), padding=3, bias=False)
         for _ in range(4):
@@ -71,32 +59,19 @@ def test_shallow_clips_in_bfloat16_get_right_gradients(form: type[Conv3d]) -> No
     assert (grads[1] - grads[0]).abs().max() <= 5e-2 * grads[0].abs().max()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stride", [(1, 2, 2), (1, 1, 1)], ids=str)
-@pytest.mark.parametrize("channels", [1, 2])
-def test_patches_of_two_bytes_a_voxel_are_those_of_four(
-    channels: int, stride: tuple[int, int, int], layout: torch.memory_format
-) -> None:
-    """They are copied another way."""
-    conv = PatchConv3d(channels, 3, 7, stride, padding=3, bias=False)
-    clips = torch.randn(2, channels, 5, 6, 11).bfloat16().to(memory_format=layout)
-    assert torch.equal(conv._patches(clips).float(), conv._patches(clips.float()))
-
-
-@pytest.mark.parametrize("form", ["folded", "patches"])
-def test_a_network_trains_alike_and_shares_its_weights_with_the_plain_one(form: StemForm) -> None:
+def test_a_network_trains_alike_and_shares_its_weights_with_the_plain_one() -> None:
     runs = []
-    for of_run in ("plain", form):
+    for folded in (False, True):
         torch.manual_seed(0)
-        model = ResNet3D(10, width=4, stem_form=of_run).double()
+        model = ResNet3D(10, width=4, stem_folded=folded).double()
         x = torch.rand(2, 1, 8, 32, 32, dtype=torch.float64, generator=torch.Generator())
         logits = model(x, torch.tensor([8, 5]))
         logits.square().sum().backward()
         runs.append((model.state_dict(), logits, [p.grad for p in model.parameters()]))
-    plain, other = runs
+    plain, folded_run = runs
     assert {name: t.shape for name, t in plain[0].items()} == {
-        name: t.shape for name, t in other[0].items()
+        name: t.shape for name, t in folded_run[0].items()
     }
-    for ours, theirs in zip(other[2], plain[2], strict=True):
+    for ours, theirs in zip(folded_run[2], plain[2], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(other[1], plain[1], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(folded_run[1], plain[1], rtol=1e-9, atol=1e-12)
