@@ -1,13 +1,15 @@
 # make setup   a .venv with everything in it        make demo   the main job, from videos to a report
 # make test    all tests, the fast ones first       make lint   ruff and mypy
+# make soak    the same claims, sampled deeper: hours rather than minutes, before a release
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 # Two test or training processes on two cores must not start two threads each.
 export OMP_NUM_THREADS ?= 1
+PYTEST := $(BIN)/python -m pytest -q
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test soak lint
 setup: .venv/done
 
 # The marker is made last, so an installation that was cut off is taken up again.
@@ -24,8 +26,11 @@ demo: .venv/done
 	$(BIN)/python tools/demo.py
 
 test: .venv/done
-	$(BIN)/python -m pytest -q -m 'not slow'
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -n 2 --dist loadfile -m 'not slow and not soak'
+	$(PYTEST) -n 2 --dist loadfile -m 'slow and not soak'
+
+soak: .venv/done
+	$(PYTEST) -m soak --durations=20
 
 lint: .venv/done
 	$(BIN)/ruff check .

@@ -1,11 +1,17 @@
-"""What all tests share: where the real data is, and property tests that are the same every time."""
+"""What all tests share: property tests that are the same every time, the folder of real data, and
+the server that starts launches of several ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from launcher import Launcher
 
 settings.register_profile(
     "deterministic",
@@ -26,3 +32,19 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the real data is not here: {folder}")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The launcher alone takes seconds to be warm."""
+    for item in items:
+        if "launcher" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    # It imports the product, which many tests do not need.
+    from launcher import Launcher
+
+    with Launcher() as launcher:
+        yield launcher

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import LAUNCH, losses_of, metrics_of, run_well, tiny_config, tiny_store
+from helpers import metrics_of, tiny_config, tiny_store
 from torch import nn
 
 from dist_train import micro_batch
@@ -290,30 +289,3 @@ def test_a_budget_that_nothing_fits_says_what_would(store: Path, tmp_path: Path)
                  "lower plan.batch, clip.max_frames"):  # fmt: skip
         assert part in text
     assert not (tmp_path / "run").exists()
-
-
-# Several processes.
-
-
-@pytest.mark.slow
-def test_where_one_of_two_processes_has_no_memory_both_start_again_with_less(
-    store: Path, tmp_path: Path
-) -> None:
-    """Process 1 fails in its 6th step, in which process 0 waits for its statistics. The launcher
-    starts both again, from the checkpoint after step 4, with micro-batches of half the size."""
-    settings = ("model.dropout=0", "optim.lr=3e-4")
-    config = config_of(store, tmp_path / "two", *settings)
-    (tmp_path / "c.yaml").write_text(json.dumps(config.model_dump(mode="json")))
-    script = Path(__file__).parent / "distributed" / "short_memory.py"
-    launcher = [str(LAUNCH / "elastic.py"), "--standalone", "--nproc-per-node=2"]
-    run_well([sys.executable, *launcher, "--max-restarts=1", str(script), str(tmp_path / "c.yaml")])
-    first, second = sessions_of(tmp_path / "two")
-    assert (first["micro_batch"]["accumulate"], first["resumed_from_step"]) == (1, None)
-    assert (second["micro_batch"]["accumulate"], second["resumed_from_step"]) == (2, 4)
-
-    # All ranks together see in each micro-batch the clips that one process would.
-    alone = tmp_path / "one"
-    with pytest.raises(InterruptedSessionError):
-        train(config_of(store, alone, *settings), progress=interrupt_at(4))
-    train(config_of(store, alone, *settings, "train.accumulate=2"), resume="auto")
-    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(alone), rel=1e-4)

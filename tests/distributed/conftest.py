@@ -1,19 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from golden_run import golden_store
-from ranks import Ranks
-
-
-@pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    """Starts launches of many processes quickly."""
-    made = Ranks()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="session")

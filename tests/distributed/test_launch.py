@@ -1,4 +1,5 @@
-"""Several processes, started as a user starts them: DDP and ZeRO on CPUs, over gloo.
+"""Several processes on CPUs, over gloo: started by ``accelerate launch``, as a user starts them;
+what they make of each other, and of settings that do not fit.
 
 What the backends compute is tested in test_same_numbers.py and test_resume_exactly.py.
 """
@@ -7,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +18,35 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from helpers import (
     LAUNCH,
-    dist_train,
+    SUPPORT,
+    cut,
     launched,
     losses_of,
     metrics_of,
     overrides,
-    run,
     run_well,
     tiny_config,
     tiny_store,
 )
-from ranks import Ranks
+from launcher import Group, Launcher
 
 from dist_train.engine.checkpoint import load_checkpoint
 from dist_train.train import train
 
 FILE = "cpu_2proc.yaml"
 BACKENDS = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
-PROBE = Path(__file__).with_name("probe.py")
+PROBE = SUPPORT / "probe.py"
 # Two backends add up in different orders, and AdamW makes steps of full size of small differences,
 # so that they part sooner the higher the rate.
 STEADY = ("optim.lr=3e-4", "checkpoint.keep_last=9", "norm.shared=false")
 
 
-def train_two(store: Path, out: Path, backend: str, *more: str, resume: str = "never") -> Path:
-    settings = overrides(store, out, *STEADY, f"train.backend={backend}", *more)
-    run_well(launched(FILE, "train", "--resume", resume, *settings))
+def train_two(store: Path, out: Path, backend: str, *more: str) -> Path:
+    """Two processes, started as a user starts them."""
+    run_well(
+        launched(FILE, "train", *overrides(store, out, *STEADY, f"train.backend={backend}", *more))
+    )
     return out
-
-
-def cut(run: Path, to: Path, *, after: int) -> Path:
-    """A copy of a run as a kill soon after step ``after`` would have left it."""
-    shutil.copytree(run, to)
-    for path in (to / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > after:
-            shutil.rmtree(path)
-    return to
 
 
 def sessions_of(run: Path) -> list[tuple[str, int, int | None]]:
@@ -59,9 +54,12 @@ def sessions_of(run: Path) -> list[tuple[str, int, int | None]]:
     return [(s["backend"], s["world_size"], s["resumed_from_step"]) for s in sessions]
 
 
-def assert_told(said: str, error: str) -> None:
-    """By one process at least: when the first has ended, the launcher ends the others."""
-    assert re.search(rf"^error( \(process 1\))?: {re.escape(error)}", said, re.MULTILINE), said
+def assert_told(group: Group, error: str) -> None:
+    """By each of the processes, which end with 1."""
+    assert group.codes() == [1] * len(group.pids), group.said()
+    for rank in range(len(group.pids)):
+        told = rf"^error( \(process {rank}\))?: {re.escape(error)}"
+        assert re.search(told, group.said(rank), re.MULTILINE), group.said()
 
 
 def norms_of(run: Path) -> list[float]:
@@ -90,6 +88,7 @@ def test_accelerate_reads_every_launch_file(path: Path) -> None:
     assert (config.main_process_port == 0) == (path.stem != "gpu_multinode")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_that_accumulates_two_micro_batches(
     store: Path, ddp: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +105,7 @@ def test_two_processes_equal_one_that_accumulates_two_micro_batches(
             assert one["train/auc"] == pytest.approx(two["train/auc"], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_writing_of_a_checkpoint(ddp: Path) -> None:
     assert sessions_of(ddp) == [("ddp", 2, None)]
     tensors, marker = load_checkpoint(ddp / "checkpoints" / "step-18")
@@ -114,6 +114,7 @@ def test_two_processes_share_the_writing_of_a_checkpoint(ddp: Path) -> None:
     assert "epoch/logits" in tensors
 
 
+@pytest.mark.slow
 def test_logits_of_both_processes_are_in_the_checkpoint_of_mid_epoch(ddp: Path) -> None:
     """Step 16 is the 4th of its epoch: 4 steps of 8 clips, 2 of them positive."""
     tensors, _ = load_checkpoint(ddp / "checkpoints" / "step-16")
@@ -121,6 +122,7 @@ def test_logits_of_both_processes_are_in_the_checkpoint_of_mid_epoch(ddp: Path) 
     assert tensors["epoch/labels"].sum() == 8
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_goes_on_in_one(
     store: Path, ddp: Path, tmp_path: Path
 ) -> None:
@@ -135,26 +137,33 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(
             torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def facts_of(ranks: Ranks, backend: str) -> dict[str, Any]:
-    """What probe.py says."""
-    said = ranks.run_well(2, PROBE, backend).said[0]
-    (line,) = [line for line in said.splitlines() if line.startswith("FACTS ")]
-    facts: dict[str, Any] = json.loads(line.removeprefix("FACTS "))
-    return facts
+Facts = Callable[[str], dict[str, Any]]
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def facts_of(launcher: Launcher) -> Facts:
+    """What probe.py says of a backend."""
+
+    @cache
+    def facts_of(backend: str) -> dict[str, Any]:
+        said = launcher.program(2, [PROBE, backend]).well().said(0)
+        (line,) = [line for line in said.splitlines() if line.startswith("FACTS ")]
+        facts: dict[str, Any] = json.loads(line.removeprefix("FACTS "))
+        return facts
+
+    return facts_of
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bf16_is_autocast_and_not_a_cast(ranks: Ranks, backend: str) -> None:
-    facts = facts_of(ranks, backend)
+def test_bf16_is_autocast_and_not_a_cast(facts_of: Facts, backend: str) -> None:
+    facts = facts_of(backend)
     assert facts["computed"] == ["torch.bfloat16"]
     assert facts["state"] == ["torch.float32", "torch.int64"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["ddp", "zero2"])
-def test_processes_talk(ranks: Ranks, backend: str) -> None:
-    facts = facts_of(ranks, backend)
+def test_processes_talk(facts_of: Facts, backend: str) -> None:
+    facts = facts_of(backend)
     assert facts["world"] == 2
     assert facts["ranks"] == [0, 1]
     assert facts["sum"] == 1.0
@@ -171,26 +180,21 @@ def test_zero_is_launched_as_ddp_is(store: Path, ddp: Path, tmp_path: Path) -> N
     assert norms_of(out) == pytest.approx(norms_of(ddp), rel=1e-4)
 
 
-@pytest.mark.slow
-def test_ddp_under_a_launcher_that_asks_for_deepspeed(store: Path, tmp_path: Path) -> None:
-    command = launched(FILE, "train", *overrides(store, tmp_path / "run"))
-    done = run(command, ACCELERATE_USE_DEEPSPEED="true")
-    assert done.returncode != 0
-    assert_told(done.stderr, "train.backend asks for DDP, but the launcher for DeepSpeed")
+def test_ddp_under_a_launcher_that_asks_for_deepspeed(
+    launcher: Launcher, store: Path, tmp_path: Path
+) -> None:
+    settings = overrides(store, tmp_path / "run")
+    group = launcher.run(2, settings, ACCELERATE_USE_DEEPSPEED="true")
+    assert_told(group, "train.backend asks for DDP, but the launcher for DeepSpeed")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_an_error_in_a_launched_run_is_told(store: Path, tmp_path: Path) -> None:
-    command = launched(FILE, "train", *overrides(store, tmp_path / "run"))
-    done = run([*command, "train.accumulate=2"])
-    assert done.returncode != 0
-    assert_told(done.stderr, "plan.batch 8 cannot be cut into 2 processes x 2 accumulation")
+def test_a_batch_that_cannot_be_cut(launcher: Launcher, store: Path, tmp_path: Path) -> None:
+    group = launcher.run(2, overrides(store, tmp_path / "run", "train.accumulate=2"))
+    assert_told(group, "plan.batch 8 cannot be cut into 2 processes x 2 accumulation")
     assert not (tmp_path / "run").exists()
 
 
-def test_zero_without_a_launcher(store: Path, tmp_path: Path) -> None:
-    settings = overrides(store, tmp_path / "run", "train.backend=zero1")
-    done = run(dist_train("train", *settings))
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: train.backend: ZeRO needs a launcher")
+def test_zero_without_a_launcher(launcher: Launcher, store: Path, tmp_path: Path) -> None:
+    group = launcher.run(1, overrides(store, tmp_path / "run", "train.backend=zero1"))
+    assert_told(group, "train.backend: ZeRO needs a launcher")

@@ -1,4 +1,9 @@
-"""Killed in the middle of a step of an epoch, and resumed: every bit of a straight run."""
+"""Resumed in the middle of an epoch: every bit of a straight run, by every backend.
+
+Of one backend the processes are really killed, within a step. What a kill leaves are checkpoints on
+the disk, which no backend has a part in: so of the others a copy of the straight run is resumed,
+without its later checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import board_of, metrics_of, overrides, tiny_store
-from ranks import Ranks
+from helpers import SUPPORT, board_of, cut, metrics_of, overrides, tiny_store
+from launcher import Launcher
 
 from dist_train.engine.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.slow
 
-TRAINED = Path(__file__).with_name("trained.py")
+TRAINED = SUPPORT / "trained.py"
 WORLD, STEPS = 2, 12
-# Three steps an epoch, of two micro-batches a process. Checkpoints are after step 4 and 8, of which
-# the first is in place by the second one at the latest: the first step of its epoch, and the second
-# one of its own.
+# Three steps an epoch, of two micro-batches a process. Checkpoints are after step 4, the first of
+# its epoch, and step 8, the second of its epoch.
 SETTINGS = (
     "plan.batch=16",
     "train.accumulate=2",
@@ -30,15 +34,15 @@ SETTINGS = (
     "norm.precise_steps=2",
     "optim.ema=0.9",
 )
-KILLED_IN = 11
+KILLED_IN, LEFT_AT = 11, 8
 CASES = {
     "ddp": ("train.backend=ddp",),
     "zero1, bf16": ("train.backend=zero1", "train.precision=bf16"),
     "zero2": ("train.backend=zero2",),
-    "zero3, bf16": ("train.backend=zero3", "train.precision=bf16"),
     "zero3, offload": ("train.backend=zero3", "train.offload=true"),
     "fsdp2, bf16": ("train.backend=fsdp2", "train.precision=bf16"),
 }
+DEEPER = {"zero3, bf16": ("train.backend=zero3", "train.precision=bf16")}
 
 
 @pytest.fixture(scope="module")
@@ -46,23 +50,62 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_store(tmp_path_factory.mktemp("resume") / "store")
 
 
-@pytest.mark.parametrize("more", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "more",
+    [*CASES.values(), *(pytest.param(more, marks=pytest.mark.soak) for more in DEEPER.values())],
+    ids=[*CASES, *DEEPER],
+)
+def test_a_resumed_run_equals_the_straight_one(
+    more: tuple[str, ...], store: Path, launcher: Launcher, tmp_path: Path
+) -> None:
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    keep = "checkpoint.keep_last=9"
+    launcher.program(WORLD, [TRAINED, *overrides(store, straight, *SETTINGS, *more, keep)]).well()
+    cut(straight, resumed, after=LEFT_AT)
+    settings = overrides(store, resumed, *SETTINGS, *more, keep)
+    launcher.program(WORLD, [TRAINED, "--resume", "auto", *settings]).well()
+    assert sessions_of(resumed) == [None, LEFT_AT]
+    assert_equal(resumed, straight)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        CASES["zero1, bf16"],
+        *(
+            pytest.param(more, marks=pytest.mark.soak)
+            for name, more in (CASES | DEEPER).items()
+            if name != "zero1, bf16"
+        ),
+    ],
+    ids=str,
+)
 def test_a_killed_and_resumed_run_equals_the_straight_one(
-    more: tuple[str, ...], store: Path, ranks: Ranks, tmp_path: Path
+    more: tuple[str, ...], store: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    ranks.run_well(WORLD, TRAINED, *overrides(store, straight, *SETTINGS, *more))
+    launcher.program(WORLD, [TRAINED, *overrides(store, straight, *SETTINGS, *more)]).well()
 
     settings = overrides(store, killed, *SETTINGS, *more)
-    ended = ranks.run(WORLD, [TRAINED, "--kill-in", KILLED_IN, *settings])
-    assert -signal.SIGKILL in ended.codes, ended.said
+    group = launcher.program(WORLD, [TRAINED, "--kill-in", KILLED_IN, *settings])
+    assert -signal.SIGKILL in group.codes(), group.said()
     assert [line["step"] for line in metrics_of(killed)] == list(range(1, KILLED_IN))
-    ranks.run_well(WORLD, TRAINED, "--resume", "auto", *settings)
+    launcher.program(WORLD, [TRAINED, "--resume", "auto", *settings]).well()
+    # A checkpoint is in place by the next one at the latest.
+    assert sessions_of(killed) in ([None, 4], [None, 8])
+    assert_equal(killed, straight)
 
-    sessions = json.loads((killed / "run.json").read_text())["sessions"]
-    assert [session["resumed_from_step"] for session in sessions] in ([None, 4], [None, 8])
+
+def sessions_of(run: Path) -> list[int | None]:
+    """The step that each session went on from."""
+    sessions = json.loads((run / "run.json").read_text())["sessions"]
+    return [session["resumed_from_step"] for session in sessions]
+
+
+def assert_equal(run: Path, straight: Path) -> None:
+    """Checkpoint, figures and snapshots, to the bit."""
     mine, theirs = (
-        load_checkpoint(run / "checkpoints" / f"step-{STEPS}")[0] for run in (killed, straight)
+        load_checkpoint(r / "checkpoints" / f"step-{STEPS}")[0] for r in (run, straight)
     )
     assert mine.keys() == theirs.keys()
     assert {name.split("/")[0] for name in mine} == {
@@ -75,18 +118,18 @@ def test_a_killed_and_resumed_run_equals_the_straight_one(
     for name, tensor in mine.items():
         assert torch.equal(tensor, theirs[name]), name
 
-    assert [line["step"] for line in metrics_of(killed)] == list(range(1, STEPS + 1))
-    assert metrics_of(killed) == metrics_of(straight)
+    assert [line["step"] for line in metrics_of(run)] == list(range(1, STEPS + 1))
+    assert metrics_of(run) == metrics_of(straight)
     names = {name for line in metrics_of(straight) for name, value in line.items()
              if "/" in name and value is not None}  # fmt: skip
     assert {"train/loss", "val/loss", "norm/gap"} <= names
     for name in names:
-        assert board_of(killed, name) == board_of(straight, name)
-    assert [step for step, _ in board_of(killed, "train/loss")] == list(range(1, STEPS + 1))
+        assert board_of(run, name) == board_of(straight, name)
+    assert [step for step, _ in board_of(run, "train/loss")] == list(range(1, STEPS + 1))
 
     snapshots = sorted(path.name for path in (straight / "snapshots").iterdir())
     assert snapshots == ["step-12.safetensors", "step-6.safetensors"]
     for name in snapshots:
-        assert (killed / "snapshots" / name).read_bytes() == (
+        assert (run / "snapshots" / name).read_bytes() == (
             straight / "snapshots" / name
         ).read_bytes()

@@ -1,7 +1,9 @@
-"""One golden run of 24 steps, on one process and by every backend on many: the same losses.
+"""One golden run of 8 steps, on one process and by every backend on many: the same losses.
 
-The runs are made once, and what is asserted of each is that the backend was really at work, that
-its losses and gradient norms are those of one process, and that others can go on from it.
+A run is made once. What is asserted of it is that the backend was really at work, that its losses
+and gradient norms are those of one process, and that another backend can go on from it.
+``make test`` runs each backend, number of processes, accumulation and offload at least once, and
+each backend on either side of a hand-over; ``make soak`` runs every combination.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 from golden_run import GOLDEN, STEPS, golden_config, golden_overrides
-from helpers import metrics_of, tool
-from ranks import Ranks
+from helpers import SUPPORT, cut, metrics_of, tool
+from launcher import Launcher
 from safetensors.torch import load_file
 
 from dist_train.engine.checkpoint import load_checkpoint
@@ -29,7 +31,7 @@ from dist_train.train import train
 pytestmark = pytest.mark.slow
 
 compare = tool("compare_losses").compare
-TRAINED = Path(__file__).with_name("trained.py")
+TRAINED = SUPPORT / "trained.py"
 
 BACKENDS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 # Relative. Losses, which float32 knows to some 5e-7 here, by DDP and by backends that add up in yet
@@ -62,15 +64,29 @@ class Launch:
         ]
 
 
-LAUNCHES = [
-    *(Launch(2, backend, accumulate=2) for backend in BACKENDS),
-    *(Launch(4, backend) for backend in BACKENDS),
-    *(Launch(2, f"zero{stage}", offload=True) for stage in (1, 2, 3)),
-    Launch(4, "zero2", accumulate=2, offload=True),
-    Launch(2, "ddp"),
+#: Each backend, number of processes, accumulation and offload at least once.
+COVERING = [
     Launch(4, "ddp", accumulate=2),
+    Launch(2, "zero1", accumulate=2),
+    Launch(4, "zero2"),
+    Launch(2, "zero3", offload=True),
+    Launch(4, "fsdp2"),
 ]
-each_launch = pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+EVERY = [
+    Launch(world, backend, accumulate, offload)
+    for world in (2, 4)
+    for backend in BACKENDS
+    for accumulate in (1, 2)
+    for offload in ((False, True) if backend.startswith("zero") else (False,))
+]
+each_launch = pytest.mark.parametrize(
+    "launch",
+    [
+        *COVERING,
+        *(pytest.param(la, marks=pytest.mark.soak) for la in EVERY if la not in COVERING),
+    ],
+    ids=str,
+)
 Made = Callable[..., Path]
 
 
@@ -84,13 +100,14 @@ def one(golden: Path) -> dict[int, Path]:
 
 
 @pytest.fixture(scope="module")
-def made(golden: Path, ranks: Ranks) -> Made:
+def made(golden: Path, launcher: Launcher) -> Made:
     """The run of a launch; made once, and not to be changed."""
 
     def make(launch: Launch) -> Path:
         out = golden.parent / str(launch)
         if not out.exists():
-            ranks.run_well(launch.world, TRAINED, *golden_overrides(golden, out, *launch.settings))
+            argv = [TRAINED, *golden_overrides(golden, out, *launch.settings)]
+            launcher.program(launch.world, argv).well()
         return out
 
     return make
@@ -111,14 +128,21 @@ def test_golden_losses(one: dict[int, Path]) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
-@pytest.mark.parametrize("backend", ["ddp", "zero3", "fsdp2"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "zero3",
+        pytest.param("ddp", marks=pytest.mark.soak),
+        pytest.param("fsdp2", marks=pytest.mark.soak),
+    ],
+)
 def test_losses_by_compiled_norms(
-    golden: Path, one: dict[int, Path], ranks: Ranks, backend: str
+    golden: Path, one: dict[int, Path], launcher: Launcher, backend: str
 ) -> None:
     """Statistics shared by two processes, and weights that lie in pieces but for a layer's time."""
     out = golden.parent / f"fused-{backend}"
     settings = "norm.fused=true", f"train.backend={backend}"
-    ranks.run_well(2, TRAINED, *golden_overrides(golden, out, *settings))
+    launcher.program(2, [TRAINED, *golden_overrides(golden, out, *settings)]).well()
     assert_same(out, one[1], ELSEWHERE)
 
 
@@ -164,66 +188,76 @@ def test_the_backend_asked_for_was_at_work(launch: Launch, made: Made) -> None:
 
 # From one number of processes, or backend, to another.
 
-FOUR = Launch(4, "ddp")
-HANDED_OVER_AT = 4
+HANDED_OVER_AT = 2
 AFTER = (HANDED_OVER_AT + 1, STEPS)
-
-
-def cut(run: Path, to: Path) -> Path:
-    """A copy of a run as a kill soon after step ``HANDED_OVER_AT`` would have left it."""
-    shutil.copytree(run, to)
-    for path in (to / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > HANDED_OVER_AT:
-            shutil.rmtree(path)
-    return to
+#: Each backend hands over once, and takes over once.
+RING = [
+    (Launch(4, "ddp", accumulate=2), Launch(2, "zero3")),
+    (Launch(2, "zero1", accumulate=2), Launch(2, "fsdp2")),
+    (Launch(4, "zero2"), Launch(8, "ddp")),
+    (Launch(2, "zero3", offload=True), Launch(2, "zero1")),
+    (Launch(4, "fsdp2"), Launch(2, "zero2", offload=True)),
+]
+FOUR = Launch(4, "ddp")
+FROM_FOUR = [Launch(2, "ddp"), Launch(8, "ddp"), *(Launch(2, b) for b in BACKENDS[1:])]
 
 
 def assert_goes_on(run: Path, straight: Path) -> None:
-    """All steps once, and 20 of them by the other launch, with the same losses."""
+    """All steps once, most of them by the other launch, with the same losses; and the same weights
+    and moments by name, but for what moves where rounding decides at zero."""
     assert [line["step"] for line in metrics_of(run)] == list(range(1, STEPS + 1))
     sessions = json.loads((run / "run.json").read_text())["sessions"]
     assert sessions[1]["resumed_from_step"] == HANDED_OVER_AT
     assert_same(run, straight, loss=1e-5, steps=AFTER)
-
-
-@pytest.mark.parametrize(
-    "launch",
-    [Launch(2, "ddp"), Launch(8, "ddp"), *(Launch(2, backend) for backend in BACKENDS[1:])],
-    ids=str,
-)
-def test_four_ddp_processes_hand_over(
-    launch: Launch, golden: Path, made: Made, ranks: Ranks, tmp_path: Path
-) -> None:
-    out = cut(made(FOUR), tmp_path / "run")
-    settings = golden_overrides(golden, out, *launch.settings)
-    ranks.run_well(launch.world, TRAINED, "--resume", "auto", *settings)
-    assert_goes_on(out, made(FOUR))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_one_process_takes_over_from_four(
-    backend: str, golden: Path, made: Made, tmp_path: Path
-) -> None:
-    four = made(Launch(4, backend))
-    out = cut(four, tmp_path / "run")
-    train(golden_config(golden, out), resume="auto")
-    assert_goes_on(out, four)
-    # Weights and moments too, by name, but for what moves where rounding decides at zero.
-    mine, theirs = (load_checkpoint(r / "checkpoints" / f"step-{STEPS}")[0] for r in (out, four))
+    mine, theirs = (
+        load_checkpoint(r / "checkpoints" / f"step-{STEPS}")[0] for r in (run, straight)
+    )
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
         scale = torch.linalg.vector_norm(theirs[name].double())
         assert torch.linalg.vector_norm((tensor - theirs[name]).double()) <= 0.05 * scale, name
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [*RING, *(pytest.param(FOUR, then, marks=pytest.mark.soak) for then in FROM_FOUR)],
+    ids=str,
+)
+def test_one_launch_hands_over_to_another(
+    first: Launch, then: Launch, golden: Path, made: Made, launcher: Launcher, tmp_path: Path
+) -> None:
+    out = cut(made(first), tmp_path / "run", after=HANDED_OVER_AT)
+    # Of the first's micro-batches, so that the statistics are of as many clips.
+    settings = golden_overrides(golden, out, *then.settings, f"train.accumulate={first.accumulate}")
+    launcher.program(then.world, [TRAINED, "--resume", "auto", *settings]).well()
+    assert_goes_on(out, made(first))
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        Launch(4, "zero2"),
+        *(pytest.param(Launch(4, b), marks=pytest.mark.soak) for b in BACKENDS if b != "zero2"),
+    ],
+    ids=str,
+)
+def test_one_process_takes_over_from_four(
+    launch: Launch, golden: Path, made: Made, tmp_path: Path
+) -> None:
+    out = cut(made(launch), tmp_path / "run", after=HANDED_OVER_AT)
+    train(golden_config(golden, out), resume="auto")
+    assert_goes_on(out, made(launch))
+
+
 def test_export_of_a_checkpoint_under_zero_3(
     golden: Path, one: dict[int, Path], made: Made, tmp_path: Path
 ) -> None:
-    """Its weights were spread over four processes."""
-    shutil.copytree(made(Launch(4, "zero3")), tmp_path / "run")
+    """Its weights were spread over several processes."""
+    (zero3,) = [launch for launch in COVERING if launch.backend == "zero3"]
+    shutil.copytree(made(zero3), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "snapshots")
     assert export_run(tmp_path / "run", tmp_path / "file")["from"] == "checkpoint"
-    assert export_run(one[1], tmp_path / "one")["from"] == "snapshot"
+    assert export_run(one[zero3.accumulate], tmp_path / "one")["from"] == "snapshot"
     generator = torch.Generator().manual_seed(0)
     clips = torch.rand(3, 1, 9, 16, 16, generator=generator), torch.tensor([9, 4, 1])
     logits = []

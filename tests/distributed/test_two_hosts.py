@@ -1,4 +1,7 @@
-"""Two hosts, as network namespaces joined by one cable, which is cut in the middle of training."""
+"""Two hosts, as network namespaces joined by one cable, which is cut in the middle of training.
+
+Each has its own ``accelerate launch``; tests/faults/test_network.py does the same without them.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +109,7 @@ def ended(processes: list[subprocess.Popen[str]], seconds: float) -> list[str]:
                     member.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_over_two_hosts_outlives_a_cut_cable(
     hosts: Hosts, store: Path, tmp_path: Path
 ) -> None:
@@ -139,19 +142,3 @@ def test_a_run_over_two_hosts_outlives_a_cut_cable(
     sessions = json.loads((cut / "run.json").read_text())["sessions"]
     assert [session["resumed_from_step"] for session in sessions] == [None, left]
     assert metrics_of(cut) == metrics_of(straight)
-
-
-@pytest.mark.slow
-def test_the_doctor_says_that_two_hosts_do_not_find_each_other(
-    hosts: Hosts, tmp_path: Path
-) -> None:
-    """The launchers meet, but the processes look for each other on a network of one host only."""
-    doctor = ("doctor", "--timeout", TIMEOUT, "--folder", tmp_path)
-    processes = hosts.start(*doctor, GLOO_SOCKET_IFNAME="lo", COLUMNS="900")
-    said = ended(processes, 100)
-    assert [process.returncode for process in processes] == [1, 1], said
-    for lines in said:
-        (line,) = [line for line in lines.splitlines() if "processes find each other" in line]
-        assert "bad" in line
-        assert "10.213.7.1:" in line
-        assert "GLOO_SOCKET_IFNAME" in line

@@ -1,26 +1,12 @@
-"""A server of warm processes, a store, and a run that nobody disturbs."""
+"""A store, and a run that nobody disturbs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers import overrides, tiny_store
 from launcher import Launcher
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The launcher alone takes seconds to be warm."""
-    for item in items:
-        if "launcher" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.slow)
-
-
-@pytest.fixture(scope="session")
-def launcher() -> Iterator[Launcher]:
-    with Launcher() as launcher:
-        yield launcher
 
 
 @pytest.fixture(scope="session")

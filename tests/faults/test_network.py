@@ -1,4 +1,4 @@
-"""The network between two hosts is cut: both end by themselves, and go on when it is back."""
+"""Two hosts whose network is cut, or wrongly set: both end by themselves, and say why."""
 
 from __future__ import annotations
 
@@ -41,3 +41,19 @@ def test_a_cut_cable_ends_both_and_they_go_on_when_it_is_mended(
     host.run(2, settings, resume=True, networks=True).well()
     assert_same(tmp_path, straight)
     assert sessions_of(tmp_path)[1] == (2, 4)
+
+
+def test_the_doctor_says_that_two_hosts_do_not_find_each_other(
+    host: Launcher, tmp_path: Path
+) -> None:
+    """They meet, but then look for each other on a network of one host only."""
+    doctor = ["-m", "dist_train", "doctor", "--timeout", 4, "--folder", tmp_path]
+    wrong = {"GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "900"}
+    group = host.program(2, doctor, networks=True, **wrong)
+    assert group.codes() == [1, 1], group.said()
+    for rank in (0, 1):
+        lines = group.said(rank).splitlines()
+        (line,) = [line for line in lines if "processes find each other" in line]
+        assert "bad" in line
+        assert "10.77.0.1:" in line
+        assert "GLOO_SOCKET_IFNAME" in line

@@ -1,14 +1,16 @@
-"""launch/torchrun.sh and elastic.py: training to its end, and codes that say how it ended."""
+"""launch/torchrun.sh and elastic.py: codes that say how training ended.
+
+That they train on two processes, and start them anew, is in tests/faults/test_kills.py.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import LAUNCH, metrics_of, overrides, run, run_well, tiny_store
+from helpers import LAUNCH, overrides, run, run_well
 
 # One interpreter for all cases, as torch takes seconds to load. It prints the code of each.
 CODES = """
@@ -50,17 +52,6 @@ def test_codes(tmp_path: Path) -> None:
     said = run_well([*map(str, command)], TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5")
     codes = [int(line.split()[1]) for line in said.splitlines() if line.startswith("CODE")]
     assert dict(zip(CASES, codes, strict=True)) == CASES
-
-
-@pytest.mark.slow
-def test_torchrun_trains_on_two_processes(tmp_path: Path) -> None:
-    store, out = tiny_store(tmp_path / "store"), tmp_path / "run"
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = [str(LAUNCH / "torchrun.sh"), *overrides(store, out)]
-    run_well(command, PATH=path, PET_NPROC_PER_NODE="2")
-    assert [line["step"] for line in metrics_of(out)] == list(range(1, 19))
-    (session,) = json.loads((out / "run.json").read_text())["sessions"]
-    assert session["world_size"] == 2
 
 
 @pytest.mark.slow

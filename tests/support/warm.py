@@ -1,7 +1,16 @@
-"""Starts the processes of a run from one that has imported everything: tenths of a second each.
+"""A server that starts processes of a run in tenths of a second each.
 
-They are forked before any thread is started, and are processes like any other: of their own rank,
-to be killed by their own id. Asked by lines of JSON on standard input, it answers each by one.
+It imports everything once, and forks each process before any thread is started. A forked process is
+like any other: it has its own rank, and can be killed by its own id. ``launcher.py`` is the client.
+
+Requests are lines of JSON on standard input; each is answered by one line on standard output:
+
+- ``{"start": [process, ...]}``: starts ``python argv...`` for each process; answers with their ids.
+  A process is ``{"argv": [...], "env": {...}, "log": path}``, with ``"own_network": true`` if it is
+  to have a network of its own, and with ``"elastic": {...}`` if launch/elastic.py is to start
+  ``argv`` with these options.
+- ``{"wait": [pid, ...], "seconds": s}``: answers with the exit codes of those that ended within so
+  many seconds, negative for a signal.
 """
 
 from __future__ import annotations
@@ -10,44 +19,70 @@ import contextlib
 import ctypes
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
 import traceback
+import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+# DeepSpeed chooses its device when it is first imported.
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-import accelerate  # noqa: F401
-import deepspeed  # noqa: F401
-import faulty_train
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    # What a process imports for seconds when it begins, or makes its first optimizer or engine.
+    for module in (
+        "accelerate",
+        "deepspeed.module_inject.auto_ep_layer",
+        "deepspeed.ops.op_builder.all_ops",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "torch._dynamo",
+        "torch._inductor.compile_fx",
+        "transformers.integrations.deepspeed",
+        "dist_train.engine.backends.fsdp",
+        "dist_train.engine.backends.zero",
+        "dist_train.train",
+    ):
+        import_module(module)
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import dist_train.engine.backends.fsdp
-import dist_train.engine.backends.zero  # noqa: F401
+    from dist_train import cli
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 import elastic
 
 
-def train(arguments: list[str]) -> None:
-    sys.argv = ["dist-train", "train", *arguments]
-    # A process of torch's elastic agent is to return, rather than to leave.
-    faulty_train.cli._leave_launch = lambda code=0: None
-    faulty_train.main()
+def become(argv: list[str]) -> None:
+    """``python argv...``, in this process."""
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
 
 
-def launch(options: dict[str, Any], arguments: list[str]) -> int:
+def become_worker(argv: list[str]) -> None:
+    """``become``, of a process that torch's elastic agent has forked, which is to return."""
+    cli._leave_launch = lambda code=0: None
+    become(argv)
+
+
+def launch(options: dict[str, Any], argv: list[str]) -> int:
     """launch/elastic.py, whose workers are forked too; the code it ends with."""
-    elastic.main = lambda: elastic_launch(LaunchConfig(**options, start_method="fork"), train)(
-        arguments
-    )
+    config = LaunchConfig(**options, start_method="fork")
+    elastic.main = lambda: elastic_launch(config, become_worker)(argv)
     return elastic.run()
 
 
 def started(process: dict[str, Any]) -> int:
     """Fork; the child's id. Standard output and error of the child go to its log."""
+    # A thread, and the locks that it holds, would be lost in the child.
+    assert len(list(Path("/proc/self/task").iterdir())) == 1
     pid = os.fork()
     if pid:
         return pid
@@ -63,12 +98,12 @@ def started(process: dict[str, Any]) -> int:
         if process.get("own_network"):
             leave_network()
         if "elastic" in process:
-            code = launch(process["elastic"], process["arguments"])
+            code = launch(process["elastic"], process["argv"])
         else:
-            train(process["arguments"])
+            become(process["argv"])
             code = 0
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else 1
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -124,3 +159,5 @@ def main() -> None:
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
         main()
+    # All that was imported takes seconds to be torn down.
+    os._exit(0)

@@ -1,7 +1,7 @@
-"""One small run that every backend and every number of processes must repeat: 24 steps of 32 clips
-of unequal depth, four epochs, on one process or any of 2, 4 and 8.
+"""One small run that every backend and every number of processes must repeat: 8 steps of 32 clips
+of unequal depth, two epochs, on one process or any of 2, 4 and 8.
 
-``python tests/golden_run.py`` writes its losses anew.
+``python tests/support/golden_run.py`` writes its losses anew.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dist_train.train import train
 
 #: ``metrics.jsonl`` of it on one process.
 GOLDEN = ROOT / "tests" / "golden" / "metrics.jsonl"
-STEPS, STEPS_PER_EPOCH = 24, 6
+STEPS, STEPS_PER_EPOCH = 8, 4
 # Positives and negatives of each split.
-SPLITS = {"train": (48, 150), "val": (5, 12), "test": (3, 3)}
+SPLITS = {"train": (32, 100), "val": (5, 12), "test": (3, 3)}
 
 
 def golden_store(folder: Path) -> Path:
@@ -50,7 +50,7 @@ def golden_store(folder: Path) -> Path:
 
 
 def golden_overrides(store: Path, out: Path, *more: str) -> list[str]:
-    """Its settings. A checkpoint comes every 4 steps, so that some fall inside an epoch.
+    """Its settings. A checkpoint comes every 2 steps, so that some fall inside an epoch.
 
     Of its millions of activations one may be so near to zero that rounding decides whether it is
     rectified, which moves gradients by up to a thousandth. At this rate such a one moves the loss
@@ -69,11 +69,11 @@ def golden_overrides(store: Path, out: Path, *more: str) -> list[str]:
         "seed=5",
         "optim.lr=1e-6",
         "optim.ema=0.9",
-        "train.epochs=4",
+        "train.epochs=2",
         "train.precision=fp32",
-        "checkpoint.every_steps=4",
+        "checkpoint.every_steps=2",
         "checkpoint.keep_last=9",
-        "snapshots.at=[3, 4]",
+        "snapshots.at=[1, 2]",
         *more,
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dist_train.config import Config, load_config
 from dist_train.data.prepare import prepare_npz
+from dist_train.train import Progress
 
-ROOT = Path(__file__).parent.parent
+SUPPORT = Path(__file__).parent
+ROOT = SUPPORT.parents[1]
 LAUNCH = ROOT / "launch"
 # Positives and negatives of each split of the tiny store: 6 steps an epoch at batch 8, and 1:3.
 SPLITS = {"train": (12, 28), "val": (4, 6), "test": (4, 6)}
@@ -107,6 +110,29 @@ def board_of(run: Path, name: str) -> list[tuple[int, float]]:
     board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
     return [(event.step, event.value) for event in board.Scalars(name)]
+
+
+class InterruptedSessionError(Exception):
+    """Ends a session in the middle."""
+
+
+def interrupt_at(step: int) -> Progress:
+    """``progress`` for ``train``: the session ends after so many steps."""
+
+    def progress(done: int, total: int, figures: str) -> None:
+        if done == step:
+            raise InterruptedSessionError
+
+    return progress
+
+
+def cut(run: Path, to: Path, *, after: int) -> Path:
+    """A copy of a run as a kill soon after step ``after`` would have left it."""
+    shutil.copytree(run, to)
+    for path in (to / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > after:
+            shutil.rmtree(path)
+    return to
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""The test's side of ``warm.py``: runs of several ranks, and what became of them."""
+"""Starts launches of several ranks by the server ``warm.py``, and tells what became of them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ from faults import Fault, as_json
 from helpers import ROOT, environment, free_port
 
 HERE = Path(__file__).parent
+#: ``dist-train train`` with faults, as a program.
+TRAIN = str(HERE / "faulty_train.py")
+#: Longest that a launch may take. Its processes are killed then.
+SECONDS = 120
 
 
 @dataclass
@@ -30,7 +34,7 @@ class Group:
     pids: list[int]
     logs: list[Path]
 
-    def codes(self, seconds: float = 60) -> list[int]:
+    def codes(self, seconds: float = SECONDS) -> list[int]:
         """How each has ended: its exit code, or the negative of the signal that killed it."""
         ended = self.launcher.ask({"wait": self.pids, "seconds": seconds})
         left = [pid for pid in self.pids if str(pid) not in ended]
@@ -39,8 +43,10 @@ class Group:
             raise AssertionError(f"{len(left)} still ran after {seconds} s: {self.said()}")
         return [ended[str(pid)] for pid in self.pids]
 
-    def well(self) -> None:
+    def well(self) -> Group:
+        """Wait until all have ended, which they must do well."""
         assert self.codes() == [0] * len(self.pids), self.said()
+        return self
 
     def said(self, rank: int | None = None) -> str:
         """Standard output and error, of one or of all."""
@@ -125,6 +131,7 @@ class Launcher:
         resume: bool = False,
         faults: Sequence[Fault] = (),
         networks: bool = False,
+        **more: str,
     ) -> Group:
         """Start the ranks of a run, with no launcher that would start them again; one alone as
         without any.
@@ -132,19 +139,44 @@ class Launcher:
         Args:
             settings: of all ranks, or of each.
             networks: rank 1 is on a host of its own, joined to rank 0's by a cable.
+            more: environment variables.
+        """
+        options = ("--resume", "auto") if resume else ()
+
+        def argv(rank: int) -> list[str]:
+            own = settings(rank) if callable(settings) else settings
+            return [TRAIN, *options, *own]
+
+        return self.program(world, argv, faults=faults, networks=networks, **more)
+
+    def program(
+        self,
+        world: int,
+        argv: Sequence[object] | Callable[[int], Sequence[object]],
+        *,
+        faults: Sequence[Fault] = (),
+        networks: bool = False,
+        **more: str,
+    ) -> Group:
+        """Start ``python argv...`` on each rank, with the environment that launchers give.
+
+        Args:
+            argv: of all ranks, or of each.
+            faults: for ``faulty_train.py``.
+            networks: as in ``run``.
+            more: environment variables.
         """
         folder, env = self._place(faults)
-        port = free_port()
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         processes = []
         for rank in range(world):
-            own = settings(rank) if callable(settings) else settings
+            own = argv(rank) if callable(argv) else argv
             ranked = {
+                **meeting,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world),
                 "LOCAL_WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
             }
             if world == 1:
                 ranked = {}
@@ -152,8 +184,8 @@ class Launcher:
                 ranked |= {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": ("near", "far")[rank]}
             processes.append(
                 {
-                    "env": env | ranked,
-                    "arguments": [*(("--resume", "auto") if resume else ()), *own],
+                    "env": env | ranked | more,
+                    "argv": list(map(str, own)),
                     "log": str(folder / f"{rank}.log"),
                     "own_network": networks and rank == 1,
                 }
@@ -198,7 +230,7 @@ class Launcher:
             [
                 {
                     "env": env,
-                    "arguments": ["--resume", "auto", *settings],
+                    "argv": [TRAIN, "--resume", "auto", *settings],
                     "log": str(folder / f"{node}.log"),
                     "elastic": options | {"rdzv_configs": waits | {"is_host": node == 0}},
                 }

@@ -1,6 +1,6 @@
 """``dist-train train`` with faults: FAULTS names a JSON file of them, made by the test.
 
-Started as a program by a real launcher, or called in a process that ``warm.py`` has forked.
+Started as a program, by a real launcher or by ``warm.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from dist_train import cli
 
 
 def main() -> None:
-    """Run the command line of ``sys.argv``; ends the process as it does, but for success."""
+    """Run the command line of ``sys.argv``; return after success, else end as the command does."""
+    sys.argv.insert(1, "train")
     place = os.environ.get("FAULTS")
     if place is not None:
         faults = [from_json(content) for content in json.loads(Path(place).read_text())]
@@ -32,5 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "train")
     main()

@@ -86,6 +86,21 @@ class InfiniteGradient(Fault):
 
 
 @dataclass(frozen=True)
+class ShortMemory(Fault):
+    """From this step on, the rank has no memory for more than so many clips at once."""
+
+    clips: int = 4
+
+    def strike(self, trainer: Trainer) -> None:
+        def check(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if module.training and len(inputs[0]) > self.clips:
+                raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
+
+        # In the last block, as the others wait for this rank's statistics there.
+        trainer.backend.module.blocks[-1].register_forward_pre_hook(check)
+
+
+@dataclass(frozen=True)
 class KilledWriting(Fault):
     """The process is killed when half of its share of the next checkpoint is written."""
 
@@ -198,8 +213,8 @@ class Runs(Fault):
 KINDS = {
     kind.__name__: kind
     for kind in (
-        Signal, NotANumber, InfiniteGradient, KilledWriting, KilledPublishing, Hang, Slow,
-        OtherWeights, OtherStep, Torn, ClockJump, Runs,
+        Signal, NotANumber, InfiniteGradient, ShortMemory, KilledWriting, KilledPublishing, Hang,
+        Slow, OtherWeights, OtherStep, Torn, ClockJump, Runs,
     )
 }  # fmt: skip
 
