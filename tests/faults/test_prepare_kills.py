@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -71,18 +73,22 @@ class Job:
                         self._kill(process)
                         for late in watch.events(timeout=0):
                             self.note(late)
-                        return True
-            assert process.returncode == 0, process.stderr.read().decode()
-            return False
+                        break
+            assert process.returncode in (0, -signal.SIGKILL), process.stderr.read().decode()
+            return process.returncode != 0
         finally:
             process.stderr.close()
             watch.close()
 
     @staticmethod
     def _kill(process: psutil.Popen) -> None:
-        family = [process, *process.children(recursive=True)]
+        family = [process]
+        with suppress(psutil.NoSuchProcess):
+            family += process.children(recursive=True)
         for member in family:
-            member.kill()
+            # It may have ended since the event.
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
         psutil.wait_procs(family, timeout=30)
 
 

@@ -181,7 +181,12 @@ class Launcher:
             if world == 1:
                 ranked = {}
             if networks:
-                ranked |= {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": ("near", "far")[rank]}
+                ranked |= {
+                    "MASTER_ADDR": "10.77.0.1",
+                    "GLOO_SOCKET_IFNAME": ("near", "far")[rank],
+                    "LOCAL_RANK": "0",
+                    "LOCAL_WORLD_SIZE": "1",
+                }
             processes.append(
                 {
                     "env": env | ranked | more,
