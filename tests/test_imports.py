@@ -117,7 +117,7 @@ def test_the_command_line_loads_no_heavy_library() -> None:
 
 def test_training_and_prediction_load_no_decoder() -> None:
     """Each loader worker would hold FFmpeg and the codecs of TIFF, which a store has no use for."""
-    modules = "train, predict, export, data.loader, data.fetch".split(", ")
+    modules = ["train", "predict", "export", "data.loader", "data.fetch"]
     imports = "; ".join(f"import dist_train.{module}" for module in modules)
     decoders = "{'av', 'tifffile', 'imagecodecs'}"
     code = f"import sys; {imports}; print(sorted({decoders} & sys.modules.keys()))"
