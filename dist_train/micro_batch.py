@@ -20,6 +20,7 @@ from dist_train.config import Config
 from dist_train.data.files import write_whole
 from dist_train.data.plan import Plan
 from dist_train.engine.backends.base import Backend
+from dist_train.engine.foreach import by_dtype
 from dist_train.engine.known_bad import cudnn_version
 from dist_train.engine.out_of_memory import NO_ENGINE, first_line, is_out_of_memory
 from dist_train.engine.together import on_main
@@ -354,16 +355,18 @@ class Buffers:
     """A copy of a model's buffers as they were before a step, to repeat it from."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._live = list(module.buffers())
-        self._copies = [buffer.clone() for buffer in self._live]
+        self._live = by_dtype(module.buffers())
+        self._copies = [[buffer.clone() for buffer in same] for same in self._live]
 
     @torch.no_grad()
     def keep(self) -> None:
-        torch._foreach_copy_(self._copies, self._live)
+        for copies, live in zip(self._copies, self._live, strict=True):
+            torch._foreach_copy_(copies, live)
 
     @torch.no_grad()
     def put_back(self) -> None:
-        torch._foreach_copy_(self._live, self._copies)
+        for copies, live in zip(self._copies, self._live, strict=True):
+            torch._foreach_copy_(live, copies)
 
 
 def free_cache(device: torch.device) -> None:

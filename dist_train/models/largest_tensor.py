@@ -29,7 +29,8 @@ def largest_tensor(make_model: Callable[[], nn.Module], shape: Sequence[int]) ->
         assert isinstance(model, ResNet3D)
         x = torch.empty(tuple(shape))
         parts, _ = model.parts()
-        with _Largest() as largest:
+        largest = _Largest()
+        with largest:
             for steps in parts:
                 for step in steps:
                     x = step(x)
