@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import LAUNCH, losses_of, metrics_of, run_well, tiny_config, tiny_store
+from helpers import LAUNCH, ROOT, losses_of, metrics_of, run_well, tiny_config, tiny_store
 from torch import nn
 
 from dist_train import micro_batch
@@ -22,6 +23,9 @@ from dist_train.config import Config, load_config
 from dist_train.data.plan import Plan, make_plan
 from dist_train.errors import PlanError, RunError
 from dist_train.micro_batch import MicroBatches, cuts, first_indexed, largest_step, most_clips
+from dist_train.models.activation_budget import measure_parts, weigh
+from dist_train.models.registry import build_model
+from dist_train.models.resnet3d import NOTHING_TWICE
 from dist_train.run import make_model, open_data
 from dist_train.train import BeforeStep, Trainer, train
 
@@ -289,6 +293,29 @@ def test_clips_of_a_batch_follow_from_the_largest_tensor_of_the_model() -> None:
         config = load_config(None, [*settings, *more])
         assert most_clips(config, 60) == (2**31 - 2) // elements
     assert most_clips(load_config(None, [*settings, "clip.size=[9000, 9000]"]), 60) == 1
+
+
+@pytest.mark.parametrize("name", ["clog_loss_ddp", "clog_loss_zero2"])
+def test_the_shipped_gpu_configs_give_a_card_32_clips(name: str) -> None:
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    assert (config.model.recompute, config.model.activation_memory) == ("none", None)
+    assert config.model.stem_folded
+    assert config.optim.fused
+    assert config.train.probe == "cuda"
+    assert config.clip.max_frames is not None
+    assert 32 <= most_clips(config, config.clip.max_frames) < 64
+    for cards in (1, 2, 4, 8):
+        plan_of(config.plan.batch).check_cut(cards, config.train.accumulate)
+    plan_of(128).check_cut(8, config.train.accumulate)
+
+
+@pytest.mark.slow
+def test_the_activations_of_32_clips_of_the_shipped_gpu_configs_fit_into_80_gb() -> None:
+    config = load_config(ROOT / "configs" / "clog_loss_ddp.yaml")
+    shape = (32, 1, config.clip.max_frames or 0, *config.clip.size)
+    make = partial(build_model, config.model.name, stem_folded=True)
+    taken = weigh(NOTHING_TWICE, measure_parts(make, shape, torch.bfloat16)).bytes
+    assert 47 * 2**30 < taken < 50 * 2**30
 
 
 class Alone:
