@@ -20,9 +20,13 @@ from dist_train.config import Config
 from dist_train.data.files import write_whole
 from dist_train.data.plan import Plan
 from dist_train.engine.backends.base import Backend
+from dist_train.engine.foreach import by_dtype
+from dist_train.engine.known_bad import cudnn_version
+from dist_train.engine.out_of_memory import NO_ENGINE, first_line, is_out_of_memory
 from dist_train.engine.together import on_main
 from dist_train.errors import DistTrainError, RunError
 from dist_train.models.activation_budget import Choice, choose_plan, in_units, measure_parts
+from dist_train.models.largest_tensor import INDEXED_BY_32_BITS, largest_tensor
 from dist_train.models.norm import share_statistics
 from dist_train.models.registry import build_model
 from dist_train.models.resnet3d import PARTS, ResNet3D
@@ -70,6 +74,35 @@ def largest_step(plan: Plan, deepest: int) -> tuple[int, int]:
     return max(steps, key=lambda step: step[0] * step[1])
 
 
+def first_indexed(plan: Plan, world: int, accumulate: int, elements: int) -> int:
+    """The first of ``cuts`` whose micro-batches' tensors CUDA's kernels can index with 32 bits; the
+    last one where none is so small.
+
+    Args:
+        elements: of the largest tensor of a whole step's clips, those of all processes.
+    """
+    found = cuts(plan, world, accumulate)
+    fitting = (cut for cut in found if elements // (world * cut) < INDEXED_BY_32_BITS)
+    return next(fitting, found[-1])
+
+
+def most_clips(config: Config, frames: int) -> int:
+    """So many clips of ``frames`` frames can be run at once by kernels that index with 32 bits; at
+    least 1."""
+    return max(1, (INDEXED_BY_32_BITS - 1) // _elements_of_a_clip(config, frames))
+
+
+def _elements_of_a_clip(config: Config, frames: int) -> int:
+    """Its share of the largest tensor of a batch."""
+    return largest_tensor(lambda: _plain_model(config), (1, 1, frames, *config.clip.size))
+
+
+def _plain_model(config: Config) -> nn.Module:
+    """Without compiled loops, which can run on real data alone."""
+    settings = config.model.model_dump(exclude={"name", "activation_memory"})
+    return build_model(config.model.name, **settings)
+
+
 class MicroBatches:
     """How the steps of a run are cut, on this machine. The same on all ranks.
 
@@ -92,10 +125,12 @@ class MicroBatches:
         self.note = _Note(config, backend.device)
         self.accumulate = config.train.accumulate
         plan.check_cut(backend.world, self.accumulate)
+        if backend.device.type == "cuda":
+            self._cut_to_32_bits()
         self.chosen: Choice | None = on_main(backend, self._choose)
         known = on_main(backend, self.note.read)
         while known is not None and self.clips > known and not self._is_smallest():
-            self.accumulate = self._next()
+            self.accumulate = cuts(plan, backend.world, self.accumulate)[1]
         if config.train.probe == "always" or (
             config.train.probe == "cuda" and backend.device.type == "cuda"
         ):
@@ -122,14 +157,17 @@ class MicroBatches:
             facts["activation_bytes"] = self.chosen.bytes
         return facts
 
-    def halve(self) -> None:
+    def halve(self, reason: str) -> None:
         """The next smaller micro-batch, and a note of it; on one rank, which decides for all that
         start again.
+
+        Args:
+            reason: the error that memory ran out with.
 
         Raises:
             RunError: it is one group of positives and negatives already.
         """
-        self.accumulate = self._next()
+        self.accumulate = self._next(reason)
         self.write_note()
 
     def write_note(self) -> None:
@@ -140,16 +178,37 @@ class MicroBatches:
     def _is_smallest(self) -> bool:
         return len(cuts(self.plan, self.backend.world, self.accumulate)) == 1
 
-    def _next(self) -> int:
-        if self._is_smallest():
-            p, q = self.plan.ratio
-            raise RunError(
-                f"memory does not suffice for a micro-batch of {p} positives to {q} negatives of "
-                f"up to {self.frames} frames, and it cannot be halved",
-                where=self.config.out,
-                fix="Set model.recompute or model.activation_memory, or lower clip.max_frames.",
-            )
-        return cuts(self.plan, self.backend.world, self.accumulate)[1]
+    def _next(self, reason: str) -> int:
+        if not self._is_smallest():
+            return cuts(self.plan, self.backend.world, self.accumulate)[1]
+        p, q = self.plan.ratio
+        fix = "Set model.recompute or model.activation_memory, or lower clip.max_frames."
+        if NO_ENGINE in reason:
+            # Perhaps it never was memory; then a note of ever smaller sizes would be wrong.
+            self.note.drop()
+            fix += " If memory was left, cuDNN has no kernel for this: install another torch."
+        raise RunError(
+            f"memory does not suffice for a micro-batch of {p} positives to {q} negatives of "
+            f"up to {self.frames} frames, and it cannot be halved ({reason})",
+            where=self.config.out,
+            fix=fix,
+        )
+
+    # The largest tensor.
+
+    def _cut_to_32_bits(self) -> None:
+        """Make micro-batches so small that CUDA's kernels can index their tensors with 32 bits."""
+        world = self.backend.world
+        elements = self.step_clips * _elements_of_a_clip(self.config, self.frames)
+        before = self.accumulate
+        self.accumulate = first_indexed(self.plan, world, before, elements)
+        if self.accumulate != before and self.backend.is_main:
+            log.warning(
+                "a tensor of %d clips of %d frames has 2^31 elements or more, too many for fast "
+                "kernels on CUDA: train.accumulate is %d here, and a micro-batch has %d clips",
+                self.step_clips // (world * before), self.frames, self.accumulate,
+                self.step_clips // (world * self.accumulate),
+            )  # fmt: skip
 
     # The budget.
 
@@ -181,8 +240,7 @@ class MicroBatches:
         return choice
 
     def _without_data(self) -> nn.Module:
-        settings = self.config.model.model_dump(exclude={"name", "activation_memory"})
-        return self._alone(build_model(self.config.model.name, **settings))
+        return self._alone(_plain_model(self.config))
 
     def _alone(self, model: nn.Module) -> nn.Module:
         """Normalising as it does among several processes, but without them."""
@@ -200,8 +258,8 @@ class MicroBatches:
         """
         found: int | DistTrainError
         try:
-            while not self._runs():
-                self.accumulate = self._next()
+            while (reason := self._short_of_memory()) is not None:
+                self.accumulate = self._next(reason)
             found = self.accumulate
         except DistTrainError as error:
             found = error
@@ -216,19 +274,21 @@ class MicroBatches:
                 self.clips, self.frames, self.accumulate,
             )  # fmt: skip
 
-    def _runs(self) -> bool:
-        """Whether memory suffices for the largest micro-batch. No weights, statistics or random
-        numbers of the run are touched."""
+    def _short_of_memory(self) -> str | None:
+        """The error, if memory does not suffice for the largest micro-batch. No weights, statistics
+        or random numbers of the run are touched."""
         device = self.backend.device
-        suffices = True
+        reason = None
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 self._run_once()
-        except torch.OutOfMemoryError:
-            suffices = False
-        # Only now is what the traceback held let go of.
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = first_line(error)
+        # The traceback kept tensors alive, which are freed only here.
         free_cache(device)
-        return suffices
+        return reason
 
     def _run_once(self) -> None:
         config, device = self.config, self.backend.device
@@ -267,6 +327,9 @@ class _Note:
             "norm": config.norm.model_dump(include={"shared", "fused"}),
             "resized_on_device": config.augment.device,
             "device": name,
+            # What a convolution takes is theirs to decide.
+            "torch": torch.__version__,
+            "cudnn": cudnn_version(),
         }
 
     def read(self) -> int | None:
@@ -280,6 +343,9 @@ class _Note:
             log.warning("%s is left aside: %s", self.path, error)
             return None
 
+    def drop(self) -> None:
+        self.path.unlink(missing_ok=True)
+
     def write(self, clips: int) -> None:
         content = json.dumps({"clips": clips, "of": self.of}, indent=2)
         write_whole(self.path, content, contested=True)
@@ -289,16 +355,18 @@ class Buffers:
     """A copy of a model's buffers as they were before a step, to repeat it from."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._live = list(module.buffers())
-        self._copies = [buffer.clone() for buffer in self._live]
+        self._live = by_dtype(module.buffers())
+        self._copies = [[buffer.clone() for buffer in same] for same in self._live]
 
     @torch.no_grad()
     def keep(self) -> None:
-        torch._foreach_copy_(self._copies, self._live)
+        for copies, live in zip(self._copies, self._live, strict=True):
+            torch._foreach_copy_(copies, live)
 
     @torch.no_grad()
     def put_back(self) -> None:
-        torch._foreach_copy_(self._live, self._copies)
+        for copies, live in zip(self._copies, self._live, strict=True):
+            torch._foreach_copy_(live, copies)
 
 
 def free_cache(device: torch.device) -> None:

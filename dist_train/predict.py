@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from dist_train.engine.metrics import best_threshold, prior_correct
 from dist_train.errors import ConfigError, RunError
 from dist_train.evaluate import read_predictions
 from dist_train.infer import held_out_logits
+from dist_train.micro_batch import most_clips
 from dist_train.run import (
     SNAPSHOTS,
     RunData,
@@ -153,8 +155,12 @@ def _mean_probability(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = make_model(config).to(device)
     dataset = clip_dataset(config, store, augment=None)
+    batch = config.plan.batch
+    if device.type == "cuda":
+        deepest = min(int(chosen["frames"].max()), config.clip.max_frames or sys.maxsize)
+        batch = min(batch, most_clips(config, deepest))
     batches = HeldOutSampler(
-        chosen.index.tolist(), chosen["frames"].tolist(), rank=0, world=1, batch=config.plan.batch
+        chosen.index.tolist(), chosen["frames"].tolist(), rank=0, world=1, batch=batch
     )
     loader = Loader(dataset, batches, config.loader)
     total, finished = len(chosen) * len(snapshots), 0

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -250,8 +250,16 @@ def begin_session(run: Path, facts: dict[str, Any], session: dict[str, Any]) -> 
     started = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
     record |= facts | {
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in VERSIONS_OF},
+        | {name: _version(name) for name in VERSIONS_OF},
         "host": {"name": socket.gethostname(), "machine": platform.machine()},
         "sessions": [*record.get("sessions", []), started | session],
     }
     write_whole(run / RECORD, json.dumps(record, indent=2))
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed: DeepSpeed and PyAV are needed by some commands only."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -28,6 +28,7 @@ from dist_train.engine.events import EventWriter
 from dist_train.engine.graphs import make_micro_step
 from dist_train.engine.lost_process import losses_explained
 from dist_train.engine.optim import make_optimizer
+from dist_train.engine.out_of_memory import first_line, is_out_of_memory
 from dist_train.engine.pace import Pace
 from dist_train.engine.sanity import check_agreement, check_weights
 from dist_train.engine.schedule import Schedule
@@ -343,7 +344,7 @@ class Trainer:
         """
         backend = self.backend
         try:
-            self.micro.halve()
+            self.micro.halve(short)
         except RunError as error:
             if not backend.can_repeat:
                 leave(str(error), backend.rank, error.exit_code)
@@ -392,7 +393,9 @@ class Trainer:
         own_loss = float(total)
         try:
             norm = backend.update()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise RunError(
                 "memory does not suffice for the optimizer's step, whatever the micro-batch",
                 where=self.config.out,
@@ -455,13 +458,16 @@ class Trainer:
             self.buffers.keep()
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if backend.can_repeat:
                 backend.drop_gradients()
                 self.buffers.put_back()
                 self.outputs.cut(outputs)
-            reason = str(error).partition("\n")[0].rstrip(".")
-            raise ShortMemoryError(f"out of memory at step {step + 1} ({reason})") from None
+            raise ShortMemoryError(
+                f"out of memory at step {step + 1} ({first_line(error)})"
+            ) from None
 
     def _is_left_out(self, step: int) -> bool:
         return self.bad_steps[step] > 1

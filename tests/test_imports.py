@@ -113,3 +113,15 @@ def test_the_command_line_loads_no_heavy_library() -> None:
         [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_training_and_prediction_load_no_decoder() -> None:
+    """Each loader worker would hold FFmpeg and the codecs of TIFF, which a store has no use for."""
+    modules = ["train", "predict", "export", "data.loader", "data.fetch"]
+    imports = "; ".join(f"import dist_train.{module}" for module in modules)
+    decoders = "{'av', 'tifffile', 'imagecodecs'}"
+    code = f"import sys; {imports}; print(sorted({decoders} & sys.modules.keys()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "[]\n", done.stderr

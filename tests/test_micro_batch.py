@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import metrics_of, tiny_config, tiny_store
+from helpers import ROOT, metrics_of, tiny_config, tiny_store
 from torch import nn
 
 from dist_train import micro_batch
 from dist_train.config import Config, load_config
 from dist_train.data.plan import Plan, make_plan
 from dist_train.errors import PlanError, RunError
-from dist_train.micro_batch import cuts, largest_step
-from dist_train.run import make_model
+from dist_train.micro_batch import MicroBatches, cuts, first_indexed, largest_step, most_clips
+from dist_train.models.activation_budget import measure_parts, weigh
+from dist_train.models.registry import build_model
+from dist_train.models.resnet3d import NOTHING_TWICE
+from dist_train.run import make_model, open_data
 from dist_train.train import BeforeStep, Trainer, train
 
 # 4 groups of 1:3 a step, 3 steps an epoch, and a checkpoint after each 4th.
@@ -47,7 +51,13 @@ def sessions_of(run: Path) -> list[dict[str, Any]]:
     return sessions
 
 
-def limit(model: nn.Module, clips: int, *, spared: int = 0) -> None:
+NO_MEMORY = torch.OutOfMemoryError("Tried to allocate 9 GiB.\nMore is told here.")
+NO_ENGINE = RuntimeError("GET was unable to find an engine to execute this computation")
+
+
+def limit(
+    model: nn.Module, clips: int, *, spared: int = 0, error: RuntimeError = NO_MEMORY
+) -> None:
     """From now on the model has no memory for more than so many clips in training, but for the
     first ``spared`` batches."""
     left = [spared]
@@ -56,18 +66,20 @@ def limit(model: nn.Module, clips: int, *, spared: int = 0) -> None:
         if module.training and len(inputs[0]) > clips:
             left[0] -= 1
             if left[0] < 0:
-                raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nMore is told here.")
+                raise error
 
     model.register_forward_pre_hook(check)
 
 
-def limit_at(step: int, clips: int, *, spared: int = 0) -> BeforeStep:
+def limit_at(
+    step: int, clips: int, *, spared: int = 0, error: RuntimeError = NO_MEMORY
+) -> BeforeStep:
     limited = []
 
     def before_step(trainer: Trainer, coming: int) -> None:
         if coming == step and not limited:
             limited.append(coming)
-            limit(trainer.backend.module, clips, spared=spared)
+            limit(trainer.backend.module, clips, spared=spared, error=error)
 
     return before_step
 
@@ -216,6 +228,127 @@ def test_one_group_cannot_be_halved(store: Path, tmp_path: Path) -> None:
         "clip.max_frames",
     ):
         assert part in str(caught.value)
+
+
+def test_cudnn_without_memory_finds_no_engine_and_the_step_is_repeated(
+    store: Path, repeated: Path, tmp_path: Path
+) -> None:
+    config = config_of(store, tmp_path, "train.accumulate=2")
+    train(config, before_step=limit_at(4, clips=4, spared=1, error=NO_ENGINE))
+    assert weights_of(tmp_path) == weights_of(repeated)
+
+
+def test_an_engine_that_is_missing_at_any_size_is_told_and_not_noted(
+    store: Path, tmp_path: Path
+) -> None:
+    noted = []
+
+    def before_step(trainer: Trainer, coming: int) -> None:
+        if coming == 2 and trainer.micro.accumulate == 1:
+            limit(trainer.backend.module, clips=1, error=NO_ENGINE)
+        noted.append((tmp_path / micro_batch.NOTE).exists())
+
+    with pytest.raises(RunError) as caught:
+        train(config_of(store, tmp_path), before_step=before_step)
+    text = str(caught.value)
+    assert str(NO_ENGINE) in text
+    assert "cuDNN has no kernel for this: install another torch" in text
+    assert noted == [False, False, False, True, True]
+    assert not (tmp_path / micro_batch.NOTE).exists()
+
+
+def test_other_errors_of_a_step_are_no_lack_of_memory(store: Path, tmp_path: Path) -> None:
+    wrong = RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED")
+    with pytest.raises(RuntimeError, match="EXECUTION_FAILED"):
+        train(config_of(store, tmp_path), before_step=limit_at(0, clips=1, error=wrong))
+
+
+# Tensors that CUDA's kernels can index.
+
+
+@pytest.mark.parametrize(
+    ("elements", "expected"), [(1, 1), (2**31 - 2, 1), (2**31, 2), (2**33, 8), (2**40, 16)]
+)
+def test_micro_batches_are_cut_until_32_bits_index_them(elements: int, expected: int) -> None:
+    assert first_indexed(plan_of(64), 1, 1, elements) == expected
+
+
+def test_processes_share_the_elements_of_a_step() -> None:
+    assert first_indexed(plan_of(64), 4, 1, 2**33 - 8) == 1
+    assert first_indexed(plan_of(64), 4, 1, 2**33) == 2
+
+
+def test_clips_of_a_batch_follow_from_the_largest_tensor_of_the_model() -> None:
+    """The stem's output, 64 channels of 60 x 80 x 80; without a pool, that of layer 1."""
+    settings = ["store=s", "clip.size=[160, 160]", "model.name=resnet3d-50"]
+    for more, elements in [
+        ([], 64 * 60 * 80 * 80),
+        (["model.stem_folded=true"], 64 * 60 * 80 * 80),
+        (["model.width=32"], 32 * 60 * 80 * 80),
+        (["model.stem_stride=[1, 1, 1]"], 64 * 60 * 160 * 160),
+        (["model.stem_pool=false"], 256 * 60 * 80 * 80),
+        (["norm.fused=true"], 64 * 60 * 80 * 80),
+    ]:
+        config = load_config(None, [*settings, *more])
+        assert most_clips(config, 60) == (2**31 - 2) // elements
+    assert most_clips(load_config(None, [*settings, "clip.size=[9000, 9000]"]), 60) == 1
+
+
+@pytest.mark.parametrize("name", ["clog_loss_ddp", "clog_loss_zero2"])
+def test_the_shipped_gpu_configs_give_a_card_32_clips(name: str) -> None:
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    assert (config.model.recompute, config.model.activation_memory) == ("none", None)
+    assert config.model.stem_folded
+    assert config.optim.fused
+    assert config.train.probe == "cuda"
+    assert config.clip.max_frames is not None
+    assert 32 <= most_clips(config, config.clip.max_frames) < 64
+    for cards in (1, 2, 4, 8):
+        plan_of(config.plan.batch).check_cut(cards, config.train.accumulate)
+    plan_of(128).check_cut(8, config.train.accumulate)
+
+
+@pytest.mark.slow
+def test_the_activations_of_32_clips_of_the_shipped_gpu_configs_fit_into_80_gb() -> None:
+    config = load_config(ROOT / "configs" / "clog_loss_ddp.yaml")
+    shape = (32, 1, config.clip.max_frames or 0, *config.clip.size)
+    make = partial(build_model, config.model.name, stem_folded=True)
+    taken = weigh(NOTHING_TWICE, measure_parts(make, shape, torch.bfloat16)).bytes
+    assert 47 * 2**30 < taken < 50 * 2**30
+
+
+class Alone:
+    """A process on a CUDA device, as far as the cutting of steps asks."""
+
+    rank, world, is_main, device = 0, 1, True, torch.device("cuda")
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+@pytest.mark.parametrize(("device", "accumulate"), [("cuda", 4), ("cpu", 1)])
+def test_on_cuda_alone_steps_are_cut_so_and_it_is_told_once(
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    device: str,
+    accumulate: int,
+) -> None:
+    monkeypatch.setattr(Alone, "device", torch.device(device))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some card")
+    # Layer 1's output, 4 channels of 8 x 8 x 8, of 4 clips and not of 8.
+    monkeypatch.setattr(micro_batch, "INDEXED_BY_32_BITS", 5 * 4 * 8 * 8 * 8)
+    config = config_of(store, tmp_path, "train.probe=never")
+    data = open_data(config)
+    micro = MicroBatches(config, data, data.plan(), Alone())
+    assert micro.accumulate == accumulate
+    told = [record.getMessage() for record in caplog.records]
+    expected = (
+        "a tensor of 16 clips of 8 frames has 2^31 elements or more, too many for fast kernels on "
+        "CUDA: train.accumulate is 4 here, and a micro-batch has 4 clips"
+    )
+    assert told == ([expected] if device == "cuda" else [])
 
 
 # The probe.

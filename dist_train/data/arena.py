@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train.data.decode import Volume
+from dist_train.data.types import Volume
 
 PAGE = mmap.PAGESIZE
 # The part of it that was written to may be so many times what the regions in use reach to.

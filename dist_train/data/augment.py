@@ -10,8 +10,8 @@ import numpy as np
 
 from dist_train.config import AugmentSettings
 from dist_train.data.augment_draw import Draw, Drawer, Kernel
-from dist_train.data.decode import Plane, Volume
 from dist_train.data.orientation import AS_IT_IS
+from dist_train.data.types import Plane, Volume
 
 Map = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 

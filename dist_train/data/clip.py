@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from dist_train.data.decode import VIDEO_SUFFIXES, VOLUME_SUFFIXES, Video, Volume, read_volume
+from dist_train.data.decode import VIDEO_SUFFIXES, VOLUME_SUFFIXES, Video, read_volume
 from dist_train.data.roi import Box, OutlineColour, crop_to_outline, stack_planes
 from dist_train.data.shards import Record
+from dist_train.data.types import Volume
 from dist_train.errors import DecodeError, DistTrainError, RoiError
 
 # Raised whenever the same file and settings would give other pixels.

@@ -11,10 +11,10 @@ from torch.utils.data import Dataset
 
 from dist_train.data.augment import Augment
 from dist_train.data.augment_draw import Draw
-from dist_train.data.decode import Volume
 from dist_train.data.resize import resize
 from dist_train.data.sampler import Slot
 from dist_train.data.store import Store
+from dist_train.data.types import Volume
 
 
 @dataclass(frozen=True, slots=True)

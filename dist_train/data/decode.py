@@ -17,13 +17,12 @@ import tifffile
 from av.video.reformatter import ColorRange, VideoReformatter
 
 from dist_train.data.orientation import AS_IT_IS, Orientation
+from dist_train.data.types import Plane
+from dist_train.data.types import Volume as Volume  # the benches import it from here
 from dist_train.errors import DecodeError
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpeg", ".mpg"}
 VOLUME_SUFFIXES = {".npy", ".npz", ".tif", ".tiff"}
-
-Volume = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
-Plane = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
 
 # A file can be a playlist in disguise: FFmpeg must not follow it to the network.
 _ONLY_FILES = {"protocol_whitelist": "file"}

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dist_train.data.decode import Volume
 from dist_train.data.manifest import SPLITS
+from dist_train.data.types import Volume
 from dist_train.errors import StoreError
 
 

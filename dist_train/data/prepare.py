@@ -16,7 +16,6 @@ from typing import Any, Literal
 import pandas as pd
 
 from dist_train.data.clip import PIXELS_VERSION, PrepareSettings
-from dist_train.data.decode import Volume
 from dist_train.data.files import write_whole
 from dist_train.data.index import index_checksum, write_index
 from dist_train.data.job import Job, Part, read_job, read_rejects, writing
@@ -29,6 +28,7 @@ from dist_train.data.store import FORMAT, INDEX, MARKER, REJECTED, read_marker
 from dist_train.data.supervise import UNWATCHED, Limits, supervised
 from dist_train.data.task import Task, write_task
 from dist_train.data.todo import finished, settings_of, tasks
+from dist_train.data.types import Volume
 from dist_train.errors import StoreError
 
 Progress = Callable[[int, int], None]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train.data.decode import Volume
+from dist_train.data.types import Volume
 
 
 def resize(clip: Volume, size: tuple[int, int], out: Volume | None = None) -> Volume:

@@ -13,7 +13,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from dist_train.data.decode import FULL_RANGE, Frame, Plane, Video, Volume
+from dist_train.data.decode import FULL_RANGE, Frame, Video
+from dist_train.data.types import Plane, Volume
 from dist_train.errors import ConfigError, RoiError
 
 # The outline drifts by a pixel or so, so the boxes of a clip hardly differ: a window this much

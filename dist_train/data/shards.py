@@ -19,8 +19,8 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from dist_train.data.decode import Volume
 from dist_train.data.files import crc32c, written_whole
+from dist_train.data.types import Volume
 from dist_train.errors import StoreError
 
 Record = dict[str, Any]

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dist_train.data.decode import Volume
 from dist_train.data.files import crc32c
 from dist_train.data.index import read_index
 from dist_train.data.shards import shard_name
+from dist_train.data.types import Volume
 from dist_train.errors import StoreError
 
 FORMAT = "dist_train store 1"

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pydantic import TypeAdapter
 
 from dist_train.data.clip import PrepareSettings
-from dist_train.data.decode import Volume
 from dist_train.data.job import Job, read_rejects
 from dist_train.data.shard_files import Shard
 from dist_train.data.source import Source
 from dist_train.data.task import Task
+from dist_train.data.types import Volume
 
 
 def finished(shard: Shard, source: Source | Sequence[Volume]) -> bool:

@@ -15,6 +15,16 @@ from dist_train.engine.known_bad import bad_pairs, cudnn_name
 PACKAGE = "dist_train"
 # Of which a line each is shown also when they are fine.
 SHOWN = ("torch", "accelerate", "deepspeed", "numpy")
+#: What runs without them is all but this.
+NEEDED_BY = {
+    "deepspeed": "train.backend zero1, zero2 and zero3",
+    "transformers": "train.backend zero1, zero2 and zero3",
+    "tensorboard": "the files for TensorBoard",
+    "av": "videos ('prepare', 'inspect', 'synth')",
+    "tifffile": "TIFF stacks ('prepare')",
+    "imagecodecs": "compressed TIFF stacks ('prepare')",
+    "webdataset": "other readers of a store",
+}
 
 
 def check_versions() -> Iterator[Finding]:
@@ -62,7 +72,10 @@ def judge_packages(needed: Iterable[str], installed: Mapping[str, str]) -> Itera
             continue
         name, version = requirement.name, installed.get(_key(requirement.name))
         install = f"Run: pip install '{name}{requirement.specifier}'"
-        if version is None:
+        if version is None and name in NEEDED_BY:
+            found = f"not installed; needed for {NEEDED_BY[name]} only"
+            yield Finding(name, "warn", found, install)
+        elif version is None:
             yield Finding(name, "bad", "not installed", install)
         elif not requirement.specifier.contains(version, prereleases=True):
             yield Finding(name, "bad", f"{version}, needed {requirement.specifier}", install)

@@ -14,14 +14,18 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
-
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from typing import Any
 
 from dist_train.data.files import crc32c
 
 NAMED = re.compile(r"events\.out\.tfevents\.([0-9]+)")
+
+
+def is_available() -> bool:
+    """Whether the tensorboard package is installed, which brings the format of the records."""
+    return find_spec("tensorboard") is not None
 
 
 def next_file(folder: Path) -> Path:
@@ -32,6 +36,8 @@ def next_file(folder: Path) -> Path:
 
 def opening(first_step: int, time: float) -> bytes:
     """The beginning of a file: what was written of ``first_step`` and later counts no more."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
     version = Event(wall_time=time, file_version="brain.Event:2")
     start = SessionLog(status=SessionLog.START)
     return _record(version) + _record(Event(wall_time=time, step=first_step, session_log=start))
@@ -43,11 +49,14 @@ def scalars(step: int, time: float, values: Mapping[str, float]) -> bytes:
     Args:
         time: seconds since 1970, for TensorBoard's axis of time alone.
     """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
     summary = Summary(value=[Summary.Value(tag=n, simple_value=v) for n, v in values.items()])
     return _record(Event(wall_time=time, step=step, summary=summary))
 
 
-def _record(event: Event) -> bytes:
+def _record(event: Any) -> bytes:
     data: bytes = event.SerializeToString()
     length = struct.pack("<Q", len(data))
     return length + _masked_sum(length) + data + _masked_sum(data)

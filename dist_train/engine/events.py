@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from dist_train.data.files import write_whole
-from dist_train.engine.board import next_file, opening, scalars
+from dist_train.engine import board
 from dist_train.engine.growing_file import GrowingFile
 
 METRICS = "metrics.jsonl"
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 class EventWriter:
     """One object a step in ``metrics.jsonl``, and the same numbers under the same names in
-    ``tensorboard/``.
+    ``tensorboard/``; not there where the tensorboard package is not installed.
 
     Args:
         run: the run's folder.
@@ -37,9 +37,17 @@ class EventWriter:
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
             write_whole(path, b"".join(line for line in lines if _is_whole(line, after)))
-        (run / BOARD).mkdir(exist_ok=True)
-        self._lines, self._board = GrowingFile(path), GrowingFile(next_file(run / BOARD))
-        self._board.append(opening(after + 1, time.time()))
+        self._lines = GrowingFile(path)
+        self._board: GrowingFile | None = None
+        if board.is_available():
+            (run / BOARD).mkdir(exist_ok=True)
+            self._board = GrowingFile(board.next_file(run / BOARD))
+            self._board.append(board.opening(after + 1, time.time()))
+        else:
+            log.warning(
+                "tensorboard is not installed, so figures go to %s alone: pip install tensorboard",
+                path,
+            )
         self._told = False
 
     def write(self, step: int, epoch: int, at: float, values: Mapping[str, float | None]) -> None:
@@ -56,10 +64,10 @@ class EventWriter:
         }
         line = {"step": step, "epoch": epoch, "time": at} | finite
         known = {name: value for name, value in finite.items() if value is not None}
-        for file, record in (
-            (self._lines, f"{json.dumps(line)}\n".encode()),
-            (self._board, scalars(step, at, known)),
-        ):
+        records = [(self._lines, f"{json.dumps(line)}\n".encode())]
+        if self._board is not None:
+            records.append((self._board, board.scalars(step, at, known)))
+        for file, record in records:
             try:
                 file.append(record)
             except OSError as error:
@@ -74,8 +82,8 @@ class EventWriter:
         Raises:
             OSError: there is no room, or the disk fails.
         """
-        self._lines.flush()
-        self._board.flush()
+        for file in self._files():
+            file.flush()
         self._told = False
 
     def __enter__(self) -> EventWriter:
@@ -87,8 +95,11 @@ class EventWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._lines.close()
-        self._board.close()
+        for file in self._files():
+            file.close()
+
+    def _files(self) -> list[GrowingFile]:
+        return [self._lines] if self._board is None else [self._lines, self._board]
 
 
 def _is_whole(line: bytes, last: int) -> bool:

@@ -17,6 +17,7 @@ from dist_train.models.frames import ValidFrames
 from dist_train.models.fused_norm import fused_norm
 from dist_train.models.passes import is_repeated
 from dist_train.models.remake import remade
+from dist_train.models.running import count_batch, move
 from dist_train.models.shared_norm import (
     AllReduce,
     Statistics,
@@ -75,7 +76,8 @@ class BatchNorm3d(nn.BatchNorm3d):
         if self.fused and self.training:
             return self._fused(input, valid, plus, relu)
         if valid is None:
-            y = self._normalise(input)
+            images = remade(_joined_frames, input)
+            y = self._normalise(images).view(input.shape)
         else:
             y = valid.scatter(self._normalise(remade(valid.gather, input)), like=input)
         if plus is not None:
@@ -113,6 +115,7 @@ class BatchNorm3d(nn.BatchNorm3d):
             )
 
     def _normalise(self, x: Tensor) -> Tensor:
+        """Of images [N, C, H, W]."""
         if not self.training:
             return self._batch_norm(x, self.running_mean, self.running_var)
         if self.all_reduce is not None:
@@ -128,7 +131,7 @@ class BatchNorm3d(nn.BatchNorm3d):
             count = x.numel() // x.shape[1]
             self.observer(mean, var * ((count - 1) / count), torch.full((), count, device=x.device))
             return y
-        self.num_batches_tracked.add_(1)
+        count_batch(self.num_batches_tracked)
         return self._batch_norm(x, self.running_mean, self.running_var)
 
     def _batch_norm(
@@ -146,14 +149,20 @@ class BatchNorm3d(nn.BatchNorm3d):
         """Let the observer know, or move the running statistics."""
         if is_repeated():
             return
-        mean, var, count = statistics
         if self.observer is not None:
-            self.observer(mean, var, count)
+            self.observer(*statistics)
             return
-        self.num_batches_tracked.add_(1)
-        unbiased = var * (count / (count - 1).clamp(min=1))
-        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-            running.lerp_(new.to(running.dtype), self.momentum)
+        count_batch(self.num_batches_tracked)
+        move(self.running_mean, self.running_var, statistics, self.momentum)
+
+
+def _joined_frames(x: Tensor) -> Tensor:
+    """[B, C, D, H, W] as images [B, C, D * H, W]: a view, in either memory format.
+
+    Statistics of a channel are the same. CUDA has fast kernels for channels last in 4-D only, and
+    takes its general ones, without cuDNN, for 5-D. CPUs compute the same bits in the same time.
+    """
+    return x.flatten(2, 3)
 
 
 def norms(model: nn.Module) -> Iterator[BatchNorm3d]:

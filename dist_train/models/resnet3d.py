@@ -15,6 +15,7 @@ of D frames of H x W pixels, width w and the default stem:
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import ClassVar, cast, get_args
@@ -29,6 +30,7 @@ from dist_train.models.norm import BatchNorm3d
 from dist_train.models.pooling import global_average_pool
 from dist_train.models.recompute import Recompute, Step, run_part
 from dist_train.models.remake import forget, remade
+from dist_train.models.running import moved_together
 from dist_train.models.space_to_depth import FoldedConv3d
 
 #: A mode for the stem with its pooling, and for each of the layers 1 to 4.
@@ -230,8 +232,10 @@ class ResNet3D(nn.Module):
         x = clear_padding(x, valid)
         modes = self.recompute if self.training else NOTHING_TWICE
         parts, valid = self.parts(valid)
-        for mode, steps in zip(modes, parts, strict=True):
-            x = run_part(mode, steps, x)
+        # Exporters trace the evaluation alone, in which nothing is moved.
+        with moved_together() if self.training else nullcontext():
+            for mode, steps in zip(modes, parts, strict=True):
+                x = run_part(mode, steps, x)
         features = self.dropout(global_average_pool(x, valid))
         with torch.autocast(x.device.type, enabled=False):
             logits: Tensor = self.head(features.to(self.head.weight.dtype))

@@ -14,7 +14,7 @@ import pytest
 from dist_train.config import AugmentSettings
 from dist_train.data.augment import Augment
 from dist_train.data.augment_draw import Orientation
-from dist_train.data.decode import Volume
+from dist_train.data.types import Volume
 
 OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"device"}, 0.0)
 PICTURE = cv2.GaussianBlur(

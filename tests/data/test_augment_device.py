@@ -13,9 +13,9 @@ from dist_train.config import AugmentSettings
 from dist_train.data.augment import augmented
 from dist_train.data.augment_device import augmented_batch, blur_weights
 from dist_train.data.augment_draw import Draw, Drawer
-from dist_train.data.decode import Volume
 from dist_train.data.native import pack
 from dist_train.data.resize import resize
+from dist_train.data.types import Volume
 
 OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"device"}, 0.0)
 EVERYTHING = dict.fromkeys(OFF, 0.7)

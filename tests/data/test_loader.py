@@ -32,13 +32,13 @@ from dist_train.data.arena import PAGE, Arena
 from dist_train.data.augment import Augment
 from dist_train.data.collate import Batch
 from dist_train.data.dataset import ClipDataset
-from dist_train.data.decode import Volume
 from dist_train.data.loader import Loader
 from dist_train.data.plan import make_plan
 from dist_train.data.prepare import PrepareSettings, prepare
 from dist_train.data.sampler import HeldOutSampler, PlanSampler, Slot
 from dist_train.data.shards import shard_name
 from dist_train.data.store import SHARDS, Store
+from dist_train.data.types import Volume
 from dist_train.errors import StoreError
 
 EVERYTHING = AugmentSettings.model_validate(

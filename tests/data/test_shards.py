@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import webdataset
 
-from dist_train.data.decode import Volume
 from dist_train.data.files import crc32c
 from dist_train.data.shards import Record, read_records, shard_name, write_shard
+from dist_train.data.types import Volume
 from dist_train.errors import StoreError
 
 

@@ -51,6 +51,12 @@ def test_packages_that_are_missing_or_old() -> None:
     assert found["NumPy"].found == "not installed"
 
 
+def test_packages_that_some_commands_need() -> None:
+    (found,) = judge_packages(["deepspeed>=0.18"], {})
+    assert (found.state, found.fix) == ("warn", "Run: pip install 'deepspeed>=0.18'")
+    assert "needed for train.backend zero1, zero2 and zero3 only" in found.found
+
+
 @pytest.mark.parametrize(
     ("torch_version", "cudnn", "expected"),
     [

@@ -3,10 +3,11 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train.errors import ModelError
 from dist_train.models.frames import valid_frames
-from dist_train.models.norm import BatchNorm3d, set_momentum
+from dist_train.models.norm import BatchNorm3d, set_momentum, share_statistics
 from dist_train.models.norm_gap import by_running_and_own_statistics
 from dist_train.models.passes import TwoPasses
 
@@ -48,6 +49,58 @@ def test_without_padding_it_is_that_of_torch(training):
         y.square().sum().backward()
         results.append([y, x.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class Norms(TorchDispatchMode):
+    """Notes what batch normalisation, and its gradient, are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: list[Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.native_batch_norm_backward.default:
+            self.inputs += args[:2]
+        elif "batch_norm" in str(func):
+            self.inputs.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("batch", [3, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last_3d], ids=["plain", "channels last"]
+)
+def test_frames_are_normalised_as_images_without_a_copy(layout, dtype, batch, shared):
+    """4-D tensors, for which CUDA has kernels in channels last; and the bits of 5-D ones."""
+    clips = random_clips()[:batch].to(dtype).contiguous(memory_format=layout)
+    norm, plain = random_norm(), random_norm()
+    x = clips.clone().requires_grad_()
+    if shared:
+        share_statistics(norm, lambda sums: None)
+    with Norms() as norms:
+        y = norm(x)
+        y.backward(torch.sin(clips))
+    assert len(norms.inputs) == (4 if shared else 3)
+    images = torch.channels_last if layout is torch.channels_last_3d else torch.contiguous_format
+    for given in norms.inputs:
+        assert given.shape == (batch, 4, 21, 2)
+        assert given.is_contiguous(memory_format=images)
+    assert norms.inputs[0].data_ptr() == x.data_ptr()
+    assert y.is_contiguous(memory_format=layout)
+    if shared:
+        return
+    x_plain = clips.clone().requires_grad_()
+    arguments = plain.running_mean, plain.running_var, plain.weight, plain.bias
+    y_plain = torch.nn.functional.batch_norm(x_plain, *arguments, True, 0.1, plain.eps)
+    y_plain.backward(torch.sin(clips))
+    assert torch.equal(y, y_plain)
+    assert torch.equal(x.grad, x_plain.grad)
+    for name in ("weight", "bias"):
+        assert torch.equal(getattr(norm, name).grad, getattr(plain, name).grad)
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(getattr(norm, name), getattr(plain, name))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_train.models.frames import valid_frames
+from dist_train.models.frames import clear_padding, valid_frames
 from dist_train.models.norm import BatchNorm3d, share_statistics
 from dist_train.models.resnet3d import ResNet3D
 
@@ -105,6 +107,54 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
     for name, value in found.items():
         worst = (value - expected[name]).abs().max() / expected[name].abs().max()
         assert worst <= tolerance, (name, worst)
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["none", "cheap", "stage"])
+def test_statistics_of_all_layers_move_by_a_few_calls(mode: str) -> None:
+    """To the bits that each layer would get by itself."""
+    model, clips = model_and_clips(torch.float32)
+    share_statistics(model, lambda sums: None)
+    model.recompute = mode
+    alone = copy.deepcopy(model)
+    frames = torch.tensor([*FRAMES[0], *FRAMES[1]])
+    valid = valid_frames(frames, clips)
+    for _ in range(2):
+        with Calls() as calls:
+            model(clips, frames).sum().backward()
+        assert calls.names["lerp_"] == 0
+        assert calls.names["_foreach_lerp_"] == 2
+        assert calls.names["_foreach_add_"] == 1
+        x = clear_padding(clips, valid)
+        for step in (step for part in alone.parts(valid)[0] for step in part):
+            x = step(x)
+    for (name, together), by_itself in zip(model.named_buffers(), alone.buffers(), strict=True):
+        assert torch.equal(together, by_itself), name
+    assert model.stem.norm.num_batches_tracked == 2
+
+
+def test_after_an_error_no_statistics_have_moved() -> None:
+    model, clips = model_and_clips(torch.float32)
+    share_statistics(model, lambda sums: None)
+    before = copy.deepcopy(model.state_dict())
+    broken = model.blocks[-1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(clips)
+    broken.remove()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model(clips)
+    assert model.stem.norm.num_batches_tracked == 1
 
 
 class NormsBackward(TorchDispatchMode):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dist_train.config import TrainSettings
 from dist_train.engine.backends.base import MOMENTS, Backend, MakeOptimizer
+from dist_train.engine.foreach import zero_gradients
 from dist_train.engine.optim import updates_done
 from dist_train.errors import BackendError
 
@@ -63,7 +64,10 @@ class DdpBackend(Backend):
 
     def drop_gradients(self) -> None:
         # Recordings add to gradients where they lie.
-        self.module.zero_grad(set_to_none=not self.settings.graphs)
+        if self.settings.graphs:
+            zero_gradients(self.module)
+        else:
+            self.module.zero_grad(set_to_none=True)
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from dist_train.engine.backends.base import MOMENTS, Backend, MakeOptimizer
 from dist_train.engine.optim import updates_done
 from dist_train.errors import BackendError
 
+#: Accelerate's DeepSpeed plugin imports transformers.
+NEEDED = ("deepspeed", "transformers")
+
 
 class ZeroBackend(Backend):
     """ZeRO stage 1 (moments are spread), 2 (gradients too) or 3 (weights too)."""
@@ -25,6 +29,13 @@ class ZeroBackend(Backend):
 
     def __init__(self, settings: TrainSettings, *, clip_norm: float | None) -> None:
         self.stage = int(settings.backend.removeprefix("zero"))
+        missing = [name for name in NEEDED if find_spec(name) is None]
+        if missing:
+            raise BackendError(
+                f"{settings.backend} needs {' and '.join(missing)}, not installed here",
+                where="train.backend",
+                fix=f"Run 'pip install {' '.join(missing)}', or choose ddp or fsdp2.",
+            )
         if settings.precision == "fp16":
             raise BackendError(
                 "fp16 is not offered under ZeRO", where="train.precision", fix="Use bf16 or fp32."

@@ -1,0 +1,10 @@
+"""Types of arrays that all of ``data`` shares. It imports no decoder."""
+
+from __future__ import annotations
+
+import numpy as np
+
+#: A clip: uint8 [D, H, W].
+Volume = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
+#: One frame, or one of its planes: uint8 [H, W].
+Plane = np.ndarray[tuple[int, int], np.dtype[np.uint8]]

@@ -1,0 +1,38 @@
+"""Which errors mean that the device's memory does not suffice."""
+
+from __future__ import annotations
+
+import torch
+
+#: What torch says when no plan of cuDNN ran. It tries one after the other, and drops the reason why
+#: each failed; nearly always that is memory for the workspace. Rarely cuDNN has no kernel at all.
+NO_ENGINE = "unable to find an engine to execute this computation"
+#: Parts of other errors than ``torch.OutOfMemoryError``. CUDNN_STATUS_NOT_SUPPORTED is none of
+#: them: it says that a layout or a shape is not supported, which fewer clips do not change.
+SIGNS = (
+    NO_ENGINE,
+    "Unable to find a valid cuDNN algorithm to run convolution",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    # Of compiled kernels.
+    "Triton Error [CUDA]: out of memory",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether fewer clips at once may help.
+
+    It is also true where cuDNN has no kernel for a convolution, which torch reports in the same
+    words (``NO_ENGINE``). So the caller must end, and tell the error, where it cannot go on with
+    fewer clips.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+
+
+def first_line(error: BaseException) -> str:
+    """What the error says, without the traces that torch appends."""
+    return str(error).partition("\n")[0].rstrip(".")
