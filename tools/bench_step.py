@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from bench_plan import Clips, read_clips, spread
 from rich.console import Console
 from rich.table import Table
@@ -228,6 +229,7 @@ class Workload:
     scale: float
     rounds: int
     steps: int
+    _epochs: dict[str, list[Ints]] = field(default_factory=dict, repr=False, compare=False)
 
     def plan(self, config: Config) -> Plan:
         """The package's plan of an epoch by the row's settings."""
@@ -250,10 +252,13 @@ class Workload:
 
     def epoch(self, config: Config) -> list[Ints]:
         """Depths of each step of the first epoch, in the order of the steps' longest clips."""
-        plan = self.plan(config)
-        depths = self.scaled(np.concatenate([self.clips.positives, self.clips.negatives]))
-        steps = [depths[plan.global_batch(step)] for step in range(plan.first_step(1))]
-        return sorted(steps, key=lambda of_step: int(of_step.max()))
+        key = config.plan.model_dump_json()
+        if key not in self._epochs:
+            plan = self.plan(config)
+            depths = self.scaled(np.concatenate([self.clips.positives, self.clips.negatives]))
+            steps = [depths[plan.global_batch(step)] for step in range(plan.first_step(1))]
+            self._epochs[key] = sorted(steps, key=lambda of_step: int(of_step.max()))
+        return self._epochs[key]
 
     def turns(self, config: Config) -> list[list[Ints]]:
         """Depths of the clips of each timed step, which is the same throughout a turn: steps at
@@ -377,6 +382,12 @@ class Row:
         """Steps in which kernels are chosen, moments are made, and CUDA graphs are captured."""
         for _ in range(UNRECORDED + 1 if self.config.train.graphs else 1):
             self.step(batch, Marks(self.device))
+
+    def close(self) -> None:
+        """Let another row, of another precision, be made in this process."""
+        self.backend.close()
+        # Accelerate keeps the first precision of a process otherwise.
+        AcceleratorState._reset_state(True)
 
     def step(self, batch: Batch, marks: Marks) -> None:
         """Passes that are recorded are one: all of their time counts as forward."""

@@ -86,7 +86,8 @@ def profile_steps(row: Row, batch: Batch, steps: int) -> profile:
     row.warm_up(batch)
     cuda = row.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as profiled:
+    profiled = profile(activities=activities)
+    with profiled:
         for _ in range(steps):
             row.step(batch, Named(row.device))
         synchronize(row.device)
