@@ -185,9 +185,7 @@ class PerFrame:
         return np.ascontiguousarray(clip[::-1]) if is_reversed else clip
 
 
-def milliseconds(
-    ways: dict[str, Apply], clip: Volume, rounds: int, draws: int
-) -> dict[str, float]:
+def milliseconds(ways: dict[str, Apply], clip: Volume, rounds: int, draws: int) -> dict[str, float]:
     """The least of several rounds, in which the ways take turns."""
     found = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):

@@ -249,7 +249,9 @@ def graph(record: Record) -> None:
             moved = batch.to(row.device)
             clips = as_input(moved.volumes, row.config)
 
-            def passes(row: Row = row, clips: Tensor = clips, labels: Tensor = moved.labels) -> None:
+            def passes(
+                row: Row = row, clips: Tensor = clips, labels: Tensor = moved.labels
+            ) -> None:
                 row.backend.drop_gradients()  # type: ignore[attr-defined]
                 row.passes(clips, None, labels, 1.0)
 

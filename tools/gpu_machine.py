@@ -68,7 +68,11 @@ def machine(record: Record) -> None:
 
 def nvidia_smi() -> str | None:
     """Name, driver and memory of each card; None where the tool is not there."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    command = [
+        "nvidia-smi",
+        "--query-gpu=name,driver_version,memory.total",
+        "--format=csv,noheader",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
