@@ -172,8 +172,9 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     if arguments.json:
         summary = {
-            f"{'ours' if recipe is recipes[1] else 'original'}_hours_{cost.devices}": cost.seconds
-            / 3600
+            f"{'original' if recipe is recipes[0] else 'ours'}_hours_{cost.devices}": (
+                cost.seconds / 3600
+            )
             for recipe, _, cost in found
             if isinstance(cost, Cost)
         }

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bench_step import (
@@ -121,7 +122,7 @@ def checkpoint(record: Record) -> None:
         training.step()
     first = first_save(training, "asynchronous")
     saves = [asdict(saved_beside(training, "asynchronous")) for _ in range(3)]
-    medians = {
+    medians: dict[str, Any] = {
         f"{name}_s": statistics.median(save[name] for save in saves)
         for name in ("stall", "slowdown", "durable", "step")
     }

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 #: What training, prediction and evaluation import, by module, with the package's name.
 NEEDED = {
     "numpy": "numpy", "pandas": "pandas", "scipy": "scipy", "pydantic": "pydantic",
-    "yaml": "pyyaml", "typer": "typer", "rich": "rich", "psutil": "psutil", "packaging": "packaging",
-    "accelerate": "accelerate", "torchmetrics": "torchmetrics", "tensorboard": "tensorboard",
-    "safetensors": "safetensors", "google_crc32c": "google-crc32c", "lmdb": "lmdb",
+    "yaml": "pyyaml", "typer": "typer", "rich": "rich", "psutil": "psutil",
+    "packaging": "packaging", "accelerate": "accelerate", "torchmetrics": "torchmetrics",
+    "tensorboard": "tensorboard", "safetensors": "safetensors",
+    "google_crc32c": "google-crc32c", "lmdb": "lmdb",
     "cv2": "opencv-python-headless", "albumentations": "albumentations", "fsspec": "fsspec",
     "dist_train.train": "dist_train", "dist_train.predict": "dist_train",
 }  # fmt: skip
@@ -41,6 +42,7 @@ OTHERS = {
 }  # fmt: skip
 #: Relative error, by norms, between bf16 and float32, and between orders of bf16 sums.
 TOLERANCE = 2e-2
+DTYPES = torch.bfloat16, torch.float32
 
 
 def steps(record: Record) -> dict[str, Callable[[Record], None]]:
@@ -93,18 +95,15 @@ def convolution(record: Record) -> None:
     weight = weight.bfloat16().to(memory_format=layout)
 
     def passes(dtype: torch.dtype) -> list[Tensor]:
-        inputs = [tensor.to(dtype).requires_grad_() for tensor in (x, weight)]
-        y = conv3d(*inputs, padding=1)
-        return [y.detach(), *torch.autograd.grad(y, inputs, y_grad.to(dtype))]
+        clips, kernel = (tensor.to(dtype).requires_grad_() for tensor in (x, weight))
+        y = conv3d(clips, kernel, padding=1)
+        return [y.detach(), *torch.autograd.grad(y, (clips, kernel), y_grad.to(dtype))]
 
     with torch.backends.cudnn.flags(allow_tf32=False):
         exact = passes(torch.float32)
     errors = differences(("forward", "input", "weight"), passes(torch.bfloat16), exact)
-    milliseconds = {
-        f"{name}_ms": best(partial(passes, dtype), device) * 1e3
-        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
-    }
-    record.line(errors=errors, **milliseconds)
+    bf16, fp32 = (best(partial(passes, dtype), device) * 1e3 for dtype in DTYPES)
+    record.line(errors=errors, bf16_ms=bf16, fp32_ms=fp32)
     must_agree(errors)
 
 
@@ -123,9 +122,10 @@ def batch_norm(record: Record) -> None:
 
     def passes(flat: bool) -> list[Tensor]:
         mean, variance = torch.zeros(2, shape[1], device=device)
-        inputs = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
-        clip = inputs[0].flatten(2, 3) if flat else inputs[0]
-        y = torch_batch_norm(clip, mean, variance, *inputs[1:], training=True).view(shape)
+        clips, scale, shift = (t.detach().requires_grad_() for t in (x, weight, bias))
+        inputs = clips, scale, shift
+        given = clips.flatten(2, 3) if flat else clips
+        y = torch_batch_norm(given, mean, variance, scale, shift, training=True).view(shape)
         grads = torch.autograd.grad(y, inputs, y_grad)
         return [y.detach(), mean, variance, *grads]
 
@@ -252,7 +252,7 @@ def graph(record: Record) -> None:
             def passes(
                 row: Row = row, clips: Tensor = clips, labels: Tensor = moved.labels
             ) -> None:
-                row.backend.drop_gradients()  # type: ignore[attr-defined]
+                row.backend.drop_gradients()
                 row.passes(clips, None, labels, 1.0)
 
             for _ in range(UNRECORDED + 2):

@@ -56,7 +56,7 @@ def machine(record: Record) -> None:
             "gb": card.total_memory / 1e9,
             "capability": f"{card.major}.{card.minor}",
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[attr-defined]
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
         }
     record.line(**facts)
     if record.device == "cuda" and not cuda:

@@ -38,7 +38,7 @@ class Record:
     stage: str = "machine"
     step: str = "machine"
 
-    def line(self, name: str | None = None, **figures: Any) -> None:
+    def line(self, name: str | None = None, /, **figures: Any) -> None:
         """Append figures; the line is synced before this returns."""
         when = round(time.monotonic() - self.began, 2)
         entry = {"stage": self.stage, "name": name or self.step, "at": when, **figures}

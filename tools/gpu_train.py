@@ -1,4 +1,4 @@
-"""A run by the command line on the device: trained, killed, resumed, predicted; under torchrun too."""
+"""A run by the command line: trained, killed, resumed and predicted; by torchrun too."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def store(record: Record) -> None:
 
     frames, side = (8, 16) if record.tiny else (24, 64)
     rng = np.random.default_rng(0)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for split, (positives, negatives) in SPLITS.items():
         labels = rng.permutation([1] * positives + [0] * negatives)
         images = rng.integers(0, 120, (len(labels), frames, side, side), dtype=np.uint8)
