@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """What only a GPU machine can tell, in one command and at most four minutes.
 
     python tools/gpu.py [check|tests|train|bench ...] --out DIR [--seconds N]
@@ -141,19 +142,19 @@ class Runner:
 
     def stage(self, stage: str, end: float) -> None:
         """All steps of a stage that begin before ``end``, by ``time.monotonic``."""
-        names = self.ask(replace(self.record, stage=stage, step="steps"), end)
-        for name in names or ():
+        names = self.ask(replace(self.record, stage=stage, step="steps"), end) or []
+        for name in names:
             record = replace(self.record, stage=stage, step=name)
             if time.monotonic() >= end:
                 record.skip("there was no time left")
             else:
-                self.ask(record, end)
+                self.ask(record, end, last=name == names[-1])
             self.show()
 
-    def ask(self, record: Record, end: float) -> Any:
-        """Have one step done; its failure is recorded."""
+    def ask(self, record: Record, end: float, *, last: bool = False) -> Any:
+        """Have one step done; its failure is recorded. The ``last`` may take all that is left."""
         left = end - time.monotonic()
-        limit = min(left, max(STEP_SECONDS, left / 2))
+        limit = left if last else min(left, max(STEP_SECONDS, left / 2))
         before = len(self.failed())
         log = self.record.out / LOG
         printed = log.stat().st_size if log.exists() else 0

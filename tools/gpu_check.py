@@ -6,6 +6,7 @@ package that is missing costs the steps that need it.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +100,7 @@ def convolution(record: Record) -> None:
         y = conv3d(clips, kernel, padding=1)
         return [y.detach(), *torch.autograd.grad(y, (clips, kernel), y_grad.to(dtype))]
 
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         exact = passes(torch.float32)
     errors = differences(("forward", "input", "weight"), passes(torch.bfloat16), exact)
     bf16, fp32 = (best(partial(passes, dtype), device) * 1e3 for dtype in DTYPES)
@@ -172,11 +173,11 @@ def model_of(record: Record) -> tuple[str, list[str]]:
 @contextmanager
 def row_of(record: Record, name: str, *settings: str) -> Iterator[Row]:
     """A row of bench_step.py with other settings; its memory is free afterwards."""
-    import gc
-
     from bench_step import BY_NAME, Row, config_of
 
     model, more = model_of(record)
+    # What an error of the step before held is freed only now.
+    free_memory(record)
     config = config_of(BY_NAME[name], model, [*more, *settings])
     row = Row(config, knows_lengths=BY_NAME[name].knows_lengths)
     try:
@@ -185,9 +186,13 @@ def row_of(record: Record, name: str, *settings: str) -> Iterator[Row]:
         row.close()
         # The caller's variable still names the row here: let go of its tensors.
         row.__dict__.clear()
-        gc.collect()
-        if record.device == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(record)
+
+
+def free_memory(record: Record) -> None:
+    gc.collect()
+    if record.device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def fast(clips: int, frames: int, record: Record) -> None:
@@ -245,7 +250,8 @@ def graph(record: Record) -> None:
     for name in ("eager", "replayed"):
         setting = f"train.graphs={str(name == 'replayed').lower()}"
         with row_of(record, "fast", setting) as row:
-            batch = batch or make_batch(depths, row.config, cuda=True)
+            if batch is None:
+                batch = make_batch(depths, row.config, cuda=True)
             moved = batch.to(row.device)
             clips = as_input(moved.volumes, row.config)
 

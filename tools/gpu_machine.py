@@ -8,6 +8,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -50,20 +51,28 @@ def machine(record: Record) -> None:
     facts |= {"torch": torch.__version__, "cuda": torch.version.cuda}
     cuda = torch.cuda.is_available()
     if cuda:
-        card = torch.cuda.get_device_properties(0)
-        facts |= {
-            "card": card.name,
-            "gb": card.total_memory / 1e9,
-            "capability": f"{card.major}.{card.minor}",
-            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
-        }
+        facts["card"] = torch.cuda.get_device_name(0)
+        with suppress(Exception):
+            # Names of these change between versions: no reason to measure nothing.
+            facts |= more_of_the_card()
     record.line(**facts)
     if record.device == "cuda" and not cuda:
         raise SystemExit(
             f"torch {torch.__version__} sees no CUDA device here; --device cpu --tiny goes through "
             "all steps without one"
         )
+
+
+def more_of_the_card() -> dict[str, Any]:
+    import torch
+
+    card = torch.cuda.get_device_properties(0)
+    return {
+        "gb": card.total_memory / 1e9,
+        "capability": f"{card.major}.{card.minor}",
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
+    }
 
 
 def nvidia_smi() -> str | None:

@@ -52,7 +52,7 @@ def test_a_config_is_priced_by_the_row_that_trains_as_it_does() -> None:
     assert known.row(config(), 64).name == "sixteen"
     assert known.row(config("model.recompute=cheap"), 4).name == "cheap"
     # The rate is that of the device, the loader's that of the way it loads.
-    with pytest.raises(cost.NotMeasuredError, match=r"'cheap', but for model.recompute"):
+    with pytest.raises(cost.NotMeasuredError, match=r"'four', but for model\.recompute"):
         known.row(config("model.recompute=block"), 4)
     native = cost.Recipe("native", config("plan.batch=16", "augment.device=true"))
     with pytest.raises(cost.NotMeasuredError, match="the loader was not measured"):

@@ -142,7 +142,7 @@ def test_steps_that_find_no_time_are_told(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.syspath_prepend(str(tmp_path))
     record = record_in(tmp_path)
     runner = gpu.Runner(record)
-    monkeypatch.setattr(runner, "ask", lambda record, end: ["well", "last"])
+    monkeypatch.setattr(runner, "ask", lambda *_, **__: ["well", "last"])
     runner.stage("fake", time.monotonic())
     assert [line["skipped"] for line in record.lines()] == 2 * ["there was no time left"]
 
