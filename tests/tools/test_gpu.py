@@ -8,12 +8,15 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import gpu
 import gpu_tests
+import psutil
 import pytest
+from demo import kill_tree
 from gpu_record import LOG, RESULTS, Record
 from helpers import ROOT, environment
 
@@ -263,3 +266,25 @@ gpu_tests.run_file(Path({file!r}).resolve(), record)
     lines = [json.loads(line) for line in (tmp_path / RESULTS).read_text().splitlines()]
     assert len(lines) == 1
     assert said in lines[0]["skipped"]
+
+
+# --- killing --------------------------------------------------------------------------------------
+
+
+def test_a_killed_tree_is_gone_when_it_returns() -> None:
+    """A rank that still ends would hold its run's lock, and its memory on the card."""
+    waits = "import threading; threading.Event().wait()"
+    program = f"""
+import subprocess, sys, threading
+child = subprocess.Popen([sys.executable, "-c", {waits!r}], start_new_session=True)
+print(child.pid, flush=True)
+threading.Event().wait()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as launched:
+        assert launched.stdout is not None
+        child = psutil.Process(int(launched.stdout.readline()))
+        kill_tree(launched.pid)
+        with suppress(psutil.NoSuchProcess):
+            assert child.status() == psutil.STATUS_ZOMBIE
+    assert launched.returncode == -9
+    kill_tree(launched.pid)
