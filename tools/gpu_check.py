@@ -29,14 +29,14 @@ NEEDED = {
     "numpy": "numpy", "pandas": "pandas", "scipy": "scipy", "pydantic": "pydantic",
     "yaml": "pyyaml", "typer": "typer", "rich": "rich", "psutil": "psutil",
     "packaging": "packaging", "accelerate": "accelerate", "torchmetrics": "torchmetrics",
-    "tensorboard": "tensorboard", "safetensors": "safetensors",
-    "google_crc32c": "google-crc32c", "lmdb": "lmdb",
-    "cv2": "opencv-python-headless", "albumentations": "albumentations", "fsspec": "fsspec",
+    "safetensors": "safetensors", "google_crc32c": "google-crc32c", "lmdb": "lmdb",
+    "cv2": "opencv-python-headless", "albumentations": "albumentations",
     "dist_train.train": "dist_train", "dist_train.predict": "dist_train",
 }  # fmt: skip
 #: What only some commands, backends or tests import.
 OTHERS = {
-    "av": "av", "tifffile": "tifffile", "imagecodecs": "imagecodecs", "matplotlib": "matplotlib",
+    "tensorboard": "tensorboard", "fsspec": "fsspec", "av": "av", "tifffile": "tifffile",
+    "imagecodecs": "imagecodecs", "matplotlib": "matplotlib",
     "jinja2": "jinja2", "transformers": "transformers", "deepspeed": "deepspeed",
     "triton": "triton", "webdataset": "webdataset", "pytest": "pytest", "hypothesis": "hypothesis",
     "onnx": "onnx",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -103,7 +102,9 @@ def test_runs_are_killed_resumed_and_predicted(
         assert 0 < resumed["resumed_from_step"] <= by_name[f"{launcher}, killed"]["after_step"]
         assert resumed["resumed_from_step"] < resumed["steps"]
         assert resumed["loss_of_last_epoch"] < resumed["loss_of_first_epoch"]
-        assert math.isfinite(by_name[f"{launcher}, predicted"]["mcc"])
+        assert resumed["val_mcc"] > 0.5
+        # A bright middle is easy to see.
+        assert by_name[f"{launcher}, predicted"]["auc"] > 0.9
 
 
 # --- failures -------------------------------------------------------------------------------------
