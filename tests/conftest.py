@@ -8,21 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from launcher import Launcher
 
-settings.register_profile(
-    "deterministic",
-    derandomize=True,
-    deadline=None,
-    database=None,
-    max_examples=60,
-    # Fixtures of module scope hold nothing that an example changes.
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-settings.load_profile("deterministic")
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:
+    # A GPU machine may lack it, and its tests need none.
+    pass
+else:
+    settings.register_profile(
+        "deterministic",
+        derandomize=True,
+        deadline=None,
+        database=None,
+        max_examples=60,
+        # Fixtures of module scope hold nothing that an example changes.
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+    settings.load_profile("deterministic")
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
+import bench_loader
 import pytest
-
-TOOLS = Path(__file__).parents[1] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-from bench_loader import Bench, make_clips  # noqa: E402
-from loader_contenders import Task  # noqa: E402
+from bench_loader import OURS, Bench, make_clips
+from loader_contenders import Task
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +20,38 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder = tmp_path_factory.mktemp("bench_loader")
     make_clips(folder, 16)
     return Bench(folder, Path(sys.executable))
+
+
+def test_without_peers_nothing_is_installed_and_webdataset_is_not_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+
+    def child(self: Bench, name: str, what: str, task: dict[str, Any]) -> dict[str, Any]:
+        ran.append(name)
+        fixed = {"clips_per_second": 2.0, "first_batch_s": 0.1, "queue_mb": 4.0}
+        return fixed | {"pread_gb_s": 2.0, "store_gb_s": 1.0, "peak_mb": 5.0}
+
+    def version(name: str) -> str:
+        if name == "webdataset":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    def installs(folder: Path) -> Path:
+        raise AssertionError("an environment is made")
+
+    monkeypatch.setattr(Bench, "child", child)
+    monkeypatch.setattr(bench_loader, "version", version)
+    monkeypatch.setattr(bench_loader, "peers_python", installs)
+    figures, size = tmp_path / "figures.json", ["--clips", "8", "--quick"]
+    command = ["bench_loader.py", "--no-peers", *size, "--json", str(figures)]
+    monkeypatch.setattr(sys, "argv", command)
+    bench_loader.main()
+    result = json.loads(figures.read_text())
+    assert result["clips_per_second"].keys() == set(OURS)
+    assert result["versions"]["webdataset"] is None
+    assert result["summary"]["vs_best_peer"] is None
+    assert set(ran) == set(OURS)
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from dist_train.config import Config, load_config
 from dist_train.engine.backends import make_backend
 from dist_train.engine.backends.base import Backend, autocast
 from dist_train.engine.graphs import UNRECORDED, make_micro_step
-from dist_train.engine.micro_step import MicroStep
 from dist_train.engine.optim import make_optimizer
 from dist_train.models.norm import share_statistics
 from dist_train.run import as_input, make_model
@@ -26,46 +25,47 @@ def config_of(*settings: str) -> Config:
     return load_config(None, ["store=none", *PLAIN, *settings])
 
 
-def trained(config: Config, steps: int = 3, *, shared: bool = False) -> list[torch.Tensor]:
-    """Loss of each step and the weights after them, on the device, in TF32-free arithmetic."""
+def gradients(config: Config, *, shared: bool = False) -> list[torch.Tensor]:
+    """Loss and gradients of one step from the same weights, on the device."""
     device = torch.device("cuda")
     model = make_model(config).to(device)
     if shared:
         share_statistics(model, lambda sums: None)
-    optimizer = make_optimizer(model, config.optim)
     generator = torch.Generator().manual_seed(1)
     clips = torch.randint(256, (4, 1, 20, 64, 64), dtype=torch.uint8, generator=generator)
     frames, labels = torch.tensor([20, 17, 20, 9]), torch.tensor([1.0, 0, 0, 0], device=device)
-    losses = []
-    for _ in range(steps):
-        with autocast(config.train.precision, device):
-            logits = model(as_input(clips.to(device), config), frames)
-        loss = binary_cross_entropy_with_logits(logits.float(), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return [torch.stack(losses), *(parameter.detach() for parameter in model.parameters())]
+    with autocast(config.train.precision, device):
+        logits = model(as_input(clips.to(device), config), frames)
+    loss = binary_cross_entropy_with_logits(logits.float(), labels)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def assert_near(found: list[torch.Tensor], exact: list[torch.Tensor], tolerance: float) -> None:
+    """Gradients as one vector, as single ones near zero may differ by more; losses ten times
+    closer."""
+    torch.testing.assert_close(found[0], exact[0], rtol=tolerance / 10, atol=tolerance / 10)
+    ours, theirs = (torch.cat([g.float().flatten() for g in of[1:]]) for of in (found, exact))
+    assert float((ours - theirs).norm() / theirs.norm()) < tolerance
 
 
 @pytest.mark.parametrize(
     ("setting", "tolerance"),
     [
-        ("train.channels_last=true", 2e-3),
-        ("model.stem_folded=true", 2e-3),
-        ("optim.fused=true", 2e-3),
-        ("norm.fused=true", 2e-3),
-        ("model.recompute=cheap", 2e-3),
-        ("train.precision=bf16", 5e-2),
+        ("train.channels_last=true", 1e-2),
+        ("model.stem_folded=true", 1e-2),
+        ("norm.fused=true", 1e-2),
+        ("model.recompute=cheap", 1e-2),
+        # What rounding does to a gradient of random weights: a quarter of it, seen on a CPU.
+        ("train.precision=bf16", 0.5),
     ],
 )
-def test_a_lever_changes_the_first_losses_by_rounding_alone(
+def test_a_lever_changes_gradients_by_rounding_alone(
     monkeypatch: pytest.MonkeyPatch, setting: str, tolerance: float
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    plain = trained(config_of("train.channels_last=false"))[0]
-    changed = trained(config_of("train.channels_last=false", setting))[0]
-    torch.testing.assert_close(changed, plain, rtol=tolerance, atol=tolerance)
+    plain = gradients(config_of("train.channels_last=false"))
+    assert_near(gradients(config_of("train.channels_last=false", setting)), plain, tolerance)
 
 
 @pytest.mark.parametrize("fused", ["false", "true"])
@@ -73,39 +73,53 @@ def test_shared_norms_are_the_norms_where_nobody_shares(
     monkeypatch: pytest.MonkeyPatch, fused: str
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    plain = trained(config_of())[0]
-    shared = trained(config_of(f"norm.fused={fused}"), shared=True)[0]
-    torch.testing.assert_close(shared, plain, rtol=2e-3, atol=2e-3)
+    plain = gradients(config_of())
+    assert_near(gradients(config_of(f"norm.fused={fused}"), shared=True), plain, 1e-2)
+
+
+def made(*settings: str) -> Backend:
+    config = config_of(*settings)
+    backend = make_backend(config.train, clip_norm=None)
+    backend.wrap(make_model(config), lambda model: make_optimizer(model, config.optim))
+    backend.model.train()
+    return backend
+
+
+def update(backend: Backend) -> None:
+    """By gradients that are the same each time: those of CUDA's own convolutions are not."""
+    generator = torch.Generator(backend.device).manual_seed(1)
+    for parameter in backend.module.parameters():
+        random = torch.randn(parameter.shape, device=backend.device, generator=generator)
+        # The fused kernel takes the layout of weights and gradients to be the same, as it is.
+        parameter.grad = torch.empty_like(parameter).copy_(random)
+    backend.update()
+
+
+def assert_same_weights(ours: Backend, theirs: Backend) -> None:
+    pairs = zip(ours.module.parameters(), theirs.module.parameters(), strict=True)
+    for our, their in pairs:
+        torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-6)
+
+
+def test_the_fused_optimizer_makes_the_same_update() -> None:
+    plain, fused = made(), made("optim.fused=true")
+    for backend in (plain, fused):
+        update(backend)
+    assert_same_weights(fused, plain)
 
 
 def test_the_fused_optimizer_goes_on_from_a_checkpoint() -> None:
-    config = config_of("optim.fused=true")
-
-    def backend() -> Backend:
-        made = make_backend(config.train, clip_norm=None)
-        torch.manual_seed(0)
-        made.wrap(make_model(config), lambda model: make_optimizer(model, config.optim))
-        made.model.train()
-        return made
-
-    def step(on: Backend) -> None:
-        generator = torch.Generator().manual_seed(1)
-        clips = torch.rand(4, 1, 8, 32, 32, generator=generator).to(on.device)
-        MicroStep(on)(clips, None, torch.tensor([1.0, 0, 0, 0], device=on.device), 1.0)
-        on.update()
-
-    first, second = backend(), backend()
-    step(first)
+    first, second = made("optim.fused=true"), made("optim.fused=true")
+    update(first)
     second.load_state({n: t.clone() for n, t in first.state(lambda name: True).items()}, updates=1)
-    step(first)
-    step(second)
-    for ours, theirs in zip(first.module.parameters(), second.module.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    update(first)
+    update(second)
+    assert_same_weights(second, first)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_recorded_passes_are_the_passes(fused: bool) -> None:
-    """Shapes in turn, of which the second has padding, until each was replayed."""
+    """Shapes in turn, of which the second has padding, until each was replayed; weights stay."""
     generator = torch.Generator().manual_seed(1)
     shapes = [(20, None), (12, torch.tensor([12, 9, 12, 5])), (16, None)]
     batches = [
@@ -114,20 +128,20 @@ def test_recorded_passes_are_the_passes(fused: bool) -> None:
         for depth, frames in shapes
     ]
 
-    def losses(*settings: str) -> torch.Tensor:
-        config = config_of("optim.fused=true", f"norm.fused={str(fused).lower()}", *settings)
-        backend = make_backend(config.train, clip_norm=1.0)
-        torch.manual_seed(0)
-        backend.wrap(make_model(config), lambda model: make_optimizer(model, config.optim))
-        backend.model.train()
+    def passes(*settings: str) -> list[list[torch.Tensor]]:
+        settings = (f"norm.fused={str(fused).lower()}", *settings)
+        config, backend = config_of(*settings), made(*settings)
         step = make_micro_step(backend, device_knows_frames=fused)
         labels, found = torch.tensor([1.0, 0, 0, 0], device=backend.device), []
         for clips, frames in batches:
             x = as_input(clips.to(backend.device), config)
             # Two micro-batches of a step, so that gradients are added up.
-            found += [step(x, frames, labels, 0.5)[1], step(x.flip(3), frames, labels, 0.5)[1]]
-            backend.update()
+            losses = [step(x, frames, labels, 0.5)[1], step(x.flip(3), frames, labels, 0.5)[1]]
+            kept = [p.grad.clone() for p in backend.module.parameters() if p.grad is not None]
+            found.append([torch.stack(losses), *kept])
+            backend.drop_gradients()
         backend.close()
-        return torch.stack(found)
+        return found
 
-    torch.testing.assert_close(losses("train.graphs=true"), losses(), rtol=2e-3, atol=2e-3)
+    for replayed, eager in zip(passes("train.graphs=true"), passes(), strict=True):
+        assert_near(replayed, eager, 2e-2)

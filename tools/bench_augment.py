@@ -4,7 +4,7 @@ Both do the same to the same clips; that they agree to the bit is checked before
 Then how many clips one core reads and packs for the device. benchmarks/augment.md says how to read
 the figures.
 
-    python tools/bench_augment.py [--rounds N] [--json FILE]
+    python tools/bench_augment.py [--rounds N] [--quick] [--json FILE]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,10 @@ from dist_train.data.store import Store
 
 #: Frames, height and width of a clip.
 SHAPE = 60, 160, 160
-#: Draws that a figure is the mean of.
-DRAWS = 24
-#: Clips that one core reads and packs, in batches of so many.
-CLIPS, BATCH = 256, 16
+#: Draws that a figure is the mean of; clips that one core reads and packs, in batches of so many.
+DRAWS, CLIPS, BATCH = 24, 256, 16
+#: The same where a few seconds must do, and the rows that run then.
+QUICK_DRAWS, QUICK_CLIPS, QUICK_ROWS = 2, 32, ("all at once", "recipe")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"device"}, 0.0)
 #: Of configs/clog_loss_*.yaml.
@@ -69,25 +69,31 @@ Apply = Callable[[Volume, int], Volume]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="times that all is timed")
+    parser.add_argument("--quick", action="store_true", help="one round, two rows, few draws")
     parser.add_argument("--json", type=Path, help="write the figures there, under 'summary'")
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    result = measure(arguments.rounds)
+    result = (
+        measure(1, QUICK_ROWS, QUICK_DRAWS, QUICK_CLIPS)
+        if arguments.quick
+        else measure(arguments.rounds, tuple(ROWS), DRAWS, CLIPS)
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     Console().print(as_table(result))
 
 
-def measure(rounds: int) -> dict[str, Any]:
+def measure(rounds: int, names: Sequence[str], draws: int, clips: int) -> dict[str, Any]:
     clip = cells(SHAPE)
     rows = {}
-    for name, settings in ROWS.items():
+    for name in names:
         say(name)
-        rows[name] = row(Augment(AugmentSettings.model_validate(settings), seed=0), clip, rounds)
+        augment = Augment(AugmentSettings.model_validate(ROWS[name]), seed=0)
+        rows[name] = row(augment, clip, rounds, draws)
     say("feeding")
     with tempfile.TemporaryDirectory(prefix="bench_augment.") as folder:
-        feed = feeding(Path(folder), rounds)
+        feed = feeding(Path(folder), rounds, clips)
     return {
         "summary": {
             "vs_per_frame": rows["recipe"]["vs_per_frame"],
@@ -100,7 +106,7 @@ def measure(rounds: int) -> dict[str, Any]:
         "device": str(DEVICE),
         "rows": rows,
         "clip": SHAPE,
-        "draws": DRAWS,
+        "draws": draws,
         "rounds": rounds,
         "versions": {
             "albumentations": A.__version__,
@@ -123,7 +129,7 @@ def cells(shape: tuple[int, int, int]) -> Volume:
 # --- the ways -------------------------------------------------------------------------------------
 
 
-def row(augment: Augment, clip: Volume, rounds: int) -> dict[str, float]:
+def row(augment: Augment, clip: Volume, rounds: int, draws: int) -> dict[str, float]:
     """Milliseconds a clip by each way, and how many times as long as ours the others take."""
     ways: dict[str, Apply] = {
         "ours": lambda clip, number: np.ascontiguousarray(augment(clip, epoch=0, number=number)),
@@ -134,8 +140,8 @@ def row(augment: Augment, clip: Volume, rounds: int) -> dict[str, float]:
         for other in ("per_frame", "calls"):
             same = np.array_equal(ways["ours"](clip, number), ways[other](clip, number))
             assert same, f"{other} gives another clip"
-    found = milliseconds(ways, clip, rounds)
-    found["device"] = device_milliseconds(augment, rounds)
+    found = milliseconds(ways, clip, rounds, draws)
+    found["device"] = device_milliseconds(augment, rounds, draws)
     times = {f"{name}_ms": took for name, took in found.items()}
     return times | {f"vs_{name}": found[name] / found["ours"] for name in ("per_frame", "calls")}
 
@@ -179,20 +185,20 @@ class PerFrame:
         return np.ascontiguousarray(clip[::-1]) if is_reversed else clip
 
 
-def milliseconds(ways: dict[str, Apply], clip: Volume, rounds: int) -> dict[str, float]:
+def milliseconds(ways: dict[str, Apply], clip: Volume, rounds: int, draws: int) -> dict[str, float]:
     """The least of several rounds, in which the ways take turns."""
     found = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
         for name, apply in ways.items():
-            found[name] = min(found[name], timed(apply, clip))
+            found[name] = min(found[name], timed(apply, clip, draws))
     return found
 
 
-def timed(apply: Apply, clip: Volume) -> float:
+def timed(apply: Apply, clip: Volume, draws: int) -> float:
     began = time.perf_counter()
-    for number in range(DRAWS):
+    for number in range(draws):
         apply(clip, number)
-    return (time.perf_counter() - began) / DRAWS * 1e3
+    return (time.perf_counter() - began) / draws * 1e3
 
 
 # --- the device -----------------------------------------------------------------------------------
@@ -205,11 +211,11 @@ def native(count: int) -> list[Volume]:
     return [np.ascontiguousarray(grain[:, :height, :width]) for height, width in sizes]
 
 
-def device_milliseconds(augment: Augment, rounds: int) -> float:
+def device_milliseconds(augment: Augment, rounds: int, count: int) -> float:
     """Of resizing and augmenting a native clip, in batches, once the draws are made."""
     size = SHAPE[1], SHAPE[2]
-    clips = [torch.from_numpy(clip) for clip in native(DRAWS)]
-    draws = [augment.draw(size, epoch=0, number=number) for number in range(DRAWS)]
+    clips = [torch.from_numpy(clip) for clip in native(count)]
+    draws = [augment.draw(size, epoch=0, number=number) for number in range(count)]
     packed = pack(clips, draws).to(DEVICE)
     best = float("inf")
     for _ in range(rounds + 1):
@@ -218,7 +224,7 @@ def device_milliseconds(augment: Augment, rounds: int) -> float:
         augmented_batch(packed, size)
         wait()
         best = min(best, time.perf_counter() - began)
-    return best / DRAWS * 1e3
+    return best / count * 1e3
 
 
 def wait() -> None:
@@ -229,13 +235,13 @@ def wait() -> None:
 # --- one core of a loader -------------------------------------------------------------------------
 
 
-def feeding(folder: Path, rounds: int) -> dict[str, float]:
+def feeding(folder: Path, rounds: int, clips: int) -> dict[str, float]:
     """Clips a second that one process reads from a store in the page cache and makes batches of in
     shared memory, as a loader's worker does: the recipe on the device, and on the host."""
     raw = folder / "raw"
     raw.mkdir()
-    names = [f"{number}.npy" for number in range(CLIPS)]
-    for name, clip in zip(names, native(CLIPS), strict=True):
+    names = [f"{number}.npy" for number in range(clips)]
+    for name, clip in zip(names, native(clips), strict=True):
         np.save(raw / name, clip)
     lines = ["filename,label", *(f"{name},{number % 2}" for number, name in enumerate(names))]
     (folder / "clips.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -251,16 +257,16 @@ def feeding(folder: Path, rounds: int) -> dict[str, float]:
             augment=Augment(AugmentSettings.model_validate(OFF | RECIPE), seed=0),
             on_device=on_device,
         )
-        rates[name] = max(feed_rate(dataset, epoch) for epoch in range(rounds))
+        rates[name] = max(feed_rate(dataset, epoch, clips) for epoch in range(rounds))
     return rates
 
 
-def feed_rate(dataset: ClipDataset, epoch: int) -> float:
+def feed_rate(dataset: ClipDataset, epoch: int, clips: int) -> float:
     began = time.perf_counter()
-    for first in range(0, CLIPS, BATCH):
+    for first in range(0, clips, BATCH):
         slots = [Slot(clip, epoch) for clip in range(first, first + BATCH)]
         collate(dataset, slots).share_memory()
-    return CLIPS / (time.perf_counter() - began)
+    return clips / (time.perf_counter() - began)
 
 
 # --- the table ------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ Makes clips with the depths and sizes of the Clog Loss challenge's, writes them 
 own format, and takes balanced, shuffled batches of them through each, in fresh processes, by turns.
 benchmarks/loader.md says how to read the figures.
 
-    python tools/bench_loader.py [--clips N] [--rounds N] [--workers N] [--quick] [--json FILE]
+    python tools/bench_loader.py [--clips N] [--rounds N] [--workers N] [--quick] [--no-peers]
+        [--json FILE]
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import sys
 import sysconfig
 import tempfile
 import venv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from dist_train.data.prepare import prepare
 
 SEED = 3
 BATCH, PREFETCH = 64, 2
+OURS = ("ours", "ours, native")
 PEERS = ("original", "plain files", "WebDataset", "Streaming", "LitData")
 #: Without their own requirements: Streaming asks for an old NumPy, both for torchvision and clients
 #: of clouds. What they really import beside what this package has follows them.
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=BATCH, help=f"clips (default {BATCH})")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--quick", action="store_true", help="one round, only some clips")
+    parser.add_argument("--no-peers", action="store_true", help="only ours: installs nothing")
     parser.add_argument("--peers-python", type=Path, help="has Streaming and LitData; else it is")
     parser.add_argument("--folder", type=Path, help="keeps the clips; used again if they are there")
     parser.add_argument("--json", type=Path, help="write the figures there, under 'summary'")
@@ -73,7 +76,10 @@ def main() -> None:
         arguments.batches = min(arguments.batches, 6)
     with tempfile.TemporaryDirectory(prefix="bench_loader.") as temporary:
         folder = arguments.folder or Path(temporary)
-        bench = Bench(folder, arguments.peers_python or peers_python(CACHE))
+        if arguments.no_peers:
+            bench = Bench(folder, Path(sys.executable), OURS)
+        else:
+            bench = Bench(folder, arguments.peers_python or peers_python(CACHE))
         bench.write(arguments.clips)
         task = Task(arguments.batch, arguments.workers, PREFETCH)
         result = bench.measure(task, arguments.batches, arguments.rounds)
@@ -142,15 +148,28 @@ def sides(rng: np.random.Generator, facts: tuple[int, int, int], clips: int) -> 
 
 
 class Bench:
-    def __init__(self, folder: Path, peers: Path) -> None:
-        self.folder, self.peers = folder, peers
+    """Runs of contenders, each in a fresh process.
+
+    Args:
+        folder: where their clips are or will be.
+        peers: the Python that has Streaming and LitData.
+        contenders: names of those that run.
+
+    Attributes:
+        cannot: by contender that failed, why.
+    """
+
+    def __init__(
+        self, folder: Path, peers: Path, contenders: Sequence[str] = tuple(CONTENDERS)
+    ) -> None:
+        self.folder, self.peers, self.contenders = folder, peers, contenders
         self.cannot: dict[str, str] = {}
 
     def write(self, clips: int) -> None:
         if not (self.folder / "store" / "store.json").exists():
             say(f"making {clips} clips")
             make_clips(self.folder, clips)
-        for name in WRITERS:
+        for name in filter(WRITERS.__contains__, self.contenders):
             done = self.folder / f"{name}.written"
             if not done.exists():
                 say(f"writing them for {name}")
@@ -179,12 +198,13 @@ class Bench:
         return found
 
     def measure(self, task: Task, batches: int, rounds: int) -> dict[str, Any]:
+        versions = {name: found_version(name) for name in ("torch", "numpy", "webdataset", "lmdb")}
         timed = replace(task, warm_up=WARM_UP * task.workers * task.prefetch, batches=batches)
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in self.contenders}
         # The first round warms the page cache up.
         for number in range(rounds + 1):
             say(f"round {number} of {rounds}")
-            for name in CONTENDERS:
+            for name in self.contenders:
                 if name in self.cannot:
                     continue
                 found = self.child(name, name, asdict(timed if number else task))
@@ -193,7 +213,9 @@ class Bench:
         clips_s = medians(runs, "clips_per_second")
         first = medians(runs, "first_batch_s")
         say("going on in the middle of an epoch")
-        resumes = {name: self.resume(name, task) for name in CONTENDERS if name not in self.cannot}
+        resumes = {
+            name: self.resume(name, task) for name in self.contenders if name not in self.cannot
+        }
         again = {
             what: (self.child("ours", "again", asdict(each)) or {}).get("first_batch_s")
             for what, each in (("first", task), ("resume", replace(task, resume=True)))
@@ -209,7 +231,7 @@ class Bench:
         queue = replace(task, warm_up=0, batches=batches)
         queue_mb = (self.child("ours", "queue", asdict(queue)) or {})["queue_mb"]
         rate, native = clips_s["ours"], clips_s["ours, native"]
-        peers = [of_peer for name in PEERS if (of_peer := clips_s[name]) is not None]
+        peers = [of_peer for name in PEERS if (of_peer := clips_s.get(name)) is not None]
         return {
             "summary": {
                 "vs_best_peer": rate / max(peers) if rate and peers else None,
@@ -231,7 +253,7 @@ class Bench:
             "runs": runs,
             "work": {"clips": len(json.loads((self.folder / "labels.json").read_text()))}
             | {"batch": task.batch, "workers": task.workers, "prefetch": task.prefetch},
-            "versions": {name: version(name) for name in ("torch", "numpy", "webdataset", "lmdb")},
+            "versions": versions,
             "peers": {name: packages[0] for name, packages in PACKAGES.items()},
         }
 
@@ -241,6 +263,13 @@ class Bench:
         if found is None:
             return None
         return str(found["cannot"]) if "cannot" in found else float(found["first_batch_s"])
+
+
+def found_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def medians(runs: dict[str, list[dict[str, Any]]], what: str) -> dict[str, float | None]:
@@ -261,7 +290,7 @@ def as_table(result: dict[str, Any]) -> Table:
     )
     for heading in ("", "clips/s", "first batch, cold", "resume, cold"):
         table.add_column(heading, justify="right" if heading else "left")
-    for name in CONTENDERS:
+    for name in result["runs"]:
         if name in result["cannot"]:
             table.add_row(name, result["cannot"][name])
             continue

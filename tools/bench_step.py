@@ -18,7 +18,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from bench_plan import Clips, read_clips, spread
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +39,7 @@ from dist_train.config import Config, load_config
 from dist_train.data.augment_draw import Drawer
 from dist_train.data.clog_loss_facts import BOX_HEIGHT, BOX_WIDTH, CLIPS_BY_DEPTH
 from dist_train.data.collate import Batch
+from dist_train.data.files import write_whole
 from dist_train.data.native import NativeClips, pack
 from dist_train.data.plan import Plan, make_plan
 from dist_train.data.shuffle import Ints
@@ -190,9 +192,12 @@ def main() -> None:
         arguments.rounds or (1 if arguments.quick else 5 if cuda else 3),
         arguments.steps or (8 if cuda else 1),
     )
-    result = measure(load, names, "a table" if arguments.depths else "clog_loss_facts.py")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+    def keep(result: dict[str, Any]) -> None:
+        if arguments.json:
+            write_whole(arguments.json, json.dumps(result, indent=2) + "\n")
+
+    result = measure(load, names, "a table" if arguments.depths else "clog_loss_facts.py", keep)
     Console(width=None if sys.stdout.isatty() else 150).print(as_table(result))
     if result["failed"]:
         raise SystemExit(f"error: {len(result['failed'])} rows failed, as told above")
@@ -224,6 +229,7 @@ class Workload:
     scale: float
     rounds: int
     steps: int
+    _epochs: dict[str, list[Ints]] = field(default_factory=dict, repr=False, compare=False)
 
     def plan(self, config: Config) -> Plan:
         """The package's plan of an epoch by the row's settings."""
@@ -246,10 +252,13 @@ class Workload:
 
     def epoch(self, config: Config) -> list[Ints]:
         """Depths of each step of the first epoch, in the order of the steps' longest clips."""
-        plan = self.plan(config)
-        depths = self.scaled(np.concatenate([self.clips.positives, self.clips.negatives]))
-        steps = [depths[plan.global_batch(step)] for step in range(plan.first_step(1))]
-        return sorted(steps, key=lambda of_step: int(of_step.max()))
+        key = config.plan.model_dump_json()
+        if key not in self._epochs:
+            plan = self.plan(config)
+            depths = self.scaled(np.concatenate([self.clips.positives, self.clips.negatives]))
+            steps = [depths[plan.global_batch(step)] for step in range(plan.first_step(1))]
+            self._epochs[key] = sorted(steps, key=lambda of_step: int(of_step.max()))
+        return self._epochs[key]
 
     def turns(self, config: Config) -> list[list[Ints]]:
         """Depths of the clips of each timed step, which is the same throughout a turn: steps at
@@ -297,8 +306,9 @@ def crops(depths: Ints, config: Config) -> NativeClips:
 # --- a row, in a process of its own ---------------------------------------------------------------
 
 
-def config_of(variant: Variant, model: str) -> Config:
-    return load_config(None, ["store=none", f"model.name={model}", *settings_of(variant)])
+def config_of(variant: Variant, model: str, more: Sequence[str] = ()) -> Config:
+    """The settings of a row; ``more`` are "key=value" settings that replace its own."""
+    return load_config(None, ["store=none", f"model.name={model}", *settings_of(variant), *more])
 
 
 def settings_of(variant: Variant) -> list[str]:
@@ -309,7 +319,7 @@ def settings_of(variant: Variant) -> list[str]:
 @dataclass
 class Turn:
     """Of the steps of one turn: seconds in all and by part, and the peak of memory in bytes (CUDA:
-    of the allocator; CPU: resident, above what the process held before)."""
+    reserved by the allocator; CPU: resident, above what the process held before)."""
 
     seconds: float = 0.0
     forward: float = 0.0
@@ -345,9 +355,8 @@ class Row:
         cuda = self.device.type == "cuda"
         batches = [make_batch(depths, self.config, cuda=cuda) for depths in steps]
         if cuda:
-            # What was given back after the last turn is taken anew, and passes are recorded.
-            for _ in range(UNRECORDED + 1 if self.config.train.graphs else 1):
-                self.step(batches[-1], Marks(self.device))
+            # The allocator's cache was emptied after the last turn.
+            self.warm_up(batches[-1])
         turn = Turn(depths=[depths.tolist() for depths in steps])
         with peak_memory(self.device) as peak:
             synchronize(self.device)
@@ -368,6 +377,17 @@ class Row:
             gc.collect()
             torch.cuda.empty_cache()
         return turn
+
+    def warm_up(self, batch: Batch) -> None:
+        """Steps in which kernels are chosen, moments are made, and CUDA graphs are captured."""
+        for _ in range(UNRECORDED + 1 if self.config.train.graphs else 1):
+            self.step(batch, Marks(self.device))
+
+    def close(self) -> None:
+        """Let another row, of another precision, be made in this process."""
+        self.backend.close()
+        # Accelerate keeps the first precision of a process otherwise.
+        AcceleratorState._reset_state(True)
 
     def step(self, batch: Batch, marks: Marks) -> None:
         """Passes that are recorded are one: all of their time counts as forward."""
@@ -414,7 +434,8 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield found
-        found.append(torch.cuda.max_memory_allocated(device))
+        # CUDA graphs own memory that does not count as allocated.
+        found.append(torch.cuda.max_memory_reserved(device))
         return
     # 5 sets the kernel's high-water mark of this process back to what it holds now.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -482,7 +503,15 @@ class Process:
 # --- all rows -------------------------------------------------------------------------------------
 
 
-def measure(load: Workload, names: Sequence[str], source: str) -> dict[str, Any]:
+def measure(
+    load: Workload, names: Sequence[str], source: str, keep: Callable[[Any], None]
+) -> dict[str, Any]:
+    """Let the rows take turns.
+
+    Args:
+        keep: called with the figures so far after each round, so that a killed bench loses one
+            round at most. Shares of the roofline are in the last figures only.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say("ceilings")
     ceilings = measure_ceilings(device, ["fp32", "bf16"])
@@ -498,6 +527,30 @@ def measure(load: Workload, names: Sequence[str], source: str) -> dict[str, Any]
     say(f"{len(variants)} processes")
     turns: dict[str, list[Turn]] = {variant.name: [] for variant in variants}
     failed: dict[str, str] = {}
+    facts = {
+        "ceilings": asdict(ceilings),
+        "workload": {
+            "model": load.model,
+            "parameters": parameters_of(load.model),
+            "frames_scale": load.scale,
+            "depths": source,
+            "rounds": load.rounds,
+            "steps_a_round": load.steps,
+        },
+        "machine": machine(device),
+        "left_out": left_out,
+    }
+
+    def result(counted_by: Ceilings | None) -> dict[str, Any]:
+        figures = {
+            v.name: figures_of(v, config_of(v, load.model), load, turns[v.name], device, counted_by)
+            for v in variants
+            if v.name not in failed and turns[v.name]
+        }
+        raw = {name: [asdict(turn) for turn in of_row] for name, of_row in turns.items()}
+        summary = summary_of(figures)
+        return {"summary": summary, "variants": figures, "failed": failed, **facts, "turns": raw}
+
     with ExitStack() as stack:
         rows = {}
         for variant in variants:
@@ -518,29 +571,11 @@ def measure(load: Workload, names: Sequence[str], source: str) -> dict[str, Any]
             for name, row in order[number % len(order) :] + order[: number % len(order)]:
                 with _noted(failed, name):
                     turns[name].append(row.take_turn(plans[name][number]))
+            keep(result(None))
     say("counting operations")
-    figures = {
-        v.name: figures_of(v, load, turns[v.name], ceilings, device)
-        for v in variants
-        if v.name not in failed
-    }
-    return {
-        "summary": summary_of(figures),
-        "variants": figures,
-        "failed": failed,
-        "left_out": left_out,
-        "ceilings": asdict(ceilings),
-        "workload": {
-            "model": load.model,
-            "parameters": parameters_of(load.model),
-            "frames_scale": load.scale,
-            "depths": source,
-            "rounds": load.rounds,
-            "steps_a_round": load.steps,
-        },
-        "machine": machine(device),
-        "turns": {name: [asdict(turn) for turn in of_row] for name, of_row in turns.items()},
-    }
+    whole = result(ceilings)
+    keep(whole)
+    return whole
 
 
 def _without_bf16(variant: Variant) -> Variant:
@@ -581,20 +616,26 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def figures_of(
     variant: Variant,
+    config: Config,
     load: Workload,
     turns: Sequence[Turn],
-    ceilings: Ceilings,
     device: torch.device,
+    ceilings: Ceilings | None,
 ) -> dict[str, Any]:
     """Of one row. True frames are padded frames times the efficiency of a whole epoch, of which the
-    timed steps are too few."""
-    config = config_of(variant, load.model)
+    timed steps are too few.
+
+    Args:
+        ceilings: of the device that the turns were taken on. None leaves out FLOP/s and the share
+            of the roofline, whose counting takes seconds for each shape.
+    """
     steps = [np.array(depths) for turn in turns for depths in turn.depths]
     seconds = sum(turn.seconds for turn in turns)
     epoch = load.epoch(config)
     frames = sum(map(padded, steps)) / seconds * efficiency(epoch)
     flops, modelled = 0, 0.0
-    for depths in steps:
+    for depths in steps if ceilings is not None else ():
+        assert ceilings is not None
         shape = (len(depths), 1, int(depths.max()), *config.clip.size)
         operations = counted(load.model, shape, config.train.precision, device)
         flops += sum(operation.flops for operation in operations)
@@ -613,8 +654,8 @@ def figures_of(
             for part in ("seconds", "forward", "backward", "optimizer")
         },
         "peak_bytes": max(turn.peak for turn in turns),
-        "flops_per_second": flops / seconds,
-        "roofline_share": modelled / seconds,
+        "flops_per_second": flops / seconds if ceilings else None,
+        "roofline_share": modelled / seconds if ceilings else None,
     }
 
 

@@ -1,20 +1,24 @@
 """What a run costs on a machine, from what was measured there: hours, device-hours, bytes, and what
 binds. The original recipe beside it.
 
-    python tools/cost.py RUN_OR_CONFIG --device h200 --nodes 1 4 16 [--per-node 8] [--figures DIR]
+    python tools/cost.py RUN_OR_CONFIG --device CARD --nodes 1 4 16 [--per-node 8]
+        [--figures FILE] [--link FILE]
 
-DIR (default benchmarks/DEVICE) holds the JSON files of the benches, as tools/h200.sh leaves them.
-No figure is assumed: where one was not measured on that device, it says what measures it.
+The figures (default benchmarks/gpu/CARD.jsonl) are the results file of 'tools/gpu.py bench', the
+link's (for several devices) the JSON of tools/bench_scaling.py. A run is priced by the row of the
+bench that trains as it does. No figure is assumed: where one is missing, it says what measures it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu import VISITS
 from rich.console import Console
 from rich.table import Table
 
@@ -25,8 +29,6 @@ from dist_train.run import CONFIG
 
 ROOT = Path(__file__).parent.parent
 ORIGINAL = ROOT / "configs" / "clog_loss_seed.yaml"
-#: Clips that the original run looked at, over all its epochs.
-VISITS = 9_000_000
 #: Weights and both moments in float32: what a checkpoint holds of each parameter, in bytes; and the
 #: gradient that ranks exchange.
 STATE_BYTES, GRADIENT_BYTES = 12, 4
@@ -37,31 +39,52 @@ class NotMeasuredError(Exception):
 
 
 @dataclass(frozen=True)
+class Row:
+    """A row of the bench: its settings, and clips a second of one device."""
+
+    name: str
+    config: Config
+    clips_per_second: float
+
+
+@dataclass(frozen=True)
 class Figures:
     """What was measured on a device. ``None``: not, as is told to whoever needs it.
 
     Attributes:
-        clips_per_second: of one device, by row of bench_step.py.
-        parameters: of that net.
-        loader: clips a second of one node's input.
+        loader: clips a second of one node's input, by whether the device resizes them.
         stall: seconds that a checkpoint costs the steps beside it.
+        parameters: of the net of the rows.
         link: bytes a second between two ranks.
     """
 
     device: str
-    clips_per_second: dict[str, float]
-    parameters: int
-    loader: float | None
+    rows: tuple[Row, ...]
+    loader: dict[bool, float]
     stall: float | None
+    parameters: int | None
     link: float | None
 
-    def rate(self, row: str) -> float:
-        if row not in self.clips_per_second:
+    def row(self, config: Config, clips: int) -> Row:
+        """That which trains as the config does, at the micro-batch nearest to ``clips``.
+
+        Raises:
+            NotMeasuredError: there is none; it names the nearest one and how it differs.
+        """
+        if not self.rows:
             raise NotMeasuredError(
-                f"the row '{row}' of the step was not measured on {self.device}: run 'python "
-                f"tools/bench_step.py --variants original,fast --json ...' there"
+                f"no step was measured on {self.device}: run 'tools/gpu.py bench --out DIR' there"
             )
-        return self.clips_per_second[row]
+        apart = {row.name: differences(row.config, config) for row in self.rows}
+        same = [row for row in self.rows if not apart[row.name]]
+        if not same:
+            nearest = min(apart, key=lambda name: len(apart[name]))
+            raise NotMeasuredError(
+                f"no row of the bench on {self.device} trains as this config does; the nearest is "
+                f"'{nearest}', but for {', '.join(apart[nearest])}: set these alike, or add a row "
+                "to tools/bench_step.py and tools/gpu_bench.py and measure it"
+            )
+        return min(same, key=lambda row: abs(math.log(row.config.plan.batch / clips)))
 
     def needed(self, name: str, value: float | None, command: str) -> float:
         if value is None:
@@ -71,12 +94,30 @@ class Figures:
         return value
 
 
+def differences(row: Config, config: Config) -> list[str]:
+    """Settings that change the time of a step, as "model.recompute (none there, cheap here)"."""
+    found = []
+    for section, names in {
+        "model": tuple(type(config.model).model_fields),
+        "train": ("precision", "channels_last", "graphs", "backend", "offload"),
+        "plan": ("order", "negatives"),
+        "norm": ("fused",),
+        "optim": ("fused",),
+        "clip": ("size", "max_frames", "growth"),
+        "augment": ("device",),
+    }.items():
+        for name in names:
+            there, here = (getattr(getattr(each, section), name) for each in (row, config))
+            if there != here:
+                found.append(f"{section}.{name} ({there} there, {here} here)")
+    return found
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A name, the row of bench_step.py that it trains as, and its settings."""
+    """A name and the settings of a run."""
 
     name: str
-    row: str
     config: Config
 
 
@@ -110,15 +151,16 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[1])
     parser.add_argument("--per-node", type=int, default=8, help="devices of a node (default 8)")
     parser.add_argument("--visits", type=int, default=VISITS, help=f"clips seen ({VISITS:,})")
-    parser.add_argument("--figures", type=Path, help="folder of the JSON files")
+    parser.add_argument("--figures", type=Path, help="results file of tools/gpu.py")
+    parser.add_argument("--link", type=Path, help="JSON of tools/bench_scaling.py")
     parser.add_argument("--json", type=Path, help="write the figures there, under 'summary'")
     arguments = parser.parse_args()
     try:
-        folder = arguments.figures or ROOT / "benchmarks" / arguments.device
-        figures = read_figures(folder, arguments.device)
+        recorded = ROOT / "benchmarks" / "gpu" / f"{arguments.device}.jsonl"
+        figures = read_figures(arguments.figures or recorded, arguments.device, arguments.link)
         recipes = [
-            Recipe("original", "original", load_config(ORIGINAL)),
-            Recipe(str(arguments.run_or_config), "fast", settings_of(arguments.run_or_config)),
+            Recipe("original", load_config(ORIGINAL)),
+            Recipe(str(arguments.run_or_config), settings_of(arguments.run_or_config)),
         ]
         layouts = [(1, 1), *((nodes, arguments.per_node) for nodes in arguments.nodes)]
         found = [
@@ -130,7 +172,9 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     if arguments.json:
         summary = {
-            f"{recipe.row}_hours_{cost.devices}": cost.seconds / 3600
+            f"{'original' if recipe is recipes[0] else 'ours'}_hours_{cost.devices}": (
+                cost.seconds / 3600
+            )
             for recipe, _, cost in found
             if isinstance(cost, Cost)
         }
@@ -144,49 +188,60 @@ def settings_of(path: Path) -> Config:
     return load_config(path / CONFIG if path.is_dir() else path)
 
 
-def read_figures(folder: Path, device: str) -> Figures:
-    """What the benches left in a folder.
+def read_figures(path: Path, device: str, link: Path | None = None) -> Figures:
+    """What 'tools/gpu.py bench' left in its results file; of a figure that came often, the last.
+
+    Args:
+        device: "cpu", or a part of the card's name.
+        link: what tools/bench_scaling.py wrote.
 
     Raises:
-        NotMeasuredError: the step was not measured, or on another device.
+        NotMeasuredError: nothing was measured, or on another device.
     """
-    step = _read(folder / "step.json")
-    if step is None:
-        command = "tools/bench_step.py --json" if device == "cpu" else "tools/h200.sh"
+    if not path.is_file():
         raise NotMeasuredError(
-            f"no step was measured on {device} ({folder / 'step.json'} is not there): run "
-            f"'{command} {folder}{'/step.json' if device == 'cpu' else ''}' there"
+            f"nothing was measured on {device} ({path} is not there): run 'tools/gpu.py bench "
+            f"--out DIR' there and copy DIR/results.jsonl to it"
         )
-    machine = step["machine"]
-    name = machine.get("gpu", machine["device"])
-    if device.lower() not in name.lower():
-        raise NotMeasuredError(f"{folder / 'step.json'} is of {name}, not of {device}")
-    if step["workload"]["frames_scale"] != 1:
-        raise NotMeasuredError(
-            f"{folder / 'step.json'} is of clips of {step['workload']['frames_scale']:g} of their "
-            f"depth: run 'python tools/bench_step.py --scale 1 --json ...' there"
-        )
-    loader, checkpoint, scaling = (
-        (_read(folder / f"{name}.json") or {}).get("summary", {})
-        for name in ("loader", "checkpoint", "scaling")
+    lines = [_parsed(line, path) for line in path.read_text(encoding="utf-8").splitlines()]
+    machines = [line for line in lines if line["stage"] == "machine"]
+    name = "cpu"
+    for machine in machines:
+        name = machine.get("card") or machine.get("device", "cpu")
+        if device.lower() not in name.lower():
+            raise NotMeasuredError(f"{path} is of {name}, not of {device}")
+    bench = {line["name"]: line for line in lines if line["stage"] == "bench"}
+    rows = tuple(
+        Row(row, load_config(None, _settings(line)), line["clips_per_second"])
+        for row, line in bench.items()
+        if "settings" in line
     )
-    stall = checkpoint.get("stall_s")
-    link = scaling.get("link_gb_per_second")
+    saved = bench.get("checkpoint", {})
+    stall = saved.get("stall_s")
+    bandwidth = None
+    if link is not None:
+        bandwidth = _parsed(link.read_text(encoding="utf-8"), link)["summary"]["link_gb_per_second"]
     return Figures(
         device=name,
-        clips_per_second={name: row["clips_per_second"] for name, row in step["variants"].items()},
-        parameters=step["workload"]["parameters"],
-        loader=loader.get("clips_per_second"),
-        stall=None if stall is None else stall + max(0.0, checkpoint.get("slowdown_s", 0.0)),
-        link=None if link is None else link * 1e9,
+        rows=rows,
+        loader={
+            on_device: bench[f"loader, {contender}"]["clips_per_second"]
+            for on_device, contender in ((False, "ours"), (True, "ours, native"))
+            if f"loader, {contender}" in bench
+        },
+        stall=None if stall is None else stall + max(0.0, saved["slowdown_s"]),
+        parameters=saved.get("parameters"),
+        link=None if bandwidth is None else bandwidth * 1e9,
     )
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
+def _settings(line: dict[str, Any]) -> list[str]:
+    return ["store=none", f"model.name={line['model']}", *line["settings"]]
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(text)
     except ValueError as error:
         raise NotMeasuredError(f"{path} is not JSON ({error}): measure anew") from None
     return content
@@ -204,22 +259,24 @@ def cost_of(
     group = sum(plan.ratio)
     if plan.batch % (devices * group):
         return devices, f"plan.batch {plan.batch} is no multiple of {devices * group}"
-    loader = figures.needed("the loader", figures.loader, "python tools/bench_loader.py --json ...")
-    stall = figures.needed(
-        "a checkpoint", figures.stall, "python tools/bench_checkpoint.py --json ..."
-    )
+    bench = "tools/gpu.py bench --out DIR"
+    rate = figures.loader.get(recipe.config.augment.device)
+    loader = figures.needed("the loader", rate, bench)
+    stall = figures.needed("a checkpoint", figures.stall, bench)
+    row = figures.row(recipe.config, plan.batch // devices // recipe.config.train.accumulate)
+    parameters = figures.needed("a checkpoint", figures.parameters, bench)
     steps = visits / plan.batch
     exchange = 0.0
     if devices > 1:
-        link = figures.needed("a link", figures.link, "python tools/bench_scaling.py --json ...")
+        link = figures.needed("a link", figures.link, "tools/bench_scaling.py --json FILE")
         # A ring passes each byte twice, less the rank's own share (Thakur et al. 2005).
-        size = figures.parameters * GRADIENT_BYTES
+        size = parameters * GRADIENT_BYTES
         exchange = steps * 2 * (devices - 1) / devices * size / link
     checkpoints = steps / recipe.config.checkpoint.every_steps
-    state = figures.parameters * STATE_BYTES
+    state = parameters * STATE_BYTES
     return Cost(
         devices=devices,
-        compute=visits / devices / figures.rate(recipe.row),
+        compute=visits / devices / row.clips_per_second,
         loader=visits / nodes / loader,
         exchange=exchange,
         checkpoints=checkpoints * stall,

@@ -102,20 +102,31 @@ def run_until_half_way(command: list[str]) -> None:
             time.sleep(0.2)
         ended = launched.poll()
     finally:
-        kill_tree(launched)
+        kill_tree(launched.pid)
+        launched.wait()
     if ended is not None:
         sys.exit(f"error: training ended with code {ended} before it was half way")
     print(f"\nkilled (SIGKILL) after step {metrics()[-1]['step']}", flush=True)
 
 
-def kill_tree(launched: subprocess.Popen[bytes]) -> None:
-    """SIGKILL a launcher, its ranks and their workers; none gets to say goodbye."""
-    if launched.poll() is None:
-        launcher = psutil.Process(launched.pid)
-        for process in [launcher, *launcher.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-    launched.wait()
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all that it started, such as ranks and their workers.
+
+    Returns once all of them have ended: a rank holds its run's lock and its GPU memory until then.
+    """
+    try:
+        first = psutil.Process(pid)
+        processes = [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    for process in processes:
+        # One that nobody reaps, as in a container without an init, holds nothing any more.
+        with suppress(psutil.NoSuchProcess):
+            while process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
 
 
 def half_way() -> bool:

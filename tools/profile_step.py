@@ -8,6 +8,8 @@ The trace opens at https://ui.perfetto.dev. Clips are noise, so no store is need
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ import torch
 from bench_step import Marks, Row, make_batch
 from rich.console import Console
 from rich.table import Table
+from roofline import synchronize
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dist_train.config import load_config
+from dist_train.data.collate import Batch
 from dist_train.errors import DistTrainError
 
 TRACE = "trace.json.gz"
@@ -63,39 +68,66 @@ def main() -> None:
     except DistTrainError as error:
         raise SystemExit(f"error: {error}") from None
     batch = make_batch(np.full(arguments.clips, frames), config, cuda=cuda)
-    # The first step also chooses kernels and makes the moments.
-    row.step(batch, Marks(row.device))
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as profiled:
-        for _ in range(arguments.steps):
-            row.step(batch, Named(row.device))
-        if cuda:
-            torch.cuda.synchronize()
+    profiled = profile_steps(row, batch, arguments.steps)
     arguments.out.mkdir(parents=True, exist_ok=True)
     trace = arguments.out / TRACE
     profiled.export_chrome_trace(str(trace))
-    rows = top_kernels(profiled, cuda=cuda, steps=arguments.steps)
+    rows = top_kernels(profiled.key_averages(), cuda=cuda, steps=arguments.steps)
+    calls = host_calls(profiled.key_averages(), steps=arguments.steps)
     net = f"{config.model.name}, {arguments.clips} clips of {frames} frames"
     Console().print(as_table(rows[: arguments.top], f"{net}, {row.device}"))
+    if cuda:
+        print("host calls a step: {launches} launches, {waits} waits".format(**calls))
     print(f"trace: {trace} (open it at https://ui.perfetto.dev)")
 
 
+def profile_steps(row: Row, batch: Batch, steps: int) -> profile:
+    """So many steps of a row, after those that warm it up."""
+    row.warm_up(batch)
+    cuda = row.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    profiled = profile(activities=activities)
+    with profiled:
+        for _ in range(steps):
+            row.step(batch, Named(row.device))
+        synchronize(row.device)
+    return profiled
+
+
 def top_kernels(
-    profiled: profile, *, cuda: bool, steps: int
+    events: Iterable[Any], *, cuda: bool, steps: int
 ) -> list[tuple[str, int, float, float]]:
     """Name, calls a step, ms a step and share of all: on the device's own time where there is one.
 
     Time of what a kernel calls is not in it.
+
+    Args:
+        events: averages by name, as ``profile.key_averages`` gives them.
     """
     own = "self_device_time_total" if cuda else "self_cpu_time_total"
     found = [
         (event.key, event.count, float(getattr(event, own)))
-        for event in profiled.key_averages()
-        if event.key not in Named.NAMES
+        for event in events
+        # An operation also has the time of its kernels, which are events of their own.
+        if event.key not in Named.NAMES and (event.device_type == DeviceType.CUDA) == cuda
     ]
     total = sum(time for *_, time in found) or 1.0
     rows = [(name, count // steps, t / steps / 1e3, t / total) for name, count, t in found]
     return sorted(rows, key=lambda row: -row[2])
+
+
+def host_calls(events: Iterable[Any], *, steps: int) -> dict[str, float]:
+    """How often a step launches kernels or graphs, and how often the host waits for the device.
+
+    ``cudaDeviceSynchronize`` is not counted: the profiler calls it, no step does.
+    """
+    found = {"launches": 0, "waits": 0}
+    for event in events:
+        if re.match(r"cu(da)?(Launch|GraphLaunch)", event.key):
+            found["launches"] += event.count
+        elif re.match(r"cu(da)?((Stream|Event)Synchronize|Memcpy)$", event.key):
+            found["waits"] += event.count
+    return {name: count / steps for name, count in found.items()}
 
 
 def as_table(rows: list[tuple[str, int, float, float]], title: str) -> Table:

@@ -46,13 +46,16 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, precisions: Sequence[str]) -> Ceilings:
-    """By products of square matrices and 3x3x3 convolutions, as large as it takes to be fast."""
+    """By products of square matrices and 3x3x3 convolutions, as large as it takes to be fast.
+
+    Operands are random: on ones a GPU draws less power and clocks higher than in training.
+    """
     flops = {
         name: max(_product_rate(device, DTYPES[name]), _convolution_rate(device, DTYPES[name]))
         for name in precisions
     }
     size = 2**28 if device.type == "cpu" else 2**30
-    source = torch.ones(size // 4, device=device)
+    source = torch.rand(size // 4, device=device)
     target = torch.empty_like(source)
     return Ceilings(flops, 2 * size / best(lambda: target.copy_(source), device))
 
@@ -82,7 +85,7 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     rate = 0.0
     for power in range(8, 14):
         n = 2**power
-        a = torch.ones(n, n, dtype=dtype, device=device)
+        a = torch.randn(n, n, device=device).to(dtype)
         seconds = best(lambda a=a: a @ a, device)  # type: ignore[misc]
         rate = max(rate, 2 * n**3 / seconds)
         if seconds > LONG_ENOUGH:
@@ -94,11 +97,11 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
 def _convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of 3x3x3 with 256 channels, channels last; more frames until it takes long enough."""
     rate, channels = 0.0, 256
-    weight = torch.ones(channels, channels, 3, 3, 3, dtype=dtype, device=device)
-    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    weight = torch.randn(channels, channels, 3, 3, 3, device=device)
+    weight = weight.to(dtype, memory_format=torch.channels_last_3d)
     for power in range(0, 8):
-        x = torch.ones(1, channels, 2**power, 20, 20, dtype=dtype, device=device)
-        x = x.contiguous(memory_format=torch.channels_last_3d)
+        x = torch.randn(1, channels, 2**power, 20, 20, device=device)
+        x = x.to(dtype, memory_format=torch.channels_last_3d)
         seconds = best(lambda x=x: conv3d(x, weight, padding=1), device)  # type: ignore[misc]
         rate = max(rate, 2 * 27 * channels**2 * x[0, 0].numel() / seconds)
         if seconds > LONG_ENOUGH:

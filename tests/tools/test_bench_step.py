@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import bench_step
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT, environment
+from roofline import Ceilings
 
 from dist_train.config import load_config
 
@@ -45,6 +48,61 @@ def test_timed_steps_are_as_deep_as_the_epoch_is() -> None:
         assert np.mean(timed) == pytest.approx(
             np.mean([bench_step.padded(d) for d in epoch]), rel=0.1
         )
+
+
+def test_figures_are_kept_after_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bench that is killed in a round has those of the rounds before it."""
+
+    class Process:
+        def __init__(self, variant: bench_step.Variant, model: str) -> None:
+            self.turns = 0
+
+        def answer(self) -> None: ...
+
+        def close(self) -> None: ...
+
+        def take_turn(self, steps: list[Any]) -> bench_step.Turn:
+            self.turns += 1
+            # The first is a shallow one, which does not count.
+            if self.turns == 4:
+                raise KeyboardInterrupt
+            return bench_step.Turn(2.0, 1.0, 0.5, 0.5, 10, [depths.tolist() for depths in steps])
+
+    ceilings = Ceilings({"fp32": 1.0, "bf16": 2.0}, 1.0)
+    monkeypatch.setattr(bench_step, "Process", Process)
+    monkeypatch.setattr(bench_step, "measure_ceilings", lambda *_: ceilings)
+    load = bench_step.Workload(bench_step.challenge_clips(), "resnet3d-10", 0.1, 3, 1)
+    kept: list[dict[str, Any]] = []
+    with pytest.raises(KeyboardInterrupt):
+        bench_step.measure(load, ("original", "fast"), "given", kept.append)
+    assert [len(result["turns"]["fast"]) for result in kept] == [1, 2]
+    last = json.loads(json.dumps(kept[-1]))
+    assert last["variants"]["fast"]["ms"]["seconds"] == pytest.approx(2000)
+    assert last["summary"]["clips_per_second"] > 0
+    # Counting operations takes longer than a round, and comes at the end.
+    assert last["summary"]["roofline_share"] is None
+
+
+def test_rows_of_two_precisions_run_in_one_process() -> None:
+    turns = []
+    for precision in ("bf16", "fp32"):
+        tiny = ["model.width=4", "clip.size=[32, 32]", f"train.precision={precision}"]
+        config = bench_step.config_of(bench_step.BY_NAME["fast"], "resnet3d-10", tiny)
+        row = bench_step.Row(config, knows_lengths=True)
+        assert row.backend.accelerator.mixed_precision == {"bf16": "bf16", "fp32": "no"}[precision]
+        turns.append(row.turn([np.full(4, 6)]))
+        row.close()
+    assert all(turn.seconds > 0 for turn in turns)
+
+
+def test_memory_that_graphs_own_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is reserved, but does not count as allocated."""
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7)
+    with bench_step.peak_memory(torch.device("cuda")) as peak:
+        pass
+    assert peak == [7]
 
 
 @pytest.mark.slow

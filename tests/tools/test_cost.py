@@ -1,47 +1,37 @@
-"""Costs by hand from figures that are given, and what is refused."""
+"""Costs by hand from figures that are given, those that the bench writes, and what is refused."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import cost
+import gpu_bench
 import pytest
+from gpu_record import RESULTS
 
-from dist_train.config import load_config
+from dist_train.config import Config, load_config
 
-RATES = {"original": {"clips_per_second": 5.0}, "fast": {"clips_per_second": 100.0}}
-
-
-def leave(folder: Path, **others: Any) -> Path:
-    """The JSON files of the benches in a folder."""
-    folder.mkdir(exist_ok=True)
-    step = {
-        "machine": {"device": "cuda", "gpu": "NVIDIA H200"},
-        "workload": {"frames_scale": 1.0, "parameters": 10**6},
-        "variants": RATES,
-    }
-    for name, content in {"step": step, **others}.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder
+#: Settings of the rows of a tiny run of tools/gpu.py.
+TINY = ("model.name=resnet3d-10", "model.width=4", "clip.size=[32, 32]", "train.precision=fp32")
+FAST = ("model.stem_folded=true", "optim.fused=true")
 
 
-ALL = {
-    "loader": {"summary": {"clips_per_second": 400.0}},
-    "checkpoint": {"summary": {"stall_s": 0.5, "slowdown_s": 1.5}},
-    "scaling": {"summary": {"link_gb_per_second": 1.0}},
-}
+def config(*settings: str) -> Config:
+    return load_config(None, ["store=none", *settings])
 
 
-def recipe(*settings: str) -> cost.Recipe:
-    return cost.Recipe("ours", "fast", load_config(None, ["store=none", *settings]))
+def figures(*rows: cost.Row) -> cost.Figures:
+    return cost.Figures("NVIDIA H200", rows, {False: 400.0}, 2.0, 10**6, 1e9)
 
 
-def test_seconds_and_bytes_are_those_worked_out_by_hand(tmp_path: Path) -> None:
-    figures = cost.read_figures(leave(tmp_path, **ALL), "h200")
-    ours = recipe("plan.batch=64", "checkpoint.every_steps=500")
-    found = cost.cost_of(ours, figures, nodes=2, per_node=4, visits=64_000)
+def test_seconds_and_bytes_are_those_worked_out_by_hand() -> None:
+    settings = config("plan.batch=64", "checkpoint.every_steps=500")
+    known = figures(cost.Row("fast", config("plan.batch=8"), 100.0))
+    found = cost.cost_of(cost.Recipe("ours", settings), known, nodes=2, per_node=4, visits=64_000)
     assert isinstance(found, cost.Cost)
     # 1,000 steps; 8 devices at 100 clips/s; 2 nodes at 400; a checkpoint costs 2 s.
     assert found.compute == pytest.approx(80)
@@ -52,9 +42,25 @@ def test_seconds_and_bytes_are_those_worked_out_by_hand(tmp_path: Path) -> None:
     assert found.seconds == pytest.approx(80 + 7 + 4)
 
 
-def test_a_batch_that_cannot_be_cut_is_told(tmp_path: Path) -> None:
-    figures = cost.read_figures(leave(tmp_path, **ALL), "h200")
-    assert cost.cost_of(recipe("plan.batch=4"), figures, 1, 8, 100) == (
+def test_a_config_is_priced_by_the_row_that_trains_as_it_does() -> None:
+    known = figures(
+        cost.Row("four", config("plan.batch=4"), 10.0),
+        cost.Row("sixteen", config("plan.batch=16"), 20.0),
+        cost.Row("cheap", config("plan.batch=16", "model.recompute=cheap"), 15.0),
+    )
+    assert known.row(config(), 4).name == "four"
+    assert known.row(config(), 64).name == "sixteen"
+    assert known.row(config("model.recompute=cheap"), 4).name == "cheap"
+    # The rate is that of the device, the loader's that of the way it loads.
+    with pytest.raises(cost.NotMeasuredError, match=r"'four', but for model\.recompute"):
+        known.row(config("model.recompute=block"), 4)
+    native = cost.Recipe("native", config("plan.batch=16", "augment.device=true"))
+    with pytest.raises(cost.NotMeasuredError, match="the loader was not measured"):
+        cost.cost_of(native, known, 1, 1, 100)
+
+
+def test_a_batch_that_cannot_be_cut_is_told() -> None:
+    assert cost.cost_of(cost.Recipe("ours", config("plan.batch=4")), figures(), 1, 8, 100) == (
         8,
         "plan.batch 4 is no multiple of 32",
     )
@@ -62,19 +68,82 @@ def test_a_batch_that_cannot_be_cut_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("missing", "command"),
-    [("loader", "bench_loader"), ("checkpoint", "bench_checkpoint"), ("scaling", "bench_scaling")],
+    [
+        ({"rows": ()}, "gpu.py bench"),
+        ({"loader": {}}, "gpu.py bench"),
+        ({"stall": None}, "gpu.py bench"),
+        ({"link": None}, "bench_scaling"),
+    ],
 )
 def test_what_was_not_measured_is_refused_with_what_measures_it(
-    tmp_path: Path, missing: str, command: str
+    missing: dict[str, object], command: str
 ) -> None:
-    others = {name: content for name, content in ALL.items() if name != missing}
-    figures = cost.read_figures(leave(tmp_path, **others), "h200")
+    known = figures(cost.Row("fast", config("plan.batch=8"), 100.0))
+    recipe = cost.Recipe("ours", config("plan.batch=64"))
     with pytest.raises(cost.NotMeasuredError, match=command):
-        cost.cost_of(recipe("plan.batch=64"), figures, 1, 8, 100)
+        cost.cost_of(recipe, replace(known, **missing), 1, 8, 100)  # type: ignore[arg-type]
 
 
 def test_figures_of_another_device_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(cost.NotMeasuredError, match="no step was measured on h200"):
-        cost.read_figures(tmp_path, "h200")
+    file = tmp_path / RESULTS
+    with pytest.raises(cost.NotMeasuredError, match="nothing was measured on h200"):
+        cost.read_figures(file, "h200")
+    file.write_text(json.dumps({"stage": "machine", "name": "machine", "card": "NVIDIA H200"}))
+    assert cost.read_figures(file, "h200").rows == ()
     with pytest.raises(cost.NotMeasuredError, match="is of NVIDIA H200, not of a100"):
-        cost.read_figures(leave(tmp_path, **ALL), "a100")
+        cost.read_figures(file, "a100")
+
+
+@pytest.mark.slow
+def test_the_figures_of_the_bench_are_found(
+    gpu_run: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    file = gpu_run[0] / RESULTS
+    known = cost.read_figures(file, "cpu")
+    on_cpu = set(gpu_bench.ROWS) - {"graphs"}
+    assert {row.name for row in known.rows} == on_cpu
+    assert all(row.clips_per_second > 0 for row in known.rows)
+    assert known.loader.keys() == {False, True}
+    assert known.stall is not None
+    assert known.stall > 0
+    for name, settings in {
+        "batch16": (*TINY, *FAST, "plan.batch=16"),
+        "fast": (*TINY, *FAST, "plan.batch=4"),
+        "fused_norm": (*TINY, *FAST, "plan.batch=4", "norm.fused=true"),
+        "original": (
+            *(*TINY, "plan.batch=4", "plan.order=random", "plan.negatives=natural"),
+            "train.channels_last=false",
+        ),
+    }.items():
+        assert known.row(config(*settings), config(*settings).plan.batch).name == name
+
+
+@pytest.mark.slow
+def test_the_command_prices_a_run(
+    gpu_run: tuple[Path, subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, original, out = (tmp_path / name for name in ("run.yaml", "original.yaml", "cost.json"))
+    run.write_text(
+        "store: none\nmodel: {name: resnet3d-10, width: 4, stem_folded: true}\n"
+        "clip: {size: [32, 32]}\nplan: {batch: 16}\noptim: {fused: true}\n"
+        "train: {precision: fp32}\n"
+    )
+    original.write_text(
+        "store: none\nmodel: {name: resnet3d-10, width: 4}\nclip: {size: [32, 32]}\n"
+        "plan: {batch: 4, order: random, negatives: natural}\n"
+        "train: {precision: fp32, channels_last: false}\n"
+    )
+    monkeypatch.setattr(cost, "ORIGINAL", original)
+    results = gpu_run[0] / RESULTS
+    command = ["cost.py", str(run), "--device", "cpu", "--per-node", "1", "--figures", str(results)]
+    monkeypatch.setattr(sys, "argv", [*command, "--json", str(out)])
+    cost.main()
+    assert "clips on cpu" in capsys.readouterr().out
+    summary = json.loads(out.read_text())["summary"]
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    rate = next(line["clips_per_second"] for line in lines if line["name"] == "batch16")
+    assert summary["ours_hours_1"] >= cost.VISITS / rate / 3600
+    assert summary["original_hours_1"] > 0
