@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from dist_train.errors import ConfigError, RunError
 
@@ -54,9 +53,14 @@ def binary_metrics(probability: ArrayLike, label: ArrayLike) -> dict[str, float 
         for threshold in THRESHOLDS
     }
     metrics["accuracy"] = float(np.mean((scores > 0.5) == truth)) if len(truth) else None
-    tensors = torch.tensor(scores), torch.tensor(truth)
-    metrics["auc"] = float(binary_auroc(*tensors)) if defined else None
-    metrics["ap"] = float(binary_average_precision(*tensors)) if defined else None
+    metrics["auc"] = metrics["ap"] = None
+    if defined:
+        # It imports transformers and SciPy, which takes seconds: not before it is needed.
+        from torchmetrics.functional import classification
+
+        tensors = torch.tensor(scores), torch.tensor(truth)
+        metrics["auc"] = float(classification.binary_auroc(*tensors))
+        metrics["ap"] = float(classification.binary_average_precision(*tensors))
     return metrics
 
 

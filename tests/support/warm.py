@@ -34,7 +34,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    # What a process imports for seconds when it begins, or makes its first optimizer or engine.
+    # What a process imports for seconds, at its start or for its first optimizer or figure.
     for module in (
         "accelerate",
         "deepspeed.module_inject.auto_ep_layer",
@@ -42,6 +42,7 @@ with warnings.catch_warnings():
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "torch._dynamo",
         "torch._inductor.compile_fx",
+        "torchmetrics.functional.classification",
         "transformers.integrations.deepspeed",
         "dist_train.engine.backends.fsdp",
         "dist_train.engine.backends.zero",
