@@ -34,14 +34,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def deep_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1,600 clips of 4 to 64 frames, a quarter of them positive, to train on; a few for val."""
+    """800 clips of 4 to 64 frames, a quarter of them positive, to train on; a few for val."""
     folder = tmp_path_factory.mktemp("deep")
     rng = np.random.default_rng(0)
     lines = ["filename,label,split"]
-    for number in range(1_610):
+    for number in range(810):
         shape = (int(4 * 16 ** rng.random()), SIDE, SIDE)
         np.save(folder / f"c{number}.npy", rng.integers(0, 256, shape, np.uint8))
-        split = "train" if number < 1_600 else "val"
+        split = "train" if number < 800 else "val"
         lines.append(f"c{number}.npy,{int(number % 4 == 0)},{split}")
     (folder / "clips.csv").write_text("\n".join(lines) + "\n")
     manifest = read_manifest(folder / "clips.csv")

@@ -548,7 +548,7 @@ def walking(store: Store, where: str) -> Iterator[tuple[subprocess.Popen[str], l
 @pytest.mark.parametrize(
     ("how", "where"),
     [
-        ("interrupted", "wait"),
+        pytest.param("interrupted", "wait", marks=pytest.mark.soak),
         ("interrupted", "walk"),
         ("parent interrupted", "walk"),
         ("parent killed", "wait"),

@@ -38,15 +38,11 @@ FRAMES = {"full": None, "padded": torch.tensor([9, 12, 2])}
 def _compiled_once() -> Iterator[None]:
     """All tests share the loops that were compiled for their dtypes: of more variants than the
     compiler allows by default, which beyond its limit would quietly run the plain functions."""
-    threads = torch.get_num_threads()
-    # With one, torch has a 1x1x1 convolution of its own, whose layout is compiled for separately.
-    torch.set_num_threads(2)
     limits = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
     with torch._dynamo.config.patch(limits):
         torch._dynamo.reset()
         yield
         torch._dynamo.reset()
-    torch.set_num_threads(threads)
 
 
 def random_norm(dtype: torch.dtype, *, fused: bool) -> BatchNorm3d:
@@ -127,7 +123,7 @@ def test_other_depths_need_no_other_code() -> None:
     # No loop is left that another test's dtypes and shapes were compiled for.
     torch._dynamo.reset()
     counters.clear()
-    model = make_model(torch.float32, fused=True)
+    model = make_model(torch.float32, fused=True, depth=18)
     for depth, frames in ((16, None), (20, [20, 9, 13]), (24, [9, 24, 24]), (36, None)):
         trained(model, None if frames is None else torch.tensor(frames), depth)
         if depth == 20:
@@ -137,7 +133,9 @@ def test_other_depths_need_no_other_code() -> None:
 
 
 @pytest.mark.parametrize("frames", [None, torch.tensor([20, 9, 13])], ids=["full", "padded"])
-@pytest.mark.parametrize("depth", [18, 50], ids=["basic", "bottleneck"])
+@pytest.mark.parametrize(
+    "depth", [pytest.param(18, marks=pytest.mark.soak), 50], ids=["basic", "bottleneck"]
+)
 def test_a_network(depth: int, frames: Tensor | None) -> None:
     fused, plain = (
         trained(make_model(torch.float64, fused=fused, depth=depth), frames)
@@ -148,9 +146,9 @@ def test_a_network(depth: int, frames: Tensor | None) -> None:
 
 def test_recomputing_changes_no_bit() -> None:
     frames = torch.tensor([20, 9, 13])
-    expected = trained(make_model(torch.float32, fused=True), frames)
+    expected = trained(make_model(torch.float32, fused=True, depth=18), frames)
     for mode in ("cheap", "block", "stage"):
-        model = make_model(torch.float32, fused=True)
+        model = make_model(torch.float32, fused=True, depth=18)
         model.recompute = mode
         left = trained(model, frames)
         assert [name for name in left if not torch.equal(left[name], expected[name])] == [], mode
