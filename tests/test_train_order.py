@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import STEPS_PER_EPOCH, losses_of, metrics_of, tiny_config, tiny_store
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -34,14 +35,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def deep_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """800 clips of 4 to 64 frames, a quarter of them positive, to train on; a few for val."""
+    """1,600 clips of 4 to 64 frames, a quarter of them positive, to train on; a few for val."""
     folder = tmp_path_factory.mktemp("deep")
     rng = np.random.default_rng(0)
     lines = ["filename,label,split"]
-    for number in range(810):
+    for number in range(1_610):
         shape = (int(4 * 16 ** rng.random()), SIDE, SIDE)
         np.save(folder / f"c{number}.npy", rng.integers(0, 256, shape, np.uint8))
-        split = "train" if number < 800 else "val"
+        split = "train" if number < 1_600 else "val"
         lines.append(f"c{number}.npy,{int(number % 4 == 0)},{split}")
     (folder / "clips.csv").write_text("\n".join(lines) + "\n")
     manifest = read_manifest(folder / "clips.csv")
@@ -220,11 +221,10 @@ def test_gradients_are_weighted_by_the_clips_of_a_step(deep_store: Path, tmp_pat
     assert first["train/grad_norm"] == pytest.approx(float(norm), rel=0.02)
 
 
-def saved_bytes(data: RunData, config: Config, step: int) -> int:
+def saved_bytes(model: nn.Module, data: RunData, config: Config, step: int) -> int:
     """What a step's forward pass keeps for the backward one."""
     kept: dict[int, int] = {}
     batch = batch_of(data, step)
-    model = make_model(config)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -244,8 +244,9 @@ def test_activations_stay_within_the_budget_at_any_depth(deep_store: Path, tmp_p
     plain = config.model_copy(update={"plan": config.plan.model_copy(update={"max_voxels": None})})
     data, data_plain = open_data(config), open_data(plain)
     plan = data.plan()
+    model = make_model(config)
     by_budget, by_count = (
-        [saved_bytes(d, c, step) for step in range(d.plan().first_step(1))]
+        [saved_bytes(model, d, c, step) for step in range(d.plan().first_step(1))]
         for d, c in ((data, config), (data_plain, plain))
     )
     assert max(by_count) > 6 * min(by_count)

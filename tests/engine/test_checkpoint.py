@@ -50,14 +50,13 @@ def save(folder: Path, step: int, *, world: int = 1) -> Path:
 
 
 @given(
-    # Names of any text are slow to draw; what matters is their order.
-    sizes=st.dictionaries(st.text("ab.é", max_size=6), st.integers(0, 1000), min_size=1),
+    sizes=st.dictionaries(st.text(), st.integers(0, 1000), min_size=1),
     world=st.integers(1, 9),
 )
 def test_each_tensor_is_written_by_one_rank_and_ranks_differ_by_one_tensor(
     sizes: dict[str, int], world: int
 ) -> None:
-    owned = [[name for name in sizes if share(sizes, rank, world)(name)] for rank in range(world)]
+    owned = [list(filter(share(sizes, rank, world), sizes)) for rank in range(world)]
     assert sorted(name for names in owned for name in names) == sorted(sizes)
     loads = [sum(sizes[name] for name in names) for names in owned]
     assert max(loads) - min(loads) <= max(sizes.values())
