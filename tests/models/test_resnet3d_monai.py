@@ -70,7 +70,7 @@ def make_pair(
 
 
 def random_clips() -> Tensor:
-    return torch.randn(2, 1, 16, 32, 32, generator=torch.Generator().manual_seed(1))
+    return torch.randn(4, 1, 16, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def assert_close_to_scale(value: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
