@@ -164,10 +164,9 @@ def gateway(gateway_before_s3: Gateway, monkeypatch: pytest.MonkeyPatch) -> Gate
 
 
 @pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for temporary files, empty."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
+def temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files, empty. Its path is short, as those of sockets must be."""
+    folder = tmp_path_factory.mktemp("t")
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     return folder
 
