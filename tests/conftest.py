@@ -3,7 +3,9 @@ the server that starts launches of several ranks."""
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,14 @@ else:
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
     settings.load_profile("deterministic")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_fork_server() -> None:
+    """Worker processes are forks of one server, that of the first test which has any. Without
+    PyTorch in it, each worker of each loader would import PyTorch for itself."""
+    multiprocessing.set_forkserver_preload(["dist_train.data.loader", "dist_train.data.task"])
+    forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

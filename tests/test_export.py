@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import dist_train, run_well, tiny_config, tiny_store
+from helpers import said, tiny_config, tiny_store
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -43,8 +43,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(run: Path) -> tuple[Path, Path]:
     """Both files, by the command."""
     out, graph = run.parent / "new" / "model.safetensors", run.parent / "model.onnx"
-    said = run_well(dist_train("export", run, "--out", out, "--onnx", graph))
-    assert said == "".join(f"snapshot of step 12 in {file}\n" for file in (out, graph))
+    told = said("export", run, "--out", out, "--onnx", graph)
+    assert told == "".join(f"snapshot of step 12 in {file}\n" for file in (out, graph))
     return out, graph
 
 

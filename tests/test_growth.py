@@ -56,12 +56,21 @@ def shapes_seen(config: Config) -> list[tuple[int, bool, tuple[int, ...]]]:
     return seen
 
 
-@pytest.mark.parametrize("on_device", ["false", "true"])
+@pytest.fixture(scope="module")
+def straight(store: Path) -> tuple[Path, list[tuple[int, bool, tuple[int, ...]]]]:
+    """A run from its beginning to its end, and what was seen of it; not to be changed."""
+    out = store.parent / "straight"
+    return out, shapes_seen(tiny_config(store, out, *GROWTH))
+
+
+@pytest.mark.parametrize("on_device", [False, True])
 def test_clips_grow_in_training_and_are_whole_where_they_are_judged(
-    store: Path, tmp_path: Path, on_device: str
+    store: Path, tmp_path: Path, request: pytest.FixtureRequest, on_device: bool
 ) -> None:
-    config = tiny_config(store, tmp_path / "run", *GROWTH, f"augment.device={on_device}")
-    seen = shapes_seen(config)
+    if on_device:
+        seen = shapes_seen(tiny_config(store, tmp_path / "run", *GROWTH, "augment.device=true"))
+    else:
+        _, seen = request.getfixturevalue("straight")
     shapes = [(4, 8, 8), (7, 12, 12), (7, 16, 16)]
     for done, training, shape in seen:
         epoch, within = divmod(done, STEPS_PER_EPOCH)
@@ -79,7 +88,11 @@ def test_clips_grow_in_training_and_are_whole_where_they_are_judged(
     }
 
 
-def test_a_run_resumed_in_a_stage_equals_the_straight_one(store: Path, tmp_path: Path) -> None:
+def test_a_run_resumed_in_a_stage_equals_the_straight_one(
+    store: Path,
+    straight: tuple[Path, list[tuple[int, bool, tuple[int, ...]]]],
+    tmp_path: Path,
+) -> None:
     class InterruptedSessionError(Exception):
         pass
 
@@ -87,17 +100,15 @@ def test_a_run_resumed_in_a_stage_equals_the_straight_one(store: Path, tmp_path:
         if done == 9:
             raise InterruptedSessionError
 
-    straight, resumed = (
-        tiny_config(store, tmp_path / name, *GROWTH) for name in ("straight", "resumed")
-    )
-    train(straight)
+    expected, _ = straight
+    resumed = tiny_config(store, tmp_path / "resumed", *GROWTH)
     with pytest.raises(InterruptedSessionError):
         train(resumed, progress=progress)
     train(resumed, resume="auto")
-    assert metrics_of(resumed.out) == metrics_of(straight.out)
+    assert metrics_of(resumed.out) == metrics_of(expected)
     for step in (12, 18):
         name = f"snapshots/step-{step}.safetensors"
-        assert (resumed.out / name).read_bytes() == (straight.out / name).read_bytes()
+        assert (resumed.out / name).read_bytes() == (expected / name).read_bytes()
 
 
 @pytest.mark.parametrize(

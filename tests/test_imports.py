@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,14 @@ each_module = pytest.mark.parametrize(
 )
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imported(path: Path) -> Iterator[str]:
     """Full names of all that a module imports, wherever in it the import stands."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -76,8 +82,7 @@ def test_the_launcher_libraries_are_behind_the_backend(path: Path) -> None:
 def test_nothing_pickles_to_a_file(path: Path) -> None:
     libraries = {name.split(".")[0] for name in imported(path)}
     assert not libraries & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             assert (node.value.id, node.attr) not in {("torch", "save"), ("torch", "load")}
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
@@ -86,12 +91,13 @@ def test_nothing_pickles_to_a_file(path: Path) -> None:
 
 
 def test_no_two_modules_import_each_other() -> None:
+    modules = {name_of(path) for path in MODULES}
     arrows = {
         name_of(path): {
             name
             for target in imported(path)
             for name in (target, target.rpartition(".")[0])
-            if name in map(name_of, MODULES)
+            if name in modules
         }
         for path in MODULES
     }

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,19 @@ def interrupt_at(step: int) -> Any:
             raise InterruptedSessionError
 
     return progress
+
+
+@pytest.fixture(scope="module")
+def cut(store: Path) -> Callable[[int], Path]:
+    """A run from its beginning to its end with so many micro-batches; not to be changed."""
+
+    @cache
+    def trained(accumulate: int) -> Path:
+        out = store.parent / f"cut-{accumulate}"
+        train(config_of(store, out, f"train.accumulate={accumulate}"))
+        return out
+
+    return trained
 
 
 # How a step is cut.
@@ -368,20 +382,21 @@ def with_memory_for(monkeypatch: pytest.MonkeyPatch, clips: int) -> None:
 @pytest.mark.parametrize(("memory_for", "accumulate"), [(99, 1), (16, 1), (15, 2), (5, 4)])
 def test_the_probe_finds_the_micro_batch_before_the_first_step(
     store: Path,
+    cut: Callable[[int], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     memory_for: int,
     accumulate: int,
 ) -> None:
     """And leaves no trace: the run is, to the bit, the one that was cut so from the beginning."""
-    train(config_of(store, tmp_path / "cut", f"train.accumulate={accumulate}"))
+    expected = cut(accumulate)
     with_memory_for(monkeypatch, memory_for)
     config = config_of(store, tmp_path / "found", "train.probe=always")
     with pytest.raises(InterruptedSessionError):
         train(config, progress=interrupt_at(5))
     train(config, resume="auto")
-    assert metrics_of(tmp_path / "found") == metrics_of(tmp_path / "cut")
-    assert weights_of(tmp_path / "found") == weights_of(tmp_path / "cut")
+    assert metrics_of(tmp_path / "found") == metrics_of(expected)
+    assert weights_of(tmp_path / "found") == weights_of(expected)
     found = [s["micro_batch"]["accumulate"] for s in sessions_of(tmp_path / "found")]
     assert found == [accumulate] * 2
 
@@ -399,13 +414,13 @@ def test_a_probe_that_finds_nothing_says_so_before_anything_is_written(
 
 
 def test_a_budget_changes_nothing_but_memory(
-    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    store: Path, cut: Callable[[int], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(config_of(store, tmp_path / "plain"))
+    plain = cut(1)
     with caplog.at_level(logging.INFO, "dist_train"):
         train(config_of(store, tmp_path / "budget", "model.activation_memory=1200KiB"))
-    assert metrics_of(tmp_path / "budget") == metrics_of(tmp_path / "plain")
-    assert weights_of(tmp_path / "budget") == weights_of(tmp_path / "plain")
+    assert metrics_of(tmp_path / "budget") == metrics_of(plain)
+    assert weights_of(tmp_path / "budget") == weights_of(plain)
     facts = sessions_of(tmp_path / "budget")[0]["micro_batch"]
     assert list(facts["recompute"]) == ["stem", "layer1", "layer2", "layer3", "layer4"]
     assert set(facts["recompute"].values()) != {"none"}

@@ -151,13 +151,28 @@ def finished(training: Path) -> Path:
     return training
 
 
-def test_page_of_a_finished_run(finished: Path) -> None:
-    path = write_report(finished, strips=strips)
-    assert path == finished / "report.html"
-    page = Page(path)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with its report; not to be changed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    run.mkdir()
+    write_training(run)
+    write_predictions(run)
+    assert write_report(run, strips=strips) == run / "report.html"
+    return run
+
+
+@pytest.fixture(scope="module")
+def without_strips(whole: Path) -> Page:
+    """The report of the same run, whose clips are not at hand."""
+    return Page(write_report(whole, out=whole.parent / "without" / "report.html"))
+
+
+def test_page_of_a_finished_run(whole: Path) -> None:
+    page = Page(whole / "report.html")
     assert [section["id"] for section in page.all("section")] == SECTIONS
     assert {link["href"] for link in page.all("a")} == {f"#{section}" for section in SECTIONS}
-    evaluation = read_run(finished).evaluation
+    evaluation = read_run(whole).evaluation
     assert evaluation is not None
     for text in (
         "95 % CI",
@@ -174,8 +189,8 @@ def test_page_of_a_finished_run(finished: Path) -> None:
     assert len(page.images("svg+xml")) == 12
 
 
-def test_page_needs_nothing_but_itself(finished: Path) -> None:
-    page = Page(write_report(finished, strips=strips))
+def test_page_needs_nothing_but_itself(whole: Path) -> None:
+    page = Page(whole / "report.html")
     assert page.all("script") == page.all("link") == []
     assert all(str(image["src"]).startswith("data:image/") for image in page.all("img"))
     assert all(image["alt"] for image in page.all("img"))
@@ -186,27 +201,26 @@ def test_page_needs_nothing_but_itself(finished: Path) -> None:
         assert not re.search(rb'(href|src)="(?!#)', svg)
 
 
-def test_same_run_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
-    first = write_report(finished, strips=strips).read_bytes()
-    second = write_report(finished, strips=strips, out=tmp_path / "new" / "again.html")
-    assert second.read_bytes() == first
+def test_same_run_gives_the_same_bytes(whole: Path, tmp_path: Path) -> None:
+    second = write_report(whole, strips=strips, out=tmp_path / "new" / "again.html")
+    assert second.read_bytes() == (whole / "report.html").read_bytes()
 
 
-def test_names_from_files_are_escaped(finished: Path) -> None:
-    path = write_report(finished, strips=strips)
+def test_names_from_files_are_escaped(whole: Path) -> None:
+    path = whole / "report.html"
     assert "<script" not in path.read_text()
     assert HOSTILE in Page(path).text
 
 
-def test_strips_show_eight_frames_of_the_worst_mistakes(finished: Path) -> None:
+def test_strips_show_eight_frames_of_the_worst_mistakes(whole: Path, tmp_path: Path) -> None:
     asked: list[str] = []
 
     def reader(key: str) -> NDArray[np.uint8]:
         asked.append(key)
         return strips(key)
 
-    page = Page(write_report(finished, strips=reader))
-    run = read_run(finished)
+    page = Page(write_report(whole, strips=reader, out=tmp_path / "report.html"))
+    run = read_run(whole)
     assert run.predictions is not None
     assert run.evaluation is not None
     clips = run.predictions.set_index("key")
@@ -232,10 +246,8 @@ def test_large_and_short_clips_make_strips(finished: Path) -> None:
     assert decoded.shape == (128, 3 * 64 + 2 * 2)
 
 
-def test_area_under_the_drawn_precision_and_recall_is_the_average_precision(
-    finished: Path,
-) -> None:
-    run = read_run(finished)
+def test_area_under_the_drawn_precision_and_recall_is_the_average_precision(whole: Path) -> None:
+    run = read_run(whole)
     assert run.evaluation is not None
     assert run.predictions is not None
     scores, labels = run.predictions["probability"], run.predictions["label"]
@@ -245,10 +257,9 @@ def test_area_under_the_drawn_precision_and_recall_is_the_average_precision(
     assert np.sum(-np.diff(recall) * held) == pytest.approx(run.evaluation.ap, abs=1e-5)
 
 
-def test_page_without_strips_says_why(finished: Path) -> None:
-    page = Page(write_report(finished))
-    assert "without the store of clips" in page.text
-    assert page.images("png") == []
+def test_page_without_strips_says_why(without_strips: Page) -> None:
+    assert "without the store of clips" in without_strips.text
+    assert without_strips.images("png") == []
 
 
 def test_page_warns_of_a_threshold_fitted_on_the_same_clips(training: Path) -> None:
@@ -279,18 +290,18 @@ def test_page_of_the_first_step(training: Path) -> None:
     assert "· 1 step · 0 epochs" in Page(write_report(training)).text
 
 
-def test_pauses_between_sessions_are_not_training_time(finished: Path) -> None:
+def test_pauses_between_sessions_are_not_training_time(without_strips: Page) -> None:
     # 318 gaps of 2.0 to 2.2 s, and an hour's pause.
-    assert re.search(r"Time training1[01] min", Page(write_report(finished)).text)
+    assert re.search(r"Time training1[01] min", without_strips.text)
 
 
-def test_resumes_are_marked_in_the_curves(finished: Path) -> None:
-    marked = [b"resumed" in svg for svg in Page(write_report(finished)).images("svg+xml")]
+def test_resumes_are_marked_in_the_curves(without_strips: Page) -> None:
+    marked = [b"resumed" in svg for svg in without_strips.images("svg+xml")]
     assert sum(marked) == 8
 
 
-def test_figures_follow_the_colour_scheme(finished: Path) -> None:
-    for svg in Page(write_report(finished)).images("svg+xml"):
+def test_figures_follow_the_colour_scheme(without_strips: Page) -> None:
+    for svg in without_strips.images("svg+xml"):
         assert b"prefers-color-scheme:dark" in svg
         assert b"var(--ink)" in svg
 

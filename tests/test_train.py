@@ -11,11 +11,10 @@ import pytest
 import torch
 from helpers import (
     STEPS_PER_EPOCH,
-    dist_train,
     losses_of,
     metrics_of,
     overrides,
-    run_well,
+    said,
     tiny_config,
     tiny_store,
 )
@@ -356,16 +355,15 @@ def test_real_volumes_from_file_to_report(real_data: Path, tmp_path: Path) -> No
                 for name, values in arrays.items()}  # fmt: skip
     np.savez(tmp_path / "part.npz", **part)
     out = tmp_path / "run"
-    run_well(dist_train("prepare-npz", tmp_path / "part.npz", "--out", tmp_path / "store"))
+    said("prepare-npz", tmp_path / "part.npz", "--out", tmp_path / "store")
     settings = overrides(
         tmp_path / "store", out, "clip.size=[28, 28]", "plan.batch=16", "model.width=8",
         "optim.lr=3e-3", "train.epochs=4", "snapshots.at=[4]",
     )  # fmt: skip
-    run_well(dist_train("train", *settings))
-    run_well(dist_train("predict", out))
-    said = run_well(dist_train("evaluate", out))
-    run_well(dist_train("report", out))
-    assert "Area under ROC" in said
+    said("train", *settings)
+    said("predict", out)
+    assert "Area under ROC" in said("evaluate", out)
+    said("report", out)
     assert (out / "report.html").stat().st_size > 10_000
     val = [line["val/auc"] for line in metrics_of(out) if "val/auc" in line]
     assert len(val) == 4

@@ -1,4 +1,4 @@
-"""2,000 damaged and hostile files through `prepare`: each is stored or rejected, in bounded time
+"""Damaged and hostile files through `prepare`: each is stored or rejected, in bounded time
 and memory, and the run goes on."""
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from dist_train.data.roi import Box
 from dist_train.data.store import REJECTED, Store
 from dist_train.data.verify import verify
 
-FILES = 2_000
 CLIP_MEMORY = 256
 Change = Callable[[bytes, np.random.Generator], bytes]
 
@@ -168,7 +167,8 @@ def huge_avi() -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_two_thousand_mutated_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("files", [300, pytest.param(2_000, marks=pytest.mark.soak)])
+def test_mutated_files(tmp_path: Path, files: int) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     rng = np.random.default_rng(11)
@@ -177,7 +177,7 @@ def test_two_thousand_mutated_files(tmp_path: Path) -> None:
         (raw / name).write_bytes(content)
     sound = sound_files(tmp_path / "sound")
     names = list(hostile)
-    for number in range(FILES - len(hostile)):
+    for number in range(files - len(hostile)):
         path = sound[number % len(sound)]
         change = CHANGES[number // len(sound) % len(CHANGES)]
         names.append(f"m{number:04d}-{change.__name__}{path.suffix}")
@@ -201,7 +201,7 @@ def test_two_thousand_mutated_files(tmp_path: Path) -> None:
     assert set(hostile) <= set(rejected["file"])
     assert (rejected["reason"].str.len() > 10).all()
     # Some survive a flipped bit, and most do not survive a lost end.
-    assert 200 < len(rejected) < 1_900
+    assert 0.1 * files < len(rejected) < 0.95 * files
     assert verify(store) == []
     assert {path.name for path in tmp_path.iterdir()} == {"raw", "sound", "store", "stderr"}
 

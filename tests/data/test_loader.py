@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-import multiprocessing
 import os
 import resource
 import shutil
@@ -15,7 +14,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +55,6 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    # Before prepare() starts the fork server without PyTorch, which each worker would then import.
-    multiprocessing.set_forkserver_preload([loader_module.__name__])
-    forkserver.ensure_running()
     folder = tmp_path_factory.mktemp("loader")
     names = write_volumes(folder / "raw", CLIPS)
     manifest = write_manifest(folder / "clips.csv", names)
@@ -553,7 +548,7 @@ def walking(store: Store, where: str) -> Iterator[tuple[subprocess.Popen[str], l
 @pytest.mark.parametrize(
     ("how", "where"),
     [
-        ("interrupted", "wait"),
+        pytest.param("interrupted", "wait", marks=pytest.mark.soak),
         ("interrupted", "walk"),
         ("parent interrupted", "walk"),
         ("parent killed", "wait"),

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import tifffile
 import webdataset
-from helpers import LAUNCH, contents, dist_train, run_well
+from helpers import LAUNCH, contents, run_well, said
 from make_media import (
     drifting,
     grey_frames,
@@ -617,10 +617,10 @@ def test_slurm_array(tmp_path: Path, raw: Path) -> None:
     options = ("--manifest", manifest, "--source", raw, "--out", store, "--roi", "none")
     script = [LAUNCH / "prepare_slurm.sh", *options, "--shard-clips", "4"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    for task in (2, 3, 1):
-        array = {"SLURM_ARRAY_TASK_ID": f"{task}", "SLURM_ARRAY_TASK_COUNT": "3"}
+    for task in (2, 1):
+        array = {"SLURM_ARRAY_TASK_ID": f"{task}", "SLURM_ARRAY_TASK_COUNT": "2"}
         run_well([*map(str, script)], PATH=path, SLURM_CPUS_PER_TASK="2", **array)
-    run_well(dist_train("finalize", store))
+    said("finalize", store)
     assert contents(store) == contents(make(tmp_path, names, "plain"))
 
 

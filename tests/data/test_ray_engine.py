@@ -8,14 +8,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import ROOT, contents, dist_train, environment, run_well
+from helpers import ROOT, contents, dist_train, environment, said
 from ray.cluster_utils import Cluster
 
 from dist_train.data.store import SHARDS, Store
 from dist_train.data.synth import synthesize
 from dist_train.data.verify import verify
 
-CLIPS, SHARDS_IN_ALL = 96, 24
+CLIPS, SHARDS_IN_ALL = 48, 24
 
 
 @pytest.fixture
@@ -36,18 +36,18 @@ def test_a_node_killed_half_way(tmp_path: Path, cluster: Cluster) -> None:
     synthesize(raw, clips=CLIPS, seed=3, stall_rate=0.25)
     (raw / "videos" / "100007.mp4").write_bytes(b"no video")
 
-    def command(out: Path, engine: str) -> list[str]:
-        return dist_train(
+    def arguments(out: Path, engine: str) -> list[object]:
+        return [
             *("prepare", "--manifest", raw / "train_metadata.csv", "--source", raw / "videos"),
             *("--out", out, "--shard-clips", CLIPS // SHARDS_IN_ALL, "--engine", engine),
             *("--max-rejected", "0.1"),
-        )
+        ]
 
-    run_well(command(tmp_path / "straight", "local"))
+    said(*arguments(tmp_path / "straight", "local"))
     lost = cluster.worker_nodes.copy().pop()
     with (tmp_path / "errors").open("wb") as errors:
         process = psutil.Popen(
-            command(out, "ray"),
+            dist_train(*arguments(out, "ray")),
             env=environment(RAY_ADDRESS=cluster.address),
             cwd=ROOT,
             stdout=errors,

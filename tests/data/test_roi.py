@@ -104,11 +104,12 @@ def test_blobs_elsewhere_do_not_disturb(tmp_path: Path, colour: tuple[int, int, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("clips", [30, pytest.param(100, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("crf", [18, 28, 38])
-def test_synthetic_clips_with_blobs_near_and_far(tmp_path: Path, crf: int) -> None:
+def test_synthetic_clips_with_blobs_near_and_far(tmp_path: Path, crf: int, clips: int) -> None:
     """Of 100 clips at each quality, 99 have all four sides within two pixels of what was drawn."""
     off = []
-    for index in range(100):
+    for index in range(clips):
         clip = render_clip(replace(draw_clip(11, index), depth=4), stalled=False)
         scatter_blobs(clip.frames, np.random.default_rng(index))
         path = write_video(tmp_path / "a.mp4", clip.frames, options={"crf": str(crf)})

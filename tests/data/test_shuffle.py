@@ -82,7 +82,9 @@ def test_all_orders_of_a_few_things_are_equally_frequent(size: int) -> None:
 @pytest.mark.parametrize("pair", [(0, 1), (0, -1), (3, 10)])
 def test_what_stands_at_two_places_is_independent(size: int, pair: tuple[int, int]) -> None:
     number = 20_000
-    chosen = orders(size, number)[:, list(pair)]
+    keys = subkey(root_key(0, "even"), np.arange(number))
+    places = np.tile(np.array(pair) % size, number)
+    chosen = permute(places, size, np.repeat(keys, 2)).reshape(number, 2)
     cells = chosen * 8 // size
     sizes = np.bincount(np.arange(size) * 8 // size, minlength=8)
     counts = np.bincount(cells[:, 0] * 8 + cells[:, 1], minlength=64).reshape(8, 8)

@@ -20,7 +20,7 @@ import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
-from helpers import ROOT, contents, dist_train, environment, run_well
+from helpers import ROOT, contents, dist_train, environment, run_well, said
 from make_media import grey_frames, write_video
 from moto.server import ThreadedMotoServer
 
@@ -164,10 +164,9 @@ def gateway(gateway_before_s3: Gateway, monkeypatch: pytest.MonkeyPatch) -> Gate
 
 
 @pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for temporary files, empty."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
+def temporary(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files, empty. Its path is short, as those of sockets must be."""
+    folder = tmp_path_factory.mktemp("t")
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     return folder
 
@@ -610,15 +609,18 @@ def test_a_store_from_s3_is_that_of_the_files(
     table.write_text("\n".join(["filename,url,label", *rows]) + "\n")
     settings = {"HOME": str(tmp_path), "TMPDIR": str(temporary), **KEYS}
 
-    def store(name: str, *source: str) -> dict[str, bytes]:
-        out = tmp_path / name
+    def prepare(out: Path, *source: object) -> list[object]:
         options = ("--manifest", table, "--out", out, "--roi", "none", "--shard-clips", 2)
-        command = dist_train("prepare", *options, "--max-rejected", "20%", *source)
+        return ["prepare", *options, "--max-rejected", "20%", *source]
+
+    def store(name: str, *source: object) -> dict[str, bytes]:
+        command = dist_train(*prepare(tmp_path / name, *source))
         run_well(command, FSSPEC_S3_ENDPOINT_URL=gateway.url, **settings)
         assert not list(temporary.iterdir())
-        return contents(out)
+        return contents(tmp_path / name)
 
-    here = store("here", "--source", str(raw))
+    said(*prepare(tmp_path / "here", "--source", raw))
+    here = contents(tmp_path / "here")
     gateway.faults = [(503, b""), "cut", "refuse"]
     assert store("place", "--source", "s3://bucket/clips") == here
     assert store("urls") == here

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import av
@@ -306,9 +307,10 @@ class Views:
     label: np.ndarray
 
 
-def view(folder: Path, index: int, stalled: bool) -> tuple[np.ndarray, ...]:
+def view(folder: Path, deepest: int, index: int, stalled: bool) -> tuple[np.ndarray, ...]:
     cv2.setNumThreads(1)
     spec = boxed(draw_clip(SEED, index))
+    depth, spec = spec.depth, dataclasses.replace(spec, depth=min(spec.depth, deepest))
     clip = render_clip(spec, stalled=stalled)
     path = folder / filename(index)
     write_video(path, clip.frames)
@@ -319,7 +321,7 @@ def view(folder: Path, index: int, stalled: bool) -> tuple[np.ndarray, ...]:
     inside = inside_outline(clip.frames[:, box.top : box.bottom, box.left : box.right])
     views = (grey[len(grey) // 2], grey.mean(axis=0), inside.astype(np.float32))
     small = (cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_AREA) for image in views)
-    return (*small, persistence(grey, inside), np.array([spec.depth, *crop.shape[1:3]]))
+    return (*small, persistence(grey, inside), np.array([depth, *crop.shape[1:3]]))
 
 
 def inside_outline(crop: np.ndarray) -> np.ndarray:
@@ -344,13 +346,17 @@ def persistence(grey: np.ndarray, inside: np.ndarray) -> np.ndarray:
     return np.array([(light[:-lag] * light[lag:]).mean() for lag in (1, 2)]) / light.var()
 
 
-@pytest.fixture(scope="module")
-def views(tmp_path_factory: pytest.TempPathFactory) -> Views:
+@pytest.fixture(
+    scope="module", params=[20, pytest.param(1000, marks=pytest.mark.soak)], ids="{} frames".format
+)
+def views(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Views:
+    """Of clips of so many frames at the most."""
     folder = tmp_path_factory.mktemp("views")
     stalled = stalled_indices(range(CLIPS), SEED, 0.5)
     label = np.array([index in stalled for index in range(CLIPS)])
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        seen = pool.map(view, [folder] * CLIPS, range(CLIPS), label.tolist(), chunksize=10)
+        one = partial(view, folder, request.param)
+        seen = pool.map(one, range(CLIPS), label.tolist(), chunksize=10)
         single, mean, inside, motion, form = (
             np.stack(column) for column in zip(*seen, strict=True)
         )

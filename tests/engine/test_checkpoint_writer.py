@@ -211,40 +211,41 @@ from dist_train.engine.checkpoint_keep import Keep
 from dist_train.engine.checkpoint_writer import CheckpointWriter
 from dist_train.errors import CheckpointError
 
-folder, limit, values = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-writer = CheckpointWriter(folder, Alone(), keep=Keep(1))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-writer.save(8, {"a": torch.zeros(values)}, {})
-try:
-    writer.commit()
-except CheckpointError as error:
-    print(error)
-assert sorted(path.name for path in folder.iterdir()) == ["step-4"]
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-writer.save(8, {"a": torch.zeros(values)}, {})
-writer.finish()
+# At the tensors, and at the marker.
+for name, limit, values in (("tensors", 20_000, 9000), ("marker", 100, 1)):
+    folder = Path(sys.argv[1], name)
+    writer = CheckpointWriter(folder, Alone(), keep=Keep(1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    writer.save(8, {"a": torch.zeros(values)}, {})
+    try:
+        writer.commit()
+    except CheckpointError as error:
+        print(error)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-4"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    writer.save(8, {"a": torch.zeros(values)}, {})
+    writer.finish()
 """
 
 
-@pytest.mark.parametrize(
-    ("limit", "values"), [(20_000, 9000), (100, 1)], ids=["at the tensors", "at the marker"]
-)
-def test_a_full_disk_leaves_nothing_that_looks_whole(
-    tmp_path: Path, limit: int, values: int
-) -> None:
+def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     """The limit on the size of a file makes the write itself fail, half way through. When there is
     room again, the same writer goes on."""
-    save(tmp_path, 4)
+    for name in ("tensors", "marker"):
+        save(tmp_path / name, 4)
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path), str(limit), str(values)],
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
         env=environment(PYTHONPATH=":".join(sys.path)), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{tmp_path / 'step-8'}: the checkpoint cannot be written")
-    assert "process 0: File too large" in done.stdout
-    assert names_in(tmp_path) == {"step-8"}
-    assert newest_whole(tmp_path) == tmp_path / "step-8"
+    said = done.stdout.splitlines()
+    for name, line in zip(("tensors", "marker"), said, strict=True):
+        folder = tmp_path / name
+        assert line.startswith(f"{folder / 'step-8'}: the checkpoint cannot be written")
+        assert "process 0: File too large" in line
+        assert names_in(folder) == {"step-8"}
+        assert newest_whole(folder) == folder / "step-8"
 
 
 def test_a_failure_of_one_rank_is_an_error_on_every_rank(tmp_path: Path) -> None:

@@ -213,15 +213,23 @@ class OnOneDevice(TorchDispatchMode):
 
 # Shared norms that are not fused take an operation that has no meta kernel.
 @pytest.mark.parametrize(
-    ("fused", "shared", "padded"),
+    ("fused", "shared", "padded", "folded"),
     [
-        (False, False, False),
-        (True, False, False),
-        (True, False, True),
-        (True, True, True),
+        (False, False, False, False),
+        (True, False, False, True),
+        (True, False, True, False),
+        (True, True, True, True),
+        *(
+            pytest.param(*choice, marks=pytest.mark.soak)
+            for choice in (
+                (False, False, False, True),
+                (True, False, False, False),
+                (True, False, True, True),
+                (True, True, True, False),
+            )
+        ),
     ],
 )
-@pytest.mark.parametrize("folded", [False, True])
 def test_the_passes_ask_the_device_for_nothing(
     monkeypatch: pytest.MonkeyPatch, fused: bool, padded: bool, folded: bool, shared: bool
 ) -> None:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
-from helpers import dist_train, losses_of, overrides, run, tiny_config, tiny_store
+from helpers import losses_of, overrides, tiny_config, tiny_store
+from thread_group import Threads, on_each_rank
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
+from dist_train import cli
 from dist_train.errors import ModelError
+from dist_train.models import fused_norm
 from dist_train.models.frames import valid_frames
 from dist_train.models.norm import BatchNorm3d, fuse, norms, share_statistics
 from dist_train.models.precise_norm import precise_statistics
 from dist_train.models.resnet3d import ResNet3D
+from dist_train.run import make_model as make_run_model
 from dist_train.train import train
 
 pytestmark = [
@@ -29,13 +34,15 @@ DEPTH = 12
 FRAMES = {"full": None, "padded": torch.tensor([9, 12, 2])}
 
 
-@pytest.fixture(autouse=True)
-def compiled_anew() -> Iterator[None]:
-    """No loop is left that another test's dtypes and shapes were compiled for."""
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once() -> Iterator[None]:
+    """All tests share the loops that were compiled for their dtypes: of more variants than the
+    compiler allows by default, which beyond its limit would quietly run the plain functions."""
+    limits = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(limits):
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
 
 
 def random_norm(dtype: torch.dtype, *, fused: bool) -> BatchNorm3d:
@@ -52,7 +59,7 @@ def random_norm(dtype: torch.dtype, *, fused: bool) -> BatchNorm3d:
 def random_clips(dtype: torch.dtype, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     clips = torch.randn(3, 5, DEPTH, 4, 2, dtype=torch.float64, generator=generator)
-    return clips.to(dtype) + 3
+    return (clips.to(dtype) + 3).to(memory_format=torch.channels_last_3d)
 
 
 def one_layer(
@@ -84,15 +91,99 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         assert worst <= tolerance * largest, (name, worst, largest)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
+# --- in a network ---------------------------------------------------------------------------------
+
+
+def trained(model: ResNet3D, frames: Tensor | None, depth: int = 20) -> dict[str, Tensor]:
+    """Loss, gradients and buffers after a step, dropout drawn from the same state."""
+    torch.manual_seed(2)
+    dtype = model.head.weight.dtype
+    clips = torch.rand(
+        3, 1, depth, 48, 48, dtype=dtype, generator=torch.Generator().manual_seed(3)
+    ).to(memory_format=torch.channels_last_3d)
+    model.zero_grad()
+    loss = model(clips, frames).square().sum()
+    loss.backward()
+    left = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach()} | left | dict(model.named_buffers())
+
+
+def make_model(dtype: torch.dtype, *, fused: bool, depth: int = 50) -> ResNet3D:
+    torch.manual_seed(0)
+    model = ResNet3D(depth, width=4, dropout=0.5).to(dtype)
+    for norm in norms(model):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -0.5, 0.5)
+    if fused:
+        fuse(model)
+    return model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+
+def test_other_depths_need_no_other_code() -> None:
+    # No loop is left that another test's dtypes and shapes were compiled for.
+    torch._dynamo.reset()
+    counters.clear()
+    model = make_model(torch.float32, fused=True, depth=18)
+    for depth, frames in ((16, None), (20, [20, 9, 13]), (24, [9, 24, 24]), (36, None)):
+        trained(model, None if frames is None else torch.tensor(frames), depth)
+        if depth == 20:
+            compiled = counters["stats"]["unique_graphs"]
+            assert compiled >= 4
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+@pytest.mark.parametrize("frames", [None, torch.tensor([20, 9, 13])], ids=["full", "padded"])
+@pytest.mark.parametrize(
+    "depth", [pytest.param(18, marks=pytest.mark.soak), 50], ids=["basic", "bottleneck"]
+)
+def test_a_network(depth: int, frames: Tensor | None) -> None:
+    fused, plain = (
+        trained(make_model(torch.float64, fused=fused, depth=depth), frames)
+        for fused in (True, False)
+    )
+    assert_equal(fused, plain, 1e-9)
+
+
+def test_recomputing_changes_no_bit() -> None:
+    frames = torch.tensor([20, 9, 13])
+    expected = trained(make_model(torch.float32, fused=True, depth=18), frames)
+    for mode in ("cheap", "block", "stage"):
+        model = make_model(torch.float32, fused=True, depth=18)
+        model.recompute = mode
+        left = trained(model, frames)
+        assert [name for name in left if not torch.equal(left[name], expected[name])] == [], mode
+
+
+def test_statistics_of_the_population_see_every_layer() -> None:
+    fused, plain = (make_model(torch.float64, fused=fused) for fused in (True, False))
+    clips = torch.rand(4, 1, 16, 48, 48, dtype=torch.float64)
+    for model in (fused, plain):
+        model.train()
+        with precise_statistics(model), torch.no_grad():
+            torch.manual_seed(0)
+            model(clips)
+    assert_equal(dict(fused.named_buffers()), dict(plain.named_buffers()), 1e-9)
+
+
+# --- a layer --------------------------------------------------------------------------------------
+
+
+# Each layout of each dtype is compiled by itself.
 @pytest.mark.parametrize("frames", FRAMES.values(), ids=FRAMES)
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str
+    ("dtype", "tolerance", "layout"),
+    [
+        (torch.float64, 1e-12, torch.channels_last_3d),
+        (torch.float64, 1e-12, torch.contiguous_format),
+        (torch.float32, 1e-5, torch.channels_last_3d),
+        pytest.param(torch.float32, 1e-5, torch.contiguous_format, marks=pytest.mark.soak),
+    ],
+    ids=str,
 )
 def test_a_layer(
     dtype: torch.dtype, tolerance: float, frames: Tensor | None, layout: torch.memory_format
 ) -> None:
-    clips = random_clips(dtype).to(memory_format=layout)
+    clips = random_clips(dtype).contiguous(memory_format=layout)
     for plus, relu in ((False, False), (False, True), (True, True)):
         fused, plain = (
             one_layer(random_norm(dtype, fused=fused), clips, frames, plus=plus, relu=relu)
@@ -123,11 +214,11 @@ def test_statistics_far_from_zero_do_not_cancel() -> None:
     torch.testing.assert_close(norm.running_var.double(), 0.1 * expected, rtol=1e-5, atol=0)
 
 
-def test_in_evaluation_it_is_the_plain_layer() -> None:
+def test_in_evaluation_it_is_the_plain_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_norm, "_to_output", lambda *_: pytest.fail("the loop was called"))
     clips = random_clips(torch.float32)
     fused, plain = (random_norm(torch.float32, fused=fused).eval() for fused in (True, False))
     assert torch.equal(fused(clips), plain(clips))
-    assert not counters["stats"]
 
 
 def test_a_single_value_has_no_variance() -> None:
@@ -140,127 +231,77 @@ def test_a_single_value_has_no_variance() -> None:
         norm(clips, valid)
 
 
-# --- in a network ---------------------------------------------------------------------------------
-
-
-def trained(model: ResNet3D, frames: Tensor | None, depth: int = 20) -> dict[str, Tensor]:
-    """Loss, gradients and buffers after a step, dropout drawn from the same state."""
-    torch.manual_seed(2)
-    dtype = model.head.weight.dtype
-    clips = torch.rand(
-        3, 1, depth, 48, 48, dtype=dtype, generator=torch.Generator().manual_seed(3)
-    ).to(memory_format=torch.channels_last_3d)
-    model.zero_grad()
-    loss = model(clips, frames).square().sum()
-    loss.backward()
-    left = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach()} | left | dict(model.named_buffers())
-
-
-def make_model(dtype: torch.dtype, *, fused: bool, depth: int = 50) -> ResNet3D:
-    torch.manual_seed(0)
-    model = ResNet3D(depth, width=4, dropout=0.5).to(dtype)
-    for norm in norms(model):
-        nn.init.uniform_(norm.weight, 0.5, 1.5)
-        nn.init.uniform_(norm.bias, -0.5, 0.5)
-    if fused:
-        fuse(model)
-    return model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-
-
-@pytest.mark.parametrize("frames", [None, torch.tensor([20, 9, 13])], ids=["full", "padded"])
-@pytest.mark.parametrize("depth", [18, 50], ids=["basic", "bottleneck"])
-def test_a_network(depth: int, frames: Tensor | None) -> None:
-    fused, plain = (
-        trained(make_model(torch.float64, fused=fused, depth=depth), frames)
-        for fused in (True, False)
-    )
-    assert_equal(fused, plain, 1e-9)
-
-
-def test_recomputing_changes_no_bit() -> None:
-    frames = torch.tensor([20, 9, 13])
-    expected = trained(make_model(torch.float32, fused=True), frames)
-    for mode in ("cheap", "block", "stage"):
-        model = make_model(torch.float32, fused=True)
-        model.recompute = mode
-        left = trained(model, frames)
-        assert [name for name in left if not torch.equal(left[name], expected[name])] == [], mode
-
-
-def test_other_depths_need_no_other_code() -> None:
-    model = make_model(torch.float32, fused=True)
-    for depth, frames in ((16, None), (20, [20, 9, 13]), (24, [9, 24, 24]), (36, None)):
-        trained(model, None if frames is None else torch.tensor(frames), depth)
-        if depth == 20:
-            compiled = counters["stats"]["unique_graphs"]
-            assert compiled >= 4
-    assert counters["stats"]["unique_graphs"] == compiled
-
-
-def test_statistics_of_the_population_see_every_layer() -> None:
-    fused, plain = (make_model(torch.float64, fused=fused) for fused in (True, False))
-    clips = torch.rand(4, 1, 16, 48, 48, dtype=torch.float64)
-    for model in (fused, plain):
-        model.train()
-        with precise_statistics(model), torch.no_grad():
-            torch.manual_seed(0)
-            model(clips)
-    assert_equal(dict(fused.named_buffers()), dict(plain.named_buffers()), 1e-9)
-
-
 # --- shared by two processes ----------------------------------------------------------------------
 
 PARTS = [[9, 12], [12]]
 
 
-def run_layer(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def test_two_processes_are_as_one_with_the_clips_of_both() -> None:
+    """Threads stand for the processes, so that loops are compiled once for both."""
+    found: dict[int, dict[str, Tensor]] = {}
     sizes = [len(part) for part in PARTS]
-    mine = random_clips(torch.float64).split(sizes)[rank]
-    norm = random_norm(torch.float64, fused=True)
-    share_statistics(norm, dist.all_reduce)
-    x = mine.clone().requires_grad_()
-    y = norm(x, valid_frames(torch.tensor(PARTS[rank]), x), relu=True)
-    (y * mine.sin()).sum().backward()
-    grads = {name: p.grad for name, p in norm.named_parameters()}
-    for grad in grads.values():
-        dist.all_reduce(grad)
-    found = {"y": y.detach(), "x": x.grad} | grads | dict(norm.named_buffers())
-    torch.save(found, f"{folder}/{rank}")
-    dist.destroy_process_group()
 
+    def run_layer(ranks: Threads) -> None:
+        def all_reduce(sums: Tensor) -> None:
+            sums.copy_(torch.stack(ranks.gather(sums.clone())).sum(0))
 
-def test_two_processes_are_as_one_with_the_clips_of_both(tmp_path: Path) -> None:
-    multiprocessing.spawn(run_layer, (str(tmp_path),), nprocs=2)
+        mine = random_clips(torch.float64).split(sizes)[ranks.rank]
+        norm = random_norm(torch.float64, fused=True)
+        share_statistics(norm, all_reduce)
+        x = mine.clone().requires_grad_()
+        y = norm(x, valid_frames(torch.tensor(PARTS[ranks.rank]), x), relu=True)
+        (y * mine.sin()).sum().backward()
+        grads = {name: p.grad for name, p in norm.named_parameters() if p.grad is not None}
+        for grad in grads.values():
+            all_reduce(grad)
+        assert x.grad is not None
+        found[ranks.rank] = {"y": y.detach(), "x": x.grad} | grads | dict(norm.named_buffers())
+
+    assert on_each_rank(2, run_layer) == []
     frames = torch.tensor([*PARTS[0], *PARTS[1]])
     norm = random_norm(torch.float64, fused=False)
     expected = one_layer(norm, random_clips(torch.float64), frames, plus=False, relu=True)
-    sizes = [len(part) for part in PARTS]
     for rank in range(2):
         mine = {name: expected[name].split(sizes)[rank] for name in ("y", "x")}
-        assert_equal(torch.load(tmp_path / str(rank)), expected | mine, 1e-12)
+        assert_equal(found[rank], expected | mine, 1e-12)
 
 
 # --- what a user sees -----------------------------------------------------------------------------
 
 
-def test_a_run_goes_as_without_it(tmp_path: Path) -> None:
+def test_a_run_goes_as_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tiny_store(tmp_path / "store")
+    called = {True: 0, False: 0}
     for fused in (True, False):
-        train(tiny_config(store, tmp_path / str(fused), f"norm.fused={fused}"))
-    assert counters["stats"]["unique_graphs"] >= 4
+        loop = fused_norm._to_output
+
+        def counted(*arguments: Any, fused: bool = fused, loop: Any = loop) -> Any:
+            called[fused] += 1
+            return loop(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fused_norm, "_to_output", counted)
+            config = tiny_config(store, tmp_path / str(fused), f"norm.fused={fused}")
+            train(config)
+    # Of 18 steps, in each layer.
+    assert called[True] >= 18 * len([*norms(make_run_model(config))])
+    assert called[False] == 0
     fused, plain = (losses_of(tmp_path / str(fused)) for fused in (True, False))
     assert fused == pytest.approx(plain, rel=1e-4)
 
 
-def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:
+def test_without_a_compiler_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = overrides(tiny_store(tmp_path / "store"), tmp_path / "run", "norm.fused=true")
-    # No code that was compiled before lies there either.
-    places = {"TMPDIR": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = run(dist_train("train", *settings), CXX="/none/g++", PATH=str(tmp_path), **places)
-    assert done.returncode == 1
-    assert "norm.fused: torch.compile does not work here" in done.stderr
-    assert "Install a C++ compiler" in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", ["dist-train", "train", *settings])
+    # No code that was compiled before lies there either, in memory or in files.
+    torch._dynamo.reset()
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("/none/g++",)})
+    with fresh_cache(), no_compiler, pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert "norm.fused: torch.compile does not work here" in said
+    assert "Install a C++ compiler" in said
+    assert "Traceback" not in said

@@ -1,4 +1,4 @@
-"""ResNet3D against the ResNet-101 of MONAI, which was written independently.
+"""ResNet3D against the ResNets of MONAI, which were written independently.
 
 MONAI's shortcut convolutions have a bias and ours have none, since batch normalisation takes it
 away again: by itself in training mode, and in eval mode once it is taken off the running mean.
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from monai.networks.nets import resnet101
+from monai.networks.nets import resnet50, resnet101
 from torch import Tensor, nn
 
 from dist_train.models.resnet3d import BLOCKS, ResNet3D
@@ -28,13 +28,13 @@ INSIDE_BLOCKS = {
 STEM_STRIDES = [(1, 1, 1), (1, 2, 2)]  # MONAI's default, ours
 
 
-def our_name(name: str) -> str:
+def our_name(name: str, depth: int) -> str:
     module, tensor = name.rsplit(".", 1)
     in_block = re.fullmatch(r"layer(\d)\.(\d+)\.(.+)", module)
     if in_block is None:
         return f"{OUTSIDE_BLOCKS[module]}.{tensor}"
     layer, number, module = in_block.groups()
-    number = sum(BLOCKS[101][1][: int(layer) - 1]) + int(number)
+    number = sum(BLOCKS[depth][1][: int(layer) - 1]) + int(number)
     return f"blocks.{number}.{INSIDE_BLOCKS[module]}.{tensor}"
 
 
@@ -42,28 +42,35 @@ def shortcut_biases(theirs: nn.Module) -> set[str]:
     return {name for name, _ in theirs.named_parameters() if name.endswith("downsample.0.bias")}
 
 
-def our_state(theirs: nn.Module) -> dict[str, Tensor]:
+def our_state(theirs: nn.Module, depth: int) -> dict[str, Tensor]:
     state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     for name in shortcut_biases(theirs):
         state[name.replace("0.bias", "1.running_mean")] -= state.pop(name)
-    return {our_name(name): tensor for name, tensor in state.items()}
+    return {our_name(name, depth): tensor for name, tensor in state.items()}
 
 
 def make_pair(
-    stem_stride: tuple[int, int, int], randomise_norms: Callable[[nn.Module], None]
+    stem_stride: tuple[int, int, int],
+    randomise_norms: Callable[[nn.Module], None],
+    depth: int,
+    width: int,
 ) -> tuple[nn.Module, ResNet3D]:
     torch.manual_seed(0)
-    theirs = resnet101(
-        spatial_dims=3, n_input_channels=1, num_classes=1, conv1_t_stride=stem_stride
+    theirs = {50: resnet50, 101: resnet101}[depth](
+        spatial_dims=3,
+        n_input_channels=1,
+        num_classes=1,
+        conv1_t_stride=stem_stride,
+        widen_factor=width / 64,
     )
     randomise_norms(theirs)
-    ours = ResNet3D(101, stem_stride=stem_stride)
-    ours.load_state_dict(our_state(theirs))
+    ours = ResNet3D(depth, stem_stride=stem_stride, width=width)
+    ours.load_state_dict(our_state(theirs, depth))
     return theirs, ours
 
 
 def random_clips() -> Tensor:
-    return torch.randn(2, 1, 16, 32, 32, generator=torch.Generator().manual_seed(1))
+    return torch.randn(4, 1, 16, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def assert_close_to_scale(value: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
@@ -71,20 +78,24 @@ def assert_close_to_scale(value: Tensor, expected: Tensor, tolerance: float = 1e
 
 
 def test_parameters_are_as_many_but_for_the_shortcut_biases(randomise_norms):
-    theirs, ours = make_pair((1, 2, 2), randomise_norms)
+    with torch.device("meta"):
+        theirs, ours = make_pair((1, 2, 2), randomise_norms, 101, 64)
     biases = shortcut_biases(theirs)
     assert len(biases) == 4
     counted = {n: p.numel() for n, p in theirs.named_parameters() if n not in biases}
     assert sum(p.numel() for p in ours.parameters()) == sum(counted.values()) == 85_203_265
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("stem_stride", STEM_STRIDES)
-def test_logits_and_gradients_are_equal(randomise_norms, stem_stride, training):
+@pytest.mark.parametrize(
+    ("depth", "width"), [(50, 16), pytest.param(101, 64, marks=pytest.mark.soak)]
+)
+def test_logits_and_gradients_are_equal(randomise_norms, depth, width, stem_stride, training):
     """In float64: rounding in float32, which differs by CPU, is blown up by random norms."""
     dtype = torch.float64
-    theirs, ours = (m.to(dtype).train(training) for m in make_pair(stem_stride, randomise_norms))
+    pair = make_pair(stem_stride, randomise_norms, depth, width)
+    theirs, ours = (m.to(dtype).train(training) for m in pair)
     clips = random_clips().to(dtype)
     expected = theirs(clips).squeeze(1)
     logits = ours(clips)
@@ -94,11 +105,13 @@ def test_logits_and_gradients_are_equal(randomise_norms, stem_stride, training):
 
     biases = shortcut_biases(theirs)
     grads = {n: p.grad for n, p in ours.named_parameters()}
-    expected_grads = {our_name(n): p.grad for n, p in theirs.named_parameters() if n not in biases}
+    expected_grads = {
+        our_name(n, depth): p.grad for n, p in theirs.named_parameters() if n not in biases
+    }
     assert grads.keys() == expected_grads.keys()
     for name, grad in grads.items():
         assert_close_to_scale(grad, expected_grads[name])
     if training:
-        state = our_state(theirs)
+        state = our_state(theirs, depth)
         for name, buffer in ours.named_buffers():
             assert_close_to_scale(buffer, state[name])

@@ -39,28 +39,45 @@ def results(model: nn.Module) -> dict[str, Tensor]:
     return found | dict(model.named_buffers())
 
 
-def run_rank(rank: int, folder: str, precision: torch.dtype, modes: list[str]) -> None:
+# How each process recomputes; and precisions of a single layer.
+MODES = [["none", "none"], ["cheap", "stage"], ["block", "cheap"]]
+PRECISIONS = [(torch.float64, 1e-12), (torch.float32, 1e-5)]
+
+
+def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model, clips = model_and_clips(precision)
-    model.recompute = modes[rank]
-    share_statistics(model, dist.all_reduce)
-    mine = clips.split([len(frames) for frames in FRAMES])[rank]
-    model(mine, torch.tensor(FRAMES[rank])).square().sum().backward()
-    torch.save(results(model), f"{folder}/{rank}")
+    counts = [len(frames) for frames in FRAMES]
+    for modes in MODES:
+        model, clips = model_and_clips(torch.float64)
+        model.recompute = modes[rank]
+        share_statistics(model, dist.all_reduce)
+        mine = clips.split(counts)[rank]
+        model(mine, torch.tensor(FRAMES[rank])).square().sum().backward()
+        torch.save(results(model), f"{folder}/{modes}-{rank}")
+    for precision, _ in PRECISIONS:
+        mine = layer_clips(precision).split(counts)[rank]
+        found = one_layer(mine, FRAMES[rank], shared=True)
+        torch.save(found, f"{folder}/{precision}-{rank}")
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes found, all of it in one launch: to start them takes the longest."""
+    folder = tmp_path_factory.mktemp("two")
+    multiprocessing.spawn(run_rank, (str(folder),), nprocs=2)
+    return folder
+
+
 # Rounding alone, by another order of the clips, moves this network's gradients by 3e-11 in float64.
-@pytest.mark.parametrize(
-    "modes", [["none", "none"], ["cheap", "stage"], ["block", "cheap"]], ids=str
-)
-def test_two_processes_equal_one_on_both_batches(tmp_path: Path, modes: list[str]) -> None:
-    multiprocessing.spawn(run_rank, (str(tmp_path), torch.float64, modes), nprocs=2)
+@pytest.mark.parametrize("modes", MODES, ids=str)
+def test_two_processes_equal_one_on_both_batches(two_processes: Path, modes: list[str]) -> None:
     model, clips = model_and_clips(torch.float64)
     model(clips, torch.tensor([*FRAMES[0], *FRAMES[1]])).square().sum().backward()
     for rank in range(2):
-        assert_equal(torch.load(tmp_path / str(rank)), results(model), tolerance=1e-10)
+        found = torch.load(two_processes / f"{modes}-{rank}")
+        assert_equal(found, results(model), tolerance=1e-10)
 
 
 def one_layer(clips: Tensor, frames: list[int], *, shared: bool) -> dict[str, Tensor]:
@@ -81,24 +98,14 @@ def layer_clips(precision: torch.dtype) -> Tensor:
     )
 
 
-def run_layer(rank: int, folder: str, precision: torch.dtype) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    mine = layer_clips(precision).split([len(frames) for frames in FRAMES])[rank]
-    torch.save(one_layer(mine, FRAMES[rank], shared=True), f"{folder}/{rank}")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    ("precision", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str
-)
-def test_one_layer(tmp_path: Path, precision: torch.dtype, tolerance: float) -> None:
-    multiprocessing.spawn(run_layer, (str(tmp_path), precision), nprocs=2)
+@pytest.mark.parametrize(("precision", "tolerance"), PRECISIONS, ids=str)
+def test_one_layer(two_processes: Path, precision: torch.dtype, tolerance: float) -> None:
     expected = one_layer(layer_clips(precision), [*FRAMES[0], *FRAMES[1]], shared=False)
     sizes = [len(frames) for frames in FRAMES]
     for rank in range(2):
         mine = {name: expected[name].split(sizes)[rank] for name in ("y", "input")}
-        assert_equal(torch.load(tmp_path / str(rank)), expected | mine, tolerance)
+        found = torch.load(two_processes / f"{precision}-{rank}")
+        assert_equal(found, expected | mine, tolerance)
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:

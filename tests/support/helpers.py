@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -9,14 +10,18 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dist_train import cli
 from dist_train.config import Config, load_config
 from dist_train.data.prepare import prepare_npz
 from dist_train.train import Progress
@@ -168,6 +173,23 @@ def launched(file: str, *arguments: object) -> list[str]:
     """The command ``dist-train`` under a file of launch/."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     return [*launcher, str(LAUNCH / file), "-m", "dist_train", *map(str, arguments)]
+
+
+def said(*arguments: object) -> str:
+    """Standard output of ``dist-train`` with these arguments, in this process; it must succeed.
+
+    For what a command does: a process of its own takes seconds to import PyTorch.
+    """
+    output = io.StringIO()
+    argv = ["dist-train", *map(str, arguments)]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        redirect_stdout(output),
+        pytest.raises(SystemExit) as caught,
+    ):
+        cli.main()
+    assert caught.value.code in (0, None)
+    return output.getvalue()
 
 
 def run(command: Sequence[str], **env: str) -> subprocess.CompletedProcess[str]:
