@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import metrics_of, tiny_config, tiny_store
+from helpers import InterruptedSessionError, interrupt_at, metrics_of, tiny_config, tiny_store
 from torch import nn
 
 from dist_train.config import ClipSettings, Config
@@ -93,17 +93,10 @@ def test_a_run_resumed_in_a_stage_equals_the_straight_one(
     straight: tuple[Path, list[tuple[int, bool, tuple[int, ...]]]],
     tmp_path: Path,
 ) -> None:
-    class InterruptedSessionError(Exception):
-        pass
-
-    def progress(done: int, total: int, figures: str) -> None:
-        if done == 9:
-            raise InterruptedSessionError
-
     expected, _ = straight
     resumed = tiny_config(store, tmp_path / "resumed", *GROWTH)
     with pytest.raises(InterruptedSessionError):
-        train(resumed, progress=progress)
+        train(resumed, progress=interrupt_at(9))
     train(resumed, resume="auto")
     assert metrics_of(resumed.out) == metrics_of(expected)
     for step in (12, 18):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, metrics_of, tiny_config, tiny_store
+from helpers import ROOT, InterruptedSessionError, interrupt_at, metrics_of, tiny_config, tiny_store
 from torch import nn
 
 from dist_train import micro_batch
@@ -83,18 +83,6 @@ def limit_at(
             limit(trainer.backend.module, clips, spared=spared, error=error)
 
     return before_step
-
-
-class InterruptedSessionError(Exception):
-    pass
-
-
-def interrupt_at(step: int) -> Any:
-    def progress(done: int, total: int, figures: str) -> None:
-        if done == step:
-            raise InterruptedSessionError
-
-    return progress
 
 
 @pytest.fixture(scope="module")

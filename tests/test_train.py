@@ -11,6 +11,8 @@ import pytest
 import torch
 from helpers import (
     STEPS_PER_EPOCH,
+    InterruptedSessionError,
+    interrupt_at,
     losses_of,
     metrics_of,
     overrides,
@@ -30,21 +32,9 @@ from dist_train.engine.schedule import Schedule
 from dist_train.errors import CheckpointError, RunError
 from dist_train.models.precise_norm import precise_statistics
 from dist_train.run import as_input, make_model, open_data
-from dist_train.train import Progress, train
+from dist_train.train import train
 
 STEPS = 3 * STEPS_PER_EPOCH
-
-
-class InterruptedSessionError(Exception):
-    """What ends a session in the middle."""
-
-
-def interrupt_at(step: int) -> Progress:
-    def progress(done: int, total: int, figures: str) -> None:
-        if done == step:
-            raise InterruptedSessionError
-
-    return progress
 
 
 def weights_of(run: Path, step: int = STEPS) -> bytes:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import metrics_of, tiny_config
+from helpers import InterruptedSessionError, interrupt_at, metrics_of, tiny_config
 
 from dist_train.config import dump_config, load_config
 from dist_train.data.manifest import read_manifest
@@ -22,10 +22,6 @@ SETTINGS = (
     "augment.brightness=0.5", "augment.blur_noise=0.5", "clip.max_frames=7", "plan.batch=16",
     "checkpoint.every_steps=2",
 )  # fmt: skip
-
-
-class InterruptedSessionError(Exception):
-    """What ends a session in the middle."""
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +56,9 @@ def straight(store: Path) -> Path:
 def test_a_resumed_run_with_a_worker_equals_the_straight_one_without(
     store: Path, straight: Path, tmp_path: Path
 ) -> None:
-    def interrupt(done: int, total: int, figures: str) -> None:
-        if done == 3:
-            raise InterruptedSessionError
-
     config = tiny_config(store, tmp_path / "run", *SETTINGS)
     with pytest.raises(InterruptedSessionError):
-        train(config, progress=interrupt)
+        train(config, progress=interrupt_at(3))
     train(tiny_config(store, tmp_path / "run", *SETTINGS, "loader.workers=1"), resume="auto")
     assert metrics_of(tmp_path / "run") == metrics_of(straight)
     snapshots = sorted((straight / "snapshots").iterdir())

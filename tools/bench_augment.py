@@ -33,12 +33,12 @@ from dist_train.data.augment_device import augmented_batch
 from dist_train.data.clip import PrepareSettings
 from dist_train.data.collate import collate
 from dist_train.data.dataset import ClipDataset
-from dist_train.data.decode import Volume
 from dist_train.data.manifest import read_manifest
 from dist_train.data.native import pack
 from dist_train.data.prepare import prepare
 from dist_train.data.sampler import Slot
 from dist_train.data.store import Store
+from dist_train.data.types import Volume
 
 #: Frames, height and width of a clip.
 SHAPE = 60, 160, 160

@@ -31,12 +31,12 @@ from dist_train.config import LoaderSettings
 from dist_train.data.augment_draw import Draw
 from dist_train.data.collate import size_of
 from dist_train.data.dataset import ClipDataset
-from dist_train.data.decode import Volume
 from dist_train.data.loader import Loader
 from dist_train.data.plan import Plan, make_plan
 from dist_train.data.resize import resize
 from dist_train.data.sampler import PlanSampler, Slot
 from dist_train.data.store import Store
+from dist_train.data.types import Volume
 
 SIZE, RATIO, SEED = (160, 160), (1, 3), 0
 CLASSES = ("negative", "positive")

@@ -17,8 +17,7 @@ import tifffile
 from av.video.reformatter import ColorRange, VideoReformatter
 
 from dist_train.data.orientation import AS_IT_IS, Orientation
-from dist_train.data.types import Plane
-from dist_train.data.types import Volume as Volume  # the benches import it from here
+from dist_train.data.types import Plane, Volume
 from dist_train.errors import DecodeError
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpeg", ".mpg"}
