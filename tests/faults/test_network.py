@@ -12,6 +12,7 @@ from launcher import Launcher
 from run_files import assert_same, sessions_of
 from test_disk_full import UNSHARE
 
+pytestmark = pytest.mark.slow
 DROPOUT = "model.dropout=0.3"
 
 
