@@ -53,6 +53,15 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_still_starts() -> Iterator[None]:
+    """A loader may be used up before its workers are there; the next test would count them."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "start of loader workers":
+            thread.join(20)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("loader")
