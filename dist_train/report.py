@@ -12,13 +12,11 @@ import cv2
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
-from torchmetrics.functional.classification import binary_precision_recall_curve, binary_roc
 
 from dist_train.data.files import write_whole
 from dist_train.engine import metrics
@@ -467,12 +465,9 @@ def _thinned(*columns: ArrayLike) -> Iterable[metrics.Floats]:
 
 def _precision_recall(probability: metrics.Floats, label: metrics.Floats, e: Evaluation) -> Axes:
     axes = _axes("recall", "precision", square=True)
-    curve = binary_precision_recall_curve(
-        torch.tensor(probability), torch.tensor(label, dtype=torch.int64)
-    )
-    precision, recall = _thinned(*curve[:2])
-    # Recall falls along the arrays; average precision is the area under exactly these steps.
-    axes.step(recall, precision, color=_BLUE, where="post")
+    recall, precision = _thinned(*metrics.precision_recall_curve(probability, label))
+    # Average precision is the area under exactly these steps.
+    axes.step(recall, precision, color=_BLUE, where="pre")
     axes.axhline(e.positives / e.clips, color=_MUTED, linestyle=(0, (4, 3)), linewidth=1)
     if e.precision is not None:
         axes.plot(e.recall, e.precision, "o", color=_ORANGE, markersize=9)
@@ -482,8 +477,7 @@ def _precision_recall(probability: metrics.Floats, label: metrics.Floats, e: Eva
 
 def _roc(probability: metrics.Floats, label: metrics.Floats, e: Evaluation) -> Axes:
     axes = _axes("false positive rate", "true positive rate", square=True)
-    curve = binary_roc(torch.tensor(probability), torch.tensor(label, dtype=torch.int64))
-    false_rate, true_rate = _thinned(*curve[:2])
+    false_rate, true_rate = _thinned(*metrics.roc_curve(probability, label))
     axes.plot(false_rate, true_rate, color=_BLUE)
     axes.plot([0, 1], [0, 1], color=_MUTED, linestyle=(0, (4, 3)), linewidth=1)
     (tn, fp), _ = e.confusion

@@ -254,7 +254,7 @@ def test_area_under_the_drawn_precision_and_recall_is_the_average_precision(whol
     line = _precision_recall(scores.to_numpy(), labels.to_numpy(), run.evaluation).lines[0]
     recall, precision = np.asarray(line.get_data())
     held = {"steps-post": precision[:-1], "steps-pre": precision[1:]}[line.get_drawstyle()]
-    assert np.sum(-np.diff(recall) * held) == pytest.approx(run.evaluation.ap, abs=1e-5)
+    assert np.sum(np.abs(np.diff(recall)) * held) == pytest.approx(run.evaluation.ap, abs=1e-5)
 
 
 def test_page_without_strips_says_why(without_strips: Page) -> None:

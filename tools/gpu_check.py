@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NEEDED = {
     "numpy": "numpy", "pandas": "pandas", "scipy": "scipy", "pydantic": "pydantic",
     "yaml": "pyyaml", "typer": "typer", "rich": "rich", "psutil": "psutil",
-    "packaging": "packaging", "accelerate": "accelerate", "torchmetrics": "torchmetrics",
+    "packaging": "packaging", "accelerate": "accelerate",
     "safetensors": "safetensors", "google_crc32c": "google-crc32c", "lmdb": "lmdb",
     "cv2": "opencv-python-headless", "albumentations": "albumentations",
     "dist_train.train": "dist_train", "dist_train.predict": "dist_train",

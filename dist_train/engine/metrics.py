@@ -8,7 +8,6 @@ strictly greater than the threshold.
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 
 from dist_train.errors import ConfigError, RunError
@@ -55,13 +54,44 @@ def binary_metrics(probability: ArrayLike, label: ArrayLike) -> dict[str, float 
     metrics["accuracy"] = float(np.mean((scores > 0.5) == truth)) if len(truth) else None
     metrics["auc"] = metrics["ap"] = None
     if defined:
-        # It imports transformers and SciPy, which takes seconds: not before it is needed.
-        from torchmetrics.functional import classification
-
-        tensors = torch.tensor(scores), torch.tensor(truth)
-        metrics["auc"] = float(classification.binary_auroc(*tensors))
-        metrics["ap"] = float(classification.binary_average_precision(*tensors))
+        false_rate, true_rate = roc_curve(scores, truth)
+        metrics["auc"] = float(np.trapezoid(true_rate, false_rate))
+        recall, precision = precision_recall_curve(scores, truth)
+        metrics["ap"] = float(np.diff(recall) @ precision[1:])
     return metrics
+
+
+def roc_curve(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, Floats]:
+    """Receiver operating characteristic: the rates at every threshold, from high to low.
+
+    Returns:
+        False and true positive rates [K + 1], both ascending from 0 to 1, where K is the number of
+        distinct scores. NaN for a class that has no clips.
+
+    Raises:
+        RunError: a probability is not a number in 0..1.
+    """
+    fp, tp = _called_positive(*_checked(probability, label))
+    with np.errstate(invalid="ignore"):
+        return fp / fp[-1], tp / tp[-1]
+
+
+def precision_recall_curve(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, Floats]:
+    """Recall and precision at every threshold, from high to low.
+
+    Average precision is the area under its steps, without interpolation: the sum of
+    ``precision[k] * (recall[k] - recall[k - 1])``.
+
+    Returns:
+        Recall [K + 1], ascending from 0 to 1, and precision [K + 1], which is 1 where no clip is
+        called positive; K is the number of distinct scores. Recall is NaN without positives.
+
+    Raises:
+        RunError: a probability is not a number in 0..1.
+    """
+    fp, tp = _called_positive(*_checked(probability, label))
+    with np.errstate(invalid="ignore"):
+        return tp / tp[-1], np.append(1.0, tp[1:] / (tp + fp)[1:])
 
 
 def confusion(probability: ArrayLike, label: ArrayLike, threshold: float) -> Confusion:
@@ -240,6 +270,13 @@ def _histograms(scores: Floats, truth: Labels) -> tuple[Floats, Labels, Labels]:
     clips = np.bincount(which, minlength=len(distinct))
     positives = np.bincount(which[truth == 1], minlength=len(distinct))
     return distinct, positives, clips - positives
+
+
+def _called_positive(scores: Floats, truth: Labels) -> tuple[Labels, Labels]:
+    """Negatives and positives [K + 1] that are called positive, by threshold from high to low."""
+    _, positives, negatives = _histograms(scores, truth)
+    fp, tp = (np.append(0, np.cumsum(counts[::-1])) for counts in (negatives, positives))
+    return fp, tp
 
 
 def _mcc(tn: Labels, fp: Labels, fn: Labels, tp: Labels) -> Floats:

@@ -16,13 +16,22 @@ from dist_train.data.synth import synthesize
 from dist_train.data.verify import verify
 
 CLIPS, SHARDS_IN_ALL = 48, 24
+#: Ray takes 20 seconds to believe that a node is gone, unless told to look more often.
+HEALTH = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 300,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head that runs no tasks, and two nodes that run one each, on this machine."""
     small = {"object_store_memory": 80 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": HEALTH, **small}
+    )
     for _ in range(2):
         cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
     cluster.wait_for_nodes()

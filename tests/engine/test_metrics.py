@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from torchmetrics.functional.classification import binary_auroc, binary_matthews_corrcoef
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    binary_average_precision,
+    binary_matthews_corrcoef,
+    binary_precision_recall_curve,
+    binary_roc,
+)
 
 from dist_train.engine.metrics import (
     Confusion,
@@ -13,8 +19,10 @@ from dist_train.engine.metrics import (
     expected_calibration_error,
     mcc,
     mcc_curve,
+    precision_recall_curve,
     prior_correct,
     reliability,
+    roc_curve,
     stratified_bootstrap,
 )
 from dist_train.errors import ConfigError, RunError
@@ -82,6 +90,24 @@ def test_mcc_agrees_with_torchmetrics_where_both_classes_are_called() -> None:
         scores, labels = drawn(seed)
         theirs = binary_matthews_corrcoef(torch.tensor(scores), torch.tensor(labels), 0.3)
         assert mcc(confusion(scores, labels, 0.3)) == pytest.approx(float(theirs), abs=1e-6)
+
+
+def test_areas_and_curves_agree_with_torchmetrics() -> None:
+    """Rounded scores have ties."""
+    for seed in range(20):
+        scores, labels = drawn(seed)
+        scores = np.round(scores, seed % 3 + 1)
+        tensors = torch.tensor(scores), torch.tensor(labels)
+        found = binary_metrics(scores, labels)
+        assert found["auc"] == pytest.approx(float(binary_auroc(*tensors)), abs=1e-6)
+        assert found["ap"] == pytest.approx(float(binary_average_precision(*tensors)), abs=1e-6)
+        false_rate, true_rate, _ = binary_roc(*tensors)
+        for mine, theirs in zip(roc_curve(scores, labels), (false_rate, true_rate), strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-6)
+        precision, recall, _ = binary_precision_recall_curve(*tensors)
+        curve = precision_recall_curve(scores, labels)
+        for mine, theirs in zip(curve, (recall.flip(0), precision.flip(0)), strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-6)
 
 
 def test_mcc_does_not_overflow_at_a_billion_clips() -> None:

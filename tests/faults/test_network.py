@@ -48,7 +48,7 @@ def test_the_doctor_says_that_two_hosts_do_not_find_each_other(
     host: Launcher, tmp_path: Path
 ) -> None:
     """They meet, but then look for each other on a network of one host only."""
-    doctor = ["-m", "dist_train", "doctor", "--timeout", 4, "--folder", tmp_path]
+    doctor = ["-m", "dist_train", "doctor", "--timeout", 2, "--folder", tmp_path]
     wrong = {"GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "900"}
     group = host.program(2, doctor, networks=True, **wrong)
     assert group.codes() == [1, 1], group.said()

@@ -42,7 +42,6 @@ with warnings.catch_warnings():
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "torch._dynamo",
         "torch._inductor.compile_fx",
-        "torchmetrics.functional.classification",
         "transformers.integrations.deepspeed",
         "dist_train.engine.backends.fsdp",
         "dist_train.engine.backends.zero",

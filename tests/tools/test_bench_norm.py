@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
-from pathlib import Path
+from collections import Counter
 
 import pytest
-from bench_norm import Layer, layers_of
-from helpers import ROOT, run_well
+import torch
+from bench_norm import WAYS, Layer, as_table, layers_of, measure
 
 
 def test_all_normalisations_are_counted() -> None:
@@ -23,14 +21,13 @@ def test_all_normalisations_are_counted() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
-def test_both_ways_are_timed(tmp_path: Path) -> None:
-    out = tmp_path / "norm.json"
-    size = ["--model", "resnet3d-10", "--frames", "4", "--side", "32", "--quick"]
-    run_well([sys.executable, str(ROOT / "tools" / "bench_norm.py"), *size, "--json", str(out)])
-    result = json.loads(out.read_text())
+def test_both_ways_are_timed() -> None:
+    layers = Counter({Layer(8, 4, 6, 6, False, True): 3, Layer(8, 4, 6, 6, True, True): 2})
+    result = measure(layers, 2, torch.device("cpu"), torch.float32, rounds=1)
     lines = result["layers"]
-    assert sum(line["count"] for line in lines) == 1 + 2 * 4 + 3
-    for way in ("plain_ms", "fused_ms"):
+    assert [line["count"] for line in lines] == [3, 2]
+    for way in WAYS:
         assert all(line[way] > 0 for line in lines)
         total = sum(line["count"] * line[way] for line in lines)
         assert result["summary"][way] == pytest.approx(total)
+    assert as_table(result, "two layers").row_count == 3

@@ -109,6 +109,7 @@ def test_memory_that_graphs_own_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_measures_rows_in_turns_and_writes_its_figures(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
     command = [sys.executable, "tools/bench_step.py", "--quick", "--model", "resnet3d-10"]
+    command += ["--scale", "0.03"]
     done = subprocess.run(
         [*command, "--json", str(out)], cwd=ROOT, env=environment(), capture_output=True, text=True
     )

@@ -1,23 +1,19 @@
-"""Costs by hand from figures that are given, those that the bench writes, and what is refused."""
+"""Costs by hand from figures that are given, and what is refused.
+
+That figures are found where tools/gpu.py writes them is in test_gpu.py.
+"""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import cost
-import gpu_bench
 import pytest
 from gpu_record import RESULTS
 
 from dist_train.config import Config, load_config
-
-#: Settings of the rows of a tiny run of tools/gpu.py.
-TINY = ("model.name=resnet3d-10", "model.width=4", "clip.size=[32, 32]", "train.precision=fp32")
-FAST = ("model.stem_folded=true", "optim.fused=true")
 
 
 def config(*settings: str) -> Config:
@@ -92,58 +88,3 @@ def test_figures_of_another_device_are_refused(tmp_path: Path) -> None:
     assert cost.read_figures(file, "h200").rows == ()
     with pytest.raises(cost.NotMeasuredError, match="is of NVIDIA H200, not of a100"):
         cost.read_figures(file, "a100")
-
-
-@pytest.mark.slow
-def test_the_figures_of_the_bench_are_found(
-    gpu_run: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
-    file = gpu_run[0] / RESULTS
-    known = cost.read_figures(file, "cpu")
-    on_cpu = set(gpu_bench.ROWS) - {"graphs"}
-    assert {row.name for row in known.rows} == on_cpu
-    assert all(row.clips_per_second > 0 for row in known.rows)
-    assert known.loader.keys() == {False, True}
-    assert known.stall is not None
-    assert known.stall > 0
-    for name, settings in {
-        "batch16": (*TINY, *FAST, "plan.batch=16"),
-        "fast": (*TINY, *FAST, "plan.batch=4"),
-        "fused_norm": (*TINY, *FAST, "plan.batch=4", "norm.fused=true"),
-        "original": (
-            *(*TINY, "plan.batch=4", "plan.order=random", "plan.negatives=natural"),
-            "train.channels_last=false",
-        ),
-    }.items():
-        assert known.row(config(*settings), config(*settings).plan.batch).name == name
-
-
-@pytest.mark.slow
-def test_the_command_prices_a_run(
-    gpu_run: tuple[Path, subprocess.CompletedProcess[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run, original, out = (tmp_path / name for name in ("run.yaml", "original.yaml", "cost.json"))
-    run.write_text(
-        "store: none\nmodel: {name: resnet3d-10, width: 4, stem_folded: true}\n"
-        "clip: {size: [32, 32]}\nplan: {batch: 16}\noptim: {fused: true}\n"
-        "train: {precision: fp32}\n"
-    )
-    original.write_text(
-        "store: none\nmodel: {name: resnet3d-10, width: 4}\nclip: {size: [32, 32]}\n"
-        "plan: {batch: 4, order: random, negatives: natural}\n"
-        "train: {precision: fp32, channels_last: false}\n"
-    )
-    monkeypatch.setattr(cost, "ORIGINAL", original)
-    results = gpu_run[0] / RESULTS
-    command = ["cost.py", str(run), "--device", "cpu", "--per-node", "1", "--figures", str(results)]
-    monkeypatch.setattr(sys, "argv", [*command, "--json", str(out)])
-    cost.main()
-    assert "clips on cpu" in capsys.readouterr().out
-    summary = json.loads(out.read_text())["summary"]
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
-    rate = next(line["clips_per_second"] for line in lines if line["name"] == "batch16")
-    assert summary["ours_hours_1"] >= cost.VISITS / rate / 3600
-    assert summary["original_hours_1"] > 0
