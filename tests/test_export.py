@@ -152,6 +152,24 @@ def test_a_run_without_snapshots_gives_its_checkpoint(
     assert all(torch.equal(weights[name], tensors[f"model/{name}"]) for name in weights)
 
 
+def test_a_checkpoint_of_a_run_with_an_average_gives_the_average(run: Path, tmp_path: Path) -> None:
+    """As its snapshot would, and not the weights that training goes on with."""
+    out = tmp_path / "run"
+    train(
+        tiny_config(
+            run.parent / "store", out, "train.epochs=1", "snapshots.at=[1]", "optim.ema=0.9"
+        )
+    )
+    snapshot = load_file(out / "snapshots" / "step-6.safetensors")
+    shutil.rmtree(out / "snapshots")
+    assert export_run(out, tmp_path / "file")["from"] == "checkpoint"
+    weights = load_file(tmp_path / "file")
+    assert weights.keys() == snapshot.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in snapshot.items())
+    tensors, _ = load_checkpoint(out / "checkpoints" / "step-6")
+    assert not torch.equal(weights["head.weight"], tensors["model/head.weight"])
+
+
 def test_a_step_that_is_not_there(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError) as caught:
         export_run(run, tmp_path / "file", step=7)

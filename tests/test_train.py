@@ -32,7 +32,7 @@ from dist_train.engine.schedule import Schedule
 from dist_train.errors import CheckpointError, RunError
 from dist_train.models.precise_norm import precise_statistics
 from dist_train.run import as_input, make_model, open_data
-from dist_train.train import train
+from dist_train.train import Trainer, train
 
 STEPS = 3 * STEPS_PER_EPOCH
 
@@ -89,7 +89,7 @@ def test_the_logged_rate_is_the_schedule(store: Path, straight: Path) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_first_loss_is_that_of_the_planned_clips(
+def test_the_first_loss_and_gradient_are_those_of_the_planned_clips(
     store: Path, tmp_path: Path, accumulate: int
 ) -> None:
     """Computed from plan, dataset and model alone. BatchNorm sees one micro-batch at a time."""
@@ -100,10 +100,38 @@ def test_the_first_loss_is_that_of_the_planned_clips(
     for clips in np.split(data.plan().global_batch(0), accumulate):
         batch = collate(dataset, [Slot(int(clip), 0) for clip in clips])
         logits = model(as_input(batch.volumes, config), batch.frames)
-        losses.append(float(binary_cross_entropy_with_logits(logits, batch.labels).detach()))
+        loss = binary_cross_entropy_with_logits(logits, batch.labels) / accumulate
+        loss.backward()
+        losses.append(float(loss.detach()))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = float(torch.linalg.vector_norm(torch.cat([g.reshape(-1) for g in gradients])))
     with pytest.raises(InterruptedSessionError):
         train(config, progress=interrupt_at(1))
-    assert losses_of(tmp_path / "run") == pytest.approx([np.mean(losses)], rel=1e-6)
+    (first,) = metrics_of(tmp_path / "run")
+    assert first["train/loss"] == pytest.approx(sum(losses), rel=1e-6)
+    # AdamW hides a wrong scale of the gradient; clipping does not.
+    assert first["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("more", [(), ("optim.ema=0.5",)], ids=["weights", "their average"])
+def test_held_out_clips_are_judged_as_they_are_by_what_a_snapshot_holds(
+    store: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    """Clip by clip, without augmentation and dropout."""
+    config = tiny_config(store, tmp_path, "model.dropout=0.3", "snapshots.at=[1]", *more)
+    assert config.augment.flip > 0
+    with pytest.raises(InterruptedSessionError):
+        train(config, progress=interrupt_at(STEPS_PER_EPOCH))
+    model = make_model(config).eval()
+    model.load_state_dict(load_file(tmp_path / "snapshots" / f"step-{STEPS_PER_EPOCH}.safetensors"))
+    data = open_data(config)
+    clips = data.numbers("val")
+    with torch.no_grad():
+        volumes = [torch.from_numpy(data.store.read(clip)).float() / 255 for clip in clips]
+        logits = torch.cat([model(volume[None, None], None) for volume in volumes])
+    labels = torch.from_numpy(data.store.table["label"].to_numpy(np.float32)[clips])
+    expected = float(binary_cross_entropy_with_logits(logits, labels))
+    assert metrics_of(tmp_path)[-1]["val/loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_same_settings_give_the_same_run(store: Path, straight: Path, tmp_path: Path) -> None:
@@ -231,6 +259,68 @@ def test_recomputation_changes_neither_losses_nor_statistics(store: Path, tmp_pa
     )
     for name, tensor in none.items():
         torch.testing.assert_close(block[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_drawn_anew_for_each_step_and_again_for_a_resumed_one(
+    store: Path, tmp_path: Path
+) -> None:
+    """By the seed of torch's generator in each step, as it is found when the next one begins."""
+    config = tiny_config(store, tmp_path / "run", "model.dropout=0.3")
+    noted: list[tuple[int, int]] = []
+
+    def note(trainer: Trainer, step: int) -> None:
+        if step > trainer.first_step:
+            noted.append((step - 1, torch.initial_seed()))
+
+    for resume, end in (("never", 7), ("auto", 12)):
+        with pytest.raises(InterruptedSessionError):
+            train(config, resume=resume, before_step=note, progress=interrupt_at(end))
+    assert [step for step, _ in noted] == [*range(6), *range(4, 11)]
+    seeds = dict(noted)
+    assert sorted(noted) == sorted([*seeds.items(), *((step, seeds[step]) for step in (4, 5))])
+    assert len(set(seeds.values())) == len(seeds) == 11
+
+
+def test_the_average_is_of_the_weights_after_each_step_and_goes_on_when_resumed(
+    store: Path, tmp_path: Path
+) -> None:
+    """By hand, from the first weights and from those of each step's checkpoint."""
+    settings = ("optim.ema=0.5", "checkpoint.every_steps=1", "checkpoint.keep_last=9")
+    config = tiny_config(store, tmp_path / "run", *settings)
+    for resume, end in (("never", 3), ("auto", 8)):
+        with pytest.raises(InterruptedSessionError):
+            train(config, resume=resume, progress=interrupt_at(end))
+    saved = dict(by_step(tmp_path / "run" / "checkpoints"))
+    average = {n: t for n, t in make_model(config).state_dict().items() if t.is_floating_point()}
+    for step, path in saved.items():
+        tensors, _ = load_checkpoint(path)
+        # The average after ``step`` steps has taken in so many weights.
+        decay = min(0.5, step / (9 + step))
+        for name, value in average.items():
+            average[name] = decay * value + (1 - decay) * tensors[f"model/{name}"]
+            torch.testing.assert_close(tensors[f"ema/{name}"], average[name])
+    assert list(saved) == list(range(1, 9))
+
+
+def test_a_run_that_begins_anew_after_a_bad_step_begins_with_a_new_average(
+    store: Path, tmp_path: Path
+) -> None:
+    """Before the first checkpoint, when there is none to go back to."""
+
+    def spoil(trainer: Trainer, step: int) -> None:
+        if step == 2 and not trainer.bad_steps:
+            trainer.backend.module.head.weight.data.fill_(float("nan"))
+
+    states = []
+    for name, before_step in (("straight", None), ("spoiled", spoil)):
+        config = tiny_config(store, tmp_path / name, "optim.ema=0.5")
+        with pytest.raises(InterruptedSessionError):
+            train(config, before_step=before_step, progress=interrupt_at(4))
+        states.append(load_checkpoint(tmp_path / name / "checkpoints" / "step-4")[0])
+    straight, spoiled = states
+    assert spoiled.keys() == straight.keys()
+    for name, tensor in straight.items():
+        assert torch.equal(spoiled[name], tensor), name
 
 
 # Batch normalisation.

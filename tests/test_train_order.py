@@ -189,6 +189,15 @@ def batch_of(data: RunData, step: int) -> Batch:
     return collate(dataset, [Slot(int(clip), epoch) for clip in data.plan().global_batch(step)])
 
 
+def test_the_budget_is_of_clips_as_they_are_cut(deep_store: Path, tmp_path: Path) -> None:
+    """A plan that took deep clips for deeper than the model sees them would make small steps."""
+    data = open_data(budgeted(deep_store, tmp_path, "clip.max_frames=16"))
+    plan, depths = data.plan(), data.dataset(training=True).depths
+    assert depths.max() == 16
+    for step in range(plan.first_step(1)):
+        np.testing.assert_array_equal(plan.depths(step), depths[plan.global_batch(step)])
+
+
 def test_gradients_are_weighted_by_the_clips_of_a_step(deep_store: Path, tmp_path: Path) -> None:
     config = budgeted(deep_store, tmp_path / "run", "train.epochs=1", "snapshots.at=[1]")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from syncs import Sync, record_syncs
 
 from dist_train.data.files import PARTIAL, crc32c, write_whole, written_whole
 
@@ -48,6 +49,16 @@ def test_what_a_killed_process_left_is_overwritten(tmp_path: Path) -> None:
     write_whole(path, b"new")
     assert path.read_bytes() == b"new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_content_is_on_the_disk_before_its_name_and_the_name_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a loss of power could leave the name of a file that is empty."""
+    syncs = record_syncs(monkeypatch)
+    write_whole(tmp_path / "file", b"new")
+    aside = tmp_path / f"file{PARTIAL}"
+    assert syncs == [Sync(aside, size=3), Sync(tmp_path, names=frozenset({"file"}))]
 
 
 def test_crc32c_check_value() -> None:

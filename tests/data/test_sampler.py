@@ -101,6 +101,16 @@ def test_held_out_clips_are_seen_once_over_all_ranks(
         assert len(rank) == len(list(rank))
 
 
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=70), st.integers(2, 5))
+def test_ranks_have_like_work_on_held_out_clips(frames: list[int], world: int) -> None:
+    """However many clips there are, two ranks differ by the frames of two clips at most: one for
+    all rounds of the dealing, as each begins where the one before ended, and one for the last."""
+    clips = list(range(len(frames)))
+    ranks = [HeldOutSampler(clips, frames, rank=r, world=world, batch=4) for r in range(world)]
+    work = [sum(frames[slot.clip] for slots in rank for slot in slots) for rank in ranks]
+    assert max(work) - min(work) <= 2 * (max(frames) - min(frames))
+
+
 def test_held_out_batches_hold_clips_of_like_depth() -> None:
     depths = np.random.default_rng(0).integers(17, 435, 400).tolist()
     batches = list(HeldOutSampler(list(range(400)), depths, rank=1, world=2, batch=8))

@@ -154,6 +154,29 @@ def test_losses_are_those_of_one_process(launch: Launch, one: dict[int, Path], m
     for figure in ("val/loss", "val/auc", "train/auc"):
         compared = compare(made(launch), one[launch.accumulate], tolerance, figure=figure)
         assert compared.first is None, f"{figure}: {compared.rows}"
+    # A difference of two losses.
+    gaps, expected = (
+        [line["norm/gap"] for line in metrics_of(run) if "norm/gap" in line]
+        for run in (made(launch), one[launch.accumulate])
+    )
+    assert gaps == pytest.approx(expected, abs=1e-4)
+    assert min(map(abs, expected)) > 1e-3
+
+
+def test_the_statistics_of_a_snapshot_are_of_the_clips_of_all_processes(
+    golden: Path, launcher: Launcher, tmp_path: Path
+) -> None:
+    """Also where each process normalises by its own: then its clips are what one process has in a
+    micro-batch."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(golden_config(golden, one, "norm.precise_steps=2", "train.accumulate=2"))
+    settings = "norm.precise_steps=2", "norm.shared=false"
+    launcher.program(2, [TRAINED, *golden_overrides(golden, two, *settings)]).well()
+    expected, found = (load_file(r / "snapshots" / f"step-{STEPS}.safetensors") for r in (one, two))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def facts_of(run: Path) -> list[dict[str, Any]]:
@@ -167,6 +190,7 @@ def test_the_backend_asked_for_was_at_work(launch: Launch, made: Made) -> None:
     (session,) = json.loads((made(launch) / "run.json").read_text())["sessions"]
     assert (session["world_size"], session["backend"]) == (launch.world, launch.backend)
     assert len(facts) == launch.world
+    assert len({fact["seed"] for fact in facts}) == launch.world, "each rank drops out on its own"
     zero, sharded = launch.backend.startswith("zero"), launch.backend in ("zero3", "fsdp2")
     engine = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPResNet3D"}
     parameters = facts[0]["parameters"]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import environment
+from syncs import record_syncs
 from thread_group import Threads, on_each_rank
 from torch import Tensor
 
@@ -136,6 +137,22 @@ def test_all_ranks_see_it_whole_or_not_there(tmp_path: Path) -> None:
 
     assert on_each_rank(3, act) == []
     assert names_in(tmp_path) == {"step-3", "step-4"}
+
+
+def test_shares_and_marker_are_on_the_disk_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this order, so that a loss of power leaves a checkpoint that is whole or none."""
+    syncs = record_syncs(monkeypatch)
+    path = save(tmp_path, 1)
+    aside = tmp_path / "step-1.partial"
+    share, marker, names, name = syncs
+    assert share.path == aside / "rank-00000.safetensors"
+    assert share.size == (path / share.path.name).stat().st_size
+    assert marker.path == aside / f"{MARKER}.partial"
+    assert marker.size == (path / MARKER).stat().st_size
+    assert (names.path, names.names) == (aside, {share.path.name, MARKER})
+    assert (name.path, name.names) == (tmp_path, {"step-1"})
 
 
 def test_the_same_files_at_each_save_of_the_same_state(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from room import LittleRoom
+from syncs import Sync, record_syncs
 
 from dist_train.engine.growing_file import GrowingFile
 
@@ -17,6 +18,18 @@ def test_records_follow_what_was_there(tmp_path: Path) -> None:
     for record in (b"one|", b"", b"two|"):
         file.append(record)
     assert path.read_bytes() == b"before|one|two|", "at once, for those who watch"
+    file.close()
+
+
+def test_flush_puts_all_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint must not outlast the figures of its steps."""
+    syncs = record_syncs(monkeypatch)
+    path = tmp_path / "file"
+    file = GrowingFile(path)
+    file.append(b"one|")
+    file.append(b"two|")
+    file.flush()
+    assert syncs == [Sync(path, size=8)]
     file.close()
 
 

@@ -10,6 +10,7 @@ import google_crc32c
 import pytest
 import torch
 from safetensors.torch import load_file, save
+from syncs import Sync, record_syncs
 from torch import Tensor
 
 from dist_train.engine import tensor_file
@@ -51,6 +52,15 @@ def test_size_and_checksum_are_those_of_the_file(
     written = write_tensors(path, content)
     data = path.read_bytes()
     assert written == (len(data), google_crc32c.value(data)) == sum_of_file(path)
+
+
+def test_what_is_written_is_on_the_disk_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncs = record_syncs(monkeypatch)
+    path = tmp_path / "a.safetensors"
+    written = write_tensors(path, tensors())
+    assert syncs == [Sync(path, size=written.size)]
 
 
 def test_the_file_is_as_long_as_the_library_makes_it(tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ def facts_of(backend: Backend) -> dict[str, Any]:
         "partitions_gradients": bool(
             zero and backend.model.zero_optimization_partition_gradients()
         ),
+        # By which dropout was drawn in the step before.
+        "seed": torch.initial_seed(),
         "offloads": bool(zero and backend.model.zero_offload_optimizer() is not None),
         "dtypes": sorted({str(t.dtype) for t in [*moments, *weights]}),
         "parameters": sum(backend.numels[name] for name, _ in backend.trained()),
