@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from bench_plan import Clips, read_clips, spread
 from rich.console import Console
 from rich.table import Table
@@ -386,8 +385,6 @@ class Row:
     def close(self) -> None:
         """Let another row, of another precision, be made in this process."""
         self.backend.close()
-        # Accelerate keeps the first precision of a process otherwise.
-        AcceleratorState._reset_state(True)
 
     def step(self, batch: Batch, marks: Marks) -> None:
         """Passes that are recorded are one: all of their time counts as forward."""

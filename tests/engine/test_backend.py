@@ -149,3 +149,15 @@ def test_ddp_is_refused_where_the_launcher_asks_for_deepspeed(
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(BackendError, match="asks for DDP, but the launcher for DeepSpeed"):
         make_backend(FP32, clip_norm=None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="graphs are offered on CUDA devices")
+def test_a_process_can_train_in_one_precision_after_another() -> None:
+    """Also after a backend that was refused."""
+    for precision in ("bf16", "fp32", "bf16"):
+        made = make_backend(TrainSettings.model_validate({"precision": precision}), clip_norm=None)
+        expected = {"bf16": "bf16", "fp32": "no"}[precision]
+        assert made.accelerator.mixed_precision == expected
+        made.close()
+        with pytest.raises(BackendError, match="there are 1 on cpu"):
+            make_backend(TrainSettings(precision="fp32", graphs=True), clip_norm=None)

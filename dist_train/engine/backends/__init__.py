@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dist_train.config import TrainSettings
-from dist_train.engine.backends.base import Backend
+from dist_train.engine.backends.base import Backend, forget_settings
 from dist_train.engine.backends.ddp import DdpBackend
+from dist_train.errors import BackendError
 
 
 def make_backend(settings: TrainSettings, *, clip_norm: float | None) -> Backend:
@@ -13,12 +14,20 @@ def make_backend(settings: TrainSettings, *, clip_norm: float | None) -> Backend
     Raises:
         BackendError: the machine or the launcher does not allow it.
     """
+    try:
+        return _class_of(settings)(settings, clip_norm=clip_norm)
+    except BackendError:
+        forget_settings()
+        raise
+
+
+def _class_of(settings: TrainSettings) -> type[Backend]:
     if settings.backend == "ddp":
-        return DdpBackend(settings, clip_norm=clip_norm)
+        return DdpBackend
     if settings.backend == "fsdp2":
         from dist_train.engine.backends.fsdp import FsdpBackend
 
-        return FsdpBackend(settings, clip_norm=clip_norm)
+        return FsdpBackend
     from dist_train.engine.backends.zero import ZeroBackend
 
-    return ZeroBackend(settings, clip_norm=clip_norm)
+    return ZeroBackend

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from dist_train.config import TrainSettings
@@ -305,8 +306,16 @@ class Backend(ABC):
         return self.gather(value)[0]
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group. Another backend can be made in this process afterwards, also of
+        another precision."""
         self.accelerator.end_training()
+        forget_settings()
+
+
+def forget_settings() -> None:
+    """Let another backend be made in this process: Accelerate keeps the first precision and device
+    of a process, and refuses others."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
