@@ -1,12 +1,14 @@
 # make setup   a .venv with everything in it        make demo   the main job, from videos to a report
 # make test    all tests, the fast ones first       make lint   ruff and mypy
-# make soak    the same claims, sampled deeper: hours rather than minutes, before a release
+# make soak    the same claims, sampled deeper
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 # Two test or training processes on two cores must not start two threads each.
 export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest -q
+# Two workers, to each of which go whole files, in the order that tests/conftest.py gives.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: setup demo test soak lint
@@ -26,8 +28,8 @@ demo: .venv/done
 	$(BIN)/python tools/demo.py
 
 test: .venv/done
-	$(PYTEST) -n 2 --dist loadfile -m 'not slow and not soak'
-	$(PYTEST) -n 2 --dist loadfile -m 'slow and not soak'
+	$(PYTEST) $(TWO) -m 'not slow and not soak'
+	$(PYTEST) $(TWO) -m 'slow and not soak'
 
 soak: .venv/done
 	$(PYTEST) -m soak --durations=20

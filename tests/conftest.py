@@ -49,11 +49,17 @@ def real_data() -> Path:
     return folder
 
 
+#: Files of a single long test or so. They come first, so that two workers end at the same time.
+LONGEST = ("test_gpu.py", "test_same_numbers.py", "test_fused_norm.py", "test_prepare_kills.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The launcher alone takes seconds to be warm."""
+    """Mark what needs the launcher, which takes seconds to be warm, and begin with the longest."""
     for item in items:
         if "launcher" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,26 @@ BATCHES = [([9, 4, 1], 9), ([5, 5], 5), ([12], 12), ([3], 8), ([1], 1)]
 each_batch = pytest.mark.parametrize(("frames", "depth"), BATCHES, ids=str)
 
 
+#: A ResNet-50 of one block a layer, coarse in depth: it has all that a network can have.
+MODEL = (
+    *("model.name=resnet3d-50", "model.stem_pool=true", "model.stem_stride=[2, 2, 2]"),
+    "model.dropout=0.3",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_blocks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BLOCKS, 50, (Bottleneck, (1, 1, 1, 1)))
+        yield
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(few_blocks: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run with snapshots of steps 6 and 12; not to be changed."""
     folder = tmp_path_factory.mktemp("export")
     store, out = tiny_store(folder / "store"), folder / "run"
-    train(tiny_config(store, out, "train.epochs=2", "snapshots.at=[1, 2]", "model.dropout=0.3"))
+    train(tiny_config(store, out, "train.epochs=2", "snapshots.at=[1, 2]", *MODEL))
     return out
 
 
@@ -115,12 +130,10 @@ def test_both_files_say_what_they_are(run: Path, exported: tuple[Path, Path]) ->
     assert json.loads(facts) == expected
 
 
-@pytest.mark.slow
-def test_bottlenecks_and_pooling_as_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ResNet-50 of one block a layer, coarse in depth."""
-    monkeypatch.setitem(BLOCKS, 50, (Bottleneck, (1, 1, 1, 1)))
+@pytest.mark.soak
+def test_basic_blocks_without_pooling_as_onnx() -> None:
     torch.manual_seed(0)
-    model = ResNet3D(50, width=4, stem_stride=(2, 2, 2))
+    model = ResNet3D(10, width=4, stem_pool=False)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm3d):
             for tensor in (norm.bias, norm.running_mean):

@@ -146,9 +146,9 @@ def test_a_network(depth: int, frames: Tensor | None) -> None:
 
 def test_recomputing_changes_no_bit() -> None:
     frames = torch.tensor([20, 9, 13])
-    expected = trained(make_model(torch.float32, fused=True, depth=18), frames)
+    expected = trained(make_model(torch.float64, fused=True, depth=18), frames)
     for mode in ("cheap", "block", "stage"):
-        model = make_model(torch.float32, fused=True, depth=18)
+        model = make_model(torch.float64, fused=True, depth=18)
         model.recompute = mode
         left = trained(model, frames)
         assert [name for name in left if not torch.equal(left[name], expected[name])] == [], mode
