@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, dist_train, environment, launched, run
+from helpers import ROOT, dist_train, environment
+from launcher import Launcher
 
 WIDE = {"COLUMNS": "250"}
 
@@ -37,17 +38,18 @@ def test_alone_on_a_machine_with_few_files(tmp_path: Path) -> None:
     assert f"disk of {tmp_path}: random reads" in found
 
 
-@pytest.mark.slow
-def test_two_processes(tmp_path: Path) -> None:
-    done = run(launched("cpu_2proc.yaml", "doctor", "--folder", tmp_path), **WIDE)
-    found = rows(done.stdout)
-    assert done.returncode == int("bad" in [state for state, _ in found.values()]), done.stderr
+def test_two_processes(launcher: Launcher, tmp_path: Path) -> None:
+    argv = ["-m", "dist_train", "doctor", "--folder", tmp_path]
+    group = launcher.program(2, argv, OMP_NUM_THREADS="1", **WIDE)
+    codes, told = group.codes(), group.said(0)
+    found = rows(told)
+    assert codes == [int("bad" in [state for state, _ in found.values()])] * 2, group.said()
     assert found["CPUs"][1].endswith("for 2 processes x 1 threads")
     assert {"all-reduce", "slowest pair", "clocks"} <= found.keys()
     assert re.fullmatch(r"at most 0\.\d+ s apart \(rank \d from rank 0\)", found["clocks"][1])
     # Of one machine the findings are told once.
-    assert done.stdout.count(" numpy ") == 1
-    rates = [re.split(r" *│ *", line)[1:-1] for line in done.stdout.splitlines() if "iB │" in line]
+    assert told.count(" numpy ") == 1
+    rates = [re.split(r" *│ *", line)[1:-1] for line in told.splitlines() if "iB │" in line]
     assert [(name, size) for name, size, *_ in rates] == [
         (name, size)
         for name in ("all-gather", "all-reduce")

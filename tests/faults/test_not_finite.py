@@ -55,7 +55,9 @@ def test_after_too_many_the_run_ends(launcher: Launcher, store: Path, tmp_path: 
     assert "2 steps were left out already" in group.said(0)
 
 
-@pytest.mark.parametrize("backend", ["zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize(
+    "backend", [pytest.param("zero2", marks=pytest.mark.soak), "zero3", "fsdp2"]
+)
 def test_no_backend_keeps_what_a_bad_step_did(
     launcher: Launcher, store: Path, tmp_path: Path, backend: str
 ) -> None:

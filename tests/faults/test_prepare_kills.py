@@ -18,9 +18,9 @@ from inotify import CREATED, MOVED_IN, OPENED, Event, Watch
 from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Store
 from dist_train.data.synth import synthesize
 
-SHARD_CLIPS = 4
+SHARD_CLIPS = 2
 #: Of two shards that are being written, about.
-EVENTS = 12
+EVENTS = 10
 
 
 class Job:

@@ -55,7 +55,7 @@ def test_without_peers_nothing_is_installed_and_webdataset_is_not_needed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("resume", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_ours_and_plain_files(bench: Bench, resume: bool) -> None:
     task = replace(Task(4, 1, 1, warm_up=1, batches=2), resume=resume)
     for name in ("ours", "plain files"):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import bench_step
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, environment
+from helpers import ROOT
 from roofline import Ceilings
 
 from dist_train.config import load_config
@@ -106,15 +103,14 @@ def test_memory_that_graphs_own_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_it_measures_rows_in_turns_and_writes_its_figures(tmp_path: Path) -> None:
-    out = tmp_path / "step.json"
-    command = [sys.executable, "tools/bench_step.py", "--quick", "--model", "resnet3d-10"]
-    command += ["--scale", "0.03"]
-    done = subprocess.run(
-        [*command, "--json", str(out)], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
+def test_rows_take_turns_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real rows of very shallow clips. Ceilings are given, as they take large products."""
+    ceilings = Ceilings({"fp32": 1e12, "bf16": 2e12}, 1e10)
+    monkeypatch.setattr(bench_step, "measure_ceilings", lambda *_: ceilings)
+    load = bench_step.Workload(bench_step.challenge_clips(), "resnet3d-10", 0.03, 1, 1)
+    kept: list[dict[str, Any]] = []
+    result = bench_step.measure(load, ("original", "fast"), "given", kept.append)
+    assert kept[-1] == result
     assert result["failed"] == {}
     assert set(result["variants"]) == {"original", "fast"}
     assert all(value > 0 for value in result["summary"].values())
