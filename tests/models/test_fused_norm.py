@@ -240,13 +240,14 @@ def test_two_processes_are_as_one_with_the_clips_of_both() -> None:
     """Threads stand for the processes, so that loops are compiled once for both."""
     found: dict[int, dict[str, Tensor]] = {}
     sizes = [len(part) for part in PARTS]
+    # Made here, as threads share the random numbers that layers are made with.
+    layers = [random_norm(torch.float64, fused=True) for _ in PARTS]
 
     def run_layer(ranks: Threads) -> None:
         def all_reduce(sums: Tensor) -> None:
             sums.copy_(torch.stack(ranks.gather(sums.clone())).sum(0))
 
-        mine = random_clips(torch.float64).split(sizes)[ranks.rank]
-        norm = random_norm(torch.float64, fused=True)
+        mine, norm = random_clips(torch.float64).split(sizes)[ranks.rank], layers[ranks.rank]
         share_statistics(norm, all_reduce)
         x = mine.clone().requires_grad_()
         y = norm(x, valid_frames(torch.tensor(PARTS[ranks.rank]), x), relu=True)
