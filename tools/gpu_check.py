@@ -218,15 +218,15 @@ def memory(clips: int, frames: int, recompute: str, record: Record) -> None:
     """Peak memory reserved by a step. Too little memory is a result too."""
     import numpy as np
 
+    from dist_train.engine.out_of_memory import first_line, is_out_of_memory
+
     try:
         with row_of(record, "fast", f"model.recompute={recompute}") as row:
             turn = row.turn([np.full(clips, frames)])
     except RuntimeError as error:
-        # cuDNN finds no engine where there is no memory for its workspace.
-        told = ("out of memory", "unable to find an engine")
-        if not any(text in str(error) for text in told):
+        if not is_out_of_memory(error):
             raise
-        record.line(reserved_gb=None, out_of_memory=str(error).partition("\n")[0])
+        record.line(reserved_gb=None, out_of_memory=first_line(error))
     else:
         record.line(reserved_gb=turn.peak / 1e9, seconds=turn.seconds)
 
