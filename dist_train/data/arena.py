@@ -36,6 +36,13 @@ _numbers = itertools.count()
 _arenas: weakref.WeakValueDictionary[int, Arena] = weakref.WeakValueDictionary()
 
 
+class _RegionReference(weakref.ref[Volume]):
+    """To the array of the region at ``offset``."""
+
+    __slots__ = ("offset",)
+    offset: int
+
+
 class Arena:
     """Shared memory of ``size`` bytes, of which only what is written to takes memory.
 
@@ -51,15 +58,17 @@ class Arena:
         self.number = next(_numbers)
         self._map(os.memfd_create("dist_train.loader", os.MFD_CLOEXEC), size, truncate=True)
         self._lent: list[tuple[int, int]] = []  # from, to: ascending
+        # By offset. They tell when no tensor is left of a region, while they are kept.
+        self._references: dict[int, _RegionReference] = {}
         # Appended to by whatever thread drops a tensor, in the middle of anything: so no lock.
-        self._back: deque[int] = deque()
+        self._back: deque[_RegionReference] = deque()
         self._written = 0
         _arenas[self.number] = self
 
     def lend(self, size: int) -> int | None:
         """The offset of a free region of ``size`` bytes, from the smallest gap that has room; None
         if there is none. Behind the last region in use is the largest gap."""
-        back = {self._back.popleft() for _ in range(len(self._back))}
+        back = {self._back.popleft().offset for _ in range(len(self._back))}
         self._lent = [region for region in self._lent if region[0] not in back]
         length = max(-(-size // PAGE), 1) * PAGE
         ends = [0, *(to for _, to in self._lent)]
@@ -113,8 +122,11 @@ class Arena:
         """uint8 of ``shape`` in a region that was lent, which is free again when neither it nor a
         tensor that shares its memory is left."""
         pixels = self.view(offset, int(np.prod(shape, dtype=np.int64)))
-        # The tensor's storage holds this very array.
-        weakref.finalize(pixels, self._back.append, offset).atexit = False
+        # The tensor's storage holds this very array. The callback is a built-in method, not Python
+        # code: Python drops the KeyboardInterrupt of a Ctrl-C that arrives in a callback.
+        reference = _RegionReference(pixels, self._back.append)
+        reference.offset = offset
+        self._references[offset] = reference
         return torch.from_numpy(pixels).view(shape)
 
     def _map(self, descriptor: int, size: int, *, truncate: bool = False) -> None:

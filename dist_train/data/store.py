@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,14 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the content: equal manifest, settings and decoder path."""
+        """Identity of what it was made from: names, settings and decoder path, not pixels."""
         return str(self.info["fingerprint"])
+
+    @cached_property
+    def content(self) -> str:
+        """Identity of what it holds: SHA-256, in hex, over key, label and checksum of each clip."""
+        table = self.table[["key", "label", "crc32c"]]
+        return hashlib.sha256(table.to_csv(index=False, header=False).encode()).hexdigest()
 
     def read(self, clip: int) -> Volume:
         """The native crop of clip number ``clip``: uint8 [D, H, W], one ``pread``.

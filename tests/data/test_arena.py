@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -39,6 +41,23 @@ def test_region_comes_back_with_the_last_tensor_on_it() -> None:
     del first
     assert lent(arena, MB) == 2 * MB, "a row still holds the first"
     del row
+    assert lent(arena, MB) == 0
+
+
+def test_region_comes_back_without_running_python() -> None:
+    """Python drops the KeyboardInterrupt of a Ctrl-C that arrives in a callback of a reference."""
+    arena = Arena(4 * MB)
+    tensor = arena.tensor(lent(arena, MB), (MB,))
+    ran: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            ran.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    del tensor
+    sys.setprofile(None)
+    assert ran == []
     assert lent(arena, MB) == 0
 
 
