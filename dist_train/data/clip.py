@@ -13,7 +13,7 @@ from dist_train.data.types import Volume
 from dist_train.errors import DecodeError, DistTrainError, RoiError
 
 # Raised whenever the same file and settings would give other pixels.
-PIXELS_VERSION = 2
+PIXELS_VERSION = 3
 
 
 @dataclass(frozen=True)

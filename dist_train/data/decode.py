@@ -6,18 +6,17 @@ import math
 import os
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import IO
 
 import av
-import cv2
 import numpy as np
 import tifffile
-from av.video.reformatter import ColorRange, VideoReformatter
+from av.video.reformatter import VideoReformatter
 
+from dist_train.data.frame import Frame, read_frame
 from dist_train.data.orientation import AS_IT_IS, Orientation
-from dist_train.data.types import Plane, Volume
+from dist_train.data.types import Volume
 from dist_train.errors import DecodeError
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpeg", ".mpg"}
@@ -25,37 +24,6 @@ VOLUME_SUFFIXES = {".npy", ".npz", ".tif", ".tiff"}
 
 # A file can be a playlist in disguise: FFmpeg must not follow it to the network.
 _ONLY_FILES = {"protocol_whitelist": "file"}
-
-# ITU-R BT.601 and BT.709 limited range puts black at 16 and white at 235.
-FULL_RANGE = np.clip(np.rint((np.arange(256) - 16) * (255 / 219)), 0, 255).astype(np.uint8)
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """One upright video frame, in planes that cannot be written to.
-
-    They are the decoder's own, not copied, unless the picture had to be turned.
-
-    ``y``: uint8 [H, W], luma as it is coded: 0 black and 255 white if ``full_range``, else 16 and
-    235. ``cb``, ``cr``: uint8 [ceil(H/2), ceil(W/2)], 128 is grey. ``bt709``: the colour matrix is
-    BT.709 rather than BT.601.
-    """
-
-    y: Plane
-    cb: Plane
-    cr: Plane
-    full_range: bool
-    bt709: bool
-
-    @property
-    def luma(self) -> Plane:
-        """The whole frame's grey: uint8 [H, W], a copy, 0 black and 255 white."""
-        return self.grey(slice(None), slice(None))
-
-    def grey(self, rows: slice, columns: slice) -> Plane:
-        """A part of ``luma``, at the cost of that part."""
-        part = self.y[rows, columns]
-        return part.copy() if self.full_range else np.asarray(cv2.LUT(part, FULL_RANGE))
 
 
 class Video:
@@ -111,7 +79,7 @@ class Video:
                             size = frame.width, frame.height
                             turn = _turn(frame)
                         self._check_size(size, frame)
-                        planes = _planes(frame, converter)
+                        planes = read_frame(frame, converter)
                         yield _upright(planes, turn) if turn else planes
                         self.frames_decoded += 1
                 except av.error.FFmpegError as error:
@@ -199,30 +167,6 @@ def _turn(frame: av.VideoFrame) -> Orientation | None:
     else:
         return None
     return None if turn == AS_IT_IS else turn
-
-
-def _planes(frame: av.VideoFrame, converter: VideoReformatter) -> Frame:
-    full = frame.format.name.startswith("yuvj") or frame.color_range == 2
-    if frame.format.name not in ("yuv420p", "yuvj420p"):
-        # Grey and RGB become BT.601; a YUV format keeps its matrix.
-        frame = converter.reformat(
-            frame,
-            format="yuv420p",
-            src_color_range=frame.color_range or None,
-            dst_color_range=ColorRange.MPEG,
-            # By default it starts a thread for each of the machine's cores, frame by frame.
-            threads=1,
-        )
-        full = False
-    y, cb, cr = (_plane(plane) for plane in frame.planes[:3])
-    return Frame(y, cb, cr, full_range=full, bt709=frame.colorspace == 1)
-
-
-def _plane(plane: av.video.plane.VideoPlane) -> Plane:
-    # The array holds the plane, which holds the decoder's buffer.
-    rows = np.frombuffer(plane, dtype=np.uint8).reshape(plane.height, plane.line_size)
-    rows.flags.writeable = False
-    return rows[:, : plane.width]
 
 
 def read_volume(path: Path, where: object | None = None, suffix: str | None = None) -> Volume:

@@ -13,7 +13,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from dist_train.data.decode import FULL_RANGE, Frame, Video
+from dist_train.data.decode import Video
+from dist_train.data.frame import Frame
+from dist_train.data.grey import FULL_RANGE
 from dist_train.data.types import Plane, Volume
 from dist_train.errors import ConfigError, RoiError
 

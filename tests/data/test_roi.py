@@ -14,7 +14,8 @@ from helpers import ROOT, environment
 from make_media import ORANGE, drifting, outlined_frames, union_of, write_video
 from scipy import ndimage
 
-from dist_train.data.decode import Frame, Video
+from dist_train.data.decode import Video
+from dist_train.data.frame import Frame
 from dist_train.data.roi import (
     GAP,
     GAPS,
