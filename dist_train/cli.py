@@ -71,6 +71,10 @@ def prepare(
     truncated: Annotated[
         Literal["reject", "keep"], typer.Option(help="Videos that end before they should.")
     ] = "reject",
+    bits: Annotated[
+        int | None,
+        typer.Option(min=8, max=16, help="Of 16-bit values; else as the whole set's files say."),
+    ] = None,
     max_rejected: MaxRejected = "1%",
     shard_clips: Annotated[int, typer.Option(min=1, help="Clips a shard.")] = 128,
     clip_seconds: Annotated[
@@ -105,6 +109,7 @@ def prepare(
         shard_clips=shard_clips,
         clip_seconds=clip_seconds,
         clip_memory=clip_memory,
+        bits=bits,
     )
     with progress("prepare") as report:
         if own is not None:
@@ -382,6 +387,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _print_store(out: Path, store: dict[str, Any]) -> None:
+    from dist_train.data.describe import remarks
     from dist_train.data.prepare import by_class
 
     rejected = store["rejected"]
@@ -389,6 +395,8 @@ def _print_store(out: Path, store: dict[str, Any]) -> None:
     if rejected:
         number = sum(rejected.values())
         typer.echo(f"rejected: {number} ({by_class(rejected)}), see {out / 'rejected.csv'}")
+    for line in remarks(out):
+        typer.echo(line)
 
 
 def _print_faults(faults: Sequence[object]) -> None:

@@ -6,11 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from dist_train.data.decode import VIDEO_SUFFIXES, VOLUME_SUFFIXES, Video, read_volume
+import numpy as np
+
+from dist_train.data.decode import VIDEO_SUFFIXES, Video
 from dist_train.data.roi import Box, OutlineColour, crop_to_outline, stack_planes
 from dist_train.data.shards import Record
 from dist_train.data.types import Volume
+from dist_train.data.volume_file import VOLUME_SUFFIXES, read_raw, to_grey
 from dist_train.errors import DecodeError, DistTrainError, RoiError
+
+# A clip with fewer grey levels than these has lost most of what its file tells, or is nearly black.
+FEW_LEVELS = 32
 
 # Raised whenever the same file and settings would give other pixels.
 PIXELS_VERSION = 3
@@ -22,6 +28,8 @@ class PrepareSettings:
 
     ``roi``: "outline" crops to the union of the outline's boxes; "none" keeps whole frames.
     ``truncated``: whether a video with fewer frames than it declares is rejected or kept.
+    ``bits``: depth of values that are kept in 16 bits, as in uint16 stacks and gray16 video; one
+    for the whole store. None where there are none; such a file is then rejected.
     ``clip_seconds``, ``clip_memory`` (MiB): what decoding one file may take before it is rejected.
     """
 
@@ -31,6 +39,7 @@ class PrepareSettings:
     shard_clips: int = 128
     clip_seconds: float = 600.0
     clip_memory: int = 2048
+    bits: int | None = None
 
 
 def read_clip(
@@ -69,12 +78,14 @@ def _read(path: Path, suffix: str, where: str, settings: PrepareSettings) -> tup
             raise RoiError(
                 "a volume has no coloured outline", where=where, fix="Prepare it with --roi none."
             )
-        clip = read_volume(path, suffix=suffix, where=where)
-        return clip, {"frames_declared": clip.shape[0], "box": None}
+        raw = read_raw(path, where, suffix)
+        clip = to_grey(raw.array, where, settings.bits)
+        facts: Record = {"frames_declared": clip.shape[0], "box": None}
+        return clip, facts | (_few_levels(clip) if raw.is_deep else {})
     if suffix not in VIDEO_SUFFIXES:
         known = " ".join(sorted(VIDEO_SUFFIXES | VOLUME_SUFFIXES))
         raise DecodeError(f"unknown kind of file '{suffix}'", where=where, fix=f"Known: {known}.")
-    video = Video(path, where=where)
+    video = Video(path, where, settings.bits)
     box = None
     if settings.roi == "outline":
         clip, found = crop_to_outline(video, settings.colour)
@@ -90,4 +101,11 @@ def _read(path: Path, suffix: str, where: str, settings: PrepareSettings) -> tup
             where=where,
             fix="Replace the file, or prepare with --truncated keep.",
         )
-    return clip, {"frames_declared": video.frames_declared, "box": box}
+    facts = {"frames_declared": video.frames_declared, "box": box}
+    return clip, facts | (_few_levels(clip) if video.is_deep else {})
+
+
+def _few_levels(clip: Volume) -> Record:
+    """What the record says of a clip that was brought to 8 bits and keeps few grey levels."""
+    levels = np.count_nonzero(np.bincount(clip.reshape(-1), minlength=256))
+    return {"grey_levels": int(levels)} if levels < FEW_LEVELS else {}

@@ -1,26 +1,20 @@
-"""File bytes -> frames: videos by PyAV, TIFF stacks by tifffile, npy and npz without pickle."""
+"""Video files -> frames, by PyAV."""
 
 from __future__ import annotations
 
-import math
-import os
-import zipfile
 from collections.abc import Iterator
-from pathlib import Path, PurePath
-from typing import IO
+from pathlib import Path
 
 import av
 import numpy as np
-import tifffile
 from av.video.reformatter import VideoReformatter
 
 from dist_train.data.frame import Frame, read_frame
 from dist_train.data.orientation import AS_IT_IS, Orientation
-from dist_train.data.types import Volume
+from dist_train.data.undecodable import reason_of, too_large
 from dist_train.errors import DecodeError
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpeg", ".mpg"}
-VOLUME_SUFFIXES = {".npy", ".npz", ".tif", ".tiff"}
 
 # A file can be a playlist in disguise: FFmpeg must not follow it to the network.
 _ONLY_FILES = {"protocol_whitelist": "file"}
@@ -36,22 +30,25 @@ class Video:
     Args:
         path: where the bytes are.
         where: how messages name the file; None takes ``path``.
+        bits: of values that are kept in 16 bits; None refuses these.
 
     After an iteration ``frames_decoded`` is the number of frames that truly decoded,
     ``frames_declared`` what the container's header says (0 where it says nothing, as in mkv, webm
-    and mpeg), and ``stopped_by`` the decoder's error if the stream broke off.
+    and mpeg), ``stopped_by`` the decoder's error if the stream broke off, and ``is_deep``
+    whether a value has more than 8 bits.
 
     Raises:
         DecodeError: while iterating: not a video, no frame decodes, frames differ in size, or
             memory does not suffice.
     """
 
-    def __init__(self, path: Path, where: object | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, where: object | None = None, bits: int | None = None) -> None:
+        self.path, self.bits = path, bits
         self.where = path if where is None else where
         self.frames_declared = 0
         self.frames_decoded = 0
         self.stopped_by: str | None = None
+        self.is_deep = False
 
     @property
     def truncated(self) -> bool:
@@ -78,19 +75,20 @@ class Video:
                         if size is None:
                             size = frame.width, frame.height
                             turn = _turn(frame)
+                            self.is_deep = frame.format.components[0].bits > 8
                         self._check_size(size, frame)
-                        planes = read_frame(frame, converter)
+                        planes = read_frame(frame, converter, self.bits, self.where)
                         yield _upright(planes, turn) if turn else planes
                         self.frames_decoded += 1
                 except av.error.FFmpegError as error:
                     # Else a file would count as damaged for what the machine lacks.
                     if isinstance(error, MemoryError) or _memory_is_short(stream):
                         raise MemoryError from None
-                    self.stopped_by = _reason(error)
+                    self.stopped_by = reason_of(error)
         except MemoryError:
-            raise _too_large(self.where) from None
+            raise too_large(self.where) from None
         except (av.error.FFmpegError, OSError) as error:
-            raise DecodeError(f"cannot be opened ({_reason(error)})", where=self.where) from None
+            raise DecodeError(f"cannot be opened ({reason_of(error)})", where=self.where) from None
         if self.frames_decoded == 0:
             because = f" ({self.stopped_by})" if self.stopped_by else ""
             raise DecodeError(f"holds no frame that decodes{because}", where=self.where)
@@ -103,10 +101,6 @@ class Video:
                 where=self.where,
                 fix="Cut it there, or encode it anew at one size.",
             )
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)
 
 
 def _declared(container: av.container.InputContainer, stream: av.VideoStream) -> int:
@@ -131,14 +125,6 @@ def _memory_is_short(stream: av.VideoStream) -> bool:
     except MemoryError:
         return True
     return False
-
-
-def _too_large(where: object) -> DecodeError:
-    return DecodeError(
-        "takes more memory to decode than it may",
-        where=where,
-        fix="Cut it into shorter clips, or prepare anew with a larger --clip-memory.",
-    )
 
 
 def _upright(frame: Frame, turn: Orientation) -> Frame:
@@ -167,106 +153,3 @@ def _turn(frame: av.VideoFrame) -> Orientation | None:
     else:
         return None
     return None if turn == AS_IT_IS else turn
-
-
-def read_volume(path: Path, where: object | None = None, suffix: str | None = None) -> Volume:
-    """A volume file as uint8 [D, H, W].
-
-    ``.npy`` and ``.npz`` (with a single array) and multi-page ``.tif``. uint8 is kept; uint16 is
-    divided by 257 (65535 becomes 255), rounding down; bool becomes 0 and 255. RGB(A), a last axis
-    of 3 or 4, becomes BT.601 luma, and a last axis of 1 after three others is dropped. A single
-    picture, [H, W] or [H, W, 3], is a volume of depth 1.
-
-    Args:
-        path: where the bytes are.
-        where: how messages name the file; None takes ``path``. It ends in the file's name.
-        suffix: the ending that tells the kind of file; None takes that of ``path``.
-
-    Raises:
-        DecodeError: naming the file and what is wrong with it.
-    """
-    where = path if where is None else where
-    suffix = path.suffix if suffix is None else suffix
-    try:
-        with path.open("rb") as file:
-            if suffix.lower() in (".tif", ".tiff"):
-                array = _load_tiff(file, PurePath(str(where)).name)
-            else:
-                array = _load_numpy(file)
-        return to_uint8_volume(array, where)
-    except DecodeError:
-        raise
-    except MemoryError:
-        raise _too_large(where) from None
-    # On damaged bytes the parsers raise whatever they stumble over: struct, zlib, zipfile, index
-    # and type errors have all been seen.
-    except Exception as error:
-        raise DecodeError(f"cannot be read ({_reason(error)})", where=where) from None
-
-
-def to_uint8_volume(array: np.ndarray, where: object) -> Volume:
-    """Bring an array to uint8 [D, H, W] by the rules of ``read_volume``.
-
-    Raises:
-        DecodeError: another dtype or shape.
-    """
-    if array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4)):
-        array = array[None]
-    if array.ndim == 4 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.dtype.newbyteorder("=") == np.uint16:
-        array = (array // 257).astype(np.uint8)
-    elif array.dtype == np.bool_:
-        array = array.astype(np.uint8) * np.uint8(255)
-    if array.dtype != np.uint8:
-        raise DecodeError(
-            f"holds {array.dtype} values", where=where, fix="Use uint8, uint16 or bool."
-        )
-    if array.ndim == 4 and array.shape[-1] in (3, 4):
-        weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-        array = np.rint(array[..., :3] @ weights).astype(np.uint8)
-    if array.ndim != 3 or 0 in array.shape:
-        raise DecodeError(f"has shape {list(array.shape)}, not [depth, height, width]", where=where)
-    return np.ascontiguousarray(array)
-
-
-def _load_tiff(file: IO[bytes], name: str) -> np.ndarray:
-    # OME-TIFF says by name which file a page is in: this one is known by its own, and no other is
-    # opened, wherever the name may point.
-    return np.asarray(tifffile.imread(file, name=name, _multifile=False))
-
-
-def _load_numpy(file: IO[bytes]) -> np.ndarray:
-    is_zip = file.read(2) == b"PK"
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if not is_zip:
-        return _read_npy(file, size)
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-        if len(members) != 1:
-            raise ValueError(f"holds {len(members)} arrays, one is needed")
-        with archive.open(members[0]) as member:
-            return _read_npy(member, members[0].file_size)
-
-
-def _read_npy(file: IO[bytes], size: int) -> np.ndarray:
-    """An array in NumPy's format (NEP 1), refused before memory is taken for more than is there.
-
-    Args:
-        file: at its start, and able to go back there.
-        size: bytes that ``file`` holds.
-    """
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    elif version == (2, 0):
-        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-    else:
-        # Only structured arrays with field names beyond Latin-1 need a later one.
-        raise ValueError(f"version {version[0]}.{version[1]} of the npy format")
-    declared, held = math.prod(shape) * dtype.itemsize, size - file.tell()
-    if declared > held:
-        raise ValueError(f"declares {declared} bytes of values, holds {held}")
-    file.seek(0)
-    return np.asarray(np.lib.format.read_array(file, allow_pickle=False))

@@ -11,10 +11,13 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from dist_train.data.decode import VOLUME_SUFFIXES, Video
+from dist_train.data.clip import FEW_LEVELS
+from dist_train.data.decode import Video
 from dist_train.data.files import write_whole
+from dist_train.data.index import read_index
 from dist_train.data.roi import Box, OutlineColour, find_outline
-from dist_train.data.store import SHARDS, Store
+from dist_train.data.store import INDEX, SHARDS, Store
+from dist_train.data.volume_file import VOLUME_SUFFIXES
 from dist_train.errors import RoiError
 
 CLASSES = {0: "negative", 1: "positive", -1: "unlabelled"}
@@ -103,6 +106,18 @@ def _bar(share: float) -> str:
     return "█" * round(BAR * share) or ("▏" if share else "")
 
 
+def remarks(store: Path) -> list[str]:
+    """What is to be known of clips that were not rejected, in lines."""
+    records = (record for _, record in read_index(store / INDEX))
+    flat = [record["grey_levels"] for record in records if "grey_levels" in record]
+    if not flat:
+        return []
+    return [
+        f"fewer than {FEW_LEVELS} grey levels: {len(flat)} clips of more than 8 bits (the least: "
+        f"{min(flat)}); --bits says how many bits their values have"
+    ]
+
+
 def find_boxes(path: Path, colour: OutlineColour) -> tuple[Video, list[Box | None]]:
     """A video, decoded once, and the outline's box in each of its frames.
 
@@ -114,7 +129,7 @@ def find_boxes(path: Path, colour: OutlineColour) -> tuple[Video, list[Box | Non
         raise RoiError(
             "a volume has no coloured outline", where=path, fix="Prepare it with --roi none."
         )
-    video = Video(path)
+    video = Video(path, bits=16)
     return video, [find_outline(frame, colour) for frame in video]
 
 
@@ -144,7 +159,7 @@ def draw_outline(path: Path, boxes: Sequence[Box | None], png: Path, *, strip: i
     shown = set(np.linspace(0, len(boxes) - 1, min(strip, len(boxes))).astype(int).tolist())
     union = _union(boxes)
     pictures = []
-    for number, frame in enumerate(Video(path)):
+    for number, frame in enumerate(Video(path, bits=16)):
         if number not in shown:
             continue
         picture = cv2.cvtColor(frame.luma, cv2.COLOR_GRAY2BGR)

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from av.video.reformatter import ColorRange, VideoReformatter
 
-from dist_train.data.grey import FULL_RANGE, levels
+from dist_train.data.grey import FULL_RANGE, levels, to_8_bits
 from dist_train.data.types import Plane
 
 # Luma is plane 0 alone, or its first component; big-endian names end in "be".
@@ -33,6 +33,8 @@ _PACKED = {
     "rgba64": (0, 1, 2, 4),
     "bgra64": (2, 1, 0, 4),
 }
+_DEEP = re.compile(r"(gray16|ya16|gbra?p16|rgb48|bgr48|rgba64|bgra64)(le|be)")
+Word = np.dtype[np.uint8] | np.dtype[np.uint16]
 _BYTE = np.dtype(np.uint8)
 _PLANAR_RGB = re.compile(r"gbra?p(\d*)(le|be)?")
 
@@ -66,16 +68,25 @@ class Frame:
         return part.copy() if self.full_range else np.asarray(cv2.LUT(part, FULL_RANGE))
 
 
-def read_frame(frame: av.VideoFrame, converter: VideoReformatter) -> Frame:
+def read_frame(
+    frame: av.VideoFrame, converter: VideoReformatter, bits: int | None, where: object
+) -> Frame:
     """The planes of a decoded picture.
 
     - 8-bit 4:2:0 is taken as it is.
     - Other YUV gives its own luma, and chroma at half the resolution by FFmpeg.
     - Grey is full range, as FFmpeg has it, whatever the file says of its range.
     - RGB becomes BT.601 luma and chroma of full range.
-    - More than 8 bits become 8 by ``grey.levels``.
+    - More than 8 bits become 8 by ``grey.levels``. Grey and RGB of 16 bits, in which values of
+      any depth are kept, have as many bits as ``bits`` says.
+
+    Raises:
+        DecodeError: there are values of 16 bits, and ``bits`` is None or too few for them.
     """
     name = frame.format.name
+    if is_deep(name):
+        channels = [to_8_bits(channel, bits, where) for channel in deep_channels(frame)]
+        return _grey_frame(channels[0]) if len(channels) == 1 else _rgb_frame(np.dstack(channels))
     full_range = name.startswith("yuvj") or frame.color_range == ColorRange.JPEG
     if name in ("yuv420p", "yuvj420p"):
         y, cb, cr = (_plane(plane, plane.width) for plane in frame.planes[:3])
@@ -83,7 +94,7 @@ def read_frame(frame: av.VideoFrame, converter: VideoReformatter) -> Frame:
     if match := _GREY.fullmatch(name):
         step = 2 if name.startswith("ya") else 1
         y = _plane(frame.planes[0], step * frame.width, _word(match))[:, ::step]
-        if match[1] not in ("", "8"):
+        if y.dtype != np.uint8:
             y = levels(int(match[1]), full_range=True)[y]
         return _grey_frame(y)
     if frame.format.is_rgb or frame.format.has_palette:
@@ -106,7 +117,7 @@ def read_frame(frame: av.VideoFrame, converter: VideoReformatter) -> Frame:
     return Frame(y, cb, cr, full_range, bt709=frame.colorspace == 1)
 
 
-def _word(match: re.Match[str]) -> np.dtype[np.uint8] | np.dtype[np.uint16]:
+def _word(match: re.Match[str]) -> Word:
     if match[1] in ("", "8"):
         return _BYTE
     return np.dtype(">u2" if match[2] == "be" else "<u2")
@@ -115,7 +126,7 @@ def _word(match: re.Match[str]) -> np.dtype[np.uint8] | np.dtype[np.uint16]:
 def _plane(
     plane: av.video.plane.VideoPlane,
     width: int,
-    dtype: np.dtype[np.uint8] | np.dtype[np.uint16] = _BYTE,
+    dtype: Word = _BYTE,
 ) -> np.ndarray:
     """``width`` values of each row, which cannot be written to."""
     # The array holds the plane, which holds the decoder's buffer.
@@ -149,21 +160,42 @@ def _rgb(frame: av.VideoFrame, converter: VideoReformatter) -> np.ndarray:
     """uint8 [H, W, 3]."""
     name = frame.format.name
     if match := _PLANAR_RGB.fullmatch(name):
-        green, blue, red = (_plane(plane, frame.width, _word(match)) for plane in frame.planes[:3])
-        channels = [red, green, blue]
+        channels = _planar_rgb(frame, _word(match))
         if match[1]:
             channels = [levels(int(match[1]), full_range=True)[channel] for channel in channels]
-        return np.stack(channels, axis=-1)
-    layout = _PACKED.get(name.removesuffix("le").removesuffix("be"))
-    if layout is None:
-        frame = _reformatted(frame, converter, "rgb24", ColorRange.UNSPECIFIED)
-        layout = _PACKED["rgb24"]
-    *order, size = layout
-    wide = name.endswith(("le", "be")) and frame.format.name == name
-    dtype = np.dtype(">u2" if name.endswith("be") else "<u2") if wide else _BYTE
+        return np.dstack(channels)
+    if name not in _PACKED:
+        frame, name = _reformatted(frame, converter, "rgb24", ColorRange.UNSPECIFIED), "rgb24"
+    return np.dstack(_packed_rgb(frame, name, _BYTE))
+
+
+def _planar_rgb(frame: av.VideoFrame, dtype: Word) -> list[np.ndarray]:
+    green, blue, red = (_plane(plane, frame.width, dtype) for plane in frame.planes[:3])
+    return [red, green, blue]
+
+
+def _packed_rgb(frame: av.VideoFrame, layout: str, dtype: Word) -> list[np.ndarray]:
+    *order, size = _PACKED[layout]
     values = _plane(frame.planes[0], size * frame.width, dtype)
-    rgb = values.reshape(frame.height, frame.width, size)[..., order]
-    return levels(16, full_range=True)[rgb] if wide else np.ascontiguousarray(rgb)
+    return [values[:, channel::size] for channel in order]
+
+
+def is_deep(name: str) -> bool:
+    """Whether a pixel format keeps values of any depth in 16 bits."""
+    return _DEEP.fullmatch(name) is not None
+
+
+def deep_channels(frame: av.VideoFrame) -> list[np.ndarray]:
+    """Grey, or R, G and B, of a format that ``is_deep``: each uint16 [H, W], without alpha."""
+    match = _DEEP.fullmatch(frame.format.name)
+    assert match is not None
+    dtype = np.dtype(">u2" if match[2] == "be" else "<u2")
+    if match[1].startswith("gbr"):
+        return _planar_rgb(frame, dtype)
+    if match[1] in _PACKED:
+        return _packed_rgb(frame, match[1], dtype)
+    step = 2 if match[1].startswith("ya") else 1
+    return [_plane(frame.planes[0], step * frame.width, dtype)[:, ::step]]
 
 
 def _rgb_frame(rgb: np.ndarray) -> Frame:

@@ -6,6 +6,8 @@ from functools import cache
 
 import numpy as np
 
+from dist_train.errors import DecodeError
+
 
 @cache
 def levels(bits: int, *, full_range: bool) -> np.ndarray:
@@ -25,3 +27,35 @@ def levels(bits: int, *, full_range: bool) -> np.ndarray:
 
 #: Limited range of 8 bits, stretched.
 FULL_RANGE = levels(8, full_range=False)
+
+
+# Depths that cameras have.
+DEPTHS = (8, 10, 12, 14, 16)
+
+
+def depth_of(largest: int) -> int:
+    """The least of ``DEPTHS`` whose values reach as far."""
+    return next(bits for bits in DEPTHS if largest < 1 << bits)
+
+
+def to_8_bits(values: np.ndarray, bits: int | None, where: object) -> np.ndarray:
+    """uint16 values, 0 to ``2 ** bits - 1``, as uint8: their 8 highest bits (see ``levels``).
+
+    Raises:
+        DecodeError: a value has more bits, or ``bits`` is None: how many they have is not known.
+    """
+    largest = int(values.max(initial=0))
+    if bits is None:
+        raise DecodeError(
+            f"holds values of 16 bits (up to {largest}), and how many of the bits are in use is "
+            "not known",
+            where=where,
+            fix=f"Prepare with --bits, such as --bits {depth_of(largest)}.",
+        )
+    if largest >> bits:
+        raise DecodeError(
+            f"holds the value {largest}, and {bits} bits end at {(1 << bits) - 1}",
+            where=where,
+            fix=f"Remove it, or prepare anew with --bits {depth_of(largest)}.",
+        )
+    return np.asarray(values >> (bits - 8), np.uint8)

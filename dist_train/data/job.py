@@ -117,6 +117,15 @@ def read_job(out: Path) -> Job:
     return Job(table, made_from)
 
 
+def settings_before(out: Path) -> dict[str, Any] | None:
+    """The settings that the store in ``out`` is being made with; None if none is begun there.
+
+    Raises:
+        StoreError: what tells of it is damaged.
+    """
+    return _read_made_from(out / JOB)["settings"] if (out / JOB).exists() else None
+
+
 def read_rejects(shard: Shard) -> pd.DataFrame:
     """The files of a shard that gave no clip: columns ``file``, ``reason``, ``class``, all text.
 

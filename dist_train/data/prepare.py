@@ -9,16 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 
 from dist_train.data.clip import PIXELS_VERSION, PrepareSettings
+from dist_train.data.depth import depth_of_arrays, depth_of_files
 from dist_train.data.files import write_whole
 from dist_train.data.index import index_checksum, write_index
-from dist_train.data.job import Job, Part, read_job, read_rejects, writing
+from dist_train.data.job import (
+    Job,
+    Part,
+    read_job,
+    read_rejects,
+    settings_before,
+    writing,
+)
 from dist_train.data.manifest import Manifest
 from dist_train.data.medmnist import read_medmnist
 from dist_train.data.remote import manifest_source, open_source
@@ -65,10 +74,11 @@ def prepare(
         StoreError: the folder belongs to other settings or another writer, a file is missing, or
             too many clips, or all of them, were rejected.
     """
+    files = _source_of(manifest, source)
     job = _job(manifest.table, settings)
     shards = job.shards(out)
-    files = _source_of(manifest, source)
     check_files(job, shards, files)
+    job = _with_depth(out, job, files, engine, workers)
     with writing(out, job):
         _write_unfinished(out, job, shards, files, engine, workers, progress)
         return finish(out, job, shards, max_rejected)
@@ -94,10 +104,11 @@ def prepare_part(
         StoreError: as for ``prepare``; or the same part, the whole, or a part by another N is being
             written by another process.
     """
+    files = _source_of(manifest, source)
     job = _job(manifest.table, settings)
     shards = part.of(job.shards(out))
-    files = _source_of(manifest, source)
     check_files(job, shards, files)
+    job = _with_depth(out, job, files, engine, workers)
     with writing(out, job, part):
         _write_unfinished(out, job, shards, files, engine, workers, progress)
 
@@ -137,7 +148,8 @@ def prepare_npz(
         StoreError: the file is not of this form, or the folder belongs to other settings.
     """
     table, volumes = read_medmnist(path)
-    settings = PrepareSettings(roi="none", shard_clips=shard_clips)
+    bits = depth_of_arrays(volumes)
+    settings = PrepareSettings(roi="none", shard_clips=shard_clips, bits=bits)
     job = _job(table, settings, npz=_digest(path))
     shards = job.shards(out)
     with writing(out, job):
@@ -201,11 +213,31 @@ def write_shards(
     if not isinstance(source, Source):
         # The volumes are in memory here: writing them takes less than handing them to processes.
         return (write_task(task, UNWATCHED) for task in todo)
+    return _runner(engine)(write_task, todo, Task.without, limits, workers)
+
+
+def _runner(engine: Engine) -> Callable[..., Iterator[Any]]:
     if engine == "ray":
         from dist_train.data.ray_engine import on_ray
 
-        return on_ray(write_task, todo, Task.without, limits, workers)
-    return supervised(write_task, todo, Task.without, limits, workers)
+        return on_ray
+    return supervised
+
+
+def _with_depth(out: Path, job: Job, source: Source, engine: Engine, workers: int | None) -> Job:
+    """The job with the depth of 16-bit values settled: what was asked for, what the store has
+    already, or what all of its files say."""
+    settings = settings_of(job)
+    if settings.bits is not None:
+        return job
+    before = settings_before(out)
+    if before is not None:
+        bits = before.get("bits")
+    else:
+        limits = Limits(settings.clip_seconds, settings.clip_memory << 20)
+        run = partial(_runner(engine), limits=limits, workers=workers)
+        bits = depth_of_files(source, list(job.table["filename"]), run)
+    return _job(job.table, replace(settings, bits=bits))
 
 
 def _write_unfinished(

@@ -209,7 +209,7 @@ def crop_to_outline(video: Video, colour: OutlineColour) -> tuple[Volume, Box]:
     if not window.contains(union):
         window, missed = union, video.frames_decoded
         kept.clear()
-    again = islice(Video(video.path, video.where), missed)
+    again = islice(Video(video.path, video.where, video.bits), missed)
     kept = [frame.grey(*window.slices) for frame in again] + kept
     return stack_planes(kept, union.within(window)), union
 

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dist_train.data.clip import PrepareSettings, read_clip
-from dist_train.data.decode import to_uint8_volume
 from dist_train.data.files import write_whole
 from dist_train.data.shard_files import Shard, to_record
 from dist_train.data.shards import Record, write_shard
 from dist_train.data.source import Source
 from dist_train.data.supervise import Steps
 from dist_train.data.types import Volume
+from dist_train.data.volume_file import to_uint8_volume
 from dist_train.errors import DecodeError, RoiError
 
 

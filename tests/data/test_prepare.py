@@ -32,7 +32,7 @@ from make_media import (
 )
 
 from dist_train import cli
-from dist_train.data.decode import Video, read_volume
+from dist_train.data.decode import Video
 from dist_train.data.job import JOB, Part, read_job
 from dist_train.data.manifest import read_manifest
 from dist_train.data.prepare import (
@@ -49,6 +49,7 @@ from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Store
 from dist_train.data.supervise import UNWATCHED
 from dist_train.data.task import write_task
 from dist_train.data.todo import tasks
+from dist_train.data.volume_file import read_volume
 from dist_train.errors import ConfigError, StoreError
 
 WHOLE = PrepareSettings(roi="none", shard_clips=4)

@@ -24,10 +24,11 @@ from helpers import ROOT, contents, dist_train, environment, run_well, said
 from make_media import grey_frames, write_video
 from moto.server import ThreadedMotoServer
 
-from dist_train.data.decode import Video, read_volume
+from dist_train.data.decode import Video
 from dist_train.data.manifest import read_manifest
 from dist_train.data.remote import RemoteFolder, UrlTable, manifest_source, open_source
 from dist_train.data.source import LocalFolder, Source
+from dist_train.data.volume_file import read_volume
 from dist_train.errors import DecodeError, ManifestError, StoreError
 
 NOISE = np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8).tobytes()

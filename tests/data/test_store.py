@@ -14,11 +14,11 @@ import pytest
 from make_media import write_manifest, write_volumes
 
 from dist_train.data import store as store_module
-from dist_train.data.decode import read_volume
 from dist_train.data.index import read_index
 from dist_train.data.prepare import PrepareSettings, prepare
 from dist_train.data.shards import shard_name
 from dist_train.data.store import INDEX, MARKER, SHARDS, Store, read_marker
+from dist_train.data.volume_file import read_volume
 from dist_train.errors import StoreError
 
 

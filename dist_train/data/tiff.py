@@ -1,0 +1,233 @@
+"""TIFF files -> one stack, by what they say of themselves: series, axes, photometric, depth.
+
+What is no plain stack of pictures, or is not all there, is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
+from typing import IO, Literal
+
+import numpy as np
+import tifffile
+from tifffile import COMPRESSION, PHOTOMETRIC, TiffFile, TiffPage, TiffPageSeries
+
+from dist_train.data.raw_volume import RawVolume
+from dist_train.errors import DecodeError
+
+# Depth, time, images, and what tifffile calls an axis without a name; each of them may be depth.
+_DEPTH = "ZTIQ"
+_NAMES = {"Z": "depth", "T": "time", "C": "channel", "S": "sample", "Y": "row", "X": "column"}
+_PLAIN = "Save it as one stack of grey or RGB pictures, with the axes ZYX or TYX."
+_RGB_JPEG = (COMPRESSION.JPEG, COMPRESSION.OJPEG)
+
+
+def read_tiff(file: IO[bytes], where: object) -> RawVolume:
+    """The stack in a TIFF file.
+
+    Pages that were appended one by one make one stack. White-is-zero is turned, a palette applied.
+
+    Raises:
+        DecodeError: there are several stacks, or axes beside depth, row and column; the file is one
+            of a set; pages are missing; or the colours are none that are known here.
+    """
+    # OME-TIFF says by name which file a page is in: this one is known by its own.
+    name = PurePath(str(where)).name
+    with TiffFile(_OnlyFile(file), name=name, _multifile=False) as tif:
+        _check_chain(tif, where)
+        _check_alone(tif, where)
+        series = tif.series
+        if not series:
+            raise DecodeError("holds no picture", where=where)
+        if tif.is_ome and series[0].kind != "ome":
+            raise DecodeError("its OME metadata do not fit its pages", where=where, fix=_PLAIN)
+        for one in series:
+            _check_whole(tif, one, where)
+        page = series[0].keyframe
+        stacks = [_laid(one, where) for one in _one_stack(series, where)]
+        array = stacks[0] if len(stacks) == 1 else np.concatenate(stacks)
+        return RawVolume(_positive(array, page, where), _bits(tif, page))
+
+
+class _OnlyFile:
+    """A file without a descriptor: tifffile then looks for none that belong to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.name = ""
+        self.read, self.seek, self.tell, self.close = file.read, file.seek, file.tell, file.close
+        self.closed = False
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:
+        data = self.read(len(memoryview(buffer).cast("B")))
+        memoryview(buffer).cast("B")[: len(data)] = data
+        return len(data)
+
+
+def _one_stack(series: Sequence[TiffPageSeries], where: object) -> Sequence[TiffPageSeries]:
+    """The series themselves, if there is one, or each is a single picture of one kind."""
+    if len(series) == 1:
+        return series
+    shapes = {one.get_shape(squeeze=True) for one in series}
+    pictures = all(_frames(one) == 1 for one in series)
+    alike = {(one.dtype, one.keyframe.photometric, one.get_axes(squeeze=True)) for one in series}
+    if not pictures or len(shapes) > 1 or len(alike) > 1:
+        told = ", ".join(f"{one.axes} {list(one.shape)}" for one in series[:3])
+        more = ", ..." if len(series) > 3 else ""
+        raise DecodeError(
+            f"holds {len(series)} series of pictures ({told}{more})",
+            where=where,
+            fix="Save the one that is meant as a file of its own.",
+        )
+    return series
+
+
+def _frames(series: TiffPageSeries) -> int:
+    sizes = zip(series.axes, series.shape, strict=True)
+    return int(math.prod(size for axis, size in sizes if axis not in "YXS"))
+
+
+def _laid(series: TiffPageSeries, where: object) -> np.ndarray:
+    """[D, H, W], or [D, H, W, S] where the samples of a pixel are its colour."""
+    axes, shape = series.axes, series.shape
+    kept = [
+        n
+        for n, (axis, size) in enumerate(zip(axes, shape, strict=True))
+        if axis in "YX" or size > 1
+    ]
+    names = "".join(axes[n] for n in kept)
+    rest = names.replace("S", "")
+    if not re.fullmatch(f"[{_DEPTH}]?YX", rest) or names.count("S") > 1:
+        raise DecodeError(
+            f"has the axes {names} of {[shape[n] for n in kept]}"
+            f"{_explained(rest)}, not depth, row and column",
+            where=where,
+            fix=_PLAIN,
+        )
+    array = series.asarray().reshape([shape[n] for n in kept])
+    if "S" in names:
+        colours = series.keyframe.photometric
+        is_rgb = colours == PHOTOMETRIC.RGB or (
+            # tifffile gives RGB for JPEG.
+            colours == PHOTOMETRIC.YCBCR and series.keyframe.compression in _RGB_JPEG
+        )
+        samples = array.shape[names.index("S")]
+        if not is_rgb or samples not in (3, 4):
+            raise DecodeError(
+                f"has {samples} samples a pixel ({names}, {colours.name}), which are no RGB",
+                where=where,
+                fix=_PLAIN,
+            )
+        array = np.moveaxis(array, names.index("S"), -1)
+    return array if rest != "YX" else array[None]
+
+
+def _explained(axes: str) -> str:
+    known = [f"{axis} is {_NAMES[axis]}" for axis in axes if axis in "ZTC"]
+    return f" ({', '.join(known)})" if known else ""
+
+
+def _positive(array: np.ndarray, page: TiffPage, where: object) -> np.ndarray:
+    """With black at 0, and without a palette."""
+    photometric = page.photometric
+    if photometric == PHOTOMETRIC.MINISWHITE:
+        if array.dtype == np.bool_:
+            return np.logical_not(array)
+        if array.dtype.kind == "u":
+            return np.asarray((1 << int(page.bitspersample)) - 1 - array, array.dtype)
+    elif photometric == PHOTOMETRIC.PALETTE:
+        palette = page.colormap
+        if palette is None or array.ndim != 3:
+            raise DecodeError("has no palette for its colours", where=where, fix=_PLAIN)
+        # Its values have 16 bits, but some writers fill 8 only, as libtiff knows.
+        palette = (palette >> 8 if palette.max() > 255 else palette).astype(np.uint8)
+        return np.asarray(palette.T[array])
+    elif array.ndim == 3 and photometric not in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB):
+        raise DecodeError(f"its colours are {photometric.name}", where=where, fix=_PLAIN)
+    return array
+
+
+def _bits(tif: TiffFile, page: TiffPage) -> int | None:
+    """Depth of the values, where it is less than what they are kept in."""
+    told = [page.bitspersample]
+    if tif.ome_metadata:
+        told += map(int, re.findall(r'\bSignificantBits="(\d{1,2})"', tif.ome_metadata))
+    less = [bits for bits in told if 8 < bits < 16]
+    return max(less, default=None)
+
+
+def _check_alone(tif: TiffFile, where: object) -> None:
+    if not tif.is_ome or not tif.ome_metadata:
+        return
+    text = tif.ome_metadata
+    files = set(re.findall(r"<(?:\w+:)?UUID\b[^>]*>\s*([^<]*?)\s*</", text))
+    if len(files) > 1 or re.search(r"<(?:\w+:)?BinaryOnly\b", text):
+        raise DecodeError(
+            "is one file of an OME set, whose metadata are for all of them",
+            where=where,
+            fix="Save the whole set as one stack.",
+        )
+
+
+def _check_chain(tif: TiffFile, where: object) -> None:
+    """Follow the pages' directories: tifffile takes one that cannot be read for the end."""
+    form, size = tif.tiff, tif.filehandle.size
+    count_size, tag_size, offset_size = form.tagnosize, form.tagsize, form.offsetsize
+    order: Literal["little", "big"] = "little" if form.byteorder == "<" else "big"
+
+    def number(at: int, length: int) -> int:
+        if at + length > size:
+            raise _cut(f"page {len(seen)} is not there", where)
+        tif.filehandle.seek(at)
+        return int.from_bytes(tif.filehandle.read(length), order)
+
+    seen: set[int] = set()
+    at = number(form.offsetsize if form.offsetsize == 8 else 4, offset_size)
+    while at and at not in seen:
+        if at < 8:
+            raise _cut(f"page {len(seen)} is not there", where)
+        tags = number(at, count_size)
+        seen.add(at)
+        at = number(at + count_size + tags * tag_size, offset_size)
+    if len(tif.pages) < len(seen):
+        raise _cut(f"{len(seen)} pages are declared, {len(tif.pages)} can be read", where)
+
+
+def _check_whole(tif: TiffFile, series: TiffPageSeries, where: object) -> None:
+    """All pixels that the series declares must be in the file."""
+    size = tif.filehandle.size
+    start, declared = series.dataoffset, _declared(tif, series)
+    if start is not None and start + series.nbytes > size:
+        held = max(0, size - start) // max(1, series.nbytes // max(1, _frames(series)))
+        raise _cut(f"{_frames(series)} frames are declared, {held} are there", where)
+    if declared > _frames(series):
+        raise _cut(f"{declared} frames are declared, {_frames(series)} are there", where)
+    for number, page in enumerate(_pages(series)):
+        if page is None:
+            raise _cut(f"{_frames(series)} frames are declared, page {number} is not there", where)
+        ends = zip(page.dataoffsets, page.databytecounts, strict=True)
+        if any(count == 0 or offset + count > size for offset, count in ends):
+            raise _cut(f"pixels of page {number} of {len(series.pages)} are not there", where)
+
+
+def _pages(series: TiffPageSeries) -> Iterator[tifffile.TiffPage | tifffile.TiffFrame | None]:
+    if series.dataoffset is None:
+        yield from series.pages
+
+
+def _declared(tif: TiffFile, series: TiffPageSeries) -> int:
+    """Frames that ImageJ's or tifffile's own description declares; 0 if there is none."""
+    if tif.is_imagej and tif.imagej_metadata:
+        sizes = [tif.imagej_metadata.get(name, 1) for name in ("channels", "slices", "frames")]
+        return max(int(tif.imagej_metadata.get("images", 1)), int(math.prod(sizes)))
+    description = series.keyframe.shaped_description
+    if description is None:
+        return 0
+    shape = tifffile.tifffile.shaped_description_metadata(description)["shape"]
+    return int(_frames(series) * math.prod(shape) // max(1, series.size))
+
+
+def _cut(what: str, where: object) -> DecodeError:
+    return DecodeError(f"is cut short: {what}", where=where, fix="Replace the file.")
