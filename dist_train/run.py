@@ -27,7 +27,7 @@ from dist_train.data.dataset import ClipDataset
 from dist_train.data.files import write_whole
 from dist_train.data.native import NativeClips
 from dist_train.data.plan import Plan, make_plan
-from dist_train.data.select import choose_clips
+from dist_train.data.select import check_splits, choose_clips
 from dist_train.data.store import Store
 from dist_train.data.weights import Floats
 from dist_train.errors import ConfigError, RunError
@@ -110,12 +110,16 @@ class RunData:
         return clip_dataset(config or self.config, self.store, augment)
 
 
-def open_data(config: Config) -> RunData:
+def open_data(config: Config, *, training: bool = False) -> RunData:
     """Open the store, select and split.
+
+    Args:
+        training: also refuse splits that a run should not be trained on; a finished run is judged
+            on what it was trained with.
 
     Raises:
         StoreError: the store cannot be used.
-        PlanError: the selection lacks a class.
+        PlanError: the selection, or a split that is trained with, lacks a class.
         ConfigError: a setting does not fit the clips.
     """
     sizes = config.clip.size, *(stage.size for stage in config.clip.growth)
@@ -134,6 +138,8 @@ def open_data(config: Config) -> RunData:
         )
     store = Store(config.store)
     clips = choose_clips(store.table, config.select, config.split, config.seed)
+    if training:
+        check_splits(clips, config.split, given=bool((store.table["split"] != "").all()))
     return RunData(store, clips, config)
 
 

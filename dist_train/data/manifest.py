@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -113,9 +114,9 @@ def read_manifest(path: Path, *, labels: Path | None = None, unlabelled: bool = 
             "key": _keys(table["filename"]),
             "filename": table["filename"],
             "label": pd.Series(labels_of, index=table.index, dtype="int8"),
-            "group": table.get("group", ""),
+            "group": _texts(table, "group"),
             "weight": _numbers(table, "weight", 1.0, path),
-            "split": table.get("split", ""),
+            "split": _texts(table, "split").str.lower(),
             "crowd_score": _numbers(table, "crowd_score", float("nan"), path),
             "tier1": _parse(
                 pd.Series(table.get("tier1", "true"), index=table.index),
@@ -252,6 +253,18 @@ def _parse(
             where=path,
         )
     return parsed.astype("int8" if name == "label" else "bool")
+
+
+def _texts(table: pd.DataFrame, name: str) -> pd.Series:
+    """A column of names, of which "m3 " and "m3" are one, and so are both Unicode forms of "ä"."""
+    texts = pd.Series(table.get(name, ""), index=table.index, dtype=str)
+    # A table has few different ones.
+    return texts.map({text: plain_text(text) for text in texts.unique()})
+
+
+def plain_text(text: str) -> str:
+    """Without blanks around it, in Unicode's composed form (NFC)."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def _numbers(table: pd.DataFrame, name: str, default: float, path: Path) -> pd.Series:

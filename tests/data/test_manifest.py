@@ -257,3 +257,12 @@ def test_too_long_row_far_down(table: Path) -> None:
     rows = [f"{i}.mp4,1,54" for i in range(70_000)]
     with pytest.raises(ManifestError, match=r"is not a CSV file.* line 70002"):
         read_manifest(write(table, "filename,label,num_frames", *rows, "x.mp4,1,54,7"))
+
+
+def test_one_animal_has_one_group(table: Path) -> None:
+    """Blanks around a name, and the form of its letters, make no other animal."""
+    names = ["m3", "m3 ", "\tm3\u00a0", "M\u00e4us", "Ma\u0308us", " "]
+    write(table, "filename,label,group,split", *(f"{i},1,{n},Val " for i, n in enumerate(names)))
+    rows = read_manifest(table).table
+    assert rows["group"].tolist() == ["m3", "m3", "m3", "M\u00e4us", "M\u00e4us", ""]
+    assert set(rows["split"]) == {"val"}
