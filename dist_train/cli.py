@@ -187,10 +187,14 @@ def verify(
 def info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
     """Show what a store holds."""
     from dist_train.data.describe import describe_store
+    from dist_train.data.duplicates import describe_duplicates
     from dist_train.data.store import Store
 
-    for table in describe_store(Store(store)):
+    opened = Store(store)
+    for table in describe_store(opened):
         console.print(table)
+    if copies := describe_duplicates(opened):
+        typer.echo(copies)
 
 
 @app.command()
@@ -382,13 +386,17 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _print_store(out: Path, store: dict[str, Any]) -> None:
+    from dist_train.data.duplicates import describe_duplicates
     from dist_train.data.prepare import by_class
+    from dist_train.data.store import Store
 
     rejected = store["rejected"]
     typer.echo(f"{store['clips']} clips in {out}")
     if rejected:
         number = sum(rejected.values())
         typer.echo(f"rejected: {number} ({by_class(rejected)}), see {out / 'rejected.csv'}")
+    if copies := describe_duplicates(Store(out)):
+        typer.echo(copies)
 
 
 def _print_faults(faults: Sequence[object]) -> None:

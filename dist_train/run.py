@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 import platform
 import socket
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from dist_train.config import Config, load_config
 from dist_train.data.augment import Augment
 from dist_train.data.augment_device import augmented_batch
 from dist_train.data.dataset import ClipDataset
+from dist_train.data.duplicates import duplicates_across, find_duplicates, refuse_duplicates
 from dist_train.data.files import write_whole
 from dist_train.data.native import NativeClips
 from dist_train.data.plan import Plan, make_plan
@@ -137,9 +139,20 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
             fix="Give it fewer epochs, or raise train.epochs.",
         )
     store = Store(config.store)
-    clips = choose_clips(store.table, config.select, config.split, config.seed)
+    together = config.split.duplicates == "together"
+    same = find_duplicates(store) if training or together else None
+    clips = choose_clips(
+        store.table, config.select, config.split, config.seed, same if together else None
+    )
     if training:
-        check_splits(clips, config.split, given=bool((store.table["split"] != "").all()))
+        given = bool((store.table["split"] != "").all())
+        check_splits(clips, config.split, given=given)
+        assert same is not None
+        copies = duplicates_across(clips, same[clips.index])
+        if copies is not None and config.split.duplicates != "keep":
+            raise refuse_duplicates(copies, given=given)
+        if copies is not None and os.environ.get("RANK", "0") == "0":
+            log.warning("%s", copies)
     return RunData(store, clips, config)
 
 

@@ -12,12 +12,12 @@ import pandas as pd
 from rich.table import Table
 
 from dist_train.data.decode import VOLUME_SUFFIXES, Video
+from dist_train.data.duplicates import CLASSES
 from dist_train.data.files import write_whole
 from dist_train.data.roi import Box, OutlineColour, find_outline
 from dist_train.data.store import SHARDS, Store
 from dist_train.errors import RoiError
 
-CLASSES = {0: "negative", 1: "positive", -1: "unlabelled"}
 # Rows of a histogram, and characters of its longest bar.
 BINS, BAR = 12, 18
 # A group may be as small as one clip: more rows than these are told as one.

@@ -13,10 +13,17 @@ from dist_train.errors import PlanError
 
 
 def choose_clips(
-    table: pd.DataFrame, select: SelectSettings, split: SplitSettings, seed: int
+    table: pd.DataFrame,
+    select: SelectSettings,
+    split: SplitSettings,
+    seed: int,
+    same: pd.Series | None = None,
 ) -> pd.DataFrame:
     """The rows that take part in a run, with ``split`` filled in; their index, which is the clip
     number in the store, is kept.
+
+    Args:
+        same: a name for each clip that copies share, which then fall into one fold.
 
     Raises:
         PlanError: a class is missing from the selection, there are too few groups, or no clip is
@@ -30,6 +37,7 @@ def choose_clips(
         groups=split.groups,
         seed=seed,
         ungrouped=split.ungrouped,
+        same=None if same is None else same[chosen.index],
     )
     for name in ("train", "val"):
         if not (splits == name).any():
@@ -134,6 +142,7 @@ def assign_splits(
     groups: str,
     seed: int,
     ungrouped: str = "refuse",
+    same: pd.Series | None = None,
 ) -> pd.Series:
     """The split of every row: "train", "val" or "test".
 
@@ -141,7 +150,9 @@ def assign_splits(
     and the rest is train. ``groups="stratify"`` deals the clips of each (group, label) cell over
     the folds in turn, so that every fold has nearly the same share of each; ``"disjoint"`` keeps
     each group whole, and gives the next group, largest first, to the fold that is furthest from its
-    share of positives and negatives. ``ungrouped``: see ``SplitSettings``.
+    share of positives and negatives. ``ungrouped``: see ``SplitSettings``. ``same``: a name for
+    each row, which rows of one name share; they then fall into one fold, and so do their groups if
+    groups are disjoint.
 
     Raises:
         PlanError: for disjoint groups: fewer groups than folds, a clip without a group, or a group
@@ -153,8 +164,19 @@ def assign_splits(
         if groups == "disjoint":
             _refuse_crossed_groups(table)
         return table["split"]
-    deal = _stratified if groups == "stratify" else _disjoint
-    number = pd.Series(deal(table, folds, seed), index=table.index)
+    if groups == "stratify":
+        dealt = table
+        if same is not None:
+            # The first of each set of copies; the others follow it.
+            dealt = table.sort_values("key")
+            dealt = dealt[~same[dealt.index].duplicated()]
+        number = pd.Series(_stratified(dealt, folds, seed), index=dealt.index)
+        if same is not None:
+            number = same.map(dict(zip(same[dealt.index], number, strict=True)))
+    else:
+        if same is not None:
+            table = table.assign(group=_joined(table["group"], same))
+        number = pd.Series(_disjoint(table, folds, seed), index=table.index)
     after = (fold + 1) % folds
     return number.map(lambda k: "test" if k == fold else "val" if k == after else "train")
 
@@ -174,6 +196,21 @@ def _disjoint_groups(table: pd.DataFrame, ungrouped: str) -> pd.Series:
     # No group that a manifest gives begins with a slash and a blank.
     own = "/ " + table["key"] if ungrouped == "own" else "/ "
     return table["group"].mask(blank, own)
+
+
+def _joined(groups: pd.Series, same: pd.Series) -> pd.Series:
+    """Groups of which those that hold copies of one clip are made one."""
+    first: dict[str, str] = {group: group for group in groups.unique()}
+
+    def root(group: str) -> str:
+        while first[group] != group:
+            group = first[group]
+        return group
+
+    for _, linked in groups[same.duplicated(keep=False)].groupby(same):
+        roots = {root(group) for group in linked}
+        first |= dict.fromkeys(roots, min(roots))
+    return groups.map({group: root(group) for group in first})
 
 
 def _refuse_crossed_groups(table: pd.DataFrame) -> None:
