@@ -56,13 +56,28 @@ def synth(
 
 @app.command()
 def prepare(
-    manifest: Annotated[Path, typer.Option(help="CSV: the challenge's, or filename,label[,...].")],
     out: Out,
+    manifest: Annotated[
+        Path | None, typer.Option(help="CSV: the challenge's, or filename,label[,...].")
+    ] = None,
+    from_folders: Annotated[
+        Path | None, typer.Option(help="Folder of one folder a class, in place of a manifest.")
+    ] = None,
+    positive: Annotated[
+        list[str] | None, typer.Option(help="With --from-folders: a folder of positives.")
+    ] = None,
     source: Annotated[
         str | None,
         typer.Option(help="Folder of the files, or URL; without it the manifest's url column."),
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="CSV of labels, if apart.")] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(help="Rows to take, by a condition on any columns: 'micro and tier1'."),
+    ] = None,
+    allow_local: Annotated[
+        bool, typer.Option(help="Let names, or file:// URLs, lead out of the source folder.")
+    ] = False,
     unlabelled: Annotated[bool, typer.Option(help="The clips have no labels.")] = False,
     roi: Annotated[
         Literal["outline", "none"], typer.Option(help="Crop to the outline, or keep all.")
@@ -95,13 +110,31 @@ def prepare(
     """Decode videos or volumes, crop them, and write a store. Goes on where it was killed."""
     from dist_train.data.clip import PrepareSettings
     from dist_train.data.job import Part
-    from dist_train.data.manifest import read_manifest
     from dist_train.data.prepare import prepare as write_store
     from dist_train.data.prepare import prepare_part
 
     own = None if part is None else Part.parse(part)
     most_rejected = _share(max_rejected, "--max-rejected")
-    table = read_manifest(manifest, labels=labels, unlabelled=unlabelled)
+    if (manifest is None) == (from_folders is None) or (positive is None) != (from_folders is None):
+        raise ConfigError(
+            "give either --manifest FILE, or --from-folders DIR with --positive FOLDER"
+        )
+    if manifest is not None:
+        from dist_train.data.manifest import read_manifest
+
+        table = read_manifest(
+            manifest, labels=labels, unlabelled=unlabelled, where=where, allow_local=allow_local
+        )
+    else:
+        from dist_train.data.class_folders import manifest_from_folders
+
+        if source is not None or labels is not None or unlabelled or where is not None:
+            raise ConfigError(
+                "--from-folders takes files and labels from the folders; leave out --source, "
+                "--labels, --unlabelled and --where"
+            )
+        assert from_folders is not None
+        table, source = manifest_from_folders(from_folders, positive or []), str(from_folders)
     settings = PrepareSettings(
         roi=roi,
         colour=_colour(colour),
@@ -192,10 +225,14 @@ def verify(
 def info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
     """Show what a store holds."""
     from dist_train.data.describe import describe_store
+    from dist_train.data.duplicates import describe_duplicates
     from dist_train.data.store import Store
 
-    for table in describe_store(Store(store)):
+    opened = Store(store)
+    for table in describe_store(opened):
         console.print(table)
+    if copies := describe_duplicates(opened):
+        typer.echo(copies)
 
 
 @app.command()
@@ -388,7 +425,9 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _print_store(out: Path, store: dict[str, Any]) -> None:
     from dist_train.data.describe import remarks
+    from dist_train.data.duplicates import describe_duplicates
     from dist_train.data.prepare import by_class
+    from dist_train.data.store import Store
 
     rejected = store["rejected"]
     typer.echo(f"{store['clips']} clips in {out}")
@@ -397,6 +436,8 @@ def _print_store(out: Path, store: dict[str, Any]) -> None:
         typer.echo(f"rejected: {number} ({by_class(rejected)}), see {out / 'rejected.csv'}")
     for line in remarks(out):
         typer.echo(line)
+    if copies := describe_duplicates(Store(out)):
+        typer.echo(copies)
 
 
 def _print_faults(faults: Sequence[object]) -> None:

@@ -46,12 +46,17 @@ class SplitSettings(Section):
 
     Fold ``fold`` is the test split and the next one is val. ``groups`` says what a group does:
     "stratify" spreads each group and class evenly over the folds (project ids), "disjoint" keeps
-    every group inside one fold (patients).
+    every group inside one fold (patients). ``ungrouped`` says what "disjoint" does with clips that
+    have no group: "refuse" them, take each for a group of its "own", or all "together" for one
+    group. ``duplicates`` says what training does where clips of the same pixels lie in different
+    splits: "refuse" it, "keep" them, or put them "together" into one split when folds are cut.
     """
 
     folds: Annotated[int, Field(ge=3)] = 5
     fold: Natural = 0
     groups: Literal["stratify", "disjoint"] = "stratify"
+    ungrouped: Literal["refuse", "own", "together"] = "refuse"
+    duplicates: Literal["refuse", "keep", "together"] = "refuse"
 
     @model_validator(mode="after")
     def _fold_exists(self) -> SplitSettings:

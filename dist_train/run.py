@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 import platform
 import socket
 from collections.abc import Iterator
@@ -24,10 +25,11 @@ from dist_train.config import Config, load_config
 from dist_train.data.augment import Augment
 from dist_train.data.augment_device import augmented_batch
 from dist_train.data.dataset import ClipDataset
+from dist_train.data.duplicates import duplicates_across, find_duplicates, refuse_duplicates
 from dist_train.data.files import write_whole
 from dist_train.data.native import NativeClips
 from dist_train.data.plan import Plan, make_plan
-from dist_train.data.select import choose_clips
+from dist_train.data.select import check_splits, choose_clips
 from dist_train.data.store import Store
 from dist_train.data.weights import Floats
 from dist_train.errors import ConfigError, RunError
@@ -110,12 +112,16 @@ class RunData:
         return clip_dataset(config or self.config, self.store, augment)
 
 
-def open_data(config: Config) -> RunData:
+def open_data(config: Config, *, training: bool = False) -> RunData:
     """Open the store, select and split.
+
+    Args:
+        training: also refuse splits that a run should not be trained on; a finished run is judged
+            on what it was trained with.
 
     Raises:
         StoreError: the store cannot be used.
-        PlanError: the selection lacks a class.
+        PlanError: the selection, or a split that is trained with, lacks a class.
         ConfigError: a setting does not fit the clips.
     """
     sizes = config.clip.size, *(stage.size for stage in config.clip.growth)
@@ -133,7 +139,20 @@ def open_data(config: Config) -> RunData:
             fix="Give it fewer epochs, or raise train.epochs.",
         )
     store = Store(config.store)
-    clips = choose_clips(store.table, config.select, config.split, config.seed)
+    together = config.split.duplicates == "together"
+    same = find_duplicates(store) if training or together else None
+    clips = choose_clips(
+        store.table, config.select, config.split, config.seed, same if together else None
+    )
+    if training:
+        given = bool((store.table["split"] != "").all())
+        check_splits(clips, config.split, given=given)
+        assert same is not None
+        copies = duplicates_across(clips, same[clips.index])
+        if copies is not None and config.split.duplicates != "keep":
+            raise refuse_duplicates(copies, given=given)
+        if copies is not None and os.environ.get("RANK", "0") == "0":
+            log.warning("%s", copies)
     return RunData(store, clips, config)
 
 

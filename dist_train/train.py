@@ -125,7 +125,7 @@ class Trainer:
 
     def __init__(self, config: Config, backend: Backend) -> None:
         self.config, self.backend = config, backend
-        self.data = open_data(config)
+        self.data = open_data(config, training=True)
         if config.norm.fused:
             check_compiler(backend.device)
         # Only weights change it while it runs, and those do not change where epochs begin.

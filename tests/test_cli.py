@@ -278,7 +278,7 @@ def test_a_full_disk(trained: Path, tmp_path: Path) -> None:
         ("filename,label\na.mp4,0\n./a.mp4,1\n", "'a.mp4' is listed twice (lines 2 and 3)"),
         ("filename,label\na.mp4,2\n", "label of 'a.mp4' is '2', not 0 or 1"),
         ("filename,label\na.mp4,-1\n", "label of 'a.mp4' is '-1', not 0 or 1"),
-        ("filename,label,fliename\na.mp4,0,x\n", "unknown column 'fliename'. Did you mean"),
+        ("filename,label,wieght\na.mp4,0,x\n", "unknown column 'wieght'. Did you mean"),
         ("filename\na.mp4\n", "has no 'label' or 'stalled' column"),
         ("filename,label\n", "has no rows"),
         ("", "is empty"),

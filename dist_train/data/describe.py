@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dist_train.data.clip import FEW_LEVELS
 from dist_train.data.decode import Video
+from dist_train.data.duplicates import CLASSES
 from dist_train.data.files import write_whole
 from dist_train.data.index import read_index
 from dist_train.data.roi import Box, OutlineColour, find_outline
@@ -20,7 +21,6 @@ from dist_train.data.store import INDEX, SHARDS, Store
 from dist_train.data.volume_file import VOLUME_SUFFIXES
 from dist_train.errors import RoiError
 
-CLASSES = {0: "negative", 1: "positive", -1: "unlabelled"}
 # Rows of a histogram, and characters of its longest bar.
 BINS, BAR = 12, 18
 # A group may be as small as one clip: more rows than these are told as one.

@@ -1,15 +1,17 @@
 """The clip table: which files there are, their labels, groups and splits.
 
 Two forms are read: the Clog Loss challenge's CSVs (``train_metadata.csv`` joined with
-``train_labels.csv``), and any CSV with ``filename,label`` and optional ``group,weight,split``.
+``train_labels.csv``), and any CSV with ``filename,label`` and optional ``group,weight,split``;
+csv_table.py says how they may be written.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 import re
-import warnings
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +20,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
+from dist_train.data.csv_table import ROWS, read_table
+from dist_train.data.row_filter import select_rows
 from dist_train.errors import ManifestError
+
+log = logging.getLogger(__name__)
 
 # The challenge's names for what every other table calls label and group.
 ALIASES = {"stalled": "label", "project_id": "group"}
@@ -27,9 +33,8 @@ OPTIONAL = ("group", "weight", "split", "crowd_score", "tier1", "url")
 # Columns of the challenge that say nothing that a store needs.
 UNUSED = ("num_frames", "micro", "nano")
 SPLITS = ("train", "val", "test")
-
-# Rows that are read or hashed at a time: what is only passing through is never all in memory.
-_ROWS = 1 << 16
+# Compared as texts by --where, whatever is in them: group "007" is not group 7.
+_TEXTS = ("filename", "group", "project_id", "split", "url")
 
 # A tar header (ustar) holds names of up to 100 bytes, of which ".json" takes five.
 _SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")
@@ -46,12 +51,18 @@ class Manifest:
 
     ``fingerprint``: SHA-256 of the table. ``urls``: the ``url`` column, as it is in the file and
     row by row with the table, None if there is none; the fingerprint does not depend on it, as the
-    pixels of a clip do not depend on where its file lies.
+    pixels of a clip do not depend on where its file lies. ``lines``: the line of each row in the
+    file, None if it is of no file.
     """
 
     table: pd.DataFrame
     fingerprint: str
     urls: pd.Series | None = None
+    lines: np.ndarray | None = None
+
+    def line(self, row: int) -> str:
+        """How messages name a row, counted from 0."""
+        return f"row {row + 1}" if self.lines is None else f"line {self.lines[row]}"
 
     def urls_by_name(self) -> dict[str, str]:
         """The URL of each ``filename``.
@@ -68,14 +79,29 @@ class Manifest:
         if bad.any():
             row = int(bad.to_numpy().argmax())
             raise ManifestError(
-                f"url of '{self.table['filename'].iloc[row]}' (line {row + 2}) is "
+                f"url of '{self.table['filename'].iloc[row]}' ({self.line(row)}) is "
                 f"'{urls.iloc[row]}', not of the form s3://bucket/name ({bad.sum()} such rows)",
                 fix="Mend it, or say where the files are with --source.",
+            )
+        if urls.duplicated().any():
+            row = int(urls.duplicated().to_numpy().argmax())
+            first = int((urls == urls.iloc[row]).to_numpy().argmax())
+            raise ManifestError(
+                f"{self.line(first)} and {self.line(row)} of the clip table have one url, "
+                f"'{urls.iloc[row]}'",
+                fix="Each file may be listed once.",
             )
         return dict(zip(self.table["filename"], urls, strict=True))
 
 
-def read_manifest(path: Path, *, labels: Path | None = None, unlabelled: bool = False) -> Manifest:
+def read_manifest(
+    path: Path,
+    *,
+    labels: Path | None = None,
+    unlabelled: bool = False,
+    where: str | None = None,
+    allow_local: bool = False,
+) -> Manifest:
     """Read and check a clip table.
 
     Args:
@@ -83,39 +109,68 @@ def read_manifest(path: Path, *, labels: Path | None = None, unlabelled: bool = 
         labels: a second CSV with ``filename`` and ``label`` or ``stalled``, for a table without
             labels; None takes the ``train_labels.csv`` beside it.
         unlabelled: do not ask for labels (a set to predict); every label is then -1.
+        where: a condition over the columns of the file, by which rows are chosen; see
+            ``select_rows``.
+        allow_local: let file names lead out of the source folder (absolute, or by '..').
 
     Raises:
         ManifestError: naming the file, the column or the row.
     """
-    table = _read_csv(path)
+    table = read_table(path, "filename")
+    if where is not None:
+        # By the names in the file, and by those that this program has for them.
+        both = {new: old for old, new in ALIASES.items() if old in table and new not in table}
+        named = table.assign(**{new: table[old] for new, old in both.items()})
+        table = table.loc[select_rows(named, where, _TEXTS).index]
+    table = _known_columns(table, path)
     if labels is not None and "label" in table:
         raise ManifestError(
             "has labels of its own",
             where=path,
             fix=f"Take the column out, or leave out --labels {labels}.",
         )
+    if unlabelled and "label" in table:
+        log.warning("%s: its labels are not looked at (--unlabelled)", path)
+    table["filename"] = table["filename"].str.strip()
+    if table.empty:
+        raise ManifestError("has no rows", where=path, fix="It needs one row a clip.")
+    _check_filenames(table["filename"], path, allow_local)
     if "label" not in table and not unlabelled:
         labels = labels or path.with_name("train_labels.csv")
         if not labels.is_file():
             raise ManifestError(
                 "has no 'label' or 'stalled' column, and there is no train_labels.csv beside it",
                 where=path,
-                fix="Add the column, or name the file with --labels.",
+                fix="Add the column, or name the file with --labels; --unlabelled takes clips "
+                "without labels.",
             )
-        table = _join_labels(table, _read_csv(labels), path, labels)
-    _check_columns(table, path, unlabelled)
-    if table.empty:
-        raise ManifestError("has no rows", where=path, fix="It needs one row a clip.")
-    _check_filenames(table["filename"], path)
+        table = _join_labels(table, labels, path)
+    elif "label" in table and not unlabelled and (table["label"].str.strip() == "").all():
+        raise ManifestError(
+            "has no label in any row", where=path, fix="Fill the column, or use --unlabelled."
+        )
+    return make_manifest(table, path, unlabelled=unlabelled)
+
+
+def make_manifest(table: pd.DataFrame, path: Path, *, unlabelled: bool = False) -> Manifest:
+    """Check the columns of a table of texts and give them their types.
+
+    Args:
+        table: ``filename``, ``label`` and optional columns; the index is the line of each row.
+        path: what messages name.
+
+    Raises:
+        ManifestError: naming the column and the row.
+    """
     labels_of = -1 if unlabelled else _parse(table["label"], _LABELS, "label", table, path)
     clean = pd.DataFrame(
         {
             "key": _keys(table["filename"]),
             "filename": table["filename"],
             "label": pd.Series(labels_of, index=table.index, dtype="int8"),
-            "group": table.get("group", ""),
+            "group": _texts(table, "group"),
             "weight": _numbers(table, "weight", 1.0, path),
-            "split": table.get("split", ""),
+            "split": _texts(table, "split").str.lower(),
             "crowd_score": _numbers(table, "crowd_score", float("nan"), path),
             "tier1": _parse(
                 pd.Series(table.get("tier1", "true"), index=table.index),
@@ -134,56 +189,27 @@ def read_manifest(path: Path, *, labels: Path | None = None, unlabelled: bool = 
             where=path,
         )
     _check_splits(clean, path)
-    return Manifest(clean, _digest(clean), table.get("url"))
+    clean = clean.reset_index(drop=True)
+    urls = table["url"].reset_index(drop=True) if "url" in table else None
+    return Manifest(clean, _digest(clean), urls, table.index.to_numpy())
 
 
-_LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
-_BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
+_BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+_LABELS = {word: int(value) for word, value in _BOOLEANS.items()} | {"0.0": 0, "1.0": 1}
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    try:
-        # With a field more in each row than in the header, pandas takes the first column for an
-        # index, and shifts the names of the others, unless index_col is False.
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            with pd.read_csv(
-                path,
-                dtype=str,
-                keep_default_na=False,
-                encoding="utf-8-sig",
-                index_col=False,
-                chunksize=_ROWS,
-            ) as parts:
-                # Not by usecols, with which pandas lets rows of any length pass.
-                table = pd.concat(
-                    [part.drop(columns=list(UNUSED), errors="ignore") for part in parts]
-                )
-    except pd.errors.EmptyDataError:
-        raise ManifestError("is empty", where=path, fix="It needs a header and rows.") from None
-    except OSError as error:
-        raise ManifestError(f"cannot be read ({error.strerror})", where=path) from None
-    except pd.errors.ParserWarning:
-        raise ManifestError("has rows with more fields than its header", where=path) from None
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ManifestError(f"is not a CSV file ({reason})", where=path) from None
-    table = table.rename(columns=ALIASES)
-    if "filename" not in table:
-        raise ManifestError("has no column 'filename'", where=path)
-    if table.columns.has_duplicates:
-        twice = table.columns[table.columns.duplicated()][0]
-        raise ManifestError(f"has two columns for '{twice}'", where=path)
-    return table
-
-
-def _join_labels(
-    table: pd.DataFrame, labels: pd.DataFrame, path: Path, labels_path: Path
-) -> pd.DataFrame:
+def _join_labels(table: pd.DataFrame, labels_path: Path, path: Path) -> pd.DataFrame:
+    labels = _rename(read_table(labels_path, "filename"), labels_path)
     if "label" not in labels:
         raise ManifestError("has no column 'label' or 'stalled'", where=labels_path)
-    _check_filenames(labels["filename"], labels_path)
-    label = table["filename"].map(labels.set_index("filename")["label"])
+    names = labels["filename"].map(plain_text)
+    if (names == "").any():
+        raise ManifestError(
+            f"line {labels.index[int((names == '').to_numpy().argmax())]} has no filename",
+            where=labels_path,
+        )
+    _refuse_twice(names, labels_path)
+    label = table["filename"].map(plain_text).map(labels["label"].set_axis(names))
     missing = table["filename"][label.isna()]
     if len(missing):
         raise ManifestError(
@@ -194,27 +220,71 @@ def _join_labels(
     return table.assign(label=label)
 
 
-def _check_columns(table: pd.DataFrame, path: Path, unlabelled: bool) -> None:
-    known = (*REQUIRED, *OPTIONAL, *UNUSED)
-    for column in table.columns:
-        if column not in known:
-            names = [*known, *ALIASES]
-            near = difflib.get_close_matches(str(column), names, n=1)
-            hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(names)}."
-            raise ManifestError(f"unknown column '{column}'", where=path, fix=hint)
-    if "label" not in table and not unlabelled:
-        raise ManifestError("has no column 'label'", where=path)
+def _rename(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Columns by the names that this program has for them, whatever their case in the file."""
+    known = {name: name for name in (*REQUIRED, *OPTIONAL, *UNUSED)} | ALIASES
+    names = [known.get(str(column).lower(), str(column)) for column in table.columns]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ManifestError(f"has two columns for '{twice}'", where=path)
+    return table.set_axis(names, axis=1)
 
 
-def _check_filenames(names: pd.Series, path: Path) -> None:
+def _known_columns(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """The columns that are used. Others are told, and refused if they are close to one that is not
+    there, as by a slip of the hand."""
+    table = _rename(table, path)
+    used = (*REQUIRED, *OPTIONAL)
+    absent = [name for name in (*used, *ALIASES) if ALIASES.get(name, name) not in table]
+    others = [str(name) for name in table.columns if name not in (*used, *UNUSED)]
+    for column in others:
+        near = difflib.get_close_matches(column.lower(), absent, n=1)
+        if near:
+            raise ManifestError(
+                f"unknown column '{column}'",
+                where=path,
+                fix=f"Did you mean '{near[0]}'? Give it that name, or a very different one.",
+            )
+    if others:
+        log.warning(
+            "%s: these columns are not used: %s (used are %s)",
+            path,
+            ", ".join(others),
+            ", ".join(used),
+        )
+    return table[[name for name in table.columns if name in used]].copy()
+
+
+def _check_filenames(names: pd.Series, path: Path, allow_local: bool) -> None:
     if (names == "").any():
-        row = int((names == "").to_numpy().argmax()) + 2
-        raise ManifestError(f"line {row} has no filename", where=path)
-    # Where './a.mp4' and 'a.mp4' are one file, as a clip in train and in test would be.
-    names = names.map(lambda name: str(PurePosixPath(name)) if "/" in name else name)
+        line = names.index[int((names == "").to_numpy().argmax())]
+        raise ManifestError(f"line {line} has no filename", where=path)
+    # As Windows writes it, a path may also lead away by backslashes or a drive.
+    away = names.str.contains(r"^(?:[\\/]|[A-Za-z]:[\\/])|(?:^|[\\/])\.\.(?:[\\/]|$)", regex=True)
+    if away.any() and not allow_local:
+        row = int(away.to_numpy().argmax())
+        raise ManifestError(
+            f"'{names.iloc[row]}' (line {names.index[row]}) may lead out of the source folder "
+            f"({away.sum()} such rows)",
+            where=path,
+            fix="Name files by their path inside --source, or allow this with --allow-local.",
+        )
+    if names.str.contains("\0", regex=False).any():
+        raise ManifestError("a filename holds a byte 0", where=path)
+    _refuse_twice(names.map(_one_form), path)
+
+
+def _one_form(name: str) -> str:
+    """Equal for './a.mp4', 'a.mp4' and other spellings that lead to one file, as a clip in train
+    and in test would."""
+    name = unicodedata.normalize("NFC", name).replace("\\", "/")
+    return str(PurePosixPath(name)) if "/" in name else name
+
+
+def _refuse_twice(names: pd.Series, path: Path) -> None:
     if names.duplicated().any():
         name = names[names.duplicated()].iloc[0]
-        lines = [int(i) + 2 for i in (names == name).to_numpy().nonzero()[0][:2]]
+        lines = names.index[(names == name).to_numpy()][:2]
         raise ManifestError(
             f"'{name}' is listed twice (lines {lines[0]} and {lines[1]})",
             where=path,
@@ -247,11 +317,28 @@ def _parse(
     if bad.any():
         row = int(bad.to_numpy().argmax())
         allowed = "0 or 1" if name == "label" else "true or false"
+        blank = name == "label" and not column.iloc[row].strip()
         raise ManifestError(
-            f"{name} of '{table['filename'].iloc[row]}' is '{column.iloc[row]}', not {allowed}",
+            f"{name} of '{table['filename'].iloc[row]}' is '{column.iloc[row]}', not {allowed} "
+            f"(line {table.index[row]}, {bad.sum()} such rows)",
             where=path,
+            fix="Fill it, or leave the row out; --unlabelled takes all clips without labels."
+            if blank
+            else "true, false, yes and no are read too.",
         )
     return parsed.astype("int8" if name == "label" else "bool")
+
+
+def _texts(table: pd.DataFrame, name: str) -> pd.Series:
+    """A column of names, of which "m3 " and "m3" are one, and so are both Unicode forms of "ä"."""
+    texts = pd.Series(table.get(name, ""), index=table.index, dtype=str)
+    # A table has few different ones.
+    return texts.map({text: plain_text(text) for text in texts.unique()})
+
+
+def plain_text(text: str) -> str:
+    """Without blanks around it, in Unicode's composed form (NFC)."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def _numbers(table: pd.DataFrame, name: str, default: float, path: Path) -> pd.Series:
@@ -265,6 +352,7 @@ def _numbers(table: pd.DataFrame, name: str, default: float, path: Path) -> pd.S
         raise ManifestError(
             f"{name} of '{table['filename'].iloc[row]}' is '{text.iloc[row]}', not a number",
             where=path,
+            fix="Write it with a point, as 2.5." if "," in text.iloc[row] else None,
         )
     return numbers.astype("float64")
 
@@ -272,8 +360,8 @@ def _numbers(table: pd.DataFrame, name: str, default: float, path: Path) -> pd.S
 def _digest(table: pd.DataFrame) -> str:
     """SHA-256 of the table as a CSV file, which is never in memory as a whole."""
     digest = hashlib.sha256()
-    for first in range(0, len(table), _ROWS):
-        part = table.iloc[first : first + _ROWS]
+    for first in range(0, len(table), ROWS):
+        part = table.iloc[first : first + ROWS]
         digest.update(part.to_csv(index=False, header=first == 0).encode())
     return digest.hexdigest()
 

@@ -32,13 +32,13 @@ from dist_train.data.manifest import Manifest
 from dist_train.data.medmnist import read_medmnist
 from dist_train.data.remote import manifest_source, open_source
 from dist_train.data.shard_files import Shard
-from dist_train.data.source import Source
+from dist_train.data.source import MISSING, Source
 from dist_train.data.store import FORMAT, INDEX, MARKER, REJECTED, read_marker
 from dist_train.data.supervise import UNWATCHED, Limits, supervised
 from dist_train.data.task import Task, write_task
 from dist_train.data.todo import finished, settings_of, tasks
 from dist_train.data.types import Volume
-from dist_train.errors import StoreError
+from dist_train.errors import ManifestError, StoreError
 
 Progress = Callable[[int, int], None]
 
@@ -77,7 +77,8 @@ def prepare(
     files = _source_of(manifest, source)
     job = _job(manifest.table, settings)
     shards = job.shards(out)
-    check_files(job, shards, files)
+    _refuse_one_file_twice(manifest, files)
+    check_files(job, _unwritten(shards), files, max_rejected)
     job = _with_depth(out, job, files, engine, workers)
     with writing(out, job):
         _write_unfinished(out, job, shards, files, engine, workers, progress)
@@ -107,7 +108,9 @@ def prepare_part(
     files = _source_of(manifest, source)
     job = _job(manifest.table, settings)
     shards = part.of(job.shards(out))
-    check_files(job, shards, files)
+    _refuse_one_file_twice(manifest, files)
+    # Their number is judged when the parts are joined.
+    check_files(job, _unwritten(shards), files, 1.0)
     job = _with_depth(out, job, files, engine, workers)
     with writing(out, job, part):
         _write_unfinished(out, job, shards, files, engine, workers, progress)
@@ -181,16 +184,59 @@ def source_again(job: Job, place: Path | str) -> Source | Sequence[Volume]:
     return volumes
 
 
-def check_files(job: Job, shards: Sequence[Shard], source: Source | Sequence[Volume]) -> None:
-    """Raise StoreError, before any work, if a file of these shards is not there."""
+def check_files(
+    job: Job,
+    shards: Sequence[Shard],
+    source: Source | Sequence[Volume],
+    max_rejected: float = 0.0,
+) -> None:
+    """Refuse, before any work, what a look at the files' names shows to be refused in the end.
+
+    Args:
+        max_rejected: largest share of the store's clips whose files may be missing from these
+            shards; they will be rejects. Files that a shard there rejected already do not count.
+
+    Raises:
+        StoreError: more files are missing, or all of them.
+    """
     if not isinstance(source, Source):
         return
-    missing = source.missing([name for shard in shards for name in job.filenames(shard)])
-    if missing:
-        raise StoreError(
-            f"the file is missing ({len(missing)} such in the manifest)",
-            where=source.where(missing[0]),
-            fix="Check --source, or take it out of the manifest.",
+    names = [name for shard in shards for name in job.filenames(shard)]
+    missing = source.missing(names)
+    if not missing:
+        return
+    known = {name for shard in shards for name in _rejected(shard)}
+    new = [name for name in missing if name not in known]
+    if len(new) <= max_rejected * len(job.table) and len(missing) < len(names):
+        return
+    first = (new or missing)[0]
+    classes = job.table["label"][job.table["filename"].isin(set(missing))].astype(str)
+    hint = source.hint(first)
+    raise StoreError(
+        f"{MISSING} ({len(missing)} of {len(names)} files are: {by_class(_counts(classes))})",
+        where=source.where(first),
+        fix=f"{hint} Name files in the manifest as they are on the disk."
+        if hint
+        else "Check --source; or leave them out of the manifest (--where chooses rows), or raise "
+        "--max-rejected.",
+    )
+
+
+def _rejected(shard: Shard) -> Sequence[str]:
+    try:
+        return list(read_rejects(shard)["file"])
+    except StoreError:
+        return ()
+
+
+def _refuse_one_file_twice(manifest: Manifest, source: Source) -> None:
+    names = manifest.table["filename"]
+    twice = source.twice(names.tolist())
+    if twice is not None:
+        lines = [manifest.line(int((names == name).to_numpy().argmax())) for name in twice]
+        raise ManifestError(
+            f"'{twice[0]}' ({lines[0]}) and '{twice[1]}' ({lines[1]}) are one file",
+            fix="Each clip may be listed once.",
         )
 
 
@@ -263,6 +309,10 @@ def _write_unfinished(
             progress(done, total)
 
 
+def _unwritten(shards: Sequence[Shard]) -> list[Shard]:
+    return [shard for shard in shards if not shard.is_written()]
+
+
 def _job(table: pd.DataFrame, settings: PrepareSettings, **more: str) -> Job:
     return Job.of(table, pixels_version=PIXELS_VERSION, settings=asdict(settings), **more)
 
@@ -316,7 +366,11 @@ def gather_rejects(shards: Sequence[Shard]) -> pd.DataFrame:
 
 def count_classes(rejects: pd.DataFrame) -> dict[str, int]:
     """Number of rejects by class: "0", "1", or "-1" where it is not known."""
-    return {str(k): int(v) for k, v in rejects["class"].value_counts().items()}
+    return _counts(rejects["class"])
+
+
+def _counts(classes: pd.Series) -> dict[str, int]:
+    return {str(k): int(v) for k, v in classes.value_counts().items()}
 
 
 def by_class(counts: Mapping[str, int]) -> str:

@@ -24,7 +24,7 @@ import fsspec
 from fsspec.callbacks import Callback
 
 from dist_train.data.manifest import Manifest
-from dist_train.data.source import LocalFolder, Source
+from dist_train.data.source import MISSING, LocalFolder, Source
 from dist_train.errors import DecodeError, StoreError
 
 Result = TypeVar("Result")
@@ -263,7 +263,7 @@ def _raise_what_lasts(error: Exception, url: str) -> None:
             fix="Check the credentials; for a public S3 bucket, set FSSPEC_S3_ANON=true.",
         ) from None
     if isinstance(error, FileNotFoundError | IsADirectoryError) or number == errno.ENAMETOOLONG:
-        raise DecodeError("the file is not there", where=where) from None
+        raise DecodeError(MISSING, where=where) from None
 
 
 def _shown(url: str) -> str:

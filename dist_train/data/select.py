@@ -8,14 +8,22 @@ import numpy as np
 import pandas as pd
 
 from dist_train.config import SelectSettings, SplitSettings
+from dist_train.data.manifest import SPLITS, plain_text
 from dist_train.errors import PlanError
 
 
 def choose_clips(
-    table: pd.DataFrame, select: SelectSettings, split: SplitSettings, seed: int
+    table: pd.DataFrame,
+    select: SelectSettings,
+    split: SplitSettings,
+    seed: int,
+    same: pd.Series | None = None,
 ) -> pd.DataFrame:
     """The rows that take part in a run, with ``split`` filled in; their index, which is the clip
     number in the store, is kept.
+
+    Args:
+        same: a name for each clip that copies share, which then fall into one fold.
 
     Raises:
         PlanError: a class is missing from the selection, there are too few groups, or no clip is
@@ -23,7 +31,13 @@ def choose_clips(
     """
     chosen = select_clips(table, tier2_crowd_score=select.tier2_crowd_score)
     splits = assign_splits(
-        chosen, folds=split.folds, fold=split.fold, groups=split.groups, seed=seed
+        chosen,
+        folds=split.folds,
+        fold=split.fold,
+        groups=split.groups,
+        seed=seed,
+        ungrouped=split.ungrouped,
+        same=None if same is None else same[chosen.index],
     )
     for name in ("train", "val"):
         if not (splits == name).any():
@@ -32,6 +46,67 @@ def choose_clips(
                 fix="Give it clips in the manifest's split column, or leave that column out.",
             )
     return chosen.assign(split=splits)
+
+
+def check_splits(clips: pd.DataFrame, split: SplitSettings, *, given: bool) -> None:
+    """Refuse splits that a run cannot be trained, or judged, on.
+
+    Args:
+        clips: what ``choose_clips`` gave.
+        given: the splits are the manifest's; otherwise they are folds.
+
+    Raises:
+        PlanError: a split lacks a class, a class has fewer clips than there are folds, or two
+            disjoint groups look like one.
+    """
+    if split.groups == "disjoint":
+        _check_groups(clips)
+    counts = {
+        name: [int((clips["label"][clips["split"] == name] == label).sum()) for label in (1, 0)]
+        for name in SPLITS
+        if (clips["split"] == name).any()
+    }
+    told = "; ".join(f"{name}: {p} positives, {n} negatives" for name, (p, n) in counts.items())
+    of_fold = {"test": split.fold, "val": (split.fold + 1) % split.folds}
+    for name, numbers in counts.items():
+        for number, of_class in zip(numbers, ("positives", "negatives"), strict=True):
+            if number:
+                continue
+            fold = "" if given or name == "train" else f" (fold {of_fold[name]} of {split.folds})"
+            raise PlanError(
+                f"split '{name}'{fold} holds no {of_class} ({told})",
+                where=None if given else f"split.fold={split.fold}",
+                fix="Give it some in the manifest's split column."
+                if given
+                else "Lower split.folds, choose another seed, or prepare more clips of that class.",
+            )
+    for label, of_class in ((1, "positives"), (0, "negatives")):
+        total = int((clips["label"] == label).sum())
+        if not given and total < split.folds:
+            raise PlanError(
+                f"{total} {of_class} cannot be in each of {split.folds} folds: some would "
+                f"hold none ({told})",
+                where="split.folds",
+                fix="Lower it (3 is the least), or prepare more clips of that class.",
+            )
+
+
+def _check_groups(clips: pd.DataFrame) -> None:
+    """Refuse disjoint groups whose names differ in blanks or in the form of their letters only.
+
+    ``prepare`` makes such names one; a store that was written before it did may hold both.
+
+    Raises:
+        PlanError: it names the first such pair.
+    """
+    seen: dict[str, str] = {}
+    for group in clips["group"].unique():
+        other = seen.setdefault(plain_text(group), group)
+        if other != group:
+            raise PlanError(
+                f"groups {other!r} and {group!r} look like one group under two names",
+                fix="Prepare the store anew, which makes them one.",
+            )
 
 
 def select_clips(table: pd.DataFrame, *, tier2_crowd_score: float | None) -> pd.DataFrame:
@@ -60,7 +135,14 @@ def select_clips(table: pd.DataFrame, *, tier2_crowd_score: float | None) -> pd.
 
 
 def assign_splits(
-    table: pd.DataFrame, *, folds: int, fold: int, groups: str, seed: int
+    table: pd.DataFrame,
+    *,
+    folds: int,
+    fold: int,
+    groups: str,
+    seed: int,
+    ungrouped: str = "refuse",
+    same: pd.Series | None = None,
 ) -> pd.Series:
     """The split of every row: "train", "val" or "test".
 
@@ -68,17 +150,79 @@ def assign_splits(
     and the rest is train. ``groups="stratify"`` deals the clips of each (group, label) cell over
     the folds in turn, so that every fold has nearly the same share of each; ``"disjoint"`` keeps
     each group whole, and gives the next group, largest first, to the fold that is furthest from its
-    share of positives and negatives.
+    share of positives and negatives. ``ungrouped``: see ``SplitSettings``. ``same``: a name for
+    each row, which rows of one name share; they then fall into one fold, and so do their groups if
+    groups are disjoint.
 
     Raises:
-        PlanError: fewer groups than folds, for disjoint groups.
+        PlanError: for disjoint groups: fewer groups than folds, a clip without a group, or a group
+            in two of the manifest's splits.
     """
+    if groups == "disjoint":
+        table = table.assign(group=_disjoint_groups(table, ungrouped))
     if (table["split"] != "").all():
+        if groups == "disjoint":
+            _refuse_crossed_groups(table)
         return table["split"]
-    deal = _stratified if groups == "stratify" else _disjoint
-    number = pd.Series(deal(table, folds, seed), index=table.index)
+    if groups == "stratify":
+        dealt = table
+        if same is not None:
+            # The first of each set of copies; the others follow it.
+            dealt = table.sort_values("key")
+            dealt = dealt[~same[dealt.index].duplicated()]
+        number = pd.Series(_stratified(dealt, folds, seed), index=dealt.index)
+        if same is not None:
+            number = same.map(dict(zip(same[dealt.index], number, strict=True)))
+    else:
+        if same is not None:
+            table = table.assign(group=_joined(table["group"], same))
+        number = pd.Series(_disjoint(table, folds, seed), index=table.index)
     after = (fold + 1) % folds
     return number.map(lambda k: "test" if k == fold else "val" if k == after else "train")
+
+
+def _disjoint_groups(table: pd.DataFrame, ungrouped: str) -> pd.Series:
+    """The group of each row, where rows without one are treated as ``ungrouped`` says."""
+    blank = table["group"].str.strip() == ""
+    if not blank.any():
+        return table["group"]
+    if ungrouped == "refuse":
+        raise PlanError(
+            f"{blank.sum()} of {len(table)} clips have no group, the first is "
+            f"'{table['key'][blank].iloc[0]}', and split.groups=disjoint keeps groups apart",
+            fix="Fill the group column, or say what they are: split.ungrouped=own takes each for a "
+            "group of its own, split.ungrouped=together all for one group.",
+        )
+    # No group that a manifest gives begins with a slash and a blank.
+    own = "/ " + table["key"] if ungrouped == "own" else "/ "
+    return table["group"].mask(blank, own)
+
+
+def _joined(groups: pd.Series, same: pd.Series) -> pd.Series:
+    """Groups of which those that hold copies of one clip are made one."""
+    first: dict[str, str] = {group: group for group in groups.unique()}
+
+    def root(group: str) -> str:
+        while first[group] != group:
+            group = first[group]
+        return group
+
+    for _, linked in groups[same.duplicated(keep=False)].groupby(same):
+        roots = {root(group) for group in linked}
+        first |= dict.fromkeys(roots, min(roots))
+    return groups.map({group: root(group) for group in first})
+
+
+def _refuse_crossed_groups(table: pd.DataFrame) -> None:
+    splits = table.groupby("group")["split"].unique()
+    crossed = splits[splits.map(len) > 1]
+    if len(crossed):
+        raise PlanError(
+            f"group '{crossed.index[0]}' lies in splits {' and '.join(sorted(crossed.iloc[0]))} of "
+            f"the manifest ({len(crossed)} such groups), and split.groups=disjoint keeps each in "
+            f"one",
+            fix="Mend the manifest's split column, or set split.groups=stratify.",
+        )
 
 
 def _hash_order(keys: pd.Series, seed: int) -> list[str]:

@@ -5,11 +5,18 @@ What worker processes import, and so without the libraries of remote places.
 
 from __future__ import annotations
 
+import stat
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+
+from dist_train.errors import DecodeError
+
+MISSING = "the file is missing"
 
 
 class Source(ABC):
@@ -36,6 +43,14 @@ class Source(ABC):
     def missing(self, names: Sequence[str]) -> list[str]:
         """Those of the files that are known not to be there."""
 
+    def twice(self, names: Sequence[str]) -> tuple[str, str] | None:
+        """Two of the names that are known to lead to one file, if there are such."""
+        return None
+
+    def hint(self, name: str) -> str | None:
+        """Under which name a missing file is there after all, if that is known."""
+        return None
+
     @abstractmethod
     def changed_since(self, name: str, time: float) -> bool:
         """Whether the file is there and was put there, or changed, after a time (s since 1970)."""
@@ -47,24 +62,87 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class LocalFolder(Source):
-    """Files under a folder of this machine, used where they are."""
+    """Files under a folder of this machine, used where they are.
+
+    A name is also found with its backslashes turned to slashes, and in Unicode's other form: macOS
+    and Windows write tables whose names lead nowhere elsewhere.
+    """
 
     folder: Path
 
     @contextmanager
     def fetched(self, name: str) -> Iterator[Path]:
-        yield self.folder / name
+        path = self._path(name)
+        if path is None:
+            raise DecodeError(MISSING, where=self.where(name), fix=self.hint(name))
+        if path.is_dir():
+            raise DecodeError(
+                "is a folder, not a file",
+                where=self.where(name),
+                fix="Make one file of it: a multi-page TIFF, or an npy array [frames, height, "
+                "width].",
+            )
+        if not path.is_file():
+            raise DecodeError("is no plain file", where=self.where(name))
+        yield path
 
     def where(self, name: str) -> str:
         return str(self.folder / name)
 
     def missing(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if not (self.folder / name).is_file()]
+        return [name for name in names if self._path(name) is None]
+
+    def twice(self, names: Sequence[str]) -> tuple[str, str] | None:
+        seen: dict[tuple[int, int], str] = {}
+        for name in names:
+            path = self._path(name)
+            if path is None:
+                continue
+            # One file may have several names: by links, by '..', or where case does not count.
+            file = path.stat()
+            if stat.S_ISREG(file.st_mode):
+                other = seen.setdefault((file.st_dev, file.st_ino), name)
+                if other != name:
+                    return other, name
+        return None
+
+    def hint(self, name: str) -> str | None:
+        path = Path(name.replace("\\", "/"))
+        there = _names_in(self.folder / path.parent)
+        found = there.get(_loose(path.name)) or there.get(_loose(path.stem))
+        return None if found is None else f"It exists as '{path.parent / found}'."
 
     def changed_since(self, name: str, time: float) -> bool:
-        try:
-            # The time of the inode: a good copy that is moved or unpacked into place may well carry
-            # an old modification time.
-            return (self.folder / name).stat().st_ctime > time
-        except FileNotFoundError:
-            return False
+        path = self._path(name)
+        # The time of the inode: a good copy that is moved or unpacked into place may well carry
+        # an old modification time.
+        return path is not None and path.stat().st_ctime > time
+
+    def _path(self, name: str) -> Path | None:
+        """Where the file, or whatever has this name, is."""
+        slashes = name.replace("\\", "/")
+        forms = (name, unicodedata.normalize("NFC", slashes), unicodedata.normalize("NFD", slashes))
+        paths = (self.folder / form for form in dict.fromkeys(forms))
+        return next((path for path in paths if _exists(path)), None)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        # As of a name that is too long.
+        return False
+
+
+def _loose(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+@lru_cache(maxsize=16)
+def _names_in(folder: Path) -> dict[str, str]:
+    """Names in a folder by what is left of them without case, and without case and suffix."""
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError:
+        return {}
+    return {_loose(Path(name).stem): name for name in names} | {_loose(n): n for n in names}

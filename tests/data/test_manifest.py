@@ -88,13 +88,23 @@ MISTAKES = {
     "header only": (["filename,label"], "has no rows"),
     "no filename column": (["file,label", "a,1"], "no column 'filename'"),
     "unknown column": (["filename,label,grp", "a,1,x"], "unknown column 'grp'. Did you mean 'g"),
-    "far from any column": (["filename,label,qqqq", "a,1,x"], "unknown column 'qqqq'. Known: "),
+    "column of no name": (["filename,label,", "a,1,x"], "has a column without a name"),
+    "way out": (["filename,label", "a,1", "b/../../c,0"], "'b/../../c' (line 3) may lead out of"),
+    "absolute": (["filename,label", "/etc/passwd,1"], "'/etc/passwd' (line 2) may lead out of the"),
+    "another drive": (["filename,label", r"C:\a.mp4,1"], r"'C:\a.mp4' (line 2) may lead out of"),
     "listed twice": (["filename,label", "a.mp4,1", "b.mp4,0", "a.mp4,1"], r"'a.mp4' is listed twi"),
     "no name": (["filename,label", "a.mp4,1", ",0"], "line 3 has no filename"),
     "label 2": (["filename,label", "a.mp4,2"], "label of 'a.mp4' is '2', not 0 or 1"),
-    "label in words": (["filename,label", "a.mp4,yes"], "is 'yes', not 0 or 1"),
+    "label in words": (["filename,label", "a.mp4,stalled"], "is 'stalled', not 0 or 1"),
     "label missing": (["filename,label", "a.mp4,1", "b.mp4,"], "label of 'b.mp4' is '', not 0"),
-    "field missing": (["filename,label", "a.mp4"], "label of 'a.mp4' is ''"),
+    "field missing": (["filename,label", "a,1", "b"], "label of 'b' is '', not 0 or 1 (line 3, "),
+    "no label": (["filename,label", "a,", "b, "], "no label in any row. Fill the column"),
+    "decimal comma": (["filename;label;weight", "a;1;2,5"], "'2,5', not a number. Write it with a"),
+    "another spelling": (["filename,label", "a.mp4,1", "./a.mp4,0"], "is listed twice (lines"),
+    "on Windows": (["filename,label", r"d\a.mp4,1", "d/a.mp4,0"], "is listed twice (lines 2 and 3"),
+    "two forms of one letter": (["filename,label", "\u00e4,1", "a\u0308,0"], "is listed twice (li"),
+    "open quote": (["filename,label", '"a.mp4,1', "b.mp4,0"], "is not a CSV file (line 3: "),
+    "two names in other case": (["filename,Label,label", "a,1,1"], "has two columns for 'label'"),
     "two label columns": (["filename,label,stalled", "a,1,1"], "two columns for 'label'"),
     "split partly": (["filename,label,split", "a,1,train", "b,0,"], "'b' has no split, though"),
     "split unknown": (
@@ -110,9 +120,8 @@ MISTAKES = {
         ["filename,label,tier1", "a,1,perhaps"],
         "tier1 of 'a' is 'perhaps', not tr",
     ),
-    "one row too long": (["filename,label", "a,1", "b,1,2"], "is not a CSV file"),
-    # pandas alone would take the names for an index and the labels for the names.
-    "all rows too long": (["filename,label", "a,1,", "b,0,"], "more fields than its header"),
+    "one row too long": (["filename,label", "a,1", "b,1,2"], "line 3 has more fields than the"),
+    "all rows too long": (["filename,label", "a,1,x", "b,0,x"], "line 2 has more fields than the"),
 }
 
 
@@ -182,7 +191,8 @@ def test_labels_twice_is_refused(tmp_path: Path, table: Path) -> None:
     ],
 )
 def test_key_is_safe_in_a_tar_archive(table: Path, name: str) -> None:
-    key = read_manifest(write(table, "filename,label", f"{name},1")).table["key"].iloc[0]
+    write(table, "filename,label", f"{name},1")
+    key = read_manifest(table, allow_local=True).table["key"].iloc[0]
     assert re.fullmatch(r"[A-Za-z0-9_-]+", key)
     assert len(f"{key}.json") <= 100
 
@@ -255,5 +265,158 @@ def test_table_of_many_parts_is_one_table(table: Path) -> None:
 
 def test_too_long_row_far_down(table: Path) -> None:
     rows = [f"{i}.mp4,1,54" for i in range(70_000)]
-    with pytest.raises(ManifestError, match=r"is not a CSV file.* line 70002"):
+    with pytest.raises(ManifestError, match=r"line 70002 has more fields"):
         read_manifest(write(table, "filename,label,num_frames", *rows, "x.mp4,1,54,7"))
+
+
+def test_one_animal_has_one_group(table: Path) -> None:
+    """Blanks around a name, and the form of its letters, make no other animal."""
+    names = ["m3", "m3 ", "\tm3\u00a0", "M\u00e4us", "Ma\u0308us", " "]
+    write(table, "filename,label,group,split", *(f"{i},1,{n},Val " for i, n in enumerate(names)))
+    rows = read_manifest(table).table
+    assert rows["group"].tolist() == ["m3", "m3", "m3", "M\u00e4us", "M\u00e4us", ""]
+    assert set(rows["split"]) == {"val"}
+
+
+SPREADSHEETS = {
+    "semicolons": b"filename;label\na.npy;1\nb.npy;0\n",
+    "tabs": b"filename\tlabel\na.npy\t1\nb.npy\t0\n",
+    "told delimiter": b"sep=;\r\nfilename;label\r\na.npy;1\r\nb.npy;0\r\n",
+    "told odd delimiter": b"sep=|\nfilename|label\na.npy|1\nb.npy|0\n",
+    "UTF-16": "filename\tlabel\r\na.npy\t1\r\nb.npy\t0\r\n".encode("utf-16"),
+    "UTF-16, other order": b"\xfe\xff" + "filename,label\na.npy,1\nb.npy,0".encode("utf-16-be"),
+    "other case": b" Filename,LABEL\na.npy,1\nb.npy,0\n",
+    "blank rows": b"\n\nfilename,label\n\na.npy,1\n,\nb.npy,0\n\n",
+    "comma at the end": b"filename,label,\na.npy,1,\nb.npy,0,\n",
+    "commas after the header's end": b"filename,label\na.npy,1,,,\nb.npy,0\n",
+    "words": b"filename,label\na.npy,True\nb.npy,FALSE\n",
+    "yes and no": b"filename,label\na.npy,Yes\nb.npy,no\n",
+    "quoted": b'"filename","label"\n"a.npy","1"\n"b.npy","0"\n',
+    "blanks": b"filename, label\na.npy , 1\n b.npy,0 \n",
+    "old Mac": b"filename,label\ra.npy,1\rb.npy,0\r",
+}
+
+
+@pytest.mark.parametrize("kind", SPREADSHEETS)
+def test_tables_of_spreadsheets(table: Path, kind: str) -> None:
+    table.write_bytes(SPREADSHEETS[kind])
+    manifest = read_manifest(table)
+    assert manifest.table["filename"].tolist() == ["a.npy", "b.npy"]
+    assert manifest.table["label"].tolist() == [1, 0]
+
+
+def test_blank_rows_do_not_shift_the_lines_of_messages(table: Path) -> None:
+    write(table, "sep=;", "", "filename;label", "a.mp4;1", ";", "b.mp4;2")
+    with pytest.raises(ManifestError, match=r"not 0 or 1 \(line 6, 1 such"):
+        read_manifest(table)
+
+
+NO_TABLES = {
+    "workbook": (b"PK\x03\x04 more", "an Excel workbook or another zip archive. Save it as"),
+    "old workbook": (b"\xd0\xcf\x11\xe0 more", "an Excel workbook of the old kind"),
+    "latin-1": ("filename,label\nM\u00e4us.npy,1\n".encode("latin-1"), "Save it as 'CSV UTF-8'"),
+    "UTF-16 unmarked": ("filename,label\na,1\n".encode("utf-16-le"), "it holds a byte 0"),
+    "blank": (b"\n ,\n\n", "is empty"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TABLES)
+def test_what_is_no_table_is_named(table: Path, kind: str) -> None:
+    content, message = NO_TABLES[kind]
+    table.write_bytes(content)
+    with pytest.raises(ManifestError, match=re.escape(message)):
+        read_manifest(table)
+
+
+def test_a_folder_is_no_table(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"is a folder, not a table.*--from-folders"):
+        read_manifest(tmp_path)
+
+
+def test_columns_that_are_not_used_are_told(table: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(table, "filename,label,notes,operator", "a.mp4,1,good,x", "b.mp4,0,,y")
+    assert read_manifest(table).table["label"].tolist() == [1, 0]
+    assert "these columns are not used: notes, operator (used are filename, label" in caplog.text
+    caplog.clear()
+    # A column close to one that is there is no slip.
+    read_manifest(write(table, "filename,label,labels", "a.mp4,1,2"))
+    assert "not used: labels" in caplog.text
+
+
+def test_labels_that_are_not_looked_at_are_told(
+    table: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(table, "filename,stalled", "a.mp4,0", "b.mp4,0")
+    assert read_manifest(table, unlabelled=True).table["label"].tolist() == [-1, -1]
+    assert "its labels are not looked at" in caplog.text
+
+
+def test_labels_are_joined_over_both_forms_of_a_letter(tmp_path: Path, table: Path) -> None:
+    labels = write(tmp_path / "other.csv", "filename,label", "Ma\u0308us.mp4,1")
+    manifest = read_manifest(write(table, "filename", "M\u00e4us.mp4"), labels=labels)
+    assert manifest.table["label"].tolist() == [1]
+
+
+CHALLENGE = [
+    "filename,url,project_id,num_frames,crowd_score,tier1,micro,nano,my notes",
+    "1.mp4,s3://x/1,007,54,0.0,True,False,False,",
+    "2.mp4,s3://x/2,7,60,0.9,False,True,False,good",
+    "3.mp4,s3://x/3,7,17,,False,True,True,bad",
+]
+CONDITIONS = {
+    "micro": "23",
+    "not micro": "1",
+    "micro and num_frames > 50": "2",
+    "(micro == True) & (num_frames <= 54)": "3",
+    "project_id == '007'": "1",
+    "group in ['7', '8']": "23",
+    "nano or tier1": "13",
+    "crowd_score < 0.5": "1",
+    "`my notes` == 'good'": "2",
+    "filename != '2.mp4'": "13",
+    "stalled == 1": "12",
+}
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_rows_are_chosen_by_any_column(table: Path, condition: str) -> None:
+    rows = zip(CHALLENGE, ("stalled", "1", "1", "0"), strict=True)
+    write(table, *(f"{row},{label}" for row, label in rows))
+    manifest = read_manifest(table, where=condition)
+    assert "".join(name[0] for name in manifest.table["filename"]) == CONDITIONS[condition]
+    assert manifest.table.index.tolist() == list(range(len(manifest.table)))
+    assert list(manifest.urls_by_name()) == manifest.table["filename"].tolist()
+
+
+NO_CONDITIONS = {
+    "mikro": "there is no column 'mikro'. Known: filename, url",
+    "num_frames": "it is not true or false for each row",
+    "num_frames > 1000": "it holds for none of 3 rows",
+    "project_id > 3": "it cannot be applied",
+    "micro and": "it is no expression over columns",
+    "1 == 1": "it names no column",
+    "@table": "it is no expression over columns",
+    "__import__('os').system('touch owned')": "it may only compare columns",
+    "filename.str.len() > 3": "it may only compare columns",
+    "num_frames ** 999999999 > 1": "it may only compare columns",
+    "(lambda: 1)()": "it may only compare columns",
+    "[x for x in micro]": "it may only compare columns",
+    "micro; nano": "it is no expression over columns",
+    "(" * 500 + "micro" + ")" * 500: "it is longer than 1000 letters",
+    "(" * 300 + "micro" + ")" * 300: "it is no expression over columns",
+}
+
+
+@pytest.mark.parametrize("condition", NO_CONDITIONS, ids=range(len(NO_CONDITIONS)))
+def test_what_is_no_condition_is_refused(table: Path, condition: str) -> None:
+    write(table, *CHALLENGE)
+    with pytest.raises(ManifestError, match=re.escape(NO_CONDITIONS[condition])) as raised:
+        read_manifest(table, where=condition, unlabelled=True)
+    assert raised.value.where == "--where"
+    assert "\n" not in str(raised.value)
+
+
+def test_one_url_for_two_files(table: Path) -> None:
+    write(table, "filename,label,url", "a.mp4,1,s3://x/a", "b.mp4,0,s3://x/a")
+    with pytest.raises(ManifestError, match="line 2 and line 3 of the clip table have one url"):
+        read_manifest(table).urls_by_name()

@@ -32,6 +32,7 @@ from make_media import (
 )
 
 from dist_train import cli
+from dist_train.data.class_folders import manifest_from_folders
 from dist_train.data.decode import Video
 from dist_train.data.job import JOB, Part, read_job
 from dist_train.data.manifest import read_manifest
@@ -50,7 +51,7 @@ from dist_train.data.supervise import UNWATCHED
 from dist_train.data.task import write_task
 from dist_train.data.todo import tasks
 from dist_train.data.volume_file import read_volume
-from dist_train.errors import ConfigError, StoreError
+from dist_train.errors import ConfigError, ManifestError, StoreError
 
 WHOLE = PrepareSettings(roi="none", shard_clips=4)
 START = Box(20, 30, 70, 84)
@@ -319,7 +320,7 @@ def light_then_heavy(raw: Path, *, heavy: int) -> list[str]:
     video = write_video(raw / "v00.mp4", grey_frames(120, 192, 256))
     names = [f"v{i:02d}.mp4" for i in range(1, heavy + 1)]
     for name in names:
-        (raw / name).hardlink_to(video)
+        shutil.copy(video, raw / name)
     return [*light, *names]
 
 
@@ -409,9 +410,100 @@ def test_no_source_folder(tmp_path: Path) -> None:
 
 def test_missing_file_is_named_before_any_work(tmp_path: Path, raw: Path) -> None:
     names = [*write_volumes(raw, 3), "gone.npy", "lost.npy"]
-    with pytest.raises(StoreError, match=r"gone.npy: the file is missing \(2 such"):
+    with pytest.raises(StoreError, match=r"gone.npy: the file is missing \(2 of 5 files are: 1 n"):
         make(tmp_path, names)
     assert not (tmp_path / "store").exists()
+
+
+def test_missing_files_are_rejects(tmp_path: Path, raw: Path) -> None:
+    """They are counted against --max-rejected, named, and taken in once they are there."""
+    names = write_volumes(raw, 8)
+    content = (raw / names[5]).read_bytes()
+    (raw / names[5]).unlink()
+    with pytest.raises(StoreError, match=r"missing \(1 of 8 files are: 1 positive\).*--where"):
+        make(tmp_path, names)
+    store = make(tmp_path, names, max_rejected=0.2)
+    rejects = pd.read_csv(store / REJECTED)
+    assert rejects.to_numpy().tolist() == [[names[5], "the file is missing", 1]]
+    (raw / names[5]).write_bytes(content)
+    assert len(Store(make(tmp_path, names)).table) == 8
+
+
+def test_files_are_found_under_what_other_systems_call_them(tmp_path: Path, raw: Path) -> None:
+    (raw / "d").mkdir()
+    for number, name in enumerate(("d/M\u00e4us.npy", "Ma\u0308us.npy", "d/a.npy")):
+        np.save(raw / name, np.full((2, 3, 5), number, np.uint8))
+    names = ["d\\Ma\u0308us.npy", "M\u00e4us.npy", r"d\a.npy"]
+    store = Store(make(tmp_path, names))
+    by_name = dict(zip(store.table["filename"], range(3), strict=True))
+    assert [store.read(by_name[name])[0, 0, 0] for name in names] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["Clip001.npy", "clip001", "clip001.NPY", "CLIP001"])
+def test_a_file_of_nearly_that_name_is_named(tmp_path: Path, raw: Path, name: str) -> None:
+    names = write_volumes(raw, 3)
+    with pytest.raises(StoreError, match=r"missing \(1 of 3 .* It exists as 'clip001\.npy'\. Name"):
+        make(tmp_path, [names[0], name, names[2]])
+    store = make(tmp_path, [names[0], name, names[2]], max_rejected=0.4)
+    reason = pd.read_csv(store / REJECTED)["reason"].iloc[0]
+    assert reason == "the file is missing. It exists as 'clip001.npy'."
+
+
+@pytest.mark.parametrize("how", ["symbolic link", "hard link", "way round"])
+def test_one_file_under_two_names_is_refused(tmp_path: Path, raw: Path, how: str) -> None:
+    names = write_volumes(raw, 3)
+    if how == "symbolic link":
+        (raw / "other.npy").symlink_to(names[1])
+    elif how == "hard link":
+        (raw / "other.npy").hardlink_to(raw / names[1])
+    other = f"../raw/{names[1]}" if how == "way round" else "other.npy"
+    message = rf"'clip001\.npy' \(line 3\) and '{re.escape(other)}' \(line 5\) are one file"
+    with pytest.raises(ManifestError, match=message):
+        make(tmp_path, [*names, other])
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_is_no_clip_is_named_with_how_to_convert_it(tmp_path: Path, raw: Path) -> None:
+    names = [*write_volumes(raw, 2), "frames", "brain.nii.gz", "b.nii", "c.dcm", "d.png", "e.zip"]
+    (raw / "frames").mkdir()
+    for name in names[3:]:
+        (raw / name).write_bytes(b"x")
+    store = make(tmp_path, names, max_rejected=0.9)
+    reasons = pd.read_csv(store / REJECTED).set_index("file")["reason"]
+    assert reasons["frames"].startswith("is a folder, not a file. Make one file of it")
+    assert reasons["brain.nii.gz"].startswith("unknown kind of file '.nii.gz'. Convert it to an n")
+    for name, how in (("b.nii", "npy"), ("c.dcm", "pydicom"), ("d.png", "TIFF"), ("e.zip", "Unp")):
+        assert how in reasons[name].partition("Known:")[0]
+
+
+def test_rows_are_chosen_on_the_command_line(tmp_path: Path, raw: Path) -> None:
+    """What is not chosen need not be there; the store's own table holds the chosen rows only."""
+    names = write_volumes(raw, 3)
+    rows = [f"{name},{i % 2},True" for i, name in enumerate(names)] + ["elsewhere.npy,1,False"]
+    table = tmp_path / "clips.csv"
+    table.write_text("\n".join(["filename,label,nano", *rows]) + "\n")
+    options = ("--source", raw, "--out", tmp_path / "store", "--roi", "none")
+    assert "3 clips in" in said("prepare", "--manifest", table, "--where", "nano", *options)
+    assert pd.read_csv(tmp_path / "store" / "manifest.csv")["filename"].tolist() == names
+
+
+def test_folders_of_classes(tmp_path: Path, raw: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_volumes(raw / "stalled", 2, seed=1)
+    write_volumes(raw / "flowing" / "monday", 3, seed=2)
+    write_volumes(raw / "unclear", 1, seed=3)
+    (raw / "stalled" / "notes.txt").write_text("x")
+    (raw / "stalled" / ".hidden.npy").write_text("x")
+    options = ("--from-folders", raw, "--out", tmp_path / "store", "--roi", "none")
+    assert "6 clips in" in said("prepare", *options, "--positive", "stalled")
+    assert "positive clips are those of stalled (2)" in caplog.text
+    assert "negative clips are those of flowing (3), unclear (1)" in caplog.text
+    assert "1 files are of no kind that is read" in caplog.text
+    table = Store(tmp_path / "store").table
+    assert table["label"].tolist() == [int(name[0] == "s") for name in table["filename"]]
+    with pytest.raises(ManifestError, match=r"no folder 'stalls'. Did you mean 'stalled'?"):
+        manifest_from_folders(raw, ["stalls"])
+    with pytest.raises(ManifestError, match="there are no negative clips"):
+        manifest_from_folders(raw, ["stalled", "flowing", "unclear"])
 
 
 # In parts.
@@ -490,8 +582,13 @@ def test_a_part_needs_only_its_own_files(tmp_path: Path, raw: Path) -> None:
     names = write_volumes(raw, 8)
     (raw / names[0]).unlink()
     part_here(tmp_path, names, "2/2")
-    with pytest.raises(StoreError, match=r"clip000.npy: the file is missing \(1 such"):
-        part_here(tmp_path, names, "1/2")
+    part_here(tmp_path, names, "1/2")
+    with pytest.raises(StoreError, match=r"1 of 8 clips were rejected \(1 neg.*clip000.*missing"):
+        finalize(tmp_path / "store")
+    # Nothing is written of a part for which nothing is there.
+    with pytest.raises(StoreError, match=r"the file is missing \(4 of 4 files are"):
+        part_here(tmp_path, [f"no-{name}" for name in names], "2/2", "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_whole_run_goes_on_from_parts(tmp_path: Path, raw: Path) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from dist_train.config import SelectSettings, SplitSettings
-from dist_train.data.select import assign_splits, choose_clips, select_clips
+from dist_train.data.select import assign_splits, check_splits, choose_clips, select_clips
 from dist_train.errors import PlanError
 
 
@@ -151,3 +151,76 @@ def test_split_without_clips(given: Callable[[int], str], empty: str) -> None:
     table = clips(20).assign(split=[given(i) for i in range(20)])
     with pytest.raises(PlanError, match=f"no clip is in split '{empty}'"):
         choose_clips(table, SelectSettings(), SplitSettings(), seed=0)
+
+
+def test_clips_without_a_group_are_refused_or_told_apart() -> None:
+    """Half a column of blanks is neither one animal nor, unasked, as many as there are clips."""
+    table = clips(60).assign(group=["", *["a", "b", "c", "d", " "] * 10, *[""] * 9])
+
+    def folds(ungrouped: str) -> pd.Series:
+        return assign_splits(table, folds=3, fold=0, groups="disjoint", seed=0, ungrouped=ungrouped)
+
+    with pytest.raises(PlanError, match=r"20 of 60 clips have no group, the first is 'clip0'"):
+        folds("refuse")
+    blank = table["group"].str.strip() == ""
+    assert folds("own")[blank].nunique() == 3
+    assert folds("together")[blank].nunique() == 1
+    # Where groups do not keep clips apart, blanks matter as little.
+    assign_splits(table, folds=3, fold=0, groups="stratify", seed=0)
+
+
+def test_a_group_in_two_splits_of_the_manifest() -> None:
+    table = clips(4).assign(group=["a", "b", "a", "b"], split=["train", "val", "test", "val"])
+    with pytest.raises(PlanError, match=r"group 'a' lies in splits test and train of the manif"):
+        assign_splits(table, folds=3, fold=0, groups="disjoint", seed=0)
+    assert assign_splits(table, folds=3, fold=0, groups="stratify", seed=0).tolist() == [
+        "train",
+        "val",
+        "test",
+        "val",
+    ]
+
+
+def check(table: pd.DataFrame, split: SplitSettings) -> None:
+    chosen = choose_clips(table, SelectSettings(), split, seed=0)
+    check_splits(chosen, split, given=bool((table["split"] != "").all()))
+
+
+def test_a_fold_without_a_class_is_refused() -> None:
+    """Two groups hold the positives, so one of four folds has none, whichever is tested."""
+    table = clips(80, rate=0.0).assign(group=[f"g{i % 8}" for i in range(80)])
+    table.loc[table["group"].isin(["g0", "g1"]), "label"] = 1
+    message = r"split\.fold=\d: split '\w+'.* holds no positives \(train: \d+ pos"
+    said = []
+    for fold in range(4):
+        with pytest.raises(PlanError, match=message) as raised:
+            check(table, SplitSettings(folds=4, fold=fold, groups="disjoint"))
+        said.append(str(raised.value))
+    assert any("'test' (fold" in text for text in said)
+    check(table, SplitSettings(folds=4))
+
+
+def test_fewer_positives_than_folds_are_refused_for_every_fold() -> None:
+    table = clips(80, rate=0.0)
+    table.loc[:3, "label"] = 1
+    for fold in range(5):
+        with pytest.raises(PlanError, match=r"4 positives cannot be in each of 5 folds|no positi"):
+            check(table, SplitSettings(folds=5, fold=fold))
+    check(table, SplitSettings(folds=4))
+
+
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+@pytest.mark.parametrize(("label", "missing"), [(0, "positives"), (1, "negatives")])
+def test_a_split_of_the_manifest_without_a_class(name: str, label: int, missing: str) -> None:
+    table = clips(60, rate=0.5).assign(split=["train", "val", "test"] * 20)
+    check(table, SplitSettings())
+    table.loc[table["split"] == name, "label"] = label
+    with pytest.raises(PlanError, match=rf"split '{name}' holds no {missing} \(train: "):
+        check(table, SplitSettings())
+
+
+def test_groups_that_an_old_store_holds_under_two_names() -> None:
+    table = clips(60).assign(group=[("m1", "m2", "m3", "m3 ")[i % 4] for i in range(60)])
+    with pytest.raises(PlanError, match="groups 'm3' and 'm3 ' look like one group"):
+        check(table, SplitSettings(folds=3, groups="disjoint"))
+    check(table, SplitSettings(folds=3))

@@ -237,7 +237,7 @@ def test_a_file_that_is_not_there_is_rejected(gateway: Gateway, name: str) -> No
         # As Amazon's own server says.
         gateway.faults.append(s3_error(400, "KeyTooLongError"))
     source = open_source("s3://bucket/train")
-    with pytest.raises(DecodeError, match="the file is not there") as raised:
+    with pytest.raises(DecodeError, match="the file is missing") as raised:
         content_of(source, name)
     assert raised.value.where == f"s3://bucket/train/{name}"
     # One request: trying again would not bring it.
@@ -407,7 +407,7 @@ def test_any_file_system_of_fsspec(memory: MemoryFileSystem) -> None:
     source = open_source("memory://place")
     for name, content in FILES.items():
         assert content_of(source, name) == content
-    with pytest.raises(DecodeError, match=r"memory://place/x\.mp4: the file is not there"):
+    with pytest.raises(DecodeError, match=r"memory://place/x\.mp4: the file is missing"):
         content_of(source, "x.mp4")
 
 
@@ -428,7 +428,7 @@ def test_a_web_server(gateway: Gateway) -> None:
         assert content_of(source, name) == FILES[name]
     assert {headers["Accept-Encoding"] for headers in gateway.seen} == {"identity"}
     gateway.faults.append((404, b""))
-    with pytest.raises(DecodeError, match="not there"):
+    with pytest.raises(DecodeError, match="is missing"):
         content_of(source, "a.bin")
     with pytest.raises(DecodeError, match="denied"):
         content_of(source, "private.bin")

@@ -135,7 +135,7 @@ def write_manifest(
         writer = csv.writer(file)
         writer.writerow(("filename", "label"))
         writer.writerows(zip(names, labels or [i % 2 for i in range(len(names))], strict=True))
-    return read_manifest(path)
+    return read_manifest(path, allow_local=True)
 
 
 def write_volumes(folder: Path, count: int, *, seed: int = 0) -> list[str]:
