@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from dist_train.data.files import PARTIAL, write_whole
+from dist_train.data.files import PARTIAL, open_lock, write_whole
 from dist_train.data.shard_files import Shard
 from dist_train.data.shards import Record
 from dist_train.data.store import SHARDS
@@ -234,7 +234,7 @@ def _refuse_other_cuts(out: Path, part: Part) -> None:
 def _locked(
     out: Path, name: str, how: int, what: str = "", *, wait: bool = False
 ) -> Iterator[None]:
-    with (out / name).open("a+") as file:
+    with open_lock(out / name) as file:
         try:
             fcntl.flock(file, how if wait else how | fcntl.LOCK_NB)
         except BlockingIOError:
