@@ -44,6 +44,10 @@ class RoiError(DistTrainError):
     """No region of interest was found in a clip; the clip is rejected, the run goes on."""
 
 
+class FileError(DistTrainError):
+    """A file is not of the kind or form that it must have: a link, a FIFO, no JSON."""
+
+
 class StoreError(DistTrainError):
     """A store is missing, unfinished, damaged, or was made with other settings."""
 

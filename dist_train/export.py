@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dist_train.config import Config
-from dist_train.data.files import write_whole
+from dist_train.data.files import check_replaceable, write_whole
 from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole
 from dist_train.engine.ema import averaged
 from dist_train.errors import RunError
@@ -54,9 +54,12 @@ def export_run(
     Raises:
         RunError: no run, no weights, weights that do not fit the run, or no ONNX here.
         CheckpointError: the checkpoints that there are are damaged.
+        FileError: ``out`` or ``onnx`` is there and is no plain file.
         OSError: a file cannot be written.
     """
     config = open_run(run)
+    for path in filter(None, (out, onnx)):
+        check_replaceable(path)
     if onnx is not None:
         _need_onnx()
     model, facts = _load(run, config, step)

@@ -348,7 +348,7 @@ class _Note:
 
     def write(self, clips: int) -> None:
         content = json.dumps({"clips": clips, "of": self.of}, indent=2)
-        write_whole(self.path, content, contested=True)
+        write_whole(self.path, content)
 
 
 class Buffers:

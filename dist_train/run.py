@@ -26,7 +26,7 @@ from dist_train.data.augment import Augment
 from dist_train.data.augment_device import augmented_batch
 from dist_train.data.dataset import ClipDataset
 from dist_train.data.duplicates import duplicates_across, find_duplicates, refuse_duplicates
-from dist_train.data.files import write_whole
+from dist_train.data.files import open_lock, write_whole
 from dist_train.data.native import NativeClips
 from dist_train.data.plan import Plan, make_plan
 from dist_train.data.select import check_splits, choose_clips
@@ -220,9 +220,10 @@ def only_session(run: Path) -> Iterator[None]:
 
     Raises:
         RunError: another training is at work in it.
+        FileError: the lock's name belongs to a link, or to what is no plain file.
     """
     run.mkdir(parents=True, exist_ok=True)
-    with (run / LOCK).open("w") as file:
+    with open_lock(run / LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from helpers import said, tiny_config, tiny_store
+from refusals import refused
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -247,3 +248,15 @@ def test_without_onnx_it_says_what_to_install(
 def test_a_network_without_an_onnx_form() -> None:
     with pytest.raises(RunError, match=r"Linear cannot be written as ONNX. Leave out --onnx"):
         onnx_bytes(nn.Linear(1, 1), (SIDE, SIDE), {})
+
+
+@pytest.mark.parametrize("option", ["--out", "--onnx"])
+def test_only_a_plain_file_is_replaced(run: Path, tmp_path: Path, option: str) -> None:
+    """Before any work: as root, `--out /dev/null` would replace the device for all."""
+    (tmp_path / "device").symlink_to("/dev/null")
+    arguments = {"--out": tmp_path / "model.safetensors", option: tmp_path / "device"}
+    line = refused("export", run, *(word for pair in arguments.items() for word in pair))
+    assert line.startswith(f"error: {tmp_path / 'device'}: is a device, and would be replaced")
+    assert [path.name for path in tmp_path.iterdir()] == ["device"]
+    assert (tmp_path / "device").is_symlink()
+    assert "/dev/null: is a device" in refused("export", run, "--out", "/dev/null")

@@ -14,7 +14,7 @@ from rich.table import Table
 from dist_train.data.clip import FEW_LEVELS
 from dist_train.data.decode import Video
 from dist_train.data.duplicates import CLASSES
-from dist_train.data.files import write_whole
+from dist_train.data.files import check_replaceable, write_whole
 from dist_train.data.index import read_index
 from dist_train.data.roi import Box, OutlineColour, find_outline
 from dist_train.data.store import INDEX, SHARDS, Store
@@ -156,6 +156,7 @@ def draw_outline(path: Path, boxes: Sequence[Box | None], png: Path, *, strip: i
 
     The video is decoded a second time: a long one is not held in memory.
     """
+    check_replaceable(png)
     shown = set(np.linspace(0, len(boxes) - 1, min(strip, len(boxes))).astype(int).tolist())
     union = _union(boxes)
     pictures = []

@@ -1,9 +1,15 @@
-"""Files that are whole or not there: written aside, synced, then renamed; and their checksum."""
+"""Files that are whole or not there: written aside, synced, then renamed; and their checksum.
+
+Nothing here follows a symbolic link in order to write, and nothing but a plain file is replaced.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,27 +18,53 @@ from typing import IO, Any
 import google_crc32c
 import numpy as np
 
+from dist_train.errors import FileError
+
 PARTIAL = ".partial"
+# Bounds of what is read as JSON: no file of this program comes near them.
+MOST_JSON = 64 << 20
+MOST_DEPTH = 64
+# Of an aside file: the name it will have, 16 hex digits, and the suffix.
+_ASIDE = re.compile(rf"(?P<name>.+)\.[0-9a-f]{{16}}{re.escape(PARTIAL)}", re.DOTALL)
+# A FIFO without a writer would else be waited for, before it can be seen to be one.
+_CAREFULLY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @contextmanager
-def written_whole(path: Path, *, contested: bool = False) -> Iterator[IO[bytes]]:
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
     """Open ``path`` for binary writing so that it appears complete, durable, or not at all.
 
-    The bytes go to a file beside it, which is fsynced and renamed when the block ends well and
-    removed when it does not; a killed process leaves at most the ``.partial`` file.
+    The bytes go to a file of a random name beside it, which is fsynced and renamed when the block
+    ends well and removed when it does not; a killed process leaves at most that file, whose name
+    ``aside_for`` knows. Processes that write the same path at once do not meet; the last counts.
+    Where ``path`` is a symbolic link to a plain file, the link is replaced and its target is left
+    as it is.
 
-    Args:
-        contested: another process may write the same at this time, as when a node that seemed lost
-            is not; each then has a file of its own, and the last to end well counts.
+    Raises:
+        FileError: ``path`` is there and is no plain file: a folder, a device, a FIFO.
+        OSError: the disk is full, or cannot be written.
     """
-    own = f".{secrets.token_hex(4)}" if contested else ""
-    aside = path.with_name(path.name + own + PARTIAL)
+    with _aside(path) as (file, _):
+        yield file
+
+
+@contextmanager
+def whole_aside(path: Path) -> Iterator[Path]:
+    """As ``written_whole``, for libraries that write by a name: gives that of an empty file."""
+    with _aside(path) as (_, aside):
+        yield aside
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
+    check_replaceable(path)
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PARTIAL}")
     try:
-        with aside.open("wb") as file:
-            yield file
+        with new_file(aside) as file:
+            yield file, aside
             file.flush()
             os.fsync(file.fileno())
+        check_replaceable(path)
         aside.replace(path)
     except BaseException as error:
         aside.unlink(missing_ok=True)
@@ -43,10 +75,181 @@ def written_whole(path: Path, *, contested: bool = False) -> Iterator[IO[bytes]]
     sync_folder(path.parent)
 
 
-def write_whole(path: Path, content: bytes | str, *, contested: bool = False) -> None:
+def write_whole(path: Path, content: bytes | str) -> None:
     """``written_whole`` for content that is at hand; text is written as UTF-8."""
-    with written_whole(path, contested=contested) as file:
+    with written_whole(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def aside_for(path: Path) -> str | None:
+    """The name of the file that ``path`` was to become, if ``written_whole`` made ``path``.
+
+    None where the name is not of that form, or belongs to no plain file.
+    """
+    match = _ASIDE.fullmatch(path.name)
+    return match["name"] if match and is_plain(path) else None
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a plain file is there, itself and not by a symbolic link."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise FileError unless a plain file, or a link to one, or nothing at all is there.
+
+    Commands call it for what they will write at their end, before they begin to work.
+    """
+    try:
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        raise FileError(
+            f"is {_kind(mode)}, and would be replaced by a file",
+            where=path,
+            fix="Give the name of a file.",
+        )
+
+
+def new_file(path: Path) -> IO[bytes]:
+    """Open a file that is not there yet for binary writing.
+
+    Raises:
+        FileExistsError: something of that name is there, be it a link.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _CAREFULLY, 0o666)
+    return os.fdopen(descriptor, "wb")
+
+
+def open_plain(path: Path) -> IO[bytes]:
+    """Open a plain file, or a link to one, for binary reading; a FIFO is not waited for.
+
+    Raises:
+        FileError: it is something else.
+        OSError: it is not there, or cannot be opened.
+    """
+    return os.fdopen(plain_descriptor(path, os.O_RDONLY), "rb")
+
+
+def read_plain(path: Path, *, most_bytes: int) -> bytes:
+    """The content of a plain file of at most so many bytes.
+
+    Raises:
+        FileError: it is missing, something else, longer, or cannot be read.
+    """
+    try:
+        with open_plain(path) as file:
+            content = file.read(most_bytes + 1)
+    except OSError as error:
+        raise FileError(f"cannot be read ({error.strerror})", where=path) from None
+    if len(content) > most_bytes:
+        raise FileError(f"is longer than {most_bytes} bytes", where=path)
+    return content
+
+
+def read_json(path: Path, *, most_bytes: int = MOST_JSON) -> Any:
+    """The content of a JSON file (UTF-8); see ``parse_json``.
+
+    Raises:
+        FileError: it cannot be read, is longer than ``most_bytes``, or is no such JSON.
+    """
+    try:
+        return parse_json(read_plain(path, most_bytes=most_bytes))
+    except ValueError as error:
+        raise FileError(f"is not valid JSON ({error})", where=path) from None
+
+
+def parse_json(content: bytes) -> Any:
+    """JSON in which no object has a name twice, all numbers are finite, and depth is bounded.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        value = json.loads(content, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is too deep") from None
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return value
+    raise ValueError("it is too deep")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has a name twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def open_lock(path: Path) -> IO[bytes]:
+    """Open a lock file, which is made if it is not there, and never changed.
+
+    Raises:
+        FileError: a link, or anything else than a plain file, has its name.
+    """
+    return os.fdopen(plain_descriptor(path, os.O_RDWR | os.O_CREAT), "r+b")
+
+
+def plain_descriptor(path: Path, flags: int) -> int:
+    """``os.open`` for plain files alone; a symbolic link is refused where ``flags`` allow writing.
+
+    Raises:
+        FileError: it is something else.
+        OSError: it cannot be opened.
+    """
+    writes = flags & (os.O_WRONLY | os.O_RDWR)
+    if writes and path.is_symlink():
+        raise FileError("is a symbolic link, and is not written through", where=path)
+    careful = _CAREFULLY if writes else _CAREFULLY & ~os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags | careful, 0o666)
+    except OSError:
+        _check_plain(path)
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise FileError(f"is {_kind(mode)}, not a plain file", where=path)
+    return descriptor
+
+
+def _check_plain(path: Path) -> None:
+    """Say what cannot be opened for what it is: a socket, a device without a driver."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        raise FileError(f"is {_kind(mode)}, not a plain file", where=path) from None
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+    }
+    return kinds.get(stat.S_IFMT(mode), "no plain file")
 
 
 def sync_folder(folder: Path) -> None:

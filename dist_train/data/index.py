@@ -19,7 +19,7 @@ from tempfile import TemporaryFile
 import lmdb
 import numpy as np
 
-from dist_train.data.files import PARTIAL, crc32c, sync_folder
+from dist_train.data.files import crc32c, whole_aside
 from dist_train.data.shards import Record, read_records
 from dist_train.errors import StoreError
 
@@ -37,8 +37,6 @@ def write_index(path: Path, shards: Sequence[Path]) -> int:
         StoreError: a key is in two shards, or a shard cannot be read.
         OSError: the disk is full.
     """
-    aside = path.with_name(path.name + PARTIAL)
-    aside.unlink(missing_ok=True)
     entries = _entries(shards)
     runs: list[Iterator[tuple[bytes, bytes]]] = []
     size = 0
@@ -50,6 +48,8 @@ def write_index(path: Path, shards: Sequence[Path]) -> int:
             file.writelines(key + b"\t" + value + b"\n" for key, value in run)
             file.seek(0)
             runs.append(map(_entry, file))
+        # LMDB takes an empty file for a new one.
+        aside = files.enter_context(whole_aside(path))
         try:
             # Pages are at worst half full; the file is only as long as the pages in use.
             map_size = 4 * size + (1 << 20)
@@ -57,9 +57,7 @@ def write_index(path: Path, shards: Sequence[Path]) -> int:
                 clips = _put(env, heapq.merge(*runs), path)
                 env.sync(True)
         except lmdb.DiskError as error:
-            raise OSError(errno.ENOSPC, str(error), str(aside)) from None
-    aside.replace(path)
-    sync_folder(path.parent)
+            raise OSError(errno.ENOSPC, str(error), str(path)) from None
     return clips
 
 

@@ -1,7 +1,7 @@
 """What a store's folder is for, which clips go to which shard, and who may write them.
 
-``job.json`` and ``manifest.csv`` are written before the first shard. They hold all that the bytes
-of the store depend on, beside the raw files.
+``job.json`` and then ``manifest.csv`` are written before the first shard. They hold all that the
+bytes of the store depend on, beside the raw files.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,15 +19,16 @@ from typing import Any
 
 import pandas as pd
 
-from dist_train.data.files import PARTIAL, write_whole
-from dist_train.data.shard_files import Shard
+from dist_train.data.files import aside_for, is_plain, open_lock, write_whole
+from dist_train.data.shard_files import SHARD_FILE, Shard
 from dist_train.data.shards import Record
-from dist_train.data.store import SHARDS
+from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, read_marker
 from dist_train.errors import ConfigError, StoreError
 
 JOB = "job.json"
 MANIFEST = "manifest.csv"
 LOCK = ".lock"
+_PART_LOCK = re.compile(rf"{re.escape(LOCK)}-(claim|[0-9]+-of-(?P<count>[0-9]+))")
 
 _TYPES: dict[str, type[str] | type[bool] | str] = {
     "key": str,
@@ -204,17 +206,19 @@ def writing(out: Path, job: Job, part: Part | None = None) -> Iterator[None]:
     The kernel drops the locks with their owner, however the owner ends.
 
     Raises:
-        StoreError: another process writes the same, or the folder is for another job.
+        StoreError: another process writes the same, the folder is for another job, or it holds
+            files and is no store.
     """
+    _refuse_foreign(out, job)
     (out / SHARDS).mkdir(parents=True, exist_ok=True)
     with ExitStack() as locks:
         if part is None:
             locks.enter_context(_locked(out, LOCK, fcntl.LOCK_EX))
+            _claim(out, job)
             # Left by parts, of which none is at work now, and by killed writers; at the end, by
             # nodes that were lost.
             _sweep(out)
             locks.callback(_sweep, out)
-            _claim(out, job)
         else:
             locks.enter_context(_locked(out, LOCK, fcntl.LOCK_SH))
             own = f"{LOCK}-{part.index}-of-{part.count}"
@@ -225,16 +229,69 @@ def writing(out: Path, job: Job, part: Part | None = None) -> Iterator[None]:
         yield
 
 
+def _refuse_foreign(out: Path, job: Job) -> None:
+    """Raise StoreError where ``out`` has files and is not known to be this program's.
+
+    A store is known by its ``job.json``; where that is lost, by the job's own manifest, or by a
+    marker of the job's fingerprint. Nothing is written here, be it a lock.
+    """
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir():
+        raise StoreError("is not a folder", where=out, fix="Choose another --out.")
+    foreign = sorted(path.name for path in out.iterdir() if not _is_of_the_start(path))
+    if not foreign or _is_store_of(out, job):
+        return
+    raise StoreError(
+        f"the folder is not empty, and is no store ('{foreign[0]}' is in it)",
+        where=out,
+        fix="Choose a new or an empty folder for --out.",
+    )
+
+
+def _is_of_the_start(path: Path) -> bool:
+    """Whether it is what a process leaves that ends before ``job.json`` is written."""
+    if path.name == SHARDS:
+        return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    # Links too: opening them as locks refuses them by a message of its own.
+    return path.name == LOCK or bool(_PART_LOCK.fullmatch(path.name)) or aside_for(path) == JOB
+
+
+def _is_store_of(out: Path, job: Job) -> bool:
+    if os.path.lexists(out / JOB):
+        try:
+            _read_made_from(out / JOB)
+        except StoreError:
+            if not (out / SHARDS).is_dir():
+                return False
+            raise
+        return True
+    if is_plain(out / MANIFEST) and (out / MANIFEST).read_bytes() == _to_csv(job.table).encode():
+        return True
+    try:
+        return bool(read_marker(out).get("fingerprint") == job.fingerprint)
+    except StoreError:
+        # Another part may have claimed the folder since its files were listed.
+        return os.path.lexists(out / JOB)
+
+
 def _sweep(out: Path) -> None:
-    for left in (*out.glob(f"{LOCK}-*"), *out.rglob(f"*{PARTIAL}")):
-        left.unlink(missing_ok=True)
+    """Remove locks of parts, and what writers of the store's own files did not finish."""
+    for path in out.iterdir():
+        is_lock = _PART_LOCK.fullmatch(path.name) and is_plain(path)
+        if is_lock or aside_for(path) in (JOB, MANIFEST, MARKER, INDEX, REJECTED):
+            path.unlink(missing_ok=True)
+    for path in (out / SHARDS).iterdir():
+        if SHARD_FILE.fullmatch(aside_for(path) or ""):
+            path.unlink(missing_ok=True)
 
 
 def _refuse_other_cuts(out: Path, part: Part) -> None:
     """Part 1 of 2 and part 1 of 3 share shards."""
-    for other in out.glob(f"{LOCK}-*-of-*"):
-        count = other.name.rpartition("-")[2]
-        if int(count) != part.count:
+    for other in out.iterdir():
+        lock = _PART_LOCK.fullmatch(other.name)
+        count = lock["count"] if lock else None
+        if count and int(count) != part.count:
             with _locked(out, other.name, fcntl.LOCK_SH, f"a part (of {count}) of "):
                 pass
 
@@ -243,7 +300,7 @@ def _refuse_other_cuts(out: Path, part: Part) -> None:
 def _locked(
     out: Path, name: str, how: int, what: str = "", *, wait: bool = False
 ) -> Iterator[None]:
-    with (out / name).open("a+") as file:
+    with open_lock(out / name) as file:
         try:
             fcntl.flock(file, how if wait else how | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -264,7 +321,7 @@ def _locked(
 def _claim(out: Path, job: Job) -> None:
     """Note what the folder is for, or check that it is for this."""
     path = out / JOB
-    if path.exists():
+    if os.path.lexists(path):
         before = _read_made_from(path)
         if before != job.made_from:
             old, new = _flat(before), _flat(job.made_from)
@@ -276,12 +333,13 @@ def _claim(out: Path, job: Job) -> None:
                 where=out,
                 fix="Use the same settings, or choose another --out.",
             )
-    table = _to_csv(job.table).encode()
-    if not (out / MANIFEST).exists() or (out / MANIFEST).read_bytes() != table:
-        write_whole(out / MANIFEST, table)
-    if not path.exists():
+    else:
+        # First, as it is what the folder is known by.
         content = job.made_from | {"fingerprint": job.fingerprint}
         write_whole(path, json.dumps(content, indent=2, sort_keys=True))
+    table = _to_csv(job.table).encode()
+    if not is_plain(out / MANIFEST) or (out / MANIFEST).read_bytes() != table:
+        write_whole(out / MANIFEST, table)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

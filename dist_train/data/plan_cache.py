@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dist_train.data.by_depth import ByDepth
-from dist_train.data.files import sync_folder, write_whole
+from dist_train.data.files import new_file, open_lock, sync_folder, write_whole
 from dist_train.data.shuffle import Ints, mix
 from dist_train.errors import PlanError
 
@@ -33,6 +34,8 @@ LOT_BITS = 6
 #: 1 for a positive, 0 for a negative, anything else for a clip that takes no part; or depths.
 Column = np.ndarray[Any, np.dtype[Any]]
 NAMES = ("negatives", "positives")
+#: Folders that were made here.
+SORTED = re.compile(r"sorted\.[0-9a-f]{8}")
 
 
 def sorted_classes(
@@ -69,7 +72,7 @@ def sorted_classes(
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold the lock of a file; the system releases that of a killed process."""
-    with path.open("wb") as file:
+    with open_lock(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -99,7 +102,8 @@ def _sort_into(folder: Path, identity: str, depths: Column, labels: Column) -> N
     # Another set, and what a process that was killed has left. Whoever has files mapped keeps them.
     (folder / "classes.json").unlink(missing_ok=True)
     for old in folder.glob("sorted.*"):
-        shutil.rmtree(old)
+        if SORTED.fullmatch(old.name) and not old.is_symlink():
+            shutil.rmtree(old)
     files = folder / f"sorted.{secrets.token_hex(4)}"
     files.mkdir()
     facts: dict[str, Any] = {"version": VERSION, "identity": identity, "files": files.name}
@@ -119,7 +123,7 @@ def _sort_class(path: Path, depths: Column, labels: Column, label: int) -> dict[
         counts = more
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
-    with path.open("wb") as file:
+    with new_file(path) as file:
         os.truncate(file.fileno(), 4 * total)
     if total == 0:
         empty = ByDepth(np.zeros(0, "<u4"), np.zeros(0, np.int64), np.zeros(1, np.int64))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from dist_train.data.shards import Record, shard_name
+
+# Names of a shard's files, of any store.
+SHARD_FILE = re.compile(r"shard-[0-9]{6,}\.(tar|rejected\.csv)")
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Volume, Record]]) -> No
     ``shape`` and ``crc32c`` are added to each record.
     """
     with (
-        written_whole(path, contested=True) as file,
+        written_whole(path) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for key, clip, record in samples:

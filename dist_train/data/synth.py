@@ -31,7 +31,7 @@ import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -51,8 +51,9 @@ from dist_train.data.clog_loss_facts import (
     OUTLINE_WIDTH,
     TIER1_SHARE,
 )
+from dist_train.data.files import is_plain, read_json, write_whole, written_whole
 from dist_train.data.roi import Box
-from dist_train.errors import ConfigError, StoreError
+from dist_train.errors import ConfigError, FileError, StoreError
 
 # Written into synth.json: a folder made by another version of the drawing is refused.
 FORMAT: Final = 1
@@ -151,9 +152,11 @@ def synthesize(
     stalled = stalled_indices(training, seed, stall_rate)
     stalled |= stalled_indices(indices[clips:], seed, stall_rate)
     try:
-        _claim_folder(out, settings)
+        tables = _tables(indices[:clips], indices[clips:], stalled, seed)
+        _claim_folder(out, settings, tables)
         _write_videos(out / "videos", indices, stalled, seed, workers, progress)
-        _write_tables(out, indices[:clips], indices[clips:], stalled, seed)
+        for name, content in tables.items():
+            write_whole(out / name, content)
     except OSError as error:
         raise StoreError(
             f"cannot be written ({error.strerror or error})",
@@ -223,8 +226,7 @@ def render_clip(spec: ClipSpec, *, stalled: bool) -> Clip:
 
 def write_video(path: Path, frames: np.ndarray) -> None:
     """Encode RGB uint8 [D, H, W, 3] as H.264 in mp4, written aside and renamed when whole."""
-    aside = path.with_name(f"{path.name}.part")
-    with av.open(str(aside), "w", format="mp4") as container:
+    with written_whole(path) as file, av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FRAME_RATE, options=ENCODER)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -232,7 +234,6 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
-    aside.replace(path)
 
 
 # --- one clip ---------------------------------------------------------------------------------
@@ -428,28 +429,39 @@ def _check_settings(clips: int, seed: int, stall_rate: float, workers: int | Non
         raise ConfigError(f"workers is {workers}, not 1 or more")
 
 
-def _claim_folder(out: Path, settings: dict[str, int | float]) -> None:
-    """Create the folder and note its settings, or check that it was made with the same ones."""
+def _claim_folder(out: Path, settings: dict[str, int | float], tables: Mapping[str, bytes]) -> None:
+    """Create the folder and note its settings, or check that it was made with the same ones.
+
+    What is there must be what would be written: nothing of the user's is overwritten.
+    """
     note = out / "synth.json"
-    if note.exists():
+    if os.path.lexists(note):
         try:
-            found = json.loads(note.read_text())
-        except ValueError:
-            found = None
+            found = read_json(note)
+        except FileError as error:
+            found = error.what
         if found != settings:
             raise StoreError(
                 f"was made with other settings ({found}, not {settings})",
                 where=out,
                 fix="Give another folder, or delete this one.",
             )
-    elif (out / "videos").exists():
+    elif os.path.lexists(out / "videos"):
         raise StoreError(
             "holds videos that were not made by synth",
             where=out,
             fix="Give a new folder.",
         )
+    for name, content in tables.items():
+        path = out / name
+        if os.path.lexists(path) and not (is_plain(path) and path.read_bytes() == content):
+            raise StoreError(
+                "is there, and is not the table that synth would write",
+                where=path,
+                fix="Give a new folder, or move the table away.",
+            )
     (out / "videos").mkdir(parents=True, exist_ok=True)
-    _write_aside(note, json.dumps(settings, indent=2) + "\n")
+    write_whole(note, json.dumps(settings, indent=2) + "\n")
 
 
 def _write_videos(
@@ -503,15 +515,18 @@ def _make_video(path: Path, seed: int, index: int, stalled: bool) -> None:
     write_video(path, render_clip(draw_clip(seed, index), stalled=stalled).frames)
 
 
-def _write_tables(
-    out: Path, training: list[int], held_out: list[int], stalled: set[int], seed: int
-) -> None:
+def _tables(
+    training: list[int], held_out: list[int], stalled: set[int], seed: int
+) -> dict[str, bytes]:
+    """Content of each table by its name; ``train_labels.csv``, the last, says that all is there."""
     metadata = [_draw_metadata(draw_clip(seed, i), stalled=i in stalled) for i in training]
     labels = [{"filename": filename(i), "stalled": int(i in stalled)} for i in training]
     placeholders = [{"filename": filename(i), "stalled": 0} for i in held_out]
-    _write_csv(out / "train_metadata.csv", metadata)
-    _write_csv(out / "submission_format.csv", placeholders)
-    _write_csv(out / "train_labels.csv", labels)
+    return {
+        "train_metadata.csv": _csv(metadata),
+        "submission_format.csv": _csv(placeholders),
+        "train_labels.csv": _csv(labels),
+    }
 
 
 def _draw_metadata(spec: ClipSpec, *, stalled: bool) -> dict[str, object]:
@@ -536,15 +551,9 @@ def _draw_metadata(spec: ClipSpec, *, stalled: bool) -> dict[str, object]:
     }
 
 
-def _write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+def _csv(rows: list[dict[str, object]]) -> bytes:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write_aside(path, text.getvalue())
-
-
-def _write_aside(path: Path, text: str) -> None:
-    aside = path.with_name(f"{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    return text.getvalue().encode()

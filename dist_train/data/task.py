@@ -65,7 +65,7 @@ def _samples(
         # Not beside the next one.
         del clip
     # Written before the shard is renamed into place, so a shard that exists has its list.
-    write_whole(task.shard.rejects_path, _csv(rejects), contested=True)
+    write_whole(task.shard.rejects_path, _csv(rejects))
 
 
 def _read(task: Task, steps: Steps, position: int) -> tuple[Volume, Record]:

@@ -65,7 +65,7 @@ def _write(path: Path) -> float:
     # Not zeros, which some file systems do not store.
     block = np.random.default_rng(0).bytes(BLOCK)
     began = time.perf_counter()
-    with path.open("wb", buffering=0) as file:
+    with path.open("xb", buffering=0) as file:
         for _ in range(BYTES // BLOCK):
             file.write(block)
         os.fsync(file.fileno())

@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dist_train.data.files import PARTIAL, sync_folder, write_whole
+from dist_train.data.files import PARTIAL, aside_for, sync_folder, write_whole
 from dist_train.engine.checkpoint import MARKER, by_step, rank_file, read_marker, seal
 from dist_train.engine.checkpoint_keep import Keep, Metrics, to_remove
 from dist_train.engine.host_buffers import HostBuffers
@@ -27,6 +29,7 @@ from dist_train.engine.tensor_file import write_tensors
 from dist_train.engine.together import Group, OfSomeRankError, together
 from dist_train.errors import CheckpointError
 
+OWN = re.compile(rf"rank-[0-9]+\.safetensors|{re.escape(MARKER)}({re.escape(PARTIAL)})?")
 log = logging.getLogger(__name__)
 
 
@@ -134,25 +137,46 @@ class CheckpointWriter:
         write_whole(aside / MARKER, seal(marker))
         # A killed session may have left shares of a larger world.
         for path in aside.iterdir():
-            if path.name not in {MARKER, *map(rank_file, range(self._group.world))}:
+            keep = {MARKER, *map(rank_file, range(self._group.world))}
+            # File systems leave hidden files of their own (.nfs0001).
+            if path.name not in keep and not path.name.startswith("."):
+                if not _is_own(path):
+                    raise CheckpointError(f"{path.name} is no file of a checkpoint", fix="Move it")
                 path.unlink()
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         sync_folder(self._folder)
         for _, left in by_step(self._folder, PARTIAL):
-            shutil.rmtree(left, ignore_errors=True)
+            _clear(left)
 
     def _discard(self, aside: Path) -> None:
         if self._group.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+            _clear(aside)
 
 
 def _write_share(aside: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """This rank's file, and its entry in the marker."""
     aside.mkdir(parents=True, exist_ok=True)
+    if aside.is_symlink():
+        raise CheckpointError("is a link to a folder elsewhere", where=aside, fix="Remove it")
     path = aside / rank_file(rank)
     written = write_tensors(path, tensors)
     return {"name": path.name, **written._asdict()}
+
+
+def _is_own(path: Path) -> bool:
+    """Whether it is a file of a checkpoint, or a marker that was not finished."""
+    return bool(OWN.fullmatch(path.name)) or aside_for(path) == MARKER
+
+
+def _clear(aside: Path) -> None:
+    """Remove an unfinished checkpoint; files in it that are somebody else's stay."""
+    if aside.is_symlink() or not aside.is_dir():
+        return
+    with suppress(OSError):
+        for path in filter(_is_own, aside.iterdir()):
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        aside.rmdir()
 
 
 def _check_seen(file: Path, size: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dist_train.data.files import plain_descriptor
+
 
 class GrowingFile:
     """Appends to a file whole records or nothing of them.
@@ -14,7 +16,7 @@ class GrowingFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._descriptor = plain_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._size = os.fstat(self._descriptor).st_size
         self._waiting: list[bytes] = []
 

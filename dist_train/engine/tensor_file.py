@@ -79,7 +79,9 @@ class _Stage:
     """
 
     def __init__(self, path: Path) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        # What a killed session left there, or a link: neither is written into.
+        path.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         try:
             self._file = os.open(path, flags | DIRECT, 0o666)
         except OSError as error:

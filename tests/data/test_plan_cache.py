@@ -60,7 +60,7 @@ def test_another_set_replaces_the_one_that_is_there(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_does_not_count(tmp_path: Path) -> None:
-    torn = tmp_path / "sorted.0000"
+    torn = tmp_path / "sorted.0123abcd"
     torn.mkdir()
     (torn / "positives.u32").write_bytes(b"torn")
     sorted_classes(tmp_path, "a", columns)
