@@ -7,22 +7,64 @@ command line take the section, or the plain values, that they need, never the wh
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from dist_train.errors import ConfigError
+from dist_train.plain_yaml import parse_yaml, read_yaml, yaml_text
 
 COMMAND_LINE = "command line"
 
-Positive = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+
+def _usable(path: Path) -> Path:
+    text = str(path)
+    if not text.isprintable() or text == ".":
+        raise ValueError("a path must not be empty or hold control characters")
+    return path
+
+
+# Bounds are far beyond any use, and near enough that a slip of the keyboard meets them here rather
+# than as a lack of memory, an overflow, or a run that never ends.
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountOrNone = Annotated[int, Field(ge=0, le=10**9)]
+Few = Annotated[int, Field(ge=1, le=1024)]
+FewOrNone = Annotated[int, Field(ge=0, le=1024)]
+Epochs = Annotated[int, Field(ge=1, le=10**6)]
+Pixels = Annotated[int, Field(ge=1, le=2**14)]
+Frames = Annotated[int, Field(ge=1, le=2**16)]
+Stride = Annotated[int, Field(ge=1, le=16)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+Rate = Annotated[float, Field(ge=0.0, le=10.0)]
+# A year and more.
+Seconds = Annotated[float, Field(gt=0.0, le=4e7)]
+Place = Annotated[Path, AfterValidator(_usable)]
+
+#: What each checkpoint is judged by, as the log names it.
+HeldOutMetric = Literal[
+    "val/loss",
+    "val/mcc@0.4",
+    "val/mcc@0.5",
+    "val/mcc@0.6",
+    "val/mcc@0.7",
+    "val/accuracy",
+    "val/auc",
+    "val/ap",
+]
 
 
 class Section(BaseModel):
@@ -52,8 +94,8 @@ class SplitSettings(Section):
     splits: "refuse" it, "keep" them, or put them "together" into one split when folds are cut.
     """
 
-    folds: Annotated[int, Field(ge=3)] = 5
-    fold: Natural = 0
+    folds: Annotated[int, Field(ge=3, le=1000)] = 5
+    fold: FewOrNone = 0
     groups: Literal["stratify", "disjoint"] = "stratify"
     ungrouped: Literal["refuse", "own", "together"] = "refuse"
     duplicates: Literal["refuse", "keep", "together"] = "refuse"
@@ -69,9 +111,9 @@ class ClipStage(Section):
     """Clips of the next ``epochs`` epochs of training: ``size`` and ``max_frames`` of
     ``ClipSettings``, and never more frames than those allow."""
 
-    epochs: Positive
-    size: tuple[Positive, Positive]
-    max_frames: Positive | None = None
+    epochs: Epochs
+    size: tuple[Pixels, Pixels]
+    max_frames: Frames | None = None
 
 
 class ClipSettings(Section):
@@ -83,9 +125,9 @@ class ClipSettings(Section):
     training, Wu et al. 2020); held-out clips are of full size throughout.
     """
 
-    size: tuple[Positive, Positive] = (160, 160)
-    max_frames: Positive | None = None
-    growth: tuple[ClipStage, ...] = ()
+    size: tuple[Pixels, Pixels] = (160, 160)
+    max_frames: Frames | None = None
+    growth: Annotated[tuple[ClipStage, ...], Field(max_length=100)] = ()
 
     def at(self, epoch: int) -> ClipSettings:
         """What holds for training in an epoch, counted from 0."""
@@ -129,13 +171,13 @@ class PlanSettings(Section):
     others; clips that it does not name weigh 1. It is read anew at the start of each epoch.
     """
 
-    batch: Positive = 32
-    ratio: tuple[Positive, Positive] = (1, 3)
+    batch: Annotated[int, Field(ge=1, le=10**6)] = 32
+    ratio: tuple[Few, Few] = (1, 3)
     order: Literal["banded", "random"] = "banded"
     negatives: Literal["matched", "natural"] = "matched"
-    max_voxels: Positive | None = None
+    max_voxels: Annotated[int, Field(ge=1, le=10**15)] | None = None
     balance_groups: bool = False
-    weights: Path | None = None
+    weights: Place | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> PlanSettings:
@@ -154,8 +196,8 @@ class PlanSettings(Section):
 class LoaderSettings(Section):
     """Worker processes of each rank, and how many micro-batches each keeps ready."""
 
-    workers: Natural = 2
-    prefetch: Positive = 4
+    workers: FewOrNone = 2
+    prefetch: Few = 4
 
 
 class ModelSettings(Section):
@@ -168,13 +210,13 @@ class ModelSettings(Section):
     """
 
     name: str = "resnet3d-101"
-    width: Positive = 64
-    stem_stride: tuple[Positive, Positive, Positive] = (1, 2, 2)
+    width: Few = 64
+    stem_stride: tuple[Stride, Stride, Stride] = (1, 2, 2)
     stem_pool: bool = True
     stem_folded: bool = False
     dropout: BelowOne = 0.0
     recompute: Literal["none", "cheap", "block", "stage"] = "none"
-    activation_memory: Annotated[ByteSize, Field(ge=1)] | None = None
+    activation_memory: Annotated[ByteSize, Field(ge=1, le=2**60)] | None = None
 
     @model_validator(mode="after")
     def _budget_chooses(self) -> ModelSettings:
@@ -199,7 +241,7 @@ class NormSettings(Section):
     shared: bool = True
     fused: bool = False
     momentum: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    precise_steps: Natural = 0
+    precise_steps: CountOrNone = 0
 
 
 class OptimSettings(Section):
@@ -210,10 +252,10 @@ class OptimSettings(Section):
     decay, such as 0.999, in place of the weights; null for none.
     """
 
-    lr: Annotated[float, Field(gt=0.0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    lr: Annotated[float, Field(gt=0.0, le=10.0)] = 1e-3
+    weight_decay: Rate = 0.05
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    clip_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    clip_norm: Annotated[float, Field(gt=0.0, le=1e9)] | None = 1.0
     fused: bool = False
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
 
@@ -226,9 +268,9 @@ class ScheduleSettings(Section):
     """
 
     name: Literal["cosine", "oscillating"] = "cosine"
-    warmup_epochs: Annotated[float, Field(ge=0.0)] = 1.0
-    min_lr: Annotated[float, Field(ge=0.0)] = 1e-6
-    period: Annotated[float, Field(gt=0.0)] = 2.0
+    warmup_epochs: Annotated[float, Field(ge=0.0, le=1e6)] = 1.0
+    min_lr: Rate = 1e-6
+    period: Annotated[float, Field(gt=0.0, le=1e6)] = 2.0
 
 
 class TrainSettings(Section):
@@ -251,18 +293,18 @@ class TrainSettings(Section):
     raised for this machine if memory does not suffice for it.
     """
 
-    epochs: Positive = 20
+    epochs: Epochs = 20
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    accumulate: Positive = 1
+    accumulate: Annotated[int, Field(ge=1, le=10**6)] = 1
     channels_last: bool = True
     backend: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
     offload: bool = False
     graphs: bool = False
-    timeout: Annotated[float, Field(gt=0.0)] = 1800.0
-    hang: Annotated[float, Field(gt=0.0)] | None = 3600.0
-    max_skips: Natural = 3
-    check_steps: Natural = 2
-    slow: Annotated[float, Field(gt=1.0)] = 1.5
+    timeout: Seconds = 1800.0
+    hang: Seconds | None = 3600.0
+    max_skips: CountOrNone = 3
+    check_steps: CountOrNone = 2
+    slow: Annotated[float, Field(gt=1.0, le=1e6)] = 1.5
     probe: Literal["cuda", "always", "never"] = "cuda"
 
     @model_validator(mode="after")
@@ -289,11 +331,11 @@ class CheckpointSettings(Section):
     selection, split, plan or seed, at the same step of the new order, rather than pass it over.
     """
 
-    every_steps: Positive = 500
-    keep_last: Positive = 2
-    keep_every: Positive | None = None
-    best: str | None = None
-    max_failures: Natural = 3
+    every_steps: Count = 500
+    keep_last: Count = 2
+    keep_every: Count | None = None
+    best: HeldOutMetric | None = None
+    max_failures: CountOrNone = 3
     accept_other_order: bool = False
 
 
@@ -301,14 +343,16 @@ class SnapshotSettings(Section):
     """Which weights are kept for prediction: after these epochs (1 is the first), or at each
     minimum of the learning rate and at the end."""
 
-    at: Literal["minima"] | Annotated[tuple[Positive, ...], Field(min_length=1)] = "minima"
+    at: Literal["minima"] | Annotated[tuple[Epochs, ...], Field(min_length=1, max_length=10**4)] = (
+        "minima"
+    )
 
 
 class Config(Section):
     """One training run."""
 
-    out: Path = Path("runs/default")
-    store: Path
+    out: Place = Path("runs/default")
+    store: Place
     # torch's generators take 64 bits.
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     select: SelectSettings = SelectSettings()
@@ -351,30 +395,36 @@ class Config(Section):
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply ``key=value`` overrides (dotted keys, YAML values), and validate.
 
+    Types are strict: ``seed=010``, ``optim.lr=true`` and ``plan.batch="32"`` are refused.
+
     Raises:
-        ConfigError: a missing or malformed file, an unknown key (with its nearest match), or a
-            value that does not fit.
+        ConfigError: a missing or malformed file, an unknown key (with its nearest match), a key
+            that is given twice, or a value that does not fit.
     """
-    tree: dict[str, Any] = {} if path is None else _read_yaml(path)
-    overridden = dict(map(_parse_override, overrides))
-    for key, value in overridden.items():
+    known = set(_dotted_keys(Config))
+    tree: dict[str, Any] = {} if path is None else _read_tree(path)
+    given = _given_overrides(overrides, known)
+    for key in _given_keys(tree):
+        _check_known(key, known, path)
+    for key, value in given.items():
         _assign(tree, key, value)
 
     def where(key: str) -> object:
-        given = any(name == key or name.startswith(f"{key}.") for name in overridden)
-        return COMMAND_LINE if path is None or given else path
+        overridden = any(name == key or name.startswith(f"{key}.") for name in given)
+        return COMMAND_LINE if path is None or overridden else path
 
-    known = set(_dotted_keys(Config))
-    for key in _given_keys(tree):
-        if key not in known:
-            raise ConfigError(
-                f"unknown setting '{key}'", where=where(key), fix=_nearest(key, known)
-            )
     try:
-        return Config.model_validate(tree)
+        # By way of JSON, whose strict types are those of YAML: a list is a tuple, text a path.
+        return Config.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         key, what = _first_of(error)
         raise ConfigError(f"setting '{key}': {what}" if key else what, where=where(key)) from None
+
+
+def last_of_each(settings: Sequence[str]) -> list[str]:
+    """``key=value`` settings with the last value of each key, for a program that adds settings to a
+    list: ``load_config`` refuses a key that is given twice."""
+    return [f"{key}={value}" for key, value in dict(s.split("=", 1) for s in settings).items()]
 
 
 def dump_config(config: Config, path: Path) -> None:
@@ -384,7 +434,7 @@ def dump_config(config: Config, path: Path) -> None:
 
 def config_text(config: Config) -> str:
     """What ``dump_config`` writes."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml_text(config.model_dump(mode="json"))
 
 
 def changes(before: Config, now: Config) -> list[str]:
@@ -405,21 +455,46 @@ def _leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _first_of(error: ValidationError) -> tuple[str, str]:
     """The first setting that does not fit, and why; of a choice of forms, why not each of them."""
     first, *others = error.errors()
-    place, reasons = first["loc"], [first["msg"].removeprefix("Value error, ")]
-    if len(place) > 2 and isinstance(place[2], str):
+    place, reasons = first["loc"], [_reason(first)]
+    if len(place) > 2 and isinstance(place[2], str) and place[2] not in ClipStage.model_fields:
         # After section and setting comes the name of a form, which is pydantic's own.
         place = place[:2]
-        reasons += [other["msg"] for other in others if other["loc"][:2] == place]
-    return ".".join(map(str, place)), "; or: ".join(reasons)
+        reasons += [_reason(other) for other in others if other["loc"][:2] == place]
+    key = ".".join(str(part) for part in place)
+    # A section's own rule, and a key that is missing, have no value that could be told.
+    told = "" if isinstance(first["input"], dict) else f", not {_shown(first['input'])}"
+    return _shortened(key), "; or: ".join(reasons) + told
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot be read ({error.strerror})", where=path) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"is not valid YAML ({error})".replace("\n", " "), where=path) from None
+def _reason(error: ErrorDetails) -> str:
+    match error["type"]:
+        case "bool_type":
+            return "Input should be true or false"
+        case "tuple_type":
+            return "Input should be a list"
+        case "model_type":
+            return "Input should be a section of 'key: value' settings"
+        case "extra_forbidden":
+            return "there is no such setting here"
+        case "string_type" if not isinstance(error["input"], dict | list):
+            return "Input should be text; put it in quotes if it is meant"
+        case "value_error":
+            return error["msg"].removeprefix("Value error, ")
+        case _:
+            return error["msg"]
+
+
+def _shown(value: object) -> str:
+    """A value as YAML writes it, on one line and not too long."""
+    return _shortened(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    tree = read_yaml(path)
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -427,16 +502,61 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _given_overrides(overrides: Sequence[str], known: set[str]) -> dict[str, Any]:
+    """Each override's key and value; one that gives a section gives each setting of it."""
+    given: dict[str, Any] = {}
+    for override in overrides:
+        key, value = _parse_override(override)
+        _check_known(key, known, COMMAND_LINE)
+        for name, leaf in _flat(key, value):
+            _check_known(name, known, COMMAND_LINE)
+            for other in given:
+                if (
+                    name == other
+                    or f"{name}.".startswith(f"{other}.")
+                    or other.startswith(f"{name}.")
+                ):
+                    raise ConfigError(
+                        f"'{name}' is given twice", where=COMMAND_LINE, fix="Give it once."
+                    )
+            given[name] = leaf
+    return given
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, inner in value.items():
+        yield from _flat(f"{key}.{name}", inner)
+
+
 def _parse_override(override: str) -> tuple[str, Any]:
-    key, equals, value = override.partition("=")
+    key, equals, text = override.partition("=")
     if not equals:
-        raise ConfigError(f"'{override}' is not of the form key=value", where=COMMAND_LINE)
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
         raise ConfigError(
-            f"the value of '{override}' is not valid YAML", where=COMMAND_LINE
+            f"'{_shortened(override)}' is not of the form key=value", where=COMMAND_LINE
+        )
+    if not text.strip():
+        raise ConfigError(
+            f"'{_shortened(override)}' gives no value",
+            where=COMMAND_LINE,
+            fix="Write null for none.",
+        )
+    try:
+        return key.strip(), parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"the value of '{_shortened(override)}' is not valid YAML ({error})",
+            where=COMMAND_LINE,
         ) from None
+
+
+def _check_known(key: str, known: set[str], where: object) -> None:
+    if key not in known:
+        raise ConfigError(
+            f"unknown setting '{_shortened(key)}'", where=where, fix=_nearest(key, known)
+        )
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -459,12 +579,16 @@ def _dotted_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
 
 def _given_keys(tree: dict[Any, Any], prefix: str = "") -> Iterator[str]:
     for name, value in tree.items():
+        if "." in name:
+            # Sections are nested in a file; dots are for the command line.
+            yield f"{prefix}'{name}'"
         yield f"{prefix}{name}"
         if isinstance(value, dict):
             yield from _given_keys(value, f"{prefix}{name}.")
 
 
 def _nearest(key: str, known: set[str]) -> str:
+    key = key[:80]  # the time to find it grows with the square of its length
     by_leaf = {name.rpartition(".")[2]: name for name in sorted(known)}
     near = difflib.get_close_matches(key, sorted(known), n=1) or [
         by_leaf[leaf]

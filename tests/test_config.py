@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from helpers import ROOT
 from pydantic import ValidationError
 
-from dist_train.config import Config, PlanSettings, changes, dump_config, load_config
+from dist_train.config import (
+    Config,
+    HeldOutMetric,
+    PlanSettings,
+    changes,
+    dump_config,
+    load_config,
+)
+from dist_train.engine.metrics import binary_metrics
 from dist_train.errors import ConfigError
 
 
@@ -83,7 +93,7 @@ def test_the_tree_is_frozen() -> None:
     ("override", "nearest"),
     [
         ("plan.bach=8", "plan.batch"),
-        ("trian.epochs=8", "train"),
+        ("trian.epochs=8", "train.epochs"),
         ("batch=8", "plan.batch"),
         ("model.widht=8", "model.width"),
         ("seeed=8", "seed"),
@@ -148,7 +158,7 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
             "model={activation_memory: 8GiB, recompute: block}",
             "activation_memory chooses what is recomputed; leave out recompute: block",
         ),
-        ("plan=3", "setting 'plan': Input should be a valid dictionary"),
+        ("plan=3", "setting 'plan': Input should be a section"),
         ("seed.x=3", "unknown setting 'seed.x'"),
         ("plan.batch", "'plan.batch' is not of the form key=value"),
         ("clip.size=[1, 2", "the value of 'clip.size=[1, 2' is not valid YAML"),
@@ -168,8 +178,122 @@ def test_what_is_recomputed_cannot_be_recorded(setting: str) -> None:
     )
 
 
-def test_an_override_that_goes_through_a_plain_value_is_refused() -> None:
-    assert "'plan.batch': 'plan' is not a section" in message("plan=3", "plan.batch=4")
+def test_an_override_that_goes_through_a_plain_value_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("plan: 3\n")
+    assert "'plan.batch': 'plan' is not a section" in message("plan.batch=4", path=path)
+
+
+def test_an_override_of_a_section_leaves_its_other_settings(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("store: s\nplan: {batch: 16, order: random}\n")
+    assert load_config(path, ["plan={batch: 8}"]).plan == PlanSettings(batch=8, order="random")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["seed=1", "seed=2"],
+        ["plan.batch=8", "plan={batch: 16}"],
+        ["plan=3", "plan.batch=8"],
+        ["plan.batch=8", "plan=3"],
+    ],
+)
+def test_an_override_that_is_given_twice_is_refused(given: list[str]) -> None:
+    assert "is given twice" in message(*given)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("plan: {}\nseed: 2\nplan: {batch: 8}\n", "line 3: 'plan' is given already on line 1"),
+        ("optim:\n  lr: 1\n  ema: 0.9\n  lr: 2\n", "line 4: 'lr' is given already on line 2"),
+        ("clip: {growth: [{epochs: 1, epochs: 2}]}\n", "line 1: 'epochs' is given already"),
+        ("optim: &a {lr: 1}\nplan: *a\n", "line 2: an alias ('*name') is not allowed"),
+        ("optim: {<<: {lr: 1}}\n", "unknown setting 'optim.<<'"),
+        ("seed: !!python/object:os.system x\n", "line 1: a tag"),
+        ("seed: !!int 010\n", "line 1: a tag"),
+        ("? [1]\n: 2\n", "line 1: a key must be a name"),
+        ("seed: " + "[" * 3000, "line 1: nested deeper than 12 levels"),
+        ("seed:\n" + "".join(" " * i + "a:\n" for i in range(1, 300)), "nested deeper than 12"),
+        ("optim.lr: 1\n", "unknown setting ''optim.lr''"),
+        ("---\nseed: 1\n---\nseed: 2\n", "line 3: but found another document"),
+        ("out: 'a\x00b'\n", "special characters are not allowed"),
+        ('out: "a\\0b"\n', "setting 'out': a path must not be empty or hold control characters"),
+        ("#" * 2**18 + "\n", "is larger than 256 KiB"),
+    ],
+)  # fmt: skip
+def test_yaml_that_says_other_than_it_seems_is_refused(
+    tmp_path: Path, content: str, part: str
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    text = message(path=path)
+    assert text.startswith(f"{path}: ")
+    assert part in text
+    assert "\n" not in text
+    assert len(text) < 400
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("optim.lr=true", "setting 'optim.lr': Input should be a valid number, not true"),
+        ("seed=010", "setting 'seed': Input should be a valid integer, not \"010\""),
+        ("seed=0x10", "valid integer"),
+        ("seed=1_000", "valid integer"),
+        ("seed=1:30", "valid integer"),
+        ("seed=true", "valid integer"),
+        ("seed='3'", "valid integer"),
+        ("train.epochs=3.0", "valid integer"),
+        ("train.offload=yes", "'train.offload': Input should be true or false, not \"yes\""),
+        ("train.offload=1", "Input should be true or false"),
+        ("optim.clip_norm=", "gives no value. Write null for none."),
+        ("out=2024", "setting 'out': Input should be text; put it in quotes if it is meant"),
+        ("out=''", "setting 'out': a path must not be empty"),
+        ("optim.lr=1e308", "'optim.lr': Input should be less than or equal to 10"),
+        ("optim.lr=1e999", "'optim.lr': Input should be a finite number"),
+        ("seed=" + "9" * 5000, "'seed': Input should be a valid integer"),
+        ("train.timeout=1e308", "'train.timeout': Input should be less than or equal to"),
+        ("clip.size=[1000000, 1000000]", "'clip.size.0': Input should be less than or equal to"),
+        ("model.width=1000000", "'model.width': Input should be less than or equal to 1024"),
+        ("clip.size=8", "'clip.size': Input should be a list, not 8"),
+        ("clip.growth=[{epochs: 1, size: [8, 8], x: 1}]", "'clip.growth.0.x': there is no such"),
+        ("checkpoint.best=mcc", "'checkpoint.best': Input should be 'val/loss', 'val/mcc@0.4'"),
+        ("plan={batch: 8, batch: 16}", "'batch' is given already on line 1"),
+        (".".join("a" * 3000) + "=1", "unknown setting 'a.a.a"),
+        ("seed=" + "[" * 3000, "nested deeper than 12 levels"),
+        ("seed=&a [1]", "valid integer"),
+        ("model.activation_memory=" + "9" * 400 + "GB", "'model.activation_memory': "),
+    ],
+)
+def test_types_are_strict_and_bounds_are_sane(override: str, part: str) -> None:
+    text = message(override)
+    assert text.startswith("command line: ")
+    assert part in text
+    assert "\n" not in text
+    assert len(text) < 500
+
+
+@pytest.mark.parametrize("name", ["010", "1e3", "1_000", "no", "null", "a: b", "2024", "~", "-"])
+def test_a_path_like_a_number_comes_back_from_the_record(tmp_path: Path, name: str) -> None:
+    config = Config(store=Path("s"), out=Path(name))
+    dump_config(config, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_the_best_checkpoint_is_chosen_by_a_metric_that_there_is() -> None:
+    held_out = {"val/loss"} | {f"val/{name}" for name in binary_metrics([0.2, 0.8], [0, 1])}
+    assert set(get_args(HeldOutMetric)) == held_out
+
+
+def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        assert "is no plain file" in message(path=path)
+    assert message(path=tmp_path) == (
+        f"{tmp_path}: is no plain file. Give the path of a YAML file of settings."
+    )
 
 
 def test_a_bad_value_is_blamed_on_whoever_gave_it(tmp_path: Path) -> None:

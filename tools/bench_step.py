@@ -34,7 +34,7 @@ from rich.table import Table
 from roofline import Ceilings, count_step, measure_ceilings, synchronize
 from torch import Tensor
 
-from dist_train.config import Config, load_config
+from dist_train.config import Config, last_of_each, load_config
 from dist_train.data.augment_draw import Drawer
 from dist_train.data.clog_loss_facts import BOX_HEIGHT, BOX_WIDTH, CLIPS_BY_DEPTH
 from dist_train.data.collate import Batch
@@ -307,7 +307,8 @@ def crops(depths: Ints, config: Config) -> NativeClips:
 
 def config_of(variant: Variant, model: str, more: Sequence[str] = ()) -> Config:
     """The settings of a row; ``more`` are "key=value" settings that replace its own."""
-    return load_config(None, ["store=none", f"model.name={model}", *settings_of(variant), *more])
+    settings = ["store=none", f"model.name={model}", *settings_of(variant), *more]
+    return load_config(None, last_of_each(settings))
 
 
 def settings_of(variant: Variant) -> list[str]:

@@ -22,7 +22,7 @@ from gpu import VISITS
 from rich.console import Console
 from rich.table import Table
 
-from dist_train.config import Config, load_config
+from dist_train.config import Config, last_of_each, load_config
 from dist_train.data.clog_loss_facts import BOX_HEIGHT, BOX_WIDTH, CLIPS_BY_DEPTH
 from dist_train.errors import DistTrainError
 from dist_train.run import CONFIG
@@ -236,7 +236,7 @@ def read_figures(path: Path, device: str, link: Path | None = None) -> Figures:
 
 
 def _settings(line: dict[str, Any]) -> list[str]:
-    return ["store=none", f"model.name={line['model']}", *line["settings"]]
+    return last_of_each(["store=none", f"model.name={line['model']}", *line["settings"]])
 
 
 def _parsed(text: str, path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from helpers import ROOT, metrics_of
 
-from dist_train.config import Config, load_config
+from dist_train.config import Config, last_of_each, load_config
 from dist_train.data.clip import PrepareSettings
 from dist_train.data.manifest import read_manifest
 from dist_train.data.prepare import prepare
@@ -57,7 +57,7 @@ def golden_overrides(store: Path, out: Path, *more: str) -> list[str]:
     by little more than rounding does itself; yet the training moves it by a thousandth, so that
     1e-6 shows an error of a thousandth in that.
     """
-    return [
+    settings = [
         f"store={store}",
         f"out={out}",
         "clip.size=[16, 16]",
@@ -76,6 +76,7 @@ def golden_overrides(store: Path, out: Path, *more: str) -> list[str]:
         "snapshots.at=[1, 2]",
         *more,
     ]
+    return last_of_each(settings)
 
 
 def golden_config(store: Path, out: Path, *more: str) -> Config:

@@ -22,7 +22,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_train import cli
-from dist_train.config import Config, load_config
+from dist_train.config import Config, last_of_each, load_config
 from dist_train.data.prepare import prepare_npz
 from dist_train.train import Progress
 
@@ -77,8 +77,8 @@ def tiny_store(folder: Path, *, seed: int = 0) -> Path:
 
 def overrides(store: Path, out: Path, *more: str) -> list[str]:
     """Settings of a run that takes a second: 3 epochs of 6 steps, with a checkpoint after each 4th
-    step, which falls inside the epochs."""
-    return [
+    step, which falls inside the epochs. Of those that are given twice the last counts."""
+    settings = [
         f"store={store}",
         f"out={out}",
         "clip.size=[16, 16]",
@@ -94,6 +94,7 @@ def overrides(store: Path, out: Path, *more: str) -> list[str]:
         "snapshots.at=[2, 3]",
         *more,
     ]
+    return last_of_each(settings)
 
 
 def tiny_config(store: Path, out: Path, *more: str) -> Config:

@@ -1,0 +1,160 @@
+"""YAML as settings need it: mappings, lists and plain values, each written once and read literally.
+
+YAML 1.1, which PyYAML reads, takes ``010`` for 8, ``1_000`` for 1000, ``12:30`` for 750, ``no`` for
+false and ``1e-3`` for a string, and a key that is written twice for its last value. Here plain
+values are those of the YAML 1.2 core schema in decimal, and all that a settings file has no use for
+is refused: duplicate keys, aliases, tags, merge keys and deep nesting.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from dist_train.errors import ConfigError
+
+#: Settings are a few kilobytes; a file beyond this is something else.
+MOST_BYTES = 2**18
+DEEPEST = 12
+
+_PLAIN = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    # 19 digits hold every setting; Python itself refuses to read some thousands.
+    ("int", r"[-+]?(?:0|[1-9][0-9]{0,18})", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)\.[0-9]*)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?(?:0|[1-9][0-9]*)[eE][-+]?[0-9]+"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    ("null", r"~|null|Null|NULL", "~nN"),
+)
+
+
+class _Reader(yaml.SafeLoader):
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            self._refuse("an alias ('*name') is not allowed")
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "tag", None) is not None:
+            self._refuse(f"a tag ('{event.tag}') is not allowed")
+        self._depth += 1
+        if self._depth > DEEPEST:
+            self._refuse(f"nested deeper than {DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem="a key must be a name", problem_mark=key.start_mark
+                )
+            if key.value in first:
+                raise yaml.MarkedYAMLError(
+                    problem=f"'{key.value}' is given already on line {first[key.value]}; "
+                    "write it once",
+                    problem_mark=key.start_mark,
+                )
+            first[key.value] = line
+        return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
+
+    def _refuse(self, what: str) -> None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark)
+
+
+class _Writer(yaml.SafeDumper):
+    """Quotes what ``_Reader`` would take for something other than a string."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _construct_map(reader: _Reader, node: Any) -> dict[Any, Any]:
+    return reader.construct_mapping(node)
+
+
+_Reader.add_constructor("tag:yaml.org,2002:map", _construct_map)
+for _name, _pattern, _first in _PLAIN:
+    for _kind in (_Reader, _Writer):
+        _kind.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), list(_first)
+        )
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML document as dicts, lists, strings, bools, decimal ints, floats and None.
+
+    An empty document is None; a value that is left out is the empty string.
+
+    Raises:
+        ValueError: it is no such document; the message is one line and names the line.
+    """
+    try:
+        return yaml.load(text, _Reader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        what = error.problem or error.context or "malformed"
+        place = "" if mark is None else f"line {mark.line + 1}: "
+        raise ValueError(f"{place}{what}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def read_yaml(path: Path) -> Any:
+    """``parse_yaml`` of a plain file of at most ``MOST_BYTES``.
+
+    Raises:
+        ConfigError: it cannot be read, or is no such file.
+    """
+    try:
+        # A FIFO would hold an open that waits.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot be read ({_reason(error)})", where=path) from None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ConfigError(
+                "is no plain file", where=path, fix="Give the path of a YAML file of settings."
+            )
+        # One call reads a plain file as far as it goes, for so few bytes.
+        content = os.read(descriptor, MOST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot be read ({_reason(error)})", where=path) from None
+    finally:
+        os.close(descriptor)
+    if len(content) > MOST_BYTES:
+        raise ConfigError(
+            f"is larger than {MOST_BYTES // 2**10} KiB, so it is no file of settings", where=path
+        )
+    try:
+        return parse_yaml(content.decode("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"is not valid YAML ({error})", where=path) from None
+
+
+def yaml_text(tree: dict[str, Any]) -> str:
+    """A tree as YAML that ``parse_yaml`` reads as the same tree."""
+    return yaml.dump(tree, Dumper=_Writer, sort_keys=False)
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
