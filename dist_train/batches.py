@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain, pairwise, starmap
 
-from dist_train.config import Config
+from dist_train.config import Config, LoaderSettings
 from dist_train.data.collate import Batch
 from dist_train.data.loader import Loader
 from dist_train.data.plan import Plan
@@ -14,6 +14,9 @@ from dist_train.engine.backends.base import Backend
 from dist_train.epoch_weights import EpochWeights
 from dist_train.micro_batch import MicroBatches
 from dist_train.run import RunData
+
+#: Steps.
+FEW = 16
 
 
 class Batches:
@@ -52,7 +55,13 @@ class Batches:
         steps = [step, *(self._plan.first_step(turn) for turn in (*turns, end))]
         return chain.from_iterable(starmap(self.of_steps, pairwise(steps)))
 
-    def of_steps(self, first: int, last: int) -> Loader:
+    def last_steps(self, done: int, number: int) -> Loader:
+        """The last ``number`` of ``done`` steps once more, with clips as they are at the last."""
+        # For a few batches workers take longer to start than the batches to make.
+        few = LoaderSettings(workers=0) if number <= FEW else None
+        return self.of_steps(max(0, done - number), done, few)
+
+    def of_steps(self, first: int, last: int, loader: LoaderSettings | None = None) -> Loader:
         """Steps ``first`` to ``last`` (excluded), by the plan of the first, with clips as they are
         at the last of them."""
         sampler = PlanSampler(
@@ -64,7 +73,7 @@ class Batches:
             last=last,
         )
         dataset = self._data.dataset(training=True, config=self.config_at(last - 1))
-        return Loader(dataset, sampler, self._config.loader)
+        return Loader(dataset, sampler, loader or self._config.loader)
 
     def held_out(self) -> Loader:
         """The val split, without augmentation; can be walked again and again."""

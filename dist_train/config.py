@@ -233,15 +233,16 @@ class NormSettings(Section):
 
     ``shared``: in training, statistics are over the clips of all processes, so that they do not
     depend on how many there are. ``momentum``: weight of a step's statistics in the running ones.
-    ``precise_steps``: a snapshot's statistics are those of so many steps before it, taken with its
-    own weights; 0 keeps the running ones. ``fused``: in training it is compiled into as few loops
-    as it takes, with the shortcut's sum and the ReLU behind it; the same but for rounding.
+    ``precise_steps``: held-out clips are judged, and snapshots saved, by the statistics of the last
+    so many steps' clips, taken with the weights as they are; 0 takes the running ones, which lag
+    behind weights that move. ``fused``: in training it is compiled into as few loops as it takes,
+    with the shortcut's sum and the ReLU behind it; the same but for rounding.
     """
 
     shared: bool = True
     fused: bool = False
     momentum: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    precise_steps: CountOrNone = 0
+    precise_steps: CountOrNone = 4
 
 
 class OptimSettings(Section):

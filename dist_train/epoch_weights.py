@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from pathlib import Path
 
 from dist_train.config import Config
 from dist_train.data.files import write_whole
@@ -15,7 +16,13 @@ from dist_train.errors import PlanError
 from dist_train.run import RunData
 
 #: The name of a table, by the first step of the epoch.
+FOLDER = "weights"
 KEPT = re.compile(r"step-[0-9]+\.csv")
+
+
+def kept_table(run: Path, first_step: int) -> Path:
+    """The table of the epoch that begins with ``first_step``, in the run's folder."""
+    return run / FOLDER / f"step-{first_step}.csv"
 
 
 class EpochWeights:
@@ -27,7 +34,7 @@ class EpochWeights:
 
     def __init__(self, config: Config, data: RunData, backend: Backend) -> None:
         self.table = config.plan.weights
-        self.folder = config.out / "weights"
+        self.folder = config.out / FOLDER
         self.data, self.backend = data, backend
         # An epoch's plan is asked for when it begins, and when it is saved.
         self.plan = lru_cache(maxsize=2)(self._plan)
@@ -52,7 +59,7 @@ class EpochWeights:
 
     def _content(self, first_step: int) -> bytes:
         assert self.table is not None
-        kept = self.folder / f"step-{first_step}.csv"
+        kept = kept_table(self.folder.parent, first_step)
         try:
             if not kept.exists():
                 self.folder.mkdir(parents=True, exist_ok=True)

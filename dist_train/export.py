@@ -20,11 +20,19 @@ from torch import Tensor, nn
 from dist_train.config import Config
 from dist_train.data.files import check_replaceable, write_whole
 from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole
-from dist_train.engine.ema import averaged
-from dist_train.errors import RunError
+from dist_train.errors import DistTrainError, RunError
+from dist_train.fresh_statistics import statistics_of_run
 from dist_train.models.resnet3d import BasicBlock, Bottleneck, ConvNorm, ResNet3D
-from dist_train.run import CHECKPOINTS, SNAPSHOTS, make_model, model_facts, open_run
-from dist_train.state import SNAPSHOT, save_snapshot
+from dist_train.run import (
+    CHECKPOINTS,
+    SNAPSHOTS,
+    make_model,
+    model_facts,
+    open_data,
+    open_run,
+    read_record,
+)
+from dist_train.state import JUDGED, SNAPSHOT, judged_weights, save_snapshot
 
 NEEDED_FOR_ONNX = ("onnx", "onnxscript")
 #: Of a protobuf message, and so of an ONNX file that holds its weights.
@@ -169,13 +177,38 @@ def _load(run: Path, config: Config, step: int | None) -> tuple[nn.Module, dict[
             weights = load_file(path)
         else:
             tensors, _ = load_checkpoint(path)
-            weights = averaged(tensors, model.state_dict())
+            weights = judged_weights(tensors, model.state_dict())
         model.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"the {origin} does not fit the run ({reason})", where=path) from None
     found = int(path.name.removeprefix("step-").removesuffix(SNAPSHOT))
+    if origin == "checkpoint" and not any(name.startswith(JUDGED) for name in tensors):
+        _renew_statistics(run, config, model, found)
     return model.eval(), {"step": found, "from": origin}
+
+
+def _renew_statistics(run: Path, config: Config, model: nn.Module, done: int) -> None:
+    """Those of a checkpoint that was not judged are the running ones, which lag behind."""
+    if not config.norm.precise_steps:
+        return
+    try:
+        data = open_data(config)
+    except DistTrainError as error:
+        raise RunError(
+            "the checkpoint was saved within an epoch, so its BatchNorm statistics have to be "
+            f"taken anew, and the store cannot be opened ({error})",
+            where=f"{run}, step {done}",
+            fix="Bring the store back, or export a checkpoint of the end of an epoch.",
+        ) from None
+    statistics_of_run(
+        model,
+        data,
+        done,
+        steps=config.norm.precise_steps,
+        processes=int(read_record(run)["sessions"][-1]["world_size"]),
+        device=torch.device("cpu"),
+    )
 
 
 def _find(run: Path, step: int | None) -> tuple[Path, str]:

@@ -3,12 +3,14 @@ by. All calls are collective."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from scipy.special import expit
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.batches import Batches
@@ -18,14 +20,17 @@ from dist_train.engine.backends.base import Backend
 from dist_train.engine.ema import Ema
 from dist_train.engine.metrics import binary_metrics
 from dist_train.engine.together import on_main
+from dist_train.fresh_statistics import take_statistics
 from dist_train.infer import held_out_logits
 from dist_train.models.norm_gap import by_running_and_own_statistics
-from dist_train.models.precise_norm import precise_statistics
 from dist_train.outputs import EpochOutputs, joined
 from dist_train.run import SNAPSHOTS, RunData, as_input, model_facts
 from dist_train.state import save_snapshot
 
 Values = dict[str, float | None]
+#: In the loss; above it held-out figures say more of the statistics than of the weights.
+LARGEST_GAP = 0.3
+log = logging.getLogger(__name__)
 
 
 class Judge:
@@ -33,6 +38,10 @@ class Judge:
 
     Args:
         beat: called after each batch, which no step is waited for in.
+
+    Attributes:
+        statistics: BatchNorm statistics by buffer name, as copies, that the weights of the last
+            ``judged_weights`` had; empty where those are the running ones.
     """
 
     def __init__(
@@ -46,6 +55,16 @@ class Judge:
     ) -> None:
         self._config, self._data, self._batches = config, data, batches
         self._backend, self._ema, self._beat = backend, ema, beat
+        self.statistics: dict[str, Tensor] = {}
+        self._told = False
+
+    @contextmanager
+    def judged_weights(self, done: int) -> Iterator[None]:
+        """Within it, the module has the weights that are judged and saved after ``done`` steps,
+        with statistics that belong to them. Afterwards it is as before, to the bit."""
+        self._backend.sync_buffers()
+        with self._ema.in_place(), self._precise_statistics(done):
+            yield
 
     def of_training(self, outputs: EpochOutputs) -> Values:
         """Of an epoch that ends: its batches as they were trained on."""
@@ -53,14 +72,13 @@ class Judge:
         return {f"train/{k}": v for k, v in binary_metrics(expit(logits), labels).items()}
 
     def of_held_out(self, batches: Iterable[Batch]) -> Values:
-        """Of the val split, at its own natural class ratio.
+        """Of the val split, at its own natural class ratio, by ``judged_weights``.
 
         Args:
             batches: this rank's share of it.
         """
         backend = self._backend
-        backend.sync_buffers()
-        with self._ema.in_place(), backend.autocast():
+        with backend.autocast():
             mine = held_out_logits(
                 backend.module,
                 batches,
@@ -79,28 +97,36 @@ class Judge:
 
     def norm_gap(self, batch: Batch, step: int) -> Values:
         """The loss in eval mode, less that by batch statistics, of a micro-batch of each rank of a
-        step, on the device: by the trained weights on the same clips, without dropout."""
+        step, on the device: by ``judged_weights`` on the same clips, without dropout."""
         volumes = as_input(batch.volumes, self._batches.config_at(step))
         with self._backend.autocast():
             both = by_running_and_own_statistics(self._backend.module, volumes, batch.frames)
         running, own = self._backend.sums(
             [float(binary_cross_entropy_with_logits(y.float(), batch.labels)) for y in both]
         )
-        return {"norm/gap": (running - own) / self._backend.world}
+        gap = (running - own) / self._backend.world
+        if gap > LARGEST_GAP and not self._told and self._backend.is_main:
+            self._told = True
+            log.warning(
+                "norm/gap is %.2f at step %d: by the statistics that held-out clips are judged by, "
+                "the loss of training clips is so much higher than by those of their own batch, so "
+                "held-out figures are not of the weights alone: %s",
+                gap, step + 1,
+                "raise norm.precise_steps or plan.batch" if self._config.norm.precise_steps
+                else "set norm.precise_steps, such as 4",
+            )  # fmt: skip
+        return {"norm/gap": gap}
 
     def save_snapshot(self, done: int) -> None:
-        """The weights after ``done`` steps, for prediction."""
-        with self._ema.in_place(), self._precise_statistics(done):
-            weights = self._backend.state(
-                lambda name: self._backend.is_main and name.startswith("model/")
-            )
-            # Copies: what they are of is put back at the end.
-            copies = {
-                name.removeprefix("model/"): tensor.cpu().clone(
-                    memory_format=torch.contiguous_format
-                )
-                for name, tensor in weights.items()
-            }
+        """``judged_weights`` after ``done`` steps, for prediction."""
+        weights = self._backend.state(
+            lambda name: self._backend.is_main and name.startswith("model/")
+        )
+        # Copies: what they are of changes in the next step.
+        copies = {
+            name.removeprefix("model/"): tensor.cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in weights.items()
+        }
         path = self._config.out / SNAPSHOTS / f"step-{done}.safetensors"
         facts = {"step": done, "model": model_facts(self._config)}
         on_main(self._backend, lambda: save_snapshot(path, copies, facts))
@@ -112,15 +138,22 @@ class Judge:
         if not steps:
             yield
             return
-        config = self._batches.config_at(done - 1)
+        config, device = self._batches.config_at(done - 1), self._backend.device
         running = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        batches = self._batches.of_steps(max(0, done - steps), done)
-        with torch.no_grad(), self._backend.autocast():
-            with precise_statistics(module, self._backend.all_reduce):
-                for batch in batches:
-                    moved = batch.to(self._backend.device)
-                    module(as_input(moved.volumes, config), moved.frames)
-                    self._beat()
-            yield
+        take_statistics(
+            module,
+            self._batches.last_steps(done, steps),
+            config,
+            device,
+            all_reduce=self._backend.all_reduce,
+            beat=self._beat,
+        )
+        self.statistics = {
+            name: buffer.cpu().clone()
+            for name, buffer in module.named_buffers()
+            if buffer.is_floating_point()
+        }
+        yield
+        with torch.no_grad():
             for name, buffer in module.named_buffers():
                 buffer.copy_(running[name])

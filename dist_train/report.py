@@ -65,6 +65,8 @@ _CURVE_BINS = 160
 _STRIP_FRAMES = 8
 _STRIP_HEIGHT = 128
 _MISTAKES = 4
+# In the loss, as in the log's warning.
+_LARGEST_GAP = 0.3
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def write_report(run: Path, *, out: Path | None = None, strips: Strips | None = 
             headline=[_quality_tiles(record), _cost_tiles(record)],
             rows=rows(record.evaluation) if record.evaluation else [],
             curves=_learning_curves(record),
+            gap=_large_gap(record),
             judgement=_judgement(record),
             mistakes=_mistakes(record, strips) if strips else None,
             speed=_speed(record),
@@ -416,14 +419,38 @@ def _learning_curves(run: Run) -> list[Plot]:
     for key, name, colour in (("auc", "ROC", _GREEN), ("ap", "precision-recall", _PURPLE)):
         _draw_epochs(ranking, run, f"val/{key}", colour, name)
         _draw_epochs(ranking, run, f"train/{key}", colour)
-    for axes in (loss, mcc, accuracy, ranking):
+    gap = _axes("optimizer step", "difference of losses")
+    gap.axhline(_LARGEST_GAP, color=_ORANGE, linestyle=(0, (4, 3)), linewidth=1, label="too much")
+    x, y = _series(run.steps, "norm/gap")
+    gap.plot(x, y, color=_BLUE, marker="o", markersize=4)
+    for axes in (loss, mcc, accuracy, ranking, gap):
         _finish_steps(axes, run)
     return [
         Plot("Loss", "Training loss by step (band: range), held-out loss by epoch.", _svg(loss)),
         Plot("MCC", "At four fixed thresholds. Held out solid, training dashed.", _svg(mcc)),
         Plot("Accuracy", "At 0.5. With rare positives a weak guide; see MCC.", _svg(accuracy)),
         Plot("Ranking", "Threshold-free. Held out solid, training dashed.", _svg(ranking)),
+        Plot(
+            "Normalisation gap",
+            "Loss of training clips by the statistics that held-out clips are judged by, less that "
+            "by their own batch's. Near 0 is good.",
+            _svg(gap),
+        ),
     ]
+
+
+def _large_gap(run: Run) -> str | None:
+    """Where the gap of normalisation was too large to believe held-out figures."""
+    steps, gaps = _series(run.steps, "norm/gap")
+    large = steps[gaps > _LARGEST_GAP]
+    if not len(large):
+        return None
+    worst = int(gaps.argmax())
+    return (
+        f"The normalisation gap was above {_LARGEST_GAP} at the end of {len(large)} of "
+        f"{_count(len(gaps), 'epoch')} ({gaps[worst]:.2f} at step {steps[worst]:.0f}). Held-out "
+        "figures of these epochs say more of BatchNorm's statistics than of the weights."
+    )
 
 
 def _judgement(run: Run) -> list[Plot]:

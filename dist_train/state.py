@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from dist_train.engine.backends.base import Backend
 from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole, share
 from dist_train.engine.checkpoint_keep import Keep
 from dist_train.engine.checkpoint_writer import CheckpointWriter
-from dist_train.engine.ema import Ema
+from dist_train.engine.ema import Ema, averaged
 from dist_train.engine.together import OfSomeRankError, on_main, together
 from dist_train.errors import CheckpointError, RunError
 
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 VERSION = 1
 # The epoch's training outputs so far, which its metrics need at its end.
 EPOCH = ("epoch/logits", "epoch/labels")
+# BatchNorm statistics that held-out clips were judged by, beside the running ones.
+JUDGED = "judged/"
 SNAPSHOT = ".safetensors"
 
 
@@ -74,17 +76,23 @@ class RunState:
         logits: np.ndarray,
         labels: np.ndarray,
         metrics: Mapping[str, float | None],
+        statistics: Mapping[str, Tensor],
     ) -> None:
         """Begin the checkpoint after ``step`` steps; a collective call. ``commit`` completes it.
 
         Args:
             logits, labels: float32 [N], this epoch's training outputs, of all ranks.
             metrics: of these weights, as far as they were judged.
+            statistics: BatchNorm's by buffer name, alike on all ranks, that they were judged by,
+                if those are not the running ones. Training does not go on from them.
         """
         self.commit()
+        judged = {JUDGED + name: tensor for name, tensor in statistics.items()}
         sizes = self.backend.sizes() | self.ema.sizes() | dict.fromkeys(EPOCH, len(logits))
+        sizes |= {name: tensor.numel() for name, tensor in judged.items()}
         mine = share(sizes, self.backend.rank, self.backend.world)
         tensors = self.backend.state(mine) | self.ema.state(mine)
+        tensors |= {name: tensor for name, tensor in judged.items() if mine(name)}
         for name, values in zip(EPOCH, (logits, labels), strict=True):
             if mine(name):
                 tensors[name] = torch.from_numpy(values.astype(np.float32))
@@ -259,6 +267,13 @@ class RunState:
                 "order.",
             )
         log.warning("%s was trained with another %s; accepted", path, what)
+
+
+def judged_weights(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """What a checkpoint was judged by: the average of the weights, where there is one, with the
+    statistics that were taken of it; the running ones, where none were."""
+    weights = averaged(state, names)
+    return {name: state.get(JUDGED + name, weights[name]) for name in weights}
 
 
 def drop_snapshots(folder: Path, *, after: int) -> None:

@@ -275,13 +275,15 @@ class Trainer:
                 self.watchdog.beat()
                 epoch_ends = self.done == plan.first_step(plan.epoch_of(step) + 1)
                 judged: Values = {}
-                if epoch_ends:
-                    judged = self._judge_epoch(held_out)
+                is_snapshot = self.done in snapshot_steps
+                if epoch_ends or is_snapshot:
+                    with self.judge.judged_weights(self.done):
+                        judged = self._judge_epoch(held_out) if epoch_ends else {}
+                        if is_snapshot:
+                            self.judge.save_snapshot(self.done)
                 if self.events is not None:
                     now = time.time()  # for display alone: clocks jump
                     self.events.write(self.done, plan.epoch_of(step), now, values | judged)
-                if self.done in snapshot_steps:
-                    self.judge.save_snapshot(self.done)
                 if self.done == self.steps:
                     self._save(judged)
                 elif self._is_saved_after(epoch_ends):
@@ -369,7 +371,9 @@ class Trainer:
     def _save(self, judged: Values) -> None:
         """A collective call."""
         on_main(self.backend, self._flush_events)
-        self.state.save(self.done, *self.outputs.gathered(), judged)
+        # Where these weights were judged, the statistics that they were judged by.
+        statistics = self.judge.statistics if judged else {}
+        self.state.save(self.done, *self.outputs.gathered(), judged, statistics)
 
     def _flush_events(self) -> None:
         if self.events is not None:
@@ -477,7 +481,7 @@ class Trainer:
         set_momentum(model, 1 - (1 - self.config.norm.momentum) ** (1 / self.micro.accumulate))
 
     def _judge_epoch(self, held_out: Iterable[Batch]) -> Values:
-        """Figures of the epoch that ends. A collective call."""
+        """Figures of the epoch that ends, within ``judged_weights``. A collective call."""
         assert self.last_batch is not None
         judge = self.judge
         values = judge.of_training(self.outputs)

@@ -163,7 +163,8 @@ def test_a_run_without_snapshots_gives_its_checkpoint(
     tensors, _ = load_checkpoint(run / "checkpoints" / f"step-{step or 12}")
     weights = load_file(tmp_path / "file")
     assert weights.keys() == make_model(open_run(run)).state_dict().keys()
-    assert all(torch.equal(weights[name], tensors[f"model/{name}"]) for name in weights)
+    renewed = {name for name in weights if not torch.equal(weights[name], tensors[f"model/{name}"])}
+    assert renewed == {name for name in weights if name.endswith(("running_mean", "running_var"))}
 
 
 def test_a_checkpoint_of_a_run_with_an_average_gives_the_average(run: Path, tmp_path: Path) -> None:

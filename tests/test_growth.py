@@ -83,9 +83,11 @@ def test_clips_grow_in_training_and_are_whole_where_they_are_judged(
     # Held-out clips, and the gap of normalisation on the last batch of each epoch.
     assert evaluated == {*shapes}
     assert {shape for d, t, shape in seen if d == 2 * STEPS_PER_EPOCH and t} == {
-        shapes[1],  # precise statistics of the snapshot after epoch 2
+        shapes[1],  # statistics that epoch 2 is judged by
         shapes[2],  # the step after it
     }
+    # Two for the figures and the snapshot together, and one for the step.
+    assert sum(d == 2 * STEPS_PER_EPOCH and t for d, t, _ in seen) == 3
 
 
 def test_a_run_resumed_in_a_stage_equals_the_straight_one(

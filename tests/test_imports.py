@@ -22,6 +22,7 @@ LEVELS = [
     {"models"},
     {"engine"},
     {"run", "infer", "state", "epoch_weights", "micro_batch", "outputs"},
+    {"fresh_statistics"},
     {"batches", "judge"},
     {"train", "predict", "export", "evaluate", "report", "doctor"},
     {"cli"},

@@ -80,6 +80,7 @@ def write_training(run: Path) -> None:
                 "memory/host_mb": 2100 + 50 * generator.random(),
             }
             if step % STEPS_AN_EPOCH == 0:
+                record["norm/gap"] = 0.02 * generator.random()
                 record["val/loss"] = 0.5 * np.exp(-1.5 * done) + 0.14
                 for split, lag in (("train", 1.0), ("val", 0.8)):
                     for index, threshold in enumerate((0.4, 0.5, 0.6, 0.7)):
@@ -186,7 +187,7 @@ def test_page_of_a_finished_run(whole: Path) -> None:
     ):
         assert text in page.text
     assert "Optimistic" not in page.text
-    assert len(page.images("svg+xml")) == 12
+    assert len(page.images("svg+xml")) == 13
 
 
 def test_page_needs_nothing_but_itself(whole: Path) -> None:
@@ -270,7 +271,7 @@ def test_page_warns_of_a_threshold_fitted_on_the_same_clips(training: Path) -> N
 def test_page_without_predictions_has_curves_and_says_what_adds_the_rest(training: Path) -> None:
     page = Page(write_report(training, strips=strips))
     assert [section["id"] for section in page.all("section")] == SECTIONS
-    assert len(page.images("svg+xml")) == 8
+    assert len(page.images("svg+xml")) == 9
     assert "dist-train predict" in page.text
     assert "held out, last epoch" in page.text
 
@@ -295,9 +296,19 @@ def test_pauses_between_sessions_are_not_training_time(without_strips: Page) -> 
     assert re.search(r"Time training1[01] min", without_strips.text)
 
 
+def test_statistics_that_do_not_fit_are_told(training: Path) -> None:
+    assert "Statistics do not fit" not in Page(write_report(training)).text
+    metrics = training / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines[79]["norm/gap"], lines[159]["norm/gap"] = 0.31, 4.0
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = "was above 0.3 at the end of 2 of 8 epochs (4.00 at step 160)"
+    assert told in Page(write_report(training)).text
+
+
 def test_resumes_are_marked_in_the_curves(without_strips: Page) -> None:
     marked = [b"resumed" in svg for svg in without_strips.images("svg+xml")]
-    assert sum(marked) == 8
+    assert sum(marked) == 9
 
 
 def test_figures_follow_the_colour_scheme(without_strips: Page) -> None:

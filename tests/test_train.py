@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from helpers import (
     STEPS_PER_EPOCH,
     InterruptedSessionError,
+    cut,
     interrupt_at,
     losses_of,
     metrics_of,
@@ -21,7 +23,7 @@ from helpers import (
     tiny_store,
 )
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.config import Config
@@ -30,6 +32,7 @@ from dist_train.data.sampler import Slot
 from dist_train.engine.checkpoint import by_step, load_checkpoint
 from dist_train.engine.schedule import Schedule
 from dist_train.errors import CheckpointError, RunError
+from dist_train.export import export_run
 from dist_train.models.precise_norm import precise_statistics
 from dist_train.run import as_input, make_model, open_data
 from dist_train.train import Trainer, train
@@ -385,10 +388,15 @@ def test_a_step_moves_running_statistics_as_far_however_it_is_cut(
 def test_a_snapshot_has_precise_statistics_and_training_does_not_notice(
     store: Path, straight: Path, tmp_path: Path
 ) -> None:
-    config = tiny_config(store, tmp_path, "model.dropout=0.3", "norm.precise_steps=3")
+    config = tiny_config(store, tmp_path, "model.dropout=0.3", "norm.precise_steps=0")
     train(config)
-    assert metrics_of(tmp_path) == metrics_of(straight)
-    precise, plain = (
+    assert trained(tmp_path) == trained(straight)
+    assert judged(tmp_path) != judged(straight)
+    states = [load_checkpoint(run / "checkpoints" / "step-16")[0] for run in (tmp_path, straight)]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+    plain, precise = (
         load_file(run / "snapshots" / "step-12.safetensors") for run in (tmp_path, straight)
     )
     moved = {name for name in plain if not torch.equal(plain[name], precise[name])}
@@ -398,11 +406,79 @@ def test_a_snapshot_has_precise_statistics_and_training_does_not_notice(
     model.train()
     with torch.no_grad(), precise_statistics(model):
         # Only the head, behind all normalisation, has dropout.
-        for step in (9, 10, 11):
+        for step in (8, 9, 10, 11):
             batch, volumes = micro_batch(config, step)
             model(volumes, batch.frames)
     for name in moved:
         torch.testing.assert_close(precise[name], model.state_dict()[name])
+
+
+def trained(run: Path) -> list[dict[str, Any]]:
+    """Figures without those of held-out clips."""
+    lines = metrics_of(run)
+    return [{k: v for k, v in line.items() if not k.startswith(("val/", "norm/"))}
+            for line in lines]  # fmt: skip
+
+
+def judged(run: Path) -> list[float]:
+    return [line["val/loss"] for line in metrics_of(run) if "val/loss" in line]
+
+
+@pytest.mark.parametrize("step", [12, 18])
+def test_a_snapshot_is_what_was_judged_at_its_step(store: Path, straight: Path, step: int) -> None:
+    config = tiny_config(store, straight)
+    model = make_model(config)
+    model.load_state_dict(load_file(straight / "snapshots" / f"step-{step}.safetensors"))
+    (logged,) = (line["val/loss"] for line in metrics_of(straight) if line["step"] == step)
+    assert held_out_loss(config, model) == pytest.approx(logged, rel=1e-5)
+
+
+def held_out_loss(config: Config, model: nn.Module) -> float:
+    """Of the val split, clip by clip."""
+    data = open_data(config)
+    losses = []
+    for clip in data.numbers("val"):
+        batch = collate(data.dataset(training=False), [Slot(int(clip), 0)])
+        with torch.no_grad():
+            logits = model.eval()(as_input(batch.volumes, config), batch.frames)
+        losses.append(float(binary_cross_entropy_with_logits(logits, batch.labels)))
+    return float(np.mean(losses))
+
+
+def test_the_best_checkpoint_is_exported_as_it_was_judged(store: Path, tmp_path: Path) -> None:
+    """And training does not go on from the statistics that it was judged by."""
+    out = tmp_path / "run"
+    best = ("checkpoint.best=val/loss", "optim.ema=0.5", "checkpoint.keep_last=9")
+    config = tiny_config(store, out, *best, "snapshots.at=[3]")
+    train(config)
+    for step in (6, 12):
+        logged = next(line["val/loss"] for line in metrics_of(out) if line["step"] == step)
+        export_run(out, tmp_path / "file", step=step)
+        model = make_model(config)
+        model.load_state_dict(load_file(tmp_path / "file"))
+        assert held_out_loss(config, model) == pytest.approx(logged, rel=1e-5)
+    resumed = cut(out, tmp_path / "resumed", after=6)
+    train(config.model_copy(update={"out": resumed}), resume="auto")
+    assert metrics_of(resumed) == metrics_of(out)
+
+
+def test_a_checkpoint_within_an_epoch_is_exported_with_statistics_of_its_weights(
+    store: Path, straight: Path, tmp_path: Path
+) -> None:
+    """They are taken then, of the clips before its step."""
+    config = tiny_config(store, straight)
+    export_run(straight, tmp_path / "file", step=16)
+    tensors, _ = load_checkpoint(straight / "checkpoints" / "step-16")
+    model = make_model(config)
+    model.load_state_dict({n: tensors[f"model/{n}"] for n in model.state_dict()})
+    with torch.no_grad(), precise_statistics(model.train()):
+        for step in (12, 13, 14, 15):
+            batch, volumes = micro_batch(config, step)
+            model(volumes, batch.frames)
+    for name, tensor in load_file(tmp_path / "file").items():
+        torch.testing.assert_close(tensor, model.state_dict()[name])
+        if name.endswith("running_mean"):
+            assert not torch.equal(tensor, tensors[f"model/{name}"])
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ class Training:
 def save_asynchronously(training: Training) -> Path:
     """Only begins it."""
     logits = np.zeros(1000, np.float32)
-    training.state.save(training.done, logits, logits, {})
+    training.state.save(training.done, logits, logits, {}, {})
     return training.state.folder
 
 

@@ -150,7 +150,7 @@ def test_losses_by_compiled_norms(
 def test_losses_are_those_of_one_process(launch: Launch, one: dict[int, Path], made: Made) -> None:
     tolerance = LOSS[launch.backend]
     assert_same(made(launch), one[launch.accumulate], tolerance)
-    # And so are running statistics, by which held-out clips are judged.
+    # And so are the statistics of all processes' clips, by which held-out clips are judged.
     for figure in ("val/loss", "val/auc", "train/auc"):
         compared = compare(made(launch), one[launch.accumulate], tolerance, figure=figure)
         assert compared.first is None, f"{figure}: {compared.rows}"
