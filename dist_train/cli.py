@@ -266,14 +266,19 @@ def predict(
         float | None, typer.Option(min=0.0, max=1.0, help="Of the submission; else fitted on val.")
     ] = None,
 ) -> None:
-    """Predict held-out or new clips, averaged over the run's snapshots."""
+    """Predict held-out or new clips, averaged over the run's snapshots.
+
+    With many processes, by 'accelerate launch -m dist_train predict ...': they share the clips.
+    """
     from dist_train.predict import predict as write_predictions
 
     with progress("predict") as report:
         written = write_predictions(
             run, store=store, out=out, prior=prior, threshold=threshold, progress=report
         )
-    typer.echo(f"predictions in {written}")
+    if _is_first():
+        typer.echo(f"predictions in {written}")
+    _leave_launch()
 
 
 @app.command()
@@ -358,6 +363,11 @@ def main() -> None:
         _fail(f"{where}{error.strerror}{fix}", 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _is_first() -> bool:
+    """Of the processes of one launch, the first alone talks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _leave_launch(code: int = 0) -> None:

@@ -86,10 +86,20 @@ def first_indexed(plan: Plan, world: int, accumulate: int, elements: int) -> int
     return next(fitting, found[-1])
 
 
-def most_clips(config: Config, frames: int) -> int:
-    """So many clips of ``frames`` frames can be run at once by kernels that index with 32 bits; at
-    least 1."""
-    return max(1, (INDEXED_BY_32_BITS - 1) // _elements_of_a_clip(config, frames))
+def most_clips(config: Config, frames: int, elements: int = INDEXED_BY_32_BITS - 1) -> int:
+    """So many clips of ``frames`` frames can be run at once if the largest tensor may have so many
+    elements; at least 1. Unless given, that is what kernels can index with 32 bits."""
+    return max(1, elements // _elements_of_a_clip(config, frames))
+
+
+def noted_clips(run: Path) -> int | None:
+    """The most clips of a micro-batch by the note of a run, on whatever device its sessions ran;
+    None without a note that can be read."""
+    try:
+        clips = int(json.loads((run / NOTE).read_text(encoding="utf-8"))["clips"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return clips if clips > 0 else None
 
 
 def _elements_of_a_clip(config: Config, frames: int) -> int:

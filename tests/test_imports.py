@@ -21,7 +21,7 @@ LEVELS = [
     {"models"},
     {"engine"},
     {"run", "infer", "state", "epoch_weights", "micro_batch", "outputs"},
-    {"batches", "judge"},
+    {"batches", "judge", "ensemble"},
     {"train", "predict", "export", "evaluate", "report", "doctor"},
     {"cli"},
     {"__main__"},

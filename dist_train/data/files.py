@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 import google_crc32c
@@ -47,6 +48,22 @@ def write_whole(path: Path, content: bytes | str, *, contested: bool = False) ->
     """``written_whole`` for content that is at hand; text is written as UTF-8."""
     with written_whole(path, contested=contested) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder, and a nameless file in it that is gone at once: for work that takes long and
+    is written at its end.
+
+    Raises:
+        OSError: naming the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        error.filename = str(folder)
+        raise
 
 
 def sync_folder(folder: Path) -> None:
