@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -14,11 +13,10 @@ import typer
 
 from dist_train.console import console, progress
 from dist_train.errors import ConfigError, DistTrainError, StoreError
+from dist_train.os_advice import advice, lack_of_memory, raise_open_files
 
 if TYPE_CHECKING:
     from dist_train.data.roi import OutlineColour
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     help="From raw, labelled, imbalanced 3D clips to a trained, calibrated 3D CNN.",
@@ -349,18 +347,23 @@ def _colour(text: str | None) -> OutlineColour:
 def main() -> None:
     """Run the command line; a user's error ends in one message and a non-zero exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    raise_open_files()
     try:
         app()
     except DistTrainError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
         # The disk and its permissions are the user's too; a full one may name no file.
-        if error.filename is None and error.errno not in DISK_FULL:
+        fix = advice(error)
+        if error.filename is None and fix is None:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        full = error.errno in DISK_FULL
-        fix = ". Make room and run the command again: what is finished is kept." if full else ""
-        _fail(f"{where}{error.strerror}{fix}", 1)
+        _fail(f"{where}{error.strerror}{'' if fix is None else f'. {fix}'}", 1)
+    except (MemoryError, RuntimeError) as error:
+        told = lack_of_memory(error)
+        if told is None:
+            raise
+        _fail(told, 1)
     except KeyboardInterrupt:
         sys.exit(130)
 

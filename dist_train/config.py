@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from dist_train.errors import ConfigError
+from dist_train.os_advice import blame_machine
 
 COMMAND_LINE = "command line"
 
@@ -412,6 +413,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
+        blame_machine(error, path)
         raise ConfigError(f"cannot be read ({error.strerror})", where=path) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"is not valid YAML ({error})".replace("\n", " "), where=path) from None

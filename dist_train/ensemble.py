@@ -23,11 +23,12 @@ from dist_train.data.loader import Loader
 from dist_train.data.sampler import DealtBatches
 from dist_train.data.store import Store
 from dist_train.engine.backends.base import autocast
-from dist_train.engine.out_of_memory import first_line, is_out_of_memory
+from dist_train.engine.out_of_memory import is_out_of_memory
 from dist_train.engine.process_group import ProcessGroup
 from dist_train.errors import RunError
 from dist_train.infer import held_out_logits
 from dist_train.micro_batch import free_cache
+from dist_train.os_advice import blame_machine, first_line
 from dist_train.run import clip_dataset, make_model
 
 log = logging.getLogger(__name__)
@@ -91,8 +92,8 @@ def mean_probability(
                 sums[some.clips.numpy()] += model.probability(some)
                 count(len(some.clips))
     # A clip is of one rank, and 0 on all others: the sum over the ranks is exact.
-    total: np.ndarray = np.sum(group.gather(sums.to_numpy()), axis=0)
-    return total / len(snapshots)
+    mean: np.ndarray = np.sum(group.gather(sums.to_numpy()), axis=0) / len(snapshots)
+    return mean
 
 
 def _rounds(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
@@ -118,8 +119,12 @@ class _Model:
 
     def load(self, snapshot: Path) -> None:
         try:
-            self._model.load_state_dict(load_file(snapshot))
+            # safetensors says of any file that it cannot open that it is not there.
+            with snapshot.open("rb"):
+                weights = load_file(snapshot)
+            self._model.load_state_dict(weights)
         except (OSError, SafetensorError, RuntimeError) as error:
+            blame_machine(error, snapshot)
             reason = str(error).splitlines()[0]
             raise RunError(
                 f"the snapshot does not fit the run ({reason})", where=snapshot

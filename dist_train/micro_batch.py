@@ -22,7 +22,7 @@ from dist_train.data.plan import Plan
 from dist_train.engine.backends.base import Backend
 from dist_train.engine.foreach import by_dtype
 from dist_train.engine.known_bad import cudnn_version
-from dist_train.engine.out_of_memory import NO_ENGINE, first_line, is_out_of_memory
+from dist_train.engine.out_of_memory import NO_ENGINE, is_out_of_memory
 from dist_train.engine.together import on_main
 from dist_train.errors import DistTrainError, RunError
 from dist_train.models.activation_budget import Choice, choose_plan, in_units, measure_parts
@@ -30,6 +30,7 @@ from dist_train.models.largest_tensor import INDEXED_BY_32_BITS, largest_tensor
 from dist_train.models.norm import share_statistics
 from dist_train.models.registry import build_model
 from dist_train.models.resnet3d import PARTS, ResNet3D
+from dist_train.os_advice import first_line
 from dist_train.run import RunData, as_input, make_model
 
 log = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "dist_train"
 # From the ground up; what stands together may import each other, without cycles.
 LEVELS = [
     {"errors"},
+    {"os_advice"},
     {"config", "console"},
     {"data"},
     {"models"},

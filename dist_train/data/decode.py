@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import zipfile
@@ -19,9 +20,15 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from dist_train.data.orientation import AS_IT_IS, Orientation
 from dist_train.data.types import Plane, Volume
 from dist_train.errors import DecodeError
+from dist_train.os_advice import ADVICE, blame_machine
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpeg", ".mpg"}
 VOLUME_SUFFIXES = {".npy", ".npz", ".tif", ".tiff"}
+
+# Of errors that tell of the machine, those that a single file may be the cause of. FFmpeg uses most
+# numbers for purposes of its own.
+OF_A_VIDEO = ADVICE.keys() - {errno.EMFILE, errno.ENFILE, errno.ESTALE}
+OF_A_VOLUME = {errno.EACCES, errno.EPERM, errno.ENOMEM}
 
 # A file can be a playlist in disguise: FFmpeg must not follow it to the network.
 _ONLY_FILES = {"protocol_whitelist": "file"}
@@ -122,6 +129,7 @@ class Video:
         except MemoryError:
             raise _too_large(self.where) from None
         except (av.error.FFmpegError, OSError) as error:
+            blame_machine(error, self.where, but=OF_A_VIDEO)
             raise DecodeError(f"cannot be opened ({_reason(error)})", where=self.where) from None
         if self.frames_decoded == 0:
             because = f" ({self.stopped_by})" if self.stopped_by else ""
@@ -254,6 +262,9 @@ def read_volume(path: Path, where: object | None = None, suffix: str | None = No
         raise
     except MemoryError:
         raise _too_large(where) from None
+    except OSError as error:
+        blame_machine(error, where, but=OF_A_VOLUME)
+        raise DecodeError(f"cannot be read ({_reason(error)})", where=where) from None
     # On damaged bytes the parsers raise whatever they stumble over: struct, zlib, zipfile, index
     # and type errors have all been seen.
     except Exception as error:

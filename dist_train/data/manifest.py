@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from dist_train.errors import ManifestError
+from dist_train.os_advice import blame_machine
 
 # The challenge's names for what every other table calls label and group.
 ALIASES = {"stalled": "label", "project_id": "group"}
@@ -162,6 +163,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     except pd.errors.EmptyDataError:
         raise ManifestError("is empty", where=path, fix="It needs a header and rows.") from None
     except OSError as error:
+        blame_machine(error, path)
         raise ManifestError(f"cannot be read ({error.strerror})", where=path) from None
     except pd.errors.ParserWarning:
         raise ManifestError("has rows with more fields than its header", where=path) from None
