@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sys
@@ -14,11 +13,10 @@ import typer
 
 from dist_train.console import console, progress
 from dist_train.errors import ConfigError, DistTrainError, StoreError
+from dist_train.os_advice import advice, lack_of_memory, raise_open_files
 
 if TYPE_CHECKING:
     from dist_train.data.roi import OutlineColour
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     help="From raw, labelled, imbalanced 3D clips to a trained, calibrated 3D CNN.",
@@ -308,14 +306,19 @@ def predict(
         float | None, typer.Option(min=0.0, max=1.0, help="Of the submission; else fitted on val.")
     ] = None,
 ) -> None:
-    """Predict held-out or new clips, averaged over the run's snapshots."""
+    """Predict held-out or new clips, averaged over the run's snapshots.
+
+    With many processes, by 'accelerate launch -m dist_train predict ...': they share the clips.
+    """
     from dist_train.predict import predict as write_predictions
 
     with progress("predict") as report:
         written = write_predictions(
             run, store=store, out=out, prior=prior, threshold=threshold, progress=report
         )
-    typer.echo(f"predictions in {written}")
+    if _is_first():
+        typer.echo(f"predictions in {written}")
+    _leave_launch()
 
 
 @app.command()
@@ -386,20 +389,30 @@ def _colour(text: str | None) -> OutlineColour:
 def main() -> None:
     """Run the command line; a user's error ends in one message and a non-zero exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    raise_open_files()
     try:
         app()
     except DistTrainError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
         # The disk and its permissions are the user's too; a full one may name no file.
-        if error.filename is None and error.errno not in DISK_FULL:
+        fix = advice(error)
+        if error.filename is None and fix is None:
             raise
         where = "" if error.filename is None else f"{error.filename}: "
-        full = error.errno in DISK_FULL
-        fix = ". Make room and run the command again: what is finished is kept." if full else ""
-        _fail(f"{where}{error.strerror}{fix}", 1)
+        _fail(f"{where}{error.strerror}{'' if fix is None else f'. {fix}'}", 1)
+    except (MemoryError, RuntimeError) as error:
+        told = lack_of_memory(error)
+        if told is None:
+            raise
+        _fail(told, 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _is_first() -> bool:
+    """Of the processes of one launch, the first alone talks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _leave_launch(code: int = 0) -> None:

@@ -13,6 +13,7 @@ from dist_train.data.weight_table import read_weights
 from dist_train.engine.backends.base import Backend
 from dist_train.engine.together import on_main
 from dist_train.errors import PlanError
+from dist_train.os_advice import blame_machine
 from dist_train.run import RunData
 
 #: The name of a table, by the first step of the epoch.
@@ -67,4 +68,5 @@ class EpochWeights:
             return kept.read_bytes()
         except OSError as error:
             where = error.filename or self.table
+            blame_machine(error, where)
             raise PlanError(f"cannot be read ({error.strerror})", where=where) from error

@@ -78,6 +78,10 @@ class RunError(DistTrainError):
     """A run folder lacks what the command needs from it."""
 
 
+class MachineError(DistTrainError):
+    """The machine does not give what is asked of it: its limits, permissions, disks or memory."""
+
+
 class StoppedError(DistTrainError):
     """A run was told to stop, and can be resumed.
 

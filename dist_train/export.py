@@ -23,6 +23,7 @@ from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole
 from dist_train.errors import DistTrainError, RunError
 from dist_train.fresh_statistics import statistics_of_run
 from dist_train.models.resnet3d import BasicBlock, Bottleneck, ConvNorm, ResNet3D
+from dist_train.os_advice import blame_machine
 from dist_train.run import (
     CHECKPOINTS,
     SNAPSHOTS,
@@ -174,12 +175,15 @@ def _load(run: Path, config: Config, step: int | None) -> tuple[nn.Module, dict[
     path, origin = _find(run, step)
     try:
         if origin == "snapshot":
-            weights = load_file(path)
+            # safetensors says of any file that it cannot open that it is not there.
+            with path.open("rb"):
+                weights = load_file(path)
         else:
             tensors, _ = load_checkpoint(path)
             weights = judged_weights(tensors, model.state_dict())
         model.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        blame_machine(error, path)
         reason = str(error).splitlines()[0]
         raise RunError(f"the {origin} does not fit the run ({reason})", where=path) from None
     found = int(path.name.removeprefix("step-").removesuffix(SNAPSHOT))

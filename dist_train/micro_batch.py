@@ -22,7 +22,7 @@ from dist_train.data.plan import Plan
 from dist_train.engine.backends.base import Backend
 from dist_train.engine.foreach import by_dtype
 from dist_train.engine.known_bad import cudnn_version
-from dist_train.engine.out_of_memory import NO_ENGINE, first_line, is_out_of_memory
+from dist_train.engine.out_of_memory import NO_ENGINE, is_out_of_memory
 from dist_train.engine.together import on_main
 from dist_train.errors import DistTrainError, RunError
 from dist_train.models.activation_budget import Choice, choose_plan, in_units, measure_parts
@@ -30,6 +30,7 @@ from dist_train.models.largest_tensor import INDEXED_BY_32_BITS, largest_tensor
 from dist_train.models.norm import share_statistics
 from dist_train.models.registry import build_model
 from dist_train.models.resnet3d import PARTS, ResNet3D
+from dist_train.os_advice import first_line
 from dist_train.run import RunData, as_input, make_model
 
 log = logging.getLogger(__name__)
@@ -86,10 +87,20 @@ def first_indexed(plan: Plan, world: int, accumulate: int, elements: int) -> int
     return next(fitting, found[-1])
 
 
-def most_clips(config: Config, frames: int) -> int:
-    """So many clips of ``frames`` frames can be run at once by kernels that index with 32 bits; at
-    least 1."""
-    return max(1, (INDEXED_BY_32_BITS - 1) // _elements_of_a_clip(config, frames))
+def most_clips(config: Config, frames: int, elements: int = INDEXED_BY_32_BITS - 1) -> int:
+    """So many clips of ``frames`` frames can be run at once if the largest tensor may have so many
+    elements; at least 1. Unless given, that is what kernels can index with 32 bits."""
+    return max(1, elements // _elements_of_a_clip(config, frames))
+
+
+def noted_clips(run: Path) -> int | None:
+    """The most clips of a micro-batch by the note of a run, on whatever device its sessions ran;
+    None without a note that can be read."""
+    try:
+        clips = int(json.loads((run / NOTE).read_text(encoding="utf-8"))["clips"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return clips if clips > 0 else None
 
 
 def _elements_of_a_clip(config: Config, frames: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import yaml
 
 from dist_train.errors import ConfigError
+from dist_train.os_advice import blame_machine
 
 #: Settings are a few kilobytes; a file beyond this is something else.
 MOST_BYTES = 2**18
@@ -129,6 +130,7 @@ def read_yaml(path: Path) -> Any:
         # A FIFO would hold an open that waits.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
+        blame_machine(error, path)
         raise ConfigError(f"cannot be read ({_reason(error)})", where=path) from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -138,6 +140,7 @@ def read_yaml(path: Path) -> Any:
         # One call reads a plain file as far as it goes, for so few bytes.
         content = os.read(descriptor, MOST_BYTES + 1)
     except OSError as error:
+        blame_machine(error, path)
         raise ConfigError(f"cannot be read ({_reason(error)})", where=path) from None
     finally:
         os.close(descriptor)

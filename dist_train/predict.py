@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from scipy.special import expit
 
 from dist_train.config import Config
-from dist_train.data.files import write_whole
-from dist_train.data.loader import Loader
-from dist_train.data.sampler import HeldOutSampler
+from dist_train.data.files import check_writable, write_whole
 from dist_train.data.store import Store
-from dist_train.engine.backends.base import autocast
 from dist_train.engine.checkpoint import by_step
+from dist_train.engine.lost_process import losses_explained
 from dist_train.engine.metrics import best_threshold, prior_correct
+from dist_train.engine.process_group import process_group
+from dist_train.engine.together import on_main
+from dist_train.ensemble import Progress, mean_probability
 from dist_train.errors import ConfigError, RunError
 from dist_train.evaluate import read_predictions
-from dist_train.infer import held_out_logits
-from dist_train.micro_batch import most_clips
-from dist_train.run import (
-    SNAPSHOTS,
-    RunData,
-    clip_dataset,
-    make_model,
-    open_data,
-    open_run,
-    read_record,
-)
+from dist_train.micro_batch import most_clips, noted_clips
+from dist_train.run import SNAPSHOTS, RunData, open_data, open_run, read_record
 from dist_train.state import SNAPSHOT
+
+log = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.csv"
 SUBMISSION = "submission.csv"
-Progress = Callable[[int, int], None]
+#: Of the largest tensor of a batch: half a GiB in float32, beyond which no device is faster.
+MOST_ELEMENTS = 2**27
 
 
 def predict(
@@ -52,6 +43,8 @@ def predict(
 ) -> Path:
     """Write ``predictions.csv`` and ``submission.csv`` for the val and test clips of a run.
 
+    Under a launcher, call it in every process: they share the clips, and rank 0 writes.
+
     Args:
         run: a run folder with snapshots.
         store: predict all clips of this store instead; they need no labels.
@@ -60,7 +53,7 @@ def predict(
             share of the train split unless given.
         threshold: a clip is called positive in the submission when its probability is greater;
             fitted on the run's val split unless given, and 0.5 where that lacks a class.
-        progress: called with (clips done, clips in all) over all snapshots.
+        progress: called on rank 0 with (clips done, clips in all) over all snapshots.
 
     Returns:
         The path of ``predictions.csv``: key, filename, group, split, label (empty if not known),
@@ -72,6 +65,8 @@ def predict(
             the run's own that the threshold could be fitted on.
         ConfigError: the prior is not strictly between 0 and 1.
         StoreError: the store cannot be used.
+        LostProcessError: another process has ended, or cannot be reached.
+        OSError: ``out`` cannot be written to, which is tried before anything is predicted.
     """
     if prior is not None and not 0 < prior < 1:
         raise ConfigError(
@@ -81,47 +76,65 @@ def predict(
         )
     config = open_run(run)
     snapshots = find_snapshots(run)
-    if store is None:
-        data = open_data(config)
-        source, chosen = data.store, _held_out(data)
-        out = out or run
-    else:
-        if out is None or out.resolve() == run.resolve():
-            raise RunError(
-                "predictions of another store need a folder of their own",
-                where=store,
-                fix="Choose one by --out.",
-            )
-        source = Store(store)
-        chosen = source.table.assign(split="")
-        if threshold is None:
-            threshold = _val_threshold(run / PREDICTIONS)
-    rates = read_record(run)["positive_rate"]
-    world = rates["natural"] if prior is None else prior
-    probability = _mean_probability(config, snapshots, source, chosen, progress)
-    table = pd.DataFrame(
+    again = "Run the command again: it begins anew."
+    with losses_explained(again), process_group(config.train.timeout) as group:
+        if store is None:
+            data = open_data(config)
+            source, chosen = data.store, _held_out(data)
+            out = out or run
+        else:
+            if out is None or out.resolve() == run.resolve():
+                raise RunError(
+                    "predictions of another store need a folder of their own",
+                    where=store,
+                    fix="Choose one by --out.",
+                )
+            source = Store(store)
+            chosen = source.table.assign(split="")
+            if threshold is None:
+                threshold = _val_threshold(run / PREDICTIONS)
+        record, folder = read_record(run), out
+        rates = record["positive_rate"]
+        world = rates["natural"] if prior is None else prior
+        on_main(group, lambda: check_writable(folder))
+        probability = mean_probability(
+            config,
+            snapshots,
+            source,
+            chosen,
+            group,
+            batch=_clips_at_once(config, run, record, chosen),
+            progress=progress if group.is_main else None,
+        )
+        table = pd.DataFrame(
+            {
+                "key": chosen["key"],
+                "filename": chosen["filename"],
+                "group": chosen["group"],
+                "split": chosen["split"],
+                "label": chosen["label"].where(chosen["label"] >= 0).astype("Int64"),
+                "probability": probability,
+                "calibrated": prior_correct(probability, rates["train_batches"], world),
+                "frames": chosen["frames"],
+            }
+        )
+        on_main(group, lambda: _write(folder, table, threshold, only_test=store is None))
+    return folder / PREDICTIONS
+
+
+def _write(folder: Path, table: pd.DataFrame, threshold: float | None, *, only_test: bool) -> None:
+    write_whole(folder / PREDICTIONS, table.to_csv(index=False))
+    if threshold is None:
+        threshold = _val_threshold(folder / PREDICTIONS)
+    submission = pd.DataFrame(
         {
-            "key": chosen["key"],
-            "filename": chosen["filename"],
-            "group": chosen["group"],
-            "split": chosen["split"],
-            "label": chosen["label"].where(chosen["label"] >= 0).astype("Int64"),
-            "probability": probability,
-            "calibrated": prior_correct(probability, rates["train_batches"], world),
-            "frames": chosen["frames"],
+            "filename": table["filename"],
+            "stalled": (table["probability"] > threshold).astype(int),
         }
     )
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / PREDICTIONS, table.to_csv(index=False))
-    if threshold is None:
-        threshold = _val_threshold(out / PREDICTIONS)
-    submission = pd.DataFrame(
-        {"filename": table["filename"], "stalled": (probability > threshold).astype(int)}
-    )
-    if store is None and (table["split"] == "test").any():
+    if only_test and (table["split"] == "test").any():
         submission = submission[(table["split"] == "test").to_numpy()]
-    write_whole(out / SUBMISSION, submission.to_csv(index=False))
-    return out / PREDICTIONS
+    write_whole(folder / SUBMISSION, submission.to_csv(index=False))
 
 
 def find_snapshots(run: Path) -> list[Path]:
@@ -144,45 +157,19 @@ def _held_out(data: RunData) -> pd.DataFrame:
     return data.clips[data.clips["split"] != "train"]
 
 
-def _mean_probability(
-    config: Config,
-    snapshots: Sequence[Path],
-    store: Store,
-    chosen: pd.DataFrame,
-    progress: Progress | None,
-) -> np.ndarray:
-    """float64 [N], in the order of ``chosen``."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = make_model(config).to(device)
-    dataset = clip_dataset(config, store, augment=None)
-    batch = config.plan.batch
-    if device.type == "cuda":
-        deepest = min(int(chosen["frames"].max()), config.clip.max_frames or sys.maxsize)
-        batch = min(batch, most_clips(config, deepest))
-    batches = HeldOutSampler(
-        chosen.index.tolist(), chosen["frames"].tolist(), rank=0, world=1, batch=batch
-    )
-    loader = Loader(dataset, batches, config.loader)
-    total, finished = len(chosen) * len(snapshots), 0
+def _clips_at_once(config: Config, run: Path, record: dict[str, Any], chosen: pd.DataFrame) -> int:
+    """A batch that fits where the run was trained, and small enough for a lesser machine.
 
-    def count(clips: int) -> None:
-        nonlocal finished
-        finished += clips
-        if progress is not None:
-            progress(finished, total)
-
-    position = pd.Series(np.arange(len(chosen)), index=chosen.index)
-    probability = np.zeros(len(chosen))
-    for path in snapshots:
-        try:
-            model.load_state_dict(load_file(path))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise RunError(f"the snapshot does not fit the run ({reason})", where=path) from None
-        with autocast(config.train.precision, device):
-            clips, logits = held_out_logits(model, loader, config, device, count)
-        probability[position[clips].to_numpy()] += expit(logits.astype(np.float64))
-    return probability / len(snapshots)
+    It does not depend on this launch, as values that are added up in another order differ in their
+    last digits.
+    """
+    deepest = min(int(chosen["frames"].max()), config.clip.max_frames or sys.maxsize)
+    found = [config.plan.batch, most_clips(config, deepest, MOST_ELEMENTS), noted_clips(run)]
+    try:
+        found.append(int(record["sessions"][-1]["micro_batch"]["clips"]))
+    except (LookupError, TypeError, ValueError):
+        log.info("%s does not say how large micro-batches were", run)
+    return min(clips for clips in found if clips)
 
 
 def _val_threshold(predictions: Path) -> float:

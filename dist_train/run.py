@@ -35,6 +35,7 @@ from dist_train.data.weights import Floats
 from dist_train.errors import ConfigError, RunError
 from dist_train.models.norm import fuse
 from dist_train.models.registry import build_model
+from dist_train.os_advice import blame_machine
 
 log = logging.getLogger(__name__)
 
@@ -253,6 +254,7 @@ def read_record(run: Path) -> dict[str, Any]:
         if not isinstance(content["sessions"], list):
             raise ValueError("its sessions are no list")
     except (OSError, ValueError, KeyError, TypeError) as error:
+        blame_machine(error, path)
         raise RunError(
             f"the record of the run cannot be read ({error})",
             where=path,

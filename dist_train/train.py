@@ -28,7 +28,7 @@ from dist_train.engine.events import EventWriter
 from dist_train.engine.graphs import make_micro_step
 from dist_train.engine.lost_process import losses_explained
 from dist_train.engine.optim import make_optimizer
-from dist_train.engine.out_of_memory import first_line, is_out_of_memory
+from dist_train.engine.out_of_memory import is_out_of_memory
 from dist_train.engine.pace import Pace
 from dist_train.engine.sanity import check_agreement, check_weights
 from dist_train.engine.schedule import Schedule
@@ -40,6 +40,7 @@ from dist_train.judge import Judge, Values
 from dist_train.micro_batch import Buffers, MicroBatches, free_cache
 from dist_train.models.fused_norm import check_compiler
 from dist_train.models.norm import set_momentum, share_statistics
+from dist_train.os_advice import first_line
 from dist_train.outputs import EpochOutputs
 from dist_train.run import (
     CHECKPOINTS,

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "dist_train"
 # From the ground up; what stands together may import each other, without cycles.
 LEVELS = [
     {"errors"},
+    {"os_advice"},
     {"plain_yaml"},
     {"config", "console"},
     {"data"},
@@ -23,7 +24,7 @@ LEVELS = [
     {"engine"},
     {"run", "infer", "state", "epoch_weights", "micro_batch", "outputs"},
     {"fresh_statistics"},
-    {"batches", "judge"},
+    {"batches", "judge", "ensemble"},
     {"train", "predict", "export", "evaluate", "report", "doctor"},
     {"cli"},
     {"__main__"},

@@ -12,12 +12,16 @@ import pytest
 import torch
 from helpers import tiny_config, tiny_store
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from dist_train import ensemble
 from dist_train.config import PlanSettings, dump_config
 from dist_train.data.manifest import read_manifest
 from dist_train.data.prepare import PrepareSettings, prepare
+from dist_train.data.store import Store
 from dist_train.errors import ConfigError, RunError
 from dist_train.evaluate import COLUMNS, evaluate, read_predictions
+from dist_train.models.resnet3d import ResNet3D
 from dist_train.predict import find_snapshots, predict
 from dist_train.run import make_model, open_data, open_run
 from dist_train.train import train
@@ -232,3 +236,68 @@ def test_a_snapshot_that_does_not_fit_is_named(run: Path, damage: str) -> None:
     with pytest.raises(RunError, match="the snapshot does not fit the run") as caught:
         predict(run)
     assert str(caught.value).startswith(str(path))
+
+
+def test_batches_are_halved_where_memory_does_not_suffice(run: Path, predicted: Path) -> None:
+    """Errors are injected, as a CPU has no such limit."""
+    seen: list[int] = []
+
+    def no_memory(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, ResNet3D) and not inputs[0].is_meta:
+            if len(inputs[0]) > 3:
+                raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nMore is told here.")
+            seen.append(len(inputs[0]))
+
+    hook = register_module_forward_pre_hook(no_memory)
+    try:
+        predict(run)
+    finally:
+        hook.remove()
+    # 20 clips by 8 become those by 2, for two snapshots.
+    assert seen == [2] * 20
+    table, whole = (read_predictions(r / "predictions.csv") for r in (run, predicted))
+    assert table["probability"].to_numpy() == pytest.approx(whole["probability"].to_numpy())
+
+
+def test_memory_for_no_clip_at_all_is_told(run: Path, predicted: Path) -> None:
+    def no_memory(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, ResNet3D) and not inputs[0].is_meta:
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB.")
+
+    hook = register_module_forward_pre_hook(no_memory)
+    try:
+        with pytest.raises(RunError, match="does not suffice to predict a single clip"):
+            predict(run)
+    finally:
+        hook.remove()
+
+
+def test_clips_are_read_once_whatever_the_memory_for_them(
+    run: Path, predicted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches are held while the snapshots take turns; where none can be, they are by ones."""
+    read: list[int] = []
+    read_into = Store.read_into
+
+    def noted(store: Store, out: np.ndarray, clip: int) -> None:
+        read.append(int(clip))
+        read_into(store, out, clip)
+
+    monkeypatch.setattr(Store, "read_into", noted)
+    for held in (1, ensemble.HELD):
+        monkeypatch.setattr(ensemble, "HELD", held)
+        read.clear()
+        predict(run)
+        assert len(read) == len(set(read)) == 20
+        assert (run / "predictions.csv").read_bytes() == (
+            predicted / "predictions.csv"
+        ).read_bytes()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(
+    run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", Path("/proc/self")):
+        with pytest.raises(OSError, match=re.escape(str(out))):
+            predict(run, out=out, progress=lambda done, total: pytest.fail("it began to predict"))

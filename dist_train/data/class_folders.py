@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from dist_train.data.decode import VIDEO_SUFFIXES, VOLUME_SUFFIXES
+from dist_train.data.decode import VIDEO_SUFFIXES
 from dist_train.data.manifest import Manifest, make_manifest
+from dist_train.data.volume_file import VOLUME_SUFFIXES
 from dist_train.errors import ManifestError
 
 log = logging.getLogger(__name__)

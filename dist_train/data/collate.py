@@ -54,6 +54,16 @@ class Batch:
             self.clips,
         )
 
+    def part(self, start: int, stop: int) -> Batch:
+        """The clips from ``start`` to ``stop`` (excluded), in the same memory and as deep."""
+        volumes = self.volumes
+        return Batch(
+            volumes.part(start, stop) if isinstance(volumes, NativeClips) else volumes[start:stop],
+            None if self.frames is None else self.frames[start:stop],
+            self.labels[start:stop],
+            self.clips[start:stop],
+        )
+
     def to(self, device: torch.device) -> Batch:
         """Copy what is computed with to a device; ``frames`` and ``clips`` stay on the host."""
         return Batch(

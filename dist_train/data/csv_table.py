@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from dist_train.errors import ManifestError
+from dist_train.os_advice import blame_machine
 
 DELIMITERS = (",", ";", "\t")
 # Rows that are made into a part of the table at a time: as Python objects they fill much memory.
@@ -42,6 +43,7 @@ def read_table(path: Path, column: str) -> pd.DataFrame:
         with path.open(newline="", encoding=encoding) as file:
             return _parse(file, path, column)
     except OSError as error:
+        blame_machine(error, path)
         raise ManifestError(f"cannot be read ({error.strerror})", where=path) from None
     except UnicodeError as error:
         raise ManifestError(
@@ -64,6 +66,7 @@ def _encoding(path: Path) -> str:
         with path.open("rb") as file:
             head = file.read(1 << 16)
     except OSError as error:
+        blame_machine(error, path)
         raise ManifestError(f"cannot be read ({error.strerror})", where=path) from None
     for start, kind in _FOREIGN.items():
         if head.startswith(start):

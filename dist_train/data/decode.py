@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,13 @@ from dist_train.data.frame import Frame, read_frame
 from dist_train.data.orientation import AS_IT_IS, Orientation
 from dist_train.data.undecodable import reason_of, too_large
 from dist_train.errors import DecodeError
+from dist_train.os_advice import ADVICE, blame_machine
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpeg", ".mpg"}
+
+# Of errors that tell of the machine, those that a single file may be the cause of. FFmpeg uses most
+# numbers for purposes of its own.
+OF_A_VIDEO = ADVICE.keys() - {errno.EMFILE, errno.ENFILE, errno.ESTALE}
 
 # A file can be a playlist in disguise: FFmpeg must not follow it to the network.
 _ONLY_FILES = {"protocol_whitelist": "file"}
@@ -88,6 +94,7 @@ class Video:
         except MemoryError:
             raise too_large(self.where) from None
         except (av.error.FFmpegError, OSError) as error:
+            blame_machine(error, self.where, but=OF_A_VIDEO)
             raise DecodeError(f"cannot be opened ({reason_of(error)})", where=self.where) from None
         if self.frames_decoded == 0:
             because = f" ({self.stopped_by})" if self.stopped_by else ""

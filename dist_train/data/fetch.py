@@ -25,6 +25,7 @@ from dist_train.data.sampler import Slot
 from dist_train.data.shards import shard_name
 from dist_train.data.store import SHARDS
 from dist_train.errors import DistTrainError, StoreError
+from dist_train.os_advice import first_line, lack_of_memory
 
 NOWHERE = -1
 LESS_MEMORY = "Lower loader.workers, loader.prefetch or plan.batch, and run the command again."
@@ -141,8 +142,11 @@ class Fetch(Dataset[Batch | LentBatch | DistTrainError]):
             pixels = torch.from_numpy(self.arena.writable(task.offset, size))
             batch = fill(pixels, self.clips, task.slots, before)
             return LentBatch(batch, self.arena, task.offset)
-        except MemoryError as error:
-            raise self._at(place.clip, f"out of memory ({error})", LESS_MEMORY) from None
+        except (MemoryError, RuntimeError) as error:
+            if lack_of_memory(error) is None:
+                raise
+            what = f"out of memory ({first_line(error)})"
+            raise self._at(place.clip, what, LESS_MEMORY) from None
         finally:
             faulthandler.cancel_dump_traceback_later()
             place.clip = NOWHERE

@@ -13,12 +13,14 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 import google_crc32c
 import numpy as np
 
 from dist_train.errors import FileError
+from dist_train.os_advice import blame_machine
 
 PARTIAL = ".partial"
 # Bounds of what is read as JSON: no file of this program comes near them.
@@ -147,6 +149,7 @@ def read_plain(path: Path, *, most_bytes: int) -> bytes:
         with open_plain(path) as file:
             content = file.read(most_bytes + 1)
     except OSError as error:
+        blame_machine(error, path)
         raise FileError(f"cannot be read ({error.strerror})", where=path) from None
     if len(content) > most_bytes:
         raise FileError(f"is longer than {most_bytes} bytes", where=path)
@@ -250,6 +253,22 @@ def _kind(mode: int) -> str:
         stat.S_IFSOCK: "a socket",
     }
     return kinds.get(stat.S_IFMT(mode), "no plain file")
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder, and a nameless file in it that is gone at once: for work that takes long and
+    is written at its end.
+
+    Raises:
+        OSError: naming the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        error.filename = str(folder)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

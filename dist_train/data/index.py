@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import heapq
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
@@ -22,6 +23,7 @@ import numpy as np
 from dist_train.data.files import crc32c, whole_aside
 from dist_train.data.shards import Record, read_records
 from dist_train.errors import StoreError
+from dist_train.os_advice import blame_machine
 
 # Entries that are sorted at a time, and put in one transaction: tens of megabytes.
 RUN = 1 << 15
@@ -124,12 +126,19 @@ def _reading(path: Path) -> Iterator[lmdb.Transaction]:
             if path.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
                 raise lmdb.CorruptedError("the file is cut short")
             yield transaction
-    except (lmdb.Error, ValueError) as error:
+    except (lmdb.Error, ValueError, OSError) as error:
+        blame_machine(_as_os_error(error), path)
         raise StoreError(
             f"the index cannot be read ({error})",
             where=path,
             fix="Delete it and run 'dist-train finalize'; it is rebuilt from the shards.",
         ) from None
+
+
+def _as_os_error(error: Exception) -> Exception:
+    """LMDB's own errors have negative numbers; others are the operating system's."""
+    code = getattr(error, "code", None) or 0
+    return OSError(code, os.strerror(code)) if code > 0 else error
 
 
 def index_checksum(path: Path) -> int:
@@ -141,4 +150,5 @@ def index_checksum(path: Path) -> int:
     try:
         return crc32c(np.memmap(path, np.uint8, mode="r"))
     except (OSError, ValueError) as error:
+        blame_machine(error, path)
         raise StoreError(f"the index cannot be read ({error})", where=path) from None

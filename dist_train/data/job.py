@@ -24,6 +24,7 @@ from dist_train.data.shard_files import SHARD_FILE, Shard
 from dist_train.data.shards import Record
 from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, read_marker
 from dist_train.errors import ConfigError, StoreError
+from dist_train.os_advice import blame_machine
 
 JOB = "job.json"
 MANIFEST = "manifest.csv"
@@ -104,6 +105,7 @@ def read_job(out: Path) -> Job:
     try:
         text = path.read_bytes()
     except OSError as error:
+        blame_machine(error, path)
         raise _lost(path, f"cannot be read ({error.strerror})") from None
     if hashlib.sha256(text).hexdigest() != made_from.get("manifest"):
         raise _lost(path, "is not the table that the store was made from")
@@ -139,6 +141,7 @@ def read_rejects(shard: Shard) -> pd.DataFrame:
         if table.columns.tolist() != ["file", "reason", "class"]:
             raise ValueError("its columns are not file, reason, class")
     except (OSError, ValueError) as error:
+        blame_machine(error, shard.rejects_path)
         raise StoreError(
             f"the list of rejects cannot be read ({error})",
             where=shard.rejects_path,
@@ -155,6 +158,7 @@ def _read_made_from(path: Path) -> dict[str, Any]:
         if job.fingerprint != fingerprint:
             raise ValueError("its fingerprint is not that of its content")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        blame_machine(error, path)
         raise _lost(path, f"cannot be read ({error})") from None
     return job.made_from
 

@@ -17,6 +17,7 @@ import pandas as pd
 from dist_train.data.manifest import SPLITS
 from dist_train.data.types import Volume
 from dist_train.errors import StoreError
+from dist_train.os_advice import blame_machine
 
 
 def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
@@ -44,6 +45,7 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
         if not rows:
             raise ValueError("it holds no images")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        blame_machine(error, path)
         raise StoreError(
             f"is not a MedMNIST file ({error})",
             where=path,

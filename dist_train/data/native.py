@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,19 @@ class NativeClips:
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
         return self.pixels, self.pictures
+
+    def part(self, start: int, stop: int) -> NativeClips:
+        """Clips ``start`` to ``stop`` (excluded) of clips without pictures, in the same memory."""
+        assert not len(self.pictures), "which clip has which picture is not known here"
+        before, own = (
+            sum(map(math.prod, shapes)) for shapes in (self.shapes[:start], self.shapes[start:stop])
+        )
+        return replace(
+            self,
+            pixels=self.pixels[before : before + own],
+            shapes=self.shapes[start:stop],
+            draws=self.draws[start:stop],
+        )
 
     def pin_memory(self) -> NativeClips:
         return replace(self, pixels=self.pixels.pin_memory(), pictures=self.pictures.pin_memory())

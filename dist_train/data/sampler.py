@@ -69,3 +69,30 @@ class HeldOutSampler(Sampler[list[Slot]]):
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+class DealtBatches(Sampler[list[Slot]]):
+    """Every clip of a set once, over all ranks, in batches of ``batch`` clips that are the same
+    whatever the number of ranks.
+
+    Clips are sorted by depth, so that a batch has little padding, then cut into batches, which are
+    dealt to the ranks in turn. A rank may have one batch more than another: for ranks that do not
+    wait for each other at each batch.
+
+    Attributes:
+        clips: number of this rank's clips.
+    """
+
+    def __init__(
+        self, clips: list[int], frames: list[int], *, rank: int, world: int, batch: int
+    ) -> None:
+        slots = [Slot(clip, 0) for _, clip in sorted(zip(frames, clips, strict=True))]
+        batches = [slots[i : i + batch] for i in range(0, len(slots), batch)]
+        self.batches = batches[rank::world]
+        self.clips = sum(map(len, self.batches))
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)

@@ -22,6 +22,7 @@ import numpy as np
 from dist_train.data.files import crc32c, written_whole
 from dist_train.data.types import Volume
 from dist_train.errors import StoreError
+from dist_train.os_advice import blame_machine
 
 Record = dict[str, Any]
 
@@ -100,6 +101,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
                 offset = array.offset_data + array.size - length
                 yield key, full | {"offset": offset, "length": length}
     except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
+        blame_machine(error, path)
         raise StoreError(
             f"is not a readable shard ({error})",
             where=path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from dist_train.data.index import read_index
 from dist_train.data.shards import shard_name
 from dist_train.data.types import Volume
 from dist_train.errors import StoreError
+from dist_train.os_advice import blame_machine, open_files
 
 FORMAT = "dist_train store 1"
 MARKER = "store.json"
@@ -25,7 +27,9 @@ SHARDS = "shards"
 REJECTED = "rejected.csv"
 
 # Shards that are kept open at once: a large store has more of them than a process may open files.
+# Of those it leaves three quarters to others: workers, connections, checkpoints.
 OPEN_SHARDS = 256
+SHARE_OF_OPEN_FILES = 4
 
 COLUMNS = ("filename", "label", "group", "weight", "split", "crowd_score", "tier1")
 
@@ -83,6 +87,7 @@ class Store:
 
         Raises:
             StoreError: the shard is gone, or the bytes are not those that were written.
+            MachineError: it cannot be read now, for too many open files or a failing disk.
         """
         pixels = np.empty(self._shape[clip], dtype=np.uint8)
         self.read_into(pixels, clip)
@@ -93,6 +98,7 @@ class Store:
         try:
             read = os.preadv(self._descriptor(clip), [out.data], int(self._offset[clip]))
         except OSError as error:
+            blame_machine(error, self._path(clip))
             raise self._damage(clip, error.strerror or str(error)) from None
         if read != out.size or crc32c(out) != self._crc32c[clip]:
             raise self._damage(clip, "the bytes are not those that were stored")
@@ -108,16 +114,30 @@ class Store:
         shard = int(self._shard[clip])
         descriptor = self._descriptors.pop(shard, None)
         if descriptor is None:
-            if len(self._descriptors) == OPEN_SHARDS:
-                os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            descriptor = os.open(self.folder / SHARDS / shard_name(shard), os.O_RDONLY)
+            if len(self._descriptors) >= min(OPEN_SHARDS, open_files() // SHARE_OF_OPEN_FILES):
+                self._close_one()
+            try:
+                descriptor = os.open(self._path(clip), os.O_RDONLY)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self._descriptors:
+                    raise
+                # Others of this process have more open than they were left.
+                self._close_one()
+                descriptor = os.open(self._path(clip), os.O_RDONLY)
         self._descriptors[shard] = descriptor
         return descriptor
+
+    def _close_one(self) -> None:
+        if self._descriptors:
+            os.close(self._descriptors.pop(next(iter(self._descriptors))))
+
+    def _path(self, clip: int) -> Path:
+        return self.folder / SHARDS / shard_name(int(self._shard[clip]))
 
     def _damage(self, clip: int, what: str) -> StoreError:
         return StoreError(
             f"clip '{self.table['key'].iloc[clip]}' cannot be read ({what})",
-            where=self.folder / SHARDS / shard_name(int(self._shard[clip])),
+            where=self._path(clip),
             fix="Run 'dist-train verify' with --repair, which rebuilds damaged shards.",
         )
 
@@ -146,6 +166,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(marker.read_bytes())
         form = content["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        blame_machine(error, marker)
         raise StoreError(
             f"is not the marker of a store ({error})",
             where=marker,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import zipfile
@@ -16,8 +17,12 @@ from dist_train.data.tiff import read_tiff
 from dist_train.data.types import Volume
 from dist_train.data.undecodable import reason_of, too_large
 from dist_train.errors import DecodeError
+from dist_train.os_advice import blame_machine
 
 VOLUME_SUFFIXES = {".npy", ".npz", ".tif", ".tiff"}
+
+# Of errors that tell of the machine, those that a single file may be the cause of.
+OF_A_FILE = {errno.EACCES, errno.EPERM, errno.ENOMEM}
 
 
 def read_volume(
@@ -54,6 +59,9 @@ def read_raw(path: Path, where: object, suffix: str | None = None) -> RawVolume:
         raise
     except MemoryError:
         raise too_large(where) from None
+    except OSError as error:
+        blame_machine(error, where, but=OF_A_FILE)
+        raise DecodeError(f"cannot be read ({reason_of(error)})", where=where) from None
     # On damaged bytes the parsers raise whatever they stumble over: struct, zlib, zipfile, index
     # and type errors have all been seen.
     except Exception as error:

@@ -8,6 +8,7 @@ any world size and by any backend. ``checkpoint_writer.py`` writes them.
 
 from __future__ import annotations
 
+import errno
 import heapq
 import json
 import logging
@@ -24,8 +25,11 @@ from torch import Tensor
 from dist_train.data.files import crc32c
 from dist_train.engine.tensor_file import sum_of_file
 from dist_train.errors import CheckpointError
+from dist_train.os_advice import blame_machine
 
 MARKER = "checkpoint.json"
+#: A disk that cannot read one checkpoint may well read an older one.
+DAMAGE = (errno.EIO,)
 log = logging.getLogger(__name__)
 
 
@@ -87,8 +91,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     for entry in marker["files"]:
         try:
-            tensors |= load_file(path / entry["name"])
+            # safetensors says of any file that it cannot open that it is not there.
+            with (path / entry["name"]).open("rb"):
+                tensors |= load_file(path / entry["name"])
         except (OSError, SafetensorError) as error:
+            blame_machine(error, path / entry["name"])
             raise CheckpointError(f"cannot be read ({error})", where=path / entry["name"]) from None
     return tensors, marker
 
@@ -130,6 +137,7 @@ def read_marker(path: Path) -> dict[str, Any]:
         if not isinstance(marker["facts"], dict):
             raise ValueError(f"{MARKER} has no facts")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        blame_machine(error, path, but=DAMAGE)
         raise CheckpointError(f"the checkpoint is not whole ({error})", where=path) from None
     return _unsealed(marker)
 
@@ -151,6 +159,7 @@ def _check(path: Path) -> dict[str, Any]:
         for entry in marker["files"]:
             _check_file(path / entry["name"], entry)
     except (OSError, KeyError, TypeError) as error:
+        blame_machine(error, path, but=DAMAGE)
         raise CheckpointError(f"the checkpoint is not whole ({error})", where=path) from None
     return marker
 

@@ -113,7 +113,8 @@ class CheckpointWriter:
             raise CheckpointError(
                 f"the checkpoint cannot be written ({error})",
                 where=final,
-                fix="Make room or mend the disk; the run goes on from the checkpoint before.",
+                fix=f"{error.fix or 'Look after its disk.'} The run goes on from the checkpoint "
+                "before.",
             ) from error.__cause__
         if self._group.rank == 0:
             self._pruned = self._thread.submit(

@@ -15,8 +15,11 @@ OF_GLOO = ("/gloo/", "Application timeout caused pair closure")
 
 
 @contextmanager
-def losses_explained() -> Iterator[None]:
+def losses_explained(then: str = "Go on by --resume auto.") -> Iterator[None]:
     """Within it, what torch raises where another process does not answer is a user's error.
+
+    Args:
+        then: what the user does once the cause is mended.
 
     Raises:
         LostProcessError: in place of that.
@@ -28,7 +31,7 @@ def losses_explained() -> Iterator[None]:
             raise
         raise LostProcessError(
             f"another process of the run has ended, or cannot be reached ({_core(error)})",
-            fix="What it said is above or in its own log. Go on by --resume auto.",
+            fix=f"What it said is above or in its own log. {then}",
         ) from error
 
 

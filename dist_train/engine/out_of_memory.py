@@ -16,6 +16,8 @@ SIGNS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",
+    # Of the host, in training on its CPUs.
+    "DefaultCPUAllocator: can't allocate memory",
     # Of compiled kernels.
     "Triton Error [CUDA]: out of memory",
 )
@@ -31,8 +33,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
-
-
-def first_line(error: BaseException) -> str:
-    """What the error says, without the traces that torch appends."""
-    return str(error).partition("\n")[0].rstrip(".")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from dist_train.errors import DistTrainError
+from dist_train.os_advice import advice
 
 Result = TypeVar("Result")
 
@@ -21,12 +22,21 @@ class Group(Protocol):
 
 
 class OfSomeRankError(Exception):
-    """A rank failed; its cause is known on that rank alone."""
+    """A rank failed; its cause is known on that rank alone.
+
+    Attributes:
+        fix: what the user can do, where the operating system's error tells.
+    """
+
+    def __init__(self, reason: str, fix: str | None) -> None:
+        super().__init__(reason)
+        self.fix = fix
 
 
 @dataclass(frozen=True)
 class _Failure:
     reason: str
+    fix: str | None
 
 
 def together(group: Group, act: Callable[[], Result]) -> list[Result]:
@@ -41,11 +51,11 @@ def together(group: Group, act: Callable[[], Result]) -> list[Result]:
         outcome = act()
     except Exception as error:
         cause = error
-        outcome = _Failure(f"process {group.rank}: {_reason(error)}")
+        outcome = _Failure(f"process {group.rank}: {_reason(error)}", advice(error))
     outcomes = group.gather(outcome)
     for failed in outcomes:
         if isinstance(failed, _Failure):
-            raise OfSomeRankError(failed.reason) from cause
+            raise OfSomeRankError(failed.reason, failed.fix) from cause
     return outcomes
 
 

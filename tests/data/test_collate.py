@@ -148,3 +148,23 @@ def test_pinned(clips: ClipDataset) -> None:
     batch = batch_of(clips, 0, 1).pin_memory()
     assert batch.volumes.is_pinned()
     assert batch.labels.is_pinned()
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_part_of_a_batch_has_the_clips_in_its_place(clips: ClipDataset, on_device: bool) -> None:
+    dataset = ClipDataset(
+        clips.store, size=(4, 5), max_frames=None, augment=None, on_device=on_device
+    )
+    batch = batch_of(dataset, 0, 1, 2, 3)
+    part = batch.part(1, 3)
+    assert part.clips.tolist() == [1, 2]
+    assert part.labels.tolist() == batch.labels[1:3].tolist()
+    assert part.frames is not None
+    assert part.frames.tolist() == [5, 1]
+    if isinstance(part.volumes, NativeClips):
+        assert part.volumes.shapes == ((5, 8, 9), (1, 8, 9))
+        assert part.volumes.pixels.tolist() == [2] * (5 * 72) + [3] * 72
+        assert len(part.volumes.draws) == 2
+    else:
+        assert torch.equal(part.volumes, batch.volumes[1:3])
+    assert batch.part(3, 9).clips.tolist() == [3]

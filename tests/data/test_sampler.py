@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_train.data.plan import make_plan
-from dist_train.data.sampler import HeldOutSampler, PlanSampler, Slot
+from dist_train.data.sampler import DealtBatches, HeldOutSampler, PlanSampler, Slot
 from dist_train.errors import PlanError
 
 PLAN = make_plan(np.arange(10), np.arange(10, 60), batch=16, ratio=(1, 3), seed=0)
@@ -117,3 +117,16 @@ def test_held_out_batches_hold_clips_of_like_depth() -> None:
     padding = [max(depths[s.clip] for s in b) - min(depths[s.clip] for s in b) for b in batches]
     assert max(padding) < 40
     assert batches[0][0] == Slot(batches[0][0].clip, 0)
+
+
+@given(st.lists(st.integers(1, 90), max_size=70), st.integers(1, 5), st.integers(1, 9))
+def test_dealt_batches_are_the_same_for_any_number_of_ranks(
+    frames: list[int], world: int, batch: int
+) -> None:
+    clips = [100 + i for i in range(len(frames))]
+    ranks = [DealtBatches(clips, frames, rank=r, world=world, batch=batch) for r in range(world)]
+    (alone,) = [DealtBatches(clips, frames, rank=0, world=1, batch=batch)]
+    assert sorted(slots for rank in ranks for slots in rank) == sorted(alone)
+    assert sorted(slot.clip for slots in alone for slot in slots) == clips
+    assert [rank.clips for rank in ranks] == [sum(map(len, rank)) for rank in ranks]
+    assert max(map(len, ranks)) - min(map(len, ranks)) <= 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dist_train.engine.out_of_memory import first_line, is_out_of_memory
+from dist_train.engine.out_of_memory import is_out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,10 @@ from dist_train.engine.out_of_memory import first_line, is_out_of_memory
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't "
+            "allocate memory: you tried to allocate 8 bytes."
+        ),
     ],
     ids=str,
 )
@@ -39,9 +43,3 @@ def test_memory_ran_out(error: Exception) -> None:
 )
 def test_something_else_went_wrong(error: Exception) -> None:
     assert not is_out_of_memory(error)
-
-
-def test_the_first_line() -> None:
-    assert first_line(RuntimeError("CUDA error: out of memory.\nMore.")) == (
-        "CUDA error: out of memory"
-    )

@@ -1,11 +1,14 @@
-"""Files that cannot grow, as on a full disk."""
+"""Files that cannot grow, as on a full disk, and files that cannot be opened, as there are too
+many."""
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 LittleRoom = Callable[[int | None], None]
 
@@ -28,3 +31,23 @@ def limited() -> Iterator[LittleRoom]:
     finally:
         set_limit(None)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+@contextmanager
+def files_all_open(spare: int = 0) -> Iterator[None]:
+    """Within it, this process can open no more than so many files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 9
+    held: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, soft), hard))
+    try:
+        with suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(spare):
+            os.close(held.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in held:
+            os.close(descriptor)
