@@ -286,9 +286,9 @@ def evaluate(
     """Judge a run's predictions."""
     from dist_train.evaluate import evaluate as judge
     from dist_train.evaluate import table
-    from dist_train.predict import PREDICTIONS
+    from dist_train.run_folder import EVALUATION, PREDICTIONS
 
-    judged = judge(run / PREDICTIONS, out=run / "evaluation.json", threshold=threshold)
+    judged = judge(run / PREDICTIONS, out=run / EVALUATION, threshold=threshold)
     console.print(table(judged))
 
 

@@ -23,8 +23,9 @@ from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole
 from dist_train.engine.ema import averaged
 from dist_train.errors import RunError
 from dist_train.models.resnet3d import BasicBlock, Bottleneck, ConvNorm, ResNet3D
-from dist_train.run import CHECKPOINTS, SNAPSHOTS, make_model, model_facts, open_run
-from dist_train.state import SNAPSHOT, save_snapshot
+from dist_train.run import make_model, model_facts, open_run
+from dist_train.run_folder import CHECKPOINTS, SNAPSHOT, SNAPSHOTS
+from dist_train.state import save_snapshot
 
 NEEDED_FOR_ONNX = ("onnx", "onnxscript")
 #: Of a protobuf message, and so of an ONNX file that holds its weights.

@@ -26,7 +26,6 @@ from dist_train.evaluate import read_predictions
 from dist_train.infer import held_out_logits
 from dist_train.micro_batch import most_clips
 from dist_train.run import (
-    SNAPSHOTS,
     RunData,
     clip_dataset,
     make_model,
@@ -34,10 +33,8 @@ from dist_train.run import (
     open_run,
     read_record,
 )
-from dist_train.state import SNAPSHOT
+from dist_train.run_folder import PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
 
-PREDICTIONS = "predictions.csv"
-SUBMISSION = "submission.csv"
 Progress = Callable[[int, int], None]
 
 

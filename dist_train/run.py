@@ -33,14 +33,11 @@ from dist_train.data.weights import Floats
 from dist_train.errors import ConfigError, RunError
 from dist_train.models.norm import fuse
 from dist_train.models.registry import build_model
+from dist_train.run_folder import CONFIG, RECORD
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
 LOCK = ".lock"
-RECORD = "run.json"
-CHECKPOINTS = "checkpoints"
-SNAPSHOTS = "snapshots"
 VERSIONS_OF = ("torch", "accelerate", "deepspeed", "numpy", "av", "albumentations", "lmdb")
 
 
@@ -255,6 +252,31 @@ def begin_session(run: Path, facts: dict[str, Any], session: dict[str, Any]) -> 
         "sessions": [*record.get("sessions", []), started | session],
     }
     write_whole(run / RECORD, json.dumps(record, indent=2))
+
+
+def completed_checkpoint(run: Path) -> bool | None:
+    """Whether the run has ever completed a checkpoint; None where its record does not say."""
+    try:
+        said = read_record(run).get("checkpointed")
+    except RunError:
+        return None
+    return said if isinstance(said, bool) else None
+
+
+def note_checkpoint(run: Path) -> None:
+    """Note in ``run.json`` that a checkpoint was completed. From then on, a run without
+    checkpoints is one that has lost them.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        record = read_record(run)
+    except RunError as error:
+        log.warning("%s", error)
+        return
+    if record.get("checkpointed") is not True:
+        write_whole(run / RECORD, json.dumps(record | {"checkpointed": True}, indent=2))
 
 
 def _version(package: str) -> str | None:

@@ -27,15 +27,16 @@ from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole,
 from dist_train.engine.checkpoint_keep import Keep
 from dist_train.engine.checkpoint_writer import CheckpointWriter
 from dist_train.engine.ema import Ema
+from dist_train.engine.superseded import set_aside
 from dist_train.engine.together import OfSomeRankError, on_main, together
-from dist_train.errors import CheckpointError, RunError
+from dist_train.errors import CheckpointError
+from dist_train.run_folder import SNAPSHOT, SNAPSHOTS
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
 # The epoch's training outputs so far, which its metrics need at its end.
 EPOCH = ("epoch/logits", "epoch/labels")
-SNAPSHOT = ".safetensors"
 
 
 class RunState:
@@ -45,6 +46,7 @@ class RunState:
         plan_at: the plan that a step was, or is to be, made by.
         model: facts that the weights only mean the same with, as JSON types.
         store: fingerprint of the store.
+        completed: called on rank 0 after a checkpoint is in place, until it succeeds once.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class RunState:
         seed: int,
         model: dict[str, Any],
         store: str,
+        completed: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.backend, self.settings = folder, backend, settings
         self.ema = ema
@@ -67,6 +70,7 @@ class RunState:
         self.writer = CheckpointWriter(folder, backend, keep=keep)
         self.saved_at: int | None = None
         self._failures, self._has_one = 0, False
+        self._completed: Callable[[], None] | None = completed if backend.is_main else None
 
     def save(
         self,
@@ -105,15 +109,6 @@ class RunState:
         self.writer.save(step, tensors, facts)
         self.saved_at = step
 
-    def refuse_existing(self) -> None:
-        """Raise ``RunError`` if the folder holds checkpoints, which a new run would mix with."""
-        if by_step(self.folder):
-            raise RunError(
-                "the folder holds a run already",
-                where=self.folder.parent,
-                fix="Go on with it by --resume auto, or choose another 'out'.",
-            )
-
     @property
     def ready(self) -> bool:
         """Whether ``commit`` need not wait for this rank."""
@@ -128,7 +123,7 @@ class RunState:
         """
         with self.failures_survived():
             if self.writer.commit() is not None:
-                self._failures, self._has_one = 0, True
+                self._note_completed()
 
     def finish(self) -> None:
         """Complete what ``save`` began, and the removal of older ones; a collective call.
@@ -137,7 +132,18 @@ class RunState:
             CheckpointError: it cannot be written.
         """
         if self.writer.finish() is not None:
-            self._failures, self._has_one = 0, True
+            self._note_completed()
+
+    def _note_completed(self) -> None:
+        self._failures, self._has_one = 0, True
+        if self._completed is not None:
+            try:
+                self._completed()
+            except OSError as error:
+                # The checkpoint is in place, so the run can go on; the next one tries again.
+                log.warning("the first checkpoint is not noted in the run's record: %s", error)
+            else:
+                self._completed = None
 
     @contextmanager
     def failures_survived(self) -> Iterator[None]:
@@ -261,12 +267,13 @@ class RunState:
         log.warning("%s was trained with another %s; accepted", path, what)
 
 
-def drop_snapshots(folder: Path, *, after: int) -> None:
-    """Remove the snapshots of steps beyond ``after``, which a killed session left: the run will
-    pass there again, perhaps with other settings, and predictions average over all there are."""
-    for step, path in by_step(folder, SNAPSHOT):
+def set_snapshots_aside(run: Path, *, after: int) -> None:
+    """Move the snapshots of steps beyond ``after``, which a killed session left, to
+    ``superseded/``: the run will pass there again, perhaps with other settings, and predictions
+    average over all there are."""
+    for step, path in by_step(run / SNAPSHOTS, SNAPSHOT):
         if step > after:
-            path.unlink()
+            set_aside(run, path)
 
 
 def save_snapshot(path: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
