@@ -29,8 +29,8 @@ from dist_train.run import (
     RunData,
     clip_dataset,
     make_model,
-    open_data,
     open_run,
+    open_run_data,
     read_record,
 )
 from dist_train.run_folder import PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
@@ -42,6 +42,7 @@ def predict(
     run: Path,
     *,
     store: Path | None = None,
+    store_path: Path | None = None,
     out: Path | None = None,
     prior: float | None = None,
     threshold: float | None = None,
@@ -52,6 +53,7 @@ def predict(
     Args:
         run: a run folder with snapshots.
         store: predict all clips of this store instead; they need no labels.
+        store_path: where the run's own store is now, if it was moved.
         out: where to write; the run's folder unless another store is given.
         prior: share of positives in the world, to which ``calibrated`` is corrected; the natural
             share of the train split unless given.
@@ -68,7 +70,7 @@ def predict(
         RunError: no run, no snapshot, nowhere to write, or, for another store, no predictions of
             the run's own that the threshold could be fitted on.
         ConfigError: the prior is not strictly between 0 and 1.
-        StoreError: the store cannot be used.
+        StoreError: the store cannot be used, or the run's own is not as it was.
     """
     if prior is not None and not 0 < prior < 1:
         raise ConfigError(
@@ -79,7 +81,7 @@ def predict(
     config = open_run(run)
     snapshots = find_snapshots(run)
     if store is None:
-        data = open_data(config)
+        data = open_run_data(run, config, store_path=store_path)
         source, chosen = data.store, _held_out(data)
         out = out or run
     else:

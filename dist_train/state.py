@@ -45,7 +45,7 @@ class RunState:
     Args:
         plan_at: the plan that a step was, or is to be, made by.
         model: facts that the weights only mean the same with, as JSON types.
-        store: fingerprint of the store.
+        store, content: fingerprint of the store, and identity of what it holds.
         completed: called on rank 0 after a checkpoint is in place, until it succeeds once.
     """
 
@@ -60,12 +60,13 @@ class RunState:
         seed: int,
         model: dict[str, Any],
         store: str,
+        content: str,
         completed: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.backend, self.settings = folder, backend, settings
         self.ema = ema
         self.plan_at = plan_at
-        self.seed, self.model, self.store = seed, model, store
+        self.seed, self.model, self.store, self.content = seed, model, store, content
         keep = Keep(settings.keep_last, settings.keep_every, settings.best)
         self.writer = CheckpointWriter(folder, backend, keep=keep)
         self.saved_at: int | None = None
@@ -96,6 +97,7 @@ class RunState:
         facts = {
             "model": self.model,
             "store": self.store,
+            "content": self.content,
             "sampler": {
                 "version": VERSION,
                 "seed": self.seed,
@@ -251,7 +253,9 @@ class RunState:
                 where=path,
                 fix="Use the same model settings, or choose another 'out'.",
             )
-        other_store = facts["store"] != self.store
+        # Checkpoints of earlier versions do not know the content.
+        known = facts.get("content", self.content)
+        other_store = facts["store"] != self.store or known != self.content
         if not other_store and facts["sampler"]["fingerprint"] == plan.fingerprint:
             return
         what = "store" if other_store else "selection, split, plan or seed"

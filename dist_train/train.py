@@ -45,12 +45,14 @@ from dist_train.outputs import EpochOutputs
 from dist_train.run import (
     as_input,
     begin_session,
+    check_same_data,
     completed_checkpoint,
     make_model,
     model_facts,
     note_checkpoint,
     only_session,
     open_data,
+    write_splits,
 )
 from dist_train.run_folder import (
     CHECKPOINTS,
@@ -155,6 +157,7 @@ class Trainer:
             seed=config.seed,
             model=model_facts(config),
             store=self.data.store.fingerprint,
+            content=self.data.store.content,
             completed=lambda: note_checkpoint(config.out),
         )
         self.done = self.first_step = 0
@@ -179,6 +182,8 @@ class Trainer:
         backend, out = self.backend, self.config.out
         found = None
         if resume == "auto":
+            if not self.config.checkpoint.accept_other_order:
+                on_main(backend, lambda: check_same_data(out, self.data))
             found = self.state.restore()
             if found is None:
                 checkpointed = completed_checkpoint
@@ -195,7 +200,7 @@ class Trainer:
             backend,
             {
                 "the step to begin with": self.done,
-                "the store": self.data.store.fingerprint,
+                "the store": (self.data.store.fingerprint, self.data.store.content),
                 "the plan": self.plan.fingerprint,
             },
         )
@@ -222,7 +227,9 @@ class Trainer:
                 },
                 "steps": self.steps,
                 "checkpointed": resumed_from is not None,
-            },
+                "settings": config.model_dump(mode="json"),
+            }
+            | write_splits(config.out, self.data),
             {
                 "resumed_from_step": resumed_from,
                 "world_size": backend.world,

@@ -20,7 +20,7 @@ LEVELS = [
     {"data"},
     {"models"},
     {"engine"},
-    {"run_folder"},
+    {"run_folder", "run_splits"},
     {"run", "infer", "state", "epoch_weights", "micro_batch", "outputs"},
     {"batches", "judge"},
     {"train", "predict", "export", "evaluate", "report", "doctor"},
