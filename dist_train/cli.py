@@ -28,6 +28,9 @@ app = typer.Typer(
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; one per core unless given.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 MaxRejected = Annotated[str, typer.Option(help="Largest share of rejected clips, as 1% or 0.01.")]
+StorePath = Annotated[
+    Path | None, typer.Option(help="Where the run's own store is now, if it was moved.")
+]
 Colour = Annotated[
     str | None,
     typer.Option(help="Of the outline: red=100:255,green=50:150,blue=0:110,red_over_blue=60."),
@@ -298,6 +301,7 @@ def doctor(
 def predict(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     store: Annotated[Path | None, typer.Option(help="Predict this store instead.")] = None,
+    store_path: StorePath = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; the run's own.")] = None,
     prior: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Share of positives in the world.")
@@ -314,7 +318,13 @@ def predict(
 
     with progress("predict") as report:
         written = write_predictions(
-            run, store=store, out=out, prior=prior, threshold=threshold, progress=report
+            run,
+            store=store,
+            store_path=store_path,
+            out=out,
+            prior=prior,
+            threshold=threshold,
+            progress=report,
         )
     if _is_first():
         typer.echo(f"predictions in {written}")
@@ -331,9 +341,9 @@ def evaluate(
     """Judge a run's predictions."""
     from dist_train.evaluate import evaluate as judge
     from dist_train.evaluate import table
-    from dist_train.predict import PREDICTIONS
+    from dist_train.run_folder import EVALUATION, PREDICTIONS
 
-    judged = judge(run / PREDICTIONS, out=run / "evaluation.json", threshold=threshold)
+    judged = judge(run / PREDICTIONS, out=run / EVALUATION, threshold=threshold)
     console.print(table(judged))
 
 
@@ -355,13 +365,14 @@ def export(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")], store_path: StorePath = None
+) -> None:
     """Write a run's report: one HTML page that needs nothing else."""
-    from dist_train.data.store import Store
     from dist_train.report import write_report
-    from dist_train.run import open_run
+    from dist_train.run import open_run, open_run_data
 
-    store = Store(open_run(run).store)
+    store = open_run_data(run, open_run(run), store_path=store_path).store
     page = write_report(run, strips=lambda key: store.read(store.clip_of(key)))
     typer.echo(f"report in {page}")
 

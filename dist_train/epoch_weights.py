@@ -11,6 +11,7 @@ from dist_train.data.files import write_whole
 from dist_train.data.plan import Plan
 from dist_train.data.weight_table import read_weights
 from dist_train.engine.backends.base import Backend
+from dist_train.engine.superseded import set_aside
 from dist_train.engine.together import on_main
 from dist_train.errors import PlanError
 from dist_train.os_advice import blame_machine
@@ -41,13 +42,14 @@ class EpochWeights:
         self.plan = lru_cache(maxsize=2)(self._plan)
 
     def forget(self) -> None:
-        """A new run begins: tables that an earlier one left are not its own. Others in a folder
-        of that name are the user's. A collective call."""
-        if self.backend.is_main:
-            for path in self.folder.glob("step-*.csv"):
-                if KEPT.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
-        self.backend.from_main(None)
+        """A new run begins: tables that an earlier one left are not its own, and are moved aside.
+        Others in a folder of that name are the user's. A collective call."""
+        on_main(self.backend, self._set_aside)
+
+    def _set_aside(self) -> None:
+        for path in self.folder.glob("step-*.csv"):
+            if KEPT.fullmatch(path.name):
+                set_aside(self.folder.parent, path)
 
     def _plan(self, first_step: int) -> Plan:
         """The plan of the epoch that begins with ``first_step``; a collective call.

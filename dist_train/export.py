@@ -24,16 +24,9 @@ from dist_train.errors import DistTrainError, RunError
 from dist_train.fresh_statistics import statistics_of_run
 from dist_train.models.resnet3d import BasicBlock, Bottleneck, ConvNorm, ResNet3D
 from dist_train.os_advice import blame_machine
-from dist_train.run import (
-    CHECKPOINTS,
-    SNAPSHOTS,
-    make_model,
-    model_facts,
-    open_data,
-    open_run,
-    read_record,
-)
-from dist_train.state import JUDGED, SNAPSHOT, judged_weights, save_snapshot
+from dist_train.run import make_model, model_facts, open_data, open_run, read_record
+from dist_train.run_folder import CHECKPOINTS, SNAPSHOT, SNAPSHOTS
+from dist_train.state import JUDGED, judged_weights, save_snapshot
 
 NEEDED_FOR_ONNX = ("onnx", "onnxscript")
 #: Of a protobuf message, and so of an ONNX file that holds its weights.

@@ -24,7 +24,8 @@ from dist_train.fresh_statistics import take_statistics
 from dist_train.infer import held_out_logits
 from dist_train.models.norm_gap import by_running_and_own_statistics
 from dist_train.outputs import EpochOutputs, joined
-from dist_train.run import SNAPSHOTS, RunData, as_input, model_facts
+from dist_train.run import RunData, as_input, model_facts
+from dist_train.run_folder import SNAPSHOTS
 from dist_train.state import save_snapshot
 
 Values = dict[str, float | None]

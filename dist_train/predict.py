@@ -21,13 +21,11 @@ from dist_train.ensemble import Progress, mean_probability
 from dist_train.errors import ConfigError, RunError
 from dist_train.evaluate import read_predictions
 from dist_train.micro_batch import most_clips, noted_clips
-from dist_train.run import SNAPSHOTS, RunData, open_data, open_run, read_record
-from dist_train.state import SNAPSHOT
+from dist_train.run import RunData, open_run, open_run_data, read_record
+from dist_train.run_folder import PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
 
 log = logging.getLogger(__name__)
 
-PREDICTIONS = "predictions.csv"
-SUBMISSION = "submission.csv"
 #: Of the largest tensor of a batch: half a GiB in float32, beyond which no device is faster.
 MOST_ELEMENTS = 2**27
 
@@ -36,6 +34,7 @@ def predict(
     run: Path,
     *,
     store: Path | None = None,
+    store_path: Path | None = None,
     out: Path | None = None,
     prior: float | None = None,
     threshold: float | None = None,
@@ -48,6 +47,7 @@ def predict(
     Args:
         run: a run folder with snapshots.
         store: predict all clips of this store instead; they need no labels.
+        store_path: where the run's own store is now, if it was moved.
         out: where to write; the run's folder unless another store is given.
         prior: share of positives in the world, to which ``calibrated`` is corrected; the natural
             share of the train split unless given.
@@ -64,7 +64,7 @@ def predict(
         RunError: no run, no snapshot, nowhere to write, or, for another store, no predictions of
             the run's own that the threshold could be fitted on.
         ConfigError: the prior is not strictly between 0 and 1.
-        StoreError: the store cannot be used.
+        StoreError: the store cannot be used, or the run's own is not as it was.
         LostProcessError: another process has ended, or cannot be reached.
         OSError: ``out`` cannot be written to, which is tried before anything is predicted.
     """
@@ -79,7 +79,7 @@ def predict(
     again = "Run the command again: it begins anew."
     with losses_explained(again), process_group(config.train.timeout) as group:
         if store is None:
-            data = open_data(config)
+            data = open_run_data(run, config, store_path=store_path)
             source, chosen = data.store, _held_out(data)
             out = out or run
         else:

@@ -26,24 +26,40 @@ from dist_train.data.augment import Augment
 from dist_train.data.augment_device import augmented_batch
 from dist_train.data.dataset import ClipDataset
 from dist_train.data.duplicates import duplicates_across, find_duplicates, refuse_duplicates
-from dist_train.data.files import open_lock, write_whole
+from dist_train.data.files import crc32c, open_lock, write_whole
 from dist_train.data.native import NativeClips
+from dist_train.data.plain import MIB, parse_object, read_plain
 from dist_train.data.plan import Plan, make_plan
 from dist_train.data.select import check_splits, choose_clips
-from dist_train.data.store import Store
+from dist_train.data.store import MARKER, Store
 from dist_train.data.weights import Floats
-from dist_train.errors import ConfigError, RunError
+from dist_train.engine.superseded import set_aside
+from dist_train.errors import ConfigError, RunError, StoreError
 from dist_train.models.norm import fuse
 from dist_train.models.registry import build_model
 from dist_train.os_advice import blame_machine
+from dist_train.run_folder import CONFIG, RECORD
+from dist_train.run_splits import (
+    MOST_BYTES,
+    SPLITS,
+    facts_of,
+    read_splits,
+    splits_text,
+    what_changed,
+)
 
 log = logging.getLogger(__name__)
 
-CONFIG = "config.yaml"
 LOCK = ".lock"
-RECORD = "run.json"
-CHECKPOINTS = "checkpoints"
-SNAPSHOTS = "snapshots"
+MOST_OF_RECORD = 64 * MIB
+RESTORE = (
+    "Restore the store, or say by --store-path where the run's own is. Other clips are predicted "
+    "by 'dist-train predict --store'."
+)
+ACCEPT = (
+    "Or choose another 'out', or accept the change by checkpoint.accept_other_order=true: training "
+    "goes on at the same step of the new order."
+)
 VERSIONS_OF = ("torch", "accelerate", "deepspeed", "numpy", "av", "albumentations", "lmdb")
 
 
@@ -157,6 +173,131 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
     return RunData(store, clips, config)
 
 
+def open_run_data(run: Path, config: Config, *, store_path: Path | None = None) -> RunData:
+    """The store and the splits that a run was trained with.
+
+    The store is looked for where it was, by its absolute path, and then at the path of the
+    settings. A run of an earlier version does not say what its store held: it is split anew, with
+    a warning.
+
+    Args:
+        config: the run's settings.
+        store_path: where the store is now.
+
+    Raises:
+        RunError: the record or the table of splits cannot be used.
+        StoreError: the store is not there, or is not as it was.
+    """
+    record = read_record(run)
+    if "store" not in record:
+        log.warning(
+            "%s: the run does not say what its store held, and which clip was in which split; both "
+            "are taken from the store as it is now",
+            run,
+        )
+        moved = {} if store_path is None else {"store": store_path}
+        return open_data(config.model_copy(update=moved))
+    folder = _find_store(record["store"], config) if store_path is None else store_path
+    store, splits = Store(folder), read_splits(run, record["splits"])
+    _check_content(store, splits, record["store"], fix=RESTORE)
+    if splits is None:
+        data = RunData(
+            store, choose_clips(store.table, config.select, config.split, config.seed), config
+        )
+        if facts_of(splits_text(store.table, data.clips)) != record["splits"]:
+            raise RunError(
+                "the run's table of splits is missing, and cannot be made again",
+                where=run / SPLITS,
+                fix="Restore it from a copy.",
+            )
+        return data
+    split = splits["split"].to_numpy()
+    return RunData(store, store.table.assign(split=split)[split != ""], config)
+
+
+def _find_store(said: dict[str, Any], config: Config) -> Path:
+    for folder in (Path(said["path"]), config.store):
+        if (folder / MARKER).is_file():
+            return folder
+    raise StoreError(
+        "the store that the run was trained on is not there",
+        where=said["path"],
+        fix="If it was moved, say where it is by --store-path.",
+    )
+
+
+def _check_content(
+    store: Store, splits: pd.DataFrame | None, said: dict[str, Any], *, fix: str
+) -> None:
+    if store.content != said["content"]:
+        raise StoreError(
+            "this is not what the run was trained on "
+            f"({what_changed(splits, store.table, said['clips'])})",
+            where=store.folder,
+            fix=fix,
+        )
+
+
+def check_same_data(run: Path, data: RunData) -> None:
+    """Refuse to go on with a run on other clips, or by another split, than it began with.
+
+    Raises:
+        StoreError: the store is not as it was.
+        RunError: the split is not as it was.
+    """
+    try:
+        record = read_record(run)
+    except RunError:
+        # Its checkpoints say what they were trained with.
+        return
+    if "store" not in record or record.get("checkpointed") is False:
+        return
+    store = data.store
+    if store.content != record["store"]["content"]:
+        try:
+            splits = read_splits(run, record["splits"])
+        except RunError:
+            splits = None
+        _check_content(store, splits, record["store"], fix=f"Use the run's own store. {ACCEPT}")
+    if facts_of(splits_text(store.table, data.clips)) != record["splits"]:
+        raise RunError(
+            "these settings split the clips otherwise than the run did",
+            where=run / SPLITS,
+            fix=f"Use the same select, split and seed settings. {ACCEPT}",
+        )
+
+
+def write_splits(run: Path, data: RunData) -> dict[str, Any]:
+    """Write the run's table of splits, and return what ``run.json`` says of it and of the store.
+    A table that says something else is moved aside.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path, store = run / SPLITS, data.store
+    text = splits_text(store.table, data.clips)
+    try:
+        there = read_plain(path, most=MOST_BYTES)
+    except FileNotFoundError:
+        there = None
+    except OSError:
+        there = b""
+    if there != text.encode():
+        if there is not None:
+            log.warning("%s is moved to %s: it is not of this run", path, set_aside(run, path))
+        write_whole(path, text)
+    return {
+        "store": {
+            "path": str(store.folder.resolve()),
+            "configured": str(data.config.store),
+            "fingerprint": store.fingerprint,
+            "content": store.content,
+            "clips": len(store.table),
+        },
+        "splits": facts_of(text),
+    }
+
+
 def clip_dataset(config: Config, store: Store, augment: Augment | None) -> ClipDataset:
     """Clips in the shape that the config's model takes."""
     return ClipDataset(
@@ -240,35 +381,70 @@ def only_session(run: Path) -> Iterator[None]:
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """The content of ``run.json``.
+    """The content of ``run.json``, without its checksum.
+
+    Records of earlier versions have no checksum, and no ``store``, ``splits``, ``settings`` and
+    ``checkpointed``.
 
     Raises:
         RunError: it is missing or damaged.
     """
     path = run / RECORD
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        rates = content["positive_rate"]
-        if not all(0 < rates[name] < 1 for name in ("train_batches", "natural")):
-            raise ValueError(f"its positive rates are {rates}")
-        if not isinstance(content["sessions"], list):
-            raise ValueError("its sessions are no list")
+        content = parse_object(read_plain(path, most=MOST_OF_RECORD))
+        own = content.pop("crc32c", None)
+        if own != _sum_of(content) and (own is not None or "store" in content):
+            raise ValueError("it is not as it was written")
+        _check_record(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         blame_machine(error, path)
+        reason = error.strerror if isinstance(error, OSError) else error
         raise RunError(
-            f"the record of the run cannot be read ({error})",
+            f"the record of the run cannot be read ({reason})",
             where=path,
-            fix="Go on with the run by --resume auto, which writes it anew.",
+            fix="Restore it from a copy, or go on with the run by --resume auto, which writes it "
+            "anew.",
         ) from None
     return content
 
 
+def _check_record(content: dict[str, Any]) -> None:
+    rates = content["positive_rate"]
+    for name in ("train_batches", "natural"):
+        if not (isinstance(rates[name], float) and 0 < rates[name] < 1):
+            raise ValueError(f"its positive rates are {rates}")
+    sessions = content["sessions"]
+    if not (isinstance(sessions, list) and all(isinstance(one, dict) for one in sessions)):
+        raise ValueError("its sessions are no list of objects")
+    if "store" in content:
+        store = content["store"]
+        texts = (store["path"], store["content"])
+        numbers = (store["clips"], content["splits"]["crc32c"])
+        if not (
+            all(isinstance(text, str) for text in texts)
+            and all(type(number) is int for number in numbers)
+        ):
+            raise ValueError("it does not say what the store held")
+
+
+def _write_record(run: Path, record: dict[str, Any]) -> None:
+    write_whole(run / RECORD, json.dumps(record | {"crc32c": _sum_of(record)}, indent=2))
+
+
+def _sum_of(record: dict[str, Any]) -> int:
+    return crc32c(json.dumps(record, sort_keys=True).encode())
+
+
 def begin_session(run: Path, facts: dict[str, Any], session: dict[str, Any]) -> None:
-    """Note the start, or the resumption, of training in ``run.json``; a damaged one is replaced."""
-    try:
-        record = read_record(run)
-    except RunError:
-        record = {}
+    """Note the start, or the resumption, of training in ``run.json``; a damaged one is moved aside,
+    and written anew."""
+    record: dict[str, Any] = {}
+    if os.path.lexists(run / RECORD):
+        try:
+            record = read_record(run)
+        except RunError as error:
+            log.warning("%s: %s; it is moved to %s", error.where, error.what,
+                        set_aside(run, run / RECORD))  # fmt: skip
     started = {"started": datetime.now(UTC).isoformat(timespec="seconds")}
     record |= facts | {
         "versions": {"python": platform.python_version()}
@@ -276,7 +452,32 @@ def begin_session(run: Path, facts: dict[str, Any], session: dict[str, Any]) -> 
         "host": {"name": socket.gethostname(), "machine": platform.machine()},
         "sessions": [*record.get("sessions", []), started | session],
     }
-    write_whole(run / RECORD, json.dumps(record, indent=2))
+    _write_record(run, record)
+
+
+def completed_checkpoint(run: Path) -> bool | None:
+    """Whether the run has ever completed a checkpoint; None where its record does not say."""
+    try:
+        said = read_record(run).get("checkpointed")
+    except RunError:
+        return None
+    return said if isinstance(said, bool) else None
+
+
+def note_checkpoint(run: Path) -> None:
+    """Note in ``run.json`` that a checkpoint was completed. From then on, a run without
+    checkpoints is one that has lost them.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        record = read_record(run)
+    except RunError as error:
+        log.warning("%s", error)
+        return
+    if record.get("checkpointed") is not True:
+        _write_record(run, record | {"checkpointed": True})
 
 
 def _version(package: str) -> str | None:

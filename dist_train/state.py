@@ -27,8 +27,10 @@ from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole,
 from dist_train.engine.checkpoint_keep import Keep
 from dist_train.engine.checkpoint_writer import CheckpointWriter
 from dist_train.engine.ema import Ema, averaged
+from dist_train.engine.superseded import set_aside
 from dist_train.engine.together import OfSomeRankError, on_main, together
-from dist_train.errors import CheckpointError, RunError
+from dist_train.errors import CheckpointError
+from dist_train.run_folder import SNAPSHOT, SNAPSHOTS
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,6 @@ VERSION = 1
 EPOCH = ("epoch/logits", "epoch/labels")
 # BatchNorm statistics that held-out clips were judged by, beside the running ones.
 JUDGED = "judged/"
-SNAPSHOT = ".safetensors"
 
 
 class RunState:
@@ -46,7 +47,8 @@ class RunState:
     Args:
         plan_at: the plan that a step was, or is to be, made by.
         model: facts that the weights only mean the same with, as JSON types.
-        store: fingerprint of the store.
+        store, content: fingerprint of the store, and identity of what it holds.
+        completed: called on rank 0 after a checkpoint is in place, until it succeeds once.
     """
 
     def __init__(
@@ -60,15 +62,18 @@ class RunState:
         seed: int,
         model: dict[str, Any],
         store: str,
+        content: str,
+        completed: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.backend, self.settings = folder, backend, settings
         self.ema = ema
         self.plan_at = plan_at
-        self.seed, self.model, self.store = seed, model, store
+        self.seed, self.model, self.store, self.content = seed, model, store, content
         keep = Keep(settings.keep_last, settings.keep_every, settings.best)
         self.writer = CheckpointWriter(folder, backend, keep=keep)
         self.saved_at: int | None = None
         self._failures, self._has_one = 0, False
+        self._completed: Callable[[], None] | None = completed if backend.is_main else None
 
     def save(
         self,
@@ -100,6 +105,7 @@ class RunState:
         facts = {
             "model": self.model,
             "store": self.store,
+            "content": self.content,
             "sampler": {
                 "version": VERSION,
                 "seed": self.seed,
@@ -112,15 +118,6 @@ class RunState:
         }
         self.writer.save(step, tensors, facts)
         self.saved_at = step
-
-    def refuse_existing(self) -> None:
-        """Raise ``RunError`` if the folder holds checkpoints, which a new run would mix with."""
-        if by_step(self.folder):
-            raise RunError(
-                "the folder holds a run already",
-                where=self.folder.parent,
-                fix="Go on with it by --resume auto, or choose another 'out'.",
-            )
 
     @property
     def ready(self) -> bool:
@@ -136,7 +133,7 @@ class RunState:
         """
         with self.failures_survived():
             if self.writer.commit() is not None:
-                self._failures, self._has_one = 0, True
+                self._note_completed()
 
     def finish(self) -> None:
         """Complete what ``save`` began, and the removal of older ones; a collective call.
@@ -145,7 +142,18 @@ class RunState:
             CheckpointError: it cannot be written.
         """
         if self.writer.finish() is not None:
-            self._failures, self._has_one = 0, True
+            self._note_completed()
+
+    def _note_completed(self) -> None:
+        self._failures, self._has_one = 0, True
+        if self._completed is not None:
+            try:
+                self._completed()
+            except OSError as error:
+                # The checkpoint is in place, so the run can go on; the next one tries again.
+                log.warning("the first checkpoint is not noted in the run's record: %s", error)
+            else:
+                self._completed = None
 
     @contextmanager
     def failures_survived(self) -> Iterator[None]:
@@ -253,7 +261,9 @@ class RunState:
                 where=path,
                 fix="Use the same model settings, or choose another 'out'.",
             )
-        other_store = facts["store"] != self.store
+        # Checkpoints of earlier versions do not know the content.
+        known = facts.get("content", self.content)
+        other_store = facts["store"] != self.store or known != self.content
         if not other_store and facts["sampler"]["fingerprint"] == plan.fingerprint:
             return
         what = "store" if other_store else "selection, split, plan or seed"
@@ -276,12 +286,13 @@ def judged_weights(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[st
     return {name: state.get(JUDGED + name, weights[name]) for name in weights}
 
 
-def drop_snapshots(folder: Path, *, after: int) -> None:
-    """Remove the snapshots of steps beyond ``after``, which a killed session left: the run will
-    pass there again, perhaps with other settings, and predictions average over all there are."""
-    for step, path in by_step(folder, SNAPSHOT):
+def set_snapshots_aside(run: Path, *, after: int) -> None:
+    """Move the snapshots of steps beyond ``after``, which a killed session left, to
+    ``superseded/``: the run will pass there again, perhaps with other settings, and predictions
+    average over all there are."""
+    for step, path in by_step(run / SNAPSHOTS, SNAPSHOT):
         if step > after:
-            path.unlink()
+            set_aside(run, path)
 
 
 def save_snapshot(path: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:

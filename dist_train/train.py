@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -43,17 +44,24 @@ from dist_train.models.norm import set_momentum, share_statistics
 from dist_train.os_advice import first_line
 from dist_train.outputs import EpochOutputs
 from dist_train.run import (
-    CHECKPOINTS,
-    CONFIG,
-    SNAPSHOTS,
     as_input,
     begin_session,
+    check_same_data,
+    completed_checkpoint,
     make_model,
     model_facts,
+    note_checkpoint,
     only_session,
     open_data,
+    write_splits,
 )
-from dist_train.state import RunState, drop_snapshots
+from dist_train.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    refuse_existing,
+    refuse_lost_checkpoints,
+)
+from dist_train.state import RunState, set_snapshots_aside
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +95,8 @@ def train(
     """Train one run to its end, in ``config.out``. Call it in every process of the launch.
 
     Args:
-        resume: "auto" goes on from the newest whole checkpoint, or begins where there is none;
-            "never" refuses a folder that holds a run already.
+        resume: "auto" goes on from the newest whole checkpoint, or begins where no run is, or one
+            that never completed a checkpoint; "never" refuses a folder that holds a run already.
         progress: called on rank 0 with (steps done, steps in all, a line of figures).
         before_step: called on every rank with the trainer and the step that comes, 0 the first.
 
@@ -150,6 +158,8 @@ class Trainer:
             seed=config.seed,
             model=model_facts(config),
             store=self.data.store.fingerprint,
+            content=self.data.store.content,
+            completed=lambda: note_checkpoint(config.out),
         )
         self.done = self.first_step = 0
         self.buffers = Buffers(backend.module)
@@ -170,12 +180,19 @@ class Trainer:
 
     def begin(self, resume: Resume) -> None:
         """Take up a checkpoint, or begin a new run; note it in the run's folder."""
-        backend = self.backend
+        backend, out = self.backend, self.config.out
         found = None
         if resume == "auto":
+            if not self.config.checkpoint.accept_other_order:
+                on_main(backend, lambda: check_same_data(out, self.data))
             found = self.state.restore()
+            if found is None:
+                checkpointed = completed_checkpoint
+                on_main(
+                    backend, lambda: refuse_lost_checkpoints(out, checkpointed=checkpointed(out))
+                )
         else:
-            on_main(backend, self.state.refuse_existing)
+            on_main(backend, lambda: refuse_existing(out))
         if found is not None:
             self._take_up(*found)
         else:
@@ -184,7 +201,7 @@ class Trainer:
             backend,
             {
                 "the step to begin with": self.done,
-                "the store": self.data.store.fingerprint,
+                "the store": (self.data.store.fingerprint, self.data.store.content),
                 "the plan": self.plan.fingerprint,
             },
         )
@@ -195,8 +212,8 @@ class Trainer:
     def _note_session(self, resumed_from: int | None) -> None:
         """On rank 0."""
         config, backend = self.config, self.backend
-        changed = [] if resumed_from is None else self._changed_settings()
-        drop_snapshots(config.out / SNAPSHOTS, after=self.done)
+        changed = self._changed_settings() if os.path.lexists(config.out / CONFIG) else []
+        set_snapshots_aside(config.out, after=self.done)
         write_whole(config.out / CONFIG, config_text(config))
         self.micro.write_note()
         p, q = config.plan.ratio
@@ -210,7 +227,10 @@ class Trainer:
                     "natural": self.data.natural_rate(),
                 },
                 "steps": self.steps,
-            },
+                "checkpointed": resumed_from is not None,
+                "settings": config.model_dump(mode="json"),
+            }
+            | write_splits(config.out, self.data),
             {
                 "resumed_from_step": resumed_from,
                 "world_size": backend.world,
@@ -334,6 +354,7 @@ class Trainer:
         else:
             self.state.begin_anew(make_model(self.config))
             self._take_up(0, *2 * [np.empty(0, np.float32)])
+        on_main(self.backend, lambda: set_snapshots_aside(self.config.out, after=self.done))
         if self.backend.is_main:
             then = "the step is left out" if self.bad_steps[bad.step] > 1 else "it is tried again"
             log.warning("%s; back to step %d, and %s", bad, self.done, then)

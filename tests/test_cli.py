@@ -178,7 +178,7 @@ def test_an_unknown_model(fails: Command, store: Path, tmp_path: Path) -> None:
 def test_an_existing_run_without_resume(fails: Command, store: Path, trained: Path) -> None:
     before = (trained / "metrics.jsonl").read_bytes()
     message = fails("train", *overrides(store, trained, "train.epochs=1", "snapshots.at=[1]"))
-    assert message.startswith(f"{trained}: the folder holds a run already. ")
+    assert message.startswith(f"{trained}: the folder holds a run already (config.yaml, ")
     assert "--resume auto" in message
     assert (trained / "metrics.jsonl").read_bytes() == before
 

@@ -22,6 +22,7 @@ LEVELS = [
     {"data"},
     {"models"},
     {"engine"},
+    {"run_folder", "run_splits"},
     {"run", "infer", "state", "epoch_weights", "micro_batch", "outputs"},
     {"fresh_statistics"},
     {"batches", "judge", "ensemble"},

@@ -13,8 +13,6 @@ from helpers import SPLITS, tiny_config, tiny_store
 from dist_train.config import dump_config
 from dist_train.errors import ConfigError, PlanError, RunError, StoreError
 from dist_train.run import (
-    CONFIG,
-    RECORD,
     as_input,
     begin_session,
     make_model,
@@ -24,6 +22,7 @@ from dist_train.run import (
     open_run,
     read_record,
 )
+from dist_train.run_folder import CONFIG, RECORD
 
 RATES = {"train_batches": 0.25, "natural": 0.3}
 

@@ -13,6 +13,7 @@ import torch
 from helpers import (
     STEPS_PER_EPOCH,
     InterruptedSessionError,
+    contents,
     cut,
     interrupt_at,
     losses_of,
@@ -31,11 +32,11 @@ from dist_train.data.collate import Batch, collate
 from dist_train.data.sampler import Slot
 from dist_train.engine.checkpoint import by_step, load_checkpoint
 from dist_train.engine.schedule import Schedule
-from dist_train.errors import CheckpointError, RunError
+from dist_train.errors import CheckpointError, RunError, StoreError
 from dist_train.export import export_run
 from dist_train.models.precise_norm import precise_statistics
 from dist_train.run import as_input, make_model, open_data
-from dist_train.train import Trainer, train
+from dist_train.train import Resume, Trainer, train
 
 STEPS = 3 * STEPS_PER_EPOCH
 
@@ -199,9 +200,75 @@ def test_snapshots_of_a_run_that_was_given_up_are_not_averaged_in(
     config = tiny_config(store, tmp_path, "checkpoint.every_steps=99", "snapshots.at=[1, 2, 3]")
     with pytest.raises(InterruptedSessionError):
         train(config, progress=interrupt_at(13))
-    assert (tmp_path / "snapshots" / "step-6.safetensors").exists()
-    train(tiny_config(store, tmp_path, "snapshots.at=[3]"))
+    left = contents(tmp_path / "snapshots")
+    assert left.keys() == {"step-6.safetensors", "step-12.safetensors"}
+    lines = (tmp_path / "metrics.jsonl").read_bytes()
+    train(tiny_config(store, tmp_path, "snapshots.at=[3]", "optim.lr=0.02"), resume="auto")
     assert [p.name for p in (tmp_path / "snapshots").iterdir()] == ["step-18.safetensors"]
+    assert contents(tmp_path / "superseded") == left | {"metrics.jsonl": lines}
+    assert len(metrics_of(tmp_path)) == 18
+    (session,) = json.loads((tmp_path / "run.json").read_text())["sessions"][1:]
+    assert "optim.lr: 0.01 before, 0.02 now" in session["changed"]
+
+
+def mark_of(run: Path, part: str) -> None:
+    """A part of a run, in a folder that has nothing else of one."""
+    path = run / part
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if part.startswith("checkpoints"):
+        path.mkdir()
+    else:
+        path.write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["config.yaml", "run.json", "metrics.jsonl", "tensorboard/events.out.tfevents.0000000001",
+     "snapshots/step-6.safetensors", "checkpoints/step-4", "predictions.csv"],
+)  # fmt: skip
+def test_any_part_of_a_run_is_a_run(store: Path, tmp_path: Path, part: str) -> None:
+    mark_of(tmp_path, part)
+    before = contents(tmp_path)
+    with pytest.raises(RunError, match="the folder holds a run already") as caught:
+        train(tiny_config(store, tmp_path))
+    assert Path(part).parts[0] in str(caught.value)
+    assert contents(tmp_path) == before | {".lock": b""}
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_finished_run_whose_checkpoints_are_gone_is_kept(
+    store: Path, straight: Path, tmp_path: Path, resume: Resume
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    shutil.rmtree(out / "checkpoints")
+    before = contents(out)
+    with pytest.raises(RunError, match="the folder holds a run") as caught:
+        train(tiny_config(store, out, "model.dropout=0.3"), resume=resume)
+    assert "move the folder away" in str(caught.value)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("part", ["metrics.jsonl", "snapshots/step-6.safetensors"])
+def test_a_folder_with_figures_or_snapshots_alone_is_not_begun_in(
+    store: Path, tmp_path: Path, part: str
+) -> None:
+    mark_of(tmp_path, part)
+    with pytest.raises(RunError, match="but no checkpoint to go on from"):
+        train(tiny_config(store, tmp_path), resume="auto")
+    assert (tmp_path / part).read_text() == "{}"
+
+
+def test_figures_of_steps_that_are_done_again_are_kept_aside(
+    store: Path, straight: Path, tmp_path: Path
+) -> None:
+    out = cut(straight, tmp_path / "run", after=16)
+    lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    snapshot = (out / "snapshots" / "step-18.safetensors").read_bytes()
+    train(tiny_config(store, out, "model.dropout=0.3"), resume="auto")
+    assert metrics_of(out) == metrics_of(straight)
+    aside = contents(out / "superseded")
+    assert aside == {"metrics.jsonl": b"".join(lines[16:]), "step-18.safetensors": snapshot}
 
 
 @pytest.mark.parametrize(
@@ -248,7 +315,7 @@ def test_settings_of_before_that_cannot_be_read_are_no_obstacle(
 
 def test_a_checkpoint_of_another_store_is_refused(straight: Path, tmp_path: Path) -> None:
     other = tiny_store(tmp_path / "store", seed=1)
-    with pytest.raises(CheckpointError, match="trained with another store"):
+    with pytest.raises(StoreError, match="60 clips then, 60 now; 0 new, 0 gone"):
         train(tiny_config(other, straight, "model.dropout=0.3"), resume="auto")
 
 

@@ -13,7 +13,7 @@ from dist_train.data.manifest import read_manifest
 from dist_train.data.prepare import PrepareSettings, prepare
 from dist_train.evaluate import evaluate, read_predictions
 from dist_train.predict import predict
-from dist_train.run import CONFIG
+from dist_train.run_folder import CONFIG
 from dist_train.train import train
 
 SPLITS = ("train", "train", "train", "train", "val", "test")

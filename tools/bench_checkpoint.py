@@ -140,6 +140,7 @@ class Training:
             seed=0,
             model={"name": name, "width": width},
             store="none",
+            content="none",
         )
         device = self.backend.device
         clips = torch.rand(CLIPS, device=device)

@@ -25,12 +25,15 @@ from dist_train.data.files import PARTIAL, aside_for, sync_folder, write_whole
 from dist_train.engine.checkpoint import MARKER, by_step, rank_file, read_marker, seal
 from dist_train.engine.checkpoint_keep import Keep, Metrics, to_remove
 from dist_train.engine.host_buffers import HostBuffers
+from dist_train.engine.superseded import set_aside
 from dist_train.engine.tensor_file import write_tensors
 from dist_train.engine.together import Group, OfSomeRankError, together
 from dist_train.errors import CheckpointError
 
 OWN = re.compile(rf"rank-[0-9]+\.safetensors|{re.escape(MARKER)}({re.escape(PARTIAL)})?")
 log = logging.getLogger(__name__)
+#: Files of a checkpoint; hidden ones are those of file systems (.nfs0001).
+OWN = re.compile(r"rank-[0-9]+\.safetensors|checkpoint\.json\.partial|\..*")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class CheckpointWriter:
         self._flight: _Flight | None = None
         self._pruned: Future[None] | None = None
         self.spared: set[int] = set()
+        # Steps of folders that hold other files too, told of once.
+        self._strange: set[int] = set()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Begin the checkpoint of step ``step``; a collective call, which commits the one before.
@@ -118,7 +123,7 @@ class CheckpointWriter:
             ) from error.__cause__
         if self._group.rank == 0:
             self._pruned = self._thread.submit(
-                _prune, self._folder, flight.step, self._keep, frozenset(self.spared)
+                _prune, self._folder, flight.step, self._keep, frozenset(self.spared), self._strange
             )
         return final
 
@@ -144,7 +149,7 @@ class CheckpointWriter:
                 if not _is_own(path):
                     raise CheckpointError(f"{path.name} is no file of a checkpoint", fix="Move it")
                 path.unlink()
-        shutil.rmtree(final, ignore_errors=True)
+        _make_way(final, foreign=marker["step"] in self.spared)
         aside.rename(final)
         sync_folder(self._folder)
         for _, left in by_step(self._folder, PARTIAL):
@@ -153,6 +158,22 @@ class CheckpointWriter:
     def _discard(self, aside: Path) -> None:
         if self._group.rank == 0:
             _clear(aside)
+
+
+def _make_way(final: Path, *, foreign: bool) -> None:
+    """Free the name of a checkpoint: one of another run is moved aside, a damaged one removed."""
+    if not os.path.lexists(final):
+        return
+    if foreign or not _is_ours(final):
+        log.warning("%s is moved to %s", final, set_aside(final.parents[1], final))
+    else:
+        shutil.rmtree(final, ignore_errors=True)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder holds nothing but files that a checkpoint has."""
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {""}
+    return all(name == MARKER or OWN.fullmatch(name) for name in names)
 
 
 def _write_share(aside: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -194,12 +215,18 @@ def _check_seen(file: Path, size: int) -> None:
         )
 
 
-def _prune(folder: Path, newest: int, keep: Keep, spared: frozenset[int]) -> None:
+def _prune(
+    folder: Path, newest: int, keep: Keep, spared: frozenset[int], strange: set[int]
+) -> None:
     found = {step: path for step, path in by_step(folder) if step not in spared}
     saved = {step: _metrics(path) for step, path in found.items()}
     for step in to_remove(saved, newest, keep):
         try:
-            shutil.rmtree(found[step])
+            if _is_ours(found[step]):
+                shutil.rmtree(found[step])
+            elif step not in strange:
+                strange.add(step)
+                log.warning("%s holds files of no checkpoint, so it stays", found[step])
         except OSError as error:
             log.warning("an old checkpoint cannot be removed: %s", error)
 

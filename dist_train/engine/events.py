@@ -7,12 +7,15 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from itertools import compress
+from operator import not_
 from pathlib import Path
 from types import TracebackType
 
 from dist_train.data.files import write_whole
 from dist_train.engine import board
 from dist_train.engine.growing_file import GrowingFile
+from dist_train.engine.superseded import append_aside
 
 METRICS = "metrics.jsonl"
 BOARD = "tensorboard"
@@ -25,8 +28,8 @@ class EventWriter:
 
     Args:
         run: the run's folder.
-        after: steps done so far. What an earlier, killed session wrote of later steps is dropped,
-            so that every step is there once.
+        after: steps done so far. What an earlier, killed session wrote of later steps is moved to
+            ``superseded/metrics.jsonl``, so that every step is there once.
 
     Raises:
         OSError: the files cannot be written.
@@ -36,7 +39,11 @@ class EventWriter:
         path = run / METRICS
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
-            write_whole(path, b"".join(line for line in lines if _is_whole(line, after)))
+            kept = [_is_whole(line, after) for line in lines]
+            if not all(kept):
+                # Aside first: a kill in between leaves them in both places.
+                append_aside(run, METRICS, compress(lines, map(not_, kept)))
+                write_whole(path, b"".join(compress(lines, kept)))
         self._lines = GrowingFile(path)
         self._board: GrowingFile | None = None
         if board.is_available():

@@ -49,6 +49,17 @@ def test_what_came_after_the_checkpoint_is_dropped_from_both(tmp_path: Path) -> 
     assert board_of(tmp_path, "a/loss") == list(zip(range(1, 10), values, strict=True))
 
 
+def test_what_is_cut_off_is_kept_aside(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 8), after=0)
+    before = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    write(tmp_path, range(5, 7), after=4, value=100)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "epo')
+    write(tmp_path, range(7, 8), after=6)
+    aside = (tmp_path / "superseded" / "metrics.jsonl").read_bytes()
+    assert aside == b"".join(before[4:]) + b'{"step": 7, "epo\n'
+
+
 def test_a_new_run_in_a_folder_that_was_left_starts_empty(tmp_path: Path) -> None:
     write(tmp_path, range(1, 4), after=0)
     write(tmp_path, range(1, 3), after=0, value=100)

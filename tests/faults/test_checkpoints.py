@@ -50,7 +50,7 @@ def test_what_is_torn_or_of_another_run_is_passed_over(
     ):
         assert any(name in line and why in line for line in group.said(0).splitlines()), name
     assert "model.width is 8 there and 4 here" in group.said(0)
-    assert checkpoints_of(left) == [16, 18, 24], "another run's is not ours to remove"
+    assert checkpoints_of(left) == [16, 18, 24, 99], "what is not of this run is not ours to remove"
 
 
 def test_where_none_is_whole_it_does_not_begin_anew(

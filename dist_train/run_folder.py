@@ -1,0 +1,76 @@
+"""What lies in a run's folder, and whether a training may begin there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dist_train.engine.checkpoint import by_step
+from dist_train.engine.events import BOARD, METRICS
+from dist_train.errors import RunError
+
+CONFIG = "config.yaml"
+RECORD = "run.json"
+CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "snapshots"
+SNAPSHOT = ".safetensors"
+PREDICTIONS = "predictions.csv"
+SUBMISSION = "submission.csv"
+EVALUATION = "evaluation.json"
+
+#: Written before the first step: they alone hold nothing that training made.
+BEFORE_THE_FIRST_STEP = (CONFIG, RECORD)
+_FILES = (*BEFORE_THE_FIRST_STEP, METRICS, PREDICTIONS, SUBMISSION, EVALUATION)
+
+
+def parts_of_run(folder: Path) -> list[str]:
+    """Names of what a run has left in ``folder``; empty where there is no run."""
+    found = [name for name in _FILES if os.path.lexists(folder / name)]
+    if any((folder / BOARD).glob("events.out.tfevents.*")):
+        found.append(BOARD)
+    if by_step(folder / SNAPSHOTS, SNAPSHOT):
+        found.append(SNAPSHOTS)
+    # A link to a disk that is not mounted is a sign of a run too.
+    checkpoints = folder / CHECKPOINTS
+    if by_step(checkpoints) or (checkpoints.is_symlink() and not checkpoints.exists()):
+        found.append(CHECKPOINTS)
+    return found
+
+
+def refuse_existing(folder: Path) -> None:
+    """For ``--resume never``.
+
+    Raises:
+        RunError: the folder holds anything of a run, which a new run would mix with.
+    """
+    if found := parts_of_run(folder):
+        raise RunError(
+            f"the folder holds a run already ({', '.join(found)})",
+            where=folder,
+            fix="Go on with it by --resume auto, choose another 'out', or move the folder away.",
+        )
+
+
+def refuse_lost_checkpoints(folder: Path, *, checkpointed: bool | None) -> None:
+    """For ``--resume auto`` where there is no checkpoint: a run begins again at step 0 only if it
+    never completed a checkpoint. Otherwise its checkpoints were deleted, or are on a disk that is
+    not mounted, and to begin again would replace the run.
+
+    Args:
+        checkpointed: whether the run's record says that a checkpoint was completed; None where it
+            does not say.
+
+    Raises:
+        RunError: the run has, or may have, completed a checkpoint.
+    """
+    found = parts_of_run(folder)
+    if checkpointed is False or not found:
+        return
+    if checkpointed is None and set(found) <= set(BEFORE_THE_FIRST_STEP):
+        return
+    raise RunError(
+        f"the folder holds a run ({', '.join(found)}) but no checkpoint to go on from",
+        where=folder,
+        fix=f"Put its {CHECKPOINTS}/ back, or mount the disk that it is on. To begin a new run, "
+        "choose another 'out' or move the folder away.",
+    )
