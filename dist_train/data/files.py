@@ -113,7 +113,7 @@ def check_replaceable(path: Path) -> None:
         raise FileError(
             f"is {_kind(mode)}, and would be replaced by a file",
             where=path,
-            fix="Give the name of a file.",
+            fix="Move it away, or give another name.",
         )
 
 

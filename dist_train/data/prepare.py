@@ -188,8 +188,12 @@ def write_shards(
     source: Source | Sequence[Volume],
     engine: Engine = "local",
     workers: int | None = None,
+    amend: Callable[[Task], Task] = lambda task: task,
 ) -> Iterator[int]:
     """Write these shards, anew where they are there; yields how many rows each had.
+
+    Args:
+        amend: changes a shard's task before it is done.
 
     Raises:
         StoreError: a worker was killed, or the source is gone.
@@ -197,7 +201,7 @@ def write_shards(
     """
     settings = settings_of(job)
     limits = Limits(settings.clip_seconds, settings.clip_memory << 20)
-    todo = tasks(job, shards, source)
+    todo = map(amend, tasks(job, shards, source))
     if not isinstance(source, Source):
         # The volumes are in memory here: writing them takes less than handing them to processes.
         return (write_task(task, UNWATCHED) for task in todo)
@@ -245,8 +249,13 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) -> dict[str, Any]:
+def finish(
+    out: Path, job: Job, shards: Sequence[Shard], max_rejected: float, *, anew: bool = False
+) -> dict[str, Any]:
     """Gather the rejects, judge them, build the index, and write the marker last.
+
+    Args:
+        anew: build index and marker also where they are there.
 
     Raises:
         StoreError: too many clips were rejected, or a shard does not hold what it should.
@@ -263,8 +272,9 @@ def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) ->
             where=out / REJECTED,
             fix="Mend or remove the files, or raise --max-rejected: finished work is kept.",
         )
-    if (out / MARKER).exists() and (out / INDEX).exists():
-        return read_marker(out)
+    before = None if anew else _marker_before(out, job, shards, rejects)
+    if before is not None:
+        return before
     clips = write_index(out / INDEX, [shard.path for shard in shards])
     if clips != total - len(rejects):
         raise StoreError(
@@ -275,6 +285,18 @@ def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) ->
     marker = marker_of(job, shards, rejects, index_checksum(out / INDEX))
     write_whole(out / MARKER, json.dumps(marker, indent=2, sort_keys=True))
     return marker
+
+
+def _marker_before(
+    out: Path, job: Job, shards: Sequence[Shard], rejects: pd.DataFrame
+) -> dict[str, Any] | None:
+    """The marker that is there, if it and the index are what this would write."""
+    try:
+        marker = read_marker(out)
+        expected = marker_of(job, shards, rejects, index_checksum(out / INDEX))
+    except StoreError:
+        return None
+    return marker if marker == expected else None
 
 
 def gather_rejects(shards: Sequence[Shard]) -> pd.DataFrame:

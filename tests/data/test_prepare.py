@@ -564,7 +564,7 @@ def test_finalize_of_no_store(tmp_path: Path) -> None:
 
 
 def test_clips_lost_with_a_damaged_shard_are_not_lost_in_silence(tmp_path: Path, raw: Path) -> None:
-    """A tar reader takes a damaged header for the end of the archive."""
+    """Tar readers take a damaged header for the end of the archive."""
     store = make(tmp_path, write_volumes(raw, 8))
     path = store / SHARDS / shard_name(1)
     whole = bytearray(path.read_bytes())
@@ -572,7 +572,7 @@ def test_clips_lost_with_a_damaged_shard_are_not_lost_in_silence(tmp_path: Path,
     whole[at] ^= 1
     path.write_bytes(whole)
     (store / INDEX).unlink()
-    with pytest.raises(StoreError, match=r"hold 6 clips, not the 8.*--repair"):
+    with pytest.raises(StoreError, match=r"shard-000001.tar: is not a readable.*--repair"):
         finalize(store)
 
 
@@ -747,6 +747,24 @@ def test_mended_file_is_taken_up(tmp_path: Path, raw: Path, old: bool) -> None:
     changed = {name for name, stamp in stamps(store).items() if stamp != before[name]}
     assert changed == {shard_name(1)}
     assert contents(store) == contents(make(tmp_path, names, "straight"))
+
+
+def test_mended_file_costs_no_clip_that_was_stored(tmp_path: Path, raw: Path) -> None:
+    """Those beside it in the shard are good, whatever became of their files."""
+    names = write_volumes(raw, 10)
+    good = (raw / names[5]).read_bytes()
+    (raw / names[5]).write_bytes(b"x")
+    store = make(tmp_path, names, max_rejected=0.1)
+    before = Store(store)
+    kept = {key: before.read(clip) for clip, key in enumerate(before.table["key"])}
+    (raw / names[5]).write_bytes(good)
+    (raw / names[6]).write_bytes(b"x")
+    (raw / names[7]).write_bytes(good)
+    make(tmp_path, names)
+    after = Store(store)
+    assert len(after.table) == 10
+    for key, pixels in kept.items():
+        np.testing.assert_array_equal(after.read(after.clip_of(key)), pixels)
 
 
 def test_mended_file_is_not_lost_by_a_kill(
