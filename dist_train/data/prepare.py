@@ -7,7 +7,7 @@ written again, unless a file that it rejected was mended, so a killed run goes o
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,14 +16,14 @@ from typing import Any, Literal
 import pandas as pd
 
 from dist_train.data.clip import PIXELS_VERSION, PrepareSettings
-from dist_train.data.files import write_whole
-from dist_train.data.index import index_checksum, write_index
+from dist_train.data.files import sealed, write_whole
+from dist_train.data.index import content_digest, index_checksum, write_index
 from dist_train.data.job import Job, Part, read_job, read_rejects, writing
 from dist_train.data.manifest import Manifest
 from dist_train.data.medmnist import read_medmnist
 from dist_train.data.remote import manifest_source, open_source
 from dist_train.data.shard_files import Shard
-from dist_train.data.source import Source
+from dist_train.data.source import LocalFolder, Source
 from dist_train.data.store import FORMAT, INDEX, MARKER, REJECTED, read_marker
 from dist_train.data.supervise import UNWATCHED, Limits, supervised
 from dist_train.data.task import Task, write_task
@@ -32,6 +32,7 @@ from dist_train.data.types import Volume
 from dist_train.errors import StoreError
 
 Progress = Callable[[int, int], None]
+log = logging.getLogger(__name__)
 
 
 # Who writes the shards: processes of this machine, or tasks of a Ray cluster whose nodes all see
@@ -222,6 +223,7 @@ def _write_unfinished(
     progress: Progress | None,
 ) -> None:
     todo = [shard for shard in shards if not finished(shard, source)]
+    _tell_changed(sorted(set(shards) - set(todo), key=lambda shard: shard.number), job, source)
     if todo:
         # Readers take a store for whole when it has its marker.
         (out / MARKER).unlink(missing_ok=True)
@@ -233,6 +235,28 @@ def _write_unfinished(
         done += count
         if progress:
             progress(done, total)
+
+
+def _tell_changed(stored: Sequence[Shard], job: Job, source: Source | Sequence[Volume]) -> None:
+    """Warn of raw files that are newer than the shards with their clips, which are kept.
+
+    Files of this machine alone: asking a server for half a million files takes hours.
+    """
+    if not isinstance(source, LocalFolder):
+        return
+    changed = [
+        name
+        for shard in stored
+        for name in job.filenames(shard)
+        if source.changed_since(name, shard.path.stat().st_mtime)
+    ]
+    if changed:
+        log.warning(
+            "%d raw files were changed or moved since their clips were stored, the first is %s: "
+            "the store keeps what it has of them; prepare into another folder to read them anew",
+            len(changed),
+            source.where(changed[0]),
+        )
 
 
 def _job(table: pd.DataFrame, settings: PrepareSettings, **more: str) -> Job:
@@ -282,8 +306,9 @@ def finish(
             where=out,
             fix="Run 'dist-train verify' with --repair, which rebuilds the damaged ones.",
         )
-    marker = marker_of(job, shards, rejects, index_checksum(out / INDEX))
-    write_whole(out / MARKER, json.dumps(marker, indent=2, sort_keys=True))
+    content = content_digest(out / INDEX)
+    marker = marker_of(job, shards, rejects, index_checksum(out / INDEX), content)
+    write_whole(out / MARKER, sealed(marker))
     return marker
 
 
@@ -293,9 +318,10 @@ def _marker_before(
     """The marker that is there, if it and the index are what this would write."""
     try:
         marker = read_marker(out)
-        expected = marker_of(job, shards, rejects, index_checksum(out / INDEX))
+        checksum = index_checksum(out / INDEX)
     except StoreError:
         return None
+    expected = marker_of(job, shards, rejects, checksum, marker.get("content"))
     return marker if marker == expected else None
 
 
@@ -316,10 +342,14 @@ def by_class(counts: Mapping[str, int]) -> str:
 
 
 def marker_of(
-    job: Job, shards: Sequence[Shard], rejects: pd.DataFrame, index_crc32c: int | None
+    job: Job,
+    shards: Sequence[Shard],
+    rejects: pd.DataFrame,
+    index_crc32c: int,
+    content: str | None,
 ) -> dict[str, Any]:
-    """What ``store.json`` says of a finished store."""
-    return {
+    """What ``store.json`` says of a finished store; ``content`` is None in older ones."""
+    marker = {
         "format": FORMAT,
         "fingerprint": job.fingerprint,
         "settings": job.made_from["settings"],
@@ -328,3 +358,4 @@ def marker_of(
         "rejected": count_classes(rejects),
         "index_crc32c": index_crc32c,
     }
+    return marker if content is None else marker | {"content": content}

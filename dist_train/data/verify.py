@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from dist_train.data.files import crc32c
-from dist_train.data.index import index_checksum, look_up
+from dist_train.data.index import content_digest, index_checksum, look_up
 from dist_train.data.job import (
     Job,
     read_job,
@@ -80,7 +80,7 @@ def verify(
     if marker is None:
         faults.append(Fault(folder / MARKER, "is missing, or not the marker of a store"))
     elif all(fault.shard is None for fault in faults):
-        faults += _check_summaries(folder, job, shards, marker)
+        faults += _check_summaries(folder, job, shards, marker, index)
     return sorted(faults, key=lambda fault: (fault.where, fault.what))
 
 
@@ -96,7 +96,7 @@ def sound_index(folder: Path) -> Path | None:
     """The index, or None if it is not, to the byte, the one that was written."""
     marker, path = marker_of_store(folder), folder / INDEX
     try:
-        sound = marker is not None and marker.get("index_crc32c") == index_checksum(path)
+        sound = marker is not None and marker["index_crc32c"] == index_checksum(path)
     except StoreError:
         return None
     return path if sound else None
@@ -110,14 +110,21 @@ def _foreign_files(folder: Path, shards: Sequence[Shard]) -> Iterator[Fault]:
 
 
 def _check_summaries(
-    folder: Path, job: Job, shards: Sequence[Shard], marker: dict[str, Any]
+    folder: Path,
+    job: Job,
+    shards: Sequence[Shard],
+    marker: dict[str, Any],
+    index: Path | None,
 ) -> Iterator[Fault]:
     """``rejected.csv`` and ``store.json`` say what the shards do."""
     rejects = gather_rejects(shards)
     path = folder / REJECTED
     if not path.is_file() or path.read_bytes() != rejects.to_csv(index=False).encode():
         yield Fault(path, "is not the sum of the shards' lists of rejects")
-    if marker != marker_of(job, shards, rejects, marker.get("index_crc32c")):
+    content = marker.get("content")
+    if content is not None and index is not None:
+        content = content_digest(index)
+    if marker != marker_of(job, shards, rejects, marker["index_crc32c"], content):
         yield Fault(folder / MARKER, "does not say what the store holds")
 
 

@@ -220,6 +220,36 @@ def test_finished_store_is_not_touched(tmp_path: Path, raw: Path) -> None:
     assert (store / MARKER).stat().st_mtime_ns == marker
 
 
+def test_files_that_changed_since_are_told(
+    tmp_path: Path, raw: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = write_volumes(raw, 6)
+    store = make(tmp_path, names)
+    before = contents(store)
+    make(tmp_path, names)
+    assert caplog.messages == []
+    for name in names[1:3]:
+        np.save(raw / name, np.load(raw / name) ^ 1)
+    make(tmp_path, names)
+    (message,) = caplog.messages
+    assert re.match(rf"2 raw files were changed or moved .* first is {raw / names[1]}:", message)
+    assert contents(store) == before
+
+
+@pytest.mark.parametrize("name", [INDEX, MARKER])
+def test_a_finished_store_that_is_damaged_is_not_called_finished(
+    tmp_path: Path, raw: Path, name: str
+) -> None:
+    names = write_volumes(raw, 6)
+    store = make(tmp_path, names)
+    before = contents(store)
+    damaged = bytearray(before[name])
+    damaged[len(damaged) // 2] ^= 1
+    (store / name).write_bytes(damaged)
+    make(tmp_path, names)
+    assert contents(store) == before
+
+
 def remove_shard(store: Path) -> None:
     (store / SHARDS / shard_name(1)).unlink()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -17,13 +16,14 @@ import pytest
 from make_media import write_manifest, write_volumes
 
 from dist_train import cli
+from dist_train.data.files import sealed
 from dist_train.data.index import read_index
 from dist_train.data.job import JOB, MANIFEST
 from dist_train.data.manifest import read_manifest
 from dist_train.data.prepare import PrepareSettings, prepare, prepare_npz
 from dist_train.data.repair import lost_files, repair
 from dist_train.data.shards import shard_name, write_shard
-from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Store
+from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Store, read_marker
 from dist_train.data.verify import verify
 from dist_train.errors import FileError, StoreError
 
@@ -320,8 +320,11 @@ def garble_marker(store: Path) -> None:
 
 
 def other_marker(store: Path) -> None:
-    marker = json.loads((store / MARKER).read_text())
-    (store / MARKER).write_text(json.dumps(marker | {"clips": 12}))
+    (store / MARKER).write_text(sealed(read_marker(store) | {"clips": 12}))
+
+
+def other_content(store: Path) -> None:
+    (store / MARKER).write_text(sealed(read_marker(store) | {"content": "0" * 64}))
 
 
 def lose_rejected(store: Path) -> None:
@@ -334,6 +337,7 @@ def lose_rejected(store: Path) -> None:
         (lose_marker, "store.json: is missing, or not the marker of a store"),
         (garble_marker, "store.json: is missing, or not the marker of a store"),
         (other_marker, "store.json: does not say what the store holds"),
+        (other_content, "store.json: does not say what the store holds"),
         (lose_rejected, "rejected.csv: is not the sum of the shards' lists of rejects"),
     ],
 )
