@@ -196,27 +196,39 @@ def verify(
         str | None,
         typer.Option(help="Rebuild what is bad from this: folder or URL of the files, or npz."),
     ] = None,
+    salvage: Annotated[
+        bool,
+        typer.Option(
+            "--salvage", help="Mend without the files that are gone: bad clips become rejects."
+        ),
+    ] = False,
     workers: Workers = None,
 ) -> None:
     """Check every byte of a store, name what is bad, and mend it if asked."""
-    from dist_train.data.verify import repair as mend
+    from dist_train.data.repair import lost_files
+    from dist_train.data.repair import repair as mend
     from dist_train.data.verify import verify as find_faults
 
     with progress("verify") as report:
         faults = find_faults(store, workers=workers, progress=report)
     _print_faults(faults)
-    if faults and repair is not None:
+    lost = lost_files(store)
+    if (faults and salvage) or ((faults or lost) and repair is not None):
         with progress("repair") as report:
-            _print_store(store, mend(store, repair, faults, workers=workers, progress=report))
+            mended = mend(store, repair, faults, salvage=salvage, workers=workers, progress=report)
+        _print_store(store, mended)
+        lost = lost_files(store)
         with progress("verify") as report:
             faults = find_faults(store, workers=workers, progress=report)
         _print_faults(faults)
+    for name in lost:
+        typer.echo(f"lost: {name}: --repair with the folder that has it brings its clip back")
     if faults:
         raise StoreError(
             f"{len(faults)} faults",
             where=store,
             fix="Run 'dist-train verify' with --repair and the folder of raw files."
-            if repair is None
+            if repair is None and not salvage
             else "What repair leaves must be mended by hand.",
         )
     typer.echo(f"{store} is whole")

@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -26,6 +26,8 @@ PARTIAL = ".partial"
 # Bounds of what is read as JSON: no file of this program comes near them.
 MOST_JSON = 64 << 20
 MOST_DEPTH = 64
+# Bytes that are read at a time for a checksum.
+PIECE = 1 << 20
 # Of an aside file: the name it will have, 16 hex digits, and the suffix.
 _ASIDE = re.compile(rf"(?P<name>.+)\.[0-9a-f]{{16}}{re.escape(PARTIAL)}", re.DOTALL)
 # A FIFO without a writer would else be waited for, before it can be seen to be one.
@@ -115,7 +117,7 @@ def check_replaceable(path: Path) -> None:
         raise FileError(
             f"is {_kind(mode)}, and would be replaced by a file",
             where=path,
-            fix="Give the name of a file.",
+            fix="Move it away, or give another name.",
         )
 
 
@@ -147,13 +149,12 @@ def read_plain(path: Path, *, most_bytes: int) -> bytes:
     """
     try:
         with open_plain(path) as file:
-            content = file.read(most_bytes + 1)
+            if os.fstat(file.fileno()).st_size > most_bytes:
+                raise FileError(f"is longer than {most_bytes} bytes", where=path)
+            return file.read()
     except OSError as error:
         blame_machine(error, path)
         raise FileError(f"cannot be read ({error.strerror})", where=path) from None
-    if len(content) > most_bytes:
-        raise FileError(f"is longer than {most_bytes} bytes", where=path)
-    return content
 
 
 def read_json(path: Path, *, most_bytes: int = MOST_JSON) -> Any:
@@ -166,6 +167,22 @@ def read_json(path: Path, *, most_bytes: int = MOST_JSON) -> Any:
         return parse_json(read_plain(path, most_bytes=most_bytes))
     except ValueError as error:
         raise FileError(f"is not valid JSON ({error})", where=path) from None
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """The JSON text of an object with its own CRC-32C as ``crc32c``; one text for one content."""
+    whole = {**content, "crc32c": crc32c(_text(content).encode())}
+    return _text(whole)
+
+
+def is_sealed(content: Mapping[str, Any]) -> bool:
+    """Whether an object that was read is one that ``sealed`` wrote."""
+    rest = {name: value for name, value in content.items() if name != "crc32c"}
+    return bool(content.get("crc32c") == crc32c(_text(rest).encode()))
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True)
 
 
 def parse_json(content: bytes) -> Any:
@@ -278,6 +295,21 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def crc32c_of_file(path: Path) -> int:
+    """CRC-32C of a plain file of any size, read piece by piece: a memory map of a file that becomes
+    shorter would end the process.
+
+    Raises:
+        FileError: it is no plain file.
+        OSError: it is missing, or cannot be read.
+    """
+    crc, piece = 0, np.empty(PIECE, np.uint8)
+    with open_plain(path) as file:
+        while size := file.readinto(piece.data):  # type: ignore[attr-defined]
+            crc = google_crc32c.extend(crc, piece[:size])
+    return crc
 
 
 def crc32c(data: bytes | np.ndarray[Any, Any]) -> int:

@@ -8,6 +8,7 @@ alone, so it can be built again whenever it is lost.
 from __future__ import annotations
 
 import errno
+import hashlib
 import heapq
 import json
 import os
@@ -18,15 +19,15 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 import lmdb
-import numpy as np
 
-from dist_train.data.files import crc32c, whole_aside
+from dist_train.data.files import crc32c_of_file, whole_aside
 from dist_train.data.shards import Record, read_records
-from dist_train.errors import StoreError
+from dist_train.errors import FileError, StoreError
 from dist_train.os_advice import blame_machine
 
 # Entries that are sorted at a time, and put in one transaction: tens of megabytes.
 RUN = 1 << 15
+_FIX = "Run 'dist-train finalize'; it is rebuilt from the shards."
 
 
 def write_index(path: Path, shards: Sequence[Path]) -> int:
@@ -113,7 +114,7 @@ def _reading(path: Path) -> Iterator[lmdb.Transaction]:
         raise StoreError(
             "the store has no index",
             where=path,
-            fix="Run 'dist-train finalize'; it is rebuilt from the shards.",
+            fix=_FIX,
         )
     try:
         # LMDB must not be carried over a fork, and refuses to open a path twice in one process:
@@ -131,7 +132,7 @@ def _reading(path: Path) -> Iterator[lmdb.Transaction]:
         raise StoreError(
             f"the index cannot be read ({error})",
             where=path,
-            fix="Delete it and run 'dist-train finalize'; it is rebuilt from the shards.",
+            fix=_FIX,
         ) from None
 
 
@@ -145,10 +146,37 @@ def index_checksum(path: Path) -> int:
     """CRC-32C of the file: LMDB has no checksums of its own.
 
     Raises:
-        StoreError: there is no index, or it is empty.
+        StoreError: there is no index.
     """
     try:
-        return crc32c(np.memmap(path, np.uint8, mode="r"))
-    except (OSError, ValueError) as error:
+        return crc32c_of_file(path)
+    except (OSError, FileError) as error:
         blame_machine(error, path)
-        raise StoreError(f"the index cannot be read ({error})", where=path) from None
+        what = error.what if isinstance(error, FileError) else error.strerror
+        raise StoreError(f"the index cannot be read ({what})", where=path, fix=_FIX) from None
+
+
+def content_digest(path: Path) -> str:
+    """Identity of the clips of an index: SHA-256, in hex, over key, label and CRC-32C of each.
+
+    The same as ``Store.content``, without a table in memory.
+
+    Raises:
+        StoreError: there is no index, or it is damaged.
+    """
+    digest = hashlib.sha256()
+    for key, record in read_index(path):
+        digest.update(f"{key},{record['label']},{record['crc32c']}\n".encode())
+    return digest.hexdigest()
+
+
+def check_index(path: Path, checksum: int) -> None:
+    """Raise StoreError unless the index is there and has this CRC-32C.
+
+    LMDB reads what it is given: flipped bits would be trained on, or end the process. So an index
+    is checked before it is opened, by each process that opens it, as this takes less than reading.
+    """
+    if not os.path.lexists(path):
+        raise StoreError("the store has no index", where=path, fix=_FIX)
+    if index_checksum(path) != checksum:
+        raise StoreError("the index is damaged: its checksum is wrong", where=path, fix=_FIX)

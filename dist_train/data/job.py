@@ -6,29 +6,37 @@ bytes of the store depend on, beside the raw files.
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from dist_train.data.files import aside_for, is_plain, open_lock, write_whole
+from dist_train.data.files import aside_for, is_plain, open_lock, read_plain, write_whole
 from dist_train.data.shard_files import SHARD_FILE, Shard
 from dist_train.data.shards import Record
 from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, read_marker
-from dist_train.errors import ConfigError, StoreError
+from dist_train.errors import ConfigError, FileError, StoreError
 from dist_train.os_advice import blame_machine
 
 JOB = "job.json"
 MANIFEST = "manifest.csv"
 LOCK = ".lock"
+MOST_REJECTS = 1 << 30
+# Begins the name of a folder beside the shards, in which they are mended.
+SCRATCH = ".repair-"
+_SCRATCH_FOLDER = re.compile(rf"{re.escape(SCRATCH)}[0-9a-f]{{16}}")
+# Begins the reason of a reject that was a clip once. The checksum of its pixels follows, if known.
+LOST = "lost: it was damaged in the store, and its raw file was not at hand"
 _PART_LOCK = re.compile(rf"{re.escape(LOCK)}-(claim|[0-9]+-of-(?P<count>[0-9]+))")
 
 _TYPES: dict[str, type[str] | type[bool] | str] = {
@@ -137,17 +145,41 @@ def read_rejects(shard: Shard) -> pd.DataFrame:
         StoreError: the list is missing or damaged.
     """
     try:
-        table = pd.read_csv(shard.rejects_path, dtype=str, keep_default_na=False)
-        if table.columns.tolist() != ["file", "reason", "class"]:
-            raise ValueError("its columns are not file, reason, class")
-    except (OSError, ValueError) as error:
-        blame_machine(error, shard.rejects_path)
+        return read_reject_list(shard.rejects_path)
+    except FileError as error:
         raise StoreError(
-            f"the list of rejects cannot be read ({error})",
+            f"the list of rejects {error.what}",
             where=shard.rejects_path,
-            fix="Delete it and run 'dist-train prepare' again with the same settings.",
+            fix="Run 'dist-train verify' with --repair.",
         ) from None
-    return table
+
+
+def lost_of(shard: Shard) -> list[str]:
+    """Rejects of a shard that were clips once; none where the list cannot be read."""
+    try:
+        rejects = read_rejects(shard)
+    except StoreError:
+        return []
+    names: list[str] = rejects["file"][rejects["reason"].str.startswith(LOST)].tolist()
+    return names
+
+
+def read_reject_list(path: Path) -> pd.DataFrame:
+    """A list of rejects, of a shard or of all: columns ``file``, ``reason``, ``class``, all text.
+
+    Raises:
+        FileError: it is missing or damaged.
+    """
+    content = read_plain(path, most_bytes=MOST_REJECTS)
+    try:
+        rows = list(csv.reader(io.StringIO(content.decode(), newline=""), strict=True))
+        if not rows or rows[0] != ["file", "reason", "class"]:
+            raise ValueError("its columns are not file, reason, class")
+        if any(len(row) != 3 or row[2] not in ("-1", "0", "1") for row in rows[1:]):
+            raise ValueError("a row is not a file, a reason and a class")
+    except (ValueError, csv.Error) as error:
+        raise FileError(f"cannot be read ({error})", where=path) from None
+    return pd.DataFrame(rows[1:], columns=rows[0], dtype=str)
 
 
 def _read_made_from(path: Path) -> dict[str, Any]:
@@ -288,6 +320,19 @@ def _sweep(out: Path) -> None:
     for path in (out / SHARDS).iterdir():
         if SHARD_FILE.fullmatch(aside_for(path) or ""):
             path.unlink(missing_ok=True)
+        elif _SCRATCH_FOLDER.fullmatch(path.name):
+            clear_scratch(path)
+
+
+def clear_scratch(scratch: Path) -> None:
+    """Remove a folder in which shards were mended; files in it that are no shard's stay."""
+    if scratch.is_symlink() or not scratch.is_dir():
+        return
+    for path in scratch.iterdir():
+        if SHARD_FILE.fullmatch(path.name) or SHARD_FILE.fullmatch(aside_for(path) or ""):
+            path.unlink()
+    with suppress(OSError):
+        scratch.rmdir()
 
 
 def _refuse_other_cuts(out: Path, part: Part) -> None:

@@ -7,7 +7,7 @@ written again, unless a file that it rejected was mended, so a killed run goes o
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,8 +18,8 @@ import pandas as pd
 
 from dist_train.data.clip import PIXELS_VERSION, PrepareSettings
 from dist_train.data.depth import depth_of_arrays, depth_of_files
-from dist_train.data.files import write_whole
-from dist_train.data.index import index_checksum, write_index
+from dist_train.data.files import sealed, write_whole
+from dist_train.data.index import content_digest, index_checksum, write_index
 from dist_train.data.job import (
     Job,
     Part,
@@ -32,7 +32,7 @@ from dist_train.data.manifest import Manifest
 from dist_train.data.medmnist import read_medmnist
 from dist_train.data.remote import manifest_source, open_source
 from dist_train.data.shard_files import Shard
-from dist_train.data.source import MISSING, Source
+from dist_train.data.source import MISSING, LocalFolder, Source
 from dist_train.data.store import FORMAT, INDEX, MARKER, REJECTED, read_marker
 from dist_train.data.supervise import UNWATCHED, Limits, supervised
 from dist_train.data.task import Task, write_task
@@ -41,6 +41,7 @@ from dist_train.data.types import Volume
 from dist_train.errors import ManifestError, StoreError
 
 Progress = Callable[[int, int], None]
+log = logging.getLogger(__name__)
 
 
 # Who writes the shards: processes of this machine, or tasks of a Ray cluster whose nodes all see
@@ -246,8 +247,12 @@ def write_shards(
     source: Source | Sequence[Volume],
     engine: Engine = "local",
     workers: int | None = None,
+    amend: Callable[[Task], Task] = lambda task: task,
 ) -> Iterator[int]:
     """Write these shards, anew where they are there; yields how many rows each had.
+
+    Args:
+        amend: changes a shard's task before it is done.
 
     Raises:
         StoreError: a worker was killed, or the source is gone.
@@ -255,7 +260,7 @@ def write_shards(
     """
     settings = settings_of(job)
     limits = Limits(settings.clip_seconds, settings.clip_memory << 20)
-    todo = tasks(job, shards, source)
+    todo = map(amend, tasks(job, shards, source))
     if not isinstance(source, Source):
         # The volumes are in memory here: writing them takes less than handing them to processes.
         return (write_task(task, UNWATCHED) for task in todo)
@@ -296,6 +301,7 @@ def _write_unfinished(
     progress: Progress | None,
 ) -> None:
     todo = [shard for shard in shards if not finished(shard, source)]
+    _tell_changed(sorted(set(shards) - set(todo), key=lambda shard: shard.number), job, source)
     if todo:
         # Readers take a store for whole when it has its marker.
         (out / MARKER).unlink(missing_ok=True)
@@ -313,6 +319,28 @@ def _unwritten(shards: Sequence[Shard]) -> list[Shard]:
     return [shard for shard in shards if not shard.is_written()]
 
 
+def _tell_changed(stored: Sequence[Shard], job: Job, source: Source | Sequence[Volume]) -> None:
+    """Warn of raw files that are newer than the shards with their clips, which are kept.
+
+    Files of this machine alone: asking a server for half a million files takes hours.
+    """
+    if not isinstance(source, LocalFolder):
+        return
+    changed = [
+        name
+        for shard in stored
+        for name in job.filenames(shard)
+        if source.changed_since(name, shard.path.stat().st_mtime)
+    ]
+    if changed:
+        log.warning(
+            "%d raw files were changed or moved since their clips were stored, the first is %s: "
+            "the store keeps what it has of them; prepare into another folder to read them anew",
+            len(changed),
+            source.where(changed[0]),
+        )
+
+
 def _job(table: pd.DataFrame, settings: PrepareSettings, **more: str) -> Job:
     return Job.of(table, pixels_version=PIXELS_VERSION, settings=asdict(settings), **more)
 
@@ -327,8 +355,13 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) -> dict[str, Any]:
+def finish(
+    out: Path, job: Job, shards: Sequence[Shard], max_rejected: float, *, anew: bool = False
+) -> dict[str, Any]:
     """Gather the rejects, judge them, build the index, and write the marker last.
+
+    Args:
+        anew: build index and marker also where they are there.
 
     Raises:
         StoreError: too many clips were rejected, or a shard does not hold what it should.
@@ -345,8 +378,9 @@ def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) ->
             where=out / REJECTED,
             fix="Mend or remove the files, or raise --max-rejected: finished work is kept.",
         )
-    if (out / MARKER).exists() and (out / INDEX).exists():
-        return read_marker(out)
+    before = None if anew else _marker_before(out, job, shards, rejects)
+    if before is not None:
+        return before
     clips = write_index(out / INDEX, [shard.path for shard in shards])
     if clips != total - len(rejects):
         raise StoreError(
@@ -354,9 +388,23 @@ def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) ->
             where=out,
             fix="Run 'dist-train verify' with --repair, which rebuilds the damaged ones.",
         )
-    marker = marker_of(job, shards, rejects, index_checksum(out / INDEX))
-    write_whole(out / MARKER, json.dumps(marker, indent=2, sort_keys=True))
+    content = content_digest(out / INDEX)
+    marker = marker_of(job, shards, rejects, index_checksum(out / INDEX), content)
+    write_whole(out / MARKER, sealed(marker))
     return marker
+
+
+def _marker_before(
+    out: Path, job: Job, shards: Sequence[Shard], rejects: pd.DataFrame
+) -> dict[str, Any] | None:
+    """The marker that is there, if it and the index are what this would write."""
+    try:
+        marker = read_marker(out)
+        checksum = index_checksum(out / INDEX)
+    except StoreError:
+        return None
+    expected = marker_of(job, shards, rejects, checksum, marker.get("content"))
+    return marker if marker == expected else None
 
 
 def gather_rejects(shards: Sequence[Shard]) -> pd.DataFrame:
@@ -380,10 +428,14 @@ def by_class(counts: Mapping[str, int]) -> str:
 
 
 def marker_of(
-    job: Job, shards: Sequence[Shard], rejects: pd.DataFrame, index_crc32c: int | None
+    job: Job,
+    shards: Sequence[Shard],
+    rejects: pd.DataFrame,
+    index_crc32c: int,
+    content: str | None,
 ) -> dict[str, Any]:
-    """What ``store.json`` says of a finished store."""
-    return {
+    """What ``store.json`` says of a finished store; ``content`` is None in older ones."""
+    marker = {
         "format": FORMAT,
         "fingerprint": job.fingerprint,
         "settings": job.made_from["settings"],
@@ -392,3 +444,4 @@ def marker_of(
         "rejected": count_classes(rejects),
         "index_crc32c": index_crc32c,
     }
+    return marker if content is None else marker | {"content": content}

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,12 +21,14 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from dist_train.data.files import crc32c, written_whole
+from dist_train.data.files import crc32c, open_plain, parse_json, written_whole
 from dist_train.data.types import Volume
-from dist_train.errors import StoreError
+from dist_train.errors import FileError, StoreError
 from dist_train.os_advice import blame_machine
 
 Record = dict[str, Any]
+# Bytes of one record; those that are written have some hundreds.
+MOST_RECORD = 1 << 20
 
 
 def shard_name(number: int) -> str:
@@ -87,23 +91,77 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
         StoreError: the shard is not a tar file in the form that ``write_shard`` gives.
     """
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            members = iter(tar)
-            for array in members:
-                record = next(members, None)
-                key = array.name.removesuffix(".npy")
-                if record is None or record.name != f"{key}.json":
-                    raise StoreError(f"'{array.name}' has no record after it", where=path)
-                content = tar.extractfile(record)
-                assert content is not None
-                full: Record = json.loads(content.read())
-                length = int(np.prod(full["shape"], dtype=np.int64))
-                offset = array.offset_data + array.size - length
-                yield key, full | {"offset": offset, "length": length}
-    except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
+        with open_plain(path) as file:
+            at, size = 0, os.fstat(file.fileno()).st_size
+            while sample := read_sample(file, at, size):
+                key, record, at = sample
+                yield key, record
+    except (FileError, OSError, tarfile.TarError, ValueError) as error:
         blame_machine(error, path)
+        what = error.what if isinstance(error, FileError) else str(error)
         raise StoreError(
-            f"is not a readable shard ({error})",
+            f"is not a readable shard ({what})",
             where=path,
-            fix="Delete it and run 'dist-train prepare' again with the same settings.",
+            fix="Run 'dist-train verify' with --repair, which rebuilds damaged shards.",
         ) from None
+
+
+def read_sample(file: IO[bytes], at: int, size: int) -> tuple[str, Record, int] | None:
+    """The sample that begins at byte ``at`` of a shard of ``size`` bytes: key, record with offset
+    and length, and where the next one begins. None where the archive ends there.
+
+    Raises:
+        tarfile.TarError, ValueError: it is not such a sample.
+    """
+    if _is_end(file, at):
+        return None
+    name, begin, length = _member(file, at, size)
+    key = name.removesuffix(".npy")
+    if key == name:
+        raise ValueError(f"'{name}' is no array")
+    end = begin + length
+    if _is_end(file, _padded(end)):
+        raise ValueError(f"'{name}' has no record after it")
+    record_name, record_begin, record_length = _member(file, _padded(end), size)
+    if record_name != f"{key}.json":
+        raise ValueError(f"'{name}' has no record after it")
+    if record_length > MOST_RECORD:
+        raise ValueError(f"the record of '{name}' is longer than {MOST_RECORD} bytes")
+    file.seek(record_begin)
+    record = parse_json(file.read(record_length))
+    if not isinstance(record, dict):
+        raise ValueError(f"the record of '{name}' is no object")
+    shape, crc = record.get("shape"), record.get("crc32c")
+    if not (
+        isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
+    ):
+        raise ValueError(f"the record of '{name}' has no shape [D, H, W]")
+    if type(crc) is not int or not 0 <= crc < 1 << 32:
+        raise ValueError(f"the record of '{name}' has no crc32c")
+    pixels = math.prod(shape)
+    if pixels > length:
+        raise ValueError(f"'{name}' is shorter than its shape")
+    place = {"offset": end - pixels, "length": pixels}
+    return key, record | place, _padded(record_begin + record_length)
+
+
+def _is_end(file: IO[bytes], at: int) -> bool:
+    """An empty block ends an archive."""
+    file.seek(at)
+    return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+
+
+def _member(file: IO[bytes], at: int, size: int) -> tuple[str, int, int]:
+    """Name, begin and length in bytes of the file whose tar header is at ``at``."""
+    file.seek(at)
+    header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
+    begin = at + tarfile.BLOCKSIZE
+    if not header.isreg() or header.size < 0:
+        raise ValueError(f"'{header.name}' is not a plain file")
+    if begin + header.size > size:
+        raise ValueError(f"'{header.name}' is cut short")
+    return header.name, begin, header.size
+
+
+def _padded(end: int) -> int:
+    return -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

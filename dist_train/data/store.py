@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    StringConstraints,
+    ValidationError,
+)
 
-from dist_train.data.files import crc32c
-from dist_train.data.index import read_index
+from dist_train.data.files import crc32c, is_sealed, read_json
+from dist_train.data.index import check_index, read_index
 from dist_train.data.shards import shard_name
 from dist_train.data.types import Volume
-from dist_train.errors import StoreError
+from dist_train.errors import FileError, StoreError
 from dist_train.os_advice import blame_machine, open_files
 
 FORMAT = "dist_train store 1"
@@ -25,6 +32,8 @@ MARKER = "store.json"
 INDEX = "index.lmdb"
 SHARDS = "shards"
 REJECTED = "rejected.csv"
+MOST_MARKER = 1 << 20
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 # Shards that are kept open at once: a large store has more of them than a process may open files.
 # Of those it leaves three quarters to others: workers, connections, checkpoints.
@@ -50,20 +59,23 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.info = read_marker(folder)
+        check_index(folder / INDEX, self.info["index_crc32c"])
         rows = []
-        for key, record in read_index(folder / INDEX):
-            frames, height, width = record["shape"]
-            rows.append(
-                {"key": key, "frames": frames, "height": height, "width": width}
-                | {name: record[name] for name in (*COLUMNS, "shard", "offset", "crc32c")}
-            )
+        try:
+            for key, record in read_index(folder / INDEX):
+                frames, height, width = record["shape"]
+                rows.append(
+                    {"key": key, "frames": frames, "height": height, "width": width}
+                    | {name: record[name] for name in (*COLUMNS, "shard", "offset", "crc32c")}
+                )
+        except (KeyError, TypeError, ValueError) as error:
+            raise _bad_index(folder, f"a record is not of this form ({error!r})") from None
         if len(rows) != self.info["clips"]:
-            raise StoreError(
-                f"the index holds {len(rows)} clips, the store {self.info['clips']}",
-                where=folder / INDEX,
-                fix="Delete it and run 'dist-train finalize'; it is rebuilt from the shards.",
-            )
-        self.table = pd.DataFrame(rows).astype({"crowd_score": "float64"})
+            raise _bad_index(folder, f"it holds {len(rows)} clips, not {self.info['clips']}")
+        try:
+            self.table = _checked(pd.DataFrame(rows), self.info["shards"])
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
+            raise _bad_index(folder, str(error)) from None
         self._shard = self.table["shard"].to_numpy(np.int64)
         self._offset = self.table["offset"].to_numpy(np.int64)
         self._shape = self.table[["frames", "height", "width"]].to_numpy(np.int64)
@@ -145,6 +157,38 @@ class Store:
         return self.__dict__ | {"_descriptors": {}}
 
 
+def _checked(table: pd.DataFrame, shards: int) -> pd.DataFrame:
+    """The table with its types, if its values are of them.
+
+    Raises:
+        KeyError, ValueError, TypeError, OverflowError: they are not.
+    """
+    table = table.astype({"crowd_score": "float64", "weight": "float64"})
+    least = {"frames": 1, "height": 1, "width": 1, "label": -1, "shard": 0, "offset": 0}
+    most = {"label": 1, "shard": shards - 1, "crc32c": (1 << 32) - 1}
+    for name in (*least, "crc32c"):
+        column = table[name]
+        fits = column.dtype == np.int64 and (column >= least.get(name, 0)).all()
+        if not fits or (name in most and not (column <= most[name]).all()):
+            raise ValueError(f"a clip has no valid '{name}'")
+    if not np.isfinite(table["weight"]).all() or (table["weight"] < 0).any():
+        raise ValueError("a clip has no valid 'weight'")
+    if table["tier1"].dtype != np.bool_:
+        raise ValueError("a clip has no valid 'tier1'")
+    for name in ("key", "filename", "group", "split"):
+        if not all(type(value) is str for value in table[name]):
+            raise ValueError(f"a clip has no valid '{name}'")
+    return table
+
+
+def _bad_index(folder: Path, why: str) -> StoreError:
+    return StoreError(
+        f"the index is not that of the store ({why})",
+        where=folder / INDEX,
+        fix="Run 'dist-train verify' with --repair.",
+    )
+
+
 def read_marker(folder: Path) -> dict[str, Any]:
     """``store.json``, which ``prepare`` writes last.
 
@@ -152,7 +196,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
         StoreError: it is missing (no store, or an unfinished one), or of another format.
     """
     marker = folder / MARKER
-    if not marker.is_file():
+    if not os.path.lexists(marker):
         begun = (folder / SHARDS).is_dir()
         raise StoreError(
             "the store is not finished" if begun else "there is no store here",
@@ -163,19 +207,46 @@ def read_marker(folder: Path) -> dict[str, Any]:
             else "Make one with 'dist-train prepare', or check the path.",
         )
     try:
-        content: dict[str, Any] = json.loads(marker.read_bytes())
-        form = content["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        blame_machine(error, marker)
-        raise StoreError(
-            f"is not the marker of a store ({error})",
-            where=marker,
-            fix="Delete it and run 'dist-train finalize', which writes it anew.",
-        ) from None
-    if form != FORMAT:
-        raise StoreError(
-            f"the store has format '{form}', this version reads '{FORMAT}'",
-            where=marker,
-            fix="Prepare the store anew in another folder.",
-        )
+        content = read_json(marker, most_bytes=MOST_MARKER)
+        if not isinstance(content, dict) or not isinstance(content.get("format"), str):
+            raise _no_marker(marker, "it has no format")
+        if content["format"] != FORMAT:
+            raise StoreError(
+                f"the store has format '{content['format'][:99]}', this version reads '{FORMAT}'",
+                where=marker,
+                fix="Prepare the store anew in another folder.",
+            )
+        # Older ones have neither.
+        if ("content" in content or "crc32c" in content) and not is_sealed(content):
+            raise _no_marker(marker, "its checksum is wrong")
+        content.pop("crc32c", None)
+        _Marker.model_validate(content)
+    except FileError as error:
+        raise _no_marker(marker, error.what) from None
+    except ValidationError as error:
+        name = ".".join(map(str, error.errors()[0]["loc"]))
+        raise _no_marker(marker, f"its '{name}' is not of this form") from None
     return content
+
+
+def _no_marker(path: Path, why: str) -> StoreError:
+    return StoreError(
+        f"is not the marker of a store ({why})",
+        where=path,
+        fix="Run 'dist-train finalize', which writes it anew from the shards.",
+    )
+
+
+class _Marker(BaseModel):
+    """The entries of ``store.json``, without those that a later version may add."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    format: str
+    fingerprint: Digest
+    settings: dict[str, Any]
+    clips: NonNegativeInt
+    shards: NonNegativeInt
+    rejected: dict[Literal["-1", "0", "1"], NonNegativeInt]
+    index_crc32c: Annotated[int, Field(ge=0, lt=1 << 32)]
+    content: Digest | None = None

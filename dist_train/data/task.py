@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from dist_train.data.clip import PrepareSettings, read_clip
 from dist_train.data.files import write_whole
+from dist_train.data.salvage import facts_of, read_good
 from dist_train.data.shard_files import Shard, to_record
 from dist_train.data.shards import Record, write_shard
 from dist_train.data.source import Source
@@ -25,7 +28,9 @@ from dist_train.errors import DecodeError, RoiError
 class Task:
     """A shard, its rows of the manifest, and where its clips come from: files, or arrays at hand.
 
-    ``condemned``: positions of rows whose file took its process along, and how.
+    ``condemned``: positions of rows whose file took its process along, and how. ``kept``: clips
+    that are taken from the shard at ``old``, by position, as ``good_clips`` gives them.
+    ``settled``: reasons of rows that are rejected unread.
     """
 
     shard: Shard
@@ -33,6 +38,9 @@ class Task:
     settings: PrepareSettings
     source: Source | Sequence[Volume]
     condemned: Mapping[int, str] = field(default_factory=dict)
+    old: Path | None = None
+    kept: Mapping[int, Record] = field(default_factory=dict)
+    settled: Mapping[int, str] = field(default_factory=dict)
 
     def without(self, position: int, reason: str) -> Task:
         """The same, with a row's file rejected unread."""
@@ -42,20 +50,24 @@ class Task:
 def write_task(task: Task, steps: Steps) -> int:
     """Write one shard and its list of rejects, anew if they are there; returns its rows' number.
 
-    A step is the decoding of one row's file.
+    A step is the decoding of one row's file. A shard that is there stays until the new one is whole
+    and takes its place.
     """
-    # Else a kill between the new list of rejects and the new shard would leave the old shard, which
-    # lacks the mended clip, beside a list that does not name it.
-    task.shard.path.unlink(missing_ok=True)
     rejects: list[tuple[str, str, int]] = []
-    write_shard(task.shard.path, _samples(task, steps, rejects))
+    anew = os.path.lexists(task.shard.path)
+    write_shard(task.shard.path, _samples(task, steps, rejects, anew))
+    if anew:
+        write_whole(task.shard.rejects_path, _csv(rejects))
     return len(task.rows)
 
 
 def _samples(
-    task: Task, steps: Steps, rejects: list[tuple[str, str, int]]
+    task: Task, steps: Steps, rejects: list[tuple[str, str, int]], anew: bool
 ) -> Iterator[tuple[str, Volume, Record]]:
     for position, row in enumerate(task.rows):
+        if position in task.settled:
+            rejects.append((row["filename"], task.settled[position], row["label"]))
+            continue
         try:
             clip, facts = _read(task, steps, position)
         except (DecodeError, RoiError) as error:
@@ -64,12 +76,21 @@ def _samples(
         yield row["key"], clip, to_record(row) | facts
         # Not beside the next one.
         del clip
-    # Written before the shard is renamed into place, so a shard that exists has its list.
-    write_whole(task.shard.rejects_path, _csv(rejects))
+    if anew:
+        # The old list must not stand beside the new shard, nor the new one beside the old shard: a
+        # kill leaves a shard without a list, which counts as not written.
+        task.shard.rejects_path.unlink(missing_ok=True)
+    else:
+        # Written before the shard is renamed into place, so a shard that exists has its list.
+        write_whole(task.shard.rejects_path, _csv(rejects))
 
 
 def _read(task: Task, steps: Steps, position: int) -> tuple[Volume, Record]:
     name = task.rows[position]["filename"]
+    if position in task.kept:
+        assert task.old is not None
+        record = task.kept[position]
+        return read_good(task.old, record), facts_of(record, task.rows[position])
     if not isinstance(task.source, Source):
         clip = to_uint8_volume(task.source[position], name)
         return clip, {"frames_declared": clip.shape[0], "box": None}

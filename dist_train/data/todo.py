@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pydantic import TypeAdapter
 
 from dist_train.data.clip import PrepareSettings
-from dist_train.data.job import Job, read_rejects
+from dist_train.data.job import Job, lost_of, read_rejects
+from dist_train.data.salvage import good_clips
 from dist_train.data.shard_files import Shard
 from dist_train.data.source import Source
 from dist_train.data.task import Task
@@ -15,11 +16,14 @@ from dist_train.data.types import Volume
 
 
 def finished(shard: Shard, source: Source | Sequence[Volume]) -> bool:
-    """Whether the shard is there, and no file that it rejected was mended since."""
+    """Whether the shard is there, and no file that it rejected was mended or found again since."""
     if not shard.is_written():
         return False
+    lost = lost_of(shard)
     if not isinstance(source, Source):
-        return True
+        return not lost
+    if len(source.missing(lost)) < len(lost):
+        return False
     written = shard.path.stat().st_mtime
     return not any(source.changed_since(name, written) for name in read_rejects(shard)["file"])
 
@@ -39,7 +43,10 @@ def tasks(job: Job, shards: Iterable[Shard], source: Source | Sequence[Volume]) 
     for shard in shards:
         rows = job.rows(shard)
         if isinstance(source, Source):
-            yield Task(shard, rows, settings, source.narrowed([row["filename"] for row in rows]))
+            files: Source | Sequence[Volume] = source.narrowed([row["filename"] for row in rows])
         else:
             first = shard.number * settings.shard_clips
-            yield Task(shard, rows, settings, source[first : first + len(rows)])
+            files = source[first : first + len(rows)]
+        # Of a shard that lacks a mended clip, the others are good.
+        kept = good_clips(shard.path, rows)
+        yield Task(shard, rows, settings, files, old=shard.path, kept=kept)

@@ -1,4 +1,4 @@
-"""Every byte of a finished store: what is damaged, and how it is mended.
+"""Every byte of a finished store: what is damaged.
 
 The manifest in the store says which clips there must be. A shard is sound if it is, byte for byte,
 what ``write_shard`` gives for its records and pixels, and the pixels have their CRC-32C. The index
@@ -18,18 +18,16 @@ from typing import IO, Any
 import numpy as np
 
 from dist_train.data.files import crc32c
-from dist_train.data.index import index_checksum, look_up
-from dist_train.data.job import Job, read_job, read_rejects, writing
+from dist_train.data.index import content_digest, index_checksum, look_up
+from dist_train.data.job import (
+    Job,
+    read_job,
+    read_rejects,
+)
 from dist_train.data.pool import each_done
 from dist_train.data.prepare import (
-    by_class,
-    check_files,
-    count_classes,
-    finish,
     gather_rejects,
     marker_of,
-    source_again,
-    write_shards,
 )
 from dist_train.data.shard_files import Shard, to_record
 from dist_train.data.shards import Record, read_records
@@ -70,11 +68,11 @@ def verify(
     job = read_job(folder)
     shards = job.shards(folder)
     faults = [*_foreign_files(folder, shards)]
-    marker, index = _read_marker(folder), _sound_index(folder)
+    marker, index = marker_of_store(folder), sound_index(folder)
     if marker is not None and index is None:
         faults.append(Fault(folder / INDEX, "is not the index that was written"))
     done, total = 0, len(job.table)
-    for number, found in each_done(_check_shard, _checks(job, shards, index), workers):
+    for number, found in each_done(check_shard, _checks(job, shards, index), workers):
         faults += found
         done += job.clips(shards[number])
         if progress:
@@ -82,83 +80,23 @@ def verify(
     if marker is None:
         faults.append(Fault(folder / MARKER, "is missing, or not the marker of a store"))
     elif all(fault.shard is None for fault in faults):
-        faults += _check_summaries(folder, job, shards, marker)
+        faults += _check_summaries(folder, job, shards, marker, index)
     return sorted(faults, key=lambda fault: (fault.where, fault.what))
 
 
-def repair(
-    folder: Path,
-    source: Path | str,
-    faults: Sequence[Fault],
-    *,
-    workers: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Write the bad shards among ``faults`` again, and the index and summaries from all shards.
-
-    Files that do not belong to the store are left alone.
-
-    Args:
-        source: the folder or URL of the raw files, or the MedMNIST file, that it was made from.
-
-    Returns:
-        The content of ``store.json``.
-
-    Raises:
-        StoreError: ``source`` does not hold what the store was made from, or another process is
-            writing the store.
-    """
-    job = read_job(folder)
-    shards = job.shards(folder)
-    bad = [shards[number] for number in sorted({f.shard for f in faults if f.shard is not None})]
-    files = source_again(job, source)
-    check_files(job, bad, files)
-    with writing(folder, job):
-        # Marker and index stay until the new shards are known to be those that were lost.
-        done, total = 0, sum(map(job.clips, bad))
-        for count in write_shards(job, bad, files, workers=workers):
-            done += count
-            if progress:
-                progress(done, total)
-        difference = _difference(folder, job, bad)
-        if difference is not None:
-            for shard in bad:
-                shard.path.unlink()
-            raise StoreError(
-                f"does not hold the files that the store was made from ({difference})",
-                where=source,
-                fix="Name the right folder, or prepare the store anew in another one.",
-            )
-        (folder / MARKER).unlink(missing_ok=True)
-        return finish(folder, job, shards, max_rejected=1.0)
-
-
-def _difference(folder: Path, job: Job, rewritten: Sequence[Shard]) -> str | None:
-    """In what the rewritten shards are not those that were lost, as far as the rest can tell."""
-    for check in _checks(job, rewritten, _sound_index(folder)):
-        _, faults = _check_shard(check)
-        if faults:
-            return str(faults[0])
-    marker = _read_marker(folder)
-    rejected = count_classes(gather_rejects(job.shards(folder)))
-    if marker is not None and marker.get("rejected") != rejected:
-        now, before = by_class(rejected), by_class(marker.get("rejected", {}))
-        return f"rejected are: {now or 'none'}; they were: {before or 'none'}"
-    return None
-
-
-def _read_marker(folder: Path) -> dict[str, Any] | None:
+def marker_of_store(folder: Path) -> dict[str, Any] | None:
+    """The content of ``store.json``; None where it is missing, or no marker."""
     try:
         return read_marker(folder)
     except StoreError:
         return None
 
 
-def _sound_index(folder: Path) -> Path | None:
+def sound_index(folder: Path) -> Path | None:
     """The index, or None if it is not, to the byte, the one that was written."""
-    marker, path = _read_marker(folder), folder / INDEX
+    marker, path = marker_of_store(folder), folder / INDEX
     try:
-        sound = marker is not None and marker.get("index_crc32c") == index_checksum(path)
+        sound = marker is not None and marker["index_crc32c"] == index_checksum(path)
     except StoreError:
         return None
     return path if sound else None
@@ -172,19 +110,26 @@ def _foreign_files(folder: Path, shards: Sequence[Shard]) -> Iterator[Fault]:
 
 
 def _check_summaries(
-    folder: Path, job: Job, shards: Sequence[Shard], marker: dict[str, Any]
+    folder: Path,
+    job: Job,
+    shards: Sequence[Shard],
+    marker: dict[str, Any],
+    index: Path | None,
 ) -> Iterator[Fault]:
     """``rejected.csv`` and ``store.json`` say what the shards do."""
     rejects = gather_rejects(shards)
     path = folder / REJECTED
     if not path.is_file() or path.read_bytes() != rejects.to_csv(index=False).encode():
         yield Fault(path, "is not the sum of the shards' lists of rejects")
-    if marker != marker_of(job, shards, rejects, marker.get("index_crc32c")):
+    content = marker.get("content")
+    if content is not None and index is not None:
+        content = content_digest(index)
+    if marker != marker_of(job, shards, rejects, marker["index_crc32c"], content):
         yield Fault(folder / MARKER, "does not say what the store holds")
 
 
 @dataclass(frozen=True)
-class _Check:
+class Check:
     """A shard, its rows of the manifest, and the index if that is sound."""
 
     shard: Shard
@@ -192,11 +137,11 @@ class _Check:
     index: Path | None
 
 
-def _checks(job: Job, shards: Sequence[Shard], index: Path | None) -> Iterator[_Check]:
-    return (_Check(shard, job.rows(shard), index) for shard in shards)
+def _checks(job: Job, shards: Sequence[Shard], index: Path | None) -> Iterator[Check]:
+    return (Check(shard, job.rows(shard), index) for shard in shards)
 
 
-def _check_shard(check: _Check) -> tuple[int, list[Fault]]:
+def check_shard(check: Check) -> tuple[int, list[Fault]]:
     """The shard's number, and all that is wrong with it."""
     shard = check.shard
     if not shard.path.is_file():

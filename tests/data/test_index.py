@@ -82,5 +82,5 @@ def test_damaged(tmp_path: Path, damage: str) -> None:
             "one page short": whole[:-4096],
         }[damage]
     )
-    with pytest.raises(StoreError, match=r"the index cannot be read.*Delete it"):
+    with pytest.raises(StoreError, match=r"the index cannot be read.*finalize"):
         list(read_index(path))

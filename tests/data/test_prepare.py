@@ -222,6 +222,36 @@ def test_finished_store_is_not_touched(tmp_path: Path, raw: Path) -> None:
     assert (store / MARKER).stat().st_mtime_ns == marker
 
 
+def test_files_that_changed_since_are_told(
+    tmp_path: Path, raw: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = write_volumes(raw, 6)
+    store = make(tmp_path, names)
+    before = contents(store)
+    make(tmp_path, names)
+    assert caplog.messages == []
+    for name in names[1:3]:
+        np.save(raw / name, np.load(raw / name) ^ 1)
+    make(tmp_path, names)
+    (message,) = caplog.messages
+    assert re.match(rf"2 raw files were changed or moved .* first is {raw / names[1]}:", message)
+    assert contents(store) == before
+
+
+@pytest.mark.parametrize("name", [INDEX, MARKER])
+def test_a_finished_store_that_is_damaged_is_not_called_finished(
+    tmp_path: Path, raw: Path, name: str
+) -> None:
+    names = write_volumes(raw, 6)
+    store = make(tmp_path, names)
+    before = contents(store)
+    damaged = bytearray(before[name])
+    damaged[len(damaged) // 2] ^= 1
+    (store / name).write_bytes(damaged)
+    make(tmp_path, names)
+    assert contents(store) == before
+
+
 def remove_shard(store: Path) -> None:
     (store / SHARDS / shard_name(1)).unlink()
 
@@ -662,7 +692,7 @@ def test_finalize_of_no_store(tmp_path: Path) -> None:
 
 
 def test_clips_lost_with_a_damaged_shard_are_not_lost_in_silence(tmp_path: Path, raw: Path) -> None:
-    """A tar reader takes a damaged header for the end of the archive."""
+    """Tar readers take a damaged header for the end of the archive."""
     store = make(tmp_path, write_volumes(raw, 8))
     path = store / SHARDS / shard_name(1)
     whole = bytearray(path.read_bytes())
@@ -670,7 +700,7 @@ def test_clips_lost_with_a_damaged_shard_are_not_lost_in_silence(tmp_path: Path,
     whole[at] ^= 1
     path.write_bytes(whole)
     (store / INDEX).unlink()
-    with pytest.raises(StoreError, match=r"hold 6 clips, not the 8.*--repair"):
+    with pytest.raises(StoreError, match=r"shard-000001.tar: is not a readable.*--repair"):
         finalize(store)
 
 
@@ -845,6 +875,24 @@ def test_mended_file_is_taken_up(tmp_path: Path, raw: Path, old: bool) -> None:
     changed = {name for name, stamp in stamps(store).items() if stamp != before[name]}
     assert changed == {shard_name(1)}
     assert contents(store) == contents(make(tmp_path, names, "straight"))
+
+
+def test_mended_file_costs_no_clip_that_was_stored(tmp_path: Path, raw: Path) -> None:
+    """Those beside it in the shard are good, whatever became of their files."""
+    names = write_volumes(raw, 10)
+    good = (raw / names[5]).read_bytes()
+    (raw / names[5]).write_bytes(b"x")
+    store = make(tmp_path, names, max_rejected=0.1)
+    before = Store(store)
+    kept = {key: before.read(clip) for clip, key in enumerate(before.table["key"])}
+    (raw / names[5]).write_bytes(good)
+    (raw / names[6]).write_bytes(b"x")
+    (raw / names[7]).write_bytes(good)
+    make(tmp_path, names)
+    after = Store(store)
+    assert len(after.table) == 10
+    for key, pixels in kept.items():
+        np.testing.assert_array_equal(after.read(after.clip_of(key)), pixels)
 
 
 def test_mended_file_is_not_lost_by_a_kill(

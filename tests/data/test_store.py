@@ -8,16 +8,20 @@ import os
 import pickle
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
 from make_media import write_manifest, write_volumes
 
 from dist_train.data import store as store_module
-from dist_train.data.index import read_index
-from dist_train.data.prepare import PrepareSettings, prepare
+from dist_train.data.files import sealed
+from dist_train.data.index import index_checksum, read_index
+from dist_train.data.prepare import PrepareSettings, finalize, prepare
 from dist_train.data.shards import shard_name
 from dist_train.data.store import INDEX, MARKER, SHARDS, Store, read_marker
+from dist_train.data.verify import verify
 from dist_train.data.volume_file import read_volume
 from dist_train.errors import StoreError
 
@@ -30,6 +34,10 @@ def folder(tmp_path: Path) -> Path:
     settings = PrepareSettings(roi="none", shard_clips=3)
     prepare(manifest, tmp_path / "raw", tmp_path / "store", settings, workers=1)
     return tmp_path / "store"
+
+
+def write_marker(folder: Path, content: dict[str, Any]) -> None:
+    (folder / MARKER).write_text(sealed(content))
 
 
 def source_of(store: Store, clip: int) -> np.ndarray:
@@ -157,17 +165,104 @@ def test_marker_that_is_none(folder: Path, content: str) -> None:
 
 
 def test_marker_of_another_format(folder: Path) -> None:
-    marker = read_marker(folder) | {"format": "dist_train store 99"}
-    (folder / MARKER).write_text(json.dumps(marker))
+    write_marker(folder, read_marker(folder) | {"format": "dist_train store 99"})
     with pytest.raises(StoreError, match="format 'dist_train store 99', this version reads"):
         Store(folder)
 
 
 def test_index_of_another_store(folder: Path) -> None:
-    marker = read_marker(folder) | {"clips": 11}
-    (folder / MARKER).write_text(json.dumps(marker))
-    with pytest.raises(StoreError, match="the index holds 10 clips, the store 11"):
+    write_marker(folder, read_marker(folder) | {"clips": 11})
+    with pytest.raises(StoreError, match=r"not that of the store \(it holds 10 clips, not 11\)"):
         Store(folder)
+
+
+def test_content_is_in_the_marker(folder: Path) -> None:
+    assert read_marker(folder)["content"] == Store(folder).content
+
+
+def test_a_marker_of_an_older_version(folder: Path) -> None:
+    """It has neither the content nor a checksum of its own."""
+    marker = read_marker(folder)
+    content = marker.pop("content")
+    (folder / MARKER).write_text(json.dumps(marker, indent=2, sort_keys=True))
+    store = Store(folder)
+    assert "content" not in store.info
+    assert store.content == content
+    assert verify(folder, workers=1) == []
+
+
+ODD = {
+    "clips": [True, 10.0, "10", None, -1],
+    "index_crc32c": [None, "1", -1, 1 << 32],
+    "fingerprint": ["", 7, "g" * 64],
+    "rejected": [[], {"2": 1}, {"0": -1}, {"0": "1"}],
+    "settings": [None, []],
+    "content": ["", 0, "A" * 64],
+}
+
+
+def test_markers_of_another_form_are_refused(folder: Path) -> None:
+    """Sealed, as another program might have written them."""
+    marker = read_marker(folder)
+    for name, values in ODD.items():
+        for value in values:
+            write_marker(folder, marker | {name: value})
+            with pytest.raises(StoreError, match=rf"store.json: is not the marker.*'{name}"):
+                Store(folder)
+
+
+def test_a_marker_that_was_edited_is_refused(folder: Path) -> None:
+    text = (folder / MARKER).read_text()
+    for name in ("fingerprint", "content"):
+        value = read_marker(folder)[name]
+        (folder / MARKER).write_text(text.replace(value, value[::-1]))
+        with pytest.raises(StoreError, match=r"checksum is wrong\)\. Run 'dist-train finalize'"):
+            Store(folder)
+        assert finalize(folder)[name] == value
+        assert (folder / MARKER).read_text() == text
+
+
+# Of an index that another program wrote, with the checksum in the marker.
+RECORDS = {
+    "label": [2, -2, True, None, "1", 0.5],
+    "shape": [[1, 2], [0, 1, 1], [1.5, 1, 1], "abc", None, [1 << 70, 1, 1]],
+    "shard": [4, -1, "0", 1 << 70],
+    "offset": [-1, None],
+    "crc32c": [-1, 1 << 32, None],
+    "weight": [-1.0, "x", None],
+    "tier1": [1, "true"],
+    "filename": [None, 3],
+    "crowd_score": ["much"],
+}
+
+
+def test_records_of_another_form_are_refused(folder: Path) -> None:
+    marker, whole = read_marker(folder), (folder / INDEX).read_bytes()
+    for name, values in RECORDS.items():
+        for value in values:
+            (folder / INDEX).write_bytes(whole)
+            with (
+                lmdb.open(str(folder / INDEX), subdir=False, lock=False, map_size=1 << 20) as env,
+                env.begin(write=True) as transaction,
+            ):
+                record = json.loads(bytes(transaction.get(b"clip003"))) | {name: value}
+                transaction.put(b"clip003", json.dumps(record).encode())
+            checksum = index_checksum(folder / INDEX)
+            write_marker(folder, marker | {"index_crc32c": checksum})
+            with pytest.raises(StoreError, match=r"index.lmdb: the index is not that of the store"):
+                Store(folder)
+
+
+def test_flipped_labels_of_the_index_are_not_trained_on(folder: Path) -> None:
+    path = folder / INDEX
+    whole = path.read_bytes()
+    assert whole.count(b'"label": 1') >= 3
+    path.write_bytes(whole.replace(b'"label": 1', b'"label": 0', 3))
+    with pytest.raises(StoreError, match=r"the index is damaged: its checksum is wrong"):
+        Store(folder)
+    finalize(folder)
+    assert path.read_bytes() == whole
+    assert Store(folder).table["label"].tolist() == [0, 1] * 5
 
 
 def test_missing_index(folder: Path) -> None:

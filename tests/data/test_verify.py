@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import sys
 import tarfile
@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from make_media import write_manifest, write_volumes
 
 from dist_train import cli
+from dist_train.data.files import sealed
 from dist_train.data.index import read_index
 from dist_train.data.job import JOB, MANIFEST
 from dist_train.data.manifest import read_manifest
 from dist_train.data.prepare import PrepareSettings, prepare, prepare_npz
+from dist_train.data.repair import lost_files, repair
 from dist_train.data.shards import shard_name, write_shard
-from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Store
-from dist_train.data.verify import repair, verify
-from dist_train.errors import StoreError
+from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Store, read_marker
+from dist_train.data.verify import verify
+from dist_train.errors import FileError, StoreError
 
 SHARD = f"{SHARDS}/{shard_name(1)}"
 LIST = SHARD.replace(".tar", ".rejected.csv")
@@ -317,8 +320,11 @@ def garble_marker(store: Path) -> None:
 
 
 def other_marker(store: Path) -> None:
-    marker = json.loads((store / MARKER).read_text())
-    (store / MARKER).write_text(json.dumps(marker | {"clips": 12}))
+    (store / MARKER).write_text(sealed(read_marker(store) | {"clips": 12}))
+
+
+def other_content(store: Path) -> None:
+    (store / MARKER).write_text(sealed(read_marker(store) | {"content": "0" * 64}))
 
 
 def lose_rejected(store: Path) -> None:
@@ -331,6 +337,7 @@ def lose_rejected(store: Path) -> None:
         (lose_marker, "store.json: is missing, or not the marker of a store"),
         (garble_marker, "store.json: is missing, or not the marker of a store"),
         (other_marker, "store.json: does not say what the store holds"),
+        (other_content, "store.json: does not say what the store holds"),
         (lose_rejected, "rejected.csv: is not the sum of the shards' lists of rejects"),
     ],
 )
@@ -413,12 +420,147 @@ def test_repair_rejects_no_more_than_before(made: Path, store: Path) -> None:
 
 def test_missing_raw_file_is_named_before_any_work(store: Path) -> None:
     raw = store.parent / "raw"
-    (raw / "clip003.npy").unlink()
+    (raw / "clip005.npy").unlink()
     flip_pixel(store)
     before = content(store)
-    with pytest.raises(StoreError, match=r"clip003.npy: the file is missing"):
+    with pytest.raises(StoreError, match=r"of 1 damaged clips are missing; the first: clip005.npy"):
         repair(store, raw, verify(store, workers=1), workers=1)
     assert content(store) == before
+
+
+def lost(store: Path) -> dict[str, str]:
+    """Rejects of the store that were clips, with their reasons."""
+    table = pd.read_csv(store / REJECTED, dtype=str)
+    rejects = dict(zip(table["file"], table["reason"], strict=True))
+    return {name: reason for name, reason in rejects.items() if reason.startswith("lost: ")}
+
+
+def test_only_bad_clips_need_their_raw_files(made: Path, store: Path) -> None:
+    raw = store.parent / "raw"
+    for path in raw.iterdir():
+        if path.name != "clip005.npy":
+            path.unlink()
+    flip_pixel(store)
+    repair(store, raw, verify(store, workers=1), workers=1)
+    assert content(store) == content(made / "store")
+
+
+# What is lost for good with each damage where the raw files are gone: headers, records and lists
+# are in the index and the manifest too.
+LOSES = {
+    flip_pixel: ["clip005.npy"],
+    flip_declared: [],
+    flip_header: [],
+    truncate: ["clip005.npy"],
+    empty: ["clip003.npy", "clip005.npy"],
+    no_record: ["clip003.npy", "clip005.npy"],
+    remove: ["clip003.npy", "clip005.npy"],
+    remove_list: [],
+    garble_list: [],
+    delete_clip: ["clip003.npy"],
+    swap_clips: [],
+    copy_clip: [],
+}
+
+
+@pytest.mark.parametrize("damage", LOSES, ids=lambda damage: damage.__name__)
+def test_good_clips_are_salvaged_where_the_raw_files_are_gone(
+    made: Path, store: Path, damage: Callable[[Path], None]
+) -> None:
+    damage(store)
+    before = content(store)
+    faults = verify(store, workers=1)
+    if LOSES[damage]:
+        with pytest.raises(StoreError, match=rf"of {len(LOSES[damage])} damaged clips are missing"):
+            repair(store, None, faults, workers=1)
+        assert content(store) == before
+    repair(store, None, faults, workers=1, salvage=True)
+    assert said(store) == []
+    assert list(lost(store)) == LOSES[damage] == lost_files(store)
+    assert Store(store).info["clips"] == len(Store(store).table) == 11 - len(LOSES[damage])
+    whole = Store(made / "store")
+    for clip, key in enumerate(Store(store).table["key"]):
+        np.testing.assert_array_equal(Store(store).read(clip), whole.read(whole.clip_of(key)))
+
+    # With the raw files again, all of it comes back.
+    repair(store, made / "raw", verify(store, workers=1), workers=1)
+    assert content(store) == content(made / "store")
+
+
+@pytest.mark.parametrize("way", ["repair", "prepare"])
+def test_lost_clips_come_back_one_by_one(made: Path, store: Path, way: str) -> None:
+    raw = store.parent / "raw"
+    remove(store)
+    repair(store, None, verify(store, workers=1), salvage=True)
+    (raw / "clip003.npy").rename(raw.parent / "clip003.npy")
+    repair(store, raw, [], workers=1)
+    assert list(lost(store)) == lost_files(store) == ["clip003.npy"]
+    assert said(store) == []
+    (raw.parent / "clip003.npy").rename(raw / "clip003.npy")
+    if way == "repair":
+        repair(store, raw, [], workers=1)
+    else:
+        manifest = read_manifest(made / "clips.csv")
+        settings = PrepareSettings(roi="none", shard_clips=3)
+        prepare(manifest, raw, store, settings, workers=1, max_rejected=0.1)
+    assert content(store) == content(made / "store")
+
+
+def test_another_clip_does_not_come_back(store: Path) -> None:
+    raw = store.parent / "raw"
+    flip_pixel(store)
+    repair(store, None, verify(store, workers=1), salvage=True)
+    np.save(raw / "clip005.npy", np.load(raw / "clip005.npy") ^ 1)
+    before = content(store)
+    with pytest.raises(StoreError, match="'clip005': its pixels are not those that were lost"):
+        repair(store, raw, [], workers=1)
+    assert content(store) == before
+
+
+def test_no_clip_left_is_refused(store: Path) -> None:
+    for path in (store / SHARDS).glob("*.tar"):
+        path.unlink()
+    before = content(store)
+    with pytest.raises(StoreError, match="no clip of the store is good"):
+        repair(store, None, verify(store, workers=1), salvage=True)
+    assert content(store) == before
+
+
+@pytest.mark.parametrize("renames", range(6))
+def test_a_kill_of_a_repair_loses_nothing(
+    made: Path, store: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    """After each of the renames that put the new files in place."""
+    flip_pixel(store)
+    rename, left = Path.replace, renames
+
+    def killed(path: Path, target: Path) -> Path:
+        nonlocal left
+        if path.parent.name.startswith(".repair-") or target.parent == store:
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        try:
+            repair(store, made / "raw", verify(store, workers=1), workers=1)
+        except KeyboardInterrupt:
+            assert renames < 5
+    repair(store, made / "raw", verify(store, workers=1), workers=1)
+    assert said(store) == []
+    assert content(store) == content(made / "store")
+
+
+def test_shards_in_the_place_of_which_something_else_stands(store: Path) -> None:
+    remove(store)
+    os.mkfifo(store / SHARD)
+    faults = verify(store, workers=1)
+    assert "the shard is missing" in str(faults[0])
+    with pytest.raises(FileError, match="is a FIFO, and would be replaced"):
+        repair(store, store.parent / "raw", faults, workers=1)
+    assert (store / MARKER).exists()
 
 
 def test_other_version_of_the_decoder_path(
@@ -502,7 +644,22 @@ def test_command(
         f"error: {store}: 2 faults. "
         "Run 'dist-train verify' with --repair and the folder of raw files.\n"
     )
+    damaged = content(store)
+    for gone in (("--repair", store / "nowhere"), ("--repair", store / "shards"), ("--repair", "")):
+        code, out, err = command(*gone)
+        assert code == 1
+        assert "--salvage" in err.splitlines()[-1]
+        assert content(store) == damaged
+    code, out, err = command("--salvage")
+    assert (code, err) == (0, "")
+    assert "rejected: 5 (2 negative, 3 positive)" in out
+    assert [line.split(": ")[1] for line in out.splitlines() if line.startswith("lost: ")] == [
+        "clip005.npy", "clip009.npy", "clip010.npy", "clip011.npy",
+    ]  # fmt: skip
+    assert f"{store} is whole" in out
     code, out, err = command("--repair", made / "raw")
     assert (code, err) == (0, "")
     assert f"{store} is whole" in out
+    assert "lost" not in out
     assert content(store) == content(made / "store")
+    assert command("--repair", made / "raw")[0] == 0
