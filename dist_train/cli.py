@@ -71,6 +71,9 @@ def prepare(
     truncated: Annotated[
         Literal["reject", "keep"], typer.Option(help="Videos that end before they should.")
     ] = "reject",
+    damaged: Annotated[
+        Literal["reject", "keep"], typer.Option(help="Videos with frames that decode in part.")
+    ] = "reject",
     bits: Annotated[
         int | None,
         typer.Option(min=8, max=16, help="Of 16-bit values; else as the whole set's files say."),
@@ -106,6 +109,7 @@ def prepare(
         roi=roi,
         colour=_colour(colour),
         truncated=truncated,
+        damaged=damaged,
         shard_clips=shard_clips,
         clip_seconds=clip_seconds,
         clip_memory=clip_memory,

@@ -28,6 +28,7 @@ class PrepareSettings:
 
     ``roi``: "outline" crops to the union of the outline's boxes; "none" keeps whole frames.
     ``truncated``: whether a video with fewer frames than it declares is rejected or kept.
+    ``damaged``: the same for one with frames of which the decoder had to guess a part.
     ``bits``: depth of values that are kept in 16 bits, as in uint16 stacks and gray16 video; one
     for the whole store. None where there are none; such a file is then rejected.
     ``clip_seconds``, ``clip_memory`` (MiB): what decoding one file may take before it is rejected.
@@ -36,6 +37,7 @@ class PrepareSettings:
     roi: Literal["outline", "none"] = "outline"
     colour: OutlineColour = field(default_factory=OutlineColour)
     truncated: Literal["reject", "keep"] = "reject"
+    damaged: Literal["reject", "keep"] = "reject"
     shard_clips: int = 128
     clip_seconds: float = 600.0
     clip_memory: int = 2048
@@ -93,16 +95,30 @@ def _read(path: Path, suffix: str, where: str, settings: PrepareSettings) -> tup
     else:
         planes = [frame.luma for frame in video]
         clip = stack_planes(planes, Box(0, 0, *planes[0].shape))
+    _judge(video, where, settings)
+    facts = {"frames_declared": video.frames_declared, "box": box}
+    if video.frames_damaged:
+        facts["frames_damaged"] = video.frames_damaged
+    return clip, facts | (_few_levels(clip) if video.is_deep else {})
+
+
+def _judge(video: Video, where: str, settings: PrepareSettings) -> None:
+    """Raises DecodeError if a decoded video is not as it should be, and may not be kept so."""
     if video.truncated and settings.truncated == "reject":
         because = f": {video.stopped_by}" if video.stopped_by else ""
+        of = f" of {video.frames_declared} declared" if video.frames_declared else ""
         raise DecodeError(
-            f"the video stops after {video.frames_decoded} of {video.frames_declared} declared "
-            f"frames{because}",
+            f"the video stops after {video.frames_decoded}{of} frames{because}",
             where=where,
             fix="Replace the file, or prepare with --truncated keep.",
         )
-    facts = {"frames_declared": video.frames_declared, "box": box}
-    return clip, facts | (_few_levels(clip) if video.is_deep else {})
+    if video.frames_damaged and settings.damaged == "reject":
+        raise DecodeError(
+            f"{video.frames_damaged} of {video.frames_decoded} frames are damaged, and those that "
+            "build on them",
+            where=where,
+            fix="Replace the file, or prepare with --damaged keep.",
+        )
 
 
 def _few_levels(clip: Volume) -> Record:

@@ -15,6 +15,7 @@ from typing import Any
 import av
 import numpy as np
 
+from dist_train.data.container import open_container
 from dist_train.data.frame import deep_channels, is_deep
 from dist_train.data.grey import depth_of
 from dist_train.data.source import LocalFolder, Source
@@ -110,7 +111,7 @@ def file_bits(path: Path, suffix: str) -> int | None:
 
 
 def _video_bits(path: Path) -> int | None:
-    with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+    with path.open("rb") as file, open_container(file, path) as container:
         stream = container.streams.video[0]
         if not is_deep(stream.codec_context.pix_fmt or ""):
             return None
