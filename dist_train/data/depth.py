@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import av
 import numpy as np
 
 from dist_train.data.container import open_container
@@ -22,7 +21,7 @@ from dist_train.data.source import LocalFolder, Source
 from dist_train.data.supervise import Steps
 from dist_train.data.types import Volume
 from dist_train.data.volume_file import VOLUME_SUFFIXES, npy_dtype, read_raw
-from dist_train.errors import DecodeError, StoreError
+from dist_train.errors import StoreError
 
 # In other videos no camera's raw values are found, and to open half a million of them takes hours.
 SUFFIXES = VOLUME_SUFFIXES | {".avi", ".mkv", ".mov"}
@@ -90,8 +89,10 @@ def _bits(part: Look, steps: Steps) -> Iterator[int]:
         try:
             with part.source.fetched(name) as path, steps.at(position):
                 bits = file_bits(path, PurePosixPath(name).suffix.lower())
+        except StoreError:
+            raise
         # Whatever is wrong with the file is told when it is decoded to be stored.
-        except (DecodeError, MemoryError, av.error.FFmpegError, ValueError, OSError):
+        except Exception:
             continue
         if bits is not None:
             yield bits
