@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from dist_train.data.decode import VIDEO_SUFFIXES, Video
-from dist_train.data.roi import Box, OutlineColour, crop_to_outline, stack_planes
+from dist_train.data.roi import LEAST, Box, OutlineColour, crop_to_outline, stack_planes
 from dist_train.data.shards import Record
 from dist_train.data.types import Volume
 from dist_train.data.volume_file import VOLUME_SUFFIXES, read_raw, to_grey
@@ -27,6 +27,7 @@ class PrepareSettings:
     """What the bytes of a store depend on, beside the files themselves.
 
     ``roi``: "outline" crops to the union of the outline's boxes; "none" keeps whole frames.
+    ``least_outline``: pixels that an outline is high and wide, at least.
     ``truncated``: whether a video with fewer frames than it declares is rejected or kept.
     ``damaged``: the same for one with frames of which the decoder had to guess a part.
     ``bits``: depth of values that are kept in 16 bits, as in uint16 stacks and gray16 video; one
@@ -42,6 +43,7 @@ class PrepareSettings:
     clip_seconds: float = 600.0
     clip_memory: int = 2048
     bits: int | None = None
+    least_outline: int = LEAST
 
 
 def read_clip(
@@ -90,7 +92,7 @@ def _read(path: Path, suffix: str, where: str, settings: PrepareSettings) -> tup
     video = Video(path, where, settings.bits)
     box = None
     if settings.roi == "outline":
-        clip, found = crop_to_outline(video, settings.colour)
+        clip, found = crop_to_outline(video, settings.colour, settings.least_outline)
         box = [found.top, found.left, found.bottom, found.right]
     else:
         planes = [frame.luma for frame in video]
