@@ -84,8 +84,14 @@ def prepare(
         Literal["outline", "none"], typer.Option(help="Crop to the outline, or keep all.")
     ] = "outline",
     colour: Colour = None,
+    least_outline: Annotated[
+        int, typer.Option(min=1, help="Pixels that an outline is high and wide, at least.")
+    ] = 16,
     truncated: Annotated[
         Literal["reject", "keep"], typer.Option(help="Videos that end before they should.")
+    ] = "reject",
+    damaged: Annotated[
+        Literal["reject", "keep"], typer.Option(help="Videos with frames that decode in part.")
     ] = "reject",
     bits: Annotated[
         int | None,
@@ -139,7 +145,9 @@ def prepare(
     settings = PrepareSettings(
         roi=roi,
         colour=_colour(colour),
+        least_outline=least_outline,
         truncated=truncated,
+        damaged=damaged,
         shard_clips=shard_clips,
         clip_seconds=clip_seconds,
         clip_memory=clip_memory,

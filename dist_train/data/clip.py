@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from dist_train.data.decode import VIDEO_SUFFIXES, Video
-from dist_train.data.roi import Box, OutlineColour, crop_to_outline, stack_planes
+from dist_train.data.roi import LEAST, Box, OutlineColour, crop_to_outline, stack_planes
 from dist_train.data.shards import Record
 from dist_train.data.types import Volume
 from dist_train.data.volume_file import VOLUME_SUFFIXES, read_raw, to_grey
@@ -27,7 +27,9 @@ class PrepareSettings:
     """What the bytes of a store depend on, beside the files themselves.
 
     ``roi``: "outline" crops to the union of the outline's boxes; "none" keeps whole frames.
+    ``least_outline``: pixels that an outline is high and wide, at least.
     ``truncated``: whether a video with fewer frames than it declares is rejected or kept.
+    ``damaged``: the same for one with frames of which the decoder had to guess a part.
     ``bits``: depth of values that are kept in 16 bits, as in uint16 stacks and gray16 video; one
     for the whole store. None where there are none; such a file is then rejected.
     ``clip_seconds``, ``clip_memory`` (MiB): what decoding one file may take before it is rejected.
@@ -36,10 +38,12 @@ class PrepareSettings:
     roi: Literal["outline", "none"] = "outline"
     colour: OutlineColour = field(default_factory=OutlineColour)
     truncated: Literal["reject", "keep"] = "reject"
+    damaged: Literal["reject", "keep"] = "reject"
     shard_clips: int = 128
     clip_seconds: float = 600.0
     clip_memory: int = 2048
     bits: int | None = None
+    least_outline: int = LEAST
 
 
 # Kinds of files that people have clips in, and what to make of them.
@@ -115,21 +119,35 @@ def _read(path: Path, suffix: str, where: str, settings: PrepareSettings) -> tup
     video = Video(path, where, settings.bits)
     box = None
     if settings.roi == "outline":
-        clip, found = crop_to_outline(video, settings.colour)
+        clip, found = crop_to_outline(video, settings.colour, settings.least_outline)
         box = [found.top, found.left, found.bottom, found.right]
     else:
         planes = [frame.luma for frame in video]
         clip = stack_planes(planes, Box(0, 0, *planes[0].shape))
+    _judge(video, where, settings)
+    facts = {"frames_declared": video.frames_declared, "box": box}
+    if video.frames_damaged:
+        facts["frames_damaged"] = video.frames_damaged
+    return clip, facts | (_few_levels(clip) if video.is_deep else {})
+
+
+def _judge(video: Video, where: str, settings: PrepareSettings) -> None:
+    """Raises DecodeError if a decoded video is not as it should be, and may not be kept so."""
     if video.truncated and settings.truncated == "reject":
         because = f": {video.stopped_by}" if video.stopped_by else ""
+        of = f" of {video.frames_declared} declared" if video.frames_declared else ""
         raise DecodeError(
-            f"the video stops after {video.frames_decoded} of {video.frames_declared} declared "
-            f"frames{because}",
+            f"the video stops after {video.frames_decoded}{of} frames{because}",
             where=where,
             fix="Replace the file, or prepare with --truncated keep.",
         )
-    facts = {"frames_declared": video.frames_declared, "box": box}
-    return clip, facts | (_few_levels(clip) if video.is_deep else {})
+    if video.frames_damaged and settings.damaged == "reject":
+        raise DecodeError(
+            f"{video.frames_damaged} of {video.frames_decoded} frames are damaged, and those that "
+            "build on them",
+            where=where,
+            fix="Replace the file, or prepare with --damaged keep.",
+        )
 
 
 def _few_levels(clip: Volume) -> Record:

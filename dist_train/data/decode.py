@@ -10,6 +10,13 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from dist_train.data.container import (
+    declared_seconds,
+    gif_ends,
+    listed_frames,
+    open_container,
+    shown_frames,
+)
 from dist_train.data.frame import Frame, read_frame
 from dist_train.data.orientation import AS_IT_IS, Orientation
 from dist_train.data.undecodable import reason_of, too_large
@@ -21,9 +28,6 @@ VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpe
 # Of errors that tell of the machine, those that a single file may be the cause of. FFmpeg uses most
 # numbers for purposes of its own.
 OF_A_VIDEO = ADVICE.keys() - {errno.EMFILE, errno.ENFILE, errno.ESTALE}
-
-# A file can be a playlist in disguise: FFmpeg must not follow it to the network.
-_ONLY_FILES = {"protocol_whitelist": "file"}
 
 
 class Video:
@@ -40,7 +44,8 @@ class Video:
 
     After an iteration ``frames_decoded`` is the number of frames that truly decoded,
     ``frames_declared`` what the container's header says (0 where it says nothing, as in mkv, webm
-    and mpeg), ``stopped_by`` the decoder's error if the stream broke off, and ``is_deep``
+    and mpeg; what an edit list hides is not counted), ``frames_damaged`` those of which the decoder
+    had to guess a part, ``stopped_by`` what is missing if the stream broke off, and ``is_deep``
     whether a value has more than 8 bits.
 
     Raises:
@@ -53,6 +58,7 @@ class Video:
         self.where = path if where is None else where
         self.frames_declared = 0
         self.frames_decoded = 0
+        self.frames_damaged = 0
         self.stopped_by: str | None = None
         self.is_deep = False
 
@@ -62,30 +68,21 @@ class Video:
         return self.stopped_by is not None or self.frames_decoded < self.frames_declared
 
     def __iter__(self) -> Iterator[Frame]:
-        self.frames_decoded, self.stopped_by = 0, None
+        self.frames_decoded, self.frames_damaged, self.stopped_by = 0, 0, None
         try:
-            with av.open(
-                str(self.path), options=_ONLY_FILES, metadata_errors="ignore"
-            ) as container:
+            with self.path.open("rb") as file, open_container(file, self.where) as container:
                 if not container.streams.video:
                     raise DecodeError("holds no video stream", where=self.where)
                 stream = container.streams.video[0]
+                if stream.codec_context is None:
+                    raise DecodeError("is in a form that has no decoder here", where=self.where)
                 # Parallelism is over files, in processes.
                 stream.codec_context.thread_count = 1
-                self.frames_declared = _declared(container, stream)
+                self.frames_declared = shown_frames(container, stream)
                 try:
-                    size: tuple[int, int] | None = None
-                    turn = None
-                    converter = VideoReformatter()
-                    for frame in container.decode(stream):
-                        if size is None:
-                            size = frame.width, frame.height
-                            turn = _turn(frame)
-                            self.is_deep = frame.format.components[0].bits > 8
-                        self._check_size(size, frame)
-                        planes = read_frame(frame, converter, self.bits, self.where)
-                        yield _upright(planes, turn) if turn else planes
-                        self.frames_decoded += 1
+                    yield from self._frames(container, stream)
+                    if container.format.name == "gif" and not gif_ends(file):
+                        self.stopped_by = "its end is missing"
                 except av.error.FFmpegError as error:
                     # Else a file would count as damaged for what the machine lacks.
                     if isinstance(error, MemoryError) or _memory_is_short(stream):
@@ -100,6 +97,60 @@ class Video:
             because = f" ({self.stopped_by})" if self.stopped_by else ""
             raise DecodeError(f"holds no frame that decodes{because}", where=self.where)
 
+    def _frames(
+        self, container: av.container.InputContainer, stream: av.VideoStream
+    ) -> Iterator[Frame]:
+        size: tuple[int, int] | None = None
+        turn = None
+        end = lasts = 0.0
+        is_cut = False
+        converter = VideoReformatter()
+        for packet in container.demux(stream):
+            # The demuxer got less than the packet's size.
+            is_cut |= packet.is_corrupt
+            if packet.pts is not None:
+                lasts = float(packet.duration * packet.time_base)
+                end = max(end, float(packet.pts * packet.time_base) + lasts)
+            for frame in packet.decode():
+                if size is None:
+                    size = frame.width, frame.height
+                    turn = _turn(frame)
+                    self.is_deep = frame.format.components[0].bits > 8
+                self._check_size(size, frame)
+                self.frames_damaged += frame.is_corrupt
+                planes = read_frame(frame, converter, self.bits, self.where)
+                yield _upright(planes, turn) if turn else planes
+                self.frames_decoded += 1
+        self.stopped_by = self._missing(container, stream, end, lasts)
+        if self.stopped_by is None and is_cut:
+            self.stopped_by = "a packet is cut short"
+
+    def _missing(
+        self,
+        container: av.container.InputContainer,
+        stream: av.VideoStream,
+        end: float,
+        lasts: float,
+    ) -> str | None:
+        """What the container declares beside a number of frames, and did not give.
+
+        Args:
+            end: when the last frame ends; ``lasts``: how long a frame lasts; 0 if that is not
+                known. Both in seconds.
+        """
+        declared, is_own = declared_seconds(container, stream)
+        slack = lasts / 2 or 1.5 / float(stream.average_rate or 10)
+        if not is_own:
+            slack += 1 + declared / 10
+        if end + slack < declared:
+            return f"it ends after {end:.2f} of {declared:.2f} declared seconds"
+        if container.format.name.startswith("mov") and not self.frames_declared:
+            # In fragments, which are told one by one.
+            listed = listed_frames(stream)
+            if self.frames_decoded < listed:
+                return f"its last fragments declare {listed} frames"
+        return None
+
     def _check_size(self, size: tuple[int, int], frame: av.VideoFrame) -> None:
         if (frame.width, frame.height) != size:
             raise DecodeError(
@@ -108,20 +159,6 @@ class Video:
                 where=self.where,
                 fix="Cut it there, or encode it anew at one size.",
             )
-
-
-def _declared(container: av.container.InputContainer, stream: av.VideoStream) -> int:
-    """Number of coded frames that the header declares, 0 if it does not.
-
-    AVI counts frames that a recorder dropped, too: they are there as empty chunks. Where the index,
-    which comes last in the file, is whole, the number of its entries is that of true frames.
-    """
-    entries = stream.index_entries
-    if container.format.name == "avi" and len(entries) > 0:
-        is_whole = entries[len(entries) - 1].timestamp == stream.frames - 1
-        if is_whole:
-            return len(entries)
-    return int(stream.frames)
 
 
 def _memory_is_short(stream: av.VideoStream) -> bool:

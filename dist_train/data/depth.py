@@ -12,16 +12,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import av
 import numpy as np
 
+from dist_train.data.container import open_container
 from dist_train.data.frame import deep_channels, is_deep
 from dist_train.data.grey import depth_of
 from dist_train.data.source import LocalFolder, Source
 from dist_train.data.supervise import Steps
 from dist_train.data.types import Volume
 from dist_train.data.volume_file import VOLUME_SUFFIXES, npy_dtype, read_raw
-from dist_train.errors import DecodeError, StoreError
+from dist_train.errors import StoreError
 
 # In other videos no camera's raw values are found, and to open half a million of them takes hours.
 SUFFIXES = VOLUME_SUFFIXES | {".avi", ".mkv", ".mov"}
@@ -89,8 +89,10 @@ def _bits(part: Look, steps: Steps) -> Iterator[int]:
         try:
             with part.source.fetched(name) as path, steps.at(position):
                 bits = file_bits(path, PurePosixPath(name).suffix.lower())
+        except StoreError:
+            raise
         # Whatever is wrong with the file is told when it is decoded to be stored.
-        except (DecodeError, MemoryError, av.error.FFmpegError, ValueError, OSError):
+        except Exception:
             continue
         if bits is not None:
             yield bits
@@ -110,7 +112,7 @@ def file_bits(path: Path, suffix: str) -> int | None:
 
 
 def _video_bits(path: Path) -> int | None:
-    with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
+    with path.open("rb") as file, open_container(file, path) as container:
         stream = container.streams.video[0]
         if not is_deep(stream.codec_context.pix_fmt or ""):
             return None

@@ -108,14 +108,20 @@ def _bar(share: float) -> str:
 
 def remarks(store: Path) -> list[str]:
     """What is to be known of clips that were not rejected, in lines."""
-    records = (record for _, record in read_index(store / INDEX))
-    flat = [record["grey_levels"] for record in records if "grey_levels" in record]
-    if not flat:
-        return []
-    return [
-        f"fewer than {FEW_LEVELS} grey levels: {len(flat)} clips of more than 8 bits (the least: "
-        f"{min(flat)}); --bits says how many bits their values have"
-    ]
+    flat, damaged = [], 0
+    for _, record in read_index(store / INDEX):
+        damaged += "frames_damaged" in record
+        if "grey_levels" in record:
+            flat.append(record["grey_levels"])
+    lines = []
+    if flat:
+        lines.append(
+            f"fewer than {FEW_LEVELS} grey levels: {len(flat)} clips of more than 8 bits (the "
+            f"least: {min(flat)}); --bits says how many bits their values have"
+        )
+    if damaged:
+        lines.append(f"kept with damaged frames: {damaged} clips")
+    return lines
 
 
 def find_boxes(path: Path, colour: OutlineColour) -> tuple[Video, list[Box | None]]:

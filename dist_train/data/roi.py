@@ -28,6 +28,11 @@ HOLE = 4
 # A blob may have a hole too, where it is too bright for the colour: beside a thing with a box more
 # than this many times as large, what has a hole is not the outline.
 SMALLER = 8
+# Least height and width of an outline: the challenge's begin at 22 and 23. Compression and a broken
+# line take some pixels away.
+LEAST = 16
+# More than this share of the frames must show the outline: what is in a few is something else.
+MOST = 0.5
 # How far apart, in pixels, the pieces of one thing may be; and of a line that compression broke.
 GAP = 4
 GAPS = (2, 4, 8)
@@ -138,8 +143,31 @@ def _not_a_colour(part: str, because: str) -> ConfigError:
     )
 
 
-def find_outline(frame: Frame, colour: OutlineColour) -> Box | None:
-    """The box of the outline in one frame, or None.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A thing of the colour: its box, and whether it is open inside, as a line around a vessel is.
+
+    So is one that encloses a hole, or, where the line is broken or leaves the frame, fills less
+    than half of its box.
+    """
+
+    box: Box
+    is_open: bool
+
+    def is_outline(self, least: int) -> bool:
+        """Whether it is open, and at least so high and wide, in pixels."""
+        height, width = self.box.bottom - self.box.top, self.box.right - self.box.left
+        return self.is_open and min(height, width) >= least
+
+
+def find_outline(frame: Frame, colour: OutlineColour, least: int = LEAST) -> Box | None:
+    """The box of the outline in one frame, or None; at least ``least`` pixels high and wide."""
+    found = find_thing(frame, colour)
+    return found.box if found is not None and found.is_outline(least) else None
+
+
+def find_thing(frame: Frame, colour: OutlineColour) -> Found | None:
+    """What is most like an outline in one frame, or None.
 
     A pixel is of the colour if its R, G and B, in float32 from luma and the chroma of its 2x2 block
     (ITU-R BT.601 or BT.709), are. Such pixels make a thing where no more than a gap of others, in
@@ -172,37 +200,51 @@ def find_outline(frame: Frame, colour: OutlineColour) -> Box | None:
     part = _box(*cv2.boundingRect(candidates)).moved(reddish.top, reddish.left)
     if part.area == 0:
         return None
-    box = _outline(_of_the_colour(frame, part, accepted))
-    return None if box is None else box.moved(2 * part.top, 2 * part.left)
+    found = _outline(_of_the_colour(frame, part, accepted))
+    if found is None:
+        return None
+    return Found(found.box.moved(2 * part.top, 2 * part.left), found.is_open)
 
 
-def crop_to_outline(video: Video, colour: OutlineColour) -> tuple[Volume, Box]:
+def crop_to_outline(
+    video: Video, colour: OutlineColour, least: int = LEAST, most: float = MOST
+) -> tuple[Volume, Box]:
     """The clip cut to the union of its outline boxes: uint8 [D, h, w] and the box.
 
     Only a window around the first box is kept while the file is decoded. What this misses, the
     frames before the first box, or the whole clip should the outline leave the window, is cut in a
     second decoding, so memory is that of the window at most.
 
+    Args:
+        least: pixels that an outline is high and wide, at least.
+        most: share of the frames, more than which must show one.
+
     Raises:
-        RoiError: no frame shows an outline.
+        RoiError: too few frames show an outline.
         DecodeError: the file does not decode.
     """
     union: Box | None = None
     window: Box | None = None
-    missed = 0
+    shown = missed = 0
     kept: list[Plane] = []
     for frame in video:
-        box = find_outline(frame, colour)
+        box = find_outline(frame, colour, least)
         if box is not None:
+            shown += 1
             union = box if union is None else union.union(box)
             window = window or box.grown(MARGIN, *frame.y.shape)
         if window is None:
             missed += 1
         else:
             kept.append(frame.grey(*window.slices))
-    if union is None or window is None:
+    if union is None or window is None or shown <= most * video.frames_decoded:
+        what = (
+            f"an outline is found in only {shown} of {video.frames_decoded} frames"
+            if shown
+            else f"no outline found in any frame, of {least} pixels or more"
+        )
         raise RoiError(
-            "no outline found in any frame",
+            what,
             where=video.where,
             fix="Look at it with 'dist-train inspect', or prepare with --roi none.",
         )
@@ -297,23 +339,23 @@ class _Ring:
     holes: Box
 
 
-def _outline(pixels: np.ndarray) -> Box | None:
-    """The outline's box in a mask, uint8 [h, w], of the pixels that have its colour."""
+def _outline(pixels: np.ndarray) -> Found | None:
+    """What is most like an outline in a mask, uint8 [h, w], of the pixels that have its colour."""
     everything = _box(*cv2.boundingRect(pixels))
     if everything.area == 0:
         return None
     ring = _largest_ring(pixels)
     # Nearly always there is little else, and no need to look at what it is.
     if ring is not None and SMALLER * ring.box.area >= everything.area:
-        return _without_necks(ring, pixels)
+        return Found(_without_necks(ring, pixels), is_open=True)
     thing = _largest_thing(pixels)
     if ring is not None and SMALLER * ring.box.area >= thing.area:
-        return _without_necks(ring, pixels)
+        return Found(_without_necks(ring, pixels), is_open=True)
     for gap in GAPS:
         ring = _largest_ring(pixels, gap)
         if ring is not None and SMALLER * ring.box.area >= thing.area:
-            return ring.box
-    return thing
+            return Found(ring.box, is_open=True)
+    return Found(thing, is_open=2 * cv2.countNonZero(thing.cut(pixels)) < thing.area)
 
 
 def _without_necks(ring: _Ring, pixels: np.ndarray) -> Box:

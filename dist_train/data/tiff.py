@@ -106,7 +106,7 @@ def _laid(series: TiffPageSeries, where: object) -> np.ndarray:
             where=where,
             fix=_PLAIN,
         )
-    array = series.asarray().reshape([shape[n] for n in kept])
+    array: np.ndarray = series.asarray().reshape([shape[n] for n in kept])
     if "S" in names:
         colours = series.keyframe.photometric
         is_rgb = colours == PHOTOMETRIC.RGB or (
@@ -134,7 +134,7 @@ def _positive(array: np.ndarray, page: TiffPage, where: object) -> np.ndarray:
     photometric = page.photometric
     if photometric == PHOTOMETRIC.MINISWHITE:
         if array.dtype == np.bool_:
-            return np.logical_not(array)
+            return np.asarray(np.logical_not(array))
         if array.dtype.kind == "u":
             return np.asarray((1 << int(page.bitspersample)) - 1 - array, array.dtype)
     elif photometric == PHOTOMETRIC.PALETTE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from dist_train.data.roi import (
     OutlineColour,
     crop_to_outline,
     find_outline,
+    find_thing,
 )
 from dist_train.data.synth import draw_clip, render_clip
 from dist_train.errors import DecodeError, RoiError
@@ -76,12 +77,13 @@ def test_colour_is_exact(tmp_path: Path, full_range: bool, bt709: bool) -> None:
     (frame,) = Video(path)
     assert frame.bt709 == bt709
     near = OutlineColour(red=(221, 227), green=(104, 110), blue=(31, 37))
-    found = find_outline(frame, near)
+    found = find_thing(frame, near)
     assert found is not None
+    assert not found.is_open
     # Chroma of half the resolution blends with the ground at the rim.
-    assert furthest_side(found, Box(16, 24, 48, 40)) <= 2
+    assert furthest_side(found.box, Box(16, 24, 48, 40)) <= 2
     for other in ({"red": (230, 240)}, {"green": (90, 101)}, {"blue": (40, 50)}):
-        assert find_outline(frame, replace(near, **other)) is None
+        assert find_thing(frame, replace(near, **other)) is None
 
 
 def test_odd_frame_with_the_outline_at_its_last_pixel(tmp_path: Path) -> None:
@@ -356,7 +358,8 @@ def test_box_is_that_of_the_definition(
     rng = np.random.default_rng(5)
     for _ in range(10):
         frame = patchy_frame(rng, *size, full_range=full_range, bt709=bt709)
-        assert find_outline(frame, colour) == outline_by_definition(frame, colour)
+        found = find_thing(frame, colour)
+        assert (found and found.box) == outline_by_definition(frame, colour)
 
 
 # ru_maxrss would not do: a process starts with that of the one that it was forked from.
@@ -367,7 +370,7 @@ from dist_train.data.decode import Video
 from dist_train.data.roi import OutlineColour, crop_to_outline
 peaks = []
 for path in sys.argv[1:]:
-    crop_to_outline(Video(Path(path)), OutlineColour())
+    crop_to_outline(Video(Path(path)), OutlineColour(), most=0)
     status = Path("/proc/self/status").read_text()
     peaks.append(int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]))
 print(1024 * (peaks[1] - peaks[0]))
@@ -424,3 +427,74 @@ def test_box_arithmetic() -> None:
     assert not box.contains(Box(2, 2, 4, 9))
     assert box.grown(3, 7, 10) == Box(0, 0, 7, 10)
     assert box.cut(np.arange(100, dtype=np.uint8).reshape(10, 10)).shape == (3, 6)
+
+
+def speck(frames: np.ndarray) -> None:
+    """Two pixels of the colour, as a light of the instrument or a defect of the camera is."""
+    frames[:, 40:41, 50:52] = ORANGE
+
+
+def block_in_one_frame(frames: np.ndarray) -> None:
+    frames[7, 30:60, 40:80] = ORANGE
+
+
+def block(frames: np.ndarray) -> None:
+    frames[:, 30:60, 40:80] = ORANGE
+
+
+def line(frames: np.ndarray) -> None:
+    frames[:, 40:43, 20:100] = ORANGE
+
+
+def letters(frames: np.ndarray) -> None:
+    """A small word, with holes of its own."""
+    for left in (20, 32, 44):
+        frames[:, 10:20, left : left + 10] = ORANGE
+        frames[:, 12:18, left + 2 : left + 8] = 45
+
+
+@pytest.mark.parametrize("draw", [speck, block_in_one_frame, block, line, letters])
+def test_what_is_no_outline(tmp_path: Path, draw: Callable[[np.ndarray], None]) -> None:
+    frames = outlined_frames([None] * 20)
+    draw(frames)
+    path = write_video(tmp_path / "a.mkv", frames, codec="ffv1")
+    with pytest.raises(RoiError, match="no outline found in any frame"):
+        crop_to_outline(Video(path), COLOUR)
+
+
+def test_an_outline_is_there_in_most_frames(tmp_path: Path) -> None:
+    frames = outlined_frames([START] * 9 + [None] * 9)
+    path = write_video(tmp_path / "a.mkv", frames, codec="ffv1")
+    with pytest.raises(RoiError, match="an outline is found in only 9 of 18 frames"):
+        crop_to_outline(Video(path), COLOUR)
+    write_video(path, frames[:-1], codec="ffv1")
+    clip, found = crop_to_outline(Video(path), COLOUR)
+    assert len(clip) == 17
+    assert furthest_side(found, START) <= 2
+
+
+def test_specks_do_not_widen_the_box(tmp_path: Path) -> None:
+    """In frames without the outline, what is there instead is none."""
+    frames = outlined_frames([START] * 12 + [None] * 3)
+    frames[12:, 85:89, 110:114] = ORANGE
+    path = write_video(tmp_path / "a.mkv", frames, codec="ffv1")
+    _, found = crop_to_outline(Video(path), COLOUR)
+    assert furthest_side(found, START) <= 2
+
+
+def test_least_size_is_a_setting(tmp_path: Path) -> None:
+    box = Box(20, 30, 34, 46)
+    path = write_video(tmp_path / "a.mkv", outlined_frames([box] * 3), codec="ffv1")
+    with pytest.raises(RoiError):
+        crop_to_outline(Video(path), COLOUR)
+    _, found = crop_to_outline(Video(path), COLOUR, least=10)
+    assert furthest_side(found, box) <= 2
+
+
+@pytest.mark.parametrize("box", [Box(-20, 30, 30, 84), Box(40, 90, 100, 150)])
+def test_an_outline_that_leaves_the_frame(tmp_path: Path, box: Box) -> None:
+    """It encloses nothing, and is open all the same."""
+    path = write_video(tmp_path / "a.mkv", outlined_frames([box] * 3), codec="ffv1")
+    _, found = crop_to_outline(Video(path), COLOUR)
+    inside = Box(max(box.top, 0), max(box.left, 0), min(box.bottom, 96), min(box.right, 128))
+    assert furthest_side(found, inside) <= 2

@@ -1,0 +1,115 @@
+"""Opens a video file for FFmpeg, which sees one open file, and reads it as one known container.
+
+Left to itself, FFmpeg takes a file for whatever it looks like, a playlist or a script of other
+files among them, and a name for whatever it looks like, a protocol among them.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import IO
+
+import av
+
+from dist_train.errors import DecodeError
+
+# No protocol at all: the container is in the file that is open, or it is nowhere.
+_NO_OTHER_FILE = {"protocol_whitelist": "none"}
+_KNOWN = "Known: MP4 and MOV, AVI, Matroska and WebM, GIF, MPEG-1 and MPEG-2."
+# ISO/IEC 14496-12 and QuickTime: what may come first in the file.
+_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"uuid", b"styp"}
+_TS_PACKET = 188
+
+
+def open_container(file: IO[bytes], where: object) -> av.container.InputContainer:
+    """A video file that is open, as a container.
+
+    Raises:
+        DecodeError: its first bytes are those of no container that is known here.
+        av.error.FFmpegError: it cannot be read.
+    """
+    first = file.read(_TS_PACKET + 1)
+    file.seek(0)
+    name = _format(first)
+    if name is None:
+        raise DecodeError(
+            "cannot be opened (its first bytes are those of no video file)"
+            if first
+            else "cannot be opened (it is empty)",
+            where=where,
+            fix=_KNOWN,
+        )
+    return av.open(
+        file,
+        "r",
+        format=name,
+        options=_NO_OTHER_FILE,
+        metadata_errors="ignore",
+        buffer_size=1 << 18,
+    )
+
+
+def _format(first: bytes) -> str | None:
+    """FFmpeg's name of the container that begins so."""
+    if first[4:8] in _BOXES:
+        return "mov"
+    if first.startswith(b"\x1a\x45\xdf\xa3"):
+        return "matroska"
+    if first.startswith(b"RIFF") and first[8:12] == b"AVI ":
+        return "avi"
+    if first.startswith((b"GIF87a", b"GIF89a")):
+        return "gif"
+    if first.startswith(b"\0\0\1") and len(first) > 3:
+        # ISO/IEC 13818-1: codes from B9 on are those of systems, below of video alone.
+        return "mpeg" if first[3] >= 0xB9 else "mpegvideo"
+    if first[:1] == first[_TS_PACKET : _TS_PACKET + 1] == b"G":
+        return "mpegts"
+    return None
+
+
+def shown_frames(container: av.container.InputContainer, stream: av.VideoStream) -> int:
+    """Number of frames that the header says are shown, 0 if it does not say.
+
+    AVI counts frames that a recorder dropped, too: they are there as empty chunks. Where the index,
+    which comes last in the file, is whole, the number of its entries is that of true frames.
+
+    MP4 and MOV count frames that an edit list hides, as after a trim without encoding anew. In the
+    index they are missing, or marked.
+    """
+    entries = stream.index_entries
+    if len(entries) == 0:
+        return int(stream.frames)
+    if container.format.name == "avi":
+        is_whole = entries[len(entries) - 1].timestamp == stream.frames - 1
+        return len(entries) if is_whole else int(stream.frames)
+    if container.format.name.startswith("mov") and stream.frames:
+        return listed_frames(stream)
+    return int(stream.frames)
+
+
+def listed_frames(stream: av.VideoStream) -> int:
+    """Number of frames in the index, as far as it is read, without those that are hidden."""
+    return sum(not entry.is_discard for entry in stream.index_entries)
+
+
+def declared_seconds(
+    container: av.container.InputContainer, stream: av.VideoStream
+) -> tuple[float, bool]:
+    """When the last frame ends, counted from 0, as Matroska and WebM declare, else 0; and whether
+    that is said of this stream alone: sound may last longer."""
+    if not container.format.name.startswith("matroska"):
+        return 0.0, True
+    try:
+        hours, minutes, seconds = map(float, stream.metadata.get("DURATION", "").split(":"))
+        return 3600 * hours + 60 * minutes + seconds, True
+    except ValueError:
+        return (container.duration or 0) / av.time_base, len(container.streams) == 1
+
+
+def gif_ends(file: IO[bytes]) -> bool:
+    """Whether the file has the trailer of GIF at its end, or bytes of 0 after it."""
+    place = file.tell()
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+    end = file.read().rstrip(b"\0")
+    file.seek(place)
+    return end.endswith(b";")
