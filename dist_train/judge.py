@@ -53,12 +53,14 @@ class Judge:
         return {f"train/{k}": v for k, v in binary_metrics(expit(logits), labels).items()}
 
     def of_held_out(self, batches: Iterable[Batch]) -> Values:
-        """Of the val split, at its own natural class ratio.
+        """Of the val split, at its own natural class ratio; nothing where no clip is held out.
 
         Args:
             batches: this rank's share of it.
         """
         backend = self._backend
+        if not len(self._data.numbers("val")):
+            return {}
         backend.sync_buffers()
         with self._ema.in_place(), backend.autocast():
             mine = held_out_logits(

@@ -33,9 +33,10 @@ from dist_train.engine.pace import Pace
 from dist_train.engine.sanity import check_agreement, check_weights
 from dist_train.engine.schedule import Schedule
 from dist_train.engine.stop import INTERRUPTED, TRY_AGAIN, StopSignals, leave
-from dist_train.engine.together import on_main
+from dist_train.engine.together import OfSomeRankError, on_main, together
 from dist_train.engine.watchdog import Watchdog
 from dist_train.errors import ConfigError, RunError, StoppedError
+from dist_train.initial_weights import SETTING, Source, initial_model
 from dist_train.judge import Judge, Values
 from dist_train.micro_batch import Buffers, MicroBatches, free_cache
 from dist_train.models.fused_norm import check_compiler
@@ -47,7 +48,6 @@ from dist_train.run import (
     SNAPSHOTS,
     as_input,
     begin_session,
-    make_model,
     model_facts,
     only_session,
     open_data,
@@ -158,6 +158,7 @@ class Trainer:
         self.stop = StopSignals()
         self.pace = Pace(backend, config.train.slow)
         self.events: EventWriter | None = None
+        self.init: Source | None = None
         # Before others give up on a process that hangs, it is to tell where.
         hang = config.train.hang
         self.watchdog = Watchdog(
@@ -179,6 +180,8 @@ class Trainer:
             self._take_up(*found)
         else:
             self.batches.forget()
+            if self.config.model.init is not None:
+                self._begin_with_given_weights()
         check_agreement(
             backend,
             {
@@ -190,6 +193,25 @@ class Trainer:
         if self.done < self.steps:
             on_main(backend, lambda: self._note_session(self.done if found else None))
         self.first_step = self.done
+
+    def _begin_with_given_weights(self) -> None:
+        """Those that ``model.init`` names, with moments of zero and an average that begins anew."""
+        backend, read = self.backend, []
+
+        def load() -> str:
+            read.append(initial_model(self.config))
+            source = read[0][1]
+            assert source is not None
+            return source.sha256
+
+        try:
+            digests = together(backend, load)
+        except OfSomeRankError as error:
+            # What failed here too is told as it is.
+            raise error.__cause__ or ConfigError(str(error), where=SETTING) from None
+        check_agreement(backend, {"the weights of model.init": digests[backend.rank]})
+        model, self.init = read[0]
+        self.state.begin_anew(model)
 
     def _note_session(self, resumed_from: int | None) -> None:
         """On rank 0."""
@@ -209,7 +231,8 @@ class Trainer:
                     "natural": self.data.natural_rate(),
                 },
                 "steps": self.steps,
-            },
+            }
+            | ({} if self.init is None else {"init": self.init._asdict()}),
             {
                 "resumed_from_step": resumed_from,
                 "world_size": backend.world,
@@ -329,7 +352,7 @@ class Trainer:
         if found is not None:
             self._take_up(*found)
         else:
-            self.state.begin_anew(make_model(self.config))
+            self.state.begin_anew(initial_model(self.config)[0])
             self._take_up(0, *2 * [np.empty(0, np.float32)])
         if self.backend.is_main:
             then = "the step is left out" if self.bad_steps[bad.step] > 1 else "it is tried again"

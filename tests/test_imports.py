@@ -22,7 +22,7 @@ LEVELS = [
     {"models"},
     {"engine"},
     {"run", "infer", "state", "epoch_weights", "micro_batch", "outputs"},
-    {"batches", "judge"},
+    {"batches", "judge", "initial_weights"},
     {"train", "predict", "export", "evaluate", "report", "doctor"},
     {"cli"},
     {"__main__"},

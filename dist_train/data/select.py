@@ -22,6 +22,15 @@ def choose_clips(
             left to train on or to validate with.
     """
     chosen = select_clips(table, tier2_crowd_score=select.tier2_crowd_score)
+    if split.train_on_all:
+        held_out = chosen["split"].isin(("val", "test")).sum()
+        if held_out:
+            raise PlanError(
+                f"split.train_on_all would train on {held_out} clips that the manifest's split "
+                "column holds out",
+                fix="Leave it out, or prepare a store from a manifest without that column.",
+            )
+        return chosen.assign(split="train")
     splits = assign_splits(
         chosen, folds=split.folds, fold=split.fold, groups=split.groups, seed=seed
     )
