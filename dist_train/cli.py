@@ -231,7 +231,7 @@ def train(
     from dist_train.train import train as fit
 
     with progress("train") as report:
-        fit(settings, resume=resume, progress=report)
+        fit(settings, resume=resume, progress=report, say=_say)
     _leave_launch()
 
 
@@ -319,6 +319,10 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     store = Store(open_run(run).store)
     page = write_report(run, strips=lambda key: store.read(store.clip_of(key)))
     typer.echo(f"report in {page}")
+
+
+def _say(line: str) -> None:
+    console.print(line, soft_wrap=True)
 
 
 def _share(text: str, option: str) -> float:

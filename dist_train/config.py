@@ -301,6 +301,8 @@ class TrainSettings(Section):
 
     ``precision``: "bf16" and "fp16" are autocast; parameters and statistics stay float32.
     ``channels_last``: channels-last memory layout, which bf16 convolutions need to be fast.
+    ``device``: "auto" is a CUDA device where there is one. Where there is none it is the CPU, but
+    not under a launcher, whose processes are meant for cards unless "cpu" says otherwise.
     ``backend``: "ddp", DeepSpeed's ZeRO stage 1, 2 or 3, or torch's FSDP2; docs/scaling.md says
     which to choose. ``offload``: ZeRO's moments are kept, and weights updated, on the host.
     ``timeout``: seconds after which a process that waits for others gives up.
@@ -320,6 +322,7 @@ class TrainSettings(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     accumulate: Annotated[int, Field(ge=1, le=10**6)] = 1
     channels_last: bool = True
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
     offload: bool = False
     graphs: bool = False

@@ -37,6 +37,7 @@ from dist_train.engine.together import OfSomeRankError, on_main, together
 from dist_train.engine.watchdog import Watchdog
 from dist_train.errors import ConfigError, RunError, StoppedError
 from dist_train.initial_weights import SETTING, Source, initial_model
+from dist_train.introduction import Speed, closing, opening, visits_of
 from dist_train.judge import Judge, Values
 from dist_train.micro_batch import Buffers, MicroBatches, free_cache
 from dist_train.models.fused_norm import check_compiler
@@ -52,6 +53,7 @@ from dist_train.run import (
     only_session,
     open_data,
 )
+from dist_train.small_sets import with_batch_that_fits
 from dist_train.state import RunState, drop_snapshots
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ log = logging.getLogger(__name__)
 Resume = Literal["never", "auto"]
 Progress = Callable[[int, int, str], None]
 BeforeStep = Callable[["Trainer", int], None]
+Say = Callable[[str], None]
 
 
 class ShortMemoryError(Exception):
@@ -82,6 +85,7 @@ def train(
     resume: Resume = "never",
     progress: Progress | None = None,
     before_step: BeforeStep | None = None,
+    say: Say | None = None,
 ) -> None:
     """Train one run to its end, in ``config.out``. Call it in every process of the launch.
 
@@ -90,6 +94,7 @@ def train(
             "never" refuses a folder that holds a run already.
         progress: called on rank 0 with (steps done, steps in all, a line of figures).
         before_step: called on every rank with the trainer and the step that comes, 0 the first.
+        say: called on rank 0 with lines about the run, at its beginning and its end.
 
     Raises:
         StoppedError: SIGTERM or SIGINT came; a checkpoint was written.
@@ -102,7 +107,11 @@ def train(
             trainer = Trainer(config, backend)
             with _only_session(config.out, backend), trainer.stop:
                 trainer.begin(resume)
+                if say is not None and backend.is_main:
+                    trainer.introduce(say)
                 trainer.fit(progress if backend.is_main else None, before_step)
+                if say is not None and backend.is_main:
+                    say(closing(trainer.config))
         except BaseException as error:
             # Others may be in a collective call, for whose end NCCL would wait before it leaves;
             # then nobody were told of the error. All ranks stop alike by a signal.
@@ -124,8 +133,11 @@ class Trainer:
     """One session of a run, in one of its processes."""
 
     def __init__(self, config: Config, backend: Backend) -> None:
-        self.config, self.backend = config, backend
-        self.data = open_data(config)
+        self.data = with_batch_that_fits(
+            open_data(config), world=backend.world, tell=backend.rank == 0
+        )
+        self.config = config = self.data.config
+        self.backend = backend
         if config.norm.fused:
             check_compiler(backend.device)
         # Only weights change it while it runs, and those do not change where epochs begin.
@@ -159,6 +171,8 @@ class Trainer:
         self.pace = Pace(backend, config.train.slow)
         self.events: EventWriter | None = None
         self.init: Source | None = None
+        self._say: Say | None = None
+        self._speed = Speed(visits_of(config, self.plan))
         # Before others give up on a process that hangs, it is to tell where.
         hang = config.train.hang
         self.watchdog = Watchdog(
@@ -256,6 +270,12 @@ class Trainer:
             log.warning("going on with other settings than before: %s", "; ".join(changed))
         return changed
 
+    def introduce(self, say: Say) -> None:
+        """Say what the run is, and later how long it takes."""
+        self._say = say
+        for line in opening(self.config, self.backend, self.data, self.plan, self.done):
+            say(line)
+
     def fit(self, progress: Progress | None = None, before_step: BeforeStep | None = None) -> None:
         """From where the run is to its end, going back and on again where a step was bad."""
         with self.watchdog, self._checkpoint_completed():
@@ -312,6 +332,9 @@ class Trainer:
                         self._save(judged)
                 if progress is not None:
                     progress(self.done, self.steps, self._headline(values | judged))
+                line = self._speed.after_step(plan.clips_at(step))
+                if line is not None and self._say is not None:
+                    self._say(line)
                 self._heed_the_others()
                 if epoch_ends and config.plan.weights is not None and self.done < self.steps:
                     batches = self._training_batches()

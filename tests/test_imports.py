@@ -22,7 +22,7 @@ LEVELS = [
     {"models"},
     {"engine"},
     {"run", "infer", "state", "epoch_weights", "micro_batch", "outputs"},
-    {"batches", "judge", "initial_weights"},
+    {"batches", "judge", "initial_weights", "introduction", "small_sets"},
     {"train", "predict", "export", "evaluate", "report", "doctor"},
     {"cli"},
     {"__main__"},
