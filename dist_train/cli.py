@@ -294,7 +294,7 @@ def train(
     from dist_train.train import train as fit
 
     with progress("train") as report:
-        fit(settings, resume=resume, progress=report)
+        fit(settings, resume=resume, progress=report, say=_say)
     _leave_launch()
 
 
@@ -395,6 +395,10 @@ def report(
     store = open_run_data(run, open_run(run), store_path=store_path).store
     page = write_report(run, strips=lambda key: store.read(store.clip_of(key)))
     typer.echo(f"report in {page}")
+
+
+def _say(line: str) -> None:
+    console.print(line, soft_wrap=True)
 
 
 def _share(text: str, option: str) -> float:

@@ -92,6 +92,8 @@ class SplitSettings(Section):
     have no group: "refuse" them, take each for a group of its "own", or all "together" for one
     group. ``duplicates`` says what training does where clips of the same pixels lie in different
     splits: "refuse" it, "keep" them, or put them "together" into one split when folds are cut.
+    ``train_on_all``: no fold is held out, so nothing is judged; for the final training of settings
+    that were chosen by held-out clips.
     """
 
     folds: Annotated[int, Field(ge=3, le=1000)] = 5
@@ -99,6 +101,7 @@ class SplitSettings(Section):
     groups: Literal["stratify", "disjoint"] = "stratify"
     ungrouped: Literal["refuse", "own", "together"] = "refuse"
     duplicates: Literal["refuse", "keep", "together"] = "refuse"
+    train_on_all: bool = False
 
     @model_validator(mode="after")
     def _fold_exists(self) -> SplitSettings:
@@ -146,8 +149,12 @@ class ClipSettings(Section):
 class AugmentSettings(Section):
     """Probability of each augmentation; every frame of a clip gets the same draw.
 
+    ``preset``: "original" takes transforms, ranges and order of the original recipe, each block at
+    0.5 unless its probability is given; docs/augmentation.md says what differs.
     ``device``: loader workers only read clips and draw; the device resizes and augments them.
     """
+
+    preset: Literal["original"] | None = None
 
     flip: Fraction = 0.5
     rotate90: Fraction = 0.5
@@ -157,6 +164,23 @@ class AugmentSettings(Section):
     distort: Fraction = 0.0
     shift_scale_rotate: Fraction = 0.0
     device: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_gives_defaults(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("preset") == "original":
+            blocks = cls.model_fields.keys() - {"preset", "device"}
+            return dict.fromkeys(sorted(blocks), 0.5) | given
+        return given
+
+    @model_validator(mode="after")
+    def _preset_is_of_the_host(self) -> AugmentSettings:
+        if self.preset is not None and self.device:
+            raise ValueError(
+                f"preset: {self.preset} draws noise for each frame, which is done on the host "
+                "only; leave out device: true"
+            )
+        return self
 
 
 class PlanSettings(Section):
@@ -207,9 +231,12 @@ class ModelSettings(Section):
     ``recompute``: what the backward pass makes again rather than keeps; docs/activations.md says
     what each mode keeps and costs. ``activation_memory``: bytes, such as 8GiB, that activations may
     take; with it the cheapest modes that fit are chosen for each part of the network.
+    ``init``: a new run begins with these weights: a run's folder (its newest snapshot, or else
+    checkpoint), one of its snapshots or checkpoints, or an export. The optimizer begins afresh.
     """
 
     name: str = "resnet3d-101"
+    init: Place | None = None
     width: Few = 64
     stem_stride: tuple[Stride, Stride, Stride] = (1, 2, 2)
     stem_pool: bool = True
@@ -246,7 +273,8 @@ class NormSettings(Section):
 
 
 class OptimSettings(Section):
-    """AdamW. Weight decay applies to weights with two or more axes only.
+    """AdamW. ``decay``: weight decay applies to weights with two or more axes only, or to "all"
+    parameters, biases and BatchNorm's scales too.
 
     ``fused``: one kernel for the whole update; the same but for rounding.
     ``ema``: validation and snapshots take an exponential moving average of the weights with this
@@ -255,6 +283,7 @@ class OptimSettings(Section):
 
     lr: Annotated[float, Field(gt=0.0, le=10.0)] = 1e-3
     weight_decay: Rate = 0.05
+    decay: Literal["weights", "all"] = "weights"
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     clip_norm: Annotated[float, Field(gt=0.0, le=1e9)] | None = 1.0
     fused: bool = False
@@ -279,6 +308,8 @@ class TrainSettings(Section):
 
     ``precision``: "bf16" and "fp16" are autocast; parameters and statistics stay float32.
     ``channels_last``: channels-last memory layout, which bf16 convolutions need to be fast.
+    ``device``: "auto" is a CUDA device where there is one. Where there is none it is the CPU, but
+    not under a launcher, whose processes are meant for cards unless "cpu" says otherwise.
     ``backend``: "ddp", DeepSpeed's ZeRO stage 1, 2 or 3, or torch's FSDP2; docs/scaling.md says
     which to choose. ``offload``: ZeRO's moments are kept, and weights updated, on the host.
     ``timeout``: seconds after which a process that waits for others gives up.
@@ -298,6 +329,7 @@ class TrainSettings(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     accumulate: Annotated[int, Field(ge=1, le=10**6)] = 1
     channels_last: bool = True
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
     offload: bool = False
     graphs: bool = False
@@ -379,6 +411,15 @@ class Config(Section):
             raise ValueError(
                 "what is recomputed cannot be recorded; leave out model.recompute and "
                 "model.activation_memory, or train.graphs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_judged(self) -> Config:
+        if self.split.train_on_all and self.checkpoint.best is not None:
+            raise ValueError(
+                "split.train_on_all holds no clips out to choose checkpoint.best by; leave out "
+                "one of the two"
             )
         return self
 

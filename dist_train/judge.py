@@ -73,12 +73,15 @@ class Judge:
         return {f"train/{k}": v for k, v in binary_metrics(expit(logits), labels).items()}
 
     def of_held_out(self, batches: Iterable[Batch]) -> Values:
-        """Of the val split, at its own natural class ratio, by ``judged_weights``.
+        """Of the val split, at its own natural class ratio, by ``judged_weights``; nothing where no
+        clip is held out.
 
         Args:
             batches: this rank's share of it.
         """
         backend = self._backend
+        if not len(self._data.numbers("val")):
+            return {}
         with backend.autocast():
             mine = held_out_logits(
                 backend.module,

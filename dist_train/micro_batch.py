@@ -110,7 +110,7 @@ def _elements_of_a_clip(config: Config, frames: int) -> int:
 
 def _plain_model(config: Config) -> nn.Module:
     """Without compiled loops, which can run on real data alone."""
-    settings = config.model.model_dump(exclude={"name", "activation_memory"})
+    settings = config.model.model_dump(exclude={"name", "init", "activation_memory"})
     return build_model(config.model.name, **settings)
 
 
@@ -329,7 +329,7 @@ class _Note:
         self.path: Path = config.out / NOTE
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.of: dict[str, Any] = {
-            "model": config.model.model_dump(mode="json"),
+            "model": config.model.model_dump(mode="json", exclude={"init"}),
             "clip": config.clip.model_dump(mode="json"),
             "max_voxels": config.plan.max_voxels,
             "train": config.train.model_dump(

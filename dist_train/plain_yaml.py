@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -37,9 +37,17 @@ _PLAIN = (
     ("null", r"~|null|Null|NULL", "~nN"),
 )
 
+#: Tag and pattern by the first character of what it fits, as PyYAML looks for them.
+_RESOLVERS: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+for _name, _pattern, _characters in _PLAIN:
+    for _character in _characters:
+        _RESOLVERS.setdefault(_character, []).append(
+            (f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"))
+        )
+
 
 class _Reader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers = _RESOLVERS
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -83,7 +91,7 @@ class _Reader(yaml.SafeLoader):
 class _Writer(yaml.SafeDumper):
     """Quotes what ``_Reader`` would take for something other than a string."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers = _RESOLVERS
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -94,11 +102,6 @@ def _construct_map(reader: _Reader, node: Any) -> dict[Any, Any]:
 
 
 _Reader.add_constructor("tag:yaml.org,2002:map", _construct_map)
-for _name, _pattern, _first in _PLAIN:
-    for _kind in (_Reader, _Writer):
-        _kind.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), list(_first)
-        )
 
 
 def parse_yaml(text: str) -> Any:

@@ -81,6 +81,12 @@ def predict(
         if store is None:
             data = open_run_data(run, config, store_path=store_path)
             source, chosen = data.store, _held_out(data)
+            if chosen.empty:
+                raise RunError(
+                    "the run was trained on all clips (split.train_on_all), so none is held out",
+                    where=run,
+                    fix="Predict another store by --store, with --out and --threshold.",
+                )
             out = out or run
         else:
             if out is None or out.resolve() == run.resolve():

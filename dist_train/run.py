@@ -21,9 +21,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from dist_train.config import Config, load_config
+from dist_train.config import AugmentSettings, Config, load_config
 from dist_train.data.augment import Augment
 from dist_train.data.augment_device import augmented_batch
+from dist_train.data.augment_original import OriginalAugment
 from dist_train.data.dataset import ClipDataset
 from dist_train.data.duplicates import duplicates_across, find_duplicates, refuse_duplicates
 from dist_train.data.files import crc32c, open_lock, write_whole
@@ -125,7 +126,7 @@ class RunData:
 
     def dataset(self, *, training: bool, config: Config | None = None) -> ClipDataset:
         """``config``: settings of clips in place of the run's."""
-        augment = Augment(self.config.augment, self.config.seed) if training else None
+        augment = make_augment(self.config.augment, self.config.seed) if training else None
         return clip_dataset(config or self.config, self.store, augment)
 
 
@@ -298,7 +299,14 @@ def write_splits(run: Path, data: RunData) -> dict[str, Any]:
     }
 
 
-def clip_dataset(config: Config, store: Store, augment: Augment | None) -> ClipDataset:
+def make_augment(settings: AugmentSettings, seed: int) -> Augment | OriginalAugment:
+    """What the settings make of clips in training."""
+    return (OriginalAugment if settings.preset == "original" else Augment)(settings, seed)
+
+
+def clip_dataset(
+    config: Config, store: Store, augment: Augment | OriginalAugment | None
+) -> ClipDataset:
     """Clips in the shape that the config's model takes."""
     return ClipDataset(
         store,
@@ -312,7 +320,7 @@ def clip_dataset(config: Config, store: Store, augment: Augment | None) -> ClipD
 def make_model(config: Config) -> nn.Module:
     """The config's model in its memory layout, with weights drawn from its seed."""
     torch.manual_seed(config.seed)
-    settings = config.model.model_dump(exclude={"name", "activation_memory"})
+    settings = config.model.model_dump(exclude={"name", "init", "activation_memory"})
     model = build_model(config.model.name, **settings)
     if config.norm.fused:
         fuse(model)
@@ -334,7 +342,7 @@ def _layout(config: Config) -> torch.memory_format:
 
 def model_facts(config: Config) -> dict[str, Any]:
     """What a checkpoint must agree with for its weights to mean the same: JSON types."""
-    only_how = {"recompute", "activation_memory", "stem_folded"}
+    only_how = {"init", "recompute", "activation_memory", "stem_folded"}
     facts: dict[str, Any] = config.model.model_dump(mode="json", exclude=only_how)
     return facts
 

@@ -34,9 +34,11 @@ from dist_train.engine.pace import Pace
 from dist_train.engine.sanity import check_agreement, check_weights
 from dist_train.engine.schedule import Schedule
 from dist_train.engine.stop import INTERRUPTED, TRY_AGAIN, StopSignals, leave
-from dist_train.engine.together import on_main
+from dist_train.engine.together import OfSomeRankError, on_main, together
 from dist_train.engine.watchdog import Watchdog
 from dist_train.errors import ConfigError, RunError, StoppedError
+from dist_train.initial_weights import SETTING, Source, initial_model
+from dist_train.introduction import Speed, closing, opening, visits_of
 from dist_train.judge import Judge, Values
 from dist_train.micro_batch import Buffers, MicroBatches, free_cache
 from dist_train.models.fused_norm import check_compiler
@@ -48,7 +50,6 @@ from dist_train.run import (
     begin_session,
     check_same_data,
     completed_checkpoint,
-    make_model,
     model_facts,
     note_checkpoint,
     only_session,
@@ -61,6 +62,7 @@ from dist_train.run_folder import (
     refuse_existing,
     refuse_lost_checkpoints,
 )
+from dist_train.small_sets import with_batch_that_fits
 from dist_train.state import RunState, set_snapshots_aside
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ log = logging.getLogger(__name__)
 Resume = Literal["never", "auto"]
 Progress = Callable[[int, int, str], None]
 BeforeStep = Callable[["Trainer", int], None]
+Say = Callable[[str], None]
 
 
 class ShortMemoryError(Exception):
@@ -91,6 +94,7 @@ def train(
     resume: Resume = "never",
     progress: Progress | None = None,
     before_step: BeforeStep | None = None,
+    say: Say | None = None,
 ) -> None:
     """Train one run to its end, in ``config.out``. Call it in every process of the launch.
 
@@ -99,6 +103,7 @@ def train(
             that never completed a checkpoint; "never" refuses a folder that holds a run already.
         progress: called on rank 0 with (steps done, steps in all, a line of figures).
         before_step: called on every rank with the trainer and the step that comes, 0 the first.
+        say: called on rank 0 with lines about the run, at its beginning and its end.
 
     Raises:
         StoppedError: SIGTERM or SIGINT came; a checkpoint was written.
@@ -111,7 +116,11 @@ def train(
             trainer = Trainer(config, backend)
             with _only_session(config.out, backend), trainer.stop:
                 trainer.begin(resume)
+                if say is not None and backend.is_main:
+                    trainer.introduce(say)
                 trainer.fit(progress if backend.is_main else None, before_step)
+                if say is not None and backend.is_main:
+                    say(closing(trainer.config))
         except BaseException as error:
             # Others may be in a collective call, for whose end NCCL would wait before it leaves;
             # then nobody were told of the error. All ranks stop alike by a signal.
@@ -133,8 +142,11 @@ class Trainer:
     """One session of a run, in one of its processes."""
 
     def __init__(self, config: Config, backend: Backend) -> None:
-        self.config, self.backend = config, backend
-        self.data = open_data(config, training=True)
+        self.data = with_batch_that_fits(
+            open_data(config, training=True), world=backend.world, tell=backend.rank == 0
+        )
+        self.config = config = self.data.config
+        self.backend = backend
         if config.norm.fused:
             check_compiler(backend.device)
         # Only weights change it while it runs, and those do not change where epochs begin.
@@ -169,6 +181,9 @@ class Trainer:
         self.stop = StopSignals()
         self.pace = Pace(backend, config.train.slow)
         self.events: EventWriter | None = None
+        self.init: Source | None = None
+        self._say: Say | None = None
+        self._speed = Speed(visits_of(config, self.plan))
         # Before others give up on a process that hangs, it is to tell where.
         hang = config.train.hang
         self.watchdog = Watchdog(
@@ -197,6 +212,8 @@ class Trainer:
             self._take_up(*found)
         else:
             self.batches.forget()
+            if self.config.model.init is not None:
+                self._begin_with_given_weights()
         check_agreement(
             backend,
             {
@@ -208,6 +225,25 @@ class Trainer:
         if self.done < self.steps:
             on_main(backend, lambda: self._note_session(self.done if found else None))
         self.first_step = self.done
+
+    def _begin_with_given_weights(self) -> None:
+        """Those that ``model.init`` names, with moments of zero and an average that begins anew."""
+        backend, read = self.backend, []
+
+        def load() -> str:
+            read.append(initial_model(self.config))
+            source = read[0][1]
+            assert source is not None
+            return source.sha256
+
+        try:
+            digests = together(backend, load)
+        except OfSomeRankError as error:
+            # What failed here too is told as it is.
+            raise error.__cause__ or ConfigError(str(error), where=SETTING) from None
+        check_agreement(backend, {"the weights of model.init": digests[backend.rank]})
+        model, self.init = read[0]
+        self.state.begin_anew(model)
 
     def _note_session(self, resumed_from: int | None) -> None:
         """On rank 0."""
@@ -230,7 +266,8 @@ class Trainer:
                 "checkpointed": resumed_from is not None,
                 "settings": config.model_dump(mode="json"),
             }
-            | write_splits(config.out, self.data),
+            | write_splits(config.out, self.data)
+            | ({} if self.init is None else {"init": self.init._asdict()}),
             {
                 "resumed_from_step": resumed_from,
                 "world_size": backend.world,
@@ -253,6 +290,12 @@ class Trainer:
         if changed:
             log.warning("going on with other settings than before: %s", "; ".join(changed))
         return changed
+
+    def introduce(self, say: Say) -> None:
+        """Say what the run is, and later how long it takes."""
+        self._say = say
+        for line in opening(self.config, self.backend, self.data, self.plan, self.done):
+            say(line)
 
     def fit(self, progress: Progress | None = None, before_step: BeforeStep | None = None) -> None:
         """From where the run is to its end, going back and on again where a step was bad."""
@@ -312,6 +355,9 @@ class Trainer:
                         self._save(judged)
                 if progress is not None:
                     progress(self.done, self.steps, self._headline(values | judged))
+                line = self._speed.after_step(plan.clips_at(step))
+                if line is not None and self._say is not None:
+                    self._say(line)
                 self._heed_the_others()
                 if epoch_ends and config.plan.weights is not None and self.done < self.steps:
                     batches = self._training_batches()
@@ -352,7 +398,7 @@ class Trainer:
         if found is not None:
             self._take_up(*found)
         else:
-            self.state.begin_anew(make_model(self.config))
+            self.state.begin_anew(initial_model(self.config)[0])
             self._take_up(0, *2 * [np.empty(0, np.float32)])
         on_main(self.backend, lambda: set_snapshots_aside(self.config.out, after=self.done))
         if self.backend.is_main:

@@ -25,7 +25,7 @@ LEVELS = [
     {"run_folder", "run_splits"},
     {"run", "infer", "state", "epoch_weights", "micro_batch", "outputs"},
     {"fresh_statistics"},
-    {"batches", "judge", "ensemble"},
+    {"batches", "judge", "ensemble", "initial_weights", "introduction", "small_sets"},
     {"train", "predict", "export", "evaluate", "report", "doctor"},
     {"cli"},
     {"__main__"},

@@ -556,9 +556,11 @@ def test_worker_processes_change_nothing(store: Path, straight: Path, tmp_path: 
 
 
 def test_a_diverged_run_says_so_before_it_is_saved(store: Path, tmp_path: Path) -> None:
-    diverging = ("optim.lr=1e30", "schedule.warmup_epochs=0", "checkpoint.every_steps=1")
+    """At a rate that no settings file may give."""
+    config = tiny_config(store, tmp_path, "schedule.warmup_epochs=0", "checkpoint.every_steps=1")
+    steep = config.optim.model_copy(update={"lr": 1e30})
     with pytest.raises(RunError, match=r"training diverged: at step \d+ the loss is") as caught:
-        train(tiny_config(store, tmp_path, *diverging))
+        train(config.model_copy(update={"optim": steep}))
     assert "by --resume auto" in str(caught.value)
     checkpoints = [path for _, path in by_step(tmp_path / "checkpoints")]
     assert checkpoints

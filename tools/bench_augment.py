@@ -47,7 +47,7 @@ DRAWS, CLIPS, BATCH = 24, 256, 16
 #: The same where a few seconds must do, and the rows that run then.
 QUICK_DRAWS, QUICK_CLIPS, QUICK_ROWS = 2, 32, ("all at once", "recipe")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"device"}, 0.0)
+OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"preset", "device"}, 0.0)
 #: Of configs/clog_loss_*.yaml.
 RECIPE = {
     "flip": 0.5,

@@ -166,6 +166,7 @@ def measured(folder: Path, workload: Workload, case: Case) -> Parts:
         "model.width": workload.width,
         "train.epochs": 1,
         "train.precision": workload.precision,
+        "train.device": "cuda" if cuda else "cpu",
         "checkpoint.every_steps": steps,
     }
     cores = sorted(os.sched_getaffinity(0))

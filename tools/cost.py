@@ -98,7 +98,7 @@ def differences(row: Config, config: Config) -> list[str]:
     """Settings that change the time of a step, as "model.recompute (none there, cheap here)"."""
     found = []
     for section, names in {
-        "model": tuple(type(config.model).model_fields),
+        "model": tuple(name for name in type(config.model).model_fields if name != "init"),
         "train": ("precision", "channels_last", "graphs", "backend", "offload"),
         "plan": ("order", "negatives"),
         "norm": ("fused",),

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from dist_train.data.augment import Augment
 from dist_train.data.augment_draw import Draw
+from dist_train.data.augment_original import OriginalAugment
 from dist_train.data.resize import resize
 from dist_train.data.sampler import Slot
 from dist_train.data.store import Store
@@ -43,7 +44,7 @@ class ClipDataset(Dataset[Sample]):
         *,
         size: tuple[int, int],
         max_frames: int | None,
-        augment: Augment | None,
+        augment: Augment | OriginalAugment | None,
         on_device: bool = False,
     ) -> None:
         self.store, self.size, self.max_frames, self.augment = store, size, max_frames, augment
@@ -89,6 +90,7 @@ class ClipDataset(Dataset[Sample]):
             out[:] = self._cut(slot)
         if self.augment is None:
             return Draw()
+        assert isinstance(self.augment, Augment), "a preset is of the host"
         return self.augment.draw(self.size, epoch=slot.epoch, number=slot.clip)
 
     def _cut(self, slot: Slot) -> Volume:

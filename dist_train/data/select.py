@@ -30,6 +30,15 @@ def choose_clips(
             left to train on or to validate with.
     """
     chosen = select_clips(table, tier2_crowd_score=select.tier2_crowd_score)
+    if split.train_on_all:
+        held_out = chosen["split"].isin(("val", "test")).sum()
+        if held_out:
+            raise PlanError(
+                f"split.train_on_all would train on {held_out} clips that the manifest's split "
+                "column holds out",
+                fix="Leave it out, or prepare a store from a manifest without that column.",
+            )
+        return chosen.assign(split="train")
     splits = assign_splits(
         chosen,
         folds=split.folds,
@@ -82,7 +91,7 @@ def check_splits(clips: pd.DataFrame, split: SplitSettings, *, given: bool) -> N
             )
     for label, of_class in ((1, "positives"), (0, "negatives")):
         total = int((clips["label"] == label).sum())
-        if not given and total < split.folds:
+        if not given and not split.train_on_all and total < split.folds:
             raise PlanError(
                 f"{total} {of_class} cannot be in each of {split.folds} folds: some would "
                 f"hold none ({told})",

@@ -30,12 +30,12 @@ def losses_explained(then: str = "Go on by --resume auto.") -> Iterator[None]:
         if not (isinstance(error, DistError) or any(part in str(error) for part in OF_GLOO)):
             raise
         raise LostProcessError(
-            f"another process of the run has ended, or cannot be reached ({_core(error)})",
+            f"another process of the run has ended, or cannot be reached ({first_sentence(error)})",
             fix=f"What it said is above or in its own log. {then}",
         ) from error
 
 
-def _core(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
     """The first sentence of its message, without the line of torch's code that it is from."""
     first_line = str(error).partition("\n")[0]
     return re.sub(r"\[\S*\.cc:\d+\] ", "", first_line).partition(". ")[0]

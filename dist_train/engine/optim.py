@@ -1,4 +1,4 @@
-"""AdamW, with weight decay on weights only."""
+"""AdamW, with weight decay on weights only, unless it is asked for on all."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from dist_train.config import OptimSettings
 
 def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019). Biases and BatchNorm's scales, which have one axis, are not
-    decayed: they set no capacity, and decaying them only shrinks the signal."""
+    decayed unless ``settings.decay`` is "all": they set no capacity, and decaying them only shrinks
+    the signal."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    of_vectors = settings.weight_decay if settings.decay == "all" else 0.0
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": of_vectors},
     ]
     return torch.optim.AdamW(
         groups, lr=settings.lr, betas=settings.betas, fused=True if settings.fused else None

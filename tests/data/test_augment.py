@@ -16,7 +16,7 @@ from dist_train.data.augment import Augment
 from dist_train.data.augment_draw import Orientation
 from dist_train.data.types import Volume
 
-OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"device"}, 0.0)
+OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"preset", "device"}, 0.0)
 PICTURE = cv2.GaussianBlur(
     np.random.default_rng(0).integers(0, 256, (48, 48), dtype=np.uint8), (7, 7), 2
 )

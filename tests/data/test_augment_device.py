@@ -17,7 +17,7 @@ from dist_train.data.native import pack
 from dist_train.data.resize import resize
 from dist_train.data.types import Volume
 
-OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"device"}, 0.0)
+OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"preset", "device"}, 0.0)
 EVERYTHING = dict.fromkeys(OFF, 0.7)
 SIZE = 64, 64
 # Grows, stays, shrinks, and one of each.

@@ -11,7 +11,7 @@ from scipy.stats import kstest
 from dist_train.config import AugmentSettings
 from dist_train.data.augment_draw import AS_IT_IS, Draw, Drawer
 
-OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"device"}, 0.0)
+OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"preset", "device"}, 0.0)
 SIZE = 40, 40
 MANY = 600
 

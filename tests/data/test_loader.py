@@ -41,7 +41,7 @@ from dist_train.data.types import Volume
 from dist_train.errors import StoreError
 
 EVERYTHING = AugmentSettings.model_validate(
-    dict.fromkeys(AugmentSettings.model_fields.keys() - {"device"}, 0.5)
+    dict.fromkeys(AugmentSettings.model_fields.keys() - {"preset", "device"}, 0.5)
 )
 STEPS, CLIPS, SHARD_CLIPS = 14, 24, 6
 

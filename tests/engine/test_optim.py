@@ -26,6 +26,11 @@ def test_only_weights_with_two_or_more_axes_decay() -> None:
     assert {id(p) for p in decayed["params"] + plain["params"]} == every
 
 
+def test_all_parameters_are_decayed_where_that_is_asked_for() -> None:
+    groups = make_optimizer(network(), OptimSettings(weight_decay=0.3, decay="all")).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.3]
+
+
 def test_frozen_parameters_are_left_out() -> None:
     model = network()
     model[0].requires_grad_(False)

@@ -71,6 +71,7 @@ def golden_overrides(store: Path, out: Path, *more: str) -> list[str]:
         "optim.ema=0.9",
         "train.epochs=2",
         "train.precision=fp32",
+        "train.device=cpu",
         "checkpoint.every_steps=2",
         "checkpoint.keep_last=9",
         "snapshots.at=[1, 2]",

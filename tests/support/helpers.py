@@ -90,6 +90,7 @@ def overrides(store: Path, out: Path, *more: str) -> list[str]:
         "optim.lr=0.01",
         "train.epochs=3",
         "train.precision=fp32",
+        "train.device=cpu",
         "checkpoint.every_steps=4",
         "snapshots.at=[2, 3]",
         *more,

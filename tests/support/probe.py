@@ -18,7 +18,9 @@ from dist_train.engine.optim import make_optimizer
 
 
 def main() -> None:
-    settings = TrainSettings.model_validate({"backend": sys.argv[1], "precision": "bf16"})
+    settings = TrainSettings.model_validate(
+        {"backend": sys.argv[1], "precision": "bf16", "device": "cpu"}
+    )
     backend = make_backend(settings, clip_norm=1.0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv3d(1, 4, 3), nn.BatchNorm3d(4), nn.Flatten(), nn.Linear(32, 1))

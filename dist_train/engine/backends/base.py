@@ -18,12 +18,15 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.distributed import DistError
 
 from dist_train.config import TrainSettings
 from dist_train.engine.cpu_flags import lacks_bf16
+from dist_train.engine.device import chosen_cuda
 from dist_train.engine.foreach import by_dtype
 from dist_train.engine.known_bad import check_pair, cudnn_version
-from dist_train.errors import BackendError
+from dist_train.engine.lost_process import first_sentence
+from dist_train.errors import BackendError, LostProcessError
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +61,7 @@ class Backend(ABC):
 
     def __init__(self, settings: TrainSettings, *, clip_norm: float | None) -> None:
         self.settings, self.clip_norm = settings, clip_norm
-        cuda = torch.cuda.is_available()
+        cuda = chosen_cuda(settings)
         if settings.precision == "fp16" and not cuda:
             raise BackendError(
                 "fp16 needs a CUDA device", where="train.precision", fix="Use bf16 or fp32."
@@ -72,7 +75,10 @@ class Backend(ABC):
             # Gradients lie in the buckets that are exchanged, rather than be copied there and back.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ]
-        self.accelerator = self._accelerator(cuda, handlers if launched else [])
+        try:
+            self.accelerator = self._accelerator(cuda, handlers if launched else [])
+        except DistError as error:
+            raise _not_met(error) from error
         self.rank = int(self.accelerator.process_index)
         self.world = int(self.accelerator.num_processes)
         self.device: torch.device = self.accelerator.device
@@ -310,6 +316,20 @@ class Backend(ABC):
         another precision."""
         self.accelerator.end_training()
         forget_settings()
+
+
+def _not_met(error: DistError) -> LostProcessError:
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    reason = first_sentence(error)
+    if "EADDRINUSE" in str(error) or "failed to listen" in str(error):
+        reason = "the port is taken, by another run or by a second process that is rank 0 as well"
+    return LostProcessError(
+        f"the {os.environ.get('WORLD_SIZE')} processes of the launch did not find each other at "
+        f"{place} ({reason})",
+        fix="See that all are started, each with a rank of its own from 0, and that this address "
+        "leads to the machine of rank 0 from all others; 'dist-train doctor' under the launcher "
+        "tests that.",
+    )
 
 
 def forget_settings() -> None:

@@ -1,0 +1,116 @@
+"""The shipped configs of the challenge are as long as the original recipe, and phase 2 begins with
+the weights of phase 1."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import ROOT
+
+from dist_train.config import Config, load_config
+from dist_train.data.plan import Plan, make_plan
+from dist_train.data.select import choose_clips
+from dist_train.engine.schedule import Schedule
+
+#: Stalled and flowing clips of tier 1; tier-2 clips that are stalled with a crowd score above 0.6.
+TIER1_STALLED, TIER1_FLOWING, TIER2_STALLED = 706, 539_536, 854
+
+
+def table() -> pd.DataFrame:
+    """The challenge's training clips by class, tier and score, as its tables have them."""
+    rows = [
+        (1, True, 0.9, TIER1_STALLED),
+        (0, True, 0.1, TIER1_FLOWING),
+        (1, False, 0.7, TIER2_STALLED),
+        (1, False, 0.6, 100),
+        (0, False, 0.1, 31_852),
+    ]
+    label, tier1, score, counts = map(np.array, zip(*rows, strict=True))
+    total = int(counts.sum())
+    return pd.DataFrame(
+        {
+            "key": np.arange(total).astype(str),
+            "label": np.repeat(label, counts),
+            "tier1": np.repeat(tier1, counts),
+            "crowd_score": np.repeat(score, counts),
+            "group": "",
+            "split": "",
+        }
+    )
+
+
+clips = cache(table)
+
+
+def config_of(name: str) -> Config:
+    return load_config(ROOT / "configs" / f"{name}.yaml")
+
+
+@cache
+def plan_of(name: str) -> Plan:
+    config = config_of(name)
+    chosen = choose_clips(clips(), config.select, config.split, config.seed)
+    train = chosen[chosen["split"] == "train"]
+    return make_plan(
+        train.index[train["label"] == 1].to_numpy(np.int64),
+        train.index[train["label"] == 0].to_numpy(np.int64),
+        batch=config.plan.batch,
+        ratio=config.plan.ratio,
+        seed=config.seed,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "positives", "epochs"),
+    [("clog_loss_seed", 706, 915), ("clog_loss_seed_phase2", 1560, 1115)],
+)
+def test_both_phases_have_the_visits_that_were_counted(
+    name: str, positives: int, epochs: int
+) -> None:
+    config = config_of(name)
+    plan = plan_of(name)
+    assert (len(plan.positives), len(plan.negatives)) == (positives, TIER1_FLOWING)
+    assert config.plan.batch * plan.first_step(config.train.epochs) == 4 * positives * epochs
+
+
+def test_the_rate_is_least_at_the_snapshots_but_one() -> None:
+    for name, at in (("clog_loss_seed", (515, 705, 915)), ("clog_loss_seed_phase2", (1115,))):
+        config = config_of(name)
+        plan = plan_of(name)
+        steps = plan.first_step(config.train.epochs)
+        schedule = Schedule(config.schedule, config.optim.lr, steps, config.train.epochs)
+        for epoch in at:
+            assert epoch in config.snapshots.at
+            last = plan.first_step(epoch) - 1
+            assert schedule.lr(last) == pytest.approx(0.01 * config.optim.lr, rel=1e-3)
+            # Down in 5 epochs, and up in 5.
+            assert schedule.lr(plan.first_step(epoch - 5)) == pytest.approx(config.optim.lr)
+
+
+def test_phase_2_is_phase_1_but_for_what_is_named() -> None:
+    first, second = config_of("clog_loss_seed"), config_of("clog_loss_seed_phase2")
+    step = plan_of("clog_loss_seed").first_step(515)
+    assert str(second.model.init) == f"{first.out}/snapshots/step-{step}.safetensors"
+    for section in ("split", "clip", "augment", "plan", "optim", "schedule", "norm"):
+        assert getattr(first, section) == getattr(second, section)
+    assert first.model == second.model.model_copy(update={"init": None})
+    assert (first.optim.decay, first.optim.weight_decay, first.optim.clip_norm) == (
+        "all", 5e-4, None
+    )  # fmt: skip
+    assert first.augment.preset == "original"
+
+
+@pytest.mark.slow
+def test_the_gpu_configs_are_as_long() -> None:
+    """Half a million keys are hashed for the split."""
+    name, config = "clog_loss_ddp", config_of("clog_loss_ddp")
+    other = config_of("clog_loss_zero2")
+    for section in ("split", "select", "clip", "plan", "optim", "schedule", "snapshots"):
+        assert getattr(config, section) == getattr(other, section)
+    assert config.train == other.train.model_copy(update={"backend": "ddp"})
+    visits = config.plan.batch * plan_of(name).first_step(config.train.epochs)
+    assert math.isclose(visits, 4 * 706 * 915 + 4 * 1560 * 1115, rel_tol=2e-3)
