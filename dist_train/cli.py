@@ -296,8 +296,12 @@ def evaluate(
     """Judge a run's predictions."""
     from dist_train.evaluate import evaluate as judge
     from dist_train.evaluate import table
-    from dist_train.run_folder import EVALUATION, PREDICTIONS
+    from dist_train.run import open_run
+    from dist_train.run_folder import CONFIG, EVALUATION, PREDICTIONS
 
+    if os.path.lexists(run / CONFIG):
+        # Its settings must be those that it was trained with.
+        open_run(run)
     judged = judge(run / PREDICTIONS, out=run / EVALUATION, threshold=threshold)
     console.print(table(judged))
 

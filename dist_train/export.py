@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dist_train.config import Config
@@ -23,9 +21,16 @@ from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole
 from dist_train.engine.ema import averaged
 from dist_train.errors import RunError
 from dist_train.models.resnet3d import BasicBlock, Bottleneck, ConvNorm, ResNet3D
-from dist_train.run import make_model, model_facts, open_run
+from dist_train.run import make_model, open_record, open_run
 from dist_train.run_folder import CHECKPOINTS, SNAPSHOT, SNAPSHOTS
-from dist_train.state import save_snapshot
+from dist_train.snapshots import (
+    check_facts,
+    check_finite,
+    load_snapshot,
+    save_snapshot,
+    snapshot_facts,
+    sum_of_weights,
+)
 
 NEEDED_FOR_ONNX = ("onnx", "onnxscript")
 #: Of a protobuf message, and so of an ONNX file that holds its weights.
@@ -49,8 +54,8 @@ def export_run(
 
     Returns:
         The facts that both files carry as JSON under "facts" in their metadata: ``step``, ``from``
-        ("snapshot" or "checkpoint"), ``model`` (its settings) and ``clip`` (``size``,
-        ``max_frames``).
+        ("snapshot" or "checkpoint"), and what else a snapshot says of its weights; the ONNX file
+        has ``crc32c`` of the safetensors file's too.
 
     Raises:
         RunError: no run, no weights, weights that do not fit the run, or no ONNX here.
@@ -61,16 +66,13 @@ def export_run(
     if onnx is not None:
         _need_onnx()
     model, facts = _load(run, config, step)
-    facts |= {
-        "model": model_facts(config),
-        "clip": {"size": list(config.clip.size), "max_frames": config.clip.max_frames},
-    }
     for path in filter(None, (out, onnx)):
         path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_snapshot(out, contiguous, facts)
     if onnx is not None:
-        write_whole(onnx, onnx_bytes(model, config.clip.size, facts))
+        crc = sum_of_weights(contiguous, facts)
+        write_whole(onnx, onnx_bytes(model, config.clip.size, facts | {"crc32c": crc}))
     return facts
 
 
@@ -162,18 +164,22 @@ def _load(run: Path, config: Config, step: int | None) -> tuple[nn.Module, dict[
     """The model with its weights, and where they are from."""
     model = make_model(config)
     path, origin = _find(run, step)
+    record = open_record(run)
     try:
         if origin == "snapshot":
-            weights = load_file(path)
+            weights, known, _ = load_snapshot(path)
+            check_facts(path, known, config, record)
         else:
             tensors, _ = load_checkpoint(path)
             weights = averaged(tensors, model.state_dict())
+            check_finite(weights)
         model.load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"the {origin} does not fit the run ({reason})", where=path) from None
     found = int(path.name.removeprefix("step-").removesuffix(SNAPSHOT))
-    return model.eval(), {"step": found, "from": origin}
+    content = record["store"]["content"] if "store" in record else None
+    return model.eval(), {"from": origin} | snapshot_facts(config, found, content)
 
 
 def _find(run: Path, step: int | None) -> tuple[Path, str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from scipy.special import expit
 
 from dist_train.config import Config
@@ -34,6 +33,7 @@ from dist_train.run import (
     read_record,
 )
 from dist_train.run_folder import PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
+from dist_train.snapshots import load_weights, refuse_not_finite
 
 Progress = Callable[[int, int], None]
 
@@ -95,9 +95,10 @@ def predict(
         chosen = source.table.assign(split="")
         if threshold is None:
             threshold = _val_threshold(run / PREDICTIONS)
-    rates = read_record(run)["positive_rate"]
+    record = read_record(run)
+    rates = record["positive_rate"]
     world = rates["natural"] if prior is None else prior
-    probability = _mean_probability(config, snapshots, source, chosen, progress)
+    probability = _mean_probability(config, snapshots, source, chosen, record, progress)
     table = pd.DataFrame(
         {
             "key": chosen["key"],
@@ -148,6 +149,7 @@ def _mean_probability(
     snapshots: Sequence[Path],
     store: Store,
     chosen: pd.DataFrame,
+    record: dict[str, Any],
     progress: Progress | None,
 ) -> np.ndarray:
     """float64 [N], in the order of ``chosen``."""
@@ -174,12 +176,13 @@ def _mean_probability(
     probability = np.zeros(len(chosen))
     for path in snapshots:
         try:
-            model.load_state_dict(load_file(path))
-        except (OSError, SafetensorError, RuntimeError) as error:
+            model.load_state_dict(load_weights(path, config, record))
+        except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise RunError(f"the snapshot does not fit the run ({reason})", where=path) from None
         with autocast(config.train.precision, device):
             clips, logits = held_out_logits(model, loader, config, device, count)
+        refuse_not_finite(logits, path)
         probability[position[clips].to_numpy()] += expit(logits.astype(np.float64))
     return probability / len(snapshots)
 

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import tiny_config, tiny_store
+from helpers import tiny_config, tiny_store, trained_so
 from safetensors.torch import load_file
 
-from dist_train.config import PlanSettings, dump_config
+from dist_train.config import dump_config
 from dist_train.data.manifest import read_manifest
 from dist_train.data.prepare import PrepareSettings, prepare
 from dist_train.errors import ConfigError, RunError
@@ -184,9 +184,7 @@ def test_a_clip_is_predicted_the_same_in_any_company(
     predicted: Path, new_clips: Path, run: Path, tmp_path: Path
 ) -> None:
     """Clips of five depths share one batch, or are two and two."""
-    config = open_run(run)
-    plan = PlanSettings(batch=2, ratio=(1, 1))
-    dump_config(config.model_copy(update={"plan": plan}), run / "config.yaml")
+    trained_so(run, "plan.batch=2", "plan.ratio=[1, 1]")
     together = pd.read_csv(predict(predicted, store=new_clips, out=tmp_path / "a"))
     in_pairs = pd.read_csv(predict(run, store=new_clips, out=tmp_path / "b"))
     assert in_pairs["probability"].to_numpy() == pytest.approx(
@@ -220,15 +218,19 @@ def test_new_clips_before_the_runs_own_need_a_threshold(
     assert pd.read_csv(tmp_path / "submission.csv")["stalled"].tolist() == [1] * 5
 
 
-@pytest.mark.parametrize("damage", ["torn", "another model"])
-def test_a_snapshot_that_does_not_fit_is_named(run: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("torn", "the snapshot cannot be used"),
+        ("another model", "the snapshot does not fit the run .model.width: 4 in the file, 8 in"),
+    ],
+)
+def test_a_snapshot_that_does_not_fit_is_named(run: Path, damage: str, message: str) -> None:
     path = find_snapshots(run)[0]
     if damage == "torn":
         path.write_bytes(path.read_bytes()[:1000])
     else:
-        config = open_run(run)
-        model = config.model.model_copy(update={"width": 8})
-        dump_config(config.model_copy(update={"model": model}), run / "config.yaml")
-    with pytest.raises(RunError, match="the snapshot does not fit the run") as caught:
+        trained_so(run, "model.width=8")
+    with pytest.raises(RunError, match=message) as caught:
         predict(run)
     assert str(caught.value).startswith(str(path))
