@@ -24,6 +24,7 @@ from dist_train.errors import ConfigError, RunError
 from dist_train.evaluate import read_predictions
 from dist_train.infer import held_out_logits
 from dist_train.micro_batch import most_clips
+from dist_train.prediction_origin import check_origin, write_origin
 from dist_train.run import (
     RunData,
     clip_dataset,
@@ -94,6 +95,8 @@ def predict(
         source = Store(store)
         chosen = source.table.assign(split="")
         if threshold is None:
+            if (run / PREDICTIONS).exists():
+                check_origin(run)
             threshold = _val_threshold(run / PREDICTIONS)
     record = read_record(run)
     rates = record["positive_rate"]
@@ -112,7 +115,9 @@ def predict(
         }
     )
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / PREDICTIONS, table.to_csv(index=False))
+    text = table.to_csv(index=False)
+    write_whole(out / PREDICTIONS, text)
+    write_origin(out / PREDICTIONS, text, snapshots, source.content)
     if threshold is None:
         threshold = _val_threshold(out / PREDICTIONS)
     submission = pd.DataFrame(

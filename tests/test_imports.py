@@ -22,6 +22,7 @@ LEVELS = [
     {"engine"},
     {"run_folder", "run_splits"},
     {"run", "infer", "state", "epoch_weights", "micro_batch", "outputs", "snapshots"},
+    {"prediction_origin"},
     {"batches", "judge"},
     {"train", "predict", "export", "evaluate", "report", "doctor"},
     {"cli"},

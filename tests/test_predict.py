@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import tiny_config, tiny_store, trained_so
+from helpers import fails, said, tiny_config, tiny_store, trained_so
 from safetensors.torch import load_file
 
 from dist_train.config import dump_config
@@ -133,6 +134,7 @@ def test_where_val_lacks_a_class_the_threshold_is_one_half(
     table = pd.read_csv(run / "predictions.csv")
     table.loc[table["split"] == "val", "label"] = 0
     table.to_csv(run / "predictions.csv", index=False)
+    (run / "predictions.json").unlink()
     out = predict(run, store=new_clips, out=tmp_path / "new")
     submission = pd.read_csv(tmp_path / "new" / "submission.csv")["stalled"]
     assert ((pd.read_csv(out)["probability"] > 0.5) == (submission == 1)).all()
@@ -234,3 +236,41 @@ def test_a_snapshot_that_does_not_fit_is_named(run: Path, damage: str, message: 
     with pytest.raises(RunError, match=message) as caught:
         predict(run)
     assert str(caught.value).startswith(str(path))
+
+
+def test_a_table_that_was_edited_after_it_was_predicted_is_refused(run: Path) -> None:
+    path = run / "predictions.csv"
+    said("evaluate", run)
+    text = path.read_text()
+    forged = text.replace(",test,1,0", ",test,1,0.9", 1)
+    assert forged != text
+    path.write_text(forged)
+    for command in ("evaluate", "report"):
+        assert fails(command, run).startswith(f"{path}: the table is not as it was predicted. ")
+    said("predict", run)
+    said("evaluate", run)
+
+
+def test_predictions_of_other_snapshots_than_the_run_has_are_refused(run: Path) -> None:
+    said("evaluate", run)
+    first, last = find_snapshots(run)
+    shutil.copyfile(last, first)
+    for command in ("evaluate", "report"):
+        message = fails(command, run)
+        assert "predictions of snapshots that the run does not have now (step-12)" in message
+    first.unlink()
+    assert "does not have now (step-12)" in fails("evaluate", run)
+
+
+def test_predictions_that_are_older_than_a_snapshot_are_told(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copyfile(find_snapshots(run)[0], run / "snapshots" / "step-24.safetensors")
+    with caplog.at_level(logging.WARNING):
+        said("evaluate", run)
+    assert "made before step-24. Make the predictions again" in caplog.text
+    caplog.clear()
+    (run / "predictions.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        said("evaluate", run)
+    assert "it is not known which snapshots these were made from" in caplog.text
