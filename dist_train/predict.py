@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from dist_train.config import Config
 from dist_train.data.files import write_whole
 from dist_train.data.loader import Loader
 from dist_train.data.sampler import HeldOutSampler
-from dist_train.data.store import Store
+from dist_train.data.store import REJECTED, Store
 from dist_train.engine.backends.base import autocast
 from dist_train.engine.checkpoint import by_step
 from dist_train.engine.metrics import best_threshold, prior_correct
@@ -35,6 +36,9 @@ from dist_train.run import (
 )
 from dist_train.run_folder import PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
 from dist_train.snapshots import load_weights, refuse_not_finite
+from dist_train.submission import complete_submission
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -49,7 +53,9 @@ def predict(
     threshold: float | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write ``predictions.csv`` and ``submission.csv`` for the val and test clips of a run.
+    """Write ``predictions.csv`` and ``submission.csv`` for the val and test clips of a run. The
+    submission has a row for each clip that was asked for: one that the store rejected is of the
+    likelier class by the prior, which is told.
 
     Args:
         run: a run folder with snapshots.
@@ -123,10 +129,27 @@ def predict(
     submission = pd.DataFrame(
         {"filename": table["filename"], "stalled": (probability > threshold).astype(int)}
     )
-    if store is None and (table["split"] == "test").any():
-        submission = submission[(table["split"] == "test").to_numpy()]
+    split = "test" if store is None and (table["split"] == "test").any() else None
+    if split is not None:
+        submission = submission[(table["split"] == split).to_numpy()]
+    submission = _with_rejected(submission, source, split, rejected_as=int(world > 0.5))
     write_whole(out / SUBMISSION, submission.to_csv(index=False))
     return out / PREDICTIONS
+
+
+def _with_rejected(
+    submission: pd.DataFrame, store: Store, split: str | None, *, rejected_as: int
+) -> pd.DataFrame:
+    complete, rejected = complete_submission(
+        submission, store, split=split, rejected_as=rejected_as
+    )
+    if rejected:
+        log.warning(
+            "%d of the %d rows of %s are of clips that the store rejected (see %s): they have %d, "
+            "the likelier class",
+            rejected, len(complete), SUBMISSION, store.folder / REJECTED, rejected_as,
+        )  # fmt: skip
+    return complete
 
 
 def find_snapshots(run: Path) -> list[Path]:

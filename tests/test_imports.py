@@ -21,7 +21,7 @@ LEVELS = [
     {"models"},
     {"engine"},
     {"run_folder", "run_splits"},
-    {"run", "infer", "state", "epoch_weights", "micro_batch", "outputs", "snapshots"},
+    {"run", "infer", "state", "epoch_weights", "micro_batch", "outputs", "snapshots", "submission"},
     {"prediction_origin"},
     {"batches", "judge"},
     {"train", "predict", "export", "evaluate", "report", "doctor"},

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from dist_train.config import dump_config
 from dist_train.data.manifest import read_manifest
 from dist_train.data.prepare import PrepareSettings, prepare
-from dist_train.errors import ConfigError, RunError
+from dist_train.errors import ConfigError, RunError, StoreError
 from dist_train.evaluate import COLUMNS, evaluate, read_predictions
 from dist_train.predict import find_snapshots, predict
 from dist_train.run import make_model, open_data, open_run
@@ -274,3 +274,63 @@ def test_predictions_that_are_older_than_a_snapshot_are_told(
     with caplog.at_level(logging.WARNING):
         said("evaluate", run)
     assert "it is not known which snapshots these were made from" in caplog.text
+
+
+def form_of(folder: Path, rows: str) -> Path:
+    """A store of clips of three names, of which 'b' is no clip, and its manifest."""
+    random = np.random.default_rng(5)
+    folder.mkdir()
+    for name in ("c", "a"):
+        np.save(folder / f"{name}.npy", random.integers(0, 256, (6, 20, 18), np.uint8))
+    (folder / "b.npy").write_bytes(b"no clip")
+    (folder / "form.csv").write_text(rows)
+    return folder / "form.csv"
+
+
+def test_a_submission_has_every_row_of_the_form(
+    predicted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In its order, too. A clip that was rejected is of the likelier class, and told."""
+    form = form_of(tmp_path / "new", "filename,stalled\nc.npy,0\nb.npy,0\na.npy,0\n")
+    store = tmp_path / "store"
+    common = ("--manifest", form, "--source", form.parent, "--out", store, "--roi", "none")
+    said("prepare", *common, "--unlabelled", "--max-rejected", "50%", "--workers", 1)
+    out = tmp_path / "out"
+    for prior, value in ((0.3, 0), (0.9, 1)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            said("predict", predicted, "--store", store, "--out", out, "--prior", prior)
+        submission = pd.read_csv(out / "submission.csv")
+        assert submission["filename"].tolist() == ["c.npy", "b.npy", "a.npy"]
+        assert submission["stalled"].tolist()[1] == value
+        assert "1 of the 3 rows of submission.csv are of clips that the store rej" in caplog.text
+    assert len(pd.read_csv(out / "predictions.csv")) == 2
+    (store / "rejected.csv").unlink()
+    with pytest.raises(StoreError, match=r"rejected\.csv: rows of rejected clips are missing"):
+        predict(predicted, store=store, out=out)
+
+
+def test_rejected_clips_of_the_test_split_are_in_its_submission(tmp_path: Path) -> None:
+    """Where the manifest gives the splits."""
+    names = [f"{number:02}" for number in range(24)]
+    (tmp_path / "raw").mkdir()
+    rows = ["filename,label,split"]
+    for number, name in enumerate(names):
+        clip = np.full((4, 16, 16), 40 + 100 * (number % 2), np.uint8)
+        np.save(tmp_path / "raw" / f"{name}.npy", clip)
+        split = "test" if number < 4 else "val" if number < 8 else "train"
+        rows.append(f"{name}.npy,{number % 2},{split}")
+    (tmp_path / "raw" / "02.npy").write_bytes(b"no clip")
+    (tmp_path / "raw" / "05.npy").write_bytes(b"no clip")
+    (tmp_path / "clips.csv").write_text("\n".join(rows))
+    prepare(read_manifest(tmp_path / "clips.csv"), tmp_path / "raw", tmp_path / "store",
+            PrepareSettings(roi="none"), workers=1, max_rejected=0.5)  # fmt: skip
+    config = tiny_config(
+        tmp_path / "store", tmp_path / "run", "train.epochs=1", "snapshots.at=[1]",
+        "plan.batch=4", "plan.ratio=[1, 1]",
+    )  # fmt: skip
+    train(config)
+    predict(tmp_path / "run")
+    submission = pd.read_csv(tmp_path / "run" / "submission.csv")
+    assert submission["filename"].tolist() == ["00.npy", "01.npy", "02.npy", "03.npy"]
+    assert submission["stalled"].tolist()[2] == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
 import re
 import warnings
 from collections import Counter
@@ -19,6 +20,8 @@ import numpy as np
 import pandas as pd
 
 from dist_train.errors import ManifestError
+
+log = logging.getLogger(__name__)
 
 # The challenge's names for what every other table calls label and group.
 ALIASES = {"stalled": "label", "project_id": "group"}
@@ -108,6 +111,13 @@ def read_manifest(path: Path, *, labels: Path | None = None, unlabelled: bool = 
         raise ManifestError("has no rows", where=path, fix="It needs one row a clip.")
     _check_filenames(table["filename"], path)
     labels_of = -1 if unlabelled else _parse(table["label"], _LABELS, "label", table, path)
+    if not unlabelled and len(table) > 1 and table["label"].nunique() == 1:
+        # As in the form of a submission, which is a table of placeholders.
+        log.warning(
+            "%s: all %d labels are %s. If these are no labels, prepare it with --unlabelled: "
+            "'dist-train predict' gives them",
+            labels or path, len(table), table["label"].iloc[0],
+        )  # fmt: skip
     clean = pd.DataFrame(
         {
             "key": _keys(table["filename"]),

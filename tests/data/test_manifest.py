@@ -257,3 +257,19 @@ def test_too_long_row_far_down(table: Path) -> None:
     rows = [f"{i}.mp4,1,54" for i in range(70_000)]
     with pytest.raises(ManifestError, match=r"is not a CSV file.* line 70002"):
         read_manifest(write(table, "filename,label,num_frames", *rows, "x.mp4,1,54,7"))
+
+
+@pytest.mark.parametrize("label", ["0", "1"])
+def test_labels_that_are_all_the_same_may_be_placeholders(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, label: str
+) -> None:
+    path = tmp_path / "submission_format.csv"
+    path.write_text(f"filename,stalled\na.mp4,{label}\nb.mp4,{label}\n")
+    assert read_manifest(path).table["label"].tolist() == 2 * [int(label)]
+    assert f"all 2 labels are {label}" in caplog.text
+    assert "--unlabelled" in caplog.text
+    caplog.clear()
+    read_manifest(path, unlabelled=True)
+    path.write_text("filename,stalled\na.mp4,0\nb.mp4,1\n")
+    read_manifest(path)
+    assert not caplog.records
