@@ -361,8 +361,14 @@ def evaluate(
     """Judge a run's predictions."""
     from dist_train.evaluate import evaluate as judge
     from dist_train.evaluate import table
-    from dist_train.run_folder import EVALUATION, PREDICTIONS
+    from dist_train.prediction_origin import check_origin
+    from dist_train.run import open_run
+    from dist_train.run_folder import CONFIG, EVALUATION, PREDICTIONS
 
+    if os.path.lexists(run / CONFIG) and os.path.lexists(run / PREDICTIONS):
+        # Settings and weights must be those that it was trained with.
+        open_run(run)
+        check_origin(run)
     judged = judge(run / PREDICTIONS, out=run / EVALUATION, threshold=threshold)
     console.print(table(judged))
 

@@ -7,13 +7,12 @@ are kept on the host, and all snapshots take their turn on them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from scipy.special import expit
 from torch import nn
 
@@ -28,8 +27,9 @@ from dist_train.engine.process_group import ProcessGroup
 from dist_train.errors import RunError
 from dist_train.infer import held_out_logits
 from dist_train.micro_batch import free_cache
-from dist_train.os_advice import blame_machine, first_line
+from dist_train.os_advice import first_line
 from dist_train.run import clip_dataset, make_model
+from dist_train.snapshots import load_weights, refuse_not_finite
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def mean_probability(
     snapshots: Sequence[Path],
     store: Store,
     clips: pd.DataFrame,
+    record: Mapping[str, Any],
     group: ProcessGroup,
     *,
     batch: int,
@@ -58,12 +59,14 @@ def mean_probability(
     Args:
         snapshots: safetensors files of the run's model.
         clips: rows of the store's table; their index is the clip number.
+        record: the content of the run's ``run.json``.
         batch: clips that the model is given at once; halved where memory does not suffice.
         progress: called with (clips done, clips in all) over all snapshots, of all processes as far
             as this one's own share tells.
 
     Raises:
-        RunError: a snapshot does not fit the run, or memory does not suffice for a single clip.
+        RunError: a snapshot does not fit the run or gives a value that is not finite, or memory
+            does not suffice for a single clip.
         StoreError: a clip cannot be read.
     """
     batches = DealtBatches(
@@ -83,7 +86,7 @@ def mean_probability(
         if progress is not None:
             progress(finished * total // own, total)
 
-    model = _Model(config, group, batch)
+    model = _Model(config, record, group, batch)
     sums = pd.Series(0.0, index=clips.index)
     for held in _rounds(loader):
         for snapshot in snapshots:
@@ -113,18 +116,20 @@ def _rounds(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
 class _Model:
     """The run's model on this process's device, with the weights of one snapshot at a time."""
 
-    def __init__(self, config: Config, group: ProcessGroup, batch: int) -> None:
-        self._config, self._device, self._most = config, group.device, batch
+    def __init__(
+        self, config: Config, record: Mapping[str, Any], group: ProcessGroup, batch: int
+    ) -> None:
+        self._config, self._record = config, record
+        self._device, self._most = group.device, batch
+        self._snapshot = Path()
         self._model: nn.Module = make_model(config).to(group.device).eval()
 
     def load(self, snapshot: Path) -> None:
+        self._snapshot = snapshot
+        weights = load_weights(snapshot, self._config, self._record)
         try:
-            # safetensors says of any file that it cannot open that it is not there.
-            with snapshot.open("rb"):
-                weights = load_file(snapshot)
             self._model.load_state_dict(weights)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            blame_machine(error, snapshot)
+        except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise RunError(
                 f"the snapshot does not fit the run ({reason})", where=snapshot
@@ -148,6 +153,7 @@ class _Model:
             if reason is not None:
                 self._halve(len(piece.clips), reason)
                 continue
+            refuse_not_finite(logits, self._snapshot)
             found.append(expit(logits.astype(np.float64)))
             start += len(piece.clips)
         return np.concatenate(found)

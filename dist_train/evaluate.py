@@ -1,5 +1,7 @@
 """Judge a table of predictions: fit the threshold on held-out clips, report on clips kept apart."""
 
+import io
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -9,8 +11,10 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
 from dist_train.data.files import write_whole
+from dist_train.data.plain import read_plain
 from dist_train.engine import metrics
 from dist_train.errors import ConfigError, RunError
+from dist_train.prediction_origin import AGAIN, check_table
 
 COLUMNS = (
     "key",
@@ -22,6 +26,9 @@ COLUMNS = (
     "calibrated",
     "frames",
 )
+
+#: Some ten million clips.
+MOST_BYTES = 2**31
 
 _EXPECTED = {
     "split": "val or test",
@@ -124,15 +131,20 @@ def read_predictions(path: Path) -> pd.DataFrame:
         ``calibrated`` are float64 in 0..1; ``frames`` is int64; all else is text.
 
     Raises:
-        RunError: the file is missing or is no CSV table, lacks a column, or holds a value that is
-            not what its column holds.
+        RunError: the file is missing or is no CSV table, is not as it was predicted, lacks a
+            column, has two rows of one clip, or holds a value that is not what its column holds.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise RunError(
             "there are no predictions", where=path, fix="Make them with `dist-train predict`"
         )
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        content = read_plain(path, most=MOST_BYTES)
+    except OSError as error:
+        raise RunError(f"cannot be read ({error.strerror})", where=path, fix=AGAIN) from None
+    check_table(path, content)
+    try:
+        frame = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)
     except ValueError as error:  # covers pandas' parser errors and undecodable bytes
         raise RunError(
             f"this is not a CSV table: {str(error).strip()}",
@@ -152,10 +164,17 @@ def read_predictions(path: Path) -> pd.DataFrame:
             where=path,
             fix="Evaluate the run's own",
         )
+    twice = frame["key"].duplicated()
+    if twice.any():
+        raise RunError(
+            f"{int(twice.sum())} rows are of a clip that has a row already",
+            where=f"{path}, clip {frame['key'][twice].iloc[0]}",
+            fix=AGAIN,
+        )
     unlabelled = frame["label"] == ""
     _refuse(frame, "label", ~frame["label"].isin(["0", "1", "0.0", "1.0"]) & ~unlabelled, path)
     _refuse(frame, "split", ~frame["split"].isin(["val", "test"]), path)
-    _refuse(frame, "frames", ~frame["frames"].str.fullmatch("[0-9]+"), path)
+    _refuse(frame, "frames", ~frame["frames"].str.fullmatch("[0-9]{1,9}"), path)
     for column in ("probability", "calibrated"):
         numbers = pd.to_numeric(frame[column], errors="coerce")
         _refuse(frame, column, ~numbers.between(0, 1), path)

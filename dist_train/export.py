@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dist_train.config import Config
@@ -24,9 +22,17 @@ from dist_train.errors import DistTrainError, RunError
 from dist_train.fresh_statistics import statistics_of_run
 from dist_train.models.resnet3d import BasicBlock, Bottleneck, ConvNorm, ResNet3D
 from dist_train.os_advice import blame_machine
-from dist_train.run import make_model, model_facts, open_data, open_run, read_record
+from dist_train.run import make_model, open_record, open_run, open_run_data
 from dist_train.run_folder import CHECKPOINTS, SNAPSHOT, SNAPSHOTS
-from dist_train.state import JUDGED, judged_weights, save_snapshot
+from dist_train.snapshots import (
+    check_facts,
+    check_finite,
+    load_snapshot,
+    save_snapshot,
+    snapshot_facts,
+    sum_of_weights,
+)
+from dist_train.state import JUDGED, judged_weights
 
 NEEDED_FOR_ONNX = ("onnx", "onnxscript")
 #: Of a protobuf message, and so of an ONNX file that holds its weights.
@@ -50,8 +56,8 @@ def export_run(
 
     Returns:
         The facts that both files carry as JSON under "facts" in their metadata: ``step``, ``from``
-        ("snapshot" or "checkpoint"), ``model`` (its settings) and ``clip`` (``size``,
-        ``max_frames``).
+        ("snapshot" or "checkpoint"), and what else a snapshot says of its weights; the ONNX file
+        has ``crc32c`` of the safetensors file's too.
 
     Raises:
         RunError: no run, no weights, weights that do not fit the run, or no ONNX here.
@@ -65,16 +71,13 @@ def export_run(
     if onnx is not None:
         _need_onnx()
     model, facts = _load(run, config, step)
-    facts |= {
-        "model": model_facts(config),
-        "clip": {"size": list(config.clip.size), "max_frames": config.clip.max_frames},
-    }
     for path in filter(None, (out, onnx)):
         path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_snapshot(out, contiguous, facts)
     if onnx is not None:
-        write_whole(onnx, onnx_bytes(model, config.clip.size, facts))
+        crc = sum_of_weights(contiguous, facts)
+        write_whole(onnx, onnx_bytes(model, config.clip.size, facts | {"crc32c": crc}))
     return facts
 
 
@@ -166,31 +169,35 @@ def _load(run: Path, config: Config, step: int | None) -> tuple[nn.Module, dict[
     """The model with its weights, and where they are from."""
     model = make_model(config)
     path, origin = _find(run, step)
+    record = open_record(run)
     try:
         if origin == "snapshot":
-            # safetensors says of any file that it cannot open that it is not there.
-            with path.open("rb"):
-                weights = load_file(path)
+            weights, known, _ = load_snapshot(path)
+            check_facts(path, known, config, record)
         else:
             tensors, _ = load_checkpoint(path)
             weights = judged_weights(tensors, model.state_dict())
+            check_finite(weights)
         model.load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         blame_machine(error, path)
         reason = str(error).splitlines()[0]
         raise RunError(f"the {origin} does not fit the run ({reason})", where=path) from None
     found = int(path.name.removeprefix("step-").removesuffix(SNAPSHOT))
     if origin == "checkpoint" and not any(name.startswith(JUDGED) for name in tensors):
-        _renew_statistics(run, config, model, found)
-    return model.eval(), {"step": found, "from": origin}
+        _renew_statistics(run, config, record, model, found)
+    content = record["store"]["content"] if "store" in record else None
+    return model.eval(), {"from": origin} | snapshot_facts(config, found, content)
 
 
-def _renew_statistics(run: Path, config: Config, model: nn.Module, done: int) -> None:
+def _renew_statistics(
+    run: Path, config: Config, record: dict[str, Any], model: nn.Module, done: int
+) -> None:
     """Those of a checkpoint that was not judged are the running ones, which lag behind."""
     if not config.norm.precise_steps:
         return
     try:
-        data = open_data(config)
+        data = open_run_data(run, config)
     except DistTrainError as error:
         raise RunError(
             "the checkpoint was saved within an epoch, so its BatchNorm statistics have to be "
@@ -203,7 +210,7 @@ def _renew_statistics(run: Path, config: Config, model: nn.Module, done: int) ->
         data,
         done,
         steps=config.norm.precise_steps,
-        processes=int(read_record(run)["sessions"][-1]["world_size"]),
+        processes=int(record["sessions"][-1]["world_size"]),
         device=torch.device("cpu"),
     )
 

@@ -24,9 +24,9 @@ from dist_train.fresh_statistics import take_statistics
 from dist_train.infer import held_out_logits
 from dist_train.models.norm_gap import by_running_and_own_statistics
 from dist_train.outputs import EpochOutputs, joined
-from dist_train.run import RunData, as_input, model_facts
+from dist_train.run import RunData, as_input
 from dist_train.run_folder import SNAPSHOTS
-from dist_train.state import save_snapshot
+from dist_train.snapshots import save_snapshot, snapshot_facts
 
 Values = dict[str, float | None]
 #: In the loss; above it held-out figures say more of the statistics than of the weights.
@@ -132,7 +132,7 @@ class Judge:
             for name, tensor in weights.items()
         }
         path = self._config.out / SNAPSHOTS / f"step-{done}.safetensors"
-        facts = {"step": done, "model": model_facts(self._config)}
+        facts = snapshot_facts(self._config, done, self._data.store.content)
         on_main(self._backend, lambda: save_snapshot(path, copies, facts))
 
     @contextmanager

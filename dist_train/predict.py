@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pandas as pd
 
 from dist_train.config import Config
 from dist_train.data.files import check_writable, write_whole
-from dist_train.data.store import Store
+from dist_train.data.store import REJECTED, Store
 from dist_train.engine.checkpoint import by_step
 from dist_train.engine.lost_process import losses_explained
 from dist_train.engine.metrics import best_threshold, prior_correct
@@ -21,8 +23,12 @@ from dist_train.ensemble import Progress, mean_probability
 from dist_train.errors import ConfigError, RunError
 from dist_train.evaluate import read_predictions
 from dist_train.micro_batch import most_clips, noted_clips
+from dist_train.prediction_origin import check_origin, write_origin
 from dist_train.run import RunData, open_run, open_run_data, read_record
 from dist_train.run_folder import PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
+from dist_train.submission import complete_submission
+
+log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +46,9 @@ def predict(
     threshold: float | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write ``predictions.csv`` and ``submission.csv`` for the val and test clips of a run.
+    """Write ``predictions.csv`` and ``submission.csv`` for the val and test clips of a run. The
+    submission has a row for each clip that was asked for: one that the store rejected is of the
+    likelier class by the prior, which is told.
 
     Under a launcher, call it in every process: they share the clips, and rank 0 writes.
 
@@ -98,6 +106,8 @@ def predict(
             source = Store(store)
             chosen = source.table.assign(split="")
             if threshold is None:
+                if (run / PREDICTIONS).exists():
+                    check_origin(run)
                 threshold = _val_threshold(run / PREDICTIONS)
         record, folder = read_record(run), out
         rates = record["positive_rate"]
@@ -108,6 +118,7 @@ def predict(
             snapshots,
             source,
             chosen,
+            record,
             group,
             batch=_clips_at_once(config, run, record, chosen),
             progress=progress if group.is_main else None,
@@ -124,12 +135,41 @@ def predict(
                 "frames": chosen["frames"],
             }
         )
-        on_main(group, lambda: _write(folder, table, threshold, only_test=store is None))
+        origin = Origin(snapshots, source)
+        on_main(
+            group,
+            lambda: _write(
+                folder,
+                table,
+                origin,
+                threshold,
+                only_test=store is None,
+                rejected_as=int(world > 0.5),
+            ),
+        )
     return folder / PREDICTIONS
 
 
-def _write(folder: Path, table: pd.DataFrame, threshold: float | None, *, only_test: bool) -> None:
-    write_whole(folder / PREDICTIONS, table.to_csv(index=False))
+@dataclass(frozen=True)
+class Origin:
+    """What predictions are of."""
+
+    snapshots: Sequence[Path]
+    store: Store
+
+
+def _write(
+    folder: Path,
+    table: pd.DataFrame,
+    origin: Origin,
+    threshold: float | None,
+    *,
+    only_test: bool,
+    rejected_as: int,
+) -> None:
+    text = table.to_csv(index=False)
+    write_whole(folder / PREDICTIONS, text)
+    write_origin(folder / PREDICTIONS, text, origin.snapshots, origin.store.content)
     if threshold is None:
         threshold = _val_threshold(folder / PREDICTIONS)
     submission = pd.DataFrame(
@@ -138,9 +178,26 @@ def _write(folder: Path, table: pd.DataFrame, threshold: float | None, *, only_t
             "stalled": (table["probability"] > threshold).astype(int),
         }
     )
-    if only_test and (table["split"] == "test").any():
-        submission = submission[(table["split"] == "test").to_numpy()]
+    split = "test" if only_test and (table["split"] == "test").any() else None
+    if split is not None:
+        submission = submission[(table["split"] == split).to_numpy()]
+    submission = _with_rejected(submission, origin.store, split, rejected_as=rejected_as)
     write_whole(folder / SUBMISSION, submission.to_csv(index=False))
+
+
+def _with_rejected(
+    submission: pd.DataFrame, store: Store, split: str | None, *, rejected_as: int
+) -> pd.DataFrame:
+    complete, rejected = complete_submission(
+        submission, store, split=split, rejected_as=rejected_as
+    )
+    if rejected:
+        log.warning(
+            "%d of the %d rows of %s are of clips that the store rejected (see %s): they have %d, "
+            "the likelier class",
+            rejected, len(complete), SUBMISSION, store.folder / REJECTED, rejected_as,
+        )  # fmt: skip
+    return complete
 
 
 def find_snapshots(run: Path) -> list[Path]:

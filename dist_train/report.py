@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,9 @@ from dist_train.data.files import write_whole
 from dist_train.engine import metrics
 from dist_train.engine.checkpoint import by_step
 from dist_train.errors import RunError
-from dist_train.evaluate import Evaluation, read_predictions, rows
+from dist_train.evaluate import Evaluation, evaluate, read_predictions, rows
+from dist_train.prediction_origin import check_origin
+from dist_train.run_folder import EVALUATION, PREDICTIONS
 
 Strips = Callable[[str], NDArray[np.uint8]]
 Record = dict[str, Any]
@@ -158,9 +162,10 @@ def read_run(run: Path) -> Run:
         RunError: as ``write_report``.
     """
     predictions = evaluation = None
-    if (run / "predictions.csv").exists():
-        evaluation = _read_evaluation(run / "evaluation.json")
-        predictions = _evaluated(run / "predictions.csv", evaluation)
+    if os.path.lexists(run / PREDICTIONS):
+        check_origin(run)
+        evaluation = _evaluated_again(run)
+        predictions = _evaluated(run / PREDICTIONS, evaluation)
     settings = run / "config.yaml"
     return Run(
         path=run,
@@ -220,17 +225,36 @@ def _read_evaluation(path: Path) -> Evaluation:
         ) from error
 
 
-def _evaluated(path: Path, evaluation: Evaluation) -> pd.DataFrame:
-    frame = read_predictions(path)
-    clips = frame[frame["label"].notna() & (frame["split"] == evaluation.split)]
-    counts = metrics.confusion(clips["probability"], clips["label"], evaluation.threshold)
-    if ((counts.tn, counts.fp), (counts.fn, counts.tp)) != evaluation.confusion:
+def _evaluated_again(run: Path) -> Evaluation:
+    """The figures, from the predictions themselves: ``evaluation.json`` says no more than whether
+    the threshold was given."""
+    path = run / PREDICTIONS
+    said = _read_evaluation(run / EVALUATION)
+    given = said.threshold if said.threshold_fitted_on is None else None
+    evaluation = evaluate(path, threshold=given)
+    if not _is_same(evaluation.model_dump(), said.model_dump()):
         raise RunError(
             "evaluation.json beside it is of other predictions",
             where=path,
             fix="Run `dist-train evaluate` again",
         )
-    return clips
+    return evaluation
+
+
+def _is_same(a: object, b: object) -> bool:
+    """But for rounding, as of another machine."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_is_same(a[name], b[name]) for name in a)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(_is_same, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)
+    return a == b
+
+
+def _evaluated(path: Path, evaluation: Evaluation) -> pd.DataFrame:
+    frame = read_predictions(path)
+    return frame[frame["label"].notna() & (frame["split"] == evaluation.split)]
 
 
 def _template() -> Any:

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dist_train.config import AugmentSettings, Config, load_config
+from dist_train.config import AugmentSettings, Config, changes, load_config
 from dist_train.data.augment import Augment
 from dist_train.data.augment_device import augmented_batch
 from dist_train.data.augment_original import OriginalAugment
@@ -29,7 +30,7 @@ from dist_train.data.dataset import ClipDataset
 from dist_train.data.duplicates import duplicates_across, find_duplicates, refuse_duplicates
 from dist_train.data.files import crc32c, open_lock, write_whole
 from dist_train.data.native import NativeClips
-from dist_train.data.plain import MIB, parse_object, read_plain
+from dist_train.data.plain import MIB, check_plain, parse_object, read_plain
 from dist_train.data.plan import Plan, make_plan
 from dist_train.data.select import check_splits, choose_clips
 from dist_train.data.store import MARKER, Store
@@ -52,7 +53,9 @@ from dist_train.run_splits import (
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
-MOST_OF_RECORD = 64 * MIB
+MOST_OF_RECORD, MOST_OF_CONFIG = 64 * MIB, MIB
+#: Settings of a trained run that may be edited: they say how a machine works, not what comes out.
+FREE = ("out:", "loader.", "augment.device:", "model.recompute:", "model.activation_memory:")
 RESTORE = (
     "Restore the store, or say by --store-path where the run's own is. Other clips are predicted "
     "by 'dist-train predict --store'."
@@ -351,15 +354,46 @@ def open_run(run: Path) -> Config:
     """The resolved settings of a run.
 
     Raises:
-        RunError: the folder is no run.
+        RunError: the folder is no run, or its settings are not those that it was trained with.
+        ConfigError: the settings cannot be read.
     """
-    if not (run / CONFIG).is_file():
+    if not os.path.lexists(run / CONFIG):
         raise RunError(
             "there is no run here",
             where=run,
             fix="Train one with 'dist-train train', or check the path.",
         )
-    return load_config(run / CONFIG)
+    try:
+        check_plain(run / CONFIG, most=MOST_OF_CONFIG)
+    except OSError as error:
+        raise RunError(f"cannot be read ({error.strerror})", where=run / CONFIG) from None
+    config, record = load_config(run / CONFIG), open_record(run)
+    if "settings" in record:
+        _check_settings(run, config, record["settings"])
+    return config
+
+
+def open_record(run: Path) -> dict[str, Any]:
+    """As ``read_record``; empty where there is none, as in runs that are put together by hand."""
+    return read_record(run) if os.path.lexists(run / RECORD) else {}
+
+
+def _check_settings(run: Path, config: Config, settings: dict[str, Any]) -> None:
+    try:
+        trained = Config.model_validate(settings)
+    except ValidationError as error:
+        raise RunError(
+            f"its settings are not those of a run ({error.errors()[0]['msg']})",
+            where=run / RECORD,
+            fix="Restore it from a copy.",
+        ) from None
+    differing = [change for change in changes(trained, config) if not change.startswith(FREE)]
+    if differing:
+        raise RunError(
+            f"the settings are not those that the run was trained with ({'; '.join(differing)})",
+            where=run / CONFIG,
+            fix="Restore them; to go on with other settings, use 'dist-train train'.",
+        )
 
 
 @contextmanager

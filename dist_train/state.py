@@ -6,7 +6,6 @@ step, so beside weights and moments the step itself is nearly all there is.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,21 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from dist_train.config import CheckpointSettings
-from dist_train.data.files import write_whole
 from dist_train.data.plan import Plan
 from dist_train.engine.backends.base import Backend
-from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole, share
+from dist_train.engine.checkpoint import load_checkpoint, newest_whole, share
 from dist_train.engine.checkpoint_keep import Keep
 from dist_train.engine.checkpoint_writer import CheckpointWriter
 from dist_train.engine.ema import Ema, averaged
-from dist_train.engine.superseded import set_aside
 from dist_train.engine.together import OfSomeRankError, on_main, together
 from dist_train.errors import CheckpointError
-from dist_train.run_folder import SNAPSHOT, SNAPSHOTS
 
 log = logging.getLogger(__name__)
 
@@ -284,21 +279,3 @@ def judged_weights(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[st
     statistics that were taken of it; the running ones, where none were."""
     weights = averaged(state, names)
     return {name: state.get(JUDGED + name, weights[name]) for name in weights}
-
-
-def set_snapshots_aside(run: Path, *, after: int) -> None:
-    """Move the snapshots of steps beyond ``after``, which a killed session left, to
-    ``superseded/``: the run will pass there again, perhaps with other settings, and predictions
-    average over all there are."""
-    for step, path in by_step(run / SNAPSHOTS, SNAPSHOT):
-        if step > after:
-            set_aside(run, path)
-
-
-def save_snapshot(path: Path, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Weights and statistics for prediction, as one safetensors file with ``facts`` in its header.
-
-    Safe to call again for the same path.
-    """
-    path.parent.mkdir(exist_ok=True)
-    write_whole(path, save(weights, metadata={"facts": json.dumps(facts)}))

@@ -63,7 +63,8 @@ from dist_train.run_folder import (
     refuse_lost_checkpoints,
 )
 from dist_train.small_sets import with_batch_that_fits
-from dist_train.state import RunState, set_snapshots_aside
+from dist_train.snapshots import set_snapshots_aside
+from dist_train.state import RunState
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +251,6 @@ class Trainer:
         config, backend = self.config, self.backend
         changed = self._changed_settings() if os.path.lexists(config.out / CONFIG) else []
         set_snapshots_aside(config.out, after=self.done)
-        write_whole(config.out / CONFIG, config_text(config))
         self.micro.write_note()
         p, q = config.plan.ratio
         begin_session(
@@ -277,6 +277,8 @@ class Trainer:
             }
             | ({"changed": changed} if changed else {}),
         )
+        # Last: after a kill before it, the next session finds again what was changed.
+        write_whole(config.out / CONFIG, config_text(config))
 
     def _changed_settings(self) -> list[str]:
         """Against those of the session before, for the log and the record: what must not change is

@@ -172,3 +172,10 @@ def test_what_is_no_table_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_threshold_must_be_a_probability(predictions: Path) -> None:
     with pytest.raises(ConfigError, match="threshold"):
         evaluate(predictions, threshold=1.5)
+
+
+def test_a_clip_that_is_there_twice_is_refused(predictions: Path) -> None:
+    lines = predictions.read_text().splitlines(keepends=True)
+    predictions.write_text("".join([*lines, *lines[5:6] * 1000]))
+    with pytest.raises(RunError, match="clip clip4: 1000 rows are of a clip that has a row alread"):
+        read_predictions(predictions)

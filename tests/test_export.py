@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import said, tiny_config, tiny_store
+from helpers import said, tiny_config, tiny_store, trained_so
 from refusals import refused
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -23,7 +23,7 @@ from dist_train.engine.checkpoint import load_checkpoint
 from dist_train.errors import CheckpointError, RunError
 from dist_train.export import export_run, onnx_bytes
 from dist_train.models.resnet3d import BLOCKS, Bottleneck, ResNet3D
-from dist_train.run import make_model, model_facts, open_run
+from dist_train.run import make_model, model_facts, open_run, read_record
 from dist_train.train import train
 
 SIDE = 16
@@ -124,11 +124,15 @@ def test_both_files_say_what_they_are(run: Path, exported: tuple[Path, Path]) ->
         "from": "snapshot",
         "model": model_facts(open_run(run)),
         "clip": {"size": [SIDE, SIDE], "max_frames": None},
+        "store": read_record(run)["store"]["content"],
+        "data": open_run(run).model_dump(mode="json", include={"seed", "select", "split"}),
     }
     with safe_open(exported[0], "pt") as file:
-        assert json.loads(file.metadata()["facts"]) == expected
+        found = json.loads(file.metadata()["facts"])
+    crc = found["crc32c"]
+    assert found == expected | {"crc32c": crc}
     (facts,) = [p.value for p in onnx.load(exported[1]).metadata_props if p.key == "facts"]
-    assert json.loads(facts) == expected
+    assert json.loads(facts) == expected | {"crc32c": crc}
 
 
 @pytest.mark.soak
@@ -210,8 +214,7 @@ def test_no_run(tmp_path: Path) -> None:
 def test_weights_of_another_model(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    text = (copy / "config.yaml").read_text()
-    (copy / "config.yaml").write_text(text.replace("width: 4", "width: 8"))
+    trained_so(copy, "model.width=8")
     with pytest.raises(RunError, match=r"step-12.safetensors: the snapshot does not fit the run"):
         export_run(copy, tmp_path / "file")
     shutil.rmtree(copy / "snapshots")
@@ -225,7 +228,7 @@ def test_a_damaged_file_is_told(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, copy)
     snapshot = copy / "snapshots" / "step-12.safetensors"
     snapshot.write_bytes(snapshot.read_bytes()[:-10])
-    with pytest.raises(RunError, match=f"^{snapshot}: the snapshot does not fit the run"):
+    with pytest.raises(RunError, match=f"^{snapshot}: the snapshot cannot be used"):
         export_run(copy, tmp_path / "file")
     shutil.rmtree(copy / "snapshots")
     for share in (copy / "checkpoints").glob("step-*/rank-*"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -10,16 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import tiny_config, tiny_store
+from helpers import fails, said, tiny_config, tiny_store, trained_so
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dist_train import ensemble
-from dist_train.config import PlanSettings, dump_config
+from dist_train.config import dump_config
 from dist_train.data.manifest import read_manifest
 from dist_train.data.prepare import PrepareSettings, prepare
 from dist_train.data.store import Store
-from dist_train.errors import ConfigError, RunError
+from dist_train.errors import ConfigError, RunError, StoreError
 from dist_train.evaluate import COLUMNS, evaluate, read_predictions
 from dist_train.models.resnet3d import ResNet3D
 from dist_train.predict import find_snapshots, predict
@@ -137,6 +138,7 @@ def test_where_val_lacks_a_class_the_threshold_is_one_half(
     table = pd.read_csv(run / "predictions.csv")
     table.loc[table["split"] == "val", "label"] = 0
     table.to_csv(run / "predictions.csv", index=False)
+    (run / "predictions.json").unlink()
     out = predict(run, store=new_clips, out=tmp_path / "new")
     submission = pd.read_csv(tmp_path / "new" / "submission.csv")["stalled"]
     assert ((pd.read_csv(out)["probability"] > 0.5) == (submission == 1)).all()
@@ -188,9 +190,7 @@ def test_a_clip_is_predicted_the_same_in_any_company(
     predicted: Path, new_clips: Path, run: Path, tmp_path: Path
 ) -> None:
     """Clips of five depths share one batch, or are two and two."""
-    config = open_run(run)
-    plan = PlanSettings(batch=2, ratio=(1, 1))
-    dump_config(config.model_copy(update={"plan": plan}), run / "config.yaml")
+    trained_so(run, "plan.batch=2", "plan.ratio=[1, 1]")
     together = pd.read_csv(predict(predicted, store=new_clips, out=tmp_path / "a"))
     in_pairs = pd.read_csv(predict(run, store=new_clips, out=tmp_path / "b"))
     assert in_pairs["probability"].to_numpy() == pytest.approx(
@@ -224,16 +224,20 @@ def test_new_clips_before_the_runs_own_need_a_threshold(
     assert pd.read_csv(tmp_path / "submission.csv")["stalled"].tolist() == [1] * 5
 
 
-@pytest.mark.parametrize("damage", ["torn", "another model"])
-def test_a_snapshot_that_does_not_fit_is_named(run: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("torn", "the snapshot cannot be used"),
+        ("another model", "the snapshot does not fit the run .model.width: 4 in the file, 8 in"),
+    ],
+)
+def test_a_snapshot_that_does_not_fit_is_named(run: Path, damage: str, message: str) -> None:
     path = find_snapshots(run)[0]
     if damage == "torn":
         path.write_bytes(path.read_bytes()[:1000])
     else:
-        config = open_run(run)
-        model = config.model.model_copy(update={"width": 8})
-        dump_config(config.model_copy(update={"model": model}), run / "config.yaml")
-    with pytest.raises(RunError, match="the snapshot does not fit the run") as caught:
+        trained_so(run, "model.width=8")
+    with pytest.raises(RunError, match=message) as caught:
         predict(run)
     assert str(caught.value).startswith(str(path))
 
@@ -301,3 +305,101 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(
     for out in (tmp_path / "file", Path("/proc/self")):
         with pytest.raises(OSError, match=re.escape(str(out))):
             predict(run, out=out, progress=lambda done, total: pytest.fail("it began to predict"))
+
+
+def test_a_table_that_was_edited_after_it_was_predicted_is_refused(run: Path) -> None:
+    path = run / "predictions.csv"
+    said("evaluate", run)
+    text = path.read_text()
+    forged = text.replace(",test,1,0", ",test,1,0.9", 1)
+    assert forged != text
+    path.write_text(forged)
+    for command in ("evaluate", "report"):
+        assert fails(command, run).startswith(f"{path}: the table is not as it was predicted. ")
+    said("predict", run)
+    said("evaluate", run)
+
+
+def test_predictions_of_other_snapshots_than_the_run_has_are_refused(run: Path) -> None:
+    said("evaluate", run)
+    first, last = find_snapshots(run)
+    shutil.copyfile(last, first)
+    for command in ("evaluate", "report"):
+        message = fails(command, run)
+        assert "predictions of snapshots that the run does not have now (step-12)" in message
+    first.unlink()
+    assert "does not have now (step-12)" in fails("evaluate", run)
+
+
+def test_predictions_that_are_older_than_a_snapshot_are_told(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copyfile(find_snapshots(run)[0], run / "snapshots" / "step-24.safetensors")
+    with caplog.at_level(logging.WARNING):
+        said("evaluate", run)
+    assert "made before step-24. Make the predictions again" in caplog.text
+    caplog.clear()
+    (run / "predictions.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        said("evaluate", run)
+    assert "it is not known which snapshots these were made from" in caplog.text
+
+
+def form_of(folder: Path, rows: str) -> Path:
+    """A store of clips of three names, of which 'b' is no clip, and its manifest."""
+    random = np.random.default_rng(5)
+    folder.mkdir()
+    for name in ("c", "a"):
+        np.save(folder / f"{name}.npy", random.integers(0, 256, (6, 20, 18), np.uint8))
+    (folder / "b.npy").write_bytes(b"no clip")
+    (folder / "form.csv").write_text(rows)
+    return folder / "form.csv"
+
+
+def test_a_submission_has_every_row_of_the_form(
+    predicted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In its order, too. A clip that was rejected is of the likelier class, and told."""
+    form = form_of(tmp_path / "new", "filename,stalled\nc.npy,0\nb.npy,0\na.npy,0\n")
+    store = tmp_path / "store"
+    common = ("--manifest", form, "--source", form.parent, "--out", store, "--roi", "none")
+    said("prepare", *common, "--unlabelled", "--max-rejected", "50%", "--workers", 1)
+    out = tmp_path / "out"
+    for prior, value in ((0.3, 0), (0.9, 1)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            said("predict", predicted, "--store", store, "--out", out, "--prior", prior)
+        submission = pd.read_csv(out / "submission.csv")
+        assert submission["filename"].tolist() == ["c.npy", "b.npy", "a.npy"]
+        assert submission["stalled"].tolist()[1] == value
+        assert "1 of the 3 rows of submission.csv are of clips that the store rej" in caplog.text
+    assert len(pd.read_csv(out / "predictions.csv")) == 2
+    (store / "rejected.csv").unlink()
+    with pytest.raises(StoreError, match=r"rejected\.csv: rows of rejected clips are missing"):
+        predict(predicted, store=store, out=out)
+
+
+def test_rejected_clips_of_the_test_split_are_in_its_submission(tmp_path: Path) -> None:
+    """Where the manifest gives the splits."""
+    names = [f"{number:02}" for number in range(24)]
+    (tmp_path / "raw").mkdir()
+    rows = ["filename,label,split"]
+    for number, name in enumerate(names):
+        clip = np.full((4, 16, 16), 40 + 100 * (number % 2), np.uint8)
+        np.save(tmp_path / "raw" / f"{name}.npy", clip)
+        split = "test" if number < 4 else "val" if number < 8 else "train"
+        rows.append(f"{name}.npy,{number % 2},{split}")
+    (tmp_path / "raw" / "02.npy").write_bytes(b"no clip")
+    (tmp_path / "raw" / "05.npy").write_bytes(b"no clip")
+    (tmp_path / "clips.csv").write_text("\n".join(rows))
+    prepare(read_manifest(tmp_path / "clips.csv"), tmp_path / "raw", tmp_path / "store",
+            PrepareSettings(roi="none"), workers=1, max_rejected=0.5)  # fmt: skip
+    config = tiny_config(
+        tmp_path / "store", tmp_path / "run", "train.epochs=1", "snapshots.at=[1]",
+        "plan.batch=4", "plan.ratio=[1, 1]",
+    )  # fmt: skip
+    train(config)
+    predict(tmp_path / "run")
+    submission = pd.read_csv(tmp_path / "run" / "submission.csv")
+    assert submission["filename"].tolist() == ["00.npy", "01.npy", "02.npy", "03.npy"]
+    assert submission["stalled"].tolist()[2] == 0

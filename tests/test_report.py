@@ -380,3 +380,19 @@ def test_unreadable_files_are_named(finished: Path, name: str, content: str) -> 
     (finished / name).write_text(content)
     with pytest.raises(RunError, match=re.escape(name)):
         write_report(finished)
+
+
+@pytest.mark.parametrize("figure", ["mcc", "auc", "ece_calibrated", "threshold", "clips"])
+def test_a_forged_evaluation_is_not_reported(finished: Path, figure: str) -> None:
+    path = finished / "evaluation.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {figure: said[figure] + 1 if figure == "clips" else 0.99}))
+    with pytest.raises(RunError, match=r"evaluation\.json beside it is of other predictions"):
+        write_report(finished)
+
+
+def test_a_threshold_that_was_given_is_reported(finished: Path) -> None:
+    evaluate(finished / "predictions.csv", out=finished / "evaluation.json", threshold=0.25)
+    evaluation = read_run(finished).evaluation
+    assert evaluation is not None
+    assert evaluation.threshold == 0.25

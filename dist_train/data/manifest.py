@@ -163,6 +163,13 @@ def make_manifest(table: pd.DataFrame, path: Path, *, unlabelled: bool = False) 
         ManifestError: naming the column and the row.
     """
     labels_of = -1 if unlabelled else _parse(table["label"], _LABELS, "label", table, path)
+    if not unlabelled and len(table) > 1 and table["label"].nunique() == 1:
+        # As in the form of a submission, which is a table of placeholders.
+        log.warning(
+            "%s: all %d labels are %s. If these are no labels, prepare it with --unlabelled: "
+            "'dist-train predict' gives them",
+            path, len(table), table["label"].iloc[0],
+        )  # fmt: skip
     clean = pd.DataFrame(
         {
             "key": _keys(table["filename"]),

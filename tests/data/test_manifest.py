@@ -420,3 +420,19 @@ def test_one_url_for_two_files(table: Path) -> None:
     write(table, "filename,label,url", "a.mp4,1,s3://x/a", "b.mp4,0,s3://x/a")
     with pytest.raises(ManifestError, match="line 2 and line 3 of the clip table have one url"):
         read_manifest(table).urls_by_name()
+
+
+@pytest.mark.parametrize("label", ["0", "1"])
+def test_labels_that_are_all_the_same_may_be_placeholders(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, label: str
+) -> None:
+    path = tmp_path / "submission_format.csv"
+    path.write_text(f"filename,stalled\na.mp4,{label}\nb.mp4,{label}\n")
+    assert read_manifest(path).table["label"].tolist() == 2 * [int(label)]
+    assert f"all 2 labels are {label}" in caplog.text
+    assert "--unlabelled" in caplog.text
+    caplog.clear()
+    read_manifest(path, unlabelled=True)
+    path.write_text("filename,stalled\na.mp4,0\nb.mp4,1\n")
+    read_manifest(path)
+    assert not caplog.records

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +22,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_train import cli
-from dist_train.config import Config, last_of_each, load_config
+from dist_train.config import Config, dump_config, last_of_each, load_config
 from dist_train.data.prepare import prepare_npz
+from dist_train.run import _write_record, read_record
 from dist_train.train import Progress
 
 SUPPORT = Path(__file__).parent
@@ -133,6 +134,13 @@ def interrupt_at(step: int) -> Progress:
     return progress
 
 
+def trained_so(run: Path, *changed: str) -> None:
+    """Make the run one that was trained with other settings, as its settings and its record say."""
+    config = load_config(run / "config.yaml", changed)
+    dump_config(config, run / "config.yaml")
+    _write_record(run, read_record(run) | {"settings": config.model_dump(mode="json")})
+
+
 def cut(run: Path, to: Path, *, after: int) -> Path:
     """A copy of a run as a kill soon after step ``after`` would have left it."""
     shutil.copytree(run, to)
@@ -192,6 +200,23 @@ def said(*arguments: object) -> str:
         cli.main()
     assert caught.value.code in (0, None)
     return output.getvalue()
+
+
+def fails(*arguments: object) -> str:
+    """The message, without "error: ", of ``dist-train`` with these arguments, in this process; it
+    must fail with that one line."""
+    errors = io.StringIO()
+    argv = ["dist-train", *map(str, arguments)]
+    with (
+        mock.patch.object(sys, "argv", argv),
+        redirect_stderr(errors),
+        pytest.raises(SystemExit) as caught,
+    ):
+        cli.main()
+    assert caught.value.code == 1
+    (line,) = errors.getvalue().splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
 
 
 def run(command: Sequence[str], **env: str) -> subprocess.CompletedProcess[str]:
