@@ -19,10 +19,11 @@ from dist_train.data.loader import Loader
 from dist_train.data.sampler import HeldOutSampler
 from dist_train.data.store import Store
 from dist_train.engine.backends.base import autocast
+from dist_train.engine.calibration import Calibration, fit
 from dist_train.engine.checkpoint import by_step
-from dist_train.engine.metrics import best_threshold, prior_correct
+from dist_train.engine.metrics import best_threshold
 from dist_train.errors import ConfigError, RunError
-from dist_train.evaluate import read_predictions
+from dist_train.evaluate import CALIBRATION, read_predictions, val_clips
 from dist_train.infer import held_out_logits
 from dist_train.micro_batch import most_clips
 from dist_train.run import (
@@ -58,14 +59,16 @@ def predict(
         out: where to write; the run's folder unless another store is given.
         prior: share of positives in the world, to which ``calibrated`` is corrected; the natural
             share of the train split unless given.
-        threshold: a clip is called positive in the submission when its probability is greater;
-            fitted on the run's val split unless given, and 0.5 where that lacks a class.
+        threshold: a clip is called positive in the submission when its calibrated probability is
+            greater; fitted on the run's val split unless given, and 0.5 where that lacks a class.
         progress: called with (clips done, clips in all) over all snapshots.
 
     Returns:
         The path of ``predictions.csv``: key, filename, group, split, label (empty if not known),
         probability (mean over snapshots; at the training batches' share of positives), calibrated
-        (the same, corrected to ``prior``), frames.
+        (the same by the mapping that is fitted on the run's val split, and then corrected to
+        ``prior``; see ``engine/calibration.py``), frames. ``calibration.json`` beside it has the
+        mapping.
 
     Raises:
         RunError: no run, no snapshot, nowhere to write, or, for another store, no predictions of
@@ -95,10 +98,13 @@ def predict(
         source = Store(store)
         chosen = source.table.assign(split="")
         if threshold is None:
-            threshold = _val_threshold(run / PREDICTIONS)
+            read_predictions(run / PREDICTIONS)
     rates = read_record(run)["positive_rate"]
     world = rates["natural"] if prior is None else prior
     probability = _mean_probability(config, snapshots, source, chosen, progress)
+    val = _val_clips(run, chosen, probability, own=store is None)
+    calibration = fit(*val, batches_share=rates["train_batches"], prior=world)
+    calibrated = calibration.apply(probability)
     table = pd.DataFrame(
         {
             "key": chosen["key"],
@@ -107,16 +113,17 @@ def predict(
             "split": chosen["split"],
             "label": chosen["label"].where(chosen["label"] >= 0).astype("Int64"),
             "probability": probability,
-            "calibrated": prior_correct(probability, rates["train_batches"], world),
+            "calibrated": calibrated,
             "frames": chosen["frames"],
         }
     )
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / PREDICTIONS, table.to_csv(index=False))
+    write_whole(out / CALIBRATION, calibration.model_dump_json(indent=2) + "\n")
     if threshold is None:
-        threshold = _val_threshold(out / PREDICTIONS)
+        threshold = _threshold(calibration, *val)
     submission = pd.DataFrame(
-        {"filename": table["filename"], "stalled": (probability > threshold).astype(int)}
+        {"filename": table["filename"], "stalled": (calibrated > threshold).astype(int)}
     )
     if store is None and (table["split"] == "test").any():
         submission = submission[(table["split"] == "test").to_numpy()]
@@ -185,10 +192,21 @@ def _mean_probability(
     return probability / len(snapshots)
 
 
-def _val_threshold(predictions: Path) -> float:
+def _val_clips(
+    run: Path, chosen: pd.DataFrame, probability: np.ndarray, *, own: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities and labels of the run's labelled val clips: of those just predicted, or for
+    another store by the run's own predictions; none where there are no such."""
+    if own:
+        val = ((chosen["split"] == "val") & (chosen["label"] >= 0)).to_numpy()
+        return probability[val], chosen["label"].to_numpy(np.float64)[val]
+    if not (run / PREDICTIONS).is_file():
+        return np.empty(0), np.empty(0)
+    return val_clips(read_predictions(run / PREDICTIONS))
+
+
+def _threshold(calibration: Calibration, probability: np.ndarray, label: np.ndarray) -> float:
     """Of the best MCC on the val split, as in ``evaluate``; 0.5 where that lacks a class."""
-    table = read_predictions(predictions)
-    val = table[(table["split"] == "val") & table["label"].notna()]
-    if val["label"].nunique() < 2:
+    if len(np.unique(label)) < 2:
         return 0.5
-    return best_threshold(val["probability"], val["label"])
+    return best_threshold(calibration.apply(probability), label)
