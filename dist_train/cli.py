@@ -327,7 +327,7 @@ def predict(
         float | None, typer.Option(min=0.0, max=1.0, help="Share of positives in the world.")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Of the submission; else fitted on val.")
+        float | None, typer.Option(min=0.0, max=1.0, help="Of calibrated; else fitted on val.")
     ] = None,
 ) -> None:
     """Predict held-out or new clips, averaged over the run's snapshots.
@@ -355,7 +355,7 @@ def predict(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder with predictions.")],
     threshold: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Else fitted on val.")
+        float | None, typer.Option(min=0.0, max=1.0, help="Of calibrated; else fitted on val.")
     ] = None,
 ) -> None:
     """Judge a run's predictions."""

@@ -7,12 +7,13 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
 from dist_train.data.files import write_whole
 from dist_train.data.plain import read_plain
 from dist_train.engine import metrics
+from dist_train.engine.calibration import Calibration, Reliability, reliability_of
 from dist_train.errors import ConfigError, RunError
 from dist_train.prediction_origin import AGAIN, check_table
 
@@ -29,6 +30,7 @@ COLUMNS = (
 
 #: Some ten million clips.
 MOST_BYTES = 2**31
+CALIBRATION = "calibration.json"
 
 _EXPECTED = {
     "split": "val or test",
@@ -45,9 +47,9 @@ Interval = tuple[float, float]
 class Evaluation(BaseModel):
     """The figures of one model on one split.
 
-    Thresholds and all figures but ``ece_calibrated`` are on the ``probability`` column, in the
-    world of the training batches. Intervals are 95 % bootstrap intervals over clips, within each
-    class, at a fixed threshold.
+    The threshold, and what is counted at it, are on the ``calibrated`` column. ``mcc_at``, AUC and
+    AP are on ``probability``, in the world of the training batches, as in the log. Intervals are
+    95 % bootstrap intervals over clips, within each class, at a fixed threshold.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,6 +65,7 @@ class Evaluation(BaseModel):
     mcc: float
     mcc_ci95: Interval
     mcc_at: dict[str, float]
+    """At fixed thresholds of ``probability``."""
     accuracy: float
     auc: float
     auc_ci95: Interval
@@ -73,8 +76,11 @@ class Evaluation(BaseModel):
     recall: float
     confusion: tuple[tuple[int, int], tuple[int, int]]
     """((tn, fp), (fn, tp))"""
-    ece_raw: float
-    ece_calibrated: float
+    raw: Reliability
+    """Of ``probability`` on these clips."""
+    calibrated: Reliability
+    calibration: Calibration | None
+    """How ``calibrated`` was made, with figures of val by cross-validation; None if not known."""
 
 
 def evaluate(
@@ -113,9 +119,13 @@ def evaluate(
     if threshold is None:
         fitted_on = "val" if "val" in labelled else "test"
         fitting = _both_classes(labelled[fitted_on], fitted_on, predictions)
-        threshold = metrics.best_threshold(fitting["probability"], fitting["label"])
+        threshold = metrics.best_threshold(fitting["calibrated"], fitting["label"])
     evaluation = _figures(
-        _both_classes(labelled[reported], reported, predictions), reported, threshold, fitted_on
+        _both_classes(labelled[reported], reported, predictions),
+        reported,
+        threshold,
+        fitted_on,
+        _calibration_of(frame, predictions.parent / CALIBRATION),
     )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -184,6 +194,41 @@ def read_predictions(path: Path) -> pd.DataFrame:
     return frame
 
 
+def _calibration_of(frame: pd.DataFrame, path: Path) -> Calibration | None:
+    calibration = read_calibration(path)
+    if calibration is not None and not np.allclose(
+        calibration.apply(frame["probability"]), frame["calibrated"], rtol=1e-6, atol=1e-9
+    ):
+        raise RunError(
+            "this is the calibration of other predictions than those beside it",
+            where=path,
+            fix="Make both again with `dist-train predict`",
+        )
+    return calibration
+
+
+def val_clips(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities and labels, float64 [N] each, of the labelled val clips of a table."""
+    val = frame[(frame["split"] == "val") & frame["label"].notna()]
+    return val["probability"].to_numpy(), val["label"].to_numpy()
+
+
+def read_calibration(path: Path) -> Calibration | None:
+    """What ``predict`` wrote; None where it wrote none.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return Calibration.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise RunError(
+            "this is not a calibration", where=path, fix="Make it again with `dist-train predict`"
+        ) from error
+
+
 def rows(evaluation: Evaluation) -> list[tuple[str, str]]:
     """The figures as (name, formatted value), in the order in which to read them."""
     e = evaluation
@@ -197,8 +242,7 @@ def rows(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("Recall", f"{e.recall:.3f}"),
         ("F1", f"{e.f1:.3f}"),
         ("Accuracy", f"{e.accuracy:.3f}"),
-        ("Calibration error, raw", f"{e.ece_raw:.3f}"),
-        ("Calibration error, prior-corrected", f"{e.ece_calibrated:.3f}"),
+        *_reliability_rows(e),
     ]
 
 
@@ -216,12 +260,18 @@ def table(evaluation: Evaluation) -> Table:
 
 
 def _figures(
-    clips: pd.DataFrame, split: Split, threshold: float, fitted_on: Split | None
+    clips: pd.DataFrame,
+    split: Split,
+    threshold: float,
+    fitted_on: Split | None,
+    calibration: Calibration | None,
 ) -> Evaluation:
     probability, label = clips["probability"].to_numpy(), clips["label"].to_numpy()
     figures = metrics.binary_metrics(probability, label)
-    counts = metrics.confusion(probability, label, threshold)
-    mcc_draws, auc_draws = metrics.stratified_bootstrap(probability, label, threshold)
+    calibrated = clips["calibrated"].to_numpy()
+    counts = metrics.confusion(calibrated, label, threshold)
+    mcc_draws, _ = metrics.stratified_bootstrap(calibrated, label, threshold)
+    _, auc_draws = metrics.stratified_bootstrap(probability, label, threshold)
     called = counts.tp + counts.fp
     return Evaluation(
         split=split,
@@ -241,8 +291,43 @@ def _figures(
         precision=counts.tp / called if called else None,
         recall=counts.tp / (counts.tp + counts.fn),
         confusion=((counts.tn, counts.fp), (counts.fn, counts.tp)),
-        ece_raw=metrics.expected_calibration_error(probability, label),
-        ece_calibrated=metrics.expected_calibration_error(clips["calibrated"].to_numpy(), label),
+        raw=reliability_of(probability, label),
+        calibrated=reliability_of(calibrated, label),
+        calibration=calibration,
+    )
+
+
+def _reliability_rows(e: Evaluation) -> list[tuple[str, str]]:
+    """Raw and calibrated, on the evaluated clips, and on val by cross-validation."""
+    figures = [(f"on {e.split}", e.raw, e.calibrated)]
+    c = e.calibration
+    lines = []
+    if c is not None:
+        lines.append(("Calibration", how_calibrated(c)))
+        if c.raw is not None and c.method in c.cross_validated:
+            figures.append(("on val, cross-validated", c.raw, c.cross_validated[c.method]))
+    for name, form in (("ece", "Calibration error"), ("brier", "Brier score"),
+                       ("log_loss", "Log loss")):  # fmt: skip
+        for where, raw, calibrated in figures:
+            value = f"{getattr(raw, name):.3f} raw, {getattr(calibrated, name):.3f} calibrated"
+            lines.append((f"{form} {where}", value))
+    return lines
+
+
+def how_calibrated(c: Calibration) -> str:
+    """The steps of the mapping, in their order."""
+    fitted = {
+        "none": "no mapping",
+        "temperature": f"temperature {1 / c.slope:.3g}",
+        "temperature and bias": f"temperature {1 / c.slope:.3g} and bias {c.bias:.3g}",
+        "isotonic": "isotonic regression",
+    }[c.method]
+    of = f"of {', '.join(c.cross_validated)}, by cross-validated log loss on" if (
+        c.cross_validated
+    ) else "as too few are of the rarer class among"  # fmt: skip
+    return (
+        f"{fitted} ({of} {c.clips} val clips, {c.positives} positive), then from "
+        f"{c.val_share:.1%} positives to {c.prior:.1%}"
     )
 
 

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from dist_train.config import Config
 from dist_train.data.files import check_writable, write_whole
 from dist_train.data.store import REJECTED, Store
+from dist_train.engine.calibration import Calibration, fit
 from dist_train.engine.checkpoint import by_step
 from dist_train.engine.lost_process import losses_explained
-from dist_train.engine.metrics import best_threshold, prior_correct
+from dist_train.engine.metrics import best_threshold
 from dist_train.engine.process_group import process_group
 from dist_train.engine.together import on_main
 from dist_train.ensemble import Progress, mean_probability
 from dist_train.errors import ConfigError, RunError
-from dist_train.evaluate import read_predictions
+from dist_train.evaluate import CALIBRATION, read_predictions, val_clips
 from dist_train.micro_batch import most_clips, noted_clips
 from dist_train.prediction_origin import check_origin, write_origin
 from dist_train.run import RunData, open_run, open_run_data, read_record
@@ -59,14 +59,16 @@ def predict(
         out: where to write; the run's folder unless another store is given.
         prior: share of positives in the world, to which ``calibrated`` is corrected; the natural
             share of the train split unless given.
-        threshold: a clip is called positive in the submission when its probability is greater;
-            fitted on the run's val split unless given, and 0.5 where that lacks a class.
+        threshold: a clip is called positive in the submission when its calibrated probability is
+            greater; fitted on the run's val split unless given, and 0.5 where that lacks a class.
         progress: called on rank 0 with (clips done, clips in all) over all snapshots.
 
     Returns:
         The path of ``predictions.csv``: key, filename, group, split, label (empty if not known),
         probability (mean over snapshots; at the training batches' share of positives), calibrated
-        (the same, corrected to ``prior``), frames.
+        (the same by the mapping that is fitted on the run's val split, and then corrected to
+        ``prior``; see ``engine/calibration.py``), frames. ``calibration.json`` beside it has the
+        mapping.
 
     Raises:
         RunError: no run, no snapshot, nowhere to write, or, for another store, no predictions of
@@ -106,9 +108,7 @@ def predict(
             source = Store(store)
             chosen = source.table.assign(split="")
             if threshold is None:
-                if (run / PREDICTIONS).exists():
-                    check_origin(run)
-                threshold = _val_threshold(run / PREDICTIONS)
+                read_predictions(run / PREDICTIONS)
         record, folder = read_record(run), out
         rates = record["positive_rate"]
         world = rates["natural"] if prior is None else prior
@@ -123,6 +123,11 @@ def predict(
             batch=_clips_at_once(config, run, record, chosen),
             progress=progress if group.is_main else None,
         )
+        val = _val_clips(run, chosen, probability, own=store is None)
+        calibration = fit(*val, batches_share=rates["train_batches"], prior=world)
+        calibrated = calibration.apply(probability)
+        if threshold is None:
+            threshold = _threshold(calibration, *val)
         table = pd.DataFrame(
             {
                 "key": chosen["key"],
@@ -131,66 +136,33 @@ def predict(
                 "split": chosen["split"],
                 "label": chosen["label"].where(chosen["label"] >= 0).astype("Int64"),
                 "probability": probability,
-                "calibrated": prior_correct(probability, rates["train_batches"], world),
+                "calibrated": calibrated,
                 "frames": chosen["frames"],
             }
         )
-        origin = Origin(snapshots, source)
-        on_main(
-            group,
-            lambda: _write(
-                folder,
-                table,
-                origin,
-                threshold,
-                only_test=store is None,
-                rejected_as=int(world > 0.5),
-            ),
-        )
+        split = "test" if store is None and (table["split"] == "test").any() else None
+        submission = _submission(table, threshold, source, split, rejected_as=int(world > 0.5))
+
+        def write() -> None:
+            text = table.to_csv(index=False)
+            write_whole(folder / PREDICTIONS, text)
+            write_origin(folder / PREDICTIONS, text, snapshots, source.content)
+            write_whole(folder / CALIBRATION, calibration.model_dump_json(indent=2) + "\n")
+            write_whole(folder / SUBMISSION, submission.to_csv(index=False))
+
+        on_main(group, write)
     return folder / PREDICTIONS
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What predictions are of."""
-
-    snapshots: Sequence[Path]
-    store: Store
-
-
-def _write(
-    folder: Path,
-    table: pd.DataFrame,
-    origin: Origin,
-    threshold: float | None,
-    *,
-    only_test: bool,
-    rejected_as: int,
-) -> None:
-    text = table.to_csv(index=False)
-    write_whole(folder / PREDICTIONS, text)
-    write_origin(folder / PREDICTIONS, text, origin.snapshots, origin.store.content)
-    if threshold is None:
-        threshold = _val_threshold(folder / PREDICTIONS)
-    submission = pd.DataFrame(
-        {
-            "filename": table["filename"],
-            "stalled": (table["probability"] > threshold).astype(int),
-        }
-    )
-    split = "test" if only_test and (table["split"] == "test").any() else None
-    if split is not None:
-        submission = submission[(table["split"] == split).to_numpy()]
-    submission = _with_rejected(submission, origin.store, split, rejected_as=rejected_as)
-    write_whole(folder / SUBMISSION, submission.to_csv(index=False))
-
-
-def _with_rejected(
-    submission: pd.DataFrame, store: Store, split: str | None, *, rejected_as: int
+def _submission(
+    table: pd.DataFrame, threshold: float, store: Store, split: str | None, *, rejected_as: int
 ) -> pd.DataFrame:
-    complete, rejected = complete_submission(
-        submission, store, split=split, rejected_as=rejected_as
+    if split is not None:
+        table = table[table["split"] == split]
+    called = pd.DataFrame(
+        {"filename": table["filename"], "stalled": (table["calibrated"] > threshold).astype(int)}
     )
+    complete, rejected = complete_submission(called, store, split=split, rejected_as=rejected_as)
     if rejected:
         log.warning(
             "%d of the %d rows of %s are of clips that the store rejected (see %s): they have %d, "
@@ -235,10 +207,22 @@ def _clips_at_once(config: Config, run: Path, record: dict[str, Any], chosen: pd
     return min(clips for clips in found if clips)
 
 
-def _val_threshold(predictions: Path) -> float:
+def _val_clips(
+    run: Path, chosen: pd.DataFrame, probability: np.ndarray, *, own: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities and labels of the run's labelled val clips: of those just predicted, or for
+    another store by the run's own predictions; none where there are no such."""
+    if own:
+        val = ((chosen["split"] == "val") & (chosen["label"] >= 0)).to_numpy()
+        return probability[val], chosen["label"].to_numpy(np.float64)[val]
+    if not (run / PREDICTIONS).is_file():
+        return np.empty(0), np.empty(0)
+    check_origin(run)
+    return val_clips(read_predictions(run / PREDICTIONS))
+
+
+def _threshold(calibration: Calibration, probability: np.ndarray, label: np.ndarray) -> float:
     """Of the best MCC on the val split, as in ``evaluate``; 0.5 where that lacks a class."""
-    table = read_predictions(predictions)
-    val = table[(table["split"] == "val") & table["label"].notna()]
-    if val["label"].nunique() < 2:
+    if len(np.unique(label)) < 2:
         return 0.5
-    return best_threshold(val["probability"], val["label"])
+    return best_threshold(calibration.apply(probability), label)

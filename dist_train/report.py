@@ -24,7 +24,7 @@ from dist_train.data.files import write_whole
 from dist_train.engine import metrics
 from dist_train.engine.checkpoint import by_step
 from dist_train.errors import RunError
-from dist_train.evaluate import Evaluation, evaluate, read_predictions, rows
+from dist_train.evaluate import Evaluation, evaluate, how_calibrated, read_predictions, rows
 from dist_train.prediction_origin import check_origin
 from dist_train.run_folder import EVALUATION, PREDICTIONS
 
@@ -496,11 +496,11 @@ def _judgement(run: Run) -> list[Plot]:
         Plot(
             "MCC against the threshold",
             f"On the {e.split} clips. A wide top forgives a threshold that is a little off.",
-            _svg(_mcc_by_threshold(probability, label, e)),
+            _svg(_mcc_by_threshold(clips["calibrated"].to_numpy(), label, e)),
         ),
         Plot(
             "Calibration",
-            _calibration_caption(run, e),
+            _calibration_caption(e),
             _svg(_calibration(probability, clips["calibrated"].to_numpy(), label)),
         ),
     ]
@@ -538,7 +538,7 @@ def _roc(probability: metrics.Floats, label: metrics.Floats, e: Evaluation) -> A
 
 
 def _mcc_by_threshold(probability: metrics.Floats, label: metrics.Floats, e: Evaluation) -> Axes:
-    axes = _axes("threshold", "MCC", square=True)
+    axes = _axes("threshold of the calibrated probability", "MCC", square=True)
     thresholds, values = _thinned(*metrics.mcc_curve(probability, label))
     # Below the lowest score every clip is called positive, which is an MCC of 0.
     axes.step([0, *thresholds, 1], [0, *values, values[-1]], color=_BLUE, where="post")
@@ -548,16 +548,12 @@ def _mcc_by_threshold(probability: metrics.Floats, label: metrics.Floats, e: Eva
     return axes
 
 
-def _calibration_caption(run: Run, e: Evaluation) -> str:
+def _calibration_caption(e: Evaluation) -> str:
     caption = "Ten bins of equal numbers of clips. On the diagonal, a probability is a frequency."
-    natural = (run.info.get("positive_rate") or {}).get("natural")
-    if natural is None:
+    if e.calibration is None:
         return caption
     here = e.positives / e.clips
-    return (
-        f"{caption} Corrected for {natural:.1%} positives, unless predict was told another by "
-        f"--prior; these clips have {here:.1%}."
-    )
+    return f"{caption} Calibrated: {how_calibrated(e.calibration)}; these clips have {here:.1%}."
 
 
 def _calibration(raw: metrics.Floats, corrected: metrics.Floats, label: metrics.Floats) -> Axes:
@@ -565,7 +561,7 @@ def _calibration(raw: metrics.Floats, corrected: metrics.Floats, label: metrics.
     axes.plot([0, 1], [0, 1], color=_MUTED, linestyle=(0, (4, 3)), linewidth=1)
     for name, probability, colour, marker in (
         ("raw", raw, _BLUE, "o"),
-        ("prior-corrected", corrected, _ORANGE, "s"),
+        ("calibrated", corrected, _ORANGE, "s"),
     ):
         predicted, observed, _ = metrics.reliability(probability, label)
         axes.plot(predicted, observed, color=colour, marker=marker, markersize=6, label=name)
@@ -605,7 +601,7 @@ def _mistakes(run: Run, strips: Strips) -> list[tuple[str, list[Mistake]]]:
     """The most confident false positives and false negatives, as named lists."""
     if run.evaluation is None or run.predictions is None:
         return []
-    clips, called = run.predictions, run.predictions["probability"] > run.evaluation.threshold
+    clips, called = run.predictions, run.predictions["calibrated"] > run.evaluation.threshold
     false_positives = clips[called & (clips["label"] == 0)]
     false_negatives = clips[~called & (clips["label"] == 1)]
     return [

@@ -3,16 +3,18 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from rich.console import Console
 
+from dist_train.engine.calibration import fit
 from dist_train.engine.metrics import best_threshold, prior_correct
 from dist_train.errors import ConfigError, RunError
-from dist_train.evaluate import COLUMNS, Evaluation, evaluate, read_predictions, table
+from dist_train.evaluate import COLUMNS, Evaluation, evaluate, read_predictions, rows, table
 
-# (split, label, probability). The middle of the best val interval is (0.4 + 0.7) / 2 = 0.55.
+# (split, label, probability). The best val interval is from 0.4 to 0.7 of the probability.
 VAL = [("val", 0, 0.1), ("val", 0, 0.4), ("val", 1, 0.7), ("val", 1, 0.8)]
-# At 0.55: tp 2, fp 1, fn 1, tn 4.
+# At the middle of it: tp 2, fp 1, fn 1, tn 4.
 TEST = [
     *(("test", 0, p) for p in (0.05, 0.1, 0.2, 0.5, 0.6)),
     *(("test", 1, p) for p in (0.3, 0.7, 0.9)),
@@ -20,12 +22,16 @@ TEST = [
 UNKNOWN = [("test", "", 0.99), ("val", "", 0.01)]
 
 
+def calibrated(probability: float) -> float:
+    return float(prior_correct([probability], 0.25, 0.05)[0])
+
+
 def write(path: Path, clips: list[tuple[str, object, object]]) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(COLUMNS)
         for index, (split, label, probability) in enumerate(clips):
-            corrected = float(prior_correct([float(probability)], 0.25, 0.05)[0])
+            corrected = calibrated(float(probability))
             name = f"clip{index}"
             table.writerow(
                 [name, f"{name}.mp4", "g", split, label, repr(probability), repr(corrected), 40]
@@ -41,7 +47,7 @@ def predictions(tmp_path: Path) -> Path:
 def test_threshold_from_val_and_figures_from_test(predictions: Path) -> None:
     evaluation = evaluate(predictions)
     assert (evaluation.split, evaluation.clips, evaluation.positives) == ("test", 8, 3)
-    assert evaluation.threshold == pytest.approx(0.55)
+    assert evaluation.threshold == pytest.approx((calibrated(0.4) + calibrated(0.7)) / 2)
     assert evaluation.threshold_fitted_on == "val"
     assert not evaluation.threshold_fitted_on_same_clips
     assert evaluation.confusion == ((4, 1), (1, 2))
@@ -62,12 +68,14 @@ def test_one_labelled_split_serves_for_both_and_says_so(tmp_path: Path, split: s
     evaluation = evaluate(write(tmp_path / "p.csv", [*clips, *UNKNOWN]))
     assert evaluation.split == evaluation.threshold_fitted_on == split
     assert evaluation.threshold_fitted_on_same_clips
-    assert evaluation.threshold == best_threshold([p for *_, p in TEST], [y for _, y, _ in TEST])
+    assert evaluation.threshold == best_threshold(
+        [calibrated(p) for *_, p in TEST], [y for _, y, _ in TEST]
+    )
 
 
 def test_a_given_threshold_is_used_as_it_is(predictions: Path) -> None:
-    evaluation = evaluate(predictions, threshold=0.25)
-    assert (evaluation.threshold, evaluation.threshold_fitted_on) == (0.25, None)
+    evaluation = evaluate(predictions, threshold=calibrated(0.25))
+    assert (evaluation.threshold, evaluation.threshold_fitted_on) == (calibrated(0.25), None)
     assert not evaluation.threshold_fitted_on_same_clips
     assert evaluation.confusion == ((3, 2), (0, 3))
 
@@ -93,10 +101,39 @@ def test_calibration_errors_are_of_their_own_columns(predictions: Path) -> None:
     test = frame[(frame.split == "test") & frame.label.notna()]
     # Eight clips in ten bins: a bin a clip.
     for value, column in (
-        (evaluation.ece_raw, "probability"),
-        (evaluation.ece_calibrated, "calibrated"),
+        (evaluation.raw, "probability"),
+        (evaluation.calibrated, "calibrated"),
     ):
-        assert value == pytest.approx((test[column] - test["label"]).abs().mean())
+        far = (test[column] - test["label"]).abs()
+        assert value.ece == pytest.approx(far.mean())
+        assert value.brier == pytest.approx((far**2).mean())
+        assert value.log_loss == pytest.approx(-np.log(1 - far).mean())
+    assert evaluation.calibration is None
+
+
+def test_the_mapping_is_in_the_evaluation_with_its_figures_on_val(predictions: Path) -> None:
+    random = np.random.default_rng(0)
+    label = (random.random(60) < 0.4).astype(int)
+    fitted = fit(random.random(60), label, batches_share=0.25, prior=0.05)
+    file = predictions.parent / "calibration.json"
+    file.write_text(fitted.model_dump_json())
+    with pytest.raises(RunError, match="calibration of other predictions"):
+        evaluate(predictions)
+    frame = pd.read_csv(predictions)
+    frame["calibrated"] = fitted.apply(frame["probability"])
+    frame.to_csv(predictions, index=False)
+    evaluation = evaluate(predictions)
+    assert evaluation.calibration == fitted
+    told = dict(rows(evaluation))
+    assert told["Calibration"].startswith("temperature ")
+    assert "60 val clips, " in told["Calibration"]
+    assert told["Calibration"].endswith("positives to 5.0%")
+    by_folds = fitted.cross_validated[fitted.method]
+    assert f"{by_folds.log_loss:.3f} calibrated" in told["Log loss on val, cross-validated"]
+    assert f"{evaluation.calibrated.brier:.3f} calibrated" in told["Brier score on test"]
+    file.write_text("{}")
+    with pytest.raises(RunError, match="not a calibration"):
+        evaluate(predictions)
 
 
 def test_probabilities_are_read_to_the_last_bit(tmp_path: Path) -> None:

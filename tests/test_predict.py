@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 from helpers import fails, said, tiny_config, tiny_store, trained_so
 from safetensors.torch import load_file
+from scipy.special import expit, logit
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dist_train import ensemble
@@ -20,6 +22,8 @@ from dist_train.config import dump_config
 from dist_train.data.manifest import read_manifest
 from dist_train.data.prepare import PrepareSettings, prepare
 from dist_train.data.store import Store
+from dist_train.engine.calibration import Calibration
+from dist_train.engine.metrics import prior_correct
 from dist_train.errors import ConfigError, RunError, StoreError
 from dist_train.evaluate import COLUMNS, evaluate, read_predictions
 from dist_train.models.resnet3d import ResNet3D
@@ -126,8 +130,8 @@ def test_the_submission_is_the_form_of_the_challenge(predicted: Path) -> None:
 
 def test_a_probability_at_the_threshold_is_not_called_positive(run: Path) -> None:
     table = read_predictions(run / "predictions.csv")
-    test = table[table["split"] == "test"].sort_values("probability")
-    predict(run, threshold=float(test["probability"].iloc[4]))
+    test = table[table["split"] == "test"].sort_values("calibrated")
+    predict(run, threshold=float(test["calibrated"].iloc[4]))
     submission = pd.read_csv(run / "submission.csv").set_index("filename")["stalled"]
     assert submission[test["filename"]].tolist() == [0] * 5 + [1] * 5
 
@@ -141,7 +145,7 @@ def test_where_val_lacks_a_class_the_threshold_is_one_half(
     (run / "predictions.json").unlink()
     out = predict(run, store=new_clips, out=tmp_path / "new")
     submission = pd.read_csv(tmp_path / "new" / "submission.csv")["stalled"]
-    assert ((pd.read_csv(out)["probability"] > 0.5) == (submission == 1)).all()
+    assert ((pd.read_csv(out)["calibrated"] > 0.5) == (submission == 1)).all()
 
 
 def test_worker_processes_change_nothing(run: Path, predicted: Path) -> None:
@@ -168,6 +172,28 @@ def test_calibration_is_bayes_rule_for_the_prior(run: Path, prior: float) -> Non
     assert table["calibrated"].to_numpy() == pytest.approx((odds / (1 + odds)).to_numpy())
 
 
+def test_the_mapping_is_fitted_on_val_and_told(run: Path, new_clips: Path, tmp_path: Path) -> None:
+    """Of labels that contradict an over-sure model; new clips get the same mapping."""
+    data = open_data(open_run(run))
+    val = data.clips[data.clips["split"] == "val"]
+    table = read_predictions(run / "predictions.csv")
+    assert json.loads((run / "calibration.json").read_text())["method"] == "none", "four positives"
+    wide = pd.concat([table[table["split"] == "val"]] * 10, ignore_index=True)
+    odds = logit(np.random.default_rng(0).uniform(0.02, 0.98, len(wide)))
+    wide["label"] = (np.random.default_rng(1).random(len(wide)) < expit(odds)).astype(int)
+    wide["probability"] = prior_correct(expit(4 * odds), wide["label"].mean(), 0.25)
+    wide.to_csv(run / "predictions.csv", index=False)
+    assert len(wide) == 10 * len(val)
+    new = pd.read_csv(predict(run, store=new_clips, out=tmp_path / "new", prior=0.1))
+    told = Calibration.model_validate_json((tmp_path / "new" / "calibration.json").read_text())
+    assert told.method == "temperature"
+    assert 1 / told.slope == pytest.approx(4, rel=0.4)
+    at_val = prior_correct(new["probability"], 0.25, wide["label"].mean())
+    softer = expit(told.slope * logit(at_val))
+    expected = prior_correct(softer, wide["label"].mean(), 0.1)
+    np.testing.assert_allclose(new["calibrated"], expected, rtol=1e-6)
+
+
 def test_the_natural_share_is_the_prior_unless_given(run: Path, predicted: Path) -> None:
     natural = read_predictions(predict(run, prior=0.3))
     assert natural.equals(read_predictions(predicted / "predictions.csv"))
@@ -182,7 +208,7 @@ def test_new_clips_need_no_labels(predicted: Path, new_clips: Path, tmp_path: Pa
     assert table["probability"].between(0, 1).all()
     threshold = evaluate(predicted / "predictions.csv").threshold
     submission = pd.read_csv(tmp_path / "new" / "submission.csv")
-    assert submission["stalled"].tolist() == (table["probability"] > threshold).tolist()
+    assert submission["stalled"].tolist() == (table["calibrated"] > threshold).tolist()
     assert (predicted / "predictions.csv").read_bytes() == before
 
 

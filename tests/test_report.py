@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from dist_train.engine.calibration import fit
 from dist_train.engine.metrics import prior_correct
 from dist_train.errors import RunError
-from dist_train.evaluate import COLUMNS, evaluate
+from dist_train.evaluate import COLUMNS, evaluate, read_predictions
 from dist_train.report import _precision_recall, read_run, write_report
 
 EPOCHS, STEPS_AN_EPOCH = 8, 40
@@ -228,7 +229,7 @@ def test_strips_show_eight_frames_of_the_worst_mistakes(whole: Path, tmp_path: P
     (_, fp), (fn, _) = run.evaluation.confusion
     assert asked[0] == "test001"  # the one that the fixture makes the worst
     assert len(asked) == min(fp, 4) + min(fn, 4)
-    wrong = (clips["probability"] > run.evaluation.threshold) != (clips["label"] == 1)
+    wrong = (clips["calibrated"] > run.evaluation.threshold) != (clips["label"] == 1)
     assert wrong[asked].all()
     images = page.images("png")
     assert len(images) == len(asked)
@@ -294,6 +295,20 @@ def test_page_of_the_first_step(training: Path) -> None:
 def test_pauses_between_sessions_are_not_training_time(without_strips: Page) -> None:
     # 318 gaps of 2.0 to 2.2 s, and an hour's pause.
     assert re.search(r"Time training1[01] min", without_strips.text)
+
+
+def test_the_page_says_how_probabilities_were_calibrated(training: Path) -> None:
+    write_predictions(training)
+    val = read_predictions(training / "predictions.csv").query("split == 'val'")
+    fitted = fit(val["probability"], val["label"], batches_share=0.25, prior=0.04)
+    (training / "calibration.json").write_text(fitted.model_dump_json())
+    evaluate(training / "predictions.csv", out=training / "evaluation.json")
+    text = Page(write_report(training)).text
+    assert fitted.method == "none"
+    told = "no mapping (of none, temperature, by cross-validated log loss on 60 val clips, 15 posi"
+    assert told in text
+    assert "then from 25.0% positives to 4.0%" in text
+    assert "Log loss on val, cross-validated" in text
 
 
 def test_statistics_that_do_not_fit_are_told(training: Path) -> None:
