@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import platform
 import socket
 from collections.abc import Iterator
@@ -31,11 +30,10 @@ from dist_train.data.select import choose_clips
 from dist_train.data.store import Store
 from dist_train.data.weights import Floats
 from dist_train.errors import ConfigError, RunError
+from dist_train.file_locks import go_on_unlocked
 from dist_train.models.norm import fuse
 from dist_train.models.registry import build_model
 from dist_train.os_advice import blame_machine
-
-log = logging.getLogger(__name__)
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -202,6 +200,7 @@ def only_session(run: Path) -> Iterator[None]:
 
     Raises:
         RunError: another training is at work in it.
+        MachineError: it cannot be locked, and the user has not allowed to do without.
     """
     run.mkdir(parents=True, exist_ok=True)
     with (run / LOCK).open("w") as file:
@@ -214,8 +213,7 @@ def only_session(run: Path) -> Iterator[None]:
                 fix="Wait for it, or choose another 'out'.",
             ) from None
         except OSError as error:
-            # Some cluster file systems have no locks.
-            log.warning("%s is not locked (%s): start no second training in it", run, error)
+            go_on_unlocked(run, error)
         yield
 
 

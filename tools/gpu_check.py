@@ -218,7 +218,8 @@ def memory(clips: int, frames: int, recompute: str, record: Record) -> None:
     """Peak memory reserved by a step. Too little memory is a result too."""
     import numpy as np
 
-    from dist_train.engine.out_of_memory import first_line, is_out_of_memory
+    from dist_train.engine.out_of_memory import is_out_of_memory
+    from dist_train.os_advice import first_line
 
     try:
         with row_of(record, "fast", f"model.recompute={recompute}") as row:

@@ -23,6 +23,8 @@ from dist_train.data.shard_files import Shard
 from dist_train.data.shards import Record
 from dist_train.data.store import SHARDS
 from dist_train.errors import ConfigError, StoreError
+from dist_train.file_locks import go_on_unlocked
+from dist_train.main_guard import end_if_run_again
 from dist_train.os_advice import blame_machine
 
 JOB = "job.json"
@@ -201,6 +203,7 @@ def writing(out: Path, job: Job, part: Part | None = None) -> Iterator[None]:
     Raises:
         StoreError: another process writes the same, or the folder is for another job.
     """
+    end_if_run_again()
     (out / SHARDS).mkdir(parents=True, exist_ok=True)
     with ExitStack() as locks:
         if part is None:
@@ -248,11 +251,7 @@ def _locked(
                 fix="Wait for it, or choose another --out.",
             ) from None
         except OSError as error:
-            raise StoreError(
-                f"the folder cannot be locked ({error.strerror})",
-                where=out,
-                fix="Choose a file system that has locks for --out.",
-            ) from None
+            go_on_unlocked(out, error)
         yield
 
 
