@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from dist_train.cgroup import heed_quota
 from dist_train.console import console, progress
 from dist_train.errors import ConfigError, DistTrainError, StoreError
 from dist_train.os_advice import advice, lack_of_memory, raise_open_files
@@ -431,6 +433,11 @@ def main() -> None:
     """Run the command line; a user's error ends in one message and a non-zero exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     raise_open_files()
+    heed_quota()
+    for stream in (sys.stdout, sys.stderr):
+        # Names may hold what the terminal's encoding, or any, has not.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except DistTrainError as error:

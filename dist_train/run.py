@@ -37,6 +37,7 @@ from dist_train.data.store import MARKER, Store
 from dist_train.data.weights import Floats
 from dist_train.engine.superseded import set_aside
 from dist_train.errors import ConfigError, RunError, StoreError
+from dist_train.file_locks import go_on_unlocked
 from dist_train.models.norm import fuse
 from dist_train.models.registry import build_model
 from dist_train.os_advice import blame_machine
@@ -405,6 +406,7 @@ def only_session(run: Path) -> Iterator[None]:
     Raises:
         RunError: another training is at work in it.
         FileError: the lock's name belongs to a link, or to what is no plain file.
+        MachineError: it cannot be locked, and the user has not allowed to do without.
     """
     run.mkdir(parents=True, exist_ok=True)
     with open_lock(run / LOCK) as file:
@@ -417,8 +419,7 @@ def only_session(run: Path) -> Iterator[None]:
                 fix="Wait for it, or choose another 'out'.",
             ) from None
         except OSError as error:
-            # Some cluster file systems have no locks.
-            log.warning("%s is not locked (%s): start no second training in it", run, error)
+            go_on_unlocked(run, error)
         yield
 
 

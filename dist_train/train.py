@@ -40,6 +40,7 @@ from dist_train.errors import ConfigError, RunError, StoppedError
 from dist_train.initial_weights import SETTING, Source, initial_model
 from dist_train.introduction import Speed, closing, opening, visits_of
 from dist_train.judge import Judge, Values
+from dist_train.main_guard import end_if_run_again
 from dist_train.micro_batch import Buffers, MicroBatches, free_cache
 from dist_train.models.fused_norm import check_compiler
 from dist_train.models.norm import set_momentum, share_statistics
@@ -111,6 +112,7 @@ def train(
         LostProcessError: another process has ended, or cannot be reached.
         DistTrainError: the settings, store, selection or checkpoints do not allow it.
     """
+    end_if_run_again()
     with losses_explained():
         backend = make_backend(config.train, clip_norm=config.optim.clip_norm)
         try:

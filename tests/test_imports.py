@@ -16,7 +16,7 @@ PACKAGE = ROOT / "dist_train"
 # From the ground up; what stands together may import each other, without cycles.
 LEVELS = [
     {"errors"},
-    {"os_advice"},
+    {"os_advice", "cgroup", "file_locks", "main_guard"},
     {"plain_yaml"},
     {"config", "console"},
     {"data"},

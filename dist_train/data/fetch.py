@@ -25,6 +25,7 @@ from dist_train.data.sampler import Slot
 from dist_train.data.shards import shard_name
 from dist_train.data.store import SHARDS
 from dist_train.errors import DistTrainError, StoreError
+from dist_train.main_guard import FIX, WHAT, were_unguarded
 from dist_train.os_advice import first_line, lack_of_memory
 
 NOWHERE = -1
@@ -164,6 +165,8 @@ class Fetch(Dataset[Batch | LentBatch | DistTrainError]):
         at = {place.pid: int(place.clip) for place in self.places or ()}
         pid = max(dead, key=lambda pid: at.get(pid, NOWHERE))
         clip, code = at.get(pid, NOWHERE), dead[pid] or 0
+        if were_unguarded(dead.values()):
+            return StoreError(WHAT, fix=FIX)
         if code == GAVE_UP and clip != NOWHERE:
             what = f"a loader worker gave up after {self.patience:g} s"
             return self._at(clip, what, "Check that the store's file system answers.")

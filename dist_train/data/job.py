@@ -26,6 +26,8 @@ from dist_train.data.shard_files import SHARD_FILE, Shard
 from dist_train.data.shards import Record
 from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, read_marker
 from dist_train.errors import ConfigError, FileError, StoreError
+from dist_train.file_locks import go_on_unlocked
+from dist_train.main_guard import end_if_run_again
 from dist_train.os_advice import blame_machine
 
 JOB = "job.json"
@@ -245,6 +247,7 @@ def writing(out: Path, job: Job, part: Part | None = None) -> Iterator[None]:
         StoreError: another process writes the same, the folder is for another job, or it holds
             files and is no store.
     """
+    end_if_run_again()
     _refuse_foreign(out, job)
     (out / SHARDS).mkdir(parents=True, exist_ok=True)
     with ExitStack() as locks:
@@ -359,11 +362,7 @@ def _locked(
                 fix="Wait for it, or choose another --out.",
             ) from None
         except OSError as error:
-            raise StoreError(
-                f"the folder cannot be locked ({error.strerror})",
-                where=out,
-                fix="Choose a file system that has locks for --out.",
-            ) from None
+            go_on_unlocked(out, error)
         yield
 
 

@@ -22,6 +22,7 @@ from dist_train.data.fetch import Fetch, Place, Tasks, begin_worker
 from dist_train.data.handed_over import HandedOver
 from dist_train.data.sampler import Slot
 from dist_train.errors import DistTrainError
+from dist_train.main_guard import end_if_run_again
 
 # Not fork: the parent holds threads (gloo, NCCL, OpenMP) and open files.
 START_METHOD = "forkserver"
@@ -52,6 +53,7 @@ class Loader:
     def __init__(
         self, dataset: ClipDataset, batches: Sampler[list[Slot]], settings: LoaderSettings
     ) -> None:
+        end_if_run_again()
         self._many = settings.workers > 0
         context = multiprocessing.get_context(START_METHOD)
         # The server imports once what each worker would import anew.

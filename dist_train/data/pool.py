@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
+from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
+from dist_train.cgroup import processes_at_once
 from dist_train.errors import StoreError
+from dist_train.main_guard import FIX, WHAT, end_if_run_again, were_unguarded
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,13 +27,14 @@ def each_done(
 
     Args:
         items: taken as they are needed.
-        workers: processes; None takes one per available core. With 1, or for one item, all stays
-            in this process.
+        workers: processes; None takes one per CPU that it may use. With 1, or for one item, all
+            stays in this process.
 
     Raises:
         StoreError: a worker died.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    end_if_run_again()
+    workers = workers or processes_at_once()
     todo = iter(items)
     first = list(islice(todo, 2))
     todo = chain(first, todo)
@@ -41,15 +45,19 @@ def each_done(
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         running: set[Future[Result]] = set()
+        started: list[BaseProcess] = []
         try:
             # One more than the processes take waits for each of them.
             while running := running | {
                 pool.submit(function, item) for item in islice(todo, 2 * workers - len(running))
             }:
+                started = multiprocessing.active_children()
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()
         except BrokenProcessPool:
+            if were_unguarded(process.exitcode for process in started):
+                raise StoreError(WHAT, fix=FIX) from None
             raise StoreError(
                 "a worker process died (out of memory, killed, or a decoder crashed)",
                 fix="Run the command again, with fewer --workers if memory ran out: "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import resource
 import signal
 import time
@@ -21,8 +20,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from dist_train.cgroup import processes_at_once
 from dist_train.data.pool import end_with_parent
 from dist_train.errors import StoreError
+from dist_train.main_guard import FIX, WHAT, end_if_run_again, were_unguarded
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -80,17 +81,18 @@ def supervised(
         items: taken one by one, as processes come free.
         without: (item, step, reason) -> the item to take instead, once that step has crashed twice
             or run out of time.
-        workers: processes; None takes one per available core.
+        workers: processes; None takes one per CPU that it may use.
 
     Raises:
         StoreError: a process died outside its steps, or was killed by someone else.
         Exception: what ``function`` raised. The other processes are ended.
     """
+    end_if_run_again()
     todo = (_Run(item) for item in items)
     again: deque[_Run[Item]] = deque()
     idle: list[_Worker[Item, Result]] = []
     busy: list[_Worker[Item, Result]] = []
-    size = workers or len(os.sched_getaffinity(0))
+    size = workers or processes_at_once()
     try:
         while True:
             while len(busy) < size and (run := again.popleft() if again else next(todo, None)):
@@ -193,6 +195,8 @@ class _Worker(Generic[Item, Result]):
     def _death(self) -> Exception:
         self.process.join()
         code = self.process.exitcode or 0
+        if were_unguarded([code]):
+            return StoreError(WHAT, fix=FIX)
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         # No decoder kills its own process in this way: the system did, or a person.
         if self.step is None or code == -signal.SIGKILL:

@@ -42,6 +42,7 @@ import av
 import cv2
 import numpy as np
 
+from dist_train.cgroup import processes_at_once
 from dist_train.data.clog_loss_facts import (
     BOX_HEIGHT,
     BOX_WIDTH,
@@ -54,6 +55,7 @@ from dist_train.data.clog_loss_facts import (
 from dist_train.data.files import is_plain, read_json, write_whole, written_whole
 from dist_train.data.roi import Box
 from dist_train.errors import ConfigError, FileError, StoreError
+from dist_train.main_guard import end_if_run_again
 
 # Written into synth.json: a folder made by another version of the drawing is refused.
 FORMAT: Final = 1
@@ -478,7 +480,7 @@ def _write_videos(
         for index in indices
         if not (folder / filename(index)).exists()
     ]
-    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    workers = min(workers or processes_at_once(), len(jobs))
     done = len(indices) - len(jobs)
     for _ in _finished(jobs, workers):
         done += 1
@@ -494,6 +496,7 @@ def _finished(jobs: list[_Job], workers: int) -> Iterator[None]:
     if workers <= 1:
         yield from itertools.starmap(_make_video, jobs)
         return
+    end_if_run_again()
     # 'spawn' because a forked child inherits the locks of the threads of FFmpeg and OpenCV.
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-from dist_train.doctor.cgroup import group_values
+from dist_train.cgroup import usable_cpus
 from dist_train.doctor.finding import Finding
 
 
@@ -27,13 +25,3 @@ def judge_cpus(cpus: float, processes: int, threads: int) -> Finding:
         fix = f"Set OMP_NUM_THREADS={int(cpus) // processes} before the launch."
         return Finding("CPUs", "warn", found, fix)
     return Finding("CPUs", "ok", found)
-
-
-def usable_cpus() -> float:
-    """CPUs that this process may run on, and no more than its cgroups' quota of their time."""
-    quotas = []
-    for text in group_values("cpu.max"):
-        quota, _, period = text.partition(" ")
-        if quota != "max":
-            quotas.append(int(quota) / int(period))
-    return min([float(len(os.sched_getaffinity(0))), *quotas])

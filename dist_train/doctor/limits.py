@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_train.doctor.cgroup import own_groups
+from dist_train.cgroup import own_groups
 from dist_train.doctor.finding import Finding, graded
 
 INFINIBAND = Path("/sys/class/infiniband")
@@ -69,7 +69,7 @@ def _processes() -> Finding:
 def free_in_cgroups() -> int | None:
     """How many more processes this process's control groups allow; None without a limit."""
     free = []
-    for group in own_groups():
+    for group in (*own_groups(), *own_groups(controller="pids")):
         limit = group / "pids.max"
         if limit.is_file() and (most := limit.read_text().strip()) != "max":
             free.append(int(most) - int((group / "pids.current").read_text()))

@@ -16,7 +16,7 @@ import torch
 from helpers import environment
 from rich.console import Console
 
-from dist_train.doctor.cgroup import group_values
+from dist_train.cgroup import group_values
 from dist_train.doctor.cpus import judge_cpus, usable_cpus
 from dist_train.doctor.devices import check_devices, judge_absence, judge_device
 from dist_train.doctor.disk import check_disk
@@ -147,6 +147,33 @@ def test_what_control_groups_say(tmp_path: Path) -> None:
     member.write_text("0::/../../elsewhere\n")
     assert list(group_values("cpu.max", tmp_path / "fs", member)) == []
     assert list(group_values("cpu.max", tmp_path / "fs", tmp_path / "none")) == []
+
+
+@pytest.mark.parametrize("version", ["1", "2", "hybrid"])
+def test_a_quota_of_a_container_is_cpus(tmp_path: Path, version: str) -> None:
+    """Also where only the container's own group is mounted, under no name."""
+    root, member = tmp_path / "fs", tmp_path / "member"
+    own = {"1": root / "cpu,cpuacct", "2": root, "hybrid": root / "unified"}[version]
+    own.mkdir(parents=True)
+    if version == "1":
+        member.write_text("5:cpu,cpuacct:/docker/ab12\n3:memory:/docker/ab12\n0::/docker/ab12\n")
+        (own / "cpu.cfs_period_us").write_text("100000\n")
+        (own / "cpu.cfs_quota_us").write_text("-1\n")
+    else:
+        member.write_text("0::/docker/ab12\n")
+        (own / "cpu.max").write_text("max 100000\n")
+    free = usable_cpus(root, member)
+    assert free == len(os.sched_getaffinity(0))
+    if version == "1":
+        (own / "cpu.cfs_quota_us").write_text("50000\n")
+    else:
+        (own / "cpu.max").write_text("50000 100000\n")
+    assert usable_cpus(root, member) == 0.5
+    # That of the group itself, if it is seen, holds beside it.
+    (own / "docker" / "ab12").mkdir(parents=True)
+    if version != "1":
+        (own / "docker" / "ab12" / "cpu.max").write_text("25000 100000\n")
+        assert usable_cpus(root, member) == 0.25
 
 
 def test_cpus() -> None:

@@ -1,0 +1,83 @@
+"""What the control groups of this process allow it: version 2, version 1, or both side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+def own_groups(
+    root: Path = ROOT, membership: Path = MEMBERSHIP, controller: str = ""
+) -> Iterator[Path]:
+    """Folders of this process's group and all above it, the innermost first.
+
+    Args:
+        root: where the trees of groups are mounted.
+        membership: the file that names this process's place in each.
+        controller: of version 1; "" is version 2, whose controllers share a tree.
+    """
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, names, place = line.split(":", 2)
+        if controller not in names.split(","):
+            continue
+        for mount in (root / "unified", root) if not names else (root / names, root / controller):
+            group = mount / place.lstrip("/")
+            # Seen from another namespace, the place may lie above what is mounted.
+            if mount.is_dir() and ".." not in group.parts:
+                yield from (g for g in (group, *group.parents) if g.is_relative_to(mount))
+                break
+
+
+def group_values(
+    file: str, root: Path = ROOT, membership: Path = MEMBERSHIP, controller: str = ""
+) -> Iterator[str]:
+    """The text of a file in each of the groups that has it."""
+    for group in own_groups(root, membership, controller):
+        try:
+            yield (group / file).read_text().strip()
+        except OSError:
+            continue
+
+
+def usable_cpus(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float:
+    """CPUs that this process may run on, which a cpuset limits, and no more than the quota of their
+    time that its groups give it."""
+    quotas = []
+    for text in group_values("cpu.max", root, membership):
+        quota, _, period = text.partition(" ")
+        if quota != "max":
+            quotas.append(int(quota) / int(period or 100_000))
+    for group in own_groups(root, membership, "cpu"):
+        try:
+            given, every = (
+                int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
+            )
+        except OSError:
+            continue
+        if given > 0:
+            quotas.append(given / every)
+    return min([float(len(os.sched_getaffinity(0))), *quotas])
+
+
+def processes_at_once() -> int:
+    """As many as there are CPUs to use, and 1 at the least."""
+    return max(1, int(usable_cpus()))
+
+
+def heed_quota() -> None:
+    """Let libraries that are loaded later compute with no more threads than the quota has CPUs.
+
+    They heed the CPUs that they may run on by themselves, but not a quota of their time, beyond
+    which the kernel stops all threads for a while.
+    """
+    cpus = processes_at_once()
+    if cpus < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cpus))
