@@ -17,23 +17,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from dist_train.data.files import aside_for, is_plain, open_lock, read_plain, write_whole
+from dist_train.data.clip import PrepareSettings
+from dist_train.data.files import aside_for, is_plain, open_lock, read_json, read_plain, write_whole
 from dist_train.data.shard_files import SHARD_FILE, Shard
 from dist_train.data.shards import Record
-from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, read_marker
+from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Digest, read_marker
 from dist_train.errors import ConfigError, FileError, StoreError
 from dist_train.file_locks import go_on_unlocked
 from dist_train.main_guard import end_if_run_again
-from dist_train.os_advice import blame_machine
 
 JOB = "job.json"
 MANIFEST = "manifest.csv"
 LOCK = ".lock"
-MOST_REJECTS = 1 << 30
+# Bytes of the files that are read whole.
+MOST_JOB, MOST_MANIFEST, MOST_REJECTS = 1 << 20, 1 << 36, 1 << 30
 # Begins the name of a folder beside the shards, in which they are mended.
 SCRATCH = ".repair-"
 _SCRATCH_FOLDER = re.compile(rf"{re.escape(SCRATCH)}[0-9a-f]{{16}}")
@@ -113,14 +115,20 @@ def read_job(out: Path) -> Job:
     made_from = _read_made_from(out / JOB)
     path = out / MANIFEST
     try:
-        text = path.read_bytes()
-    except OSError as error:
-        blame_machine(error, path)
-        raise _lost(path, f"cannot be read ({error.strerror})") from None
-    if hashlib.sha256(text).hexdigest() != made_from.get("manifest"):
+        text = read_plain(path, most_bytes=MOST_MANIFEST)
+    except FileError as error:
+        raise _lost(path, error.what) from None
+    if hashlib.sha256(text).hexdigest() != made_from["manifest"]:
         raise _lost(path, "is not the table that the store was made from")
+    try:
+        return Job(_read_table(text), made_from)
+    except (ValueError, OverflowError) as error:
+        raise _lost(path, f"is no clip table ({error})") from None
+
+
+def _read_table(text: bytes) -> pd.DataFrame:
     table = pd.read_csv(
-        path,
+        io.BytesIO(text),
         dtype=_TYPES,
         keep_default_na=False,
         na_values={"crowd_score": [""]},
@@ -128,7 +136,9 @@ def read_job(out: Path) -> Job:
         # A name may hold a carriage return.
         lineterminator="\n",
     )
-    return Job(table, made_from)
+    if table.columns.tolist() != list(_TYPES):
+        raise ValueError(f"its columns are not {', '.join(_TYPES)}")
+    return table
 
 
 def settings_before(out: Path) -> dict[str, Any] | None:
@@ -186,15 +196,51 @@ def read_reject_list(path: Path) -> pd.DataFrame:
 
 def _read_made_from(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-        fingerprint = content.pop("fingerprint")
-        job = Job(pd.DataFrame(), content)
-        if job.fingerprint != fingerprint:
-            raise ValueError("its fingerprint is not that of its content")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        blame_machine(error, path)
-        raise _lost(path, f"cannot be read ({error})") from None
-    return job.made_from
+        content = read_json(path, most_bytes=MOST_JOB)
+    except FileError as error:
+        raise _lost(path, error.what) from None
+    fingerprint = content.pop("fingerprint", None) if isinstance(content, dict) else None
+    if fingerprint is None or Job(pd.DataFrame(), content).fingerprint != fingerprint:
+        raise _lost(path, "its fingerprint is not that of its content")
+    try:
+        _MadeFrom.model_validate(content)
+        # As JSON, in which a tuple is a list.
+        _SETTINGS.validate_json(json.dumps(content["settings"]), strict=True)
+    except ValidationError as error:
+        name = ".".join(map(str, error.errors()[0]["loc"]))
+        raise _lost(path, f"its '{name}' is not of this form") from None
+    made_from: dict[str, Any] = content
+    return made_from
+
+
+class _Bounds(BaseModel):
+    """Of settings that are computed with."""
+
+    model_config = ConfigDict(extra="allow")
+
+    shard_clips: Annotated[int, Field(ge=1, lt=1 << 31)]
+    clip_seconds: Annotated[float, Field(gt=0)]
+    clip_memory: Annotated[int, Field(ge=1, lt=1 << 31)]
+
+
+class _MadeFrom(BaseModel):
+    """The entries of ``job.json``, without those that a later version may add."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    manifest: Digest
+    pixels_version: int
+    settings: dict[str, Any]
+    npz: Digest | None = None
+
+    @field_validator("settings")
+    @classmethod
+    def _check_bounds(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        _Bounds.model_validate(settings)
+        return settings
+
+
+_SETTINGS = TypeAdapter(PrepareSettings)
 
 
 def _lost(path: Path, what: str) -> StoreError:
