@@ -12,7 +12,7 @@ from dist_train.data.decode import VIDEO_SUFFIXES, Video
 from dist_train.data.roi import LEAST, Box, OutlineColour, crop_to_outline, stack_planes
 from dist_train.data.shards import Record
 from dist_train.data.types import Volume
-from dist_train.data.volume_file import VOLUME_SUFFIXES, read_raw, to_grey
+from dist_train.data.volume_file import VOLUME_SUFFIXES, is_deep, read_raw, to_grey
 from dist_train.errors import DecodeError, DistTrainError, RoiError
 
 # A clip with fewer grey levels than these has lost most of what its file tells, or is nearly black.
@@ -106,9 +106,9 @@ def _read(path: Path, suffix: str, where: str, settings: PrepareSettings) -> tup
                 "a volume has no coloured outline", where=where, fix="Prepare it with --roi none."
             )
         raw = read_raw(path, where, suffix)
-        clip = to_grey(raw.array, where, settings.bits)
+        clip = to_grey(raw, where, settings.bits)
         facts: Record = {"frames_declared": clip.shape[0], "box": None}
-        return clip, facts | (_few_levels(clip) if raw.is_deep else {})
+        return clip, facts | (_few_levels(clip) if is_deep(raw.dtype) else {})
     if suffix not in VIDEO_SUFFIXES:
         known = " ".join(sorted(VIDEO_SUFFIXES | VOLUME_SUFFIXES))
         raise DecodeError(

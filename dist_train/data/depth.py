@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from dist_train.data.container import open_container
-from dist_train.data.frame import deep_channels, is_deep
+from dist_train.data.frame import deep_channels, is_deep_format
 from dist_train.data.grey import depth_of
 from dist_train.data.source import LocalFolder, Source
 from dist_train.data.supervise import Steps
 from dist_train.data.types import Volume
-from dist_train.data.volume_file import VOLUME_SUFFIXES, npy_dtype, read_raw
+from dist_train.data.volume_file import VOLUME_SUFFIXES, is_deep, read_raw, values_of
 from dist_train.errors import StoreError
 
 # In other videos no camera's raw values are found, and to open half a million of them takes hours.
@@ -56,6 +56,8 @@ def depth_of_files(source: Source, names: Sequence[str], run: Run) -> int | None
     """
     named = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
     names = [name for name in named if _may_be_deep(source, name)]
+    if not names:
+        return None
     parts = [names[first : first + FILES] for first in range(0, len(names), FILES)]
     looks = (Look(source.narrowed(part), part) for part in parts)
     found: list[int] = [bits for bits in run(look, looks, Look.without) if bits is not None]
@@ -105,22 +107,22 @@ def file_bits(path: Path, suffix: str) -> int | None:
     """
     if suffix not in VOLUME_SUFFIXES:
         return _video_bits(path)
-    raw = read_raw(path, path, suffix)
-    if not raw.is_deep:
+    dtype, bits = values_of(path, suffix)
+    if not is_deep(dtype):
         return None
-    return raw.bits or depth_of(int(raw.array.max(initial=0)))
+    return bits or depth_of(int(read_raw(path, path, suffix).max(initial=0)))
 
 
 def _video_bits(path: Path) -> int | None:
     with path.open("rb") as file, open_container(file, path) as container:
         stream = container.streams.video[0]
-        if not is_deep(stream.codec_context.pix_fmt or ""):
+        if not is_deep_format(stream.codec_context.pix_fmt or ""):
             return None
         stream.codec_context.thread_count = 1
         largest = (
             int(np.max(channel))
             for frame in container.decode(stream)
-            if is_deep(frame.format.name)
+            if is_deep_format(frame.format.name)
             for channel in deep_channels(frame)
         )
         return depth_of(max(largest, default=0))
@@ -136,5 +138,8 @@ def _may_be_deep(source: Source, name: str) -> bool:
         return False
     if path.suffix.lower() != ".npy":
         return True
-    dtype = npy_dtype(path)
-    return dtype is not None and dtype.newbyteorder("=") == np.uint16
+    try:
+        return is_deep(values_of(path, ".npy")[0])
+    # On damaged bytes NumPy raises whatever its parser does.
+    except Exception:
+        return False

@@ -84,7 +84,7 @@ def read_frame(
         DecodeError: there are values of 16 bits, and ``bits`` is None or too few for them.
     """
     name = frame.format.name
-    if is_deep(name):
+    if is_deep_format(name):
         channels = [to_8_bits(channel, bits, where) for channel in deep_channels(frame)]
         return _grey_frame(channels[0]) if len(channels) == 1 else _rgb_frame(np.dstack(channels))
     full_range = name.startswith("yuvj") or frame.color_range == ColorRange.JPEG
@@ -180,13 +180,13 @@ def _packed_rgb(frame: av.VideoFrame, layout: str, dtype: Word) -> list[np.ndarr
     return [values[:, channel::size] for channel in order]
 
 
-def is_deep(name: str) -> bool:
+def is_deep_format(name: str) -> bool:
     """Whether a pixel format keeps values of any depth in 16 bits."""
     return _DEEP.fullmatch(name) is not None
 
 
 def deep_channels(frame: av.VideoFrame) -> list[np.ndarray]:
-    """Grey, or R, G and B, of a format that ``is_deep``: each uint16 [H, W], without alpha."""
+    """Grey, or R, G and B, of a format that ``is_deep_format``: each uint16 [H, W]."""
     match = _DEEP.fullmatch(frame.format.name)
     assert match is not None
     dtype = np.dtype(">u2" if match[2] == "be" else "<u2")

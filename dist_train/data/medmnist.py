@@ -16,6 +16,8 @@ import pandas as pd
 
 from dist_train.data.manifest import SPLITS
 from dist_train.data.types import Volume
+from dist_train.data.undecodable import reason_of
+from dist_train.data.volume_file import read_npy
 from dist_train.errors import StoreError
 from dist_train.os_advice import blame_machine
 
@@ -31,10 +33,10 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("not an npz archive")
-        with np.load(path, allow_pickle=False) as arrays:
+        with zipfile.ZipFile(path) as archive:
             for split in SPLITS:
-                labels = arrays[f"{split}_labels"].reshape(-1)
-                images = arrays[f"{split}_images"]
+                labels = _array(archive, f"{split}_labels").reshape(-1)
+                images = _array(archive, f"{split}_images")
                 if len(labels) != len(images):
                     raise ValueError(f"{split} has {len(images)} images, {len(labels)} labels")
                 for number, (label, image) in enumerate(zip(labels, images, strict=True)):
@@ -52,6 +54,24 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
             fix="It needs {train,val,test}_images and {train,val,test}_labels.",
         ) from None
     return pd.DataFrame(rows), volumes
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of the archive, which is read by this process: no more than it holds is allocated.
+
+    Raises:
+        ValueError: it is damaged, or too large.
+        KeyError: it is not there.
+    """
+    member = archive.getinfo(f"{name}.npy")
+    try:
+        with archive.open(member) as file:
+            return read_npy(file, member.file_size)
+    except MemoryError:
+        raise ValueError(f"{name} takes more memory than there is") from None
+    # On damaged bytes the parsers raise whatever they stumble over.
+    except Exception as error:
+        raise ValueError(f"{name}: {reason_of(error)}") from None
 
 
 def _row(file: str, split: str, number: int, label: int) -> dict[str, Any]:

@@ -9,13 +9,12 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import tifffile
 from tifffile import COMPRESSION, PHOTOMETRIC, TiffFile, TiffPage, TiffPageSeries
 
-from dist_train.data.raw_volume import RawVolume
 from dist_train.errors import DecodeError
 
 # Depth, time, images, and what tifffile calls an axis without a name; each of them may be depth.
@@ -25,8 +24,8 @@ _PLAIN = "Save it as one stack of grey or RGB pictures, with the axes ZYX or TYX
 _RGB_JPEG = (COMPRESSION.JPEG, COMPRESSION.OJPEG)
 
 
-def read_tiff(file: IO[bytes], where: object) -> RawVolume:
-    """The stack in a TIFF file.
+def read_tiff(file: IO[bytes], where: object) -> np.ndarray:
+    """The stack in a TIFF file, as its values lie there: [D, H, W], or [D, H, W, 3 or 4] in colour.
 
     Pages that were appended one by one make one stack. White-is-zero is turned, a palette applied.
 
@@ -49,7 +48,14 @@ def read_tiff(file: IO[bytes], where: object) -> RawVolume:
         page = series[0].keyframe
         stacks = [_laid(one, where) for one in _one_stack(series, where)]
         array = stacks[0] if len(stacks) == 1 else np.concatenate(stacks)
-        return RawVolume(_positive(array, page, where), _bits(tif, page))
+        return _positive(array, page, where)
+
+
+def tiff_values(file: IO[bytes]) -> tuple[np.dtype[Any] | None, int | None]:
+    """Type of a TIFF file's values, and their depth where metadata tell it; no pixel is read."""
+    with TiffFile(_OnlyFile(file), name="", _multifile=False) as tif:
+        page = tif.pages.first
+        return page.dtype, _bits(tif, page)
 
 
 class _OnlyFile:

@@ -12,8 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 from dist_train.data.grey import to_8_bits
-from dist_train.data.raw_volume import RawVolume
-from dist_train.data.tiff import read_tiff
+from dist_train.data.tiff import read_tiff, tiff_values
 from dist_train.data.types import Volume
 from dist_train.data.undecodable import reason_of, too_large
 from dist_train.errors import DecodeError
@@ -40,11 +39,12 @@ def read_volume(
         DecodeError: naming the file and what is wrong with it.
     """
     where = path if where is None else where
-    return to_grey(read_raw(path, where, suffix).array, where, bits)
+    return to_grey(read_raw(path, where, suffix), where, bits)
 
 
-def read_raw(path: Path, where: object, suffix: str | None = None) -> RawVolume:
-    """The array in ``.npy`` and ``.npz`` (with a single array) and ``.tif``; see ``read_volume``.
+def read_raw(path: Path, where: object, suffix: str | None = None) -> np.ndarray:
+    """The stack in ``.npy`` and ``.npz`` (with a single array) and ``.tif``, as its values lie
+    there: [D, H, W], or [D, H, W, 3 or 4] in colour.
 
     Raises:
         DecodeError: naming the file and what is wrong with it.
@@ -54,7 +54,7 @@ def read_raw(path: Path, where: object, suffix: str | None = None) -> RawVolume:
         with path.open("rb") as file:
             if suffix.lower() in (".tif", ".tiff"):
                 return read_tiff(file, where)
-            return RawVolume(_as_stack(_load_numpy(file)))
+            return _as_stack(_load_numpy(file))
     except DecodeError:
         raise
     except MemoryError:
@@ -111,31 +111,42 @@ def to_grey(array: np.ndarray, where: object, bits: int | None) -> Volume:
     return np.ascontiguousarray(array)
 
 
+def is_deep(dtype: np.dtype[Any] | None) -> bool:
+    """Whether values of this type keep any depth in 16 bits."""
+    return dtype is not None and dtype.newbyteorder("=") == np.uint16
+
+
 def _load_numpy(file: IO[bytes]) -> np.ndarray:
     is_zip = file.read(2) == b"PK"
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if not is_zip:
-        return _read_npy(file, size)
+        return read_npy(file, size)
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if len(members) != 1:
             raise ValueError(f"holds {len(members)} arrays, one is needed")
         with archive.open(members[0]) as member:
-            return _read_npy(member, members[0].file_size)
+            return read_npy(member, members[0].file_size)
 
 
-def npy_dtype(path: Path) -> np.dtype[Any] | None:
-    """Type of the values in an npy file, by its header alone; None if that cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return _npy_header(file)[1]
-    # On damaged bytes NumPy raises whatever its parser does.
-    except Exception:
-        return None
+def values_of(path: Path, suffix: str) -> tuple[np.dtype[Any] | None, int | None]:
+    """Type of a file's values by its header, and their depth where metadata tell it.
+
+    Raises what the parsers raise on damaged bytes.
+    """
+    with path.open("rb") as file:
+        if suffix in (".tif", ".tiff"):
+            return tiff_values(file)
+        is_zip = file.read(2) == b"PK"
+        file.seek(0)
+        if not is_zip:
+            return _npy_header(file)[1], None
+        with zipfile.ZipFile(file) as archive, archive.open(archive.infolist()[0]) as member:
+            return _npy_header(member)[1], None
 
 
-def _read_npy(file: IO[bytes], size: int) -> np.ndarray:
+def read_npy(file: IO[bytes], size: int) -> np.ndarray:
     """An array in NumPy's format (NEP 1), refused before memory is taken for more than is there.
 
     Args:

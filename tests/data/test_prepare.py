@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -973,6 +974,26 @@ def test_medmnist_of_other_content_is_refused(tmp_path: Path) -> None:
 def test_not_the_medmnist_form(tmp_path: Path, changed: dict[str, object], message: str) -> None:
     path = small_medmnist(tmp_path / "a.npz", **changed)  # type: ignore[arg-type]
     with pytest.raises(StoreError, match=rf"is not a MedMNIST file \(.*{message}"):
+        prepare_npz(path, tmp_path / "store")
+
+
+def test_a_medmnist_file_that_says_it_is_large(tmp_path: Path) -> None:
+    """It is read by the command's own process, which must not take what the header says."""
+    path = small_medmnist(tmp_path / "a.npz")
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with np.load(path) as arrays:
+        shape = str(arrays["val_images"].shape).encode()
+    large = b"(10000000, 1000, 1000)"
+    before, after = members["val_images.npy"].split(shape)
+    # The header is filled up with blanks to a fixed length.
+    members["val_images.npy"] = (
+        before + large + after.replace(b" " * (len(large) - len(shape)), b"", 1)
+    )
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(StoreError, match=r"val_images: declares 10000000000000 bytes"):
         prepare_npz(path, tmp_path / "store")
 
 
