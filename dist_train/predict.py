@@ -34,6 +34,7 @@ from dist_train.run import (
     open_run,
     read_record,
 )
+from dist_train.safe_text import for_spreadsheet
 from dist_train.state import SNAPSHOT
 
 PREDICTIONS = "predictions.csv"
@@ -112,7 +113,10 @@ def predict(
         }
     )
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / PREDICTIONS, table.to_csv(index=False))
+    # People open it in spreadsheets; the form of the submission has its names as they are.
+    names = {name: table[name].map(for_spreadsheet) for name in ("filename", "group")}
+    shown = table.assign(**names)
+    write_whole(out / PREDICTIONS, shown.to_csv(index=False))
     if threshold is None:
         threshold = _val_threshold(out / PREDICTIONS)
     submission = pd.DataFrame(

@@ -9,19 +9,23 @@ from pydantic import TypeAdapter
 from dist_train.data.clip import PrepareSettings
 from dist_train.data.job import Job, read_rejects
 from dist_train.data.shard_files import Shard
-from dist_train.data.source import Source
+from dist_train.data.source import UNFETCHED, Source
 from dist_train.data.task import Task
 from dist_train.data.types import Volume
 
 
 def finished(shard: Shard, source: Source | Sequence[Volume]) -> bool:
-    """Whether the shard is there, and no file that it rejected was mended since."""
+    """Whether the shard is there, and no file that it rejected was mended since, or failed to come
+    for a reason that may pass."""
     if not shard.is_written():
         return False
     if not isinstance(source, Source):
         return True
     written = shard.path.stat().st_mtime
-    return not any(source.changed_since(name, written) for name in read_rejects(shard)["file"])
+    rejects = read_rejects(shard)
+    if rejects["reason"].str.startswith(UNFETCHED).any():
+        return False
+    return not any(source.changed_since(name, written) for name in rejects["file"])
 
 
 def settings_of(job: Job) -> PrepareSettings:

@@ -28,6 +28,7 @@ from dist_train.data.prepare import (
     finish,
     gather_rejects,
     marker_of,
+    rejects_csv,
     source_again,
     write_shards,
 )
@@ -177,7 +178,7 @@ def _check_summaries(
     """``rejected.csv`` and ``store.json`` say what the shards do."""
     rejects = gather_rejects(shards)
     path = folder / REJECTED
-    if not path.is_file() or path.read_bytes() != rejects.to_csv(index=False).encode():
+    if not path.is_file() or path.read_bytes() != rejects_csv(rejects).encode():
         yield Fault(path, "is not the sum of the shards' lists of rejects")
     if marker != marker_of(job, shards, rejects, marker.get("index_crc32c")):
         yield Fault(folder / MARKER, "does not say what the store holds")
