@@ -16,6 +16,7 @@ from dist_train.cgroup import heed_quota
 from dist_train.console import console, progress
 from dist_train.errors import ConfigError, DistTrainError, StoreError
 from dist_train.os_advice import advice, lack_of_memory, raise_open_files
+from dist_train.safe_text import printable
 
 if TYPE_CHECKING:
     from dist_train.data.roi import OutlineColour
@@ -81,6 +82,12 @@ def prepare(
     allow_local: Annotated[
         bool, typer.Option(help="Let names, or file:// URLs, lead out of the source folder.")
     ] = False,
+    allow_private: Annotated[
+        bool, typer.Option(help="Let the url column name addresses of this network or machine.")
+    ] = False,
+    fetch_mib: Annotated[
+        int, typer.Option(min=1, help="Largest file that is fetched, in MiB.")
+    ] = 8192,
     unlabelled: Annotated[bool, typer.Option(help="The clips have no labels.")] = False,
     roi: Annotated[
         Literal["outline", "none"], typer.Option(help="Crop to the outline, or keep all.")
@@ -121,6 +128,7 @@ def prepare(
     from dist_train.data.job import Part
     from dist_train.data.prepare import prepare as write_store
     from dist_train.data.prepare import prepare_part
+    from dist_train.data.remote import Access, manifest_source, open_source
 
     own = None if part is None else Part.parse(part)
     most_rejected = _share(max_rejected, "--max-rejected")
@@ -144,6 +152,8 @@ def prepare(
             )
         assert from_folders is not None
         table, source = manifest_from_folders(from_folders, positive or []), str(from_folders)
+    access = Access(local=allow_local, private=allow_private, most_bytes=fetch_mib << 20)
+    files = manifest_source(table, access) if source is None else open_source(source, access)
     settings = PrepareSettings(
         roi=roi,
         colour=_colour(colour),
@@ -158,12 +168,12 @@ def prepare(
     with progress("prepare") as report:
         if own is not None:
             prepare_part(
-                table, source, out, settings, own, engine=engine, workers=workers, progress=report
+                table, files, out, settings, own, engine=engine, workers=workers, progress=report
             )
             return
         store = write_store(
             table,
-            source,
+            files,
             out,
             settings,
             engine=engine,
@@ -255,7 +265,7 @@ def info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
     for table in describe_store(opened):
         console.print(table)
     if copies := describe_duplicates(opened):
-        typer.echo(copies)
+        typer.echo(printable(copies))
 
 
 @app.command()
@@ -429,15 +439,24 @@ def _colour(text: str | None) -> OutlineColour:
     return OutlineColour() if text is None else OutlineColour.parse(text)
 
 
+class _OneLine(logging.Formatter):
+    """Names in a message are no commands to the terminal, and start no line of their own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record))
+
+
 def main() -> None:
     """Run the command line; a user's error ends in one message and a non-zero exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    raise_open_files()
-    heed_quota()
     for stream in (sys.stdout, sys.stderr):
         # Names may hold what the terminal's encoding, or any, has not.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    raise_open_files()
+    heed_quota()
     try:
         app()
     except DistTrainError as error:
@@ -479,7 +498,7 @@ def _leave_launch(code: int = 0) -> None:
 def _fail(message: str, code: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     process = "" if rank == "0" else f" (process {rank})"
-    print(f"error{process}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error{process}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
     _leave_launch(code)
     sys.exit(code)
 
@@ -498,9 +517,9 @@ def _print_store(out: Path, store: dict[str, Any]) -> None:
     for line in remarks(out):
         typer.echo(line)
     if copies := describe_duplicates(Store(out)):
-        typer.echo(copies)
+        typer.echo(printable(copies))
 
 
 def _print_faults(faults: Sequence[object]) -> None:
     for fault in faults:
-        typer.echo(f"bad: {fault}")
+        typer.echo(printable(f"bad: {fault}"))

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -18,10 +18,21 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from dist_train.safe_text import printable
+
+
+class _Console(Console):
+    """Shows texts as they are, not as commands to the terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
+
 
 # Of the processes of one launch, the first alone talks. Paths and groups may hold brackets and
 # colons, which are no markup.
-console = Console(
+console = _Console(
     highlight=False, markup=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0"
 )
 

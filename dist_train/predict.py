@@ -26,9 +26,8 @@ from dist_train.micro_batch import most_clips, noted_clips
 from dist_train.prediction_origin import check_origin, write_origin
 from dist_train.run import RunData, open_run, open_run_data, read_record
 from dist_train.run_folder import PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
+from dist_train.safe_text import for_spreadsheet
 from dist_train.submission import complete_submission
-
-log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +143,9 @@ def predict(
         submission = _submission(table, threshold, source, split, rejected_as=int(world > 0.5))
 
         def write() -> None:
-            text = table.to_csv(index=False)
+            # People open it in spreadsheets; the form of the submission has its names as they are.
+            names = {name: table[name].map(for_spreadsheet) for name in ("filename", "group")}
+            text = table.assign(**names).to_csv(index=False)
             write_whole(folder / PREDICTIONS, text)
             write_origin(folder / PREDICTIONS, text, snapshots, source.content)
             write_whole(folder / CALIBRATION, calibration.model_dump_json(indent=2) + "\n")

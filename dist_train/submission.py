@@ -6,10 +6,9 @@ import io
 
 import pandas as pd
 
-from dist_train.data.job import MANIFEST
-from dist_train.data.plain import read_plain
-from dist_train.data.store import REJECTED, Store
-from dist_train.errors import StoreError
+from dist_train.data.files import read_plain
+from dist_train.data.store import MANIFEST, Store
+from dist_train.errors import FileError, StoreError
 
 MOST_BYTES = 2**31
 
@@ -29,16 +28,13 @@ def complete_submission(
         The table, and how many of its rows are of rejected clips.
 
     Raises:
-        StoreError: the store's list of rejected clips, or of all clips, cannot be used.
+        StoreError: the store's list of all clips cannot be used.
     """
-    number = sum(store.info["rejected"].values())
-    rejected = _read(store, REJECTED)["file"].tolist() if number else []
-    if len(rejected) != number:
-        raise _unusable(store, REJECTED, "it does not list as many clips as were rejected")
-    if not (store.folder / MANIFEST).exists() and not rejected:
-        return called, 0
-    manifest = _read(store, MANIFEST)
-    asked = manifest["filename"][manifest["filename"].isin(rejected)]
+    manifest = _read_manifest(store)
+    rejected = ~manifest["filename"].isin(store.table["filename"])
+    if rejected.sum() != sum(store.info["rejected"].values()):
+        raise _unusable(store, "it does not list as many other clips as were rejected")
+    asked = manifest["filename"][rejected]
     if split is not None:
         asked = asked[manifest["split"] == split]
     rows = pd.concat([called, pd.DataFrame({"filename": asked, "stalled": rejected_as})])
@@ -47,22 +43,25 @@ def complete_submission(
     return rows.iloc[order].reset_index(drop=True), len(asked)
 
 
-def _read(store: Store, name: str) -> pd.DataFrame:
+def _read_manifest(store: Store) -> pd.DataFrame:
     try:
-        content = read_plain(store.folder / name, most=MOST_BYTES)
-        table = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)
-        wanted = {"file"} if name == REJECTED else {"filename", "split"}
-        if not wanted <= set(table.columns) or table[sorted(wanted)[0]].duplicated().any():
-            raise ValueError("it is no such table")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise _unusable(store, name, str(reason)) from None
+        content = read_plain(store.folder / MANIFEST, most_bytes=MOST_BYTES)
+        # A name may hold a carriage return.
+        table = pd.read_csv(
+            io.BytesIO(content), dtype=str, keep_default_na=False, lineterminator="\n"
+        )
+        if not {"filename", "split"} <= set(table.columns) or table["filename"].duplicated().any():
+            raise ValueError("it is no table of clips")
+    except FileError as error:
+        raise _unusable(store, error.what) from None
+    except ValueError as error:
+        raise _unusable(store, str(error)) from None
     return table
 
 
-def _unusable(store: Store, name: str, reason: str) -> StoreError:
+def _unusable(store: Store, reason: str) -> StoreError:
     return StoreError(
         f"rows of rejected clips are missing from the submission ({reason})",
-        where=store.folder / name,
-        fix="Run 'dist-train verify' with --repair.",
+        where=store.folder / MANIFEST,
+        fix="Run 'dist-train verify', or prepare the store anew in another folder.",
     )

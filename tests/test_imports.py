@@ -15,7 +15,7 @@ from helpers import ROOT, environment
 PACKAGE = ROOT / "dist_train"
 # From the ground up; what stands together may import each other, without cycles.
 LEVELS = [
-    {"errors"},
+    {"errors", "safe_text"},
     {"os_advice", "cgroup", "file_locks", "main_guard"},
     {"plain_yaml"},
     {"config", "console"},

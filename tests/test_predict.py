@@ -400,8 +400,8 @@ def test_a_submission_has_every_row_of_the_form(
         assert submission["stalled"].tolist()[1] == value
         assert "1 of the 3 rows of submission.csv are of clips that the store rej" in caplog.text
     assert len(pd.read_csv(out / "predictions.csv")) == 2
-    (store / "rejected.csv").unlink()
-    with pytest.raises(StoreError, match=r"rejected\.csv: rows of rejected clips are missing"):
+    (store / "manifest.csv").unlink()
+    with pytest.raises(StoreError, match=r"manifest\.csv: rows of rejected clips are missing"):
         predict(predicted, store=store, out=out)
 
 

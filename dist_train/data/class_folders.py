@@ -65,6 +65,16 @@ def manifest_from_folders(folder: Path, positive: Sequence[str]) -> Manifest:
         log.warning("%s: %s clips are those of %s", folder, title, told)
     if left:
         log.warning("%s: %d files are of no kind that is read, and are left out", folder, left)
+    for name, _ in rows:
+        if not name.isprintable():
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise ManifestError(
+                    f"the name of a file is no UTF-8: {name}",
+                    where=folder,
+                    fix="Give the file another name.",
+                ) from None
     table = pd.DataFrame(sorted(rows), columns=["filename", "label"], dtype=str)
     return make_manifest(table.set_axis(range(1, len(table) + 1)), folder)
 

@@ -26,13 +26,12 @@ from dist_train.data.clip import PrepareSettings
 from dist_train.data.files import aside_for, is_plain, open_lock, read_json, read_plain, write_whole
 from dist_train.data.shard_files import SHARD_FILE, Shard
 from dist_train.data.shards import Record
-from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Digest, read_marker
+from dist_train.data.store import INDEX, MANIFEST, MARKER, REJECTED, SHARDS, Digest, read_marker
 from dist_train.errors import ConfigError, FileError, StoreError
 from dist_train.file_locks import go_on_unlocked
 from dist_train.main_guard import end_if_run_again
 
 JOB = "job.json"
-MANIFEST = "manifest.csv"
 LOCK = ".lock"
 # Bytes of the files that are read whole.
 MOST_JOB, MOST_MANIFEST, MOST_REJECTS = 1 << 20, 1 << 36, 1 << 30

@@ -39,6 +39,7 @@ from dist_train.data.task import Task, write_task
 from dist_train.data.todo import finished, settings_of, tasks
 from dist_train.data.types import Volume
 from dist_train.errors import ManifestError, StoreError
+from dist_train.safe_text import for_spreadsheet
 
 Progress = Callable[[int, int], None]
 log = logging.getLogger(__name__)
@@ -367,7 +368,7 @@ def finish(
         StoreError: too many clips were rejected, or a shard does not hold what it should.
     """
     rejects = gather_rejects(shards)
-    write_whole(out / REJECTED, rejects.to_csv(index=False))
+    write_whole(out / REJECTED, rejects_csv(rejects))
     total = len(job.table)
     if len(rejects) / total > max_rejected or len(rejects) == total:
         (out / MARKER).unlink(missing_ok=True)
@@ -410,6 +411,13 @@ def _marker_before(
 def gather_rejects(shards: Sequence[Shard]) -> pd.DataFrame:
     """The rejects of all shards, in the order of the manifest."""
     return pd.concat([read_rejects(shard) for shard in shards])
+
+
+def rejects_csv(rejects: pd.DataFrame) -> str:
+    """``rejected.csv``, whose names people open in spreadsheets; the shards' lists have them as
+    they are."""
+    text: str = rejects.assign(file=rejects["file"].map(for_spreadsheet)).to_csv(index=False)
+    return text
 
 
 def count_classes(rejects: pd.DataFrame) -> dict[str, int]:

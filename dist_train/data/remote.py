@@ -17,28 +17,66 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
-from urllib.parse import quote
+from typing import Any, ClassVar, TypeVar
+from urllib.parse import quote, urlsplit
 
 import fsspec
 from fsspec.callbacks import Callback
 
 from dist_train.data.manifest import Manifest
-from dist_train.data.source import MISSING, LocalFolder, Source
-from dist_train.errors import DecodeError, StoreError
+from dist_train.data.source import MISSING, UNFETCHED, LocalFolder, Source
+from dist_train.data.web_client import (
+    PrivateAddressError,
+    any_client,
+    is_private,
+    private_address_of,
+    public_client,
+)
+from dist_train.errors import DecodeError, DistTrainError, ManifestError, StoreError
 
 Result = TypeVar("Result")
 
 _WEB = ("http", "https")
 _S3 = ("s3", "s3a")
 _FOLDERS = ("file", "local")
+# File systems of fsspec that read nothing of this machine.
+_NETWORK = frozenset(
+    (
+        *("abfs", "abfss", "adl", "az", "dropbox", "ftp", "gcs", "gdrive", "github", "gs", "hdfs"),
+        *("hf", "http", "https", "memory", "oci", "oss", "s3", "s3a", "sftp", "smb", "ssh", "tos"),
+        *("webdav", "webhdfs"),
+    )
+)
+# Of these, those whose URLs name any host, and whose library looks at no address.
+_ANY_HOST = frozenset(("ftp", "hdfs", "sftp", "smb", "ssh", "webdav", "webhdfs"))
 # Refusals that S3 makes because of one object. Others (an unknown key, a wrong signature, a token
 # that has expired) hold for all.
 _ONE_OBJECT = {None, "AccessDenied", "403", "InvalidObjectState"}
 
 
-def open_source(place: str | Path) -> Source:
+# Files in a row that could not be fetched, in this process, after which the fault is the network's.
+OUTAGE = 5
+
+
+@dataclass(frozen=True)
+class Access:
+    """What may be fetched.
+
+    ``local``: by URLs that read this machine's own files. ``private``: from addresses that are not
+    of the public internet, such as loopback. ``most_bytes``: of one file. ``stalled``: seconds in
+    which a file that comes brings less than 64 KiB, after which its request has failed.
+    """
+
+    local: bool = False
+    private: bool = False
+    most_bytes: int = 8 << 30
+    stalled: float = 60.0
+
+
+def open_source(place: str | Path, access: Access | None = None) -> Source:
     """A local folder, or a remote place given by the URL that the files' names are added to.
+
+    The place is the user's own word: it may be at a private address.
 
     Raises:
         StoreError: no such folder, or no library for such URLs.
@@ -50,32 +88,67 @@ def open_source(place: str | Path) -> Source:
         folder = Path(rest)
     else:
         _check_url(str(place))
-        return RemoteFolder(str(place).rstrip("/"))
+        access = access or Access()
+        host = urlsplit(str(place)).hostname if protocol in _ANY_HOST.union(_WEB) else None
+        if host and private_address_of(host):
+            access = replace(access, private=True)
+        return RemoteFolder(str(place).rstrip("/"), access=access)
     if not folder.is_dir():
         raise StoreError("the source folder does not exist", where=folder)
     return LocalFolder(folder)
 
 
-def manifest_source(manifest: Manifest) -> Source:
+def manifest_source(manifest: Manifest, access: Access | None = None) -> Source:
     """The files at the URLs that the manifest gives for them.
 
     Raises:
-        ManifestError: it gives none, or not for every file.
+        ManifestError: it gives none, or not for every file, or one that must be allowed.
         StoreError: no library for such URLs.
     """
+    access = access or Access()
     urls = manifest.urls_by_name()
-    for url in {url.partition("://")[0]: url for url in urls.values()}.values():
-        _check_url(url)
-    return UrlTable(urls)
+    first: dict[tuple[str, str | None], int] = {}
+    for row, url in enumerate(urls.values()):
+        try:
+            parts = urlsplit(url)
+            place = parts.scheme.lower(), parts.hostname
+        except ValueError:
+            place = url.partition("://")[0].lower(), None
+        first.setdefault(place, row)
+    names = list(urls)
+    for row in {protocol: row for (protocol, _), row in first.items()}.values():
+        _check_url(urls[names[row]])
+    for (protocol, host), row in first.items():
+        fault = None
+        if protocol not in _NETWORK and not access.local:
+            fault = f"'{protocol}://' reads files of this machine", "--allow-local"
+        elif not access.private and protocol in _ANY_HOST.union(_WEB) and _plainly_private(host):
+            fault = f"'{host}' is no public address", "--allow-private"
+        if fault is not None:
+            raise ManifestError(
+                f"url of '{names[row]}' ({manifest.line(row)}): {fault[0]}",
+                fix=f"If you trust the table, allow it with {fault[1]}.",
+            )
+    return UrlTable(urls, access=access)
+
+
+def _plainly_private(host: str | None) -> bool:
+    """What can be seen without asking for the host's address, which is done when it is fetched."""
+    try:
+        return host is not None and (host == "localhost" or is_private(host))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Remote(Source):
-    """Files behind a network. ``tries``: requests for a file before the run is given up;
+    """Files behind a network. ``tries``: requests for a file before it is given up;
     ``first_wait``: seconds between the first two, doubled each time."""
 
     tries: int = 5
     first_wait: float = 0.5
+    access: Access = Access()
+    one_place: ClassVar[bool] = True
 
     @abstractmethod
     def url(self, name: str) -> str:
@@ -85,11 +158,12 @@ class Remote(Source):
     def fetched(self, name: str) -> Iterator[Path]:
         """A copy in the system's temporary folder (``TMPDIR``), streamed there.
 
-        Its size must be what the server declares, where it declares one. Elsewhere than on Linux a
-        killed process leaves it behind; on Linux it has no name, and ends with the process.
+        Its size must be what the server declares, where it declares one. A file that cannot be had
+        is a DecodeError, as others may come; the fifth in a row is a StoreError. On Linux the copy
+        has no name, and ends with the process; elsewhere a killed process leaves it behind.
         """
         with _nameless_file() as path:
-            self._request(name, lambda system, at: _download(system, at, path))
+            self._request(name, lambda system, at: _download(system, at, path, self.access))
             yield path
 
     def missing(self, names: Sequence[str]) -> list[str]:
@@ -118,22 +192,46 @@ class Remote(Source):
         wait = self.first_wait
         for left in reversed(range(self.tries)):
             try:
-                return ask(*_file_system(url))
+                answer = ask(*_file_system(url, self.access))
             except (MemoryError, NotImplementedError):
                 raise
             # Each file system raises what its own library does, from OSError to bare Exception.
             except Exception as error:
-                _raise_what_lasts(error, url)
+                _raise_what_lasts(error, url, self.one_place)
                 if not left:
-                    raise StoreError(
-                        f"cannot be fetched, after {self.tries} tries ({_reason(error)})",
-                        where=_shown(url),
-                        fix="Check the network and the server, then run the command again: "
-                        "finished work is kept.",
-                    ) from None
+                    raise self._given_up(error, url) from None
+            else:
+                _in_a_row.clear()
+                return answer
             time.sleep(wait)
             wait *= 2
         raise AssertionError("tries must be 1 or more")
+
+    def _given_up(self, error: Exception, url: str) -> DistTrainError:
+        what = f"{UNFETCHED}, after {self.tries} tries ({_reason(error)})"
+        _in_a_row.add(url)
+        unreachable = type(error).__name__ in _UNREACHABLE[: None if self.one_place else 1]
+        if not unreachable and len(_in_a_row) < OUTAGE:
+            return DecodeError(what, where=_shown(url))
+        others = "" if unreachable else f", as were the {OUTAGE - 1} files before"
+        return StoreError(
+            what + others,
+            where=_shown(url),
+            fix="Check the network and the server, then run the command again: "
+            "finished work is kept.",
+        )
+
+
+# URLs that this process could not fetch since it last fetched one.
+_in_a_row: set[str] = set()
+# Errors of a server that cannot be reached at all. The first is of S3's library: its server is one
+# for all files.
+_UNREACHABLE = (
+    "EndpointConnectionError",
+    "ClientConnectorError",
+    "ClientConnectorDNSError",
+    "ConnectionRefusedError",
+)
 
 
 @dataclass(frozen=True)
@@ -159,6 +257,7 @@ class UrlTable(Remote):
     """Files by a table of URLs."""
 
     urls: Mapping[str, str] = field(repr=False)
+    one_place = False
 
     def url(self, name: str) -> str:
         url = self.urls[name]
@@ -189,7 +288,7 @@ def _check_url(url: str) -> None:
         raise StoreError(f"'{protocol}://' is not known", where=_shown(url)) from None
 
 
-def _file_system(url: str) -> tuple[Any, str]:
+def _file_system(url: str, access: Access) -> tuple[Any, str]:
     """fsspec's object for a URL, which fsspec keeps for later, one a process; and the path there.
 
     Raises:
@@ -207,18 +306,63 @@ def _file_system(url: str) -> tuple[Any, str]:
     elif protocol in _WEB:
         # Compressed on the way, a file would not have the size that is declared.
         options["headers"] = {"Accept-Encoding": "identity"} | given.get("headers", {})
+        options["get_client"] = any_client if access.private else public_client
+        options["client_kwargs"] = {"stalled": access.stalled} | given.get("client_kwargs", {})
+    elif protocol in _ANY_HOST and not access.private:
+        private = private_address_of(urlsplit(url).hostname or "")
+        if private is not None:
+            raise PrivateAddressError(private)
     system, path = fsspec.url_to_fs(url, **options)
     if protocol in _S3:
         system.retries = 1
     return system, path
 
 
-def _download(system: Any, at: str, to: Path) -> None:
-    progress = Callback()
+def _download(system: Any, at: str, to: Path, access: Access) -> None:
+    progress = _Watched(access)
     system.get_file(at, str(to), callback=progress)
     received = to.stat().st_size
+    if received > access.most_bytes:
+        raise TooLargeError(access.most_bytes)
     if progress.size is not None and received != progress.size:
-        raise OSError(f"{received} of {progress.size} bytes came")
+        raise ShortFileError(f"{received} of {progress.size} bytes came")
+
+
+class TooLargeError(Exception):
+    """A file is larger than what may be fetched."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"it is larger than {most / 2**20:g} MiB")
+
+
+class ShortFileError(Exception):
+    """Other bytes came than were declared, or none for a long time."""
+
+
+class _Watched(Callback):  # type: ignore[misc]
+    """Ends a transfer that brings too much, or next to nothing."""
+
+    def __init__(self, access: Access) -> None:
+        super().__init__()
+        self.access = access
+        self.received = self.counted = 0
+        self.since = time.monotonic()
+
+    def set_size(self, size: int | None) -> None:
+        super().set_size(size)
+        if size is not None and size > self.access.most_bytes:
+            raise TooLargeError(self.access.most_bytes)
+
+    def relative_update(self, inc: int = 1) -> None:
+        super().relative_update(inc)
+        self.received += inc
+        if self.received > self.access.most_bytes:
+            raise TooLargeError(self.access.most_bytes)
+        now = time.monotonic()
+        if self.received - self.counted >= 1 << 16:
+            self.counted, self.since = self.received, now
+        elif now - self.since > self.access.stalled and inc:
+            raise ShortFileError(f"less than 64 KiB came in {self.access.stalled:g} s")
 
 
 @contextmanager
@@ -230,9 +374,19 @@ def _nameless_file() -> Iterator[Path]:
         yield by_number / str(file.fileno()) if by_number.is_dir() else Path(file.name)
 
 
-def _raise_what_lasts(error: Exception, url: str) -> None:
+def _raise_what_lasts(error: Exception, url: str, one_place: bool) -> None:
     """Raise what another try would not mend, as DecodeError or StoreError; else return."""
     where = _shown(url)
+    if isinstance(error, PrivateAddressError):
+        raise DecodeError(
+            f"leads to {error}, which is no public address",
+            where=where,
+            fix="If you trust the clip table, allow it with --allow-private.",
+        ) from None
+    if isinstance(error, TooLargeError):
+        raise DecodeError(str(error), where=where, fix="--fetch-mib sets the limit.") from None
+    if type(error).__name__ == "TooManyRedirects":
+        raise DecodeError("its URL redirects without an end", where=where) from None
     response = getattr(error.__cause__, "response", None)
     code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
     status = getattr(error, "status", None)
@@ -248,7 +402,7 @@ def _raise_what_lasts(error: Exception, url: str) -> None:
     denied = isinstance(error, PermissionError)
     if (
         (denied and code not in _ONE_OBJECT)
-        or status == 401
+        or (status == 401 and one_place)
         or type(error).__name__ == "NoCredentialsError"
     ):
         raise StoreError(
@@ -256,12 +410,14 @@ def _raise_what_lasts(error: Exception, url: str) -> None:
             where=where,
             fix="Set the right ones; for a public S3 bucket, FSSPEC_S3_ANON=true.",
         ) from None
-    if denied or status == 403:
+    if denied or status in (401, 403):
         raise DecodeError(
             "access is denied",
             where=where,
             fix="Check the credentials; for a public S3 bucket, set FSSPEC_S3_ANON=true.",
         ) from None
+    if isinstance(status, int) and 400 <= status < 500 and status not in (404, 408, 425, 429):
+        raise DecodeError(f"the server refuses it (HTTP {status})", where=where) from None
     if isinstance(error, FileNotFoundError | IsADirectoryError) or number == errno.ENAMETOOLONG:
         raise DecodeError(MISSING, where=where) from None
 
@@ -274,7 +430,16 @@ def _shown(url: str) -> str:
 
 
 def _reason(error: Exception) -> str:
+    """What a message may say of an error: nothing that a server chose the words of."""
     status = getattr(error, "status", None)
-    if status is not None:
+    if isinstance(status, int):
         return f"HTTP {status}"
-    return " ".join(str(error).split()) or type(error).__name__
+    response = getattr(error.__cause__, "response", None)
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    if isinstance(code, str) and re.fullmatch(r"[A-Za-z0-9]{1,64}", code):
+        return code
+    name = type(error).__name__
+    # Of the words of these nothing comes from a server.
+    if isinstance(error, ShortFileError) or name in (*_UNREACHABLE, "NoCredentialsError"):
+        return " ".join(str(error).split()) or name
+    return (error.strerror if isinstance(error, OSError) else None) or name

@@ -17,6 +17,8 @@ from pathlib import Path
 from dist_train.errors import DecodeError
 
 MISSING = "the file is missing"
+# How the reason of a reject begins that another run may well not have: it is tried again.
+UNFETCHED = "cannot be fetched"
 
 
 class Source(ABC):

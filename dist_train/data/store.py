@@ -32,6 +32,7 @@ MARKER = "store.json"
 INDEX = "index.lmdb"
 SHARDS = "shards"
 REJECTED = "rejected.csv"
+MANIFEST = "manifest.csv"
 MOST_MARKER = 1 << 20
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 

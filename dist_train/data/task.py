@@ -22,6 +22,7 @@ from dist_train.data.supervise import Steps
 from dist_train.data.types import Volume
 from dist_train.data.volume_file import to_uint8_volume
 from dist_train.errors import DecodeError, RoiError
+from dist_train.safe_text import without_content
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _samples(
         try:
             clip, facts = _read(task, steps, position)
         except (DecodeError, RoiError) as error:
-            rejects.append((row["filename"], error.reason, row["label"]))
+            rejects.append((row["filename"], without_content(error.reason), row["label"]))
             continue
         yield row["key"], clip, to_record(row) | facts
         # Not beside the next one.

@@ -10,13 +10,14 @@ from dist_train.data.clip import PrepareSettings
 from dist_train.data.job import Job, lost_of, read_rejects
 from dist_train.data.salvage import good_clips
 from dist_train.data.shard_files import Shard
-from dist_train.data.source import Source
+from dist_train.data.source import UNFETCHED, Source
 from dist_train.data.task import Task
 from dist_train.data.types import Volume
 
 
 def finished(shard: Shard, source: Source | Sequence[Volume]) -> bool:
-    """Whether the shard is there, and no file that it rejected was mended or found again since."""
+    """Whether the shard is there, and no file that it rejected was mended or found again since, or
+    failed to come for a reason that may pass."""
     if not shard.is_written():
         return False
     lost = lost_of(shard)
@@ -25,7 +26,10 @@ def finished(shard: Shard, source: Source | Sequence[Volume]) -> bool:
     if len(source.missing(lost)) < len(lost):
         return False
     written = shard.path.stat().st_mtime
-    return not any(source.changed_since(name, written) for name in read_rejects(shard)["file"])
+    rejects = read_rejects(shard)
+    if rejects["reason"].str.startswith(UNFETCHED).any():
+        return False
+    return not any(source.changed_since(name, written) for name in rejects["file"])
 
 
 def settings_of(job: Job) -> PrepareSettings:

@@ -28,6 +28,7 @@ from dist_train.data.pool import each_done
 from dist_train.data.prepare import (
     gather_rejects,
     marker_of,
+    rejects_csv,
 )
 from dist_train.data.shard_files import Shard, to_record
 from dist_train.data.shards import Record, read_records
@@ -119,7 +120,7 @@ def _check_summaries(
     """``rejected.csv`` and ``store.json`` say what the shards do."""
     rejects = gather_rejects(shards)
     path = folder / REJECTED
-    if not path.is_file() or path.read_bytes() != rejects.to_csv(index=False).encode():
+    if not path.is_file() or path.read_bytes() != rejects_csv(rejects).encode():
         yield Fault(path, "is not the sum of the shards' lists of rejects")
     content = marker.get("content")
     if content is not None and index is not None:

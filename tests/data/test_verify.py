@@ -18,12 +18,12 @@ from make_media import write_manifest, write_volumes
 from dist_train import cli
 from dist_train.data.files import sealed
 from dist_train.data.index import read_index
-from dist_train.data.job import JOB, MANIFEST
+from dist_train.data.job import JOB
 from dist_train.data.manifest import read_manifest
 from dist_train.data.prepare import PrepareSettings, prepare, prepare_npz
 from dist_train.data.repair import lost_files, repair
 from dist_train.data.shards import shard_name, write_shard
-from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Store, read_marker
+from dist_train.data.store import INDEX, MANIFEST, MARKER, REJECTED, SHARDS, Store, read_marker
 from dist_train.data.verify import verify
 from dist_train.errors import FileError, StoreError
 

@@ -10,8 +10,8 @@ from helpers import contents, said, tiny_npz
 from make_media import write_volumes
 from refusals import ended, refused
 
-from dist_train.data.job import JOB, MANIFEST
-from dist_train.data.store import MARKER, SHARDS
+from dist_train.data.job import JOB
+from dist_train.data.store import MANIFEST, MARKER, SHARDS
 
 TOKEN = "0123456789abcdef"
 # A browser's download, a lock of another program, and files named almost as the store's own.

@@ -16,10 +16,10 @@ import pytest
 from helpers import contents
 
 from dist_train import cli
-from dist_train.data.job import JOB, MANIFEST, Job, read_job
+from dist_train.data.job import JOB, Job, read_job
 from dist_train.data.prepare import prepare_npz
 from dist_train.data.shards import shard_name
-from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Store
+from dist_train.data.store import INDEX, MANIFEST, MARKER, REJECTED, SHARDS, Store
 from dist_train.errors import DistTrainError
 
 SHARD = f"{SHARDS}/{shard_name(1)}"

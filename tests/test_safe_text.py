@@ -1,0 +1,108 @@
+"""Names and messages that strangers chose reach neither terminal nor spreadsheet as commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import said
+
+from dist_train import cli
+from dist_train.data.job import read_job, read_rejects
+from dist_train.data.store import REJECTED
+from dist_train.data.verify import verify
+from dist_train.safe_text import for_spreadsheet, printable, without_content
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain M\u00e4us 1.mp4", "plain M\u00e4us 1.mp4"),
+        ("\x1b]0;owned\x07", "\\x1b]0;owned\\x07"),
+        ("a\nerror: b", "a\\nerror: b"),
+        ("\u202etxt.exe", "\\u202etxt.exe"),
+        ("\udcff", "\\udcff"),
+        ("\x9b31m", "\\x9b31m"),
+    ],
+)
+def test_what_cannot_be_seen_is_escaped(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+def test_what_a_spreadsheet_would_compute() -> None:
+    texts = ["=cmd|' /C calc'!A0", "+1", "-1.mp4", "@SUM(1)", "\t=1", "a=1"]
+    safe = ["'=cmd|' /C calc'!A0", "'+1", "'-1.mp4", "'@SUM(1)", "'\\t=1", "a=1"]
+    assert [for_spreadsheet(text) for text in texts] == safe
+
+
+def test_messages_keep_their_own_words() -> None:
+    own = "unknown kind of file '.dcm'. Convert it, as by pydicom's pixel_array and what else, 'x'."
+    assert without_content(own) == own
+    secret = "the secret that stood at the head of the file"
+    for quoted in (repr(secret.encode()), repr(secret), f'"{secret}"'):
+        told = without_content(f"cannot be read (bad header: {quoted}, 3). Mend it.")
+        assert "secret" not in told
+        assert told.startswith("cannot be read (bad header: ")
+        assert told.endswith(", 3). Mend it.")
+
+
+def test_hostile_names_through_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["=cmd|calc.npy", "\x1b[31mred.npy", "good.npy", "better.npy"]
+    raw, out, table = tmp_path / "raw", tmp_path / "store", tmp_path / "clips.csv"
+    raw.mkdir()
+    for name in names[:2]:
+        (raw / name).write_bytes(b"SECRET and more")
+    for number, name in enumerate(names[2:]):
+        np.save(raw / name, np.full((2, 4, 4), number, np.uint8))
+    rows = [f"{name},{i % 2},\x1b[2Jgroup" for i, name in enumerate(names)]
+    table.write_text("\n".join(["filename,label,group", *rows]) + "\n")
+    arguments = ["prepare", "--manifest", table, "--source", raw, "--out", out, "--roi", "none"]
+    monkeypatch.setattr(sys, "argv", ["dist-train", *map(str, arguments)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    told = capsys.readouterr()
+    assert "the first: '=cmd|calc.npy" in told.err or "the first: =cmd|calc.npy" in told.err
+    said(*arguments, "--max-rejected", "50%")
+    rejects = pd.read_csv(out / REJECTED)
+    assert rejects["file"].tolist() == ["'=cmd|calc.npy", "\\x1b[31mred.npy"]
+    assert "SECRET" not in (out / REJECTED).read_text()
+    # The shards' own lists name the files as they are, so that these can be looked for.
+    assert read_rejects(read_job(out).shards(out)[0])["file"].tolist() == names[:2]
+    assert verify(out) == []
+    assert "\\x1b[2Jgroup" in said("info", out)
+    monkeypatch.setattr(sys, "argv", ["dist-train", "info", f"{tmp_path}/\x1b[31m\udcff"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    printed = capsys.readouterr()
+    assert "\\x1b[31m\\udcff: there is no store here" in printed.err
+    assert "\x1b" not in told.out + told.err + printed.out + printed.err
+
+
+def test_names_that_are_no_text_end_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("stalled", "flowing"):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        np.save(tmp_path / "raw" / name / "a.npy", np.zeros((2, 4, 4), np.uint8))
+    with open(os.fsencode(tmp_path / "raw" / "stalled") + b"/\xff.npy", "wb"):  # noqa: PTH123
+        pass
+    (tmp_path / "clips.csv").write_bytes(b"filename,label\n\xff.npy,1\n")
+    for source in (
+        ["--from-folders", f"{tmp_path}/raw", "--positive", "stalled"],
+        ["--manifest", f"{tmp_path}/clips.csv", "--source", f"{tmp_path}/raw"],
+    ):
+        options = ["--out", f"{tmp_path}/store", "--roi", "none"]
+        monkeypatch.setattr(sys, "argv", ["dist-train", "prepare", *source, *options])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 1
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert errors[-1].startswith("error: ")
+        assert "UTF-8" in errors[-1]
+        assert not (tmp_path / "store").exists()
