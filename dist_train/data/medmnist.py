@@ -6,17 +6,26 @@ The form: ``{train,val,test}_images`` uint8 [N, D, H, W] and ``{train,val,test}_
 
 from __future__ import annotations
 
+import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
 
+from dist_train.data.files import open_plain
 from dist_train.data.manifest import SPLITS
 from dist_train.data.types import Volume
-from dist_train.errors import StoreError
+from dist_train.errors import FileError, StoreError
+
+# What reading a damaged archive raises.
+DAMAGE = (
+    *(FileError, OSError, ValueError, KeyError, EOFError, TypeError, AttributeError),
+    *(MemoryError, OverflowError, NotImplementedError, RuntimeError, SyntaxError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 
 
 def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
@@ -28,9 +37,7 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
     rows: list[dict[str, Any]] = []
     volumes: list[Volume] = []
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("not an npz archive")
-        with np.load(path, allow_pickle=False) as arrays:
+        with open_plain(path) as file, _npz(file) as arrays:
             for split in SPLITS:
                 labels = arrays[f"{split}_labels"].reshape(-1)
                 images = arrays[f"{split}_images"]
@@ -43,13 +50,21 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
                     volumes.append(image)
         if not rows:
             raise ValueError("it holds no images")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGE as error:
+        what = error.what if isinstance(error, FileError) else error
         raise StoreError(
-            f"is not a MedMNIST file ({error})",
+            f"is not a MedMNIST file ({what})",
             where=path,
             fix="It needs {train,val,test}_images and {train,val,test}_labels.",
         ) from None
     return pd.DataFrame(rows), volumes
+
+
+def _npz(file: IO[bytes]) -> Any:
+    if not zipfile.is_zipfile(file):
+        raise ValueError("not an npz archive")
+    file.seek(0)
+    return np.load(file, allow_pickle=False)
 
 
 def _row(file: str, split: str, number: int, label: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pydantic import (
     ValidationError,
 )
 
-from dist_train.data.files import crc32c, is_sealed, read_json
+from dist_train.data.files import crc32c, is_sealed, plain_descriptor, read_json
 from dist_train.data.index import check_index, read_index
 from dist_train.data.shards import shard_name
 from dist_train.data.types import Volume
@@ -106,6 +106,8 @@ class Store:
             read = os.preadv(self._descriptor(clip), [out.data], int(self._offset[clip]))
         except OSError as error:
             raise self._damage(clip, error.strerror or str(error)) from None
+        except FileError as error:
+            raise self._damage(clip, error.what) from None
         if read != out.size or crc32c(out) != self._crc32c[clip]:
             raise self._damage(clip, "the bytes are not those that were stored")
 
@@ -122,7 +124,8 @@ class Store:
         if descriptor is None:
             if len(self._descriptors) == OPEN_SHARDS:
                 os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            descriptor = os.open(self.folder / SHARDS / shard_name(shard), os.O_RDONLY)
+            path = self.folder / SHARDS / shard_name(shard)
+            descriptor = plain_descriptor(path, os.O_RDONLY)
         self._descriptors[shard] = descriptor
         return descriptor
 
