@@ -12,6 +12,7 @@ import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -131,7 +132,7 @@ def new_file(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "wb")
 
 
-def open_plain(path: Path) -> IO[bytes]:
+def open_plain(path: Path) -> BufferedReader:
     """Open a plain file, or a link to one, for binary reading; a FIFO is not waited for.
 
     Raises:

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dist_train.data.files import open_plain
 from dist_train.data.manifest import SPLITS
 from dist_train.data.types import Volume
 from dist_train.data.undecodable import reason_of
 from dist_train.data.volume_file import read_npy
-from dist_train.errors import StoreError
+from dist_train.errors import FileError, StoreError
 from dist_train.os_advice import blame_machine
 
 
@@ -31,9 +32,10 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
     rows: list[dict[str, Any]] = []
     volumes: list[Volume] = []
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("not an npz archive")
-        with zipfile.ZipFile(path) as archive:
+        with open_plain(path) as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("not an npz archive")
+            archive = zipfile.ZipFile(file)
             for split in SPLITS:
                 labels = _array(archive, f"{split}_labels").reshape(-1)
                 images = _array(archive, f"{split}_images")
@@ -46,10 +48,20 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
                     volumes.append(image)
         if not rows:
             raise ValueError("it holds no images")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        FileError,
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         blame_machine(error, path)
+        what = error.what if isinstance(error, FileError) else error
         raise StoreError(
-            f"is not a MedMNIST file ({error})",
+            f"is not a MedMNIST file ({what})",
             where=path,
             fix="It needs {train,val,test}_images and {train,val,test}_labels.",
         ) from None

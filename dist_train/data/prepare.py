@@ -18,7 +18,7 @@ import pandas as pd
 
 from dist_train.data.clip import PIXELS_VERSION, PrepareSettings
 from dist_train.data.depth import depth_of_arrays, depth_of_files
-from dist_train.data.files import sealed, write_whole
+from dist_train.data.files import open_plain, sealed, write_whole
 from dist_train.data.index import content_digest, index_checksum, write_index
 from dist_train.data.job import (
     Job,
@@ -353,7 +353,8 @@ def _source_of(manifest: Manifest, source: Source | Path | str | None) -> Source
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open_plain(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def finish(

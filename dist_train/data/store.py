@@ -20,7 +20,7 @@ from pydantic import (
     ValidationError,
 )
 
-from dist_train.data.files import crc32c, is_sealed, read_json
+from dist_train.data.files import crc32c, is_sealed, plain_descriptor, read_json
 from dist_train.data.index import check_index, read_index
 from dist_train.data.shards import shard_name
 from dist_train.data.types import Volume
@@ -113,6 +113,8 @@ class Store:
         except OSError as error:
             blame_machine(error, self._path(clip))
             raise self._damage(clip, error.strerror or str(error)) from None
+        except FileError as error:
+            raise self._damage(clip, error.what) from None
         if read != out.size or crc32c(out) != self._crc32c[clip]:
             raise self._damage(clip, "the bytes are not those that were stored")
 
@@ -130,13 +132,13 @@ class Store:
             if len(self._descriptors) >= min(OPEN_SHARDS, open_files() // SHARE_OF_OPEN_FILES):
                 self._close_one()
             try:
-                descriptor = os.open(self._path(clip), os.O_RDONLY)
+                descriptor = plain_descriptor(self._path(clip), os.O_RDONLY)
             except OSError as error:
                 if error.errno != errno.EMFILE or not self._descriptors:
                     raise
                 # Others of this process have more open than they were left.
                 self._close_one()
-                descriptor = os.open(self._path(clip), os.O_RDONLY)
+                descriptor = plain_descriptor(self._path(clip), os.O_RDONLY)
         self._descriptors[shard] = descriptor
         return descriptor
 

@@ -17,10 +17,11 @@ from helpers import contents
 
 from dist_train import cli
 from dist_train.data.job import JOB, Job, read_job
+from dist_train.data.medmnist import read_medmnist
 from dist_train.data.prepare import prepare_npz
 from dist_train.data.shards import shard_name
 from dist_train.data.store import INDEX, MANIFEST, MARKER, REJECTED, SHARDS, Store
-from dist_train.errors import DistTrainError
+from dist_train.errors import DistTrainError, StoreError
 
 SHARD = f"{SHARDS}/{shard_name(1)}"
 FILES = (MARKER, JOB, MANIFEST, REJECTED, INDEX, SHARD, SHARD.replace(".tar", ".rejected.csv"))
@@ -163,6 +164,25 @@ def test_many_edits(made: Path, tmp_path: Path, name: str) -> None:
     edited(made, tmp_path, name, 1000, seed=1)
 
 
+def test_edits_of_a_medmnist_file(made: Path, tmp_path: Path) -> None:
+    """It is refused, or gives what it gave; also where it is a FIFO."""
+    path, rng = tmp_path / "small.npz", random.Random(0)
+    whole = (made / "small.npz").read_bytes()
+    path.write_bytes(whole)
+    table, volumes = read_medmnist(path)
+    for number in range(60):
+        path.write_bytes(EDITS[number % len(EDITS)](rng, whole))
+        try:
+            found, read = read_medmnist(path)
+        except StoreError:
+            continue
+        assert found.equals(table), number
+        assert all(map(np.array_equal, read, volumes)), number
+    path.unlink()
+    os.mkfifo(path)
+    assert "is a FIFO" in str(outcome(cli.prepare_npz, path, out=tmp_path / "store"))
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_no_plain_file(made: Path, tmp_path: Path, name: str) -> None:
     """Above all a FIFO, which nobody writes to."""
@@ -178,7 +198,8 @@ def test_what_is_no_plain_file(made: Path, tmp_path: Path, name: str) -> None:
             (store / name).symlink_to("/dev/zero")
         mode = (store / name).lstat().st_mode
         npz = made / "small.npz"
-        outcome(cli.info, store)
+        if outcome(cli.info, store) is None:
+            assert read_all(store).items() <= read_all(made / "store").items()
         assert outcome(cli.verify, store) is not None, kind
         message = outcome(cli.verify, store, repair=str(npz)) or ""
         assert name in message, (kind, message)
