@@ -21,7 +21,7 @@ from dist_train.data.source import LocalFolder, Source
 from dist_train.data.supervise import Steps
 from dist_train.data.types import Volume
 from dist_train.data.volume_file import VOLUME_SUFFIXES, is_deep, read_raw, values_of
-from dist_train.errors import StoreError
+from dist_train.errors import DecodeError, DistTrainError, StoreError
 
 # In other videos no camera's raw values are found, and to open half a million of them takes hours.
 SUFFIXES = VOLUME_SUFFIXES | {".avi", ".mkv", ".mov"}
@@ -91,7 +91,10 @@ def _bits(part: Look, steps: Steps) -> Iterator[int]:
         try:
             with part.source.fetched(name) as path, steps.at(position):
                 bits = file_bits(path, PurePosixPath(name).suffix.lower())
-        except StoreError:
+        except DecodeError:
+            continue
+        # That of the network or the machine, not of the file.
+        except DistTrainError:
             raise
         # Whatever is wrong with the file is told when it is decoded to be stored.
         except Exception:
