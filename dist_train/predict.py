@@ -72,7 +72,7 @@ def predict(
     Raises:
         RunError: no run, no snapshot, nowhere to write, or, for another store, no predictions of
             the run's own that the threshold could be fitted on.
-        ConfigError: the prior is not strictly between 0 and 1.
+        ConfigError: the prior is not strictly between 0 and 1, or the threshold not in 0..1.
         StoreError: the store cannot be used, or the run's own is not as it was.
         LostProcessError: another process has ended, or cannot be reached.
         OSError: ``out`` cannot be written to, which is tried before anything is predicted.
@@ -82,6 +82,10 @@ def predict(
             f"{prior:g} is no share of positives",
             where="prior",
             fix="Give one strictly between 0 and 1.",
+        )
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ConfigError(
+            f"{threshold:g} is not a probability", where="threshold", fix="Give one in 0..1."
         )
     config = open_run(run)
     snapshots = find_snapshots(run)

@@ -429,3 +429,23 @@ def test_rejected_clips_of_the_test_split_are_in_its_submission(tmp_path: Path) 
     submission = pd.read_csv(tmp_path / "run" / "submission.csv")
     assert submission["filename"].tolist() == ["00.npy", "01.npy", "02.npy", "03.npy"]
     assert submission["stalled"].tolist()[2] == 0
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), -0.1, 1.1])
+def test_a_threshold_that_is_no_probability(predicted: Path, threshold: float) -> None:
+    with pytest.raises(ConfigError, match=r"threshold: .* is not a probability"):
+        predict(predicted, threshold=threshold)
+
+
+def test_names_of_predictions_are_no_formulas(predicted: Path, tmp_path: Path) -> None:
+    """The submission keeps them, as its form has them."""
+    random = np.random.default_rng(5)
+    np.save(tmp_path / "=cmd.npy", random.integers(0, 256, (5, 20, 18), np.uint8))
+    (tmp_path / "new.csv").write_text("filename,group\n=cmd.npy,@x\n")
+    manifest = read_manifest(tmp_path / "new.csv", unlabelled=True)
+    store = tmp_path / "store"
+    prepare(manifest, tmp_path, store, PrepareSettings(roi="none"), workers=1)
+    out = predict(predicted, store=store, out=tmp_path / "out", threshold=0.5)
+    table = pd.read_csv(out)
+    assert table[["filename", "group"]].to_numpy().tolist() == [["'=cmd.npy", "'@x"]]
+    assert pd.read_csv(tmp_path / "out" / "submission.csv")["filename"].tolist() == ["=cmd.npy"]

@@ -67,7 +67,9 @@ def by_depth(clips: Ints, depths: Ints | None, name: str) -> ByDepth:
     """
     if depths is None:
         depths = np.ones(len(clips), np.int64)
-    if depths.shape != clips.shape or (len(depths) and depths.min() < 1):
+    if clips.ndim != 1 or not np.issubdtype(clips.dtype, np.integer) or (clips < 0).any():
+        raise PlanError(f"the clip numbers of the {name} are not a row of whole numbers from 0 on")
+    if depths.shape != clips.shape or not _counts(depths).all():
         raise PlanError(f"the depths of the {name} are not one number of frames for each clip")
     if len(np.unique(clips)) < len(clips):
         raise PlanError(f"a clip number comes twice among the {name}")
@@ -75,3 +77,11 @@ def by_depth(clips: Ints, depths: Ints | None, name: str) -> ByDepth:
     values, firsts = np.unique(depths[order], return_index=True)
     starts = np.append(firsts, len(clips)).astype(np.int64)
     return ByDepth(clips[order], values.astype(np.int64), starts)
+
+
+def _counts(depths: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which depths are whole numbers from 1 on: NaN, which is not below 1 either, is none."""
+    counts: np.ndarray[Any, np.dtype[np.bool_]] = (
+        np.isfinite(depths) & (depths >= 1) & (np.floor(depths) == depths)
+    )
+    return counts

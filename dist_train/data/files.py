@@ -308,7 +308,7 @@ def crc32c_of_file(path: Path) -> int:
     """
     crc, piece = 0, np.empty(PIECE, np.uint8)
     with open_plain(path) as file:
-        while size := file.readinto(piece.data):  # type: ignore[attr-defined]
+        while size := file.readinto(piece.data):
             crc = google_crc32c.extend(crc, piece[:size])
     return crc
 

@@ -254,10 +254,13 @@ def make_plan(
 
     Raises:
         PlanError: the batch is no multiple of p + q, a class holds too few clips for a batch of
-            different ones, or depths, weights or groups do not fit.
+            different ones, a clip is in both, or numbers, depths, weights or groups do not fit.
     """
     rules = PlanRules(batch, ratio, seed, matching, max_voxels, frame_voxels)
     check_rules(rules, len(positives))
+    both = np.intersect1d(positives, negatives)
+    if len(both):
+        raise PlanError(f"clip {both[0]} is in both classes ({len(both)} such clips)")
     if weights is not None:
         check_weights(weights, len(negatives))
     if groups is not None:
@@ -286,6 +289,10 @@ def plan_of(
         PlanError: see ``make_plan``.
     """
     check_rules(rules, len(positives))
+    if weights is not None:
+        check_weights(weights, len(negatives))
+        if len(weights) and weights.min() == 0:
+            raise PlanError("a weight of a negative is 0", fix="Leave the clip out.")
     p, q = rules.ratio
     take, block = rules.batch // (p + q) * p, rules.batch // (p + q) * q
     epochs = Epochs(len(positives), take)

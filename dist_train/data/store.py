@@ -99,15 +99,24 @@ class Store:
         """The native crop of clip number ``clip``: uint8 [D, H, W], one ``pread``.
 
         Raises:
-            StoreError: the shard is gone, or the bytes are not those that were written.
+            StoreError: there is no such clip, the shard is gone, or the bytes are not those that
+                were written.
             MachineError: it cannot be read now, for too many open files or a failing disk.
         """
+        self._check(clip)
         pixels = np.empty(self._shape[clip], dtype=np.uint8)
         self.read_into(pixels, clip)
         return pixels
 
     def read_into(self, out: Volume, clip: int) -> None:
         """The same, into ``out``: uint8, C order, as many pixels as the clip has."""
+        self._check(clip)
+        if out.dtype != np.uint8 or not out.flags.c_contiguous or out.size != self._length(clip):
+            raise StoreError(
+                f"clip {clip} is not to be read into {out.dtype} {list(out.shape)}: it has "
+                f"{self._length(clip)} pixels, uint8 in C order",
+                where=self.folder,
+            )
         try:
             read = os.preadv(self._descriptor(clip), [out.data], int(self._offset[clip]))
         except OSError as error:
@@ -124,6 +133,16 @@ class Store:
         if not len(found):
             raise StoreError(f"holds no clip '{key}'", where=self.folder)
         return int(found[0])
+
+    def _check(self, clip: int) -> None:
+        # A number below 0 would be taken from the end.
+        if not 0 <= clip < len(self.table):
+            raise StoreError(
+                f"holds no clip {clip}; they are 0 to {len(self.table) - 1}", where=self.folder
+            )
+
+    def _length(self, clip: int) -> int:
+        return int(self._shape[clip].prod())
 
     def _descriptor(self, clip: int) -> int:
         shard = int(self._shard[clip])

@@ -5,6 +5,7 @@ arrays or CPU tensors, and compute in float64. A clip is called positive when it
 strictly greater than the threshold.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -99,7 +100,9 @@ def confusion(probability: ArrayLike, label: ArrayLike, threshold: float) -> Con
 
     Raises:
         RunError: a probability is not a number in 0..1.
+        ConfigError: the threshold is not a finite number.
     """
+    _check_threshold(threshold)
     scores, truth = _checked(probability, label)
     tn, fp, fn, tp = np.bincount(2 * truth + (scores > threshold), minlength=4).tolist()
     return Confusion(tn, fp, fn, tp)
@@ -232,7 +235,9 @@ def stratified_bootstrap(
 
     Raises:
         RunError: a probability is not a number in 0..1, or the labels hold one class only.
+        ConfigError: the threshold is not a finite number.
     """
+    _check_threshold(threshold)
     scores, truth = _checked(probability, label)
     thresholds, positives, negatives = _histograms(scores, truth)
     n_positive, n_negative = int(positives.sum()), int(negatives.sum())
@@ -250,6 +255,12 @@ def stratified_bootstrap(
         tp, fp = drawn_positives[above].sum(), drawn_negatives[above].sum()
         counts[:, draw] = n_negative - fp, fp, n_positive - tp, tp
     return _mcc(*counts), auc
+
+
+def _check_threshold(threshold: float) -> None:
+    # No number (NaN) would call no clip positive, and infinity neither.
+    if not math.isfinite(threshold):
+        raise ConfigError(f"{threshold} is not a probability", where="threshold")
 
 
 def _checked(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, Labels]:

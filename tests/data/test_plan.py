@@ -534,3 +534,33 @@ def test_half_a_million_clips_start_at_once() -> None:
     )
     for step in (0, 10**6, 10**12):
         assert len(set(plan.global_batch(step).tolist())) == 256
+
+
+MISUSE = {
+    "depth no number": ({"positive_depths": [3.0, float("nan")] * 4}, "depths of the positives"),
+    "depth infinite": ({"negative_depths": [float("inf")] * 24}, "depths of the negatives"),
+    "depth of half a frame": ({"positive_depths": [1.5] * 8}, "depths of the positives"),
+    "weight no number": ({"weights": [float("nan")] * 24}, "a weight of a negative is"),
+    "clip in both": ({"negatives": [7, *range(9, 32)]}, r"clip 7 is in both classes \(1 such"),
+    "number below 0": ({"negatives": [-1, *range(9, 32)]}, "numbers of the negatives are not"),
+    "number no whole one": ({"positives": [x + 0.5 for x in range(8)]}, "numbers of the positives"),
+}
+
+
+@pytest.mark.parametrize("kind", MISUSE)
+def test_misuse_is_told(kind: str) -> None:
+    given, message = MISUSE[kind]
+    arguments = {
+        "positives": range(8),
+        "negatives": range(8, 32),
+        "positive_depths": [3.0] * 8,
+        "negative_depths": [3] * 24,
+    }
+
+    def plan(**changed: object) -> Plan:
+        arrays = {k: np.asarray(v) for k, v in (arguments | changed).items()}
+        return make_plan(**arrays, batch=8, ratio=(1, 3), seed=0)  # type: ignore[arg-type]
+
+    assert plan().batch == 8
+    with pytest.raises(PlanError, match=message):
+        plan(**given)

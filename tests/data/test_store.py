@@ -269,3 +269,21 @@ def test_missing_index(folder: Path) -> None:
     (folder / INDEX).unlink()
     with pytest.raises(StoreError, match="the store has no index"):
         Store(folder)
+
+
+@pytest.mark.parametrize("clip", [-1, 10**6])
+def test_a_clip_that_there_is_not(folder: Path, clip: int) -> None:
+    store = Store(folder)
+    message = rf"holds no clip {clip}; they are 0 to {len(store.table) - 1}"
+    with pytest.raises(StoreError, match=message):
+        store.read(clip)
+    with pytest.raises(StoreError, match=message):
+        store.read_into(np.empty(1, np.uint8), clip)
+
+
+def test_memory_that_does_not_fit_a_clip(folder: Path) -> None:
+    store = Store(folder)
+    pixels = store.read(0)
+    for out in (np.empty(pixels.size - 1, np.uint8), pixels.astype(np.uint16), pixels.T):
+        with pytest.raises(StoreError, match="clip 0 is not to be read into"):
+            store.read_into(out, 0)
