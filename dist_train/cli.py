@@ -14,6 +14,7 @@ import typer
 
 from dist_train.console import console, progress
 from dist_train.errors import ConfigError, DistTrainError, StoreError
+from dist_train.quiet import hush_libraries, is_told
 
 if TYPE_CHECKING:
     from dist_train.data.roi import OutlineColour
@@ -348,6 +349,7 @@ def _colour(text: str | None) -> OutlineColour:
 def main() -> None:
     """Run the command line; a user's error ends in one message and a non-zero exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    hush_libraries()
     try:
         app()
     except DistTrainError as error:
@@ -378,9 +380,13 @@ def _leave_launch(code: int = 0) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    message = " ".join(message.split())
+    if is_told(message):
+        _leave_launch(code)
+        sys.exit(code)
     rank = os.environ.get("RANK", "0")
     process = "" if rank == "0" else f" (process {rank})"
-    print(f"error{process}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error{process}: {message}", file=sys.stderr, flush=True)
     _leave_launch(code)
     sys.exit(code)
 

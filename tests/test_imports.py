@@ -17,7 +17,7 @@ PACKAGE = ROOT / "dist_train"
 LEVELS = [
     {"errors"},
     {"plain_yaml"},
-    {"config", "console"},
+    {"config", "console", "quiet"},
     {"data"},
     {"models"},
     {"engine"},
