@@ -16,6 +16,7 @@ from dist_train.cgroup import heed_quota
 from dist_train.console import console, progress
 from dist_train.errors import ConfigError, DistTrainError, StoreError
 from dist_train.os_advice import advice, lack_of_memory, raise_open_files
+from dist_train.quiet import hush_libraries, is_told
 from dist_train.safe_text import printable
 
 if TYPE_CHECKING:
@@ -457,6 +458,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     raise_open_files()
     heed_quota()
+    hush_libraries()
     try:
         app()
     except DistTrainError as error:
@@ -496,9 +498,13 @@ def _leave_launch(code: int = 0) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    message = " ".join(message.split())
+    if is_told(message):
+        _leave_launch(code)
+        sys.exit(code)
     rank = os.environ.get("RANK", "0")
     process = "" if rank == "0" else f" (process {rank})"
-    print(f"error{process}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    print(f"error{process}: {printable(message)}", file=sys.stderr, flush=True)
     _leave_launch(code)
     sys.exit(code)
 

@@ -10,35 +10,60 @@ torchrun itself ends with 1 whatever happened. This takes the same arguments and
 
 On a signal torchrun passes it to its workers, waits TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (30
 unless set) for them to save a checkpoint, and kills what is left.
+
+What a worker said is all that is shown of a failure; DIST_TRAIN_VERBOSE=1 shows torchrun's own
+report, log and warnings too.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
+
+VERBOSE = os.environ.get("DIST_TRAIN_VERBOSE", "0") not in ("", "0")
 
 # Else workers that are started again meet in the store that those before them used, and may read
 # there where one of those was to be reached (https://github.com/pytorch/pytorch/issues/135712).
 os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
 
-def run() -> int:
-    """Run torchrun with this process's arguments; the code to end with."""
+def run(launch: Callable[[], None] = main) -> int:
+    """Run torchrun with this process's arguments; the code to end with.
+
+    Args:
+        launch: what starts the workers and waits for them.
+    """
+    if not VERBOSE:
+        # Of this process alone.
+        logging.disable(logging.ERROR)
     try:
-        main()
+        launch()
     except SignalException as told:
         return os.EX_TEMPFAIL if told.sigval == signal.SIGTERM else 128 + told.sigval
     except ChildFailedError as failed:
         _, first = failed.get_first_failure()
-        print(failed, file=sys.stderr)
+        if VERBOSE:
+            print(failed, file=sys.stderr)
+        else:
+            print(
+                f"launcher: a process failed ({_how(first.exitcode)}); what it said is above. "
+                "DIST_TRAIN_VERBOSE=1 shows the launcher's report.",
+                file=sys.stderr,
+            )
         # A negative one is the signal that the worker died by.
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     return 0
+
+
+def _how(code: int) -> str:
+    return f"code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ LEVELS = [
     {"errors", "safe_text"},
     {"os_advice", "cgroup", "file_locks", "main_guard"},
     {"plain_yaml"},
-    {"config", "console"},
+    {"config", "console", "quiet"},
     {"data"},
     {"models"},
     {"engine"},

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from scaling_model import Link, Projection, assumptions, link_of, project
+from scaling_model import Link, Projection, assumptions, doubts, link_of, project
 
 from dist_train.data.prepare import prepare_npz
 
@@ -289,10 +289,17 @@ def evaluate(
             "link_latency_us": between.latency * 1e6,
         }
         link = given_link(between, bandwidth, latency)
-        projection = [project(basis, link, ranks) for ranks in PROJECTED]
-        notes += assumptions(basis, link)
+        why = doubts(basis)
+        if why:
+            notes.append(
+                f"No projection from {apart[-1]}: {'; '.join(why)}. Measure on an idle machine, "
+                "with more --steps."
+            )
+        else:
+            projection = [project(basis, link, ranks) for ranks in PROJECTED]
+            notes += assumptions(basis, link)
         for line in lines:
-            if line["processes"] > 1:
+            if projection and line["processes"] > 1:
                 line["predicted_s"] = predicted(basis, cases, line)
     summary = {
         f"efficiency_{line['scaling']}_{line['processes']}": line["efficiency"]

@@ -90,12 +90,58 @@ class Projection:
         return self.step - self.gradients + self.exchange
 
 
+#: A step of which the parts leave more than this share unexplained was not understood.
+MOST_UNEXPLAINED = 0.25
+
+
+def doubts(parts: dict[str, Any]) -> list[str]:
+    """Why nothing can be projected from parts, a sentence each; none if they make sense.
+
+    Parts that are differences of two measurements can come out below zero. Within their noise that
+    is zero; beyond it something other than the training took the time.
+    """
+    noise: dict[str, float] = parts.get("noise_s", {})
+    found = []
+    for name in ("data", "compute", "wait", "statistics", "gradients", "rest", "exchange"):
+        seconds, may_be_off = parts[f"{name}_s"], noise.get(name, 0.0)
+        if not math.isfinite(seconds) or seconds < -may_be_off:
+            found.append(
+                f"{name} is {1e3 * seconds:.1f} ms, below zero by more than its noise of "
+                f"{1e3 * may_be_off:.1f} ms"
+            )
+    together = noise.get("gradients", 0.0) + noise.get("exchange", 0.0)
+    if parts["gradients_s"] > parts["exchange_s"] + together:
+        found.append(
+            f"gradients take {1e3 * parts['gradients_s']:.1f} ms of a step, more than their whole "
+            f"exchange by itself, {1e3 * parts['exchange_s']:.1f} ms, and the noise of both"
+        )
+    known = sum(parts[f"{name}_s"] for name in ("data", "compute", "wait", "statistics"))
+    step = known + parts["gradients_s"] + parts["rest_s"]
+    if parts["rest_s"] > max(noise.get("rest", 0.0), MOST_UNEXPLAINED * step):
+        found.append(
+            f"rest is {1e3 * parts['rest_s']:.1f} ms of a step of {1e3 * step:.1f} ms, which no "
+            "part explains"
+        )
+    return found
+
+
 def project(parts: dict[str, Any], link: Link, ranks: int) -> Projection:
     """A step of ``ranks`` that are joined by ``link``, each with as many clips as those measured.
 
     Args:
         parts: as tools/scaling_rank.py measures them, on 2 ranks or more.
+
+    Raises:
+        ValueError: there are ``doubts`` about them.
     """
+    if why := doubts(parts):
+        raise ValueError("; ".join(why))
+    # What is below zero within its noise is zero.
+    parts = parts | {
+        name: max(0.0, value)
+        for name, value in parts.items()
+        if name.endswith("_s") and isinstance(value, float)
+    }
     compute = parts["compute_s"]
     if ranks == 1:
         return Projection(1, parts["data_s"], compute, 0, 0, 0, max(0, parts["rest_s"]), 0)
@@ -129,6 +175,8 @@ def link_of(parts: dict[str, Any]) -> Link:
 
 def shown(parts: dict[str, Any]) -> float:
     """The part of the exchange of gradients that the backward pass does not hide, 0 to 1."""
+    if parts["exchange_s"] <= 0:
+        return 1.0
     return float(np.clip(parts["gradients_s"] / parts["exchange_s"], 0.0, 1.0))
 
 

@@ -7,11 +7,12 @@ steps are not counted, and where rank 0 writes what it measured.
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,8 +62,19 @@ def with_whole_step(parts: dict[str, Any], lines: list[Any], batch: int) -> dict
     seconds = [batch / line["speed/clips_per_second"] for line in lines]
     waited = [s * line["speed/data_wait"] for s, line in zip(seconds, lines, strict=True)]
     step, data = statistics.median(seconds), statistics.median(waited)
-    known = sum(parts[f"{part}_s"] for part in ("compute", "wait", "statistics", "gradients"))
-    return parts | {"step_s": step, "data_s": data, "rest_s": step - data - known}
+    names = ("compute", "wait", "statistics", "gradients")
+    known = sum(parts[f"{part}_s"] for part in names)
+    noises = parts["noise_s"] | {"data": noise(waited)}
+    # What is left of the step has the noise of all that it is left of.
+    noises["rest"] = math.hypot(noise(seconds), *(noises[name] for name in ("data", *names)))
+    whole = {"step_s": step, "data_s": data, "rest_s": step - data - known}
+    return parts | whole | {"noise_s": noises}
+
+
+def noise(samples: Sequence[float]) -> float:
+    """How far a median of so many steps may be off by chance: two standard errors, for samples of
+    a normal distribution (1.2533 is the square root of pi / 2)."""
+    return 2 * 1.2533 * float(np.std(samples, ddof=1)) / math.sqrt(len(samples))
 
 
 class Times(NamedTuple):
@@ -99,18 +111,21 @@ def in_parts(trainer: Trainer, steps: int) -> dict[str, Any]:
     backward, wait, exchange, update, shared, whole = np.moveaxis(times, -1, 0)
     alone = backend.world == 1
 
-    def median(of_steps: Any) -> float:
-        return float(np.median(of_steps))
-
+    of_steps = {
+        "compute": (backward + update).mean(0),
+        "wait": wait.mean(0),
+        # With shared statistics all ranks go at the pace of the slowest.
+        "statistics": shared.mean(0) - backward.max(0),
+        "gradients": (whole - shared - update).mean(0),
+        "exchange": exchange.mean(0),
+    }
+    if alone:
+        of_steps |= {name: 0 * of_steps[name] for name in of_steps if name != "compute"}
     return {
         "world": backend.world,
         "clips": config.plan.batch // backend.world,
-        "compute_s": median((backward + update).mean(0)),
-        "wait_s": 0.0 if alone else median(wait.mean(0)),
-        # With shared statistics all ranks go at the pace of the slowest.
-        "statistics_s": 0.0 if alone else median(shared.mean(0) - backward.max(0)),
-        "gradients_s": 0.0 if alone else median((whole - shared - update).mean(0)),
-        "exchange_s": 0.0 if alone else median(exchange.mean(0)),
+        **{f"{name}_s": float(np.median(values)) for name, values in of_steps.items()},
+        "noise_s": {name: noise(values.tolist()) for name, values in of_steps.items()},
         "samples_s": (backward + update).ravel().tolist(),
         # Of its collectives; gloo has rings only.
         "trees": backend.device.type == "cuda",

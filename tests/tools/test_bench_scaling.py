@@ -18,12 +18,14 @@ def test_the_parts_of_a_step_are_all_of_it(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     settings = ["--worlds", "1", "2", "--model", "resnet3d-10", *TINY]
     printed = run_well([*TOOL, *settings, "--json", str(figures)])
-    assert "projected" in printed
-    assert "drawn independently from" in printed
+    # On a busy machine parts may contradict each other, and nothing is projected.
+    refused = "No projection from 2x4: " in printed
+    assert ("drawn independently from" in printed) != refused
     result = json.loads(figures.read_text())
     assert [line["case"] for line in result["lines"]] == ["1x4", "2x4", "1x8", "2x4"]
     summary = result["summary"]
-    assert {"efficiency_weak_2", "efficiency_strong_2", "projected_64"} <= summary.keys()
+    assert {"efficiency_weak_2", "efficiency_strong_2"} <= summary.keys()
+    assert ("projected_64" in summary) != refused
     assert summary["link_gb_per_second"] > 0
     assert summary["link_latency_us"] > 0
     for case, parts in result["parts"].items():
@@ -34,6 +36,8 @@ def test_the_parts_of_a_step_are_all_of_it(tmp_path: Path) -> None:
         assert parts["data_s"] > 0
         ranks = int(case.partition("x")[0])
         assert len(parts["samples_s"]) == 4 * ranks
+        assert set(parts["noise_s"]) == {*named, "exchange"}
+        assert all(value >= 0 for value in parts["noise_s"].values())
     two = result["parts"]["2x4"]
     assert two["exchange_s"] > 0
     # The stem, two in each of four blocks, and three shortcuts, each forwards and backwards.

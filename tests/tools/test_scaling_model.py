@@ -12,6 +12,7 @@ from scaling_model import (
     SMALL,
     Link,
     buckets,
+    doubts,
     expected_slowest,
     fitted,
     link_of,
@@ -116,3 +117,31 @@ def test_a_better_link_is_a_shorter_step() -> None:
 def test_one_rank_exchanges_nothing() -> None:
     there = project(parts(), LINK, 1)
     assert there.step == pytest.approx(0.1 + 1.0 + 0.05)
+
+
+def test_parts_below_zero_beyond_their_noise_are_not_projected_from() -> None:
+    assert doubts(parts()) == []
+    within = parts(statistics_s=-0.01, noise_s={"statistics": 0.02})
+    assert doubts(within) == []
+    assert project(within, LINK, 2).statistics == 0
+    beyond = parts(statistics_s=-0.1419, noise_s={"statistics": 0.02})
+    (why,) = doubts(beyond)
+    assert why == "statistics is -141.9 ms, below zero by more than its noise of 20.0 ms"
+    for ranks in (1, 2, 64):
+        with pytest.raises(ValueError, match="below zero by more than its noise"):
+            project(beyond, LINK, ranks)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"gradients_s": 0.7, "exchange_s": 0.2}, "more than their whole exchange"),
+        ({"rest_s": 0.9}, "which no part explains"),
+        ({"rest_s": -0.4}, "rest is -400.0 ms"),
+        ({"compute_s": float("nan")}, "compute is nan ms"),
+    ],
+)
+def test_parts_that_contradict_each_other_are_not_projected_from(
+    more: dict[str, float], why: str
+) -> None:
+    assert any(why in doubt for doubt in doubts(parts(**more)))
