@@ -17,6 +17,7 @@ PACKAGE = ROOT / "dist_train"
 LEVELS = [
     {"errors"},
     {"os_advice", "cgroup", "file_locks", "main_guard"},
+    {"shared_memory"},
     {"config", "console"},
     {"data"},
     {"models"},
