@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -21,6 +22,9 @@ from dist_train.safe_text import printable
 
 if TYPE_CHECKING:
     from dist_train.data.roi import OutlineColour
+
+#: What ``tempfile`` says.
+NO_TEMPORARY_FOLDER = "No usable temporary directory"
 
 app = typer.Typer(
     help="From raw, labelled, imbalanced 3D clips to a trained, calibrated 3D CNN.",
@@ -465,6 +469,8 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except OSError as error:
         # The disk and its permissions are the user's too; a full one may name no file.
+        if NO_TEMPORARY_FOLDER in str(error):
+            _fail(f"{error.strerror or error}. Set TMPDIR to a folder that can be written to.", 1)
         fix = advice(error)
         if error.filename is None and fix is None:
             raise
@@ -492,8 +498,9 @@ def _leave_launch(code: int = 0) -> None:
     the code that it was to end with.
     """
     if "WORLD_SIZE" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with suppress(OSError):
+                stream.flush()
         os._exit(code)
 
 

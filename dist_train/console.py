@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -75,6 +75,21 @@ def _lines(title: str) -> Report:
         now, reached = time.monotonic(), 10 * done // max(total, 1)
         if reached > tenth or now - shown >= 30:
             shown, tenth = now, reached
-            print(f"{title}: {done}/{total}  {figures}".rstrip(), file=sys.stdout, flush=True)
+            try:
+                print(f"{title}: {done}/{total}  {figures}".rstrip(), file=sys.stdout, flush=True)
+            except OSError as error:
+                _go_on_without_output(title, error)
 
     return report
+
+
+def _go_on_without_output(title: str, error: OSError) -> None:
+    """A reader of the progress that has seen enough, as ``head -1``, is no reason to stop the work,
+    which may have taken days."""
+    warning = f"WARNING: standard output is closed ({error.strerror}); {title} goes on without it"
+    with suppress(OSError):
+        print(warning, file=sys.stderr, flush=True)
+    # What is still in the buffer, and whatever comes, goes nowhere.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

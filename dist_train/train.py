@@ -8,7 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -601,7 +601,10 @@ class Trainer:
 
 
 def _memory(device: torch.device) -> Values:
-    values: Values = {"memory/host_mb": psutil.Process().memory_info().rss / 2**20}
+    values: Values = {"memory/host_mb": None}
+    # Without /proc it is not known.
+    with suppress(psutil.Error, OSError):
+        values["memory/host_mb"] = psutil.Process().memory_info().rss / 2**20
     if device.type == "cuda":
         values["memory/device_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
     return values

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "dist_train"
 LEVELS = [
     {"errors", "safe_text"},
     {"os_advice", "cgroup", "file_locks", "main_guard"},
-    {"plain_yaml"},
+    {"shared_memory", "plain_yaml"},
     {"config", "console", "quiet"},
     {"data"},
     {"models"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import threading
 from collections.abc import Callable, Iterator
@@ -21,8 +22,10 @@ from dist_train.data.dataset import ClipDataset
 from dist_train.data.fetch import Fetch, Place, Tasks, begin_worker
 from dist_train.data.handed_over import HandedOver
 from dist_train.data.sampler import Slot
-from dist_train.errors import DistTrainError
+from dist_train.errors import DistTrainError, MachineError
 from dist_train.main_guard import end_if_run_again
+from dist_train.os_advice import ADVICE, open_files
+from dist_train.shared_memory import within_open_files, workers_started
 
 # Not fork: the parent holds threads (gloo, NCCL, OpenMP) and open files.
 START_METHOD = "forkserver"
@@ -31,6 +34,10 @@ START_METHOD = "forkserver"
 PATIENCE = 300.0
 # Seconds within which the fork server tells of a death.
 NEWS = 1.0
+
+# That this process has open for each worker.
+OPEN_FILES = 4
+WITHOUT = "set loader.workers=0"
 
 # A ``LentBatch`` arrives as the ``Batch`` that it holds.
 Fetched = Batch | DistTrainError
@@ -46,6 +53,7 @@ class Loader:
     sampler knows its rank already.
 
     Raises:
+        MachineError: so many workers cannot be started here.
         DistTrainError: while iterating: a clip cannot be read, or a worker died, found no memory,
             or spent ``PATIENCE`` seconds on one clip. It names the clip.
     """
@@ -55,10 +63,19 @@ class Loader:
     ) -> None:
         end_if_run_again()
         self._many = settings.workers > 0
+        fitting = within_open_files(settings.workers, OPEN_FILES)
+        if self._many and fitting < settings.workers:
+            raise MachineError(
+                f"{settings.workers} loader workers need more open files than the limit of "
+                f"{open_files()}, which is enough for {fitting}",
+                where="loader.workers",
+                fix=ADVICE[errno.EMFILE],
+            )
         context = multiprocessing.get_context(START_METHOD)
         # The server imports once what each worker would import anew.
         context.set_forkserver_preload([__name__])
-        places = context.RawArray(Place, settings.workers) if self._many else None
+        with workers_started(WITHOUT):
+            places = context.RawArray(Place, settings.workers) if self._many else None
         arena = arena_of_memory() if self._many else None
         self._fetch = Fetch(dataset, places, arena, PATIENCE)
         self._slots = HandedOver(batches)
@@ -100,7 +117,8 @@ class Loader:
         # One loader at a time, so that it knows its own workers.
         with _starting:
             others = multiprocessing.active_children()
-            batches: Iterator[Fetched] = iter(self._fetched)
+            with workers_started(WITHOUT):
+                batches: Iterator[Fetched] = iter(self._fetched)
             self._workers = [p for p in multiprocessing.active_children() if p not in others]
         return batches
 

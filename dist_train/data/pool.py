@@ -15,6 +15,10 @@ from typing import TypeVar
 from dist_train.cgroup import processes_at_once
 from dist_train.errors import StoreError
 from dist_train.main_guard import FIX, WHAT, end_if_run_again, were_unguarded
+from dist_train.shared_memory import within_open_files, workers_started
+
+# That this process has open for each worker.
+OPEN_FILES = 3
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -34,7 +38,7 @@ def each_done(
         StoreError: a worker died.
     """
     end_if_run_again()
-    workers = workers or processes_at_once()
+    workers = within_open_files(workers or processes_at_once(), OPEN_FILES)
     todo = iter(items)
     first = list(islice(todo, 2))
     todo = chain(first, todo)
@@ -43,7 +47,9 @@ def each_done(
         return
     # Not fork: the parent may hold threads and locks (progress bars, Arrow, OpenMP).
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
+    with workers_started("give --workers 1"):
+        executor = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
+    with executor as pool:
         running: set[Future[Result]] = set()
         started: list[BaseProcess] = []
         try:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from dist_train.cgroup import processes_at_once
-from dist_train.data.pool import end_with_parent
+from dist_train.data.pool import OPEN_FILES, end_with_parent
 from dist_train.errors import StoreError
 from dist_train.main_guard import FIX, WHAT, end_if_run_again, were_unguarded
+from dist_train.shared_memory import within_open_files
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -92,7 +93,7 @@ def supervised(
     again: deque[_Run[Item]] = deque()
     idle: list[_Worker[Item, Result]] = []
     busy: list[_Worker[Item, Result]] = []
-    size = workers or processes_at_once()
+    size = within_open_files(workers or processes_at_once(), OPEN_FILES)
     try:
         while True:
             while len(busy) < size and (run := again.popleft() if again else next(todo, None)):

@@ -53,9 +53,11 @@ from dist_train.data.clog_loss_facts import (
     TIER1_SHARE,
 )
 from dist_train.data.files import is_plain, read_json, write_whole, written_whole
+from dist_train.data.pool import OPEN_FILES
 from dist_train.data.roi import Box
 from dist_train.errors import ConfigError, FileError, StoreError
 from dist_train.main_guard import end_if_run_again
+from dist_train.shared_memory import within_open_files, workers_started
 
 # Written into synth.json: a folder made by another version of the drawing is refused.
 FORMAT: Final = 1
@@ -480,7 +482,7 @@ def _write_videos(
         for index in indices
         if not (folder / filename(index)).exists()
     ]
-    workers = min(workers or processes_at_once(), len(jobs))
+    workers = within_open_files(min(workers or processes_at_once(), len(jobs)), OPEN_FILES)
     done = len(indices) - len(jobs)
     for _ in _finished(jobs, workers):
         done += 1
@@ -498,9 +500,10 @@ def _finished(jobs: list[_Job], workers: int) -> Iterator[None]:
         return
     end_if_run_again()
     # 'spawn' because a forked child inherits the locks of the threads of FFmpeg and OpenCV.
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,)
-    )
+    with workers_started("give --workers 1"):
+        pool = ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,)
+        )
     try:
         for future in as_completed([pool.submit(_make_video, *job) for job in jobs]):
             yield future.result()
