@@ -180,9 +180,11 @@ def test_the_mapping_is_fitted_on_val_and_told(run: Path, new_clips: Path, tmp_p
     assert json.loads((run / "calibration.json").read_text())["method"] == "none", "four positives"
     wide = pd.concat([table[table["split"] == "val"]] * 10, ignore_index=True)
     odds = logit(np.random.default_rng(0).uniform(0.02, 0.98, len(wide)))
+    wide["key"] = [f"clip {number}" for number in range(len(wide))]
     wide["label"] = (np.random.default_rng(1).random(len(wide)) < expit(odds)).astype(int)
     wide["probability"] = prior_correct(expit(4 * odds), wide["label"].mean(), 0.25)
     wide.to_csv(run / "predictions.csv", index=False)
+    (run / "predictions.json").unlink()
     assert len(wide) == 10 * len(val)
     new = pd.read_csv(predict(run, store=new_clips, out=tmp_path / "new", prior=0.1))
     told = Calibration.model_validate_json((tmp_path / "new" / "calibration.json").read_text())
@@ -411,7 +413,7 @@ def test_rejected_clips_of_the_test_split_are_in_its_submission(tmp_path: Path) 
     (tmp_path / "raw").mkdir()
     rows = ["filename,label,split"]
     for number, name in enumerate(names):
-        clip = np.full((4, 16, 16), 40 + 100 * (number % 2), np.uint8)
+        clip = np.full((4, 16, 16), 40 + number + 100 * (number % 2), np.uint8)
         np.save(tmp_path / "raw" / f"{name}.npy", clip)
         split = "test" if number < 4 else "val" if number < 8 else "train"
         rows.append(f"{name}.npy,{number % 2},{split}")

@@ -397,11 +397,12 @@ def test_unreadable_files_are_named(finished: Path, name: str, content: str) -> 
         write_report(finished)
 
 
-@pytest.mark.parametrize("figure", ["mcc", "auc", "ece_calibrated", "threshold", "clips"])
+@pytest.mark.parametrize("figure", ["mcc", "auc", "calibrated", "threshold", "clips"])
 def test_a_forged_evaluation_is_not_reported(finished: Path, figure: str) -> None:
     path = finished / "evaluation.json"
     said = json.loads(path.read_text())
-    path.write_text(json.dumps(said | {figure: said[figure] + 1 if figure == "clips" else 0.99}))
+    other: dict[str, object] = {"clips": said["clips"] + 1, "calibrated": said["raw"]}
+    path.write_text(json.dumps(said | {figure: other.get(figure, 0.99)}))
     with pytest.raises(RunError, match=r"evaluation\.json beside it is of other predictions"):
         write_report(finished)
 
