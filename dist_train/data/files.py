@@ -12,6 +12,7 @@ import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -129,7 +130,7 @@ def new_file(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "wb")
 
 
-def open_plain(path: Path) -> IO[bytes]:
+def open_plain(path: Path) -> BufferedReader:
     """Open a plain file, or a link to one, for binary reading; a FIFO is not waited for.
 
     Raises:
@@ -288,7 +289,7 @@ def crc32c_of_file(path: Path) -> int:
     """
     crc, piece = 0, np.empty(PIECE, np.uint8)
     with open_plain(path) as file:
-        while size := file.readinto(piece.data):  # type: ignore[attr-defined]
+        while size := file.readinto(piece.data):
             crc = google_crc32c.extend(crc, piece[:size])
     return crc
 
