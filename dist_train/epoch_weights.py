@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from dist_train.config import Config
 from dist_train.data.files import write_whole
+from dist_train.data.plain import read_plain
 from dist_train.data.plan import Plan
 from dist_train.data.weight_table import read_weights
 from dist_train.engine.backends.base import Backend
@@ -15,6 +16,7 @@ from dist_train.engine.together import on_main
 from dist_train.errors import PlanError
 from dist_train.run import RunData
 
+MOST_BYTES = 2**31
 #: The name of a table, by the first step of the epoch.
 KEPT = re.compile(r"step-[0-9]+\.csv")
 
@@ -59,7 +61,7 @@ class EpochWeights:
             if not kept.exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_whole(kept, self.table.read_bytes())
-            return kept.read_bytes()
+            return read_plain(kept, most=MOST_BYTES)
         except OSError as error:
             where = error.filename or self.table
             raise PlanError(f"cannot be read ({error.strerror})", where=where) from error

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
 import os
 import platform
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
@@ -336,14 +338,30 @@ def open_run(run: Path) -> Config:
             where=run,
             fix="Train one with 'dist-train train', or check the path.",
         )
-    try:
-        check_plain(run / CONFIG, most=MOST_OF_CONFIG)
-    except OSError as error:
-        raise RunError(f"cannot be read ({error.strerror})", where=run / CONFIG) from None
-    config, record = load_config(run / CONFIG), open_record(run)
+    config, record = read_settings(run), open_record(run)
     if "settings" in record:
         _check_settings(run, config, record["settings"])
+    elif not record:
+        log.warning("%s: there is no %s to compare the settings with", run, RECORD)
     return config
+
+
+def read_settings(run: Path) -> Config:
+    """The content of ``config.yaml``.
+
+    Raises:
+        RunError: it is no plain file, or nested too deeply.
+        ConfigError: it is no file of settings.
+    """
+    path = run / CONFIG
+    try:
+        check_plain(path, most=MOST_OF_CONFIG)
+        return load_config(path)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunError(
+            f"the settings cannot be read ({reason})", where=path, fix="Restore them from a copy"
+        ) from None
 
 
 def open_record(run: Path) -> dict[str, Any]:
@@ -369,6 +387,26 @@ def _check_settings(run: Path, config: Config, settings: dict[str, Any]) -> None
         )
 
 
+def _lock_file(path: Path) -> IO[bytes]:
+    """Open the lock; a link is not followed, and a pipe not waited for.
+
+    Raises:
+        RunError: there is something else of that name.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        # A link is ELOOP, a folder EISDIR.
+        file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR):
+            raise
+        raise RunError("is not the lock of a run", where=path, fix="Move it away") from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise RunError("is not the lock of a run", where=path, fix="Move it away")
+    return file
+
+
 @contextmanager
 def only_session(run: Path) -> Iterator[None]:
     """Make the run's folder and keep a second training out of it.
@@ -379,7 +417,7 @@ def only_session(run: Path) -> Iterator[None]:
         RunError: another training is at work in it.
     """
     run.mkdir(parents=True, exist_ok=True)
-    with (run / LOCK).open("w") as file:
+    with _lock_file(run / LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -427,8 +465,10 @@ def _check_record(content: dict[str, Any]) -> None:
         if not (isinstance(rates[name], float) and 0 < rates[name] < 1):
             raise ValueError(f"its positive rates are {rates}")
     sessions = content["sessions"]
-    if not (isinstance(sessions, list) and all(isinstance(one, dict) for one in sessions)):
-        raise ValueError("its sessions are no list of objects")
+    if not (isinstance(sessions, list) and all(map(_is_session, sessions))):
+        raise ValueError("its sessions are no list of sessions")
+    if not isinstance(content.get("parameters", 0), int):
+        raise ValueError("its number of parameters is no number")
     if "store" in content:
         store = content["store"]
         texts = (store["path"], store["content"])
@@ -438,6 +478,14 @@ def _check_record(content: dict[str, Any]) -> None:
             and all(type(number) is int for number in numbers)
         ):
             raise ValueError("it does not say what the store held")
+
+
+def _is_session(one: Any) -> bool:
+    return (
+        isinstance(one, dict)
+        and isinstance(one.get("resumed_from_step"), int | None)
+        and isinstance(one.get("changed", []), list)
+    )
 
 
 def _write_record(run: Path, record: dict[str, Any]) -> None:

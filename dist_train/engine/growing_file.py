@@ -14,7 +14,9 @@ class GrowingFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        # A pipe in its place is an error, and not waited for.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK
+        self._descriptor = os.open(path, flags, 0o666)
         self._size = os.fstat(self._descriptor).st_size
         self._waiting: list[bytes] = []
 
