@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dist_train.config import Config
 from dist_train.data.files import write_whole
+from dist_train.data.plain import read_plain
 from dist_train.data.plan import Plan
 from dist_train.data.weight_table import read_weights
 from dist_train.engine.backends.base import Backend
@@ -17,6 +18,7 @@ from dist_train.errors import PlanError
 from dist_train.os_advice import blame_machine
 from dist_train.run import RunData
 
+MOST_BYTES = 2**31
 #: The name of a table, by the first step of the epoch.
 FOLDER = "weights"
 KEPT = re.compile(r"step-[0-9]+\.csv")
@@ -67,7 +69,7 @@ class EpochWeights:
             if not kept.exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_whole(kept, self.table.read_bytes())
-            return kept.read_bytes()
+            return read_plain(kept, most=MOST_BYTES)
         except OSError as error:
             where = error.filename or self.table
             blame_machine(error, where)

@@ -18,6 +18,7 @@ from torch import nn
 
 from dist_train.config import Config
 from dist_train.data.files import write_whole
+from dist_train.data.plain import MIB, parse_object, read_plain
 from dist_train.data.plan import Plan
 from dist_train.engine.backends.base import Backend
 from dist_train.engine.foreach import by_dtype
@@ -346,8 +347,12 @@ class _Note:
     def read(self) -> int | None:
         """The most clips of a micro-batch; None where nothing is known."""
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            return int(content["clips"]) if content["of"] == self.of else None
+            content = parse_object(read_plain(self.path, most=MIB))
+            if content["of"] != self.of:
+                return None
+            if type(content["clips"]) is not int or content["clips"] < 1:
+                raise ValueError(f"its number of clips is {content['clips']}")
+            return int(content["clips"])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:

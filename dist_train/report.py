@@ -21,12 +21,16 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 
 from dist_train.data.files import write_whole
+from dist_train.data.plain import MIB, parse_object, read_plain
 from dist_train.engine import metrics
 from dist_train.engine.checkpoint import by_step
+from dist_train.engine.events import METRICS
+from dist_train.engine.events import MOST_BYTES as MOST_OF_METRICS
 from dist_train.errors import RunError
 from dist_train.evaluate import Evaluation, evaluate, how_calibrated, read_predictions, rows
 from dist_train.prediction_origin import check_origin
-from dist_train.run_folder import EVALUATION, PREDICTIONS
+from dist_train.run import open_record
+from dist_train.run_folder import CONFIG, EVALUATION, PREDICTIONS
 
 Strips = Callable[[str], NDArray[np.uint8]]
 Record = dict[str, Any]
@@ -166,12 +170,11 @@ def read_run(run: Path) -> Run:
         check_origin(run)
         evaluation = _evaluated_again(run)
         predictions = _evaluated(run / PREDICTIONS, evaluation)
-    settings = run / "config.yaml"
     return Run(
         path=run,
-        steps=_read_steps(run / "metrics.jsonl"),
-        info=_read_info(run / "run.json"),
-        settings=settings.read_text(encoding="utf-8") if settings.is_file() else None,
+        steps=_read_steps(run / METRICS),
+        info=open_record(run),
+        settings=_read_text(run / CONFIG) if os.path.lexists(run / CONFIG) else None,
         predictions=predictions,
         evaluation=evaluation,
         snapshots=len(by_step(run / "snapshots", ".safetensors")),
@@ -179,15 +182,17 @@ def read_run(run: Path) -> Run:
 
 
 def _read_steps(path: Path) -> list[Record]:
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise RunError("the run has no metrics", where=path, fix="Train it with `dist-train train`")
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = _read(path, MOST_OF_METRICS).splitlines(keepends=True)
     steps: dict[int, Record] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            steps[int(record["step"])] = record
-        except (ValueError, TypeError, KeyError) as error:
+            record = parse_object(line)
+            if type(record["step"]) is not int or not all(map(_is_figure, record.values())):
+                raise ValueError("it holds what is no number")
+            steps[record["step"]] = record
+        except (ValueError, KeyError) as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 break  # the run is still writing this line
             raise RunError(
@@ -200,25 +205,34 @@ def _read_steps(path: Path) -> list[Record]:
     return [steps[step] for step in sorted(steps)]
 
 
-def _read_info(path: Path) -> Record:
-    if not path.is_file():
-        return {}
+def _is_figure(value: object) -> bool:
+    """A number that can be drawn, or null."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value is None
+    return -1e300 < value < 1e300
+
+
+def _read(path: Path, most: int) -> bytes:
     try:
-        info = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise RunError("this is not JSON", where=path, fix="Restore or delete the file") from error
-    if not isinstance(info, dict):
-        raise RunError("this is not a JSON object", where=path, fix="Restore or delete the file")
-    return info
+        return read_plain(path, most=most)
+    except OSError as error:
+        raise RunError(f"cannot be read ({error.strerror})", where=path) from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return _read(path, MIB).decode()
+    except UnicodeDecodeError as error:
+        raise RunError(f"this is no text ({error})", where=path) from None
 
 
 def _read_evaluation(path: Path) -> Evaluation:
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise RunError(
             "the predictions are not evaluated", where=path, fix="Run `dist-train evaluate` first"
         )
     try:
-        return Evaluation.model_validate_json(path.read_bytes())
+        return Evaluation.model_validate_json(_read(path, MIB))
     except ValidationError as error:
         raise RunError(
             "this is not an evaluation", where=path, fix="Run `dist-train evaluate` again"

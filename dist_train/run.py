@@ -364,14 +364,30 @@ def open_run(run: Path) -> Config:
             where=run,
             fix="Train one with 'dist-train train', or check the path.",
         )
-    try:
-        check_plain(run / CONFIG, most=MOST_OF_CONFIG)
-    except OSError as error:
-        raise RunError(f"cannot be read ({error.strerror})", where=run / CONFIG) from None
-    config, record = load_config(run / CONFIG), open_record(run)
+    config, record = read_settings(run), open_record(run)
     if "settings" in record:
         _check_settings(run, config, record["settings"])
+    elif not record:
+        log.warning("%s: there is no %s to compare the settings with", run, RECORD)
     return config
+
+
+def read_settings(run: Path) -> Config:
+    """The content of ``config.yaml``.
+
+    Raises:
+        RunError: it is no plain file, or nested too deeply.
+        ConfigError: it is no file of settings.
+    """
+    path = run / CONFIG
+    try:
+        check_plain(path, most=MOST_OF_CONFIG)
+        return load_config(path)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunError(
+            f"the settings cannot be read ({reason})", where=path, fix="Restore them from a copy"
+        ) from None
 
 
 def open_record(run: Path) -> dict[str, Any]:
@@ -457,8 +473,10 @@ def _check_record(content: dict[str, Any]) -> None:
         if not (isinstance(rates[name], float) and 0 < rates[name] < 1):
             raise ValueError(f"its positive rates are {rates}")
     sessions = content["sessions"]
-    if not (isinstance(sessions, list) and all(isinstance(one, dict) for one in sessions)):
-        raise ValueError("its sessions are no list of objects")
+    if not (isinstance(sessions, list) and all(map(_is_session, sessions))):
+        raise ValueError("its sessions are no list of sessions")
+    if not isinstance(content.get("parameters", 0), int):
+        raise ValueError("its number of parameters is no number")
     if "store" in content:
         store = content["store"]
         texts = (store["path"], store["content"])
@@ -468,6 +486,14 @@ def _check_record(content: dict[str, Any]) -> None:
             and all(type(number) is int for number in numbers)
         ):
             raise ValueError("it does not say what the store held")
+
+
+def _is_session(one: Any) -> bool:
+    return (
+        isinstance(one, dict)
+        and isinstance(one.get("resumed_from_step"), int | None)
+        and isinstance(one.get("changed", []), list)
+    )
 
 
 def _write_record(run: Path, record: dict[str, Any]) -> None:

@@ -244,6 +244,14 @@ class RunState:
         self.ema.load(state)
 
     def _check(self, path: Path, facts: dict[str, Any], plan: Plan) -> None:
+        try:
+            self._check_same(path, facts, plan)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"its facts are not those of a run ({error!r})", where=path
+            ) from None
+
+    def _check_same(self, path: Path, facts: dict[str, Any], plan: Plan) -> None:
         if facts["model"] != self.model:
             names = sorted(self.model.keys() | facts["model"].keys())
             changed = [

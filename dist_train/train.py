@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.batches import Batches
-from dist_train.config import Config, changes, config_text, load_config
+from dist_train.config import Config, changes, config_text
 from dist_train.data.ahead import on_device
 from dist_train.data.collate import Batch
 from dist_train.data.files import write_whole
@@ -55,6 +55,7 @@ from dist_train.run import (
     note_checkpoint,
     only_session,
     open_data,
+    read_settings,
     write_splits,
 )
 from dist_train.run_folder import (
@@ -286,8 +287,8 @@ class Trainer:
         """Against those of the session before, for the log and the record: what must not change is
         refused with the checkpoint, and the rest is the user's to change, but not unawares."""
         try:
-            before = load_config(self.config.out / CONFIG)
-        except ConfigError as error:
+            before = read_settings(self.config.out)
+        except (ConfigError, RunError) as error:
             log.warning("the settings of the session before are not known: %s", error)
             return []
         changed = changes(before, self.config)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_train.data.files import crc32c
+from dist_train.data.plain import MIB, parse_object, read_plain
 from dist_train.engine.tensor_file import sum_of_file
 from dist_train.errors import CheckpointError
 from dist_train.os_advice import blame_machine
@@ -30,6 +31,7 @@ from dist_train.os_advice import blame_machine
 MARKER = "checkpoint.json"
 #: A disk that cannot read one checkpoint may well read an older one.
 DAMAGE = (errno.EIO,)
+MOST_OF_MARKER = 64 * MIB
 log = logging.getLogger(__name__)
 
 
@@ -125,9 +127,9 @@ def read_marker(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, damaged or foreign.
     """
     try:
-        text = (path / MARKER).read_text(encoding="utf-8")
-        marker = json.loads(text)
-        if not isinstance(marker, dict) or seal(_unsealed(marker)) != text:
+        text = read_plain(path / MARKER, most=MOST_OF_MARKER).decode()
+        marker = parse_object(text)
+        if seal(_unsealed(marker)) != text:
             raise ValueError(f"{MARKER} is damaged, or not of this form")
         if path.name != f"step-{marker['step']}":
             raise ValueError(f"{MARKER} is of step {marker['step']}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping
 from itertools import compress
@@ -13,12 +14,15 @@ from pathlib import Path
 from types import TracebackType
 
 from dist_train.data.files import write_whole
+from dist_train.data.plain import read_plain
 from dist_train.engine import board
 from dist_train.engine.growing_file import GrowingFile
 from dist_train.engine.superseded import append_aside
 
 METRICS = "metrics.jsonl"
 BOARD = "tensorboard"
+#: Some ten million steps.
+MOST_BYTES = 2**33
 log = logging.getLogger(__name__)
 
 
@@ -37,8 +41,8 @@ class EventWriter:
 
     def __init__(self, run: Path, *, after: int) -> None:
         path = run / METRICS
-        if path.exists():
-            lines = path.read_bytes().splitlines(keepends=True)
+        if os.path.lexists(path):
+            lines = read_plain(path, most=MOST_BYTES).splitlines(keepends=True)
             kept = [_is_whole(line, after) for line in lines]
             if not all(kept):
                 # Aside first: a kill in between leaves them in both places.
@@ -113,5 +117,5 @@ def _is_whole(line: bytes, last: int) -> bool:
     """Whether it is of a step up to ``last``. A kill or a bad disk may leave half a line."""
     try:
         return line.endswith(b"\n") and bool(json.loads(line)["step"] <= last)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
