@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dist_train.config import Config, load_config
+from dist_train.config import Config, last_of_each, load_config
 from dist_train.engine.backends import make_backend
 from dist_train.engine.backends.base import Backend, autocast
 from dist_train.engine.graphs import UNRECORDED, make_micro_step
@@ -22,7 +22,7 @@ PLAIN = ("model.name=resnet3d-10", "model.width=16", "train.precision=fp32")
 
 
 def config_of(*settings: str) -> Config:
-    return load_config(None, ["store=none", *PLAIN, *settings])
+    return load_config(None, last_of_each(["store=none", *PLAIN, *settings]))
 
 
 def gradients(config: Config, *, shared: bool = False) -> list[torch.Tensor]:

@@ -80,6 +80,7 @@ def settings(record: Record) -> list[str]:
         f"plan.batch={BATCH}",
         f"train.epochs={epochs}",
         f"train.precision={precision}",
+        f"train.device={'cpu' if record.device == 'cpu' else 'cuda'}",
         "checkpoint.every_steps=4",
         f"snapshots.at=[{epochs}]",
     ]
