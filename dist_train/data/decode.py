@@ -308,16 +308,16 @@ def _load_numpy(file: IO[bytes]) -> np.ndarray:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if not is_zip:
-        return _read_npy(file, size)
+        return read_npy(file, size)
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if len(members) != 1:
             raise ValueError(f"holds {len(members)} arrays, one is needed")
         with archive.open(members[0]) as member:
-            return _read_npy(member, members[0].file_size)
+            return read_npy(member, members[0].file_size)
 
 
-def _read_npy(file: IO[bytes], size: int) -> np.ndarray:
+def read_npy(file: IO[bytes], size: int) -> np.ndarray:
     """An array in NumPy's format (NEP 1), refused before memory is taken for more than is there.
 
     Args:

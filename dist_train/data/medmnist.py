@@ -7,13 +7,14 @@ The form: ``{train,val,test}_images`` uint8 [N, D, H, W] and ``{train,val,test}_
 from __future__ import annotations
 
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from dist_train.cgroup import usable_memory
+from dist_train.data.decode import read_npy
 from dist_train.data.manifest import SPLITS
 from dist_train.data.types import Volume
 from dist_train.errors import StoreError
@@ -31,10 +32,16 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("not an npz archive")
-        with np.load(path, allow_pickle=False) as arrays:
+        with zipfile.ZipFile(path) as archive:
+            _check_room(archive)
             for split in SPLITS:
-                labels = arrays[f"{split}_labels"].reshape(-1)
-                images = arrays[f"{split}_images"]
+                labels = _array(archive, f"{split}_labels").reshape(-1)
+                images = _array(archive, f"{split}_images")
+                if images.ndim not in (4, 5) or images.dtype.kind not in "ub":
+                    raise ValueError(
+                        f"{split}_images are {images.dtype} {list(images.shape)}, not uint8 "
+                        "[N, depth, height, width]"
+                    )
                 if len(labels) != len(images):
                     raise ValueError(f"{split} has {len(images)} images, {len(labels)} labels")
                 for number, (label, image) in enumerate(zip(labels, images, strict=True)):
@@ -44,7 +51,10 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
                     volumes.append(image)
         if not rows:
             raise ValueError("it holds no images")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    # On damaged bytes the parsers raise whatever they stumble over.
+    except MemoryError:
+        raise
+    except Exception as error:
         blame_machine(error, path)
         raise StoreError(
             f"is not a MedMNIST file ({error})",
@@ -52,6 +62,21 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
             fix="It needs {train,val,test}_images and {train,val,test}_labels.",
         ) from None
     return pd.DataFrame(rows), volumes
+
+
+def _check_room(archive: zipfile.ZipFile) -> None:
+    """Refuse what would not fit into memory, where all arrays are at once, before any is unpacked:
+    an archive may be a thousandth of what it unpacks to."""
+    needed = sum(member.file_size for member in archive.infolist())
+    if needed > usable_memory():
+        raise ValueError(f"it unpacks to {needed} bytes, more than there is memory")
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Without pickles, and with no more values than the archive says that it holds."""
+    member = archive.getinfo(f"{name}.npy")
+    with archive.open(member) as file:
+        return read_npy(file, member.file_size)
 
 
 def _row(file: str, split: str, number: int, label: int) -> dict[str, Any]:
