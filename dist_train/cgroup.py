@@ -67,6 +67,16 @@ def usable_cpus(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float:
     return min([float(len(os.sched_getaffinity(0))), *quotas])
 
 
+def usable_memory(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int:
+    """Bytes of memory that this machine has, and no more than the limit of its groups."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    values = (
+        *group_values("memory.max", root, membership),
+        *group_values("memory.limit_in_bytes", root, membership, "memory"),
+    )
+    return min([*limits, *(int(value) for value in values if value != "max")])
+
+
 def processes_at_once() -> int:
     """As many as there are CPUs to use, and 1 at the least."""
     return max(1, int(usable_cpus()))

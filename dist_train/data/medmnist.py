@@ -7,13 +7,13 @@ The form: ``{train,val,test}_images`` uint8 [N, D, H, W] and ``{train,val,test}_
 from __future__ import annotations
 
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from dist_train.cgroup import usable_memory
 from dist_train.data.files import open_plain
 from dist_train.data.manifest import SPLITS
 from dist_train.data.types import Volume
@@ -36,9 +36,15 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
             if not zipfile.is_zipfile(file):
                 raise ValueError("not an npz archive")
             archive = zipfile.ZipFile(file)
+            _check_room(archive)
             for split in SPLITS:
                 labels = _array(archive, f"{split}_labels").reshape(-1)
                 images = _array(archive, f"{split}_images")
+                if images.ndim not in (4, 5) or images.dtype.kind not in "ub":
+                    raise ValueError(
+                        f"{split}_images are {images.dtype} {list(images.shape)}, not uint8 "
+                        "[N, depth, height, width]"
+                    )
                 if len(labels) != len(images):
                     raise ValueError(f"{split} has {len(images)} images, {len(labels)} labels")
                 for number, (label, image) in enumerate(zip(labels, images, strict=True)):
@@ -48,16 +54,10 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
                     volumes.append(image)
         if not rows:
             raise ValueError("it holds no images")
-    except (
-        FileError,
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        NotImplementedError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except MemoryError:
+        raise
+    # On damaged bytes the parsers raise whatever they stumble over.
+    except Exception as error:
         blame_machine(error, path)
         what = error.what if isinstance(error, FileError) else error
         raise StoreError(
@@ -68,11 +68,19 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
     return pd.DataFrame(rows), volumes
 
 
+def _check_room(archive: zipfile.ZipFile) -> None:
+    """Refuse what would not fit into memory, where all arrays are at once, before any is unpacked:
+    an archive may be a thousandth of what it unpacks to."""
+    needed = sum(member.file_size for member in archive.infolist())
+    if needed > usable_memory():
+        raise ValueError(f"it unpacks to {needed} bytes, more than there is memory")
+
+
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """An array of the archive, which is read by this process: no more than it holds is allocated.
 
     Raises:
-        ValueError: it is damaged, or too large.
+        ValueError: it is damaged.
         KeyError: it is not there.
     """
     member = archive.getinfo(f"{name}.npy")
@@ -80,7 +88,7 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         with archive.open(member) as file:
             return read_npy(file, member.file_size)
     except MemoryError:
-        raise ValueError(f"{name} takes more memory than there is") from None
+        raise
     # On damaged bytes the parsers raise whatever they stumble over.
     except Exception as error:
         raise ValueError(f"{name}: {reason_of(error)}") from None

@@ -33,6 +33,7 @@ from make_media import (
 )
 
 from dist_train import cli
+from dist_train.data import medmnist
 from dist_train.data.class_folders import manifest_from_folders
 from dist_train.data.decode import Video
 from dist_train.data.job import JOB, Part, read_job
@@ -969,6 +970,11 @@ def test_medmnist_of_other_content_is_refused(tmp_path: Path) -> None:
         ({"val_labels": None}, "val_labels"),
         ({"val_labels": np.full((3, 1), 2)}, "label 2 of val image 0 is not 0 or 1"),
         ({"test_labels": np.ones((9, 1))}, "test has 2 images, 9 labels"),
+        ({"val_images": np.zeros((3, 4, 5), np.uint8)}, r"val_images are uint8 \[3, 4, 5\]"),
+        ({"val_images": np.zeros((3, 4, 5, 6))}, "val_images are float64"),
+        ({"val_images": np.array([None] * 3)}, "Object arrays cannot be loaded"),
+        ({"val_labels": np.array(1)}, "val has 3 images, 1 labels"),
+        ({"val_labels": np.array([[{}]])}, "Object arrays cannot be loaded"),
     ],
 )
 def test_not_the_medmnist_form(tmp_path: Path, changed: dict[str, object], message: str) -> None:
@@ -994,6 +1000,36 @@ def test_a_medmnist_file_that_says_it_is_large(tmp_path: Path) -> None:
         for name, content in members.items():
             archive.writestr(name, content)
     with pytest.raises(StoreError, match=r"val_images: declares 10000000000000 bytes"):
+        prepare_npz(path, tmp_path / "store")
+
+
+def test_a_medmnist_file_that_unpacks_to_more_than_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own word, which is checked before anything is unpacked; and where that is a lie, no
+    more is unpacked than it said."""
+    path = small_medmnist(tmp_path / "a.npz")
+    with monkeypatch.context() as little:
+        little.setattr(medmnist, "usable_memory", lambda: 1000)
+        with pytest.raises(StoreError, match="bytes, more than there is memory"):
+            prepare_npz(path, tmp_path / "store")
+    content = path.read_bytes()
+    # The central directory's entry of val_images has its size unpacked 22 bytes before its name.
+    place = content.rindex(b"val_images.npy") - 22
+    assert content[place : place + 4] == (128 + 3 * 4 * 5 * 6).to_bytes(4, "little")
+    path.write_bytes(content[:place] + (200).to_bytes(4, "little") + content[place + 4 :])
+    with pytest.raises(
+        StoreError, match=r"Bad CRC-32 for file|declares 360 bytes of values, holds 72"
+    ):
+        prepare_npz(path, tmp_path / "store")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for split in ("train", "val", "test"):
+            with archive.open(f"{split}_images.npy", "w") as member:
+                np.lib.format.write_array_header_1_0(
+                    member, {"shape": (2**40, 4, 5, 6), "fortran_order": False, "descr": "|u1"}
+                )
+            archive.writestr(f"{split}_labels.npy", b"")
+    with pytest.raises(StoreError, match="is not a MedMNIST file"):
         prepare_npz(path, tmp_path / "store")
 
 

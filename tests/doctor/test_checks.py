@@ -16,7 +16,7 @@ import torch
 from helpers import environment
 from rich.console import Console
 
-from dist_train.cgroup import group_values
+from dist_train.cgroup import group_values, usable_memory
 from dist_train.doctor.cpus import judge_cpus, usable_cpus
 from dist_train.doctor.devices import check_devices, judge_absence, judge_device
 from dist_train.doctor.disk import check_disk
@@ -169,6 +169,11 @@ def test_a_quota_of_a_container_is_cpus(tmp_path: Path, version: str) -> None:
     else:
         (own / "cpu.max").write_text("50000 100000\n")
     assert usable_cpus(root, member) == 0.5
+    memory = {"1": "memory/memory.limit_in_bytes"}.get(version, f"{own.name}/memory.max")
+    limit = (root if version == "1" else own.parent) / memory
+    limit.parent.mkdir(exist_ok=True)
+    limit.write_text("123456789\n")
+    assert usable_memory(root, member) == 123456789
     # That of the group itself, if it is seen, holds beside it.
     (own / "docker" / "ab12").mkdir(parents=True)
     if version != "1":
