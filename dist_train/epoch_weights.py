@@ -7,8 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from dist_train.config import Config
-from dist_train.data.files import write_whole
-from dist_train.data.plain import read_plain
+from dist_train.data.files import read_plain, write_whole
 from dist_train.data.plan import Plan
 from dist_train.data.weight_table import read_weights
 from dist_train.engine.backends.base import Backend
@@ -69,7 +68,7 @@ class EpochWeights:
             if not kept.exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_whole(kept, self.table.read_bytes())
-            return read_plain(kept, most=MOST_BYTES)
+            return read_plain(kept, most_bytes=MOST_BYTES)
         except OSError as error:
             where = error.filename or self.table
             blame_machine(error, where)

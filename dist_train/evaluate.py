@@ -10,11 +10,10 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
-from dist_train.data.files import write_whole
-from dist_train.data.plain import read_plain
+from dist_train.data.files import read_plain, write_whole
 from dist_train.engine import metrics
 from dist_train.engine.calibration import Calibration, Reliability, reliability_of
-from dist_train.errors import ConfigError, RunError
+from dist_train.errors import ConfigError, FileError, RunError
 from dist_train.prediction_origin import AGAIN, check_table
 
 COLUMNS = (
@@ -149,9 +148,9 @@ def read_predictions(path: Path) -> pd.DataFrame:
             "there are no predictions", where=path, fix="Make them with `dist-train predict`"
         )
     try:
-        content = read_plain(path, most=MOST_BYTES)
-    except OSError as error:
-        raise RunError(f"cannot be read ({error.strerror})", where=path, fix=AGAIN) from None
+        content = read_plain(path, most_bytes=MOST_BYTES)
+    except FileError as error:
+        raise RunError(error.what, where=path, fix=AGAIN) from None
     check_table(path, content)
     try:
         frame = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)

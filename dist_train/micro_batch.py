@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ import torch
 from torch import nn
 
 from dist_train.config import Config
-from dist_train.data.files import write_whole
-from dist_train.data.plain import MIB, parse_object, read_plain
+from dist_train.data.files import MIB, parse_object, read_plain, reason_of, write_whole
 from dist_train.data.plan import Plan
 from dist_train.engine.backends.base import Backend
 from dist_train.engine.foreach import by_dtype
@@ -346,17 +346,17 @@ class _Note:
 
     def read(self) -> int | None:
         """The most clips of a micro-batch; None where nothing is known."""
+        if not os.path.lexists(self.path):
+            return None
         try:
-            content = parse_object(read_plain(self.path, most=MIB))
+            content = parse_object(read_plain(self.path, most_bytes=MIB))
             if content["of"] != self.of:
                 return None
             if type(content["clips"]) is not int or content["clips"] < 1:
                 raise ValueError(f"its number of clips is {content['clips']}")
             return int(content["clips"])
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s is left aside: %s", self.path, error)
+        except (DistTrainError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is left aside: %s", self.path, reason_of(error))
             return None
 
     def drop(self) -> None:

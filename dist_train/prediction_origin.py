@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_train.data.files import crc32c, write_whole
-from dist_train.data.plain import MIB, parse_object, read_plain
+from dist_train.data.files import MIB, crc32c, parse_object, read_plain, reason_of, write_whole
 from dist_train.engine.checkpoint import by_step
-from dist_train.errors import RunError
+from dist_train.errors import FileError, RunError
 from dist_train.run_folder import PREDICTIONS, SNAPSHOT, SNAPSHOTS
 from dist_train.snapshots import sum_in_header
 
@@ -55,16 +55,15 @@ def read_origin(predictions: Path) -> dict[str, Any] | None:
         RunError: it cannot be read.
     """
     path = origin_file(predictions)
+    if not os.path.lexists(path):
+        return None
     try:
-        origin = parse_object(read_plain(path, most=MIB))
+        origin = parse_object(read_plain(path, most_bytes=MIB))
         sums = [origin["table"], *filter(lambda crc: crc is not None, origin["snapshots"].values())]
         if not all(type(crc) is int for crc in sums) or not isinstance(origin["store"], str):
             raise ValueError("it does not say what the predictions were made from")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise RunError(f"cannot be read ({reason})", where=path, fix=AGAIN) from None
+    except (FileError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"cannot be read ({reason_of(error)})", where=path, fix=AGAIN) from None
     return origin
 
 

@@ -20,13 +20,12 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 
-from dist_train.data.files import write_whole
-from dist_train.data.plain import MIB, parse_object, read_plain
+from dist_train.data.files import MIB, parse_object, read_plain, write_whole
 from dist_train.engine import metrics
 from dist_train.engine.checkpoint import by_step
 from dist_train.engine.events import METRICS
 from dist_train.engine.events import MOST_BYTES as MOST_OF_METRICS
-from dist_train.errors import RunError
+from dist_train.errors import FileError, RunError
 from dist_train.evaluate import Evaluation, evaluate, how_calibrated, read_predictions, rows
 from dist_train.prediction_origin import check_origin
 from dist_train.run import open_record
@@ -214,9 +213,9 @@ def _is_figure(value: object) -> bool:
 
 def _read(path: Path, most: int) -> bytes:
     try:
-        return read_plain(path, most=most)
-    except OSError as error:
-        raise RunError(f"cannot be read ({error.strerror})", where=path) from None
+        return read_plain(path, most_bytes=most)
+    except FileError as error:
+        raise RunError(error.what, where=path) from None
 
 
 def _read_text(path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import platform
@@ -28,19 +27,27 @@ from dist_train.data.augment_device import augmented_batch
 from dist_train.data.augment_original import OriginalAugment
 from dist_train.data.dataset import ClipDataset
 from dist_train.data.duplicates import duplicates_across, find_duplicates, refuse_duplicates
-from dist_train.data.files import crc32c, open_lock, write_whole
+from dist_train.data.files import (
+    MIB,
+    check_plain,
+    is_sealed,
+    open_lock,
+    parse_object,
+    read_plain,
+    reason_of,
+    sealed,
+    write_whole,
+)
 from dist_train.data.native import NativeClips
-from dist_train.data.plain import MIB, check_plain, parse_object, read_plain
 from dist_train.data.plan import Plan, make_plan
 from dist_train.data.select import check_splits, choose_clips
 from dist_train.data.store import MARKER, Store
 from dist_train.data.weights import Floats
 from dist_train.engine.superseded import set_aside
-from dist_train.errors import ConfigError, RunError, StoreError
+from dist_train.errors import ConfigError, FileError, RunError, StoreError
 from dist_train.file_locks import go_on_unlocked
 from dist_train.models.norm import fuse
 from dist_train.models.registry import build_model
-from dist_train.os_advice import blame_machine
 from dist_train.run_folder import CONFIG, RECORD
 from dist_train.run_splits import (
     MOST_BYTES,
@@ -281,14 +288,13 @@ def write_splits(run: Path, data: RunData) -> dict[str, Any]:
     """
     path, store = run / SPLITS, data.store
     text = splits_text(store.table, data.clips)
+    is_there = os.path.lexists(path)
     try:
-        there = read_plain(path, most=MOST_BYTES)
-    except FileNotFoundError:
-        there = None
-    except OSError:
-        there = b""
-    if there != text.encode():
-        if there is not None:
+        is_same = is_there and read_plain(path, most_bytes=MOST_BYTES) == text.encode()
+    except FileError:
+        is_same = False
+    if not is_same:
+        if is_there:
             log.warning("%s is moved to %s: it is not of this run", path, set_aside(run, path))
         write_whole(path, text)
     return {
@@ -381,12 +387,13 @@ def read_settings(run: Path) -> Config:
     """
     path = run / CONFIG
     try:
-        check_plain(path, most=MOST_OF_CONFIG)
+        check_plain(path, most_bytes=MOST_OF_CONFIG)
         return load_config(path)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+    except (FileError, ValueError) as error:
         raise RunError(
-            f"the settings cannot be read ({reason})", where=path, fix="Restore them from a copy"
+            f"the settings cannot be read ({reason_of(error)})",
+            where=path,
+            fix="Restore them from a copy",
         ) from None
 
 
@@ -450,16 +457,14 @@ def read_record(run: Path) -> dict[str, Any]:
     """
     path = run / RECORD
     try:
-        content = parse_object(read_plain(path, most=MOST_OF_RECORD))
-        own = content.pop("crc32c", None)
-        if own != _sum_of(content) and (own is not None or "store" in content):
+        content = parse_object(read_plain(path, most_bytes=MOST_OF_RECORD))
+        if content.keys() & {"crc32c", "store"} and not is_sealed(content):
             raise ValueError("it is not as it was written")
+        content.pop("crc32c", None)
         _check_record(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        blame_machine(error, path)
-        reason = error.strerror if isinstance(error, OSError) else error
+    except (FileError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"the record of the run cannot be read ({reason})",
+            f"the record of the run cannot be read ({reason_of(error)})",
             where=path,
             fix="Restore it from a copy, or go on with the run by --resume auto, which writes it "
             "anew.",
@@ -497,11 +502,7 @@ def _is_session(one: Any) -> bool:
 
 
 def _write_record(run: Path, record: dict[str, Any]) -> None:
-    write_whole(run / RECORD, json.dumps(record | {"crc32c": _sum_of(record)}, indent=2))
-
-
-def _sum_of(record: dict[str, Any]) -> int:
-    return crc32c(json.dumps(record, sort_keys=True).encode())
+    write_whole(run / RECORD, sealed(record))
 
 
 def begin_session(run: Path, facts: dict[str, Any], session: dict[str, Any]) -> None:

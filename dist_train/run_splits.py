@@ -8,15 +8,15 @@ that no clip that was trained on is ever called held-out.
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dist_train.data.files import crc32c
-from dist_train.data.plain import read_plain
-from dist_train.errors import RunError
+from dist_train.data.files import crc32c, read_plain, reason_of
+from dist_train.errors import FileError, RunError
 
 SPLITS = "splits.csv"
 COLUMNS = ["key", "label", "split", "crc32c"]
@@ -51,8 +51,10 @@ def read_splits(run: Path, facts: dict[str, Any]) -> pd.DataFrame | None:
         RunError: it cannot be read, or is not the table that was written.
     """
     path = run / SPLITS
+    if not os.path.lexists(path):
+        return None
     try:
-        content = read_plain(path, most=MOST_BYTES)
+        content = read_plain(path, most_bytes=MOST_BYTES)
         if crc32c(content) != facts["crc32c"]:
             raise ValueError("it is not as it was written")
         table = pd.read_csv(
@@ -62,12 +64,9 @@ def read_splits(run: Path, facts: dict[str, Any]) -> pd.DataFrame | None:
         ).astype({"label": np.int64, "crc32c": np.int64})
         if list(table.columns) != COLUMNS or not set(table["split"]) <= NAMES:
             raise ValueError("it is no table of splits")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+    except (FileError, ValueError, KeyError) as error:
         raise RunError(
-            f"the run's table of splits cannot be used ({reason})",
+            f"the run's table of splits cannot be used ({reason_of(error)})",
             where=path,
             fix="Restore it from a copy, or delete it: it is made again from the store, if that "
             "is still the same.",

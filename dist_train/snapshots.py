@@ -22,11 +22,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dist_train.config import Config
-from dist_train.data.files import write_whole
-from dist_train.data.plain import check_plain, parse_object
+from dist_train.data.files import check_plain, parse_object, reason_of, write_whole
 from dist_train.engine.checkpoint import by_step
 from dist_train.engine.superseded import set_aside
-from dist_train.errors import RunError
+from dist_train.errors import FileError, RunError
 from dist_train.os_advice import blame_machine
 from dist_train.run import model_facts
 from dist_train.run_folder import SNAPSHOT, SNAPSHOTS
@@ -98,9 +97,9 @@ def load_snapshot(path: Path) -> Snapshot:
         if crc is not None and crc != sum_of_weights(weights, facts):
             raise ValueError("the weights are not as they were written")
         check_finite(weights)
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+    except (FileError, OSError, SafetensorError, ValueError, RuntimeError) as error:
         blame_machine(error, path)
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         raise RunError(f"the snapshot cannot be used ({reason})", where=path, fix=DAMAGED) from None
     if crc is None:
         log.warning(
@@ -126,9 +125,9 @@ def sum_in_header(path: Path) -> int | None:
         check_plain(path)
         with safe_open(path, framework="pt") as file:
             return _read_metadata(file.metadata() or {})[1]
-    except (OSError, SafetensorError, ValueError) as error:
+    except (FileError, OSError, SafetensorError, ValueError) as error:
         blame_machine(error, path)
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)
         raise RunError(f"the snapshot cannot be used ({reason})", where=path, fix=DAMAGED) from None
 
 

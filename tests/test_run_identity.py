@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 from helpers import said, tiny_config, tiny_npz, tiny_store
 
+from dist_train.data.files import sealed
 from dist_train.data.prepare import prepare_npz
-from dist_train.engine.checkpoint import read_marker, seal
+from dist_train.engine.checkpoint import read_marker
 from dist_train.errors import CheckpointError, DistTrainError, RunError, StoreError
 from dist_train.predict import predict
 from dist_train.run import RunData, _write_record, open_data, open_run, open_run_data, read_record
@@ -182,7 +183,7 @@ def test_a_run_of_an_earlier_version_is_split_anew_and_says_so(
     for marker in (copy / "checkpoints").glob("*/checkpoint.json"):
         content = read_marker(marker.parent)
         del content["facts"]["content"]
-        marker.write_text(seal(content))
+        marker.write_text(sealed(content))
     with caplog.at_level(logging.WARNING):
         assert splits_of(open_run_data(copy, open_run(copy), store_path=home / "S")) == before
     assert "does not say what its store held" in caplog.text

@@ -17,9 +17,10 @@ from dist_train.data.container import (
     open_container,
     shown_frames,
 )
+from dist_train.data.files import reason_of
 from dist_train.data.frame import Frame, read_frame
 from dist_train.data.orientation import AS_IT_IS, Orientation
-from dist_train.data.undecodable import reason_of, too_large
+from dist_train.data.undecodable import too_large
 from dist_train.errors import DecodeError
 from dist_train.os_advice import ADVICE, blame_machine
 

@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -20,12 +20,13 @@ from typing import IO, Any
 import google_crc32c
 import numpy as np
 
-from dist_train.errors import FileError
+from dist_train.errors import DistTrainError, FileError
 from dist_train.os_advice import blame_machine
 
 PARTIAL = ".partial"
+MIB = 1 << 20
 # Bounds of what is read as JSON: no file of this program comes near them.
-MOST_JSON = 64 << 20
+MOST_JSON = 64 * MIB
 MOST_DEPTH = 64
 # Bytes that are read at a time for a checksum.
 PIECE = 1 << 20
@@ -142,11 +143,36 @@ def open_plain(path: Path) -> BufferedReader:
     return os.fdopen(plain_descriptor(path, os.O_RDONLY), "rb")
 
 
-def read_plain(path: Path, *, most_bytes: int) -> bytes:
+def reason_of(error: BaseException) -> str:
+    """What an error says, on one line, without the name of the file."""
+    if isinstance(error, DistTrainError):
+        return error.what
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
+
+
+def check_plain(path: Path, *, most_bytes: int | None = None) -> None:
+    """Raise FileError unless a plain file, or a link to one, is there, and not longer: for what a
+    library opens by its name, and would wait for where it is a FIFO."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        blame_machine(error, path)
+        raise FileError(f"cannot be read ({error.strerror})", where=path) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise FileError(f"is {_kind(found.st_mode)}, not a plain file", where=path)
+    if most_bytes is not None and found.st_size > most_bytes:
+        raise FileError(f"is longer than {most_bytes} bytes", where=path)
+
+
+def read_plain(path: Path, *, most_bytes: int, but: Container[int] = ()) -> bytes:
     """The content of a plain file of at most so many bytes.
+
+    Args:
+        but: as of ``blame_machine``.
 
     Raises:
         FileError: it is missing, something else, longer, or cannot be read.
+        MachineError: it cannot be read, and the file is not to blame.
     """
     try:
         with open_plain(path) as file:
@@ -154,7 +180,7 @@ def read_plain(path: Path, *, most_bytes: int) -> bytes:
                 raise FileError(f"is longer than {most_bytes} bytes", where=path)
             return file.read()
     except OSError as error:
-        blame_machine(error, path)
+        blame_machine(error, path, but=but)
         raise FileError(f"cannot be read ({error.strerror})", where=path) from None
 
 
@@ -186,7 +212,19 @@ def _text(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, sort_keys=True)
 
 
-def parse_json(content: bytes) -> Any:
+def parse_object(content: bytes | str) -> dict[str, Any]:
+    """``parse_json`` of a JSON object.
+
+    Raises:
+        ValueError: it is none.
+    """
+    parsed = parse_json(content)
+    if not isinstance(parsed, dict):
+        raise ValueError("it is not a JSON object")
+    return parsed
+
+
+def parse_json(content: bytes | str) -> Any:
     """JSON in which no object has a name twice, all numbers are finite, and depth is bounded.
 
     Raises:

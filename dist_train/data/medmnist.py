@@ -14,12 +14,11 @@ import numpy as np
 import pandas as pd
 
 from dist_train.cgroup import usable_memory
-from dist_train.data.files import open_plain
+from dist_train.data.files import open_plain, reason_of
 from dist_train.data.manifest import SPLITS
 from dist_train.data.types import Volume
-from dist_train.data.undecodable import reason_of
 from dist_train.data.volume_file import read_npy
-from dist_train.errors import FileError, StoreError
+from dist_train.errors import StoreError
 from dist_train.os_advice import blame_machine
 
 
@@ -59,9 +58,8 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
     # On damaged bytes the parsers raise whatever they stumble over.
     except Exception as error:
         blame_machine(error, path)
-        what = error.what if isinstance(error, FileError) else error
         raise StoreError(
-            f"is not a MedMNIST file ({what})",
+            f"is not a MedMNIST file ({reason_of(error)})",
             where=path,
             fix="It needs {train,val,test}_images and {train,val,test}_labels.",
         ) from None

@@ -5,11 +5,6 @@ from __future__ import annotations
 from dist_train.errors import DecodeError
 
 
-def reason_of(error: Exception) -> str:
-    """What the operating system or a decoder says, on one line."""
-    return " ".join(str(getattr(error, "strerror", None) or error).split())
-
-
 def too_large(where: object) -> DecodeError:
     return DecodeError(
         "takes more memory to decode than it may",

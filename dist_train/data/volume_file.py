@@ -11,10 +11,11 @@ from typing import IO, Any
 
 import numpy as np
 
+from dist_train.data.files import reason_of
 from dist_train.data.grey import to_8_bits
 from dist_train.data.tiff import read_tiff, tiff_values
 from dist_train.data.types import Volume
-from dist_train.data.undecodable import reason_of, too_large
+from dist_train.data.undecodable import too_large
 from dist_train.errors import DecodeError
 from dist_train.os_advice import blame_machine
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import heapq
-import json
 import logging
 import re
 import stat
@@ -22,10 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_train.data.files import crc32c
-from dist_train.data.plain import MIB, parse_object, read_plain
+from dist_train.data.files import MIB, parse_object, read_plain, sealed
 from dist_train.engine.tensor_file import sum_of_file
-from dist_train.errors import CheckpointError
+from dist_train.errors import CheckpointError, FileError
 from dist_train.os_advice import blame_machine
 
 MARKER = "checkpoint.json"
@@ -113,13 +111,6 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def seal(content: Mapping[str, Any]) -> str:
-    """The text of a marker. No other text is one of the same content, and it has its own crc32c."""
-    text = json.dumps(content, indent=2, sort_keys=True)
-    sealed = {**content, "crc32c": crc32c(text.encode())}
-    return json.dumps(sealed, indent=2, sort_keys=True)
-
-
 def read_marker(path: Path) -> dict[str, Any]:
     """The marker of a checkpoint, whose files are not looked at.
 
@@ -127,9 +118,9 @@ def read_marker(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, damaged or foreign.
     """
     try:
-        text = read_plain(path / MARKER, most=MOST_OF_MARKER).decode()
+        text = read_plain(path / MARKER, most_bytes=MOST_OF_MARKER, but=DAMAGE).decode()
         marker = parse_object(text)
-        if seal(_unsealed(marker)) != text:
+        if sealed(_unsealed(marker)) != text:
             raise ValueError(f"{MARKER} is damaged, or not of this form")
         if path.name != f"step-{marker['step']}":
             raise ValueError(f"{MARKER} is of step {marker['step']}")
@@ -138,9 +129,9 @@ def read_marker(path: Path) -> dict[str, Any]:
             raise ValueError(f"{MARKER} does not name one file of each process")
         if not isinstance(marker["facts"], dict):
             raise ValueError(f"{MARKER} has no facts")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        blame_machine(error, path, but=DAMAGE)
-        raise CheckpointError(f"the checkpoint is not whole ({error})", where=path) from None
+    except (FileError, ValueError, KeyError, TypeError) as error:
+        why = f"{MARKER} {error.what}" if isinstance(error, FileError) else error
+        raise CheckpointError(f"the checkpoint is not whole ({why})", where=path) from None
     return _unsealed(marker)
 
 

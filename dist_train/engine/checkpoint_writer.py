@@ -21,8 +21,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dist_train.data.files import PARTIAL, aside_for, sync_folder, write_whole
-from dist_train.engine.checkpoint import MARKER, by_step, rank_file, read_marker, seal
+from dist_train.data.files import PARTIAL, aside_for, sealed, sync_folder, write_whole
+from dist_train.engine.checkpoint import MARKER, by_step, rank_file, read_marker
 from dist_train.engine.checkpoint_keep import Keep, Metrics, to_remove
 from dist_train.engine.host_buffers import HostBuffers
 from dist_train.engine.superseded import set_aside
@@ -140,7 +140,7 @@ class CheckpointWriter:
             return
         for entry in marker["files"]:
             _check_seen(aside / entry["name"], entry["size"])
-        write_whole(aside / MARKER, seal(marker))
+        write_whole(aside / MARKER, sealed(marker))
         # A killed session may have left shares of a larger world.
         for path in aside.iterdir():
             keep = {MARKER, *map(rank_file, range(self._group.world))}

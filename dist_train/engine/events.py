@@ -13,8 +13,7 @@ from operator import not_
 from pathlib import Path
 from types import TracebackType
 
-from dist_train.data.files import write_whole
-from dist_train.data.plain import read_plain
+from dist_train.data.files import read_plain, write_whole
 from dist_train.engine import board
 from dist_train.engine.growing_file import GrowingFile
 from dist_train.engine.superseded import append_aside
@@ -42,7 +41,7 @@ class EventWriter:
     def __init__(self, run: Path, *, after: int) -> None:
         path = run / METRICS
         if os.path.lexists(path):
-            lines = read_plain(path, most=MOST_BYTES).splitlines(keepends=True)
+            lines = read_plain(path, most_bytes=MOST_BYTES).splitlines(keepends=True)
             kept = [_is_whole(line, after) for line in lines]
             if not all(kept):
                 # Aside first: a kill in between leaves them in both places.

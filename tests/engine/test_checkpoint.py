@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from thread_group import Threads, on_each_rank
 from torch import Tensor
 
-from dist_train.engine.checkpoint import MARKER, load_checkpoint, newest_whole, seal, share
+from dist_train.data.files import sealed
+from dist_train.engine.checkpoint import MARKER, load_checkpoint, newest_whole, share
 from dist_train.engine.checkpoint_keep import Keep
 from dist_train.engine.checkpoint_writer import CheckpointWriter
 from dist_train.errors import CheckpointError
@@ -154,7 +155,7 @@ def change_a_fact(path: Path) -> None:
 def reseal(path: Path, **changes: object) -> None:
     content = json.loads((path / MARKER).read_text())
     del content["crc32c"]
-    (path / MARKER).write_text(seal({**content, **changes}))
+    (path / MARKER).write_text(sealed({**content, **changes}))
 
 
 def lose_the_facts(path: Path) -> None:
