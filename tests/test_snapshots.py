@@ -104,7 +104,9 @@ def test_finite_weights_with_infinite_outputs_replace_nothing(run: Path) -> None
     weights["head.weight"].fill_(torch.finfo(torch.float32).max)
     save_snapshot(snapshot_of(run), weights, facts)
     before = (run / "predictions.csv").read_bytes()
-    with pytest.raises(RunError, match=r"the snapshot gives \d+ of \d+ outputs that are not finite"):
+    with pytest.raises(
+        RunError, match=r"the snapshot gives \d+ of \d+ outputs that are not finite"
+    ):
         predict(run)
     assert (run / "predictions.csv").read_bytes() == before
 

@@ -141,12 +141,13 @@ def _read_table(text: bytes) -> pd.DataFrame:
 
 
 def settings_before(out: Path) -> dict[str, Any] | None:
-    """The settings that the store in ``out`` is being made with; None if none is begun there.
-
-    Raises:
-        StoreError: what tells of it is damaged.
-    """
-    return _read_made_from(out / JOB)["settings"] if (out / JOB).exists() else None
+    """The settings that the store in ``out`` is being made with; None where nothing tells of it."""
+    try:
+        settings: dict[str, Any] = _read_made_from(out / JOB)["settings"]
+    except StoreError:
+        # ``writing`` refuses a folder that holds something else.
+        return None
+    return settings
 
 
 def read_rejects(shard: Shard) -> pd.DataFrame:

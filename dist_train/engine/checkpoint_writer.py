@@ -30,7 +30,6 @@ from dist_train.engine.tensor_file import write_tensors
 from dist_train.engine.together import Group, OfSomeRankError, together
 from dist_train.errors import CheckpointError
 
-OWN = re.compile(rf"rank-[0-9]+\.safetensors|{re.escape(MARKER)}({re.escape(PARTIAL)})?")
 log = logging.getLogger(__name__)
 #: Files of a checkpoint; hidden ones are those of file systems (.nfs0001).
 OWN = re.compile(r"rank-[0-9]+\.safetensors|checkpoint\.json\.partial|\..*")
@@ -172,8 +171,7 @@ def _make_way(final: Path, *, foreign: bool) -> None:
 
 def _is_ours(path: Path) -> bool:
     """Whether a folder holds nothing but files that a checkpoint has."""
-    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {""}
-    return all(name == MARKER or OWN.fullmatch(name) for name in names)
+    return path.is_dir() and all(map(_is_own, path.iterdir()))
 
 
 def _write_share(aside: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -188,7 +186,7 @@ def _write_share(aside: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[
 
 def _is_own(path: Path) -> bool:
     """Whether it is a file of a checkpoint, or a marker that was not finished."""
-    return bool(OWN.fullmatch(path.name)) or aside_for(path) == MARKER
+    return path.name == MARKER or bool(OWN.fullmatch(path.name)) or aside_for(path) == MARKER
 
 
 def _clear(aside: Path) -> None:
