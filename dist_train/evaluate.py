@@ -24,6 +24,7 @@ COLUMNS = (
     "frames",
 )
 
+PREDICTIONS = "predictions.csv"
 CALIBRATION = "calibration.json"
 
 _EXPECTED = {
@@ -193,6 +194,15 @@ def val_clips(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities and labels, float64 [N] each, of the labelled val clips of a table."""
     val = frame[(frame["split"] == "val") & frame["label"].notna()]
     return val["probability"].to_numpy(), val["label"].to_numpy()
+
+
+def val_threshold(
+    calibration: Calibration, probability: metrics.Floats, label: metrics.Floats
+) -> float:
+    """Of the best MCC on val clips, as ``evaluate`` fits it; 0.5 where they lack a class."""
+    if len(np.unique(label)) < 2:
+        return 0.5
+    return metrics.best_threshold(calibration.apply(probability), label)
 
 
 def read_calibration(path: Path) -> Calibration | None:

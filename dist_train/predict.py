@@ -19,11 +19,16 @@ from dist_train.data.loader import Loader
 from dist_train.data.sampler import HeldOutSampler
 from dist_train.data.store import Store
 from dist_train.engine.backends.base import autocast
-from dist_train.engine.calibration import Calibration, fit
+from dist_train.engine.calibration import fit
 from dist_train.engine.checkpoint import by_step
-from dist_train.engine.metrics import best_threshold
 from dist_train.errors import ConfigError, RunError
-from dist_train.evaluate import CALIBRATION, read_predictions, val_clips
+from dist_train.evaluate import (
+    CALIBRATION,
+    PREDICTIONS,
+    read_predictions,
+    val_clips,
+    val_threshold,
+)
 from dist_train.infer import held_out_logits
 from dist_train.micro_batch import most_clips
 from dist_train.run import (
@@ -37,7 +42,6 @@ from dist_train.run import (
 )
 from dist_train.state import SNAPSHOT
 
-PREDICTIONS = "predictions.csv"
 SUBMISSION = "submission.csv"
 Progress = Callable[[int, int], None]
 
@@ -104,6 +108,7 @@ def predict(
     probability = _mean_probability(config, snapshots, source, chosen, progress)
     val = _val_clips(run, chosen, probability, own=store is None)
     calibration = fit(*val, batches_share=rates["train_batches"], prior=world)
+    calibration = calibration.model_copy(update={"snapshots": tuple(p.name for p in snapshots)})
     calibrated = calibration.apply(probability)
     table = pd.DataFrame(
         {
@@ -121,7 +126,7 @@ def predict(
     write_whole(out / PREDICTIONS, table.to_csv(index=False))
     write_whole(out / CALIBRATION, calibration.model_dump_json(indent=2) + "\n")
     if threshold is None:
-        threshold = _threshold(calibration, *val)
+        threshold = val_threshold(calibration, *val)
     submission = pd.DataFrame(
         {"filename": table["filename"], "stalled": (calibrated > threshold).astype(int)}
     )
@@ -203,10 +208,3 @@ def _val_clips(
     if not (run / PREDICTIONS).is_file():
         return np.empty(0), np.empty(0)
     return val_clips(read_predictions(run / PREDICTIONS))
-
-
-def _threshold(calibration: Calibration, probability: np.ndarray, label: np.ndarray) -> float:
-    """Of the best MCC on the val split, as in ``evaluate``; 0.5 where that lacks a class."""
-    if len(np.unique(label)) < 2:
-        return 0.5
-    return best_threshold(calibration.apply(probability), label)

@@ -21,7 +21,7 @@ LEVELS = [
     {"models"},
     {"engine"},
     {"run", "infer", "state", "epoch_weights", "micro_batch", "outputs"},
-    {"fresh_statistics"},
+    {"fresh_statistics", "exported"},
     {"batches", "judge"},
     {"train", "predict", "export", "evaluate", "report", "doctor"},
     {"cli"},
