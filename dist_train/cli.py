@@ -396,15 +396,16 @@ def export(
     out: Annotated[Path, typer.Option(help="Safetensors file to write.")],
     onnx: Annotated[Path | None, typer.Option(help="ONNX file to write as well.")] = None,
     step: Annotated[
-        int | None, typer.Option(min=1, help="Else the newest snapshot, else checkpoint.")
+        int | None, typer.Option(min=1, help="Of one snapshot or checkpoint; else all snapshots.")
     ] = None,
 ) -> None:
-    """Write a run's model as one file."""
+    """Write a run's model as one file: what 'predict' uses, all snapshots together."""
     from dist_train.export import export_run
 
     facts = export_run(run, out, onnx=onnx, step=step)
+    steps = ", ".join(map(str, facts["steps"]))
     for written in filter(None, (out, onnx)):
-        typer.echo(f"{facts['from']} of step {facts['step']} in {written}")
+        typer.echo(f"{facts['from']} of step {steps} in {written}")
 
 
 @app.command()

@@ -212,6 +212,15 @@ def val_clips(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return val["probability"].to_numpy(), val["label"].to_numpy()
 
 
+def val_threshold(
+    calibration: Calibration, probability: metrics.Floats, label: metrics.Floats
+) -> float:
+    """Of the best MCC on val clips, as ``evaluate`` fits it; 0.5 where they lack a class."""
+    if len(np.unique(label)) < 2:
+        return 0.5
+    return metrics.best_threshold(calibration.apply(probability), label)
+
+
 def read_calibration(path: Path) -> Calibration | None:
     """What ``predict`` wrote; None where it wrote none.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,13 +17,22 @@ from torch import Tensor, nn
 
 from dist_train.config import Config
 from dist_train.data.files import check_replaceable, write_whole
+from dist_train.engine.calibration import Calibration
 from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole
 from dist_train.errors import DistTrainError, RunError
+from dist_train.evaluate import (
+    CALIBRATION,
+    read_calibration,
+    read_predictions,
+    val_clips,
+    val_threshold,
+)
+from dist_train.exported import Ensemble
 from dist_train.fresh_statistics import statistics_of_run
 from dist_train.models.resnet3d import BasicBlock, Bottleneck, ConvNorm, ResNet3D
 from dist_train.os_advice import blame_machine
 from dist_train.run import make_model, open_record, open_run, open_run_data
-from dist_train.run_folder import CHECKPOINTS, SNAPSHOT, SNAPSHOTS
+from dist_train.run_folder import CHECKPOINTS, PREDICTIONS, SNAPSHOT, SNAPSHOTS
 from dist_train.snapshots import (
     check_facts,
     check_finite,
@@ -34,33 +43,56 @@ from dist_train.snapshots import (
 )
 from dist_train.state import JUDGED, judged_weights
 
+log = logging.getLogger(__name__)
+
 NEEDED_FOR_ONNX = ("onnx", "onnxscript")
 #: Of a protobuf message, and so of an ONNX file that holds its weights.
 MOST_BYTES = 2**31
 
 
+#: How a clip becomes the model's input; the same words in every file.
+PREPROCESSING = {
+    "channels": "one: grey, uint8, 0 black and 255 white; colour is converted when the store is "
+    "made, and an outline is cropped to if the store was made so",
+    "frames": "a clip of more than max_frames is cut to those in its middle, from frame "
+    "(frames - max_frames) // 2 on",
+    "resize": "each frame to size (height, width): area averaging along an axis that shrinks, then "
+    "bilinear along one that grows (OpenCV), rounded to uint8",
+    "scale": "divided by 255, to float32 of 0 to 1",
+    "padding": "clips of a batch are padded with frames at their end, which change nothing",
+}
+
+
 def export_run(
     run: Path, out: Path, *, onnx: Path | None = None, step: int | None = None
 ) -> dict[str, Any]:
-    """Write the model of a run: weights and BatchNorm statistics, from its newest snapshot, or
-    from its newest whole checkpoint where it has no snapshot.
+    """Write the model of a run, as ``predict`` uses it: all its snapshots in one file, whose
+    probabilities are averaged; where it has none, its newest whole checkpoint.
 
-    The ONNX model takes ``volumes``, float32 [B, 1, D, H, W] of 0 to 1, with the run's H and W, and
-    ``frames``, int64 [B], the true depth of each clip, from 1 to D. It gives ``logits``, float32
-    [B]; B and D are free. As in PyTorch, what padded frames hold does not matter.
+    ``load_exported`` reads the safetensors file. The ONNX model takes ``volumes``, float32
+    [B, 1, D, H, W] of 0 to 1, with the run's H and W, and ``frames``, int64 [B], the true depth of
+    each clip, from 1 to D. It gives ``probability``, float32 [B], the mean over the snapshots, and
+    ``logits``, float32 [B, snapshots]; B and D are free. As in PyTorch, what padded frames hold
+    does not matter.
 
     Args:
         out: the safetensors file to write.
         onnx: the ONNX file to write, if any.
-        step: take the snapshot, or else the checkpoint, of this step.
+        step: take the snapshot, or else the checkpoint, of this step alone. Then the names of the
+            tensors are those of the network, and there is no calibration.
 
     Returns:
-        The facts that both files carry as JSON under "facts" in their metadata: ``step``, ``from``
-        ("snapshot" or "checkpoint"), and what else a snapshot says of its weights; the ONNX file
-        has ``crc32c`` of the safetensors file's too.
+        The facts that both files carry as JSON under "facts" in their metadata: what a snapshot
+        says (``step``, the last, ``model``, ``clip``, ``store``, ``data``, and ``crc32c`` of the
+        safetensors file), ``steps``, ``from`` ("snapshots", "snapshot" or "checkpoint"),
+        ``networks`` (the prefix of each one's tensors), ``precision`` (in which ``predict``
+        computes), ``preprocessing``, ``positive_rate`` (of the training batches, and natural),
+        ``calibration`` (as calibration.json, with the prior; None if nothing was predicted) and
+        ``threshold`` (of the calibrated probability).
 
     Raises:
-        RunError: no run, no weights, weights that do not fit the run, or no ONNX here.
+        RunError: no run, no weights, weights that do not fit the run, no ONNX here, one name for
+            both files, or predictions of other snapshots.
         CheckpointError: the checkpoints that there are are damaged.
         FileError: ``out`` or ``onnx`` is there and is no plain file.
         OSError: a file cannot be written.
@@ -70,15 +102,66 @@ def export_run(
         check_replaceable(path)
     if onnx is not None:
         _need_onnx()
-    model, facts = _load(run, config, step)
+        if onnx.resolve() == out.resolve():
+            raise RunError(
+                "the safetensors and the ONNX file have the same name",
+                where=out,
+                fix="Give --out and --onnx different ones.",
+            )
+    found = _find(run, step)
+    record = open_record(run)
+    loaded = [_load(run, config, record, path, origin) for path, origin in found]
+    models = [model for model, _ in loaded]
+    steps = [at for _, at in loaded]
+    many = len(models) > 1
+    prefixes = [f"step-{at}/" for at in steps] if many else [""]
+    calibration, threshold = None, None
+    if step is None and found[0][1] == "snapshot":
+        calibration, threshold = _calibration(run, found)
+    content = record["store"]["content"] if "store" in record else None
+    facts = snapshot_facts(config, steps[-1], content) | {
+        "steps": steps,
+        "from": "snapshots" if many else found[0][1],
+        "networks": prefixes,
+        "precision": config.train.precision,
+        "preprocessing": PREPROCESSING,
+        "positive_rate": record.get("positive_rate"),
+        "calibration": None if calibration is None else calibration.model_dump(mode="json"),
+        "threshold": threshold,
+    }
     for path in filter(None, (out, onnx)):
         path.parent.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    contiguous = {
+        prefix + name: tensor.contiguous()
+        for prefix, model in zip(prefixes, models, strict=True)
+        for name, tensor in model.state_dict().items()
+    }
     save_snapshot(out, contiguous, facts)
     if onnx is not None:
-        crc = sum_of_weights(contiguous, facts)
-        write_whole(onnx, onnx_bytes(model, config.clip.size, facts | {"crc32c": crc}))
+        sealed = facts | {"crc32c": sum_of_weights(contiguous, facts)}
+        write_whole(onnx, onnx_bytes(models, config.clip.size, sealed))
     return facts
+
+
+def _calibration(
+    run: Path, found: Sequence[tuple[Path, str]]
+) -> tuple[Calibration | None, float | None]:
+    """What the run's predictions were calibrated by, and the threshold of its best MCC on val."""
+    calibration = read_calibration(run / CALIBRATION)
+    if calibration is None or not (run / PREDICTIONS).is_file():
+        log.warning(
+            "%s has no predictions, so the file has no calibration and no threshold: run "
+            "'dist-train predict' before",
+            run,
+        )
+        return None, None
+    if list(calibration.snapshots) != [path.name for path, _ in found]:
+        raise RunError(
+            "the run's predictions are of other snapshots than it has now",
+            where=run,
+            fix="Run 'dist-train predict' again, or name one by --step.",
+        )
+    return calibration, val_threshold(calibration, *val_clips(read_predictions(run / PREDICTIONS)))
 
 
 class PaddedInference(nn.Module):
@@ -132,27 +215,34 @@ def _clear(x: Tensor, real: Tensor) -> Tensor:
     return torch.where(real, x, 0.0)
 
 
-def onnx_bytes(model: nn.Module, size: tuple[int, int], facts: dict[str, Any]) -> bytes:
-    """A model as the content of an ONNX file; ``size`` is H and W of its clips.
+def onnx_bytes(models: Sequence[nn.Module], size: tuple[int, int], facts: dict[str, Any]) -> bytes:
+    """Models, whose probabilities are averaged, as the content of an ONNX file; ``size`` is H and W
+    of their clips.
 
     Raises:
-        RunError: the model has no ONNX form.
+        RunError: a model has no ONNX form, or they are too large for it.
     """
-    if not isinstance(model, ResNet3D):
-        raise RunError(f"{type(model).__name__} cannot be written as ONNX", fix="Leave out --onnx.")
-    if sum(tensor.nbytes for tensor in model.state_dict().values()) >= MOST_BYTES:
+    parts = []
+    for model in models:
+        if not isinstance(model, ResNet3D):
+            raise RunError(
+                f"{type(model).__name__} cannot be written as ONNX", fix="Leave out --onnx."
+            )
+        parts.append(PaddedInference(model))
+    if sum(t.nbytes for model in models for t in model.state_dict().values()) >= MOST_BYTES:
         raise RunError(
-            "the model is larger than the 2 GiB of an ONNX file", fix="Leave out --onnx."
+            "the model is larger than the 2 GiB of an ONNX file",
+            fix="Leave out --onnx, or take one snapshot of several by --step.",
         )
     # So deep that no axis has length 1 anywhere: the exporter would take that for a constant.
-    depth = 32 * model.stem_frame_stride + 1
+    depth = 32 * parts[0].model.stem_frame_stride + 1
     example = torch.zeros(2, 1, depth, *size), torch.full((2,), depth)
     with _quiet_exporter():
         program = torch.onnx.export(
-            PaddedInference(model).eval(),
+            Ensemble(parts).eval(),
             example,
             input_names=["volumes", "frames"],
-            output_names=["logits"],
+            output_names=["probability", "logits"],
             dynamic_shapes={"volumes": {0: "batch", 2: "depth"}, "frames": {0: "batch"}},
             dynamo=True,
             external_data=False,
@@ -165,11 +255,11 @@ def onnx_bytes(model: nn.Module, size: tuple[int, int], facts: dict[str, Any]) -
     return serialized
 
 
-def _load(run: Path, config: Config, step: int | None) -> tuple[nn.Module, dict[str, Any]]:
-    """The model with its weights, and where they are from."""
+def _load(
+    run: Path, config: Config, record: dict[str, Any], path: Path, origin: str
+) -> tuple[nn.Module, int]:
+    """The model with the weights of a snapshot or checkpoint, and their step."""
     model = make_model(config)
-    path, origin = _find(run, step)
-    record = open_record(run)
     try:
         if origin == "snapshot":
             weights, known, _ = load_snapshot(path)
@@ -186,8 +276,7 @@ def _load(run: Path, config: Config, step: int | None) -> tuple[nn.Module, dict[
     found = int(path.name.removeprefix("step-").removesuffix(SNAPSHOT))
     if origin == "checkpoint" and not any(name.startswith(JUDGED) for name in tensors):
         _renew_statistics(run, config, record, model, found)
-    content = record["store"]["content"] if "store" in record else None
-    return model.eval(), {"from": origin} | snapshot_facts(config, found, content)
+    return model.eval(), found
 
 
 def _renew_statistics(
@@ -215,17 +304,17 @@ def _renew_statistics(
     )
 
 
-def _find(run: Path, step: int | None) -> tuple[Path, str]:
-    """Where weights are, and whether that is a snapshot or a checkpoint."""
+def _find(run: Path, step: int | None) -> list[tuple[Path, str]]:
+    """Where weights are, oldest first, and whether that is a snapshot or a checkpoint."""
     snapshots = dict(by_step(run / SNAPSHOTS, SNAPSHOT))
     checkpoints = dict(by_step(run / CHECKPOINTS))
     if step is None and snapshots:
-        step = max(snapshots)
+        return [(snapshots[at], "snapshot") for at in sorted(snapshots)]
     if step in snapshots:
-        return snapshots[step], "snapshot"
+        return [(snapshots[step], "snapshot")]
     path = newest_whole(run / CHECKPOINTS) if step is None else checkpoints.get(step)
     if path is not None:
-        return path, "checkpoint"
+        return [(path, "checkpoint")]
     there = ", ".join(map(str, sorted(snapshots.keys() | checkpoints.keys())))
     raise RunError(
         "the run has no weights yet" if step is None else f"the run has no weights of step {step}",

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dist_train.config import Config
+from dist_train.data.files import reason_of
 from dist_train.engine.checkpoint import MARKER, by_step, load_checkpoint, newest_whole
-from dist_train.engine.ema import averaged
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, RunError
 from dist_train.run import make_model, model_facts
 from dist_train.run_folder import CHECKPOINTS, SNAPSHOT, SNAPSHOTS
+from dist_train.snapshots import load_snapshot
+from dist_train.state import judged_weights
 
 SETTING = "model.init"
 
@@ -79,22 +79,26 @@ def _read(path: Path, names: list[str]) -> tuple[dict[str, Tensor], dict[str, An
     if path.is_dir():
         tensors, marker = load_checkpoint(path)
         kept = {name for name in tensors if name.startswith("model/")}
-        own = averaged(tensors, names) if {f"model/{name}" for name in names} <= kept else {}
+        own = judged_weights(tensors, names) if {f"model/{name}" for name in names} <= kept else {}
         extra = {name.removeprefix("model/"): tensors[name] for name in kept}
         return extra | own, marker["facts"]["model"], int(marker["step"])
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        weights, facts, _ = load_snapshot(path)
         model, step = facts["model"], int(facts["step"])
         if not isinstance(model, dict):
             raise TypeError("its model is no list of settings")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (RunError, ValueError, KeyError, TypeError) as error:
         raise _refused(
             path,
-            f"it is no snapshot or export of dist-train, or is damaged ({error!r:.200})",
+            f"it is no snapshot or export of dist-train, or is damaged ({reason_of(error)})",
             "Make one by 'dist-train export'.",
         ) from None
+    if len(facts.get("networks", [""])) > 1:
+        raise _refused(
+            path,
+            f"it holds {len(facts['networks'])} networks",
+            "Export one of them by 'dist-train export --step', or name a snapshot.",
+        )
     return weights, model, step
 
 

@@ -13,15 +13,14 @@ import pandas as pd
 from dist_train.config import Config
 from dist_train.data.files import check_writable, write_whole
 from dist_train.data.store import REJECTED, Store
-from dist_train.engine.calibration import Calibration, fit
+from dist_train.engine.calibration import fit
 from dist_train.engine.checkpoint import by_step
 from dist_train.engine.lost_process import losses_explained
-from dist_train.engine.metrics import best_threshold
 from dist_train.engine.process_group import process_group
 from dist_train.engine.together import on_main
 from dist_train.ensemble import Progress, mean_probability
 from dist_train.errors import ConfigError, RunError
-from dist_train.evaluate import CALIBRATION, read_predictions, val_clips
+from dist_train.evaluate import CALIBRATION, read_predictions, val_clips, val_threshold
 from dist_train.micro_batch import most_clips, noted_clips
 from dist_train.prediction_origin import check_origin, write_origin
 from dist_train.run import RunData, open_run, open_run_data, read_record
@@ -130,7 +129,7 @@ def predict(
         calibration = fit(*val, batches_share=rates["train_batches"], prior=world)
         calibrated = calibration.apply(probability)
         if threshold is None:
-            threshold = _threshold(calibration, *val)
+            threshold = val_threshold(calibration, *val)
         table = pd.DataFrame(
             {
                 "key": chosen["key"],
@@ -224,10 +223,3 @@ def _val_clips(
         return np.empty(0), np.empty(0)
     check_origin(run)
     return val_clips(read_predictions(run / PREDICTIONS))
-
-
-def _threshold(calibration: Calibration, probability: np.ndarray, label: np.ndarray) -> float:
-    """Of the best MCC on the val split, as in ``evaluate``; 0.5 where that lacks a class."""
-    if len(np.unique(label)) < 2:
-        return 0.5
-    return best_threshold(calibration.apply(probability), label)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,28 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import pandas as pd
 import pytest
 import torch
-from helpers import said, tiny_config, tiny_store, trained_so
+from helpers import run_well, said, tiny_config, tiny_store, trained_so
 from refusals import refused
 from safetensors import safe_open
 from safetensors.torch import load_file
+from scipy.special import expit
 from torch import Tensor, nn
 
+from dist_train.data.store import Store
 from dist_train.engine.checkpoint import load_checkpoint
 from dist_train.errors import CheckpointError, RunError
-from dist_train.export import export_run, onnx_bytes
+from dist_train.evaluate import evaluate
+from dist_train.export import PREPROCESSING, export_run, onnx_bytes
+from dist_train.exported import load_exported
 from dist_train.models.resnet3d import BLOCKS, Bottleneck, ResNet3D
+from dist_train.predict import predict
 from dist_train.run import make_model, model_facts, open_run, read_record
 from dist_train.train import train
 
-SIDE = 16
+SIDE = 14
 # Clips of several depths in one batch, without padding, and alone; a single frame.
 BATCHES = [([9, 4, 1], 9), ([5, 5], 5), ([12], 12), ([3], 8), ([1], 1)]
 each_batch = pytest.mark.parametrize(("frames", "depth"), BATCHES, ids=str)
@@ -36,6 +43,9 @@ each_batch = pytest.mark.parametrize(("frames", "depth"), BATCHES, ids=str)
 MODEL = (
     *("model.name=resnet3d-50", "model.stem_pool=true", "model.stem_stride=[2, 2, 2]"),
     "model.dropout=0.3",
+    # Unlike the clips in the store, which are of 8 frames of 16x16.
+    f"clip.size=[{SIDE}, {SIDE}]",
+    "clip.max_frames=6",
 )
 
 
@@ -48,10 +58,13 @@ def few_blocks() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def run(few_blocks: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run with snapshots of steps 6 and 12; not to be changed."""
+    """A trained run with snapshots of steps 6 and 12, and predictions; not to be changed."""
     folder = tmp_path_factory.mktemp("export")
     store, out = tiny_store(folder / "store"), folder / "run"
-    train(tiny_config(store, out, "train.epochs=2", "snapshots.at=[1, 2]", *MODEL))
+    # A low rate, so that the probabilities are not all near 0 and 1.
+    settings = ("train.epochs=2", "snapshots.at=[1, 2]", "optim.lr=1e-3", *MODEL)
+    train(tiny_config(store, out, *settings))
+    predict(out, prior=0.1)
     return out
 
 
@@ -60,7 +73,7 @@ def exported(run: Path) -> tuple[Path, Path]:
     """Both files, by the command."""
     out, graph = run.parent / "new" / "model.safetensors", run.parent / "model.onnx"
     told = said("export", run, "--out", out, "--onnx", graph)
-    assert told == "".join(f"snapshot of step 12 in {file}\n" for file in (out, graph))
+    assert told == "".join(f"snapshots of step 6, 12 in {file}\n" for file in (out, graph))
     return out, graph
 
 
@@ -86,23 +99,34 @@ def logits_of(model: nn.Module, frames: list[int], depth: int) -> np.ndarray:
     return logits
 
 
-def by_onnx(graph: bytes, frames: list[int], depth: int) -> np.ndarray:
+def by_onnx(graph: bytes, frames: list[int], depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """Probability [B] and logits [B, snapshots]."""
     volumes, lengths = batch(frames, depth)
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     inputs = {"volumes": volumes.numpy(), "frames": lengths.numpy()}
-    (logits,) = session.run(["logits"], inputs)
-    return logits
+    probability, logits = session.run(["probability", "logits"], inputs)
+    return probability, logits
+
+
+def of_snapshots(run: Path, frames: list[int], depth: int) -> np.ndarray:
+    """Logits by each snapshot, [B, 2]."""
+    files = (run / "snapshots" / f"step-{step}.safetensors" for step in (6, 12))
+    columns = [logits_of(model_of(run, load_file(file)), frames, depth) for file in files]
+    return np.stack(columns, axis=1)
 
 
 @pytest.mark.slow
 @each_batch
-def test_the_safetensors_file_gives_the_logits_of_the_snapshot(
+def test_the_safetensors_file_gives_the_logits_of_the_snapshots(
     run: Path, exported: tuple[Path, Path], frames: list[int], depth: int
 ) -> None:
-    snapshot = model_of(run, load_file(run / "snapshots" / "step-12.safetensors"))
-    mine = logits_of(model_of(run, load_file(exported[0])), frames, depth)
-    assert np.isfinite(mine).all()
-    np.testing.assert_array_equal(mine, logits_of(snapshot, frames, depth))
+    with torch.no_grad():
+        probability, logits = load_exported(exported[0]).model(*batch(frames, depth))
+    assert np.isfinite(logits.numpy()).all()
+    # The run keeps its weights channels last, and so rounds in other places.
+    expected = of_snapshots(run, frames, depth)
+    np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(probability.numpy(), expit(logits.numpy()).mean(1), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -111,21 +135,29 @@ def test_the_onnx_file_gives_the_same_logits(
     run: Path, exported: tuple[Path, Path], frames: list[int], depth: int
 ) -> None:
     onnx.checker.check_model(str(exported[1]), full_check=True)
-    expected = logits_of(model_of(run, load_file(exported[0])), frames, depth)
-    found = by_onnx(exported[1].read_bytes(), frames, depth)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    expected = of_snapshots(run, frames, depth)
+    probability, logits = by_onnx(exported[1].read_bytes(), frames, depth)
+    assert probability.dtype == logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(probability, expit(expected).mean(axis=1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_both_files_say_what_they_are(run: Path, exported: tuple[Path, Path]) -> None:
     expected: dict[str, Any] = {
         "step": 12,
-        "from": "snapshot",
+        "steps": [6, 12],
+        "from": "snapshots",
+        "networks": ["step-6/", "step-12/"],
         "model": model_facts(open_run(run)),
-        "clip": {"size": [SIDE, SIDE], "max_frames": None},
+        "precision": "fp32",
+        "clip": {"size": [SIDE, SIDE], "max_frames": 6},
         "store": read_record(run)["store"]["content"],
         "data": open_run(run).model_dump(mode="json", include={"seed", "select", "split"}),
+        "preprocessing": PREPROCESSING,
+        "positive_rate": {"train_batches": 0.25, "natural": 0.3},
+        "calibration": json.loads((run / "calibration.json").read_text()),
+        "threshold": evaluate(run / "predictions.csv").threshold,
     }
     with safe_open(exported[0], "pt") as file:
         found = json.loads(file.metadata()["facts"])
@@ -133,6 +165,114 @@ def test_both_files_say_what_they_are(run: Path, exported: tuple[Path, Path]) ->
     assert found == expected | {"crc32c": crc}
     (facts,) = [p.value for p in onnx.load(exported[1]).metadata_props if p.key == "facts"]
     assert json.loads(facts) == expected | {"crc32c": crc}
+
+
+@pytest.mark.slow
+def test_a_file_alone_gives_the_predictions(
+    run: Path, exported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """In a new process, without the run: by the package, and by ONNX with nothing of it."""
+    table = pd.read_csv(run / "predictions.csv")
+    assert table["probability"].std() > 0.01
+    clips = {
+        key: store.read(store.clip_of(key)) for store in [Store(open_run(run).store)]
+        for key in table["key"]
+    }  # fmt: skip
+    np.savez(tmp_path / "clips.npz", **clips)
+    for file in exported:
+        shutil.copy(file, tmp_path)
+    for program in (BY_PACKAGE, BY_ONNX):
+        found = json.loads(run_well([sys.executable, "-c", program, str(tmp_path)]))
+        assert list(found) == table["key"].tolist()
+        for column in ("probability", "calibrated"):
+            values = [clip[column] for clip in found.values()]
+            np.testing.assert_allclose(values, table[column], rtol=1e-4, atol=1e-6)
+        called = pd.Series([clip["called"] for clip in found.values()])
+        submission = pd.read_csv(run / "submission.csv").set_index("filename")["stalled"]
+        test = table["split"] == "test"
+        assert called[test].tolist() == submission[table["filename"][test]].tolist()
+
+
+BY_PACKAGE = """
+import json, sys, numpy as np, torch
+from dist_train.data.resize import resize
+from dist_train.exported import load_exported
+from dist_train.models.resnet3d import BLOCKS, Bottleneck
+BLOCKS[50] = (Bottleneck, (1, 1, 1, 1))  # as this file's other tests
+folder = sys.argv[1]
+model = load_exported(f"{folder}/model.safetensors")
+found = {}
+for key, clip in np.load(f"{folder}/clips.npz").items():
+    most = model.facts["clip"]["max_frames"]
+    first = max(0, len(clip) - most) // 2
+    clip = resize(clip[first : first + most], tuple(model.facts["clip"]["size"]))
+    probability = model.probability(torch.from_numpy(clip.copy())[None, None])
+    calibrated = model.calibrated(probability)
+    found[key] = {"probability": probability[0], "calibrated": calibrated[0],
+                  "called": int(calibrated[0] > model.facts["threshold"])}
+print(json.dumps(found))
+"""
+BY_ONNX = """
+import json, sys, cv2, numpy as np, onnx, onnxruntime
+folder = sys.argv[1]
+file = f"{folder}/model.onnx"
+facts = json.loads({p.key: p.value for p in onnx.load(file).metadata_props}["facts"])
+session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+(height, width), most = facts["clip"]["size"], facts["clip"]["max_frames"]
+how = facts["calibration"]
+def moved(p, before, after):
+    a, b = p * after / before, (1 - p) * (1 - after) / (1 - before)
+    return a / (a + b)
+found = {}
+for key, clip in np.load(f"{folder}/clips.npz").items():
+    first = max(0, len(clip) - most) // 2
+    clip = [cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
+            for frame in clip[first : first + most]]
+    volumes = np.stack(clip)[None, None].astype(np.float32) / 255
+    (p,), _ = session.run(None, {"volumes": volumes, "frames": np.array([len(clip)])})
+    p = float(p)
+    assert how["method"] == "none"
+    calibrated = moved(p, how["batches_share"], how["prior"])
+    found[key] = {"probability": p, "calibrated": calibrated,
+                  "called": int(calibrated > facts["threshold"])}
+print(json.dumps(found))
+"""
+
+
+def test_one_name_for_both_files_is_refused(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    with pytest.raises(RunError, match=r"have the same name. Give --out and --onnx different"):
+        export_run(run, out, onnx=tmp_path / "." / ".." / tmp_path.name / "model")
+    assert not out.exists()
+
+
+def test_predictions_of_other_snapshots_do_not_calibrate(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "snapshots" / "step-6.safetensors").unlink()
+    with pytest.raises(RunError, match="predictions are of other snapshots"):
+        export_run(tmp_path / "run", tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+def test_before_predictions_there_is_no_calibration_and_it_is_told(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    for name in ("predictions.csv", "calibration.json"):
+        (tmp_path / "run" / name).unlink()
+    facts = export_run(tmp_path / "run", tmp_path / "file")
+    assert (facts["calibration"], facts["threshold"]) == (None, None)
+    assert "run 'dist-train predict' before" in caplog.text
+    with pytest.raises(RunError, match="has no calibration"):
+        load_exported(tmp_path / "file").calibrated(np.array([0.5]))
+
+
+def test_what_is_no_export_is_refused(run: Path, tmp_path: Path) -> None:
+    snapshot = run / "snapshots" / "step-6.safetensors"
+    (tmp_path / "torn").write_bytes(snapshot.read_bytes()[:1000])
+    for path in (snapshot, tmp_path / "torn", tmp_path / "nothing"):
+        with pytest.raises(RunError, match=f"^{path}: this is no model that 'dist-train export'"):
+            load_exported(path)
 
 
 @pytest.mark.soak
@@ -143,10 +283,11 @@ def test_basic_blocks_without_pooling_as_onnx() -> None:
         if isinstance(norm, nn.BatchNorm3d):
             for tensor in (norm.bias, norm.running_mean):
                 nn.init.uniform_(tensor, -0.5, 0.5)
-    graph = onnx_bytes(model.eval(), (SIDE, SIDE), {})
+    graph = onnx_bytes([model.eval()], (SIDE, SIDE), {})
     for frames, depth in BATCHES:
         expected = logits_of(model, frames, depth)
-        np.testing.assert_allclose(by_onnx(graph, frames, depth), expected, rtol=1e-4, atol=1e-5)
+        _, logits = by_onnx(graph, frames, depth)
+        np.testing.assert_allclose(logits[:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_can_be_chosen(run: Path, tmp_path: Path) -> None:
@@ -215,7 +356,7 @@ def test_weights_of_another_model(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     trained_so(copy, "model.width=8")
-    with pytest.raises(RunError, match=r"step-12.safetensors: the snapshot does not fit the run"):
+    with pytest.raises(RunError, match=r"step-6.safetensors: the snapshot does not fit the run"):
         export_run(copy, tmp_path / "file")
     shutil.rmtree(copy / "snapshots")
     with pytest.raises(RunError, match=r"step-12: the checkpoint does not fit the run"):
@@ -251,7 +392,7 @@ def test_without_onnx_it_says_what_to_install(
 
 def test_a_network_without_an_onnx_form() -> None:
     with pytest.raises(RunError, match=r"Linear cannot be written as ONNX. Leave out --onnx"):
-        onnx_bytes(nn.Linear(1, 1), (SIDE, SIDE), {})
+        onnx_bytes([nn.Linear(1, 1)], (SIDE, SIDE), {})
 
 
 @pytest.mark.parametrize("option", ["--out", "--onnx"])

@@ -24,7 +24,7 @@ LEVELS = [
     {"engine"},
     {"run_folder", "run_splits"},
     {"run", "infer", "state", "epoch_weights", "micro_batch", "outputs", "snapshots", "submission"},
-    {"fresh_statistics", "prediction_origin"},
+    {"fresh_statistics", "prediction_origin", "exported"},
     {"batches", "judge", "ensemble", "initial_weights", "introduction", "small_sets"},
     {"train", "predict", "export", "evaluate", "report", "doctor"},
     {"cli"},

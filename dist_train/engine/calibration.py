@@ -67,6 +67,8 @@ class Calibration(BaseModel):
     positives: int
     cross_validated: dict[Method, Reliability]
     """Of the methods that were tried, on val clips that each was not fitted on; at val's share."""
+    snapshots: tuple[str, ...] = ()
+    """Files of the weights whose mean probability it maps."""
     raw: Reliability | None
     """Of the model's own probabilities of the val clips; None without labelled clips."""
 

@@ -281,7 +281,7 @@ def test_export_of_a_checkpoint_under_zero_3(
     shutil.copytree(made(zero3), tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "snapshots")
     assert export_run(tmp_path / "run", tmp_path / "file")["from"] == "checkpoint"
-    assert export_run(one[zero3.accumulate], tmp_path / "one")["from"] == "snapshot"
+    assert export_run(one[zero3.accumulate], tmp_path / "one", step=STEPS)["from"] == "snapshot"
     generator = torch.Generator().manual_seed(0)
     clips = torch.rand(3, 1, 9, 16, 16, generator=generator), torch.tensor([9, 4, 1])
     logits = []
