@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dist_train.data.files import reason_of
 from dist_train.engine.calibration import Calibration
 from dist_train.errors import RunError
 from dist_train.models.registry import build_model
@@ -82,10 +83,9 @@ def load_exported(path: Path) -> ExportedModel:
             )
             models.append(model)
         return ExportedModel(Ensemble(models), facts)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+    except (RunError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"this is no model that 'dist-train export' wrote ({reason})",
+            f"this is no model that 'dist-train export' wrote ({reason_of(error)})",
             where=path,
             fix="Export it again.",
         ) from None

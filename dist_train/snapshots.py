@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dist_train.config import Config
-from dist_train.data.files import check_plain, parse_object, reason_of, write_whole
+from dist_train.data.files import open_plain, parse_object, reason_of, write_whole
 from dist_train.engine.checkpoint import by_step
 from dist_train.engine.superseded import set_aside
 from dist_train.errors import FileError, RunError
@@ -90,8 +90,8 @@ def load_snapshot(path: Path) -> Snapshot:
         RunError: it cannot be read, is damaged, or holds a weight that is not finite.
     """
     try:
-        check_plain(path)
-        with safe_open(path, framework="pt") as file:
+        # safetensors says of any file that it cannot open that it is not there.
+        with open_plain(path), safe_open(path, framework="pt") as file:
             facts, crc = _read_metadata(file.metadata() or {})
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if crc is not None and crc != sum_of_weights(weights, facts):
@@ -122,8 +122,8 @@ def sum_in_header(path: Path) -> int | None:
         RunError: the file cannot be read.
     """
     try:
-        check_plain(path)
-        with safe_open(path, framework="pt") as file:
+        # safetensors says of any file that it cannot open that it is not there.
+        with open_plain(path), safe_open(path, framework="pt") as file:
             return _read_metadata(file.metadata() or {})[1]
     except (FileError, OSError, SafetensorError, ValueError) as error:
         blame_machine(error, path)

@@ -49,15 +49,15 @@ def trained(store: Path) -> Path:
 
 
 def video(path: Path, *, outlined: bool = True) -> Path:
-    """Twelve frames of 48x48: grey, with the outline of a square, orange as the challenge's."""
+    """Twelve frames of 64x64: grey, with the outline of a square, orange as the challenge's."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
         for number in range(12):
-            frame = np.full((48, 48, 3), 60 + 5 * number, np.uint8)
+            frame = np.full((64, 64, 3), 60 + 5 * number, np.uint8)
             if outlined:
-                frame[12:36, 12:36] = (255, 80, 0)
-                frame[16:32, 16:32] = 60 + 5 * number
+                frame[12:52, 12:52] = (255, 80, 0)
+                frame[16:48, 16:48] = 60 + 5 * number
             for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():

@@ -122,7 +122,7 @@ def model_of(run: Path) -> dict[str, object]:
         ("missing", "the weights lack "),
         ("extra", "the weights have, unlike the model, other. Use other weights."),
         ("shape", "the weights have in another shape or type "),
-        ("nan", "are finite. Use an earlier snapshot."),
+        ("nan", "is not finite"),
         ("facts", "of another model (model.width is 8 there and 4 here)"),
         ("no facts", "it is no snapshot or export of dist-train, or is damaged"),
     ],
