@@ -53,6 +53,7 @@ def video(path: Path, *, outlined: bool = True) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.bit_rate = 4_000_000
         for number in range(12):
             frame = np.full((64, 64, 3), 60 + 5 * number, np.uint8)
             if outlined:

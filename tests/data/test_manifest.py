@@ -435,4 +435,4 @@ def test_labels_that_are_all_the_same_may_be_placeholders(
     read_manifest(path, unlabelled=True)
     path.write_text("filename,stalled\na.mp4,0\nb.mp4,1\n")
     read_manifest(path)
-    assert "labels are" not in caplog.text
+    assert "all 2 labels are" not in caplog.text
