@@ -170,7 +170,8 @@ def find_thing(frame: Frame, colour: OutlineColour) -> Found | None:
     """What is most like an outline in one frame, or None.
 
     A pixel is of the colour if its R, G and B, in float32 from luma and the chroma of its 2x2 block
-    (ITU-R BT.601 or BT.709), are. Such pixels make a thing where no more than a gap of others, in
+    (ITU-R BT.601 or BT.709), are: cut to 0 and 255 for the ranges, and as they come out for how
+    much redder than blue it is. Such pixels make a thing where no more than a gap of others, in
     the chessboard distance, lies between them.
 
     - The outline goes around the vessel, a blob does not: of the things that enclose holes, of at
@@ -290,7 +291,7 @@ def _accepted(colour: OutlineColour, full_range: bool, bt709: bool) -> _Accepted
     for level, luma in zip(levels, levels if full_range else FULL_RANGE, strict=True):
         inside = redder.copy()
         for shift, (least, most) in zip(shifts, ranges, strict=True):
-            channel = np.float32(luma) + shift
+            channel = np.clip(np.float32(luma) + shift, 0, 255)
             inside &= (channel >= least) & (channel <= most)
         low[inside] = np.minimum(low[inside], level)
         high[inside] = level

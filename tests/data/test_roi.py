@@ -281,7 +281,7 @@ def outline_by_definition(frame: Frame, colour: OutlineColour) -> Box | None:
     ranges = colour.red, colour.green, colour.blue
     mask = whole(shifts[0] - shifts[2] >= colour.red_over_blue, height, width)
     for shift, (low, high) in zip(shifts, ranges, strict=True):
-        channel = frame.luma.astype(np.float32) + whole(shift, height, width)
+        channel = np.clip(frame.luma.astype(np.float32) + whole(shift, height, width), 0, 255)
         mask = mask & (channel >= low) & (channel <= high)
     thing = max((box_of(t) for t in things_in(mask, GAP)), key=lambda box: box.rank, default=None)
     if thing is None:
