@@ -127,6 +127,8 @@ def predict(
         )
         val = _val_clips(run, chosen, probability, own=store is None)
         calibration = fit(*val, batches_share=rates["train_batches"], prior=world)
+        used = tuple(path.name for path in snapshots)
+        calibration = calibration.model_copy(update={"snapshots": used})
         calibrated = calibration.apply(probability)
         if threshold is None:
             threshold = val_threshold(calibration, *val)

@@ -6,14 +6,13 @@ import errno
 import os
 import resource
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, dist_train, environment, tiny_config, tiny_npz, tiny_store
+from helpers import tiny_config, tiny_npz, tiny_store
 from make_media import write_manifest
 from room import files_all_open
 
@@ -159,30 +158,3 @@ def test_too_many_open_files_pass_over_no_checkpoint_and_no_snapshot(tmp_path: P
     with files_all_open(spare=1), pytest.raises(MachineError, match=TOO_MANY):
         predict(run)
     assert newest_whole(run / "checkpoints") == newest
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("limit", "most", "told"),
-    [
-        (resource.RLIMIT_NOFILE, 9, r"Too many open files"),
-        (resource.RLIMIT_DATA, 2**26, r"memory ran out"),
-    ],
-)
-def test_limits_of_the_shell_are_told_in_one_line(
-    store: Path, limit: int, most: int, told: str
-) -> None:
-    done = subprocess.run(
-        dist_train("verify", store),
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        preexec_fn=lambda: resource.setrlimit(limit, (most, most)),
-    )
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert told in line
-    assert "repair" not in line

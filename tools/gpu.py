@@ -204,7 +204,7 @@ def headline(record: Record) -> None:
     record.line(
         clips_per_second=rate,
         reserved_gb=best["reserved_gb"],
-        hours_for_9_million_visits=VISITS / rate / 3600,
+        hours_for_the_recipe=VISITS / rate / 3600,
         of=best["name"],
     )
 

@@ -12,6 +12,8 @@ from launcher import Launcher
 from run_files import assert_same, checkpoints_of, sessions_of
 from test_disk_full import UNSHARE
 
+from dist_train.config import last_of_each
+
 DROPOUT = "model.dropout=0.3"
 
 
@@ -65,7 +67,9 @@ def test_after_too_many_failures_it_ends_and_goes_on_when_there_is_room(
     out = folder / "ends"
     settings = overrides(store, out, DROPOUT, "checkpoint.max_failures=1")
     group = launcher.run(
-        2, [*settings, "checkpoint.every_steps=2", "train.epochs=3"], faults=[filled(out, 5)]
+        2,
+        last_of_each([*settings, "checkpoint.every_steps=2", "train.epochs=3"]),
+        faults=[filled(out, 5)],
     )
     assert group.codes() == [1, 1], group.said()
     assert "this is number 1" in group.said(0)

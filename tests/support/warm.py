@@ -75,8 +75,7 @@ def become_worker(argv: list[str]) -> None:
 def launch(options: dict[str, Any], argv: list[str]) -> int:
     """launch/elastic.py, whose workers are forked too; the code it ends with."""
     config = LaunchConfig(**options, start_method="fork")
-    elastic.main = lambda: elastic_launch(config, become_worker)(argv)
-    return elastic.run()
+    return elastic.run(lambda: elastic_launch(config, become_worker)(argv))
 
 
 def started(process: dict[str, Any]) -> int:
