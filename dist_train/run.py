@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import platform
@@ -35,7 +36,7 @@ from dist_train.data.files import (
     parse_object,
     read_plain,
     reason_of,
-    sealed,
+    seal_of,
     write_whole,
 )
 from dist_train.data.native import NativeClips
@@ -502,7 +503,8 @@ def _is_session(one: Any) -> bool:
 
 
 def _write_record(run: Path, record: dict[str, Any]) -> None:
-    write_whole(run / RECORD, sealed(record))
+    sealed = record | {"crc32c": seal_of(record)}
+    write_whole(run / RECORD, json.dumps(sealed, indent=2))
 
 
 def begin_session(run: Path, facts: dict[str, Any], session: dict[str, Any]) -> None:

@@ -198,14 +198,18 @@ def read_json(path: Path, *, most_bytes: int = MOST_JSON) -> Any:
 
 def sealed(content: Mapping[str, Any]) -> str:
     """The JSON text of an object with its own CRC-32C as ``crc32c``; one text for one content."""
-    whole = {**content, "crc32c": crc32c(_text(content).encode())}
-    return _text(whole)
+    return _text({**content, "crc32c": seal_of(content)})
+
+
+def seal_of(content: Mapping[str, Any]) -> int:
+    """The CRC-32C that an object has as its own ``crc32c``, whatever the order of its names."""
+    return crc32c(_text(content).encode())
 
 
 def is_sealed(content: Mapping[str, Any]) -> bool:
-    """Whether an object that was read is one that ``sealed`` wrote."""
+    """Whether an object that was read has the ``crc32c`` of ``seal_of``."""
     rest = {name: value for name, value in content.items() if name != "crc32c"}
-    return bool(content.get("crc32c") == crc32c(_text(rest).encode()))
+    return bool(content.get("crc32c") == seal_of(rest))
 
 
 def _text(content: Mapping[str, Any]) -> str:

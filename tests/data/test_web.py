@@ -7,6 +7,7 @@ import io
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from helpers import said
 from dist_train import cli
 from dist_train.data import remote
 from dist_train.data.manifest import read_manifest
+from dist_train.data.prepare import PrepareSettings, prepare
 from dist_train.data.remote import Access, RemoteFolder, UrlTable, manifest_source, open_source
 from dist_train.data.store import REJECTED, Store
 from dist_train.data.web_client import is_private
@@ -272,9 +274,12 @@ def test_what_could_not_be_fetched_is_tried_again(
     table, out = tmp_path / "clips.csv", tmp_path / "store"
     rows = [f"{name}.npy,{i},{server}/{name}.npy" for i, name in enumerate(("good", "error"))]
     table.write_text("\n".join(["filename,label,url", *rows]) + "\n")
-    options = ("--manifest", table, "--out", out, "--roi", "none", "--allow-private")
-    said("prepare", *options, "--max-rejected", "50%", "--workers", 1)
+    manifest = read_manifest(table)
+    source = manifest_source(manifest, Access(private=True))
+    assert isinstance(source, UrlTable)
+    source, settings = replace(source, first_wait=0.001), PrepareSettings(roi="none")
+    prepare(manifest, source, out, settings, workers=1, max_rejected=0.5)
     assert "cannot be fetched, after 5 tries (HTTP 500)" in (out / REJECTED).read_text()
     monkeypatch.setattr(Handler, "error", lambda self: self.answer(clip()[:-1] + b"x"))
-    said("prepare", *options)
+    prepare(manifest, source, out, settings, workers=1)
     assert len(Store(out).table) == 2
