@@ -76,7 +76,8 @@ class Speed:
             return None
         rate = self._clips / (time.monotonic() - self._began)
         days = self._visits / rate / 86_400
+        lasts = f"{days:,.2g} days" if days >= 1 else f"{24 * days:.2f} hours ({days:.2g} days)"
         return (
             f"{rate:,.1f} clips/s in steps {WARM + 1} to {MEASURED}: at that rate "
-            f"{self._visits:,} visits take {days:,.2g} days"
+            f"{self._visits:,} visits take {lasts}"
         )

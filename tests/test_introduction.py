@@ -30,7 +30,7 @@ def test_train_says_what_it_does_and_what_comes_next(store: Path, tmp_path: Path
     ]
     (speed,) = [line for line in lines if " clips/s in steps 5 to 20: " in line]
     assert "at that rate 192 visits take " in speed
-    assert speed.endswith(" days")
+    assert speed.endswith(" days)")
     assert lines[-1] == (
         f"next: dist-train predict {out} && dist-train evaluate {out} && dist-train report {out}"
     )
