@@ -7,6 +7,7 @@ What the backends compute is tested in test_same_numbers.py and test_resume_exac
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from functools import cache
@@ -28,7 +29,7 @@ from helpers import (
     tiny_config,
     tiny_store,
 )
-from launcher import Group, Launcher
+from launcher import Group, Launcher, free_port
 
 from dist_train.engine.checkpoint import load_checkpoint
 from dist_train.train import train
@@ -198,3 +199,18 @@ def test_a_batch_that_cannot_be_cut(launcher: Launcher, store: Path, tmp_path: P
 def test_zero_without_a_launcher(launcher: Launcher, store: Path, tmp_path: Path) -> None:
     group = launcher.run(1, overrides(store, tmp_path / "run", "train.backend=zero1"))
     assert_told(group, "train.backend: ZeRO needs a launcher")
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_find_each_other_are_told(launcher: Launcher, tmp_path: Path) -> None:
+    """Two that both say that they are the first, and one whose partner never comes."""
+    settings = overrides(tiny_store(tmp_path / "store"), tmp_path / "run", "train.timeout=2")
+    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_RANK": "0"}
+    alone |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    for world, env in ((2, {"RANK": "0"}), (1, alone)):
+        group = launcher.run(world, settings, **env)
+        assert group.codes() == [os.EX_TEMPFAIL] * world, group.said()
+        for rank in range(world):
+            (line,) = [line for line in group.said(rank).splitlines() if line]
+            assert "the 2 processes of the launch did not find each other at 127.0.0.1:" in line
+    assert not (tmp_path / "run").exists()
