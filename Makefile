@@ -32,7 +32,7 @@ test: .venv/done
 	$(PYTEST) $(TWO) -m 'slow and not soak'
 
 soak: .venv/done
-	$(PYTEST) -m soak --durations=20
+	$(PYTEST) $(TWO) -m soak --durations=20
 
 lint: .venv/done
 	$(BIN)/ruff check .
