@@ -10,30 +10,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from helpers import dist_train, overrides, run, said, tiny_config, tiny_npz, tiny_store
+from helpers import dist_train, fails, overrides, run, said, tiny_config, tiny_npz, tiny_store
 
 from dist_train import cli
 from dist_train.data.store import Store
 from dist_train.errors import StoreError
 from dist_train.train import train
-
-Command = Callable[..., str]
-
-
-@pytest.fixture
-def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs a command line that must fail, and returns its message without "error: "."""
-
-    def command(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["dist-train", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        assert caught.value.code == 1
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: ")
-        return line.removeprefix("error: ")
-
-    return command
 
 
 @pytest.fixture(scope="module")
@@ -127,19 +109,19 @@ def test_a_missing_store_is_one_line_on_stderr(tmp_path: Path) -> None:
 # train
 
 
-def test_a_missing_config_file(fails: Command, tmp_path: Path) -> None:
+def test_a_missing_config_file(tmp_path: Path) -> None:
     path = tmp_path / "none.yaml"
     assert fails("train", "--config", path) == f"{path}: cannot be read (No such file or directory)"
 
 
-def test_an_unfinished_store(fails: Command, store: Path, tmp_path: Path) -> None:
+def test_an_unfinished_store(store: Path, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "store")
     (tmp_path / "store" / "store.json").unlink()
     message = fails("train", *overrides(tmp_path / "store", tmp_path / "run"))
     assert message.startswith(f"{tmp_path / 'store'}: the store is not finished. Run 'dist-train")
 
 
-def test_a_damaged_store(fails: Command, store: Path, tmp_path: Path) -> None:
+def test_a_damaged_store(store: Path, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "store")
     (shard,) = (tmp_path / "store" / "shards").glob("*.tar")
     content = np.fromfile(shard, np.uint8)
@@ -150,7 +132,7 @@ def test_a_damaged_store(fails: Command, store: Path, tmp_path: Path) -> None:
     assert "the bytes are not those that were stored" in message
 
 
-def test_a_selection_without_positives(fails: Command, tmp_path: Path) -> None:
+def test_a_selection_without_positives(tmp_path: Path) -> None:
     path = tiny_npz(tmp_path / "a.npz")
     with np.load(path) as arrays:
         blank = {k: v * 0 if k.endswith("labels") else v for k, v in arrays.items()}
@@ -161,9 +143,7 @@ def test_a_selection_without_positives(fails: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", ["plan.batch=12", "train.accumulate=3"])
-def test_a_batch_that_cannot_be_cut(
-    fails: Command, store: Path, tmp_path: Path, setting: str
-) -> None:
+def test_a_batch_that_cannot_be_cut(store: Path, tmp_path: Path, setting: str) -> None:
     more = [setting, "train.accumulate=2"] if "batch" in setting else [setting]
     message = fails("train", *overrides(store, tmp_path / "run", *more))
     assert message.startswith("plan.batch ")
@@ -171,12 +151,12 @@ def test_a_batch_that_cannot_be_cut(
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_model(fails: Command, store: Path, tmp_path: Path) -> None:
+def test_an_unknown_model(store: Path, tmp_path: Path) -> None:
     message = fails("train", *overrides(store, tmp_path / "run", "model.name=resnet3d-11"))
     assert message.startswith("there is no model 'resnet3d-11'. Did you mean 'resnet3d-101'?")
 
 
-def test_an_existing_run_without_resume(fails: Command, store: Path, trained: Path) -> None:
+def test_an_existing_run_without_resume(store: Path, trained: Path) -> None:
     before = (trained / "metrics.jsonl").read_bytes()
     message = fails("train", *overrides(store, trained, "train.epochs=1", "snapshots.at=[1]"))
     assert message.startswith(f"{trained}: the folder holds a run already (config.yaml, ")
@@ -184,7 +164,7 @@ def test_an_existing_run_without_resume(fails: Command, store: Path, trained: Pa
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_folder_that_cannot_be_made(fails: Command, store: Path, tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_made(store: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     message = fails("train", *overrides(store, tmp_path / "file" / "run"))
     assert message == f"{tmp_path / 'file' / 'run'}: Not a directory"
@@ -193,7 +173,7 @@ def test_a_run_folder_that_cannot_be_made(fails: Command, store: Path, tmp_path:
 # predict, evaluate, report, info
 
 
-def test_a_missing_run(fails: Command, tmp_path: Path) -> None:
+def test_a_missing_run(tmp_path: Path) -> None:
     for command in ("predict", "report"):
         assert fails(command, tmp_path).startswith(f"{tmp_path}: there is no run here. ")
     message = fails("evaluate", tmp_path)
@@ -201,7 +181,7 @@ def test_a_missing_run(fails: Command, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_without_snapshots(fails: Command, trained: Path, tmp_path: Path) -> None:
+def test_a_run_without_snapshots(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "snapshots")
     message = fails("predict", tmp_path / "run")
@@ -209,7 +189,7 @@ def test_a_run_without_snapshots(fails: Command, trained: Path, tmp_path: Path) 
     assert not (tmp_path / "run" / "predictions.csv").exists()
 
 
-def test_a_run_without_its_record(fails: Command, trained: Path, tmp_path: Path) -> None:
+def test_a_run_without_its_record(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "run.json").unlink()
     message = fails("predict", tmp_path / "run")
@@ -217,7 +197,7 @@ def test_a_run_without_its_record(fails: Command, trained: Path, tmp_path: Path)
     assert not (tmp_path / "run" / "predictions.csv").exists()
 
 
-def test_an_export_that_cannot_be(fails: Command, trained: Path, tmp_path: Path) -> None:
+def test_an_export_that_cannot_be(trained: Path, tmp_path: Path) -> None:
     message = fails("export", trained, "--out", tmp_path / "x", "--step", 999)
     assert message.startswith(f"{trained}: the run has no weights of step 999. There are those of ")
     message = fails("export", tmp_path, "--out", tmp_path / "x")
@@ -228,7 +208,7 @@ def test_an_export_that_cannot_be(fails: Command, trained: Path, tmp_path: Path)
     assert not (tmp_path / "x").exists()
 
 
-def test_info_of_no_store(fails: Command, tmp_path: Path) -> None:
+def test_info_of_no_store(tmp_path: Path) -> None:
     assert fails("info", tmp_path).startswith(f"{tmp_path}: there is no store here. ")
 
 
@@ -295,7 +275,7 @@ def test_a_full_disk(trained: Path, tmp_path: Path) -> None:
         "empty",
     ],
 )
-def test_a_bad_manifest(fails: Command, tmp_path: Path, csv: str, part: str) -> None:
+def test_a_bad_manifest(tmp_path: Path, csv: str, part: str) -> None:
     video(tmp_path / "a.mp4")
     message = fails(*prepare(tmp_path, csv))
     assert message.startswith(f"{tmp_path / 'clips.csv'}: ")
@@ -303,13 +283,13 @@ def test_a_bad_manifest(fails: Command, tmp_path: Path, csv: str, part: str) -> 
     assert not (tmp_path / "store").exists()
 
 
-def test_a_missing_manifest(fails: Command, tmp_path: Path) -> None:
+def test_a_missing_manifest(tmp_path: Path) -> None:
     path = tmp_path / "none.csv"
     message = fails("prepare", "--manifest", path, "--source", tmp_path, "--out", tmp_path / "s")
     assert message == f"{path}: cannot be read (No such file or directory)"
 
 
-def test_a_missing_video(fails: Command, tmp_path: Path) -> None:
+def test_a_missing_video(tmp_path: Path) -> None:
     video(tmp_path / "a.mp4")
     message = fails(*prepare(tmp_path, "filename,label\na.mp4,0\nb.mp4,1\n"))
     assert message.startswith(f"{tmp_path / 'b.mp4'}: the file is missing")
@@ -330,9 +310,7 @@ def no_video(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [no_outline, truncated, no_video], ids=lambda make: make.__name__)
-def test_a_video_that_is_rejected(
-    fails: Command, tmp_path: Path, make: Callable[[Path], None]
-) -> None:
+def test_a_video_that_is_rejected(tmp_path: Path, make: Callable[[Path], None]) -> None:
     video(tmp_path / "a.mp4")
     make(tmp_path / "b.mp4")
     message = fails(*prepare(tmp_path, "filename,label\na.mp4,0\nb.mp4,1\n"))
@@ -342,7 +320,7 @@ def test_a_video_that_is_rejected(
         Store(tmp_path / "store")
 
 
-def test_a_store_of_other_settings(fails: Command, tmp_path: Path) -> None:
+def test_a_store_of_other_settings(tmp_path: Path) -> None:
     video(tmp_path / "a.mp4")
     csv = "filename,label\na.mp4,0\n"
     assert f"1 clips in {tmp_path / 'store'}" in said(*prepare(tmp_path, csv))
@@ -351,7 +329,7 @@ def test_a_store_of_other_settings(fails: Command, tmp_path: Path) -> None:
     assert len(Store(tmp_path / "store").table) == 1
 
 
-def test_a_file_that_is_no_medmnist_file(fails: Command, tmp_path: Path) -> None:
+def test_a_file_that_is_no_medmnist_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.zeros(3))
     message = fails("prepare-npz", tmp_path / "a.npz", "--out", tmp_path / "store")
     assert message.startswith(f"{tmp_path / 'a.npz'}: is not a MedMNIST file")
@@ -359,7 +337,7 @@ def test_a_file_that_is_no_medmnist_file(fails: Command, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("share", ["101%", "-1", "all", "nan", "1%%"])
-def test_a_share_of_rejects_that_is_none(fails: Command, tmp_path: Path, share: str) -> None:
+def test_a_share_of_rejects_that_is_none(tmp_path: Path, share: str) -> None:
     video(tmp_path / "a.mp4")
     command = (*prepare(tmp_path, "filename,label\na.mp4,0\n"), f"--max-rejected={share}")
     assert fails(*command).startswith(f"--max-rejected: '{share}' is not a share")
@@ -375,7 +353,7 @@ def test_half_may_be_rejected(tmp_path: Path, share: str) -> None:
     assert "rejected: 1 (1 positive), see" in told
 
 
-def test_colour_of_the_outline(fails: Command, tmp_path: Path) -> None:
+def test_colour_of_the_outline(tmp_path: Path) -> None:
     video(tmp_path / "a.mp4")
     command = prepare(tmp_path, "filename,label\na.mp4,0\n")
     assert "no outline found" in fails(*command, "--colour", "red_over_blue=255")
@@ -393,7 +371,7 @@ def test_inspect_of_a_video_that_ends_too_soon(tmp_path: Path) -> None:
     assert "the video ends before it should" in said("inspect", tmp_path / "a.avi")
 
 
-def test_inspect_of_a_volume(fails: Command, tmp_path: Path) -> None:
+def test_inspect_of_a_volume(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((3, 8, 8), np.uint8))
     message = fails("inspect", tmp_path / "a.npy")
     assert message.startswith(f"{tmp_path / 'a.npy'}: a volume has no coloured outline")

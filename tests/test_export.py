@@ -15,8 +15,7 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
-from helpers import run_well, said, tiny_config, tiny_store, trained_so
-from refusals import refused
+from helpers import refused, run_well, said, tiny_config, tiny_store, trained_so
 from safetensors import safe_open
 from safetensors.torch import load_file
 from scipy.special import expit

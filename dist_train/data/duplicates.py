@@ -27,7 +27,8 @@ def find_duplicates(store: Store) -> pd.Series:
     columns = [table[name] for name in ("crc32c", "frames", "height", "width")]
     alike = pd.Series(table.groupby(columns, sort=False).ngroup(), index=table.index)
     copies = alike.index[alike.duplicated(keep=False)]
-    identity = alike.map(str)
+    # Nearly all clips have no copy: strings are made of those alone that may have one.
+    identity = alike[copies].map(str)
     shape = table.loc[copies, ["frames", "height", "width"]].to_numpy(np.int64)
     if shape.prod(axis=1).sum() <= MOST_PIXELS:
         for clip in copies:
@@ -36,7 +37,9 @@ def find_duplicates(store: Store) -> pd.Series:
             except StoreError:
                 continue
             identity[clip] += digest
-    return table.groupby(identity)["key"].transform("min")
+    same = table["key"].copy()
+    same[copies] = table.loc[copies].groupby(identity)["key"].transform("min")
+    return same
 
 
 def describe_duplicates(store: Store) -> str | None:

@@ -175,6 +175,10 @@ class Store:
             fix="Run 'dist-train verify' with --repair, which rebuilds damaged shards.",
         )
 
+    def __del__(self) -> None:
+        for descriptor in self.__dict__.get("_descriptors", {}).values():
+            os.close(descriptor)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_descriptors": {}}
 

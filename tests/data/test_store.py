@@ -80,6 +80,16 @@ def test_no_more_files_are_open_than_allowed(folder: Path, monkeypatch: pytest.M
         assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
 
 
+def test_a_store_that_is_dropped_closes_its_shards(folder: Path) -> None:
+    store = Store(folder)
+    before = len(os.listdir("/proc/self/fd"))
+    for clip in range(len(store.table)):
+        store.read(clip)
+    assert len(os.listdir("/proc/self/fd")) > before
+    del store
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_pickled_store_opens_its_own_files(folder: Path) -> None:
     store = Store(folder)
     store.read(4)

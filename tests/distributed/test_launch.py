@@ -168,7 +168,6 @@ def test_processes_talk(facts_of: Facts, backend: str) -> None:
     assert facts["world"] == 2
     assert facts["ranks"] == [0, 1]
     assert facts["sum"] == 1.0
-    assert facts["from_main"] == ["of rank 0"] * 2
     first, second = facts["gathered_statistics"]
     assert first == second, "a saved state has one set of statistics"
 

@@ -53,7 +53,6 @@ def step(backend: Backend, seed: int) -> float:
 def test_alone_it_is_rank_0_of_1(backend: Backend) -> None:
     assert (backend.rank, backend.world, backend.is_main) == (0, 1, True)
     assert backend.gather("x") == ["x"]
-    assert backend.from_main("x") == "x"
     assert backend.sums([3.0]) == [3.0]
 
 

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import contents, said, tiny_npz
+from helpers import contents, ended, refused, said, tiny_npz
 from make_media import write_volumes
-from refusals import ended, refused
 
 from dist_train.data.job import JOB
 from dist_train.data.store import MANIFEST, MARKER, SHARDS

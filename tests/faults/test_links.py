@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import contents, overrides, tiny_npz, tiny_store
+from helpers import contents, ended, overrides, refused, tiny_npz, tiny_store
 from make_media import drifting, outlined_frames, write_video, write_volumes
-from refusals import ended, refused
 
 from dist_train.data.roi import Box
 from dist_train.data.synth import synthesize

@@ -185,38 +185,51 @@ def launched(file: str, *arguments: object) -> list[str]:
     return [*launcher, str(LAUNCH / file), "-m", "dist_train", *map(str, arguments)]
 
 
-def said(*arguments: object) -> str:
-    """Standard output of ``dist-train`` with these arguments, in this process; it must succeed.
+def ended(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of ``dist-train``, in this process: one of its
+    own takes seconds to import PyTorch.
 
-    For what a command does: a process of its own takes seconds to import PyTorch.
+    An exception that the command line does not turn into a message comes through.
     """
-    output = io.StringIO()
+    out, err = io.StringIO(), io.StringIO()
     argv = ["dist-train", *map(str, arguments)]
     with (
         mock.patch.object(sys, "argv", argv),
-        redirect_stdout(output),
+        redirect_stdout(out),
+        redirect_stderr(err),
         pytest.raises(SystemExit) as caught,
     ):
         cli.main()
-    assert caught.value.code in (0, None)
-    return output.getvalue()
+    code = caught.value.code
+    assert code is None or isinstance(code, int)
+    return code or 0, out.getvalue(), err.getvalue()
+
+
+def said(*arguments: object) -> str:
+    """Standard output of ``dist-train`` with these arguments; it must succeed."""
+    code, out, err = ended(*arguments)
+    assert code == 0, err
+    return out
 
 
 def fails(*arguments: object) -> str:
-    """The message, without "error: ", of ``dist-train`` with these arguments, in this process; it
-    must fail with that one line."""
-    errors = io.StringIO()
-    argv = ["dist-train", *map(str, arguments)]
-    with (
-        mock.patch.object(sys, "argv", argv),
-        redirect_stderr(errors),
-        pytest.raises(SystemExit) as caught,
-    ):
-        cli.main()
-    assert caught.value.code == 1
-    (line,) = errors.getvalue().splitlines()
+    """The message, without "error: ", of ``dist-train`` with these arguments; it must fail with
+    that one line and say nothing else on standard error."""
+    code, _, err = ended(*arguments)
+    assert code == 1
+    (line,) = err.splitlines()
     assert line.startswith("error: ")
     return line.removeprefix("error: ")
+
+
+def refused(*arguments: object) -> str:
+    """The line, with "error: ", that a command is refused with, perhaps beside warnings."""
+    code, _, err = ended(*arguments)
+    lines = [line for line in err.splitlines() if line.startswith("error")]
+    assert code != 0
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
 
 
 def run(command: Sequence[str], **env: str) -> subprocess.CompletedProcess[str]:

@@ -39,7 +39,6 @@ def main() -> None:
         "state": sorted({str(t.dtype) for t in backend.module.state_dict().values()}),
         "ranks": backend.gather(backend.rank),
         "sum": backend.sums([backend.rank])[0],
-        "from_main": backend.gather(backend.from_main(f"of rank {backend.rank}")),
         "gathered_statistics": backend.gather(
             backend.state(lambda name: True)["model/1.running_mean"].tolist()
         ),

@@ -307,10 +307,6 @@ class Backend(ABC):
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
 
-    def from_main(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        return self.gather(value)[0]
-
     def close(self) -> None:
         """Leave the process group. Another backend can be made in this process afterwards, also of
         another precision."""
