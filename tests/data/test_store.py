@@ -82,12 +82,12 @@ def test_no_more_files_are_open_than_allowed(folder: Path, monkeypatch: pytest.M
 
 def test_a_store_that_is_dropped_closes_its_shards(folder: Path) -> None:
     store = Store(folder)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for clip in range(len(store.table)):
         store.read(clip)
-    assert len(os.listdir("/proc/self/fd")) > before
+    assert len(list(Path("/proc/self/fd").iterdir())) > before
     del store
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_pickled_store_opens_its_own_files(folder: Path) -> None:
