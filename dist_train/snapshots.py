@@ -90,8 +90,8 @@ def load_snapshot(path: Path) -> Snapshot:
         RunError: it cannot be read, is damaged, or holds a weight that is not finite.
     """
     try:
-        # safetensors says of any file that it cannot open that it is not there.
-        with open_plain(path), safe_open(path, framework="pt") as file:
+        _check_opens(path)
+        with safe_open(path, framework="pt") as file:
             facts, crc = _read_metadata(file.metadata() or {})
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if crc is not None and crc != sum_of_weights(weights, facts):
@@ -122,13 +122,19 @@ def sum_in_header(path: Path) -> int | None:
         RunError: the file cannot be read.
     """
     try:
-        # safetensors says of any file that it cannot open that it is not there.
-        with open_plain(path), safe_open(path, framework="pt") as file:
+        _check_opens(path)
+        with safe_open(path, framework="pt") as file:
             return _read_metadata(file.metadata() or {})[1]
     except (FileError, OSError, SafetensorError, ValueError) as error:
         blame_machine(error, path)
         reason = reason_of(error)
         raise RunError(f"the snapshot cannot be used ({reason})", where=path, fix=DAMAGED) from None
+
+
+def _check_opens(path: Path) -> None:
+    """Raise what opening a plain file raises: safetensors says of any that it cannot open that it
+    is not there. Closed again, so that its own opening finds as many free descriptors."""
+    open_plain(path).close()
 
 
 def _read_metadata(metadata: Mapping[str, str]) -> tuple[dict[str, Any], int | None]:

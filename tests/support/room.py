@@ -3,6 +3,7 @@ many."""
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -36,6 +37,9 @@ def limited() -> Iterator[LittleRoom]:
 @contextmanager
 def files_all_open(spare: int = 0) -> Iterator[None]:
     """Within it, this process can open no more than so many files."""
+    # Garbage of other tests, collected within, would give descriptors back.
+    gc.collect()
+    gc.disable()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 9
     held: list[int] = []
@@ -48,6 +52,7 @@ def files_all_open(spare: int = 0) -> Iterator[None]:
             os.close(held.pop())
         yield
     finally:
+        gc.enable()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         for descriptor in held:
             os.close(descriptor)
