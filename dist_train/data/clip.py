@@ -19,7 +19,7 @@ from dist_train.errors import DecodeError, DistTrainError, RoiError
 FEW_LEVELS = 32
 
 # Raised whenever the same file and settings would give other pixels.
-PIXELS_VERSION = 3
+PIXELS_VERSION = 4
 
 
 @dataclass(frozen=True)

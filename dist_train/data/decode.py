@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type
 from av.video.reformatter import VideoReformatter
 
 from dist_train.data.container import (
@@ -29,6 +30,10 @@ VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpe
 # Of errors that tell of the machine, those that a single file may be the cause of. FFmpeg uses most
 # numbers for purposes of its own.
 OF_A_VIDEO = ADVICE.keys() - {errno.EMFILE, errno.ENFILE, errno.ESTALE}
+
+# FFmpeg knows more kinds of side data than PyAV, which fails at one that it does not know. None but
+# the display matrix is asked for here.
+Type._missing_ = classmethod(lambda cls, _: cls.PANSCAN)  # type: ignore[method-assign, assignment]
 
 
 class Video:

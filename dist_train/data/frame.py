@@ -12,6 +12,7 @@ from av.video.reformatter import ColorRange, VideoReformatter
 
 from dist_train.data.grey import FULL_RANGE, levels, to_8_bits
 from dist_train.data.types import Plane
+from dist_train.errors import DecodeError
 
 # Luma is plane 0 alone, or its first component; big-endian names end in "be".
 _YUV = re.compile(r"yuv[aj]?4\d\dp(\d*)(le|be)?")
@@ -37,6 +38,7 @@ _DEEP = re.compile(r"(gray16|ya16|gbra?p16|rgb48|bgr48|rgba64|bgra64)(le|be)")
 Word = np.dtype[np.uint8] | np.dtype[np.uint16]
 _BYTE = np.dtype(np.uint8)
 _PLANAR_RGB = re.compile(r"gbra?p(\d*)(le|be)?")
+_FLOAT = re.compile(r".*f(16|32)(le|be)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +83,16 @@ def read_frame(
       any depth are kept, have as many bits as ``bits`` says.
 
     Raises:
-        DecodeError: there are values of 16 bits, and ``bits`` is None or too few for them.
+        DecodeError: there are values of 16 bits, and ``bits`` is None or too few for them; or
+            floating-point values, of which nobody says what is black and white.
     """
     name = frame.format.name
+    if _FLOAT.fullmatch(name):
+        raise DecodeError(
+            f"holds floating-point values ({name})",
+            where=where,
+            fix="Encode it anew with integers, such as gray16le.",
+        )
     if is_deep_format(name):
         channels = [to_8_bits(channel, bits, where) for channel in deep_channels(frame)]
         return _grey_frame(channels[0]) if len(channels) == 1 else _rgb_frame(np.dstack(channels))
@@ -104,6 +113,10 @@ def read_frame(
         return _grey_frame(_plane(grey.planes[0], grey.width))
     ranges = ColorRange.JPEG if full_range else ColorRange.MPEG
     match = _YUV.fullmatch(name)
+    if match is None and frame.format.components[0].bits > 8:
+        # Packed, such as v30xle.
+        frame = _reformatted(frame, converter, "yuv444p16le", ColorRange.UNSPECIFIED)
+        match = _YUV.fullmatch("yuv444p16le")
     if match and match[1]:
         # In 8 bits, limited range has no room for all levels.
         y = _plane(frame.planes[0], frame.width, _word(match))
@@ -130,7 +143,10 @@ def _plane(
 ) -> np.ndarray:
     """``width`` values of each row, which cannot be written to."""
     # The array holds the plane, which holds the decoder's buffer.
-    rows = np.frombuffer(plane, dtype=np.uint8).reshape(plane.height, plane.line_size)
+    rows = np.frombuffer(plane, dtype=np.uint8).reshape(plane.height, abs(plane.line_size))
+    if plane.line_size < 0:
+        # The rows lie from the last to the first, as in AVI without compression.
+        rows = rows[::-1].copy()
     rows.flags.writeable = False
     return rows[:, : width * dtype.itemsize].view(dtype)
 

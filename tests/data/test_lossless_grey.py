@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dist_train.data.decode import Video
+from dist_train.errors import DecodeError
 
 UNKNOWN, LIMITED, FULL = 0, 1, 2
 LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -23,6 +24,8 @@ CODECS = {
     "rawvideo, mkv": ("mkv", ["gray"]),
     "png": ("mov", ["gray", "rgb24", "rgba", "ya8"]),
     "png, avi": ("avi", ["gray", "rgb24"]),
+    # PyAV does not know all side data of its frames.
+    "tiff": ("mov", ["gray", "rgb24"]),
     "qtrle": ("mov", ["rgb24", "argb"]),
     "magicyuv": ("avi", ["gray", "gbrp"]),
     "utvideo": ("avi", ["gbrp"]),
@@ -65,8 +68,10 @@ def coded(pix_fmt: str, pictures: np.ndarray) -> list[av.VideoFrame]:
     return frames
 
 
-def write(path: Path, codec: str, pix_fmt: str, pictures: np.ndarray, colour_range: int) -> None:
-    with av.open(str(path), "w") as output:
+def write(
+    path: Path, codec: str, pix_fmt: str, pictures: np.ndarray, colour_range: int, **how: str
+) -> None:
+    with av.open(str(path), "w", options=how) as output:
         stream = output.add_stream(codec, rate=20, options=OPTIONS.get(codec, {}))
         stream.height, stream.width = pictures.shape[1:]
         stream.pix_fmt = pix_fmt
@@ -132,3 +137,42 @@ def test_luma_of_other_chroma_and_depth(tmp_path: Path, pix_fmt: str, colour_ran
     np.testing.assert_array_equal(luma, shown)
     if bits > 8 or colour_range == FULL:
         np.testing.assert_array_equal(luma, levels)
+
+
+@pytest.mark.parametrize("pix_fmt", ["bgr24", "bgra"])
+def test_rows_that_lie_from_the_last_to_the_first(tmp_path: Path, pix_fmt: str) -> None:
+    """AVI without compression, as Windows programs write it."""
+    path = tmp_path / "a.avi"
+    write(path, "rawvideo", pix_fmt, PICTURES[:, ::-1], FULL, flipped_raw_rgb="1")
+    with av.open(str(path)) as container:
+        assert next(container.decode(video=0)).planes[0].line_size < 0
+    np.testing.assert_array_equal(np.stack([frame.luma for frame in Video(path)]), PICTURES)
+
+
+def test_packed_luma_of_ten_bits_is_stretched_in_one_rounding(tmp_path: Path) -> None:
+    codes = np.arange(64, 64 + 28 * 32, dtype="<u2").reshape(28, 32)
+    frame = av.VideoFrame(32, 28, "yuv444p10le")
+    for number, plane in enumerate(frame.planes):
+        rows = np.full((28, plane.line_size // 2), 512, "<u2")
+        rows[:, :32] = rows[:, :32] if number else codes
+        plane.update(rows.tobytes())
+    with av.open(str(tmp_path / "a.mov"), "w") as output:
+        stream = output.add_stream("v410", rate=20)
+        stream.height, stream.width, stream.pix_fmt = 28, 32, "yuv444p10le"
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    (read,) = Video(tmp_path / "a.mov")
+    expected = np.rint((codes.astype(float) - 64) * 255 / 876).clip(0, 255)
+    np.testing.assert_array_equal(read.luma, expected)
+
+
+def test_floating_point_is_refused(tmp_path: Path) -> None:
+    frame = av.VideoFrame(32, 16, "grayf32le")
+    frame.planes[0].update(np.ones(frame.planes[0].buffer_size // 4, "<f4").tobytes())
+    with av.open(str(tmp_path / "a.mov"), "w") as output:
+        stream = output.add_stream("exr", rate=20)
+        stream.height, stream.width, stream.pix_fmt = 16, 32, "grayf32le"
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode())
+    with pytest.raises(DecodeError, match=r"floating-point values \(grayf32le\)"):
+        list(Video(tmp_path / "a.mov"))
