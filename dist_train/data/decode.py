@@ -31,6 +31,11 @@ VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpe
 # numbers for purposes of its own.
 OF_A_VIDEO = ADVICE.keys() - {errno.EMFILE, errno.ENFILE, errno.ESTALE}
 
+# Its errors are counted, not shown.
+av.logging.set_level(av.logging.PANIC)
+# These also call errors what harms no frame; H.264 marks those that it had to guess a part of.
+_ERRORS_SAY_LITTLE = {"h264", "hevc"}
+
 # FFmpeg knows more kinds of side data than PyAV, which fails at one that it does not know. None but
 # the display matrix is asked for here.
 Type._missing_ = classmethod(lambda cls, _: cls.PANSCAN)  # type: ignore[method-assign, assignment]
@@ -117,13 +122,17 @@ class Video:
             if packet.pts is not None:
                 lasts = float(packet.duration * packet.time_base)
                 end = max(end, float(packet.pts * packet.time_base) + lasts)
-            for frame in packet.decode():
+            before = _errors(stream)
+            frames = packet.decode()
+            # FFV1 finds wrong checksums, and tells of them, but marks no frame.
+            is_told = _errors(stream) > before
+            self.frames_damaged += max(is_told, sum(frame.is_corrupt for frame in frames))
+            for frame in frames:
                 if size is None:
                     size = frame.width, frame.height
                     turn = _turn(frame)
                     self.is_deep = frame.format.components[0].bits > 8
                 self._check_size(size, frame)
-                self.frames_damaged += frame.is_corrupt
                 planes = read_frame(frame, converter, self.bits, self.where)
                 yield _upright(planes, turn) if turn else planes
                 self.frames_decoded += 1
@@ -165,6 +174,11 @@ class Video:
                 where=self.where,
                 fix="Cut it there, or encode it anew at one size.",
             )
+
+
+def _errors(stream: av.VideoStream) -> int:
+    """How many errors the decoder has told of, where they are of frames."""
+    return 0 if stream.codec_context.name in _ERRORS_SAY_LITTLE else av.logging.get_last_error()[0]
 
 
 def _memory_is_short(stream: av.VideoStream) -> bool:

@@ -74,10 +74,18 @@ def with_noise(path: Path, packet: int, seed: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov"])
-def test_a_damaged_frame_is_seen(tmp_path: Path, suffix: str) -> None:
+DAMAGED = {
+    "mp4": {"options": {"g": "30", "bf": "0"}},
+    "mkv": {"options": {"g": "30", "bf": "0"}},
+    "mov": {"options": {"g": "30", "bf": "0"}},
+    "gif": {"codec": "gif", "pix_fmt": "rgb8"},
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_frame_is_seen(tmp_path: Path, kind: str) -> None:
     """The decoder guesses the rest of it, and others may build on it."""
-    path = write_video(tmp_path / f"a.{suffix}", NOISE, options={"g": "30", "bf": "0"})
+    path = write_video(tmp_path / f"a.{kind.split(',')[0]}", NOISE, **DAMAGED[kind])
     whole, _ = read(path)
     with_noise(path, 8, 1)
     with pytest.raises(DecodeError, match=r"[1-9] of 12 frames are damaged.*--damaged keep"):
@@ -86,6 +94,18 @@ def test_a_damaged_frame_is_seen(tmp_path: Path, suffix: str) -> None:
     assert facts["frames_damaged"] >= 1
     assert clip.shape == whole.shape
     assert (clip != whole).any(axis=(1, 2)).tolist()[:9] == [False] * 8 + [True]
+
+
+def test_one_wrong_bit_of_ffv1_is_seen(tmp_path: Path) -> None:
+    """Its checksum is wrong; the decoder says so, and marks no frame."""
+    path = write_video(tmp_path / "a.mkv", NOISE, codec="ffv1", pix_fmt="gray")
+    with av.open(str(path)) as container:
+        packet = [one for one in container.demux(video=0) if one.size][8]
+    content = bytearray(path.read_bytes())
+    content[packet.pos + packet.size // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DecodeError, match="1 of 12 frames are damaged"):
+        read(path)
 
 
 def test_damaged_frames_are_counted_and_told(tmp_path: Path) -> None:
