@@ -48,7 +48,7 @@ def read_tiff(file: IO[bytes], where: object) -> np.ndarray:
         page = series[0].keyframe
         stacks = [_laid(one, where) for one in _one_stack(series, where)]
         array = stacks[0] if len(stacks) == 1 else np.concatenate(stacks)
-        return _positive(array, page, where)
+        return _upright(_positive(array, page, where), page)
 
 
 def tiff_values(file: IO[bytes]) -> tuple[np.dtype[Any] | None, int | None]:
@@ -138,11 +138,15 @@ def _explained(axes: str) -> str:
 def _positive(array: np.ndarray, page: TiffPage, where: object) -> np.ndarray:
     """With black at 0, and without a palette."""
     photometric = page.photometric
+    if array.dtype == np.uint8 and page.bitspersample < 8 and photometric != PHOTOMETRIC.PALETTE:
+        most = (1 << page.bitspersample) - 1
+        array = np.rint(np.arange(most + 1) * (255 / most)).astype(np.uint8)[array]
     if photometric == PHOTOMETRIC.MINISWHITE:
         if array.dtype == np.bool_:
             return np.asarray(np.logical_not(array))
         if array.dtype.kind == "u":
-            return np.asarray((1 << int(page.bitspersample)) - 1 - array, array.dtype)
+            bits = max(8, int(page.bitspersample))
+            return np.asarray((1 << bits) - 1 - array, array.dtype)
     elif photometric == PHOTOMETRIC.PALETTE:
         palette = page.colormap
         if palette is None or array.ndim != 3:
@@ -152,6 +156,18 @@ def _positive(array: np.ndarray, page: TiffPage, where: object) -> np.ndarray:
         return np.asarray(palette.T[array])
     elif array.ndim == 3 and photometric not in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB):
         raise DecodeError(f"its colours are {photometric.name}", where=where, fix=_PLAIN)
+    return array
+
+
+def _upright(array: np.ndarray, page: TiffPage) -> np.ndarray:
+    """With the first row on top and the first column on the left (TIFF 6.0, Orientation)."""
+    laid = page.tags.valueof("Orientation", 1)
+    if laid in (5, 6, 7, 8):
+        array = array.swapaxes(1, 2)
+    if laid in (3, 4, 7, 8):
+        array = array[:, ::-1]
+    if laid in (2, 3, 6, 7):
+        array = array[:, :, ::-1]
     return array
 
 

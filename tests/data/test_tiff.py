@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +111,44 @@ def test_two_levels(tmp_path: Path, white_is_zero: bool) -> None:
     how = "miniswhite" if white_is_zero else "minisblack"
     imwrite(tmp_path / "a.tif", (STACK > 100) ^ white_is_zero, photometric=how)
     np.testing.assert_array_equal(read_volume(tmp_path / "a.tif"), (STACK > 100) * np.uint8(255))
+
+
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: np.rot90(a, 2),
+    4: lambda a: a[::-1],
+    5: lambda a: a.T,
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).T,
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("laid", UPRIGHT)
+def test_orientation(tmp_path: Path, laid: int) -> None:
+    """TIFF 6.0: of 6, say, the first row is the right side, and the first column the top."""
+    imwrite(tmp_path / "a.tif", STACK, extratags=[(274, "H", 1, laid, True)], **GREY)
+    expected = np.stack([UPRIGHT[laid](picture) for picture in STACK])
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.tif"), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_fewer_bits_than_eight_span_the_whole_range(
+    tmp_path: Path, bits: int, photometric: int
+) -> None:
+    levels = np.arange(64).reshape(8, 8) % (1 << bits)
+    packed = "".join(f"{level:0{bits}b}" for level in levels.reshape(-1))
+    data = int(packed, 2).to_bytes(8 * bits, "big")
+    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 279: len(data)}
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    path = tmp_path / "a.tif"
+    path.write_bytes(struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + directory)
+    grey = np.rint(levels * 255 / ((1 << bits) - 1))
+    expected = grey if photometric else 255 - grey
+    np.testing.assert_array_equal(read_volume(path), expected[None])
 
 
 @pytest.mark.parametrize("width", [3, 4])
