@@ -49,6 +49,29 @@ def open_container(file: IO[bytes], where: object) -> av.container.InputContaine
     )
 
 
+def video_stream(container: av.container.InputContainer, where: object) -> av.VideoStream:
+    """The one video stream of a file; pictures that belong to it, such as a cover, do not count.
+
+    Raises:
+        DecodeError: there is none, there are several, or it has no decoder.
+    """
+    picture = av.stream.Disposition.attached_pic
+    streams = [one for one in container.streams.video if not one.disposition & picture]
+    if not streams:
+        raise DecodeError("holds no video stream", where=where)
+    if len(streams) > 1:
+        raise DecodeError(
+            f"holds {len(streams)} video streams",
+            where=where,
+            fix="Save the one that is meant as a file of its own.",
+        )
+    if streams[0].codec_context is None:
+        raise DecodeError("is in a form that has no decoder here", where=where)
+    # Parallelism is over files, in processes.
+    streams[0].codec_context.thread_count = 1
+    return streams[0]
+
+
 def _format(first: bytes) -> str | None:
     """FFmpeg's name of the container that begins so."""
     if first[4:8] in _BOXES:

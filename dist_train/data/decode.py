@@ -17,6 +17,7 @@ from dist_train.data.container import (
     listed_frames,
     open_container,
     shown_frames,
+    video_stream,
 )
 from dist_train.data.files import reason_of
 from dist_train.data.frame import Frame, read_frame
@@ -60,7 +61,7 @@ class Video:
     whether a value has more than 8 bits.
 
     Raises:
-        DecodeError: while iterating: not a video, no frame decodes, frames differ in size, or
+        DecodeError: while iterating: not one video, no frame decodes, frames differ in size, or
             memory does not suffice.
     """
 
@@ -82,13 +83,7 @@ class Video:
         self.frames_decoded, self.frames_damaged, self.stopped_by = 0, 0, None
         try:
             with self.path.open("rb") as file, open_container(file, self.where) as container:
-                if not container.streams.video:
-                    raise DecodeError("holds no video stream", where=self.where)
-                stream = container.streams.video[0]
-                if stream.codec_context is None:
-                    raise DecodeError("is in a form that has no decoder here", where=self.where)
-                # Parallelism is over files, in processes.
-                stream.codec_context.thread_count = 1
+                stream = video_stream(container, self.where)
                 self.frames_declared = shown_frames(container, stream)
                 try:
                     yield from self._frames(container, stream)

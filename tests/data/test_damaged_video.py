@@ -205,3 +205,32 @@ def test_a_container_by_another_name(tmp_path: Path) -> None:
     """Which container it is, its first bytes say; the name is often wrong."""
     path = write_video(tmp_path / "a.mkv", FRAMES[:3]).rename(tmp_path / "a.mp4")
     assert len(list(Video(path))) == 3
+
+
+def of_two_streams(path: Path, *, cover: bool) -> None:
+    with av.open(str(path), "w") as output:
+        streams = [output.add_stream(codec, rate=20) for codec in ("mpeg4", "mjpeg")]
+        for stream, pix_fmt in zip(streams, ("yuv420p", "yuvj420p"), strict=True):
+            stream.height, stream.width, stream.pix_fmt = 48, 64, pix_fmt
+        streams[1].codec_context.color_range = 2
+        if cover:
+            streams[1].disposition = av.stream.Disposition.attached_pic
+        for number, picture in enumerate(FRAMES[:4]):
+            for stream in streams[: 1 if cover and number else 2]:
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                output.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
+        for stream in streams:
+            output.mux(stream.encode())
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+def test_two_videos_in_one_file(tmp_path: Path, suffix: str) -> None:
+    of_two_streams(path := tmp_path / f"a.{suffix}", cover=False)
+    with pytest.raises(DecodeError, match="holds 2 video streams"):
+        read(path)
+
+
+def test_a_cover_is_no_video(tmp_path: Path) -> None:
+    of_two_streams(path := tmp_path / "a.mp4", cover=True)
+    clip, _ = read(path)
+    assert len(clip) == 4
