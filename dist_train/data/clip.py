@@ -47,9 +47,11 @@ class PrepareSettings:
 
 
 # Kinds of files that people have clips in, and what to make of them.
-_ARRAY = "Convert it to an npy array [frames, height, width], or to a multi-page TIFF"
+_ARRAY = "Convert it to uint8 or uint16, as an npy array [frames, height, width] or multi-page TIFF"
 _CONVERT = {
-    ".nii.gz": f"{_ARRAY}: np.save(name, nibabel.load(file).get_fdata().transpose(2, 1, 0)).",
+    ".nii.gz": f"{_ARRAY}: a = nibabel.load(file).get_fdata().transpose(2, 1, 0), then "
+    "np.save(name, np.clip((a - LOW) * 255 / (HIGH - LOW), 0, 255).astype('uint8')), with the same "
+    "LOW and HIGH for all files.",
     ".dcm": f"{_ARRAY}, as by pydicom's pixel_array.",
     ".png": "It is one picture of a clip: put all of them into one multi-page TIFF, in order.",
     ".zip": "Unpack it, and list what is in it.",

@@ -148,7 +148,7 @@ def values_of(path: Path, suffix: str) -> tuple[np.dtype[Any] | None, int | None
 
 
 def read_npy(file: IO[bytes], size: int) -> np.ndarray:
-    """An array in NumPy's format (NEP 1), refused before memory is taken for more than is there.
+    """The one array in a file of NumPy's format (NEP 1), refused before memory is taken for more.
 
     Args:
         file: at its start, and able to go back there.
@@ -156,7 +156,8 @@ def read_npy(file: IO[bytes], size: int) -> np.ndarray:
     """
     shape, dtype = _npy_header(file)
     declared, held = math.prod(shape) * dtype.itemsize, size - file.tell()
-    if declared > held:
+    # More, where it was saved to twice.
+    if declared != held:
         raise ValueError(f"declares {declared} bytes of values, holds {held}")
     file.seek(0)
     return np.asarray(np.lib.format.read_array(file, allow_pickle=False))

@@ -599,6 +599,14 @@ def test_larger_than_its_file(tmp_path: Path, suffix: str, size: int) -> None:
         read_volume(path)
 
 
+def test_two_arrays_in_one_npy_file(tmp_path: Path) -> None:
+    with (tmp_path / "a.npy").open("wb") as file:
+        for level in (1, 2):
+            np.save(file, np.full((2, 3, 4), level, np.uint8))
+    with pytest.raises(DecodeError, match="declares 24 bytes of values, holds 176"):
+        read_volume(tmp_path / "a.npy")
+
+
 @pytest.mark.parametrize("version", [(1, 0), (2, 0)])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_every_npy_form_is_read(tmp_path: Path, version: tuple[int, int], order: str) -> None:

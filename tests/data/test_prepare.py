@@ -503,7 +503,9 @@ def test_what_is_no_clip_is_named_with_how_to_convert_it(tmp_path: Path, raw: Pa
     store = make(tmp_path, names, max_rejected=0.9)
     reasons = pd.read_csv(store / REJECTED).set_index("file")["reason"]
     assert reasons["frames"].startswith("is a folder, not a file. Make one file of it")
-    assert reasons["brain.nii.gz"].startswith("unknown kind of file '.nii.gz'. Convert it to an n")
+    assert reasons["brain.nii.gz"].startswith("unknown kind of file '.nii.gz'. Convert it to uint8")
+    # What it says to do gives values that are taken.
+    assert ".astype('uint8')" in reasons["brain.nii.gz"]
     for name, how in (("b.nii", "npy"), ("c.dcm", "pydicom"), ("d.png", "TIFF"), ("e.zip", "Unp")):
         assert how in reasons[name].partition("Known:")[0]
 
