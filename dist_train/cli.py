@@ -39,6 +39,9 @@ MaxRejected = Annotated[str, typer.Option(help="Largest share of rejected clips,
 StorePath = Annotated[
     Path | None, typer.Option(help="Where the run's own store is now, if it was moved.")
 ]
+LeastOutline = Annotated[
+    int, typer.Option(min=1, help="Pixels that an outline is high and wide, at least.")
+]
 Colour = Annotated[
     str | None,
     typer.Option(help="Of the outline: red=100:255,green=50:150,blue=0:110,red_over_blue=60."),
@@ -98,9 +101,7 @@ def prepare(
         Literal["outline", "none"], typer.Option(help="Crop to the outline, or keep all.")
     ] = "outline",
     colour: Colour = None,
-    least_outline: Annotated[
-        int, typer.Option(min=1, help="Pixels that an outline is high and wide, at least.")
-    ] = 16,
+    least_outline: LeastOutline = 16,
     truncated: Annotated[
         Literal["reject", "keep"], typer.Option(help="Videos that end before they should.")
     ] = "reject",
@@ -278,18 +279,23 @@ def inspect(
     clip: Annotated[Path, typer.Argument(help="A video with an outline.")],
     png: Annotated[Path | None, typer.Option(help="Draw what was found.")] = None,
     colour: Colour = None,
+    least_outline: LeastOutline = 16,
 ) -> None:
     """Show the outline that is found in each frame of a video."""
     from dist_train.data.describe import describe_outline, draw_outline, find_boxes
+    from dist_train.data.roi import lacks_outline
 
-    video, boxes = find_boxes(clip, _colour(colour))
+    video, boxes = find_boxes(clip, _colour(colour), least_outline)
     typer.echo(str(clip))
     console.print(describe_outline(video, boxes))
     if video.truncated:
         because = f" ({video.stopped_by})" if video.stopped_by else ""
         typer.echo(f"the video ends before it should{because}")
-    if not any(boxes):
-        typer.echo("no outline found in any frame; --colour says what counts as one")
+    if video.frames_damaged:
+        typer.echo(f"{video.frames_damaged} frames are damaged")
+    shown = sum(box is not None for box in boxes)
+    if lack := lacks_outline(shown, len(boxes), least_outline):
+        typer.echo(f"{lack}; --colour and --least-outline say what counts as one")
     if png is not None:
         draw_outline(clip, boxes, png)
         typer.echo(f"drawn in {png}")

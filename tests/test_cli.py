@@ -359,6 +359,7 @@ def test_colour_of_the_outline(tmp_path: Path) -> None:
     assert "no outline found" in fails(*command, "--colour", "red_over_blue=255")
     told = said("inspect", tmp_path / "a.mp4", "--colour", "red_over_blue=255")
     assert "no outline found in any frame" in told
+    assert "of 90 pixels" in said("inspect", tmp_path / "a.mp4", "--least-outline", 90)
     told = said("inspect", tmp_path / "a.mp4", "--png", tmp_path / "a.png")
     assert "no outline found" not in told
     assert f"drawn in {tmp_path / 'a.png'}" in told

@@ -16,7 +16,7 @@ from dist_train.data.decode import Video
 from dist_train.data.duplicates import CLASSES
 from dist_train.data.files import check_replaceable, write_whole
 from dist_train.data.index import read_index
-from dist_train.data.roi import Box, OutlineColour, find_outline
+from dist_train.data.roi import LEAST, Box, OutlineColour, find_outline
 from dist_train.data.store import INDEX, SHARDS, Store
 from dist_train.data.volume_file import VOLUME_SUFFIXES
 from dist_train.errors import RoiError
@@ -124,7 +124,9 @@ def remarks(store: Path) -> list[str]:
     return lines
 
 
-def find_boxes(path: Path, colour: OutlineColour) -> tuple[Video, list[Box | None]]:
+def find_boxes(
+    path: Path, colour: OutlineColour, least: int = LEAST
+) -> tuple[Video, list[Box | None]]:
     """A video, decoded once, and the outline's box in each of its frames.
 
     Raises:
@@ -136,7 +138,7 @@ def find_boxes(path: Path, colour: OutlineColour) -> tuple[Video, list[Box | Non
             "a volume has no coloured outline", where=path, fix="Prepare it with --roi none."
         )
     video = Video(path, bits=16)
-    return video, [find_outline(frame, colour) for frame in video]
+    return video, [find_outline(frame, colour, least) for frame in video]
 
 
 def describe_outline(video: Video, boxes: Sequence[Box | None]) -> Table:

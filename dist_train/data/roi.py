@@ -33,6 +33,9 @@ SMALLER = 8
 LEAST = 16
 # More than this share of the frames must show the outline: what is in a few is something else.
 MOST = 0.5
+# A line, a cross or an arrow goes around nothing; an ellipse that lacks a quarter goes around a
+# fifth of its box.
+AROUND = 1 / 8
 # How far apart, in pixels, the pieces of one thing may be; and of a line that compression broke.
 GAP = 4
 GAPS = (2, 4, 8)
@@ -147,8 +150,8 @@ def _not_a_colour(part: str, because: str) -> ConfigError:
 class Found:
     """A thing of the colour: its box, and whether it is open inside, as a line around a vessel is.
 
-    So is one that encloses a hole, or, where the line is broken or leaves the frame, fills less
-    than half of its box.
+    So is one that encloses a hole, or, where the line is broken or leaves the frame, goes around a
+    part of its box.
     """
 
     box: Box
@@ -201,7 +204,9 @@ def find_thing(frame: Frame, colour: OutlineColour) -> Found | None:
     part = _box(*cv2.boundingRect(candidates)).moved(reddish.top, reddish.left)
     if part.area == 0:
         return None
-    found = _outline(_of_the_colour(frame, part, accepted))
+    height, width = frame.cr.shape
+    at_edge = part.top == 0, part.left == 0, part.bottom == height, part.right == width
+    found = _outline(_of_the_colour(frame, part, accepted), at_edge)
     if found is None:
         return None
     return Found(found.box.moved(2 * part.top, 2 * part.left), found.is_open)
@@ -238,14 +243,10 @@ def crop_to_outline(
             missed += 1
         else:
             kept.append(frame.grey(*window.slices))
-    if union is None or window is None or shown <= most * video.frames_decoded:
-        what = (
-            f"an outline is found in only {shown} of {video.frames_decoded} frames"
-            if shown
-            else f"no outline found in any frame, of {least} pixels or more"
-        )
+    lack = lacks_outline(shown, video.frames_decoded, least, most)
+    if union is None or window is None or lack:
         raise RoiError(
-            what,
+            str(lack),
             where=video.where,
             fix="Look at it with 'dist-train inspect', or prepare with --roi none.",
         )
@@ -255,6 +256,15 @@ def crop_to_outline(
     again = islice(Video(video.path, video.where, video.bits), missed)
     kept = [frame.grey(*window.slices) for frame in again] + kept
     return stack_planes(kept, union.within(window)), union
+
+
+def lacks_outline(shown: int, frames: int, least: int, most: float = MOST) -> str | None:
+    """What is wrong with a clip of which so many frames show an outline; None if nothing is."""
+    if shown > most * frames:
+        return None
+    if shown:
+        return f"an outline is found in only {shown} of {frames} frames"
+    return f"no outline found in any frame, of {least} pixels or more"
 
 
 def stack_planes(planes: list[Plane], box: Box) -> Volume:
@@ -340,8 +350,12 @@ class _Ring:
     holes: Box
 
 
-def _outline(pixels: np.ndarray) -> Found | None:
-    """What is most like an outline in a mask, uint8 [h, w], of the pixels that have its colour."""
+def _outline(pixels: np.ndarray, at_edge: tuple[bool, bool, bool, bool]) -> Found | None:
+    """What is most like an outline in a mask, uint8 [h, w], of the pixels that have its colour.
+
+    Args:
+        at_edge: whether the mask's top, left, bottom and right are those of the frame.
+    """
     everything = _box(*cv2.boundingRect(pixels))
     if everything.area == 0:
         return None
@@ -356,7 +370,27 @@ def _outline(pixels: np.ndarray) -> Found | None:
         ring = _largest_ring(pixels, gap)
         if ring is not None and SMALLER * ring.box.area >= thing.area:
             return Found(ring.box, is_open=True)
-    return Found(thing, is_open=2 * cv2.countNonZero(thing.cut(pixels)) < thing.area)
+    height, width = pixels.shape
+    sides = thing.top == 0, thing.left == 0, thing.bottom >= height - 1, thing.right >= width - 1
+    leaves = [side and edge for side, edge in zip(sides, at_edge, strict=True)]
+    return Found(thing, is_open=_goes_around(thing.cut(pixels) > 0, leaves))
+
+
+def _goes_around(pixels: np.ndarray, leaves: Sequence[bool]) -> bool:
+    """Whether a thing without a hole fills less than half of its box, and goes around at least
+    ``AROUND`` of it: has pixels above, below, to the left and to the right of that.
+
+    Args:
+        pixels: bool [h, w].
+        leaves: whether it leaves the frame at the top, left, bottom and right: as good as a line.
+    """
+    around = ~pixels
+    for axis, (first, last) in enumerate(zip(leaves[:2], leaves[2:], strict=True)):
+        if not first:
+            around &= np.logical_or.accumulate(pixels, axis)
+        if not last:
+            around &= np.flip(np.logical_or.accumulate(np.flip(pixels, axis), axis), axis)
+    return bool(2 * pixels.sum() < pixels.size and around.sum() >= AROUND * pixels.size)
 
 
 def _without_necks(ring: _Ring, pixels: np.ndarray) -> Box:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from helpers import ROOT, environment
@@ -480,6 +481,38 @@ def test_specks_do_not_widen_the_box(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mkv", frames, codec="ffv1")
     _, found = crop_to_outline(Video(path), COLOUR)
     assert furthest_side(found, START) <= 2
+
+
+WITHOUT_INSIDE = {
+    "a line": [((20, 20), (90, 80))],
+    "a cross": [((40, 48), (90, 48)), ((64, 20), (64, 76))],
+    "a slanted cross": [((20, 20), (90, 80)), ((20, 80), (90, 20))],
+    "an angle": [((20, 20), (20, 80)), ((20, 80), (90, 80))],
+    "an arrow": [((20, 20), (90, 80)), ((90, 80), (90, 60)), ((90, 80), (70, 80))],
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_INSIDE)
+def test_what_goes_around_nothing_is_no_outline(tmp_path: Path, kind: str) -> None:
+    frames = outlined_frames([None] * 3)
+    for frame in frames:
+        for start, end in WITHOUT_INSIDE[kind]:
+            cv2.line(frame, start, end, ORANGE, 3)
+    path = write_video(tmp_path / "a.mkv", frames, codec="ffv1")
+    with pytest.raises(RoiError, match="no outline found in any frame"):
+        crop_to_outline(Video(path), COLOUR)
+
+
+def test_an_outline_that_leaves_the_frame_or_lacks_a_part(tmp_path: Path) -> None:
+    for number, (middle, end) in enumerate([((0, 48), 360), ((127, 95), 360), ((64, 48), 270)]):
+        frames = outlined_frames([None] * 3)
+        for frame in frames:
+            cv2.ellipse(frame, middle, (40, 30), 0, 0, end, ORANGE, 3)
+        path = write_video(tmp_path / f"{number}.mkv", frames, codec="ffv1")
+        _, found = crop_to_outline(Video(path), COLOUR)
+        left, right = max(middle[0] - 41, 0), min(middle[0] + 42, 128)
+        top, bottom = max(middle[1] - 31, 0), min(middle[1] + 32, 96)
+        assert furthest_side(found, Box(top, left, bottom, right)) <= 2
 
 
 def test_least_size_is_a_setting(tmp_path: Path) -> None:
