@@ -5,6 +5,7 @@ What is no plain stack of pictures, or is not all there, is refused.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,15 @@ from dist_train.errors import DecodeError
 _DEPTH = "ZTIQ"
 _NAMES = {"Z": "depth", "T": "time", "C": "channel", "S": "sample", "Y": "row", "X": "column"}
 _PLAIN = "Save it as one stack of grey or RGB pictures, with the axes ZYX or TYX."
+# Tags of sizes, colours, where the pixels are, and what describes them.
+_NEEDED = {254, *range(256, 260), 262, 266, 270, 273, 274, *range(277, 280), 284, 317, 320}
+_NEEDED |= {*range(322, 326), 338, 339}
 _RGB_JPEG = (COMPRESSION.JPEG, COMPRESSION.OJPEG)
+
+# What it tells is judged here, and not shown.
+_LOG = logging.getLogger("tifffile")
+_LOG.propagate = False
+_LOG.addHandler(logging.NullHandler())
 
 
 def read_tiff(file: IO[bytes], where: object) -> np.ndarray:
@@ -31,8 +40,25 @@ def read_tiff(file: IO[bytes], where: object) -> np.ndarray:
 
     Raises:
         DecodeError: there are several stacks, or axes beside depth, row and column; the file is one
-            of a set; pages are missing; or the colours are none that are known here.
+            of a set; pages, or tags that matter, are missing; or the colours are none that are
+            known here.
     """
+    told = _Told()
+    _LOG.addHandler(told)
+    try:
+        array = _read(file, where)
+    finally:
+        _LOG.removeHandler(told)
+    if told.grave:
+        raise DecodeError(
+            f"cannot be read as it is meant ({told.grave})",
+            where=where,
+            fix="Replace the file, or save all of it anew as one stack.",
+        )
+    return array
+
+
+def _read(file: IO[bytes], where: object) -> np.ndarray:
     # OME-TIFF says by name which file a page is in: this one is known by its own.
     name = PurePath(str(where)).name
     with TiffFile(_OnlyFile(file), name=name, _multifile=False) as tif:
@@ -56,6 +82,21 @@ def tiff_values(file: IO[bytes]) -> tuple[np.dtype[Any] | None, int | None]:
     with TiffFile(_OnlyFile(file), name="", _multifile=False) as tif:
         page = tif.pages.first
         return page.dtype, _bits(tif, page)
+
+
+class _Told(logging.Handler):
+    """What tifffile tells of a file that it then reads in part, or otherwise than it is meant."""
+
+    grave = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if tag := re.search(r"TiffTag (\d+) ", text):
+            is_grave = "fromfile" in text and int(tag[1]) in _NEEDED
+        else:
+            is_grave = record.levelno >= logging.ERROR or " series " in text
+        if is_grave:
+            self.grave = re.sub(r"^<tifffile\.\w+ .*?> ", "", text)
 
 
 class _OnlyFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +178,38 @@ def ome_set(path: Path) -> None:
     tifffile.tiffcomment(path, text[:start] + own + other + text[end:])
 
 
+def micro_manager(path: Path, frames: int) -> None:
+    """A file of 6 frames of a set of so many, as Micro-Manager writes it: a directory of 13 tags
+    before each picture, and an index of all at the end."""
+    depth, height, width = STACK.shape
+    summary = {"Channels": 1, "Slices": 1, "Frames": frames, "Positions": 1}
+    said = json.dumps(summary | {"MicroManagerVersion": "2.0"}).encode()
+    size = 2 + 13 * 12 + 4 + height * width + 16
+    starts = [40 + len(said) + size * number for number in range(depth)]
+    pages = b""
+    for number, start in enumerate(starts):
+        pixels, more = start + 162, start + 162 + height * width
+        tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: pixels, 277: 1, 278: height}
+        tags |= {279: height * width, 296: 1, 305: 0, 315: 0, 51123: more}
+        pages += struct.pack("<H", 13)
+        for tag, value in tags.items():
+            kind, count = (2, 16) if tag == 51123 else (4, 1)
+            pages += struct.pack("<HHII", tag, kind, count, value)
+        pages += struct.pack("<I", starts[number + 1] if number + 1 < depth else 0)
+        pages += STACK[number].tobytes() + b'{"FrameIndex":0}'
+    index = struct.pack("<II", 3453623, depth)
+    index += b"".join(struct.pack("<5I", 0, 0, i, 0, at) for i, at in enumerate(starts))
+    index_at = 40 + len(said) + len(pages)
+    places = (54773648, index_at, 483765892, 0, 99384722, 0, 2355492, len(said))
+    head = struct.pack("<2sHI8I", b"II", 42, starts[0], *places)
+    path.write_bytes(head + said + pages + index)
+
+
+def test_micro_manager(tmp_path: Path) -> None:
+    micro_manager(tmp_path / "run_MMStack.tif", 6)
+    np.testing.assert_array_equal(read_volume(tmp_path / "run_MMStack.tif"), STACK)
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "two stacks": (
         lambda path: several(path, STACK, STACK[:3, :10]),
@@ -202,6 +235,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: imwrite(path, STACK[..., None].repeat(4, -1), photometric="separated"),
         r"4 samples a pixel \(QYXS, SEPARATED\)",
     ),
+    "Micro-Manager set": (lambda path: micro_manager(path, 12), "MMStack series is missing files"),
     "OME set": (ome_set, "one file of an OME set"),
     "OME, of two images": (
         lambda path: [several(path, STACK, STACK, metadata={"axes": "ZYX"})],
@@ -232,6 +266,26 @@ def test_fewer_pages_than_declared(tmp_path: Path, compression: str | None) -> N
         path.write_bytes(content.replace(b'"shape": [2,', b'"shape": [6,'))
         with pytest.raises(DecodeError, match="is cut short: 6 frames are declared"):
             read_volume(path)
+
+
+@pytest.mark.parametrize(("tag", "is_needed"), [(262, True), (270, True), (282, False)])
+def test_a_tag_that_cannot_be_read(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], tag: int, is_needed: bool
+) -> None:
+    """tifffile goes on without it: as if, say, white were 0."""
+    path = tmp_path / "a.tif"
+    imwrite(path, STACK, **GREY)
+    with tifffile.TiffFile(path) as tif:
+        at = tif.pages[0].tags[tag].offset
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<H", content, at + 2, 200)
+    path.write_bytes(content)
+    if is_needed:
+        with pytest.raises(DecodeError, match=r"as it is meant.*invalid data type 200"):
+            read_volume(path)
+    else:
+        np.testing.assert_array_equal(read_volume(path), STACK)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_cut_stack_is_rejected_with_its_reason(tmp_path: Path) -> None:
