@@ -129,10 +129,37 @@ def declared_seconds(
         return (container.duration or 0) / av.time_base, len(container.streams) == 1
 
 
-def gif_ends(file: IO[bytes]) -> bool:
-    """Whether the file has the trailer of GIF at its end, or bytes of 0 after it."""
-    place = file.tell()
-    file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-    end = file.read().rstrip(b"\0")
-    file.seek(place)
-    return end.endswith(b";")
+def lacks_end(container: av.container.InputContainer, file: IO[bytes]) -> bool:
+    """Whether bytes are missing at the end of a GIF, or of a Matroska file that has its size."""
+    place, size = file.tell(), file.seek(0, os.SEEK_END)
+    try:
+        if container.format.name == "gif":
+            file.seek(max(0, size - 4096))
+            # Behind the trailer there may be bytes of 0.
+            return not file.read().rstrip(b"\0").endswith(b";")
+        if container.format.name.startswith("matroska"):
+            file.seek(0)
+            return _matroska_size(file.read(4096)) > size
+        return False
+    finally:
+        file.seek(place)
+
+
+def _matroska_size(first: bytes) -> int:
+    """Bytes of a file by the size of its segment (RFC 8794, RFC 9559), 0 if it has none."""
+
+    def number(at: int) -> tuple[int, int]:
+        """The number coded there, -1 if it says that it is not known, and where it ends."""
+        length = 9 - first[at].bit_length()
+        value = int.from_bytes(first[at : at + length]) & ((1 << 7 * length) - 1)
+        return -1 if value == (1 << 7 * length) - 1 else value, at + length
+
+    try:
+        header, at = number(4)
+        segment = at + header
+        if first[segment : segment + 4] != b"\x18\x53\x80\x67":
+            return 0
+        size, at = number(segment + 4)
+    except IndexError:
+        return 0
+    return at + size if size >= 0 else 0

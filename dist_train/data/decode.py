@@ -13,7 +13,7 @@ from av.video.reformatter import VideoReformatter
 
 from dist_train.data.container import (
     declared_seconds,
-    gif_ends,
+    lacks_end,
     listed_frames,
     open_container,
     shown_frames,
@@ -87,7 +87,7 @@ class Video:
                 self.frames_declared = shown_frames(container, stream)
                 try:
                     yield from self._frames(container, stream)
-                    if container.format.name == "gif" and not gif_ends(file):
+                    if self.stopped_by is None and lacks_end(container, file):
                         self.stopped_by = "its end is missing"
                 except av.error.FFmpegError as error:
                     # Else a file would count as damaged for what the machine lacks.

@@ -62,6 +62,17 @@ def test_cut_video_is_rejected(tmp_path: Path, kind: str) -> None:
             assert 0 < len(clip) < 30
 
 
+@pytest.mark.parametrize("kind", ["mkv, frames out of order", "webm", "gif"])
+def test_the_last_bytes_are_missed(tmp_path: Path, kind: str) -> None:
+    """The frame that is coded last is not the one that is shown last, whose end is declared."""
+    path = write_video(tmp_path / f"a.{kind.split(',')[0]}", FRAMES, **KINDS[kind])
+    content = path.read_bytes()
+    for fewer in (1, 100):
+        path.write_bytes(content[:-fewer])
+        with pytest.raises(DecodeError, match=r"the video stops after (29|30)"):
+            read(path)
+
+
 def with_noise(path: Path, packet: int, seed: int) -> None:
     """Write random bytes into the middle of a coded frame."""
     with av.open(str(path)) as container:
