@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -370,6 +371,11 @@ def test_inspect_of_a_video_that_ends_too_soon(tmp_path: Path) -> None:
     content = video(tmp_path / "a.avi").read_bytes()
     (tmp_path / "a.avi").write_bytes(content[: content.index(b"idx1") - 200])
     assert "the video ends before it should" in said("inspect", tmp_path / "a.avi")
+
+
+def test_inspect_of_a_fifo_does_not_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.mp4")
+    assert "a.mp4: is a FIFO, not a plain file" in fails("inspect", tmp_path / "a.mp4")
 
 
 def test_inspect_of_a_volume(tmp_path: Path) -> None:

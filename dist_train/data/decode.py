@@ -19,7 +19,7 @@ from dist_train.data.container import (
     shown_frames,
     video_stream,
 )
-from dist_train.data.files import reason_of
+from dist_train.data.files import open_plain, reason_of
 from dist_train.data.frame import Frame, read_frame
 from dist_train.data.orientation import AS_IT_IS, Orientation
 from dist_train.data.undecodable import too_large
@@ -63,6 +63,7 @@ class Video:
     Raises:
         DecodeError: while iterating: not one video, no frame decodes, frames differ in size, or
             memory does not suffice.
+        FileError: while iterating: it is no plain file.
     """
 
     def __init__(self, path: Path, where: object | None = None, bits: int | None = None) -> None:
@@ -82,7 +83,7 @@ class Video:
     def __iter__(self) -> Iterator[Frame]:
         self.frames_decoded, self.frames_damaged, self.stopped_by = 0, 0, None
         try:
-            with self.path.open("rb") as file, open_container(file, self.where) as container:
+            with open_plain(self.path) as file, open_container(file, self.where) as container:
                 stream = video_stream(container, self.where)
                 self.frames_declared = shown_frames(container, stream)
                 try:

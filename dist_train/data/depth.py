@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dist_train.data.container import open_container, video_stream
+from dist_train.data.files import open_plain
 from dist_train.data.frame import deep_channels, is_deep_format
 from dist_train.data.grey import depth_of
 from dist_train.data.source import LocalFolder, Source
@@ -117,7 +118,7 @@ def file_bits(path: Path, suffix: str) -> int | None:
 
 
 def _video_bits(path: Path) -> int | None:
-    with path.open("rb") as file, open_container(file, path) as container:
+    with open_plain(path) as file, open_container(file, path) as container:
         stream = video_stream(container, path)
         if not is_deep_format(stream.codec_context.pix_fmt or ""):
             return None

@@ -11,12 +11,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from dist_train.data.files import reason_of
+from dist_train.data.files import open_plain, reason_of
 from dist_train.data.grey import to_8_bits
 from dist_train.data.tiff import read_tiff, tiff_values
 from dist_train.data.types import Volume
 from dist_train.data.undecodable import too_large
-from dist_train.errors import DecodeError
+from dist_train.errors import DecodeError, DistTrainError
 from dist_train.os_advice import blame_machine
 
 VOLUME_SUFFIXES = {".npy", ".npz", ".tif", ".tiff"}
@@ -52,11 +52,11 @@ def read_raw(path: Path, where: object, suffix: str | None = None) -> np.ndarray
     """
     suffix = path.suffix if suffix is None else suffix
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             if suffix.lower() in (".tif", ".tiff"):
                 return read_tiff(file, where)
             return _as_stack(_load_numpy(file))
-    except DecodeError:
+    except DistTrainError:
         raise
     except MemoryError:
         raise too_large(where) from None
@@ -136,7 +136,7 @@ def values_of(path: Path, suffix: str) -> tuple[np.dtype[Any] | None, int | None
 
     Raises what the parsers raise on damaged bytes.
     """
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         if suffix in (".tif", ".tiff"):
             return tiff_values(file)
         is_zip = file.read(2) == b"PK"
