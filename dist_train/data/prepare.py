@@ -217,7 +217,7 @@ def check_files(
     raise StoreError(
         f"{MISSING} ({len(missing)} of {len(names)} files are: {by_class(_counts(classes))})",
         where=source.where(first),
-        fix=f"{hint} Name files in the manifest as they are on the disk."
+        fix=f"{hint} The manifest must name files that are there."
         if hint
         else "Check --source; or leave them out of the manifest (--where chooses rows), or raise "
         "--max-rejected.",

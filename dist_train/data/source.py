@@ -112,6 +112,8 @@ class LocalFolder(Source):
         path = Path(name.replace("\\", "/"))
         there = _names_in(self.folder / path.parent)
         found = there.get(_loose(path.name)) or there.get(_loose(path.stem))
+        if found == path.name and (self.folder / path).is_symlink():
+            return "It is a link that leads nowhere."
         return None if found is None else f"It exists as '{path.parent / found}'."
 
     def changed_since(self, name: str, time: float) -> bool:

@@ -644,3 +644,8 @@ def test_a_store_from_s3_is_that_of_the_files(
     repair = dist_train("verify", repaired, "--repair", "s3://bucket/clips")
     run_well(repair, FSSPEC_S3_ENDPOINT_URL=gateway.url, **settings)
     assert contents(repaired) == here
+
+
+def test_a_link_that_leads_nowhere_is_told_as_one(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").symlink_to("gone")
+    assert LocalFolder(tmp_path).hint("a.mp4") == "It is a link that leads nowhere."
