@@ -183,8 +183,8 @@ DAMAGE: dict[Callable[[Path], None], list[str]] = {
     flip_pixel: ["clip 'clip005': its pixels are not those that were stored"],
     flip_header: [
         "is not a readable shard (bad checksum)",
-        "clip 'clip003' is missing",
-        "clip 'clip005' is missing",
+        "clip 'clip003' is whole, but a header before it is damaged",
+        "clip 'clip005' is whole, but a header before it is damaged",
         "the bytes after its last readable clip are damaged",
     ],
     flip_array_header: ["clip 'clip003': its headers are damaged"],
@@ -401,6 +401,33 @@ def test_source_of_other_content_is_refused(made: Path, store: Path) -> None:
         ):
             repair(store, raw, verify(store, workers=1), workers=1)
     repair(store, made / "raw", verify(store, workers=1), workers=1)
+    assert content(store) == content(made / "store")
+
+
+@pytest.mark.parametrize("lose", [remove, flip_pixel])
+def test_source_of_other_content_is_refused_without_the_index(
+    made: Path, store: Path, lose: Callable[[Path], None]
+) -> None:
+    """The digest of the content is what is left to tell."""
+    raw = store.parent / "raw"
+    np.save(raw / "clip005.npy", np.zeros((5, 12, 12), np.uint8))
+    lose(store)
+    flip(store / INDEX, 5000)
+    before = content(store)
+    with pytest.raises(StoreError, match=r"raw: does not hold the files.*pixels of some"):
+        repair(store, raw, verify(store, workers=1), workers=1)
+    assert content(store) == before
+    repair(store, made / "raw", verify(store, workers=1), workers=1)
+    assert content(store) == content(made / "store")
+
+
+def test_pixels_that_nothing_tells_of_are_told(
+    made: Path, store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    remove(store)
+    (store / MARKER).unlink()
+    repair(store, made / "raw", verify(store, workers=1), workers=1)
+    assert "whether the raw files of 2 damaged clips are those" in caplog.text
     assert content(store) == content(made / "store")
 
 
