@@ -32,7 +32,7 @@ from dist_train.fresh_statistics import statistics_of_run
 from dist_train.models.resnet3d import BasicBlock, Bottleneck, ConvNorm, ResNet3D
 from dist_train.os_advice import blame_machine
 from dist_train.run import make_model, open_record, open_run, open_run_data
-from dist_train.run_folder import CHECKPOINTS, PREDICTIONS, SNAPSHOT, SNAPSHOTS
+from dist_train.run_folder import CHECKPOINTS, PREDICTIONS, SNAPSHOT, SNAPSHOTS, refuse_own_place
 from dist_train.snapshots import (
     check_facts,
     check_finite,
@@ -92,7 +92,7 @@ def export_run(
 
     Raises:
         RunError: no run, no weights, weights that do not fit the run, no ONNX here, one name for
-            both files, or predictions of other snapshots.
+            both files, a name that the run uses itself, or predictions of other snapshots.
         CheckpointError: the checkpoints that there are are damaged.
         FileError: ``out`` or ``onnx`` is there and is no plain file.
         OSError: a file cannot be written.
@@ -100,6 +100,7 @@ def export_run(
     config = open_run(run)
     for path in filter(None, (out, onnx)):
         check_replaceable(path)
+        refuse_own_place(run, path)
     if onnx is not None:
         _need_onnx()
         if onnx.resolve() == out.resolve():

@@ -15,7 +15,7 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
-from helpers import refused, run_well, said, tiny_config, tiny_store, trained_so
+from helpers import contents, refused, run_well, said, tiny_config, tiny_store, trained_so
 from safetensors import safe_open
 from safetensors.torch import load_file
 from scipy.special import expit
@@ -392,6 +392,20 @@ def test_without_onnx_it_says_what_to_install(
 def test_a_network_without_an_onnx_form() -> None:
     with pytest.raises(RunError, match=r"Linear cannot be written as ONNX. Leave out --onnx"):
         onnx_bytes([nn.Linear(1, 1)], (SIDE, SIDE), {})
+
+
+@pytest.mark.parametrize("option", ["--out", "--onnx"])
+@pytest.mark.parametrize(
+    "name", ["snapshots/step-7.safetensors", "config.yaml", "checkpoints/step-4/rank-9", "run.json"]
+)
+def test_no_file_of_the_run_is_replaced_or_added(
+    run: Path, tmp_path: Path, name: str, option: str
+) -> None:
+    before = contents(run)
+    arguments = {"--out": tmp_path / "model.safetensors", option: run / name}
+    line = refused("export", run, *(word for pair in arguments.items() for word in pair))
+    assert f"{name}: the run itself keeps its {Path(name).parts[0]} there" in line
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize("option", ["--out", "--onnx"])
