@@ -322,8 +322,10 @@ def _difference(
                 return f"clip '{key}': its pixels are not those that were lost"
             if key not in new and position not in plan.lost and not plan.was_lost(position):
                 counts[str(plan.rows[position]["label"])] += 1
-    others = gather_rejects([shard for shard in job.shards(folder) if shard.number not in plans])
-    counts.update(others["class"][~others["reason"].str.startswith(LOST)])
+    others = [shard for shard in job.shards(folder) if shard.number not in plans]
+    if others:
+        rejects = gather_rejects(others)
+        counts.update(rejects["class"][~rejects["reason"].str.startswith(LOST)])
     return _counted_otherwise(folder, job, counts) or _content_otherwise(
         folder, job, plans, scratch
     )

@@ -20,7 +20,7 @@ from dist_train.data.files import sealed
 from dist_train.data.index import read_index
 from dist_train.data.job import JOB
 from dist_train.data.manifest import read_manifest
-from dist_train.data.prepare import PrepareSettings, prepare, prepare_npz
+from dist_train.data.prepare import PrepareSettings, finalize, prepare, prepare_npz
 from dist_train.data.repair import lost_files, repair
 from dist_train.data.shards import shard_name, write_shard
 from dist_train.data.store import INDEX, MANIFEST, MARKER, REJECTED, SHARDS, Store, read_marker
@@ -402,6 +402,23 @@ def test_source_of_other_content_is_refused(made: Path, store: Path) -> None:
             repair(store, raw, verify(store, workers=1), workers=1)
     repair(store, made / "raw", verify(store, workers=1), workers=1)
     assert content(store) == content(made / "store")
+
+
+def test_every_shard_is_bad(made: Path, store: Path) -> None:
+    """As the only one of a small store."""
+    for path in (store / SHARDS).iterdir():
+        path.unlink()
+    faults = verify(store, workers=1)
+    assert {fault.shard for fault in faults} == {0, 1, 2, 3}
+    repair(store, made / "raw", faults, workers=1)
+    assert content(store) == content(made / "store")
+
+
+def test_what_is_no_plain_file_is_no_shard(store: Path) -> None:
+    (store / SHARD).unlink()
+    (store / SHARD).mkdir()
+    with pytest.raises(StoreError, match=r"1 of 4 shards are not written yet, .*000001.tar"):
+        finalize(store, max_rejected=0.1)
 
 
 @pytest.mark.parametrize("lose", [remove, flip_pixel])
