@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_train.config import Config
-from dist_train.data.files import check_replaceable, write_whole
+from dist_train.data.files import check_replaceable, reason_of, write_whole
 from dist_train.engine.calibration import Calibration
 from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole
+from dist_train.ensemble import MOST_TOLD
 from dist_train.errors import DistTrainError, RunError
 from dist_train.evaluate import (
     CALIBRATION,
@@ -272,7 +273,7 @@ def _load(
         model.load_state_dict(weights)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         blame_machine(error, path)
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)[:MOST_TOLD]
         raise RunError(f"the {origin} does not fit the run ({reason})", where=path) from None
     found = int(path.name.removeprefix("step-").removesuffix(SNAPSHOT))
     if origin == "checkpoint" and not any(name.startswith(JUDGED) for name in tensors):
