@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from dist_train.ensemble import MOST_TOLD
 from dist_train.errors import DistTrainError, RunError
 from dist_train.evaluate import (
     CALIBRATION,
-    read_calibration,
+    calibration_of,
     read_predictions,
     val_clips,
     val_threshold,
@@ -149,8 +150,10 @@ def _calibration(
     run: Path, found: Sequence[tuple[Path, str]]
 ) -> tuple[Calibration | None, float | None]:
     """What the run's predictions were calibrated by, and the threshold of its best MCC on val."""
-    calibration = read_calibration(run / CALIBRATION)
-    if calibration is None or not (run / PREDICTIONS).is_file():
+    is_predicted = os.path.lexists(run / PREDICTIONS)
+    frame = read_predictions(run / PREDICTIONS) if is_predicted else None
+    calibration = None if frame is None else calibration_of(frame, run / CALIBRATION)
+    if frame is None or calibration is None:
         log.warning(
             "%s has no predictions, so the file has no calibration and no threshold: run "
             "'dist-train predict' before",
@@ -163,7 +166,7 @@ def _calibration(
             where=run,
             fix="Run 'dist-train predict' again, or name one by --step.",
         )
-    return calibration, val_threshold(calibration, *val_clips(read_predictions(run / PREDICTIONS)))
+    return calibration, val_threshold(calibration, *val_clips(frame))
 
 
 class PaddedInference(nn.Module):

@@ -253,6 +253,32 @@ def test_predictions_of_other_snapshots_do_not_calibrate(run: Path, tmp_path: Pa
     assert not (tmp_path / "file").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"prior": 0.9}, "calibration of other predictions"),
+        ({"prior": 2.0}, "not a calibration"),
+        ({"method": "isotonic", "points": []}, "not a calibration"),
+        (None, "not a calibration"),
+    ],
+)
+def test_a_calibration_that_was_edited_is_refused(
+    run: Path, tmp_path: Path, changes: dict[str, Any] | None, told: str
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    predict(copy)
+    path = copy / "calibration.json"
+    content = json.loads(path.read_text())
+    path.unlink()
+    if changes is None:
+        path.mkdir()
+    else:
+        path.write_text(json.dumps(content | changes))
+    assert told in refused("evaluate", copy)
+    assert told in refused("export", copy, "--out", tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
 def test_before_predictions_there_is_no_calibration_and_it_is_told(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
