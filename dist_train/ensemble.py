@@ -18,6 +18,7 @@ from torch import nn
 
 from dist_train.config import Config
 from dist_train.data.collate import Batch
+from dist_train.data.files import reason_of
 from dist_train.data.loader import Loader
 from dist_train.data.sampler import DealtBatches
 from dist_train.data.store import Store
@@ -33,6 +34,8 @@ from dist_train.snapshots import load_weights, refuse_not_finite
 
 log = logging.getLogger(__name__)
 
+#: Letters of torch's list of weights that are missing or of another shape.
+MOST_TOLD = 200
 #: Bytes of pixels that a process keeps on the host while the snapshots take turns.
 HELD = 2**30
 
@@ -130,7 +133,7 @@ class _Model:
         try:
             self._model.load_state_dict(weights)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = reason_of(error)[:MOST_TOLD]
             raise RunError(
                 f"the snapshot does not fit the run ({reason})", where=snapshot
             ) from None

@@ -124,7 +124,7 @@ def evaluate(
         reported,
         threshold,
         fitted_on,
-        _calibration_of(frame, predictions.parent / CALIBRATION),
+        calibration_of(frame, predictions.parent / CALIBRATION),
     )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,8 @@ def read_predictions(path: Path) -> pd.DataFrame:
     return frame
 
 
-def _calibration_of(frame: pd.DataFrame, path: Path) -> Calibration | None:
+def calibration_of(frame: pd.DataFrame, path: Path) -> Calibration | None:
+    """``read_calibration``, which must be that of the table ``frame``."""
     calibration = read_calibration(path)
     if calibration is not None and not np.allclose(
         calibration.apply(frame["probability"]), frame["calibrated"], rtol=1e-6, atol=1e-9
@@ -227,11 +228,11 @@ def read_calibration(path: Path) -> Calibration | None:
     Raises:
         RunError: the file is damaged.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
-        return Calibration.model_validate_json(path.read_bytes())
-    except ValidationError as error:
+        return Calibration.model_validate_json(read_plain(path, most_bytes=MOST_BYTES))
+    except (FileError, ValidationError) as error:
         raise RunError(
             "this is not a calibration", where=path, fix="Make it again with `dist-train predict`"
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_train.config import Config
-from dist_train.data.files import check_replaceable, write_whole
+from dist_train.data.files import check_replaceable, reason_of, write_whole
 from dist_train.engine.calibration import Calibration
 from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole
+from dist_train.ensemble import MOST_TOLD
 from dist_train.errors import DistTrainError, RunError
 from dist_train.evaluate import (
     CALIBRATION,
-    read_calibration,
+    calibration_of,
     read_predictions,
     val_clips,
     val_threshold,
@@ -32,7 +34,7 @@ from dist_train.fresh_statistics import statistics_of_run
 from dist_train.models.resnet3d import BasicBlock, Bottleneck, ConvNorm, ResNet3D
 from dist_train.os_advice import blame_machine
 from dist_train.run import make_model, open_record, open_run, open_run_data
-from dist_train.run_folder import CHECKPOINTS, PREDICTIONS, SNAPSHOT, SNAPSHOTS
+from dist_train.run_folder import CHECKPOINTS, PREDICTIONS, SNAPSHOT, SNAPSHOTS, refuse_own_place
 from dist_train.snapshots import (
     check_facts,
     check_finite,
@@ -92,7 +94,7 @@ def export_run(
 
     Raises:
         RunError: no run, no weights, weights that do not fit the run, no ONNX here, one name for
-            both files, or predictions of other snapshots.
+            both files, a name that the run uses itself, or predictions of other snapshots.
         CheckpointError: the checkpoints that there are are damaged.
         FileError: ``out`` or ``onnx`` is there and is no plain file.
         OSError: a file cannot be written.
@@ -100,6 +102,7 @@ def export_run(
     config = open_run(run)
     for path in filter(None, (out, onnx)):
         check_replaceable(path)
+        refuse_own_place(run, path)
     if onnx is not None:
         _need_onnx()
         if onnx.resolve() == out.resolve():
@@ -147,8 +150,10 @@ def _calibration(
     run: Path, found: Sequence[tuple[Path, str]]
 ) -> tuple[Calibration | None, float | None]:
     """What the run's predictions were calibrated by, and the threshold of its best MCC on val."""
-    calibration = read_calibration(run / CALIBRATION)
-    if calibration is None or not (run / PREDICTIONS).is_file():
+    is_predicted = os.path.lexists(run / PREDICTIONS)
+    frame = read_predictions(run / PREDICTIONS) if is_predicted else None
+    calibration = None if frame is None else calibration_of(frame, run / CALIBRATION)
+    if frame is None or calibration is None:
         log.warning(
             "%s has no predictions, so the file has no calibration and no threshold: run "
             "'dist-train predict' before",
@@ -161,7 +166,7 @@ def _calibration(
             where=run,
             fix="Run 'dist-train predict' again, or name one by --step.",
         )
-    return calibration, val_threshold(calibration, *val_clips(read_predictions(run / PREDICTIONS)))
+    return calibration, val_threshold(calibration, *val_clips(frame))
 
 
 class PaddedInference(nn.Module):
@@ -271,7 +276,7 @@ def _load(
         model.load_state_dict(weights)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         blame_machine(error, path)
-        reason = str(error).splitlines()[0]
+        reason = reason_of(error)[:MOST_TOLD]
         raise RunError(f"the {origin} does not fit the run ({reason})", where=path) from None
     found = int(path.name.removeprefix("step-").removesuffix(SNAPSHOT))
     if origin == "checkpoint" and not any(name.startswith(JUDGED) for name in tensors):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ import numpy as np
 import pandas as pd
 
 from dist_train.config import Config
-from dist_train.data.files import check_writable, write_whole
+from dist_train.data.files import (
+    check_replaceable,
+    check_writable,
+    is_plain,
+    open_plain,
+    write_whole,
+)
 from dist_train.data.store import REJECTED, Store
 from dist_train.engine.calibration import fit
 from dist_train.engine.checkpoint import by_step
@@ -20,11 +27,11 @@ from dist_train.engine.process_group import process_group
 from dist_train.engine.together import on_main
 from dist_train.ensemble import Progress, mean_probability
 from dist_train.errors import ConfigError, RunError
-from dist_train.evaluate import CALIBRATION, read_predictions, val_clips, val_threshold
+from dist_train.evaluate import CALIBRATION, COLUMNS, read_predictions, val_clips, val_threshold
 from dist_train.micro_batch import most_clips, noted_clips
-from dist_train.prediction_origin import check_origin, write_origin
+from dist_train.prediction_origin import check_origin, origin_file, write_origin
 from dist_train.run import RunData, open_run, open_run_data, read_record
-from dist_train.run_folder import PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
+from dist_train.run_folder import CONFIG, PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
 from dist_train.safe_text import for_spreadsheet
 from dist_train.submission import complete_submission
 
@@ -114,7 +121,7 @@ def predict(
         record, folder = read_record(run), out
         rates = record["positive_rate"]
         world = rates["natural"] if prior is None else prior
-        on_main(group, lambda: check_writable(folder))
+        on_main(group, lambda: _check_place(folder, run))
         probability = mean_probability(
             config,
             snapshots,
@@ -158,6 +165,34 @@ def predict(
 
         on_main(group, write)
     return folder / PREDICTIONS
+
+
+def _check_place(folder: Path, run: Path) -> None:
+    """Refuse, before anything is predicted, a folder that cannot be written to, or in which files
+    of somebody else have the names."""
+    check_writable(folder)
+    table = folder / PREDICTIONS
+    names = (table, origin_file(table), folder / CALIBRATION, folder / SUBMISSION)
+    for path in names:
+        check_replaceable(path)
+    if folder.resolve() == run.resolve():
+        return
+    there = [path for path in names if os.path.lexists(path)]
+    header = f"{','.join(COLUMNS)}\n".encode()
+    if os.path.lexists(folder / CONFIG) or (there and not _begins_with(table, header)):
+        found = there[0].name if there else CONFIG
+        raise RunError(
+            f"the folder is another run's, or holds files of other programs ('{found}' is in it)",
+            where=folder,
+            fix="Choose a new folder by --out.",
+        )
+
+
+def _begins_with(path: Path, header: bytes) -> bool:
+    if not is_plain(path):
+        return False
+    with open_plain(path) as file:
+        return file.read(len(header)) == header
 
 
 def _submission(

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -20,10 +21,10 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 from pydantic import ValidationError
 
-from dist_train.data.files import MIB, parse_object, read_plain, write_whole
+from dist_train.data.files import MIB, read_plain, write_whole
 from dist_train.engine import metrics
 from dist_train.engine.checkpoint import by_step
-from dist_train.engine.events import METRICS
+from dist_train.engine.events import METRICS, figures_of
 from dist_train.engine.events import MOST_BYTES as MOST_OF_METRICS
 from dist_train.errors import FileError, RunError
 from dist_train.evaluate import Evaluation, evaluate, how_calibrated, read_predictions, rows
@@ -31,6 +32,7 @@ from dist_train.prediction_origin import check_origin
 from dist_train.run import open_record
 from dist_train.run_folder import CONFIG, EVALUATION, PREDICTIONS
 
+log = logging.getLogger(__name__)
 Strips = Callable[[str], NDArray[np.uint8]]
 Record = dict[str, Any]
 Tile = tuple[str, str, str]
@@ -185,30 +187,21 @@ def _read_steps(path: Path) -> list[Record]:
         raise RunError("the run has no metrics", where=path, fix="Train it with `dist-train train`")
     lines = _read(path, MOST_OF_METRICS).splitlines(keepends=True)
     steps: dict[int, Record] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = parse_object(line)
-            if type(record["step"]) is not int or not all(map(_is_figure, record.values())):
-                raise ValueError("it holds what is no number")
-            steps[record["step"]] = record
-        except (ValueError, KeyError) as error:
-            if number == len(lines) and not line.endswith(b"\n"):
-                break  # the run is still writing this line
+    for number, figures in enumerate(figures_of(lines), start=1):
+        if figures is not None:
+            steps[figures["step"]] = figures
+        # The run may still be writing the last line.
+        elif number < len(lines) or lines[-1].endswith(b"\n"):
             raise RunError(
-                "the line is not the JSON object of a step",
+                "the line is not as a step was written",
                 where=f"{path}, line {number}",
                 fix="Restore the file, or delete the line",
-            ) from error
+            )
     if not steps:
         raise RunError("no step has finished yet", where=path, fix="Wait for the first step")
+    if lost := max(steps) - len(steps):
+        log.warning("%s lacks the figures of %d steps", path, lost)
     return [steps[step] for step in sorted(steps)]
-
-
-def _is_figure(value: object) -> bool:
-    """A number that can be drawn, or null."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return value is None
-    return -1e300 < value < 1e300
 
 
 def _read(path: Path, most: int) -> bytes:

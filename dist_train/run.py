@@ -22,7 +22,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dist_train.config import AugmentSettings, Config, changes, load_config
+from dist_train.config import AugmentSettings, Config, changes, config_text, load_config
 from dist_train.data.augment import Augment
 from dist_train.data.augment_device import augmented_batch
 from dist_train.data.augment_original import OriginalAugment
@@ -396,6 +396,21 @@ def read_settings(run: Path) -> Config:
             where=path,
             fix="Restore them from a copy",
         ) from None
+
+
+def set_foreign_settings_aside(run: Path) -> None:
+    """Move a ``config.yaml`` aside that is not, to the byte, what training writes: the user may
+    have written, or commented, it by hand."""
+    path = run / CONFIG
+    if not os.path.lexists(path):
+        return
+    try:
+        if read_plain(path, most_bytes=MOST_OF_CONFIG) == config_text(read_settings(run)).encode():
+            return
+    except (FileError, RunError, ConfigError):
+        pass
+    aside = set_aside(run, path)
+    log.warning("%s is moved to %s: it is not as a training wrote it", path, aside)
 
 
 def open_record(run: Path) -> dict[str, Any]:

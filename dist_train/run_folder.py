@@ -8,6 +8,7 @@ from pathlib import Path
 from dist_train.engine.checkpoint import by_step
 from dist_train.engine.events import BOARD, METRICS
 from dist_train.errors import RunError
+from dist_train.run_splits import SPLITS
 
 CONFIG = "config.yaml"
 RECORD = "run.json"
@@ -35,6 +36,34 @@ def parts_of_run(folder: Path) -> list[str]:
     if by_step(checkpoints) or (checkpoints.is_symlink() and not checkpoints.exists()):
         found.append(CHECKPOINTS)
     return found
+
+
+def check_folders(folder: Path) -> None:
+    """Refuse what would be found out at the first checkpoint or snapshot, which may be hours away.
+
+    Raises:
+        RunError: a file, or a link to nothing, has the name of a folder of the run.
+    """
+    for name in (CHECKPOINTS, SNAPSHOTS, BOARD):
+        if os.path.lexists(folder / name) and not (folder / name).is_dir():
+            raise RunError(
+                "is no folder", where=folder / name, fix="Move it away, or choose another 'out'."
+            )
+
+
+def refuse_own_place(run: Path, out: Path) -> None:
+    """For a file that a command makes of a run: it takes no name that the run itself uses, and is
+    no snapshot or checkpoint of it.
+
+    Raises:
+        RunError: ``out`` is a file of the run, or in a folder of it.
+    """
+    own, place = run.resolve(), out.resolve()
+    if not place.is_relative_to(own) or place == own:
+        return
+    name = place.relative_to(own).parts[0]
+    if name in (*_FILES, SPLITS, CHECKPOINTS, SNAPSHOTS, BOARD):
+        raise RunError(f"the run itself keeps its {name} there", where=out, fix="Choose another.")
 
 
 def refuse_existing(folder: Path) -> None:

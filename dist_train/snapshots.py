@@ -175,7 +175,7 @@ def check_facts(
     expected = snapshot_facts(config, _step_of(path, facts), content)
     differing = {
         name: [
-            f"{name}.{part}: {there} in the file, {here} in the run"
+            f"{name}{part}: {there!r} in the file, {here!r} in the run"
             for part, there, here in _differences(facts[name], expected[name])
         ]
         for name in ("step", "model", "clip", "store", "data")
@@ -201,7 +201,7 @@ def _differences(there: Any, here: Any) -> list[tuple[str, Any, Any]]:
         return [] if there == here else [("", there, here)]
     names = sorted(there.keys() | here.keys())
     return [
-        (name, there.get(name), here.get(name))
+        (f".{name}", there.get(name), here.get(name))
         for name in names
         if there.get(name) != here.get(name)
     ]

@@ -56,11 +56,13 @@ from dist_train.run import (
     only_session,
     open_data,
     read_settings,
+    set_foreign_settings_aside,
     write_splits,
 )
 from dist_train.run_folder import (
     CHECKPOINTS,
     CONFIG,
+    check_folders,
     refuse_existing,
     refuse_lost_checkpoints,
 )
@@ -212,6 +214,7 @@ class Trainer:
                 )
         else:
             on_main(backend, lambda: refuse_existing(out))
+        on_main(backend, lambda: check_folders(out))
         if found is not None:
             self._take_up(*found)
         else:
@@ -281,6 +284,7 @@ class Trainer:
             | ({"changed": changed} if changed else {}),
         )
         # Last: after a kill before it, the next session finds again what was changed.
+        set_foreign_settings_aside(config.out)
         write_whole(config.out / CONFIG, config_text(config))
 
     def _changed_settings(self) -> list[str]:

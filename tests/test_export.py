@@ -15,7 +15,7 @@ import onnxruntime
 import pandas as pd
 import pytest
 import torch
-from helpers import refused, run_well, said, tiny_config, tiny_store, trained_so
+from helpers import contents, refused, run_well, said, tiny_config, tiny_store, trained_so
 from safetensors import safe_open
 from safetensors.torch import load_file
 from scipy.special import expit
@@ -253,6 +253,32 @@ def test_predictions_of_other_snapshots_do_not_calibrate(run: Path, tmp_path: Pa
     assert not (tmp_path / "file").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"prior": 0.9}, "calibration of other predictions"),
+        ({"prior": 2.0}, "not a calibration"),
+        ({"method": "isotonic", "points": []}, "not a calibration"),
+        (None, "not a calibration"),
+    ],
+)
+def test_a_calibration_that_was_edited_is_refused(
+    run: Path, tmp_path: Path, changes: dict[str, Any] | None, told: str
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    predict(copy)
+    path = copy / "calibration.json"
+    content = json.loads(path.read_text())
+    path.unlink()
+    if changes is None:
+        path.mkdir()
+    else:
+        path.write_text(json.dumps(content | changes))
+    assert told in refused("evaluate", copy)
+    assert told in refused("export", copy, "--out", tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
 def test_before_predictions_there_is_no_calibration_and_it_is_told(
     run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -392,6 +418,20 @@ def test_without_onnx_it_says_what_to_install(
 def test_a_network_without_an_onnx_form() -> None:
     with pytest.raises(RunError, match=r"Linear cannot be written as ONNX. Leave out --onnx"):
         onnx_bytes([nn.Linear(1, 1)], (SIDE, SIDE), {})
+
+
+@pytest.mark.parametrize("option", ["--out", "--onnx"])
+@pytest.mark.parametrize(
+    "name", ["snapshots/step-7.safetensors", "config.yaml", "checkpoints/step-4/rank-9", "run.json"]
+)
+def test_no_file_of_the_run_is_replaced_or_added(
+    run: Path, tmp_path: Path, name: str, option: str
+) -> None:
+    before = contents(run)
+    arguments = {"--out": tmp_path / "model.safetensors", option: run / name}
+    line = refused("export", run, *(word for pair in arguments.items() for word in pair))
+    assert f"{name}: the run itself keeps its {Path(name).parts[0]} there" in line
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize("option", ["--out", "--onnx"])

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import fails, said, tiny_config, tiny_store, trained_so
+from helpers import contents, fails, said, tiny_config, tiny_store, trained_so
 from safetensors.torch import load_file
 from scipy.special import expit, logit
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -333,6 +333,22 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(
     for out in (tmp_path / "file", Path("/proc/self")):
         with pytest.raises(OSError, match=re.escape(str(out))):
             predict(run, out=out, progress=lambda done, total: pytest.fail("it began to predict"))
+
+
+@pytest.mark.parametrize("name", ["predictions.csv", "submission.csv", "config.yaml"])
+def test_files_of_others_are_not_replaced(run: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("filename,stalled\nmine.mp4,1\n")
+    before = contents(out)
+    assert f"('{name}' is in it)" in fails("predict", run, "--out", out)
+    assert contents(out) == before
+    (out / name).unlink()
+    said("predict", run, "--out", out)
+    said("predict", run, "--out", out, "--prior", 0.5)
+    (out / "submission.csv").unlink()
+    (out / "submission.csv").mkdir()
+    assert "submission.csv: is a folder" in fails("predict", run, "--out", out)
 
 
 def test_a_table_that_was_edited_after_it_was_predicted_is_refused(run: Path) -> None:

@@ -120,8 +120,8 @@ def test_outputs_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("step", 4, "step.: 4 in the file, 6 in the run"),
-        ("store", "0" * 64, "store.: 0000"),
+        ("step", "6", "step: '6' in the file, 6 in the run"),
+        ("store", "0" * 64, "store: '0000"),
         ("clip", {"size": [32, 32], "max_frames": None}, r"clip.size: \[32, 32\] in the file"),
         ("data", {"seed": 3}, "data.seed: 3 in the file, 0 in the run"),
         ("model", {"width": 64}, "model.width: 64 in the file, 4 in the run"),

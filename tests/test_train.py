@@ -35,7 +35,7 @@ from dist_train.engine.schedule import Schedule
 from dist_train.errors import CheckpointError, RunError, StoreError
 from dist_train.export import export_run
 from dist_train.models.precise_norm import precise_statistics
-from dist_train.run import as_input, make_model, open_data
+from dist_train.run import as_input, make_model, open_data, open_run
 from dist_train.train import Resume, Trainer, train
 
 STEPS = 3 * STEPS_PER_EPOCH
@@ -311,6 +311,29 @@ def test_settings_of_before_that_cannot_be_read_are_no_obstacle(
     (tmp_path / "run" / "config.yaml").write_text("clip: 3")
     train(config, resume="auto")
     assert "the settings of the session before are not known" in caplog.text
+    assert (tmp_path / "run" / "superseded" / "config.yaml").read_text() == "clip: 3"
+
+
+def test_settings_that_the_user_wrote_are_not_replaced(store: Path, tmp_path: Path) -> None:
+    """Such as those that the run is started with, and its folder holds."""
+    for number, mine in enumerate(["# why\nseed: 3\n", "name: another program's\n"]):
+        out = tmp_path / f"run{number}"
+        out.mkdir()
+        (out / "config.yaml").write_text(mine)
+        with pytest.raises(InterruptedSessionError):
+            train(tiny_config(store, out), resume="auto", progress=interrupt_at(1))
+        assert (out / "superseded" / "config.yaml").read_text() == mine
+        assert open_run(out).seed == 0
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "snapshots", "tensorboard"])
+def test_a_file_in_the_place_of_a_folder_is_told_before_the_first_step(
+    store: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RunError, match=f"{name}: is no folder"):
+        train(tiny_config(store, tmp_path))
+    assert contents(tmp_path) == {".lock": b"", name: b"mine"}
 
 
 def test_a_checkpoint_of_another_store_is_refused(straight: Path, tmp_path: Path) -> None:

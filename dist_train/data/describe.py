@@ -19,7 +19,7 @@ from dist_train.data.index import read_index
 from dist_train.data.roi import LEAST, Box, OutlineColour, find_outline
 from dist_train.data.store import INDEX, SHARDS, Store
 from dist_train.data.volume_file import VOLUME_SUFFIXES
-from dist_train.errors import RoiError
+from dist_train.errors import FileError, RoiError
 
 # Rows of a histogram, and characters of its longest bar.
 BINS, BAR = 12, 18
@@ -165,6 +165,8 @@ def draw_outline(path: Path, boxes: Sequence[Box | None], png: Path, *, strip: i
     The video is decoded a second time: a long one is not held in memory.
     """
     check_replaceable(png)
+    if png.exists() and png.samefile(path):
+        raise FileError("is the video, and would be replaced", where=png, fix="Name another.")
     shown = set(np.linspace(0, len(boxes) - 1, min(strip, len(boxes))).astype(int).tolist())
     union = _union(boxes)
     pictures = []

@@ -164,8 +164,13 @@ def content_digest(path: Path) -> str:
     Raises:
         StoreError: there is no index, or it is damaged.
     """
+    return digest_of(read_index(path))
+
+
+def digest_of(records: Iterable[tuple[str, Record]]) -> str:
+    """``content_digest`` of (key, record) entries in the order of an index: by the keys' bytes."""
     digest = hashlib.sha256()
-    for key, record in read_index(path):
+    for key, record in records:
         digest.update(f"{key},{record['label']},{record['crc32c']}\n".encode())
     return digest.hexdigest()
 

@@ -343,21 +343,24 @@ def _is_of_the_start(path: Path) -> bool:
 
 
 def _is_store_of(out: Path, job: Job) -> bool:
-    if os.path.lexists(out / JOB):
-        try:
-            _read_made_from(out / JOB)
-        except StoreError:
-            if not (out / SHARDS).is_dir():
-                return False
+    # It is there before anything else of a store, also where another part writes it now.
+    try:
+        _read_made_from(out / JOB)
+    except StoreError:
+        known = _is_known_without_job(out, job)
+        if known and os.path.lexists(out / JOB):
             raise
-        return True
+        return known
+    return True
+
+
+def _is_known_without_job(out: Path, job: Job) -> bool:
     if is_plain(out / MANIFEST) and (out / MANIFEST).read_bytes() == _to_csv(job.table).encode():
         return True
     try:
         return bool(read_marker(out).get("fingerprint") == job.fingerprint)
     except StoreError:
-        # Another part may have claimed the folder since its files were listed.
-        return os.path.lexists(out / JOB)
+        return False
 
 
 def _sweep(out: Path) -> None:

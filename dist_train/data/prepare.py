@@ -372,7 +372,7 @@ def finish(
     write_whole(out / REJECTED, rejects_csv(rejects))
     total = len(job.table)
     if len(rejects) / total > max_rejected or len(rejects) == total:
-        (out / MARKER).unlink(missing_ok=True)
+        # A marker that is there belongs to a store that was finished with a larger --max-rejected.
         raise StoreError(
             f"{len(rejects)} of {total} clips were rejected ({by_class(count_classes(rejects))}), "
             f"and --max-rejected is {max_rejected:g}; the first: {rejects['file'].iloc[0]}: "

@@ -6,6 +6,7 @@ be had becomes a reject whose reason says so, and comes back by a later repair w
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 from collections import Counter
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.data.files import check_replaceable, sync_folder
-from dist_train.data.index import look_up
+from dist_train.data.index import digest_of, look_up
 from dist_train.data.job import (
     LOST,
     SCRATCH,
@@ -39,6 +40,7 @@ from dist_train.data.types import Volume
 from dist_train.data.verify import Check, Fault, check_shard, marker_of_store, sound_index
 from dist_train.errors import FileError, StoreError
 
+log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 Files = Source | Sequence[Volume]
 # The checksum at the end of the reason of a lost clip.
@@ -320,9 +322,49 @@ def _difference(
                 return f"clip '{key}': its pixels are not those that were lost"
             if key not in new and position not in plan.lost and not plan.was_lost(position):
                 counts[str(plan.rows[position]["label"])] += 1
-    others = gather_rejects([shard for shard in job.shards(folder) if shard.number not in plans])
-    counts.update(others["class"][~others["reason"].str.startswith(LOST)])
-    return _counted_otherwise(folder, job, counts)
+    others = [shard for shard in job.shards(folder) if shard.number not in plans]
+    if others:
+        rejects = gather_rejects(others)
+        counts.update(rejects["class"][~rejects["reason"].str.startswith(LOST)])
+    return _counted_otherwise(folder, job, counts) or _content_otherwise(
+        folder, job, plans, scratch
+    )
+
+
+def _content_otherwise(
+    folder: Path, job: Job, plans: Mapping[int, _Mending], scratch: Path
+) -> str | None:
+    """Whether the store would hold other pixels than the marker says: for clips whose own checksum
+    is lost with the index. Where that cannot be told, there is a warning."""
+    unknown = [
+        name
+        for plan in plans.values()
+        for name in plan.names(plan.needed - plan.sums.keys() - plan.before.keys())
+    ]
+    if not unknown:
+        return None
+    marker = marker_of_store(folder)
+    content = None if marker is None else marker.get("content")
+    gone = any(not plan.was_lost(p) for plan in plans.values() for p in plan.lost)
+    if content is None or gone:
+        log.warning(
+            "nothing in the store tells whether the raw files of %d damaged clips are those that "
+            "it was made from; the first: %s",
+            len(unknown),
+            unknown[0],
+        )
+        return None
+    # Clips that come back were none when the marker was written.
+    back = {plan.rows[p]["key"] for plan in plans.values() for p in plan.before if plan.was_lost(p)}
+    written = (
+        (Shard(shard.number, scratch) if shard.number in plans else shard).path
+        for shard in job.shards(folder)
+    )
+    records = [(key, r) for path in written for key, r in read_records(path) if key not in back]
+    records.sort(key=lambda entry: entry[0].encode())
+    if digest_of(records) != content:
+        return f"the pixels of some of {len(unknown)} clips are others, as {unknown[0]}"
+    return None
 
 
 def _counted_otherwise(folder: Path, job: Job, rejected: Counter[str]) -> str | None:

@@ -29,7 +29,7 @@ class Shard:
         return self.path.with_suffix(".rejected.csv")
 
     def is_written(self) -> bool:
-        return self.path.exists() and self.rejects_path.exists()
+        return self.path.is_file() and self.rejects_path.exists()
 
 
 def to_record(row: Record) -> Record:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +30,7 @@ from dist_train.data.prepare import (
     marker_of,
     rejects_csv,
 )
+from dist_train.data.salvage import good_clips
 from dist_train.data.shard_files import Shard, to_record
 from dist_train.data.shards import Record, read_records
 from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, read_marker
@@ -156,11 +157,13 @@ def check_shard(check: Check) -> tuple[int, list[Fault]]:
     rows = {row["key"]: to_record(row) for row in check.rows if row["filename"] not in rejected}
     clips, unreadable = _read_clips(shard.path)
     index = None if check.index is None else look_up(check.index, [r["key"] for r in check.rows])
+    behind = good_clips(shard.path, check.rows, index) if unreadable else ()
+    whole = {check.rows[position]["key"] for position in behind}
     found = [
         Fault(shard.path, what, shard.number)
         for what in (
             *unreadable,
-            *_clip_faults(shard.number, rows, clips, index),
+            *_clip_faults(shard.number, rows, clips, index, whole),
             *_byte_faults(shard.path, clips),
         )
     ]
@@ -189,10 +192,18 @@ def _clip_faults(
     rows: Mapping[str, Record],
     clips: Mapping[str, Record],
     index: Mapping[str, Record] | None,
+    whole: Set[str],
 ) -> Iterator[str]:
-    """Whether manifest, shard and index agree, in both directions."""
+    """Whether manifest, shard and index agree, in both directions.
+
+    Args:
+        whole: keys of the clips that repair finds, also behind headers that cannot be read.
+    """
     for key in rows.keys() - clips.keys():
-        yield f"clip '{key}' is missing"
+        if key in whole:
+            yield f"clip '{key}' is whole, but a header before it is damaged"
+        else:
+            yield f"clip '{key}' is missing"
     for key, record in clips.items():
         if key not in rows:
             yield f"clip '{key}' does not belong to the shard"

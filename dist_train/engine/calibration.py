@@ -11,11 +11,11 @@ Three steps, in this order:
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, log_expit, logit
 
@@ -41,6 +41,9 @@ class Reliability(BaseModel):
     ece: float
 
 
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
 class Calibration(BaseModel):
     """The mapping from a model's probabilities to calibrated ones, and how it was chosen.
 
@@ -48,7 +51,7 @@ class Calibration(BaseModel):
     regression, what lies at z on the line through ``points`` (constant beyond its ends).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: Method
     slope: float = 1.0
@@ -56,11 +59,11 @@ class Calibration(BaseModel):
     bias: float = 0.0
     points: tuple[tuple[float, float], ...] = ()
     """(logit, probability), ascending in both."""
-    batches_share: float
+    batches_share: Share
     """Share of positives in the training batches."""
-    val_share: float
+    val_share: Share
     """Share of positives among the val clips; the prior, where that is 0 or 1."""
-    prior: float
+    prior: Share
     """Share of positives in the world."""
     clips: int
     """Labelled val clips."""
@@ -71,6 +74,12 @@ class Calibration(BaseModel):
     """Files of the weights whose mean probability it maps."""
     raw: Reliability | None
     """Of the model's own probabilities of the val clips; None without labelled clips."""
+
+    @model_validator(mode="after")
+    def _check_points(self) -> Calibration:
+        if self.method == "isotonic" and not self.points:
+            raise ValueError("isotonic regression has no points")
+        return self
 
     def apply(self, probability: ArrayLike) -> Floats:
         """Calibrated probabilities, float64 [N], of a model's, [N] in 0..1. Order stays, but that

@@ -6,28 +6,32 @@ import json
 import logging
 import math
 import os
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import compress
 from operator import not_
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from dist_train.data.files import read_plain, write_whole
+from dist_train.data.files import crc32c, parse_object, read_plain, write_whole
 from dist_train.engine import board
 from dist_train.engine.growing_file import GrowingFile
-from dist_train.engine.superseded import append_aside
+from dist_train.engine.superseded import SUPERSEDED, append_aside
 
 METRICS = "metrics.jsonl"
 BOARD = "tensorboard"
 #: Some ten million steps.
 MOST_BYTES = 2**33
+Figures = dict[str, Any]
+_SUMMED = re.compile(rb'(?P<rest>.*), "crc32c": (?P<sum>[0-9]{1,10})\}\n?', re.DOTALL)
 log = logging.getLogger(__name__)
 
 
 class EventWriter:
-    """One object a step in ``metrics.jsonl``, and the same numbers under the same names in
-    ``tensorboard/``; not there where the tensorboard package is not installed.
+    """One object a step in ``metrics.jsonl``, with its checksum, and the same numbers under the
+    same names in ``tensorboard/``; not there where the tensorboard package is not installed.
 
     Args:
         run: the run's folder.
@@ -42,7 +46,15 @@ class EventWriter:
         path = run / METRICS
         if os.path.lexists(path):
             lines = read_plain(path, most_bytes=MOST_BYTES).splitlines(keepends=True)
-            kept = [_is_whole(line, after) for line in lines]
+            found = list(figures_of(lines))
+            kept = [figures is not None and figures["step"] <= after for figures in found]
+            # A kill may tear the last line.
+            damaged = found[:-1].count(None)
+            if damaged:
+                log.warning(
+                    "%d lines of %s are not as they were written, and are moved to %s/",
+                    damaged, path, SUPERSEDED,
+                )  # fmt: skip
             if not all(kept):
                 # Aside first: a kill in between leaves them in both places.
                 append_aside(run, METRICS, compress(lines, map(not_, kept)))
@@ -74,7 +86,7 @@ class EventWriter:
         }
         line = {"step": step, "epoch": epoch, "time": at} | finite
         known = {name: value for name, value in finite.items() if value is not None}
-        records = [(self._lines, f"{json.dumps(line)}\n".encode())]
+        records = [(self._lines, _line(line))]
         if self._board is not None:
             records.append((self._board, board.scalars(step, at, known)))
         for file, record in records:
@@ -112,9 +124,37 @@ class EventWriter:
         return [self._lines] if self._board is None else [self._lines, self._board]
 
 
-def _is_whole(line: bytes, last: int) -> bool:
-    """Whether it is of a step up to ``last``. A kill or a bad disk may leave half a line."""
-    try:
-        return line.endswith(b"\n") and bool(json.loads(line)["step"] <= last)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
+def figures_of(lines: Iterable[bytes]) -> Iterator[Figures | None]:
+    """What each line of ``metrics.jsonl`` says; None for a line that is not as it was written.
+
+    Lines of earlier versions have no checksum. A run that was resumed since then has some of them
+    at its beginning.
+    """
+    summed = False
+    for line in lines:
+        match = _SUMMED.fullmatch(line)
+        summed = summed or match is not None
+        try:
+            figures = parse_object(line)
+            if summed and (match is None or crc32c(match["rest"] + b"}") != int(match["sum"])):
+                raise ValueError("its checksum is wrong")
+            figures.pop("crc32c", None)
+            if type(figures["step"]) is not int or not all(map(_is_figure, figures.values())):
+                raise ValueError("it holds what is no number")
+        except (ValueError, KeyError):
+            yield None
+        else:
+            yield figures if line.endswith(b"\n") else None
+
+
+def _line(figures: Figures) -> bytes:
+    """With the CRC-32C of the line as it would be without it."""
+    text = json.dumps(figures)
+    return f'{text[:-1]}, "crc32c": {crc32c(text.encode())}}}\n'.encode()
+
+
+def _is_figure(value: object) -> bool:
+    """A number that can be drawn, or null."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value is None
+    return -1e300 < value < 1e300

@@ -20,7 +20,7 @@ from dist_train.data.files import sealed
 from dist_train.data.index import read_index
 from dist_train.data.job import JOB
 from dist_train.data.manifest import read_manifest
-from dist_train.data.prepare import PrepareSettings, prepare, prepare_npz
+from dist_train.data.prepare import PrepareSettings, finalize, prepare, prepare_npz
 from dist_train.data.repair import lost_files, repair
 from dist_train.data.shards import shard_name, write_shard
 from dist_train.data.store import INDEX, MANIFEST, MARKER, REJECTED, SHARDS, Store, read_marker
@@ -183,8 +183,8 @@ DAMAGE: dict[Callable[[Path], None], list[str]] = {
     flip_pixel: ["clip 'clip005': its pixels are not those that were stored"],
     flip_header: [
         "is not a readable shard (bad checksum)",
-        "clip 'clip003' is missing",
-        "clip 'clip005' is missing",
+        "clip 'clip003' is whole, but a header before it is damaged",
+        "clip 'clip005' is whole, but a header before it is damaged",
         "the bytes after its last readable clip are damaged",
     ],
     flip_array_header: ["clip 'clip003': its headers are damaged"],
@@ -401,6 +401,50 @@ def test_source_of_other_content_is_refused(made: Path, store: Path) -> None:
         ):
             repair(store, raw, verify(store, workers=1), workers=1)
     repair(store, made / "raw", verify(store, workers=1), workers=1)
+    assert content(store) == content(made / "store")
+
+
+def test_every_shard_is_bad(made: Path, store: Path) -> None:
+    """As the only one of a small store."""
+    for path in (store / SHARDS).iterdir():
+        path.unlink()
+    faults = verify(store, workers=1)
+    assert {fault.shard for fault in faults} == {0, 1, 2, 3}
+    repair(store, made / "raw", faults, workers=1)
+    assert content(store) == content(made / "store")
+
+
+def test_what_is_no_plain_file_is_no_shard(store: Path) -> None:
+    (store / SHARD).unlink()
+    (store / SHARD).mkdir()
+    with pytest.raises(StoreError, match=r"1 of 4 shards are not written yet, .*000001.tar"):
+        finalize(store, max_rejected=0.1)
+
+
+@pytest.mark.parametrize("lose", [remove, flip_pixel])
+def test_source_of_other_content_is_refused_without_the_index(
+    made: Path, store: Path, lose: Callable[[Path], None]
+) -> None:
+    """The digest of the content is what is left to tell."""
+    raw = store.parent / "raw"
+    np.save(raw / "clip005.npy", np.zeros((5, 12, 12), np.uint8))
+    lose(store)
+    flip(store / INDEX, 5000)
+    before = content(store)
+    with pytest.raises(StoreError, match=r"raw: does not hold the files.*pixels of some"):
+        repair(store, raw, verify(store, workers=1), workers=1)
+    assert content(store) == before
+    repair(store, made / "raw", verify(store, workers=1), workers=1)
+    assert content(store) == content(made / "store")
+
+
+def test_pixels_that_nothing_tells_of_are_told(
+    made: Path, store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    remove(store)
+    (store / MARKER).unlink()
+    repair(store, made / "raw", verify(store, workers=1), workers=1)
+    assert "whether the raw files of 2 damaged clips are those" in caplog.text
     assert content(store) == content(made / "store")
 
 

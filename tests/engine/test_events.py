@@ -11,7 +11,7 @@ import pytest
 from helpers import board_of, environment
 from room import LittleRoom
 
-from dist_train.engine.events import EventWriter
+from dist_train.engine.events import EventWriter, figures_of
 
 
 def write(run: Path, steps: range, *, after: int, value: float = 0.0) -> None:
@@ -21,7 +21,8 @@ def write(run: Path, steps: range, *, after: int, value: float = 0.0) -> None:
 
 
 def lines_of(run: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in line if name != "crc32c"} for line in lines]
 
 
 def test_numbers_go_to_both_under_the_same_names(tmp_path: Path) -> None:
@@ -88,6 +89,43 @@ def test_a_damaged_line_is_dropped_alone(tmp_path: Path, bad: bytes) -> None:
     path.write_bytes(first + bad + b"\n" + third)
     write(tmp_path, range(4, 6), after=3)
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 3, 4, 5]
+
+
+def edited(line: bytes) -> bytes:
+    """Valid JSON of the same form, with another figure."""
+    return line.replace(b'"a/loss": 2.0', b'"a/loss": 1.0')
+
+
+def test_every_bit_of_a_line_counts(tmp_path: Path) -> None:
+    write(tmp_path, range(1, 4), after=0)
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert [figures and figures["a/loss"] for figures in figures_of(lines)] == [1, 2, 3]
+    second = lines[1]
+    assert list(figures_of([lines[0], edited(second)]))[1] is None
+    for bit in range(8 * len(second)):
+        changed = bytearray(second)
+        changed[bit // 8] ^= 1 << bit % 8
+        assert list(figures_of([lines[0], bytes(changed)]))[1] is None, changed
+
+
+def test_an_edited_line_is_moved_aside_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, range(1, 4), after=0)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(edited(path.read_bytes()))
+    write(tmp_path, range(4, 5), after=3)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 3, 4]
+    assert "1 lines of" in caplog.text
+
+
+def test_lines_of_earlier_versions_come_before_those_with_a_checksum(tmp_path: Path) -> None:
+    old = [b'{"step": 1, "a/loss": 1.0}\n', b'{"step": 2, "a/loss": 2.0}\n']
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(old))
+    write(tmp_path, range(3, 5), after=2)
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert [figures and figures["a/loss"] for figures in figures_of(lines)] == [1, 2, 3, 4]
+    assert list(figures_of([*lines, old[0]]))[-1] is None
 
 
 def test_figures_of_older_runs_are_read_before(tmp_path: Path) -> None:

@@ -76,6 +76,32 @@ def test_shards_of_another_program(tmp_path: Path, raw: Path) -> None:
     assert contents(tmp_path / "set") == before
 
 
+def test_a_job_of_another_program(tmp_path: Path, raw: Path) -> None:
+    """A damaged one of a store is told as such, and may be deleted; this one is the user's."""
+    out = tmp_path / "work"
+    put(out, ("job.json", f"{SHARDS}/part-1.tar"))
+    before = contents(out)
+    assert "is not empty, and is no store ('job.json' is in it)" in refused(*prepare(raw, out))
+    assert contents(out) == before
+    said(*prepare(raw, tmp_path / "store"))
+    (tmp_path / "store" / JOB).write_text("{")
+    assert f"{JOB}: is not valid JSON" in refused(*prepare(raw, tmp_path / "store"))
+
+
+def test_a_finished_store_stays_finished_where_a_command_is_refused(
+    tmp_path: Path, raw: Path
+) -> None:
+    """Fewer rejects are allowed than the store was finished with."""
+    store = tmp_path / "store"
+    next(raw.glob("*")).write_bytes(b"junk")
+    said(*prepare(raw, store, "--max-rejected", "25%"))
+    before = contents(store)
+    assert "1 of 4 clips were rejected" in refused(*prepare(raw, store, "--max-rejected", 0))
+    assert "1 of 4 clips were rejected" in refused("finalize", store, "--max-rejected", 0)
+    assert contents(store) == before
+    said("info", store)
+
+
 def test_the_folder_of_the_source(tmp_path: Path, raw: Path) -> None:
     before = contents(tmp_path)
     assert "is not empty, and is no store" in refused(*prepare(raw, raw))

@@ -134,3 +134,10 @@ def test_a_picture_replaces_no_device(tmp_path: Path) -> None:
     png.symlink_to("/dev/null")
     assert "out.png: is a device" in refused("inspect", clip, "--png", png)
     assert png.is_symlink()
+
+
+def test_a_picture_does_not_replace_its_video(tmp_path: Path) -> None:
+    clip = write_video(tmp_path / "a.mp4", outlined_frames(drifting(Box(20, 30, 70, 84), 3)))
+    before = contents(tmp_path)
+    assert "a.mp4: is the video, and would be replaced" in refused("inspect", clip, "--png", clip)
+    assert contents(tmp_path) == before
