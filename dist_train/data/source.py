@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from dist_train.errors import DecodeError
+from dist_train.os_advice import blame_machine
 
 MISSING = "the file is missing"
 # How the reason of a reject begins that another run may well not have: it is tried again.
@@ -131,7 +132,9 @@ class LocalFolder(Source):
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:
+    except OSError as error:
+        # A folder that may not be entered, or a disk that fails, says nothing of the file.
+        blame_machine(error, path)
         # As of a name that is too long.
         return False
 

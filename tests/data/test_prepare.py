@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
@@ -53,7 +54,7 @@ from dist_train.data.supervise import UNWATCHED
 from dist_train.data.task import write_task
 from dist_train.data.todo import tasks
 from dist_train.data.volume_file import read_volume
-from dist_train.errors import ConfigError, ManifestError, StoreError
+from dist_train.errors import ConfigError, MachineError, ManifestError, StoreError
 
 WHOLE = PrepareSettings(roi="none", shard_clips=4)
 START = Box(20, 30, 70, 84)
@@ -459,6 +460,57 @@ def test_missing_files_are_rejects(tmp_path: Path, raw: Path) -> None:
     assert rejects.to_numpy().tolist() == [[names[5], "the file is missing", 1]]
     (raw / names[5]).write_bytes(content)
     assert len(Store(make(tmp_path, names)).table) == 8
+
+
+def test_a_shard_may_have_no_file_that_is_there(tmp_path: Path, raw: Path) -> None:
+    """In a part, and in a run that goes on; a wrong folder is refused by both."""
+    names = [*write_volumes(raw, 4), "gone1.npy", "gone2.npy"]
+    manifest = write_manifest(tmp_path / "clips.csv", names)
+    settings = PrepareSettings(roi="none", shard_clips=2)
+    parts = tmp_path / "parts"
+    with pytest.raises(StoreError, match="2 of 2 files are"):
+        prepare_part(manifest, tmp_path, parts, settings, Part(3, 3), workers=1)
+    for number in (1, 2, 3):
+        prepare_part(manifest, raw, parts, settings, Part(number, 3), workers=1)
+    assert finalize(parts, max_rejected=0.5)["clips"] == 4
+    store = make(tmp_path, names, settings=settings, max_rejected=0.5)
+    whole = contents(store)
+    for name in (MARKER, f"{SHARDS}/{shard_name(2)}"):
+        (store / name).unlink()
+    make(tmp_path, names, settings=settings, max_rejected=0.5)
+    assert contents(store) == whole == contents(parts)
+
+
+def test_files_that_come_by_a_mount_are_taken_in(tmp_path: Path, raw: Path) -> None:
+    """Their own times are older than the store."""
+    names = [*write_volumes(raw, 2), "d/late.npy"]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    np.save(elsewhere / "late.npy", np.zeros((2, 4, 4), np.uint8))
+    store = make(tmp_path, names, max_rejected=0.5)
+    assert list(rejected(store)) == ["d/late.npy"]
+    elsewhere.rename(raw / "d")
+    assert len(Store(make(tmp_path, names)).table) == 3
+
+
+def test_a_folder_that_cannot_be_looked_into_is_no_missing_file(
+    tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may enter any folder, so the refusal is put in here."""
+    names = [*write_volumes(raw, 2), "d/a.npy"]
+    stat = Path.stat
+
+    def refusing(path: Path, **how: bool) -> os.stat_result:
+        if path.parent == raw / "d":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", refusing)
+    with pytest.raises(
+        MachineError, match=r"d/a.npy: cannot be read \(Permission denied\)\. Check"
+    ):
+        make(tmp_path, names, max_rejected=0.5)
+    assert not (tmp_path / "store").exists()
 
 
 def test_files_are_found_under_what_other_systems_call_them(tmp_path: Path, raw: Path) -> None:
