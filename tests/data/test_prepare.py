@@ -506,9 +506,7 @@ def test_a_folder_that_cannot_be_looked_into_is_no_missing_file(
         return stat(path, **how)
 
     monkeypatch.setattr(Path, "stat", refusing)
-    with pytest.raises(
-        MachineError, match=r"d/a.npy: cannot be read \(Permission denied\)\. Check"
-    ):
+    with pytest.raises(MachineError, match=r"d/a.npy: cannot be read \(Permission d"):
         make(tmp_path, names, max_rejected=0.5)
     assert not (tmp_path / "store").exists()
 
