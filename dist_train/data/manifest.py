@@ -276,7 +276,12 @@ def _known_columns(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     absent = [name for name in (*used, *ALIASES) if ALIASES.get(name, name) not in table]
     others = [str(name) for name in table.columns if name not in (*used, *UNUSED)]
     for column in others:
-        near = difflib.get_close_matches(column.lower(), absent, n=1)
+        # Letters that are left out, doubled or swapped; "height" and "site" are no such slips.
+        near = [
+            name
+            for name in difflib.get_close_matches(column.lower(), absent, n=1, cutoff=0.75)
+            if name[0] == column[0].lower()
+        ]
         if near:
             raise ManifestError(
                 f"unknown column '{column}'",

@@ -36,7 +36,8 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 }
 _ALLOWED: tuple[type[ast.AST], ...] = (
     *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.Invert, ast.USub),
-    *(ast.Compare, *_COMPARE, ast.Name, ast.Load, ast.Constant, ast.List, ast.Tuple),
+    *(ast.Compare, ast.Name, ast.Load, ast.Constant, ast.List, ast.Tuple),
+    *_COMPARE,
 )
 
 

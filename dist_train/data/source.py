@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from dist_train.errors import DecodeError
 from dist_train.os_advice import blame_machine
@@ -110,10 +110,23 @@ class LocalFolder(Source):
         return None
 
     def hint(self, name: str) -> str | None:
-        path = Path(name.replace("\\", "/"))
-        there = _names_in(self.folder / path.parent)
-        found = there.get(_loose(path.name)) or there.get(_loose(path.stem))
-        return None if found is None else f"It exists as '{path.parent / found}'."
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        # The folder that is the source may also be in the table's names.
+        found = self._nearly(parts) or self._nearly(parts[-1:])
+        return None if found is None else f"It exists as '{found}'."
+
+    def _nearly(self, parts: Sequence[str]) -> Path | None:
+        """The one file whose path is these, but for case, Unicode's form and suffix."""
+        found = Path()
+        for number, part in enumerate(parts, 1):
+            there = _names_in(self.folder / found)
+            name = there.get(_loose(part))
+            if name is None and number == len(parts):
+                name = there.get(_loose(Path(part).stem))
+            if name is None:
+                return None
+            found /= name
+        return found
 
     def changed_since(self, name: str, time: float) -> bool:
         path = self._path(name)

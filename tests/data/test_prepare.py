@@ -531,6 +531,25 @@ def test_a_file_of_nearly_that_name_is_named(tmp_path: Path, raw: Path, name: st
     assert reason == "the file is missing. It exists as 'clip001.npy'."
 
 
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("D/M\u00e4us.npy", "d/Ma\u0308us.npy"),
+        ("d\\MA\u0308US", "d/Ma\u0308us.npy"),
+        ("raw/clip001.npy", "clip001.npy"),
+        (r"E:raw\CLIP001.avi", "clip001.npy"),
+    ],
+)
+def test_a_file_in_nearly_that_folder_is_named(
+    tmp_path: Path, raw: Path, name: str, there: str
+) -> None:
+    names = write_volumes(raw, 3)
+    (raw / "d").mkdir()
+    np.save(raw / "d" / "Ma\u0308us.npy", np.zeros((2, 4, 4), np.uint8))
+    with pytest.raises(StoreError, match=f"It exists as '{there}'. Name files"):
+        make(tmp_path, [names[0], name])
+
+
 @pytest.mark.parametrize("how", ["symbolic link", "hard link", "way round"])
 def test_one_file_under_two_names_is_refused(tmp_path: Path, raw: Path, how: str) -> None:
     names = write_volumes(raw, 3)
