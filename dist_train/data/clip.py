@@ -48,19 +48,19 @@ class PrepareSettings:
 
 # Kinds of files that people have clips in, and what to make of them.
 _ARRAY = "Convert it to an npy array [frames, height, width], or to a multi-page TIFF"
-_CONVERT = {
+CONVERT = {
     ".nii.gz": f"{_ARRAY}: np.save(name, nibabel.load(file).get_fdata().transpose(2, 1, 0)).",
     ".dcm": f"{_ARRAY}, as by pydicom's pixel_array.",
     ".png": "It is one picture of a clip: put all of them into one multi-page TIFF, in order.",
     ".zip": "Unpack it, and list what is in it.",
 } | dict.fromkeys((".h5", ".hdf5", ".mat", ".mha", ".mhd", ".nrrd", ".nd2", ".czi"), f"{_ARRAY}.")
-_CONVERT |= {
-    ".nii": _CONVERT[".nii.gz"],
-    ".jpg": _CONVERT[".png"],
-    ".jpeg": _CONVERT[".png"],
-    ".bmp": _CONVERT[".png"],
-    ".gz": _CONVERT[".zip"],
-    ".tar": _CONVERT[".zip"],
+CONVERT |= {
+    ".nii": CONVERT[".nii.gz"],
+    ".jpg": CONVERT[".png"],
+    ".jpeg": CONVERT[".png"],
+    ".bmp": CONVERT[".png"],
+    ".gz": CONVERT[".zip"],
+    ".tar": CONVERT[".zip"],
 }
 
 
@@ -79,7 +79,7 @@ def read_clip(
         RoiError: it has no outline.
     """
     try:
-        return _read(path, _suffix(name), where, settings)
+        return _read(path, suffix_of(name), where, settings)
     except DistTrainError:
         raise
     except MemoryError:
@@ -94,7 +94,7 @@ def read_clip(
         raise DecodeError(f"cannot be decoded ({error!r})", where=where) from None
 
 
-def _suffix(name: str) -> str:
+def suffix_of(name: str) -> str:
     name = name.lower()
     return ".nii.gz" if name.endswith(".nii.gz") else PurePosixPath(name).suffix
 
@@ -114,7 +114,7 @@ def _read(path: Path, suffix: str, where: str, settings: PrepareSettings) -> tup
         raise DecodeError(
             f"unknown kind of file '{suffix}'",
             where=where,
-            fix=f"{_CONVERT.get(suffix, '')} Known: {known}.".lstrip(),
+            fix=f"{CONVERT.get(suffix, '')} Known: {known}.".lstrip(),
         )
     video = Video(path, where, settings.bits)
     box = None

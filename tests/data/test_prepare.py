@@ -598,13 +598,43 @@ def test_folders_of_classes(tmp_path: Path, raw: Path, caplog: pytest.LogCapture
     assert "6 clips in" in said("prepare", *options, "--positive", "stalled")
     assert "positive clips are those of stalled (2)" in caplog.text
     assert "negative clips are those of flowing (3), unclear (1)" in caplog.text
-    assert "1 files are of no kind that is read" in caplog.text
+    assert "1 files and links are left out" in caplog.text
+    assert "The first is stalled/notes.txt" in caplog.text
     table = Store(tmp_path / "store").table
     assert table["label"].tolist() == [int(name[0] == "s") for name in table["filename"]]
     with pytest.raises(ManifestError, match=r"no folder 'stalls'. Did you mean 'stalled'?"):
         manifest_from_folders(raw, ["stalls"])
     with pytest.raises(ManifestError, match="there are no negative clips"):
         manifest_from_folders(raw, ["stalled", "flowing", "unclear"])
+
+
+def test_nothing_in_folders_of_classes_is_left_out_in_silence(
+    tmp_path: Path, raw: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_volumes(raw / "stalled", 1, seed=1)
+    write_volumes(raw / "flowing", 1, seed=2)
+    write_volumes(tmp_path / "elsewhere", 1, seed=3)
+    write_volumes(raw, 1, seed=4)
+    (raw / "stalled" / "monday").symlink_to(tmp_path / "elsewhere")
+    (raw / "flowing" / "brain.nii.gz").write_bytes(b"x")
+    assert len(manifest_from_folders(raw, ["stalled"]).table) == 2
+    assert "3 files and links are left out" in caplog.text
+    (raw / "clip000.npy").unlink()
+    (raw / "stalled" / "clip000.npy").unlink()
+    with pytest.raises(ManifestError, match=r"no positive clips \(stalled \(0\)\)"):
+        manifest_from_folders(raw, ["stalled"])
+    assert "The first is flowing/brain.nii.gz. Convert it to an npy array" in caplog.text
+    scan = os.scandir
+
+    def refusing(folder: str) -> object:
+        # Root may look into any folder.
+        if str(folder).endswith("flowing"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="flowing"):
+        manifest_from_folders(raw, ["stalled"])
 
 
 # In parts.
