@@ -482,8 +482,6 @@ def main() -> None:
         if told is None:
             raise
         _fail(told, 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _is_first() -> bool:

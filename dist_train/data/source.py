@@ -113,7 +113,11 @@ class LocalFolder(Source):
         parts = PurePosixPath(name.replace("\\", "/")).parts
         # The folder that is the source may also be in the table's names.
         found = self._nearly(parts) or self._nearly(parts[-1:])
-        return None if found is None else f"It exists as '{found}'."
+        if found is None:
+            return None
+        if not _exists(self.folder / found):
+            return "It is a link that leads nowhere."
+        return f"It exists as '{found}'."
 
     def _nearly(self, parts: Sequence[str]) -> Path | None:
         """The one file whose path is these, but for case, Unicode's form and suffix."""
