@@ -60,7 +60,7 @@ def synth(
         synthesize(
             out, clips=clips, seed=seed, stall_rate=stall_rate, workers=workers, progress=report
         )
-    typer.echo(f"{clips} clips in {out}")
+    _echo(f"{clips} clips in {out}")
 
 
 @app.command()
@@ -247,7 +247,7 @@ def verify(
             faults = find_faults(store, workers=workers, progress=report)
         _print_faults(faults)
     for name in lost:
-        typer.echo(f"lost: {name}: --repair with the folder that has it brings its clip back")
+        _echo(f"lost: {name}: --repair with the folder that has it brings its clip back")
     if faults:
         raise StoreError(
             f"{len(faults)} faults",
@@ -256,7 +256,7 @@ def verify(
             if repair is None and not salvage
             else "What repair leaves must be mended by hand.",
         )
-    typer.echo(f"{store} is whole")
+    _echo(f"{store} is whole")
 
 
 @app.command()
@@ -270,7 +270,7 @@ def info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
     for table in describe_store(opened):
         console.print(table)
     if copies := describe_duplicates(opened):
-        typer.echo(printable(copies))
+        _echo(copies)
 
 
 @app.command()
@@ -283,16 +283,16 @@ def inspect(
     from dist_train.data.describe import describe_outline, draw_outline, find_boxes
 
     video, boxes = find_boxes(clip, _colour(colour))
-    typer.echo(str(clip))
+    _echo(str(clip))
     console.print(describe_outline(video, boxes))
     if video.truncated:
         because = f" ({video.stopped_by})" if video.stopped_by else ""
-        typer.echo(f"the video ends before it should{because}")
+        _echo(f"the video ends before it should{because}")
     if not any(boxes):
-        typer.echo("no outline found in any frame; --colour says what counts as one")
+        _echo("no outline found in any frame; --colour says what counts as one")
     if png is not None:
         draw_outline(clip, boxes, png)
-        typer.echo(f"drawn in {png}")
+        _echo(f"drawn in {png}")
 
 
 @app.command()
@@ -364,7 +364,7 @@ def predict(
             progress=report,
         )
     if _is_first():
-        typer.echo(f"predictions in {written}")
+        _echo(f"predictions in {written}")
     _leave_launch()
 
 
@@ -405,7 +405,7 @@ def export(
     facts = export_run(run, out, onnx=onnx, step=step)
     steps = ", ".join(map(str, facts["steps"]))
     for written in filter(None, (out, onnx)):
-        typer.echo(f"{facts['from']} of step {steps} in {written}")
+        _echo(f"{facts['from']} of step {steps} in {written}")
 
 
 @app.command()
@@ -418,7 +418,12 @@ def report(
 
     store = open_run_data(run, open_run(run), store_path=store_path).store
     page = write_report(run, strips=lambda key: store.read(store.clip_of(key)))
-    typer.echo(f"report in {page}")
+    _echo(f"report in {page}")
+
+
+def _echo(line: str) -> None:
+    """Print a line in which there may be names that strangers chose."""
+    typer.echo(printable(line))
 
 
 def _say(line: str) -> None:
@@ -522,16 +527,16 @@ def _print_store(out: Path, store: dict[str, Any]) -> None:
     from dist_train.data.store import Store
 
     rejected = store["rejected"]
-    typer.echo(f"{store['clips']} clips in {out}")
+    _echo(f"{store['clips']} clips in {out}")
     if rejected:
         number = sum(rejected.values())
-        typer.echo(f"rejected: {number} ({by_class(rejected)}), see {out / 'rejected.csv'}")
+        _echo(f"rejected: {number} ({by_class(rejected)}), see {out / 'rejected.csv'}")
     for line in remarks(out):
-        typer.echo(line)
+        _echo(line)
     if copies := describe_duplicates(Store(out)):
-        typer.echo(printable(copies))
+        _echo(copies)
 
 
 def _print_faults(faults: Sequence[object]) -> None:
     for fault in faults:
-        typer.echo(printable(f"bad: {fault}"))
+        _echo(f"bad: {fault}")

@@ -12,7 +12,7 @@ import pandas as pd
 
 from dist_train.data.clip import CONVERT, suffix_of
 from dist_train.data.decode import VIDEO_SUFFIXES
-from dist_train.data.manifest import Manifest, make_manifest
+from dist_train.data.manifest import Manifest, check_text, make_manifest
 from dist_train.data.volume_file import VOLUME_SUFFIXES
 from dist_train.errors import ManifestError
 
@@ -76,15 +76,7 @@ def manifest_from_folders(folder: Path, positive: Sequence[str]) -> Manifest:
             )
         log.warning("%s: %s clips are those of %s", folder, title, told)
     for name, _ in rows:
-        if not name.isprintable():
-            try:
-                name.encode()
-            except UnicodeEncodeError:
-                raise ManifestError(
-                    f"the name of a file is no UTF-8: {name}",
-                    where=folder,
-                    fix="Give the file another name.",
-                ) from None
+        check_text(name, folder)
     table = pd.DataFrame(sorted(rows), columns=["filename", "label"], dtype=str)
     return make_manifest(table.set_axis(range(1, len(table) + 1)), folder)
 

@@ -379,6 +379,18 @@ def _texts(table: pd.DataFrame, name: str) -> pd.Series:
     return texts.map({text: plain_text(text) for text in texts.unique()})
 
 
+def check_text(name: str, where: Path) -> None:
+    """Raise ManifestError for a file's name that is no UTF-8, as the table must be."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ManifestError(
+            f"the name of a file is no UTF-8: {name}",
+            where=where,
+            fix="Give the file another name.",
+        ) from None
+
+
 def plain_text(text: str) -> str:
     """Without blanks around it, in Unicode's composed form (NFC)."""
     return unicodedata.normalize("NFC", text).strip()
