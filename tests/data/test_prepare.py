@@ -546,9 +546,9 @@ def test_a_file_in_nearly_that_folder_is_named(
     names = write_volumes(raw, 3)
     (raw / "d").mkdir()
     np.save(raw / "d" / "Ma\u0308us.npy", np.zeros((2, 4, 4), np.uint8))
+    (raw / "gone.npy").symlink_to("nowhere.npy")
     with pytest.raises(StoreError, match=f"It exists as '{there}'. Name files"):
         make(tmp_path, [names[0], name])
-    (raw / "gone.npy").symlink_to("nowhere.npy")
     with pytest.raises(StoreError, match="is a link that leads nowhere"):
         make(tmp_path, [names[0], "gone.npy"])
 
