@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from types import FrameType
 
 
@@ -21,10 +22,17 @@ def run() -> None:
     # A launcher may have told its processes to ignore it.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)
-    # Not before: it takes a while.
-    from dist_train.cli import main
+    try:
+        # Not before: it takes a while.
+        from dist_train.cli import main
 
-    main()
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupted:
+            # A second one, while the interpreter ends and joins what is left.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

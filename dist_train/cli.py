@@ -63,7 +63,7 @@ def synth(
         synthesize(
             out, clips=clips, seed=seed, stall_rate=stall_rate, workers=workers, progress=report
         )
-    typer.echo(f"{clips} clips in {out}")
+    _echo(f"{clips} clips in {out}")
 
 
 @app.command()
@@ -248,7 +248,7 @@ def verify(
             faults = find_faults(store, workers=workers, progress=report)
         _print_faults(faults)
     for name in lost:
-        typer.echo(f"lost: {name}: --repair with the folder that has it brings its clip back")
+        _echo(f"lost: {name}: --repair with the folder that has it brings its clip back")
     if faults:
         raise StoreError(
             f"{len(faults)} faults",
@@ -257,7 +257,7 @@ def verify(
             if repair is None and not salvage
             else "What repair leaves must be mended by hand.",
         )
-    typer.echo(f"{store} is whole")
+    _echo(f"{store} is whole")
 
 
 @app.command()
@@ -271,7 +271,7 @@ def info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
     for table in describe_store(opened):
         console.print(table)
     if copies := describe_duplicates(opened):
-        typer.echo(printable(copies))
+        _echo(copies)
 
 
 @app.command()
@@ -286,19 +286,19 @@ def inspect(
     from dist_train.data.roi import lacks_outline
 
     video, boxes = find_boxes(clip, _colour(colour), least_outline)
-    typer.echo(str(clip))
+    _echo(str(clip))
     console.print(describe_outline(video, boxes))
     if video.truncated:
         because = f" ({video.stopped_by})" if video.stopped_by else ""
-        typer.echo(f"the video ends before it should{because}")
+        _echo(f"the video ends before it should{because}")
     if video.frames_damaged:
-        typer.echo(f"{video.frames_damaged} frames are damaged")
+        _echo(f"{video.frames_damaged} frames are damaged")
     shown = sum(box is not None for box in boxes)
     if lack := lacks_outline(shown, len(boxes), least_outline):
-        typer.echo(f"{lack}; --colour and --least-outline say what counts as one")
+        _echo(f"{lack}; --colour and --least-outline say what counts as one")
     if png is not None:
         draw_outline(clip, boxes, png)
-        typer.echo(f"drawn in {png}")
+        _echo(f"drawn in {png}")
 
 
 @app.command()
@@ -370,7 +370,7 @@ def predict(
             progress=report,
         )
     if _is_first():
-        typer.echo(f"predictions in {written}")
+        _echo(f"predictions in {written}")
     _leave_launch()
 
 
@@ -411,7 +411,7 @@ def export(
     facts = export_run(run, out, onnx=onnx, step=step)
     steps = ", ".join(map(str, facts["steps"]))
     for written in filter(None, (out, onnx)):
-        typer.echo(f"{facts['from']} of step {steps} in {written}")
+        _echo(f"{facts['from']} of step {steps} in {written}")
 
 
 @app.command()
@@ -424,7 +424,12 @@ def report(
 
     store = open_run_data(run, open_run(run), store_path=store_path).store
     page = write_report(run, strips=lambda key: store.read(store.clip_of(key)))
-    typer.echo(f"report in {page}")
+    _echo(f"report in {page}")
+
+
+def _echo(line: str) -> None:
+    """Print a line in which there may be names that strangers chose."""
+    typer.echo(printable(line))
 
 
 def _say(line: str) -> None:
@@ -488,8 +493,6 @@ def main() -> None:
         if told is None:
             raise
         _fail(told, 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _is_first() -> bool:
@@ -530,16 +533,16 @@ def _print_store(out: Path, store: dict[str, Any]) -> None:
     from dist_train.data.store import Store
 
     rejected = store["rejected"]
-    typer.echo(f"{store['clips']} clips in {out}")
+    _echo(f"{store['clips']} clips in {out}")
     if rejected:
         number = sum(rejected.values())
-        typer.echo(f"rejected: {number} ({by_class(rejected)}), see {out / 'rejected.csv'}")
+        _echo(f"rejected: {number} ({by_class(rejected)}), see {out / 'rejected.csv'}")
     for line in remarks(out):
-        typer.echo(line)
+        _echo(line)
     if copies := describe_duplicates(Store(out)):
-        typer.echo(printable(copies))
+        _echo(copies)
 
 
 def _print_faults(faults: Sequence[object]) -> None:
     for fault in faults:
-        typer.echo(printable(f"bad: {fault}"))
+        _echo(f"bad: {fault}")

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import said
+from helpers import said, tiny_store
 
 from dist_train import cli
 from dist_train.data.job import read_job, read_rejects
+from dist_train.data.prepare import prepare_npz
 from dist_train.data.store import REJECTED
 from dist_train.data.verify import verify
+from dist_train.errors import ManifestError
 from dist_train.safe_text import for_spreadsheet, printable, without_content
 
 
@@ -106,3 +108,13 @@ def test_names_that_are_no_text_end_in_one_line(
         assert errors[-1].startswith("error: ")
         assert "UTF-8" in errors[-1]
         assert not (tmp_path / "store").exists()
+
+
+def test_a_store_in_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    store = tiny_store(folder / "store")
+    assert "/store is whole" in said("verify", store, "--workers", 1)
+    (folder / "store.npz").rename(folder / os.fsdecode(b"\xff.npz"))
+    with pytest.raises(ManifestError, match="the name of a file is no UTF-8"):
+        prepare_npz(folder / os.fsdecode(b"\xff.npz"), tmp_path / "other")

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from dist_train.data.clip import CONVERT, suffix_of
 from dist_train.data.decode import VIDEO_SUFFIXES
-from dist_train.data.manifest import Manifest, make_manifest
+from dist_train.data.manifest import Manifest, check_text, make_manifest
 from dist_train.data.volume_file import VOLUME_SUFFIXES
 from dist_train.errors import ManifestError
 
@@ -27,6 +28,7 @@ def manifest_from_folders(folder: Path, positive: Sequence[str]) -> Manifest:
 
     Raises:
         ManifestError: it is no such folder, or a class has no clips.
+        OSError: a folder cannot be looked into.
     """
     if not folder.is_dir():
         raise ManifestError("is not a folder", where=folder)
@@ -39,18 +41,28 @@ def manifest_from_folders(folder: Path, positive: Sequence[str]) -> Manifest:
                 where=folder,
                 fix=f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(classes)}.",
             )
-    rows, left = [], 0
+    rows: list[tuple[str, str]] = []
+    left = [path.name for path in folder.iterdir() if _seen(path.name) and not path.is_dir()]
     counts = dict.fromkeys(classes, 0)
     for name in classes:
-        for inner, folders, files in os.walk(folder / name):
+        for inner, folders, files in os.walk(folder / name, onerror=_raise):
             folders[:] = filter(_seen, folders)
+            here = Path(inner).relative_to(folder)
+            # Links to folders may lead in circles, and are not followed.
+            left += [str(here / link) for link in folders if (folder / here / link).is_symlink()]
             for file in filter(_seen, files):
-                if Path(file).suffix.lower() not in VIDEO_SUFFIXES | VOLUME_SUFFIXES:
-                    left += 1
-                    continue
-                path = (Path(inner) / file).relative_to(folder)
-                rows.append((str(path), str(int(name in positive))))
-                counts[name] += 1
+                if Path(file).suffix.lower() in VIDEO_SUFFIXES | VOLUME_SUFFIXES:
+                    rows.append((str(here / file), str(int(name in positive))))
+                    counts[name] += 1
+                else:
+                    left.append(str(here / file))
+    if left:
+        first = min(left)
+        log.warning(
+            "%s: %d files and links are left out: they are of no kind that is read, or in no class "
+            "folder. The first is %s. %s",
+            folder, len(left), first, CONVERT.get(suffix_of(first), ""),
+        )  # fmt: skip
     for title, names in (
         ("positive", [name for name in classes if name in positive]),
         ("negative", [name for name in classes if name not in positive]),
@@ -63,20 +75,15 @@ def manifest_from_folders(folder: Path, positive: Sequence[str]) -> Manifest:
                 fix="It needs one folder for each class, which --positive names or does not name.",
             )
         log.warning("%s: %s clips are those of %s", folder, title, told)
-    if left:
-        log.warning("%s: %d files are of no kind that is read, and are left out", folder, left)
     for name, _ in rows:
-        if not name.isprintable():
-            try:
-                name.encode()
-            except UnicodeEncodeError:
-                raise ManifestError(
-                    f"the name of a file is no UTF-8: {name}",
-                    where=folder,
-                    fix="Give the file another name.",
-                ) from None
+        check_text(name, folder)
     table = pd.DataFrame(sorted(rows), columns=["filename", "label"], dtype=str)
     return make_manifest(table.set_axis(range(1, len(table) + 1)), folder)
+
+
+def _raise(error: OSError) -> None:
+    """A folder that cannot be looked into is not one without clips."""
+    raise error
 
 
 def _seen(name: str) -> bool:

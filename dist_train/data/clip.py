@@ -48,7 +48,7 @@ class PrepareSettings:
 
 # Kinds of files that people have clips in, and what to make of them.
 _ARRAY = "Convert it to uint8 or uint16, as an npy array [frames, height, width] or multi-page TIFF"
-_CONVERT = {
+CONVERT = {
     ".nii.gz": f"{_ARRAY}: a = nibabel.load(file).get_fdata().transpose(2, 1, 0), then "
     "np.save(name, np.clip((a - LOW) * 255 / (HIGH - LOW), 0, 255).astype('uint8')), with the same "
     "LOW and HIGH for all files.",
@@ -56,13 +56,13 @@ _CONVERT = {
     ".png": "It is one picture of a clip: put all of them into one multi-page TIFF, in order.",
     ".zip": "Unpack it, and list what is in it.",
 } | dict.fromkeys((".h5", ".hdf5", ".mat", ".mha", ".mhd", ".nrrd", ".nd2", ".czi"), f"{_ARRAY}.")
-_CONVERT |= {
-    ".nii": _CONVERT[".nii.gz"],
-    ".jpg": _CONVERT[".png"],
-    ".jpeg": _CONVERT[".png"],
-    ".bmp": _CONVERT[".png"],
-    ".gz": _CONVERT[".zip"],
-    ".tar": _CONVERT[".zip"],
+CONVERT |= {
+    ".nii": CONVERT[".nii.gz"],
+    ".jpg": CONVERT[".png"],
+    ".jpeg": CONVERT[".png"],
+    ".bmp": CONVERT[".png"],
+    ".gz": CONVERT[".zip"],
+    ".tar": CONVERT[".zip"],
 }
 
 
@@ -81,7 +81,7 @@ def read_clip(
         RoiError: it has no outline.
     """
     try:
-        return _read(path, _suffix(name), where, settings)
+        return _read(path, suffix_of(name), where, settings)
     except DistTrainError:
         raise
     except MemoryError:
@@ -96,7 +96,7 @@ def read_clip(
         raise DecodeError(f"cannot be decoded ({error!r})", where=where) from None
 
 
-def _suffix(name: str) -> str:
+def suffix_of(name: str) -> str:
     name = name.lower()
     return ".nii.gz" if name.endswith(".nii.gz") else PurePosixPath(name).suffix
 
@@ -116,7 +116,7 @@ def _read(path: Path, suffix: str, where: str, settings: PrepareSettings) -> tup
         raise DecodeError(
             f"unknown kind of file '{suffix}'",
             where=where,
-            fix=f"{_CONVERT.get(suffix, '')} Known: {known}.".lstrip(),
+            fix=f"{CONVERT.get(suffix, '')} Known: {known}.".lstrip(),
         )
     video = Video(path, where, settings.bits)
     box = None

@@ -107,9 +107,9 @@ def _parse(file: Iterable[str], path: Path, column: str) -> pd.DataFrame:
         parts, rows, numbers = [], [], []
         _check_header(header, path, column)
         for row in reader:
-            if not any(row):
+            if not "".join(row).strip():
                 continue
-            if any(row[len(header) :]):
+            if "".join(row[len(header) :]).strip():
                 raise ManifestError(
                     f"line {reader.line_num + skipped - 1} has more fields than the header "
                     f"({len(row)} and {len(header)})",

@@ -56,7 +56,7 @@ def write_index(path: Path, shards: Sequence[Path]) -> int:
         try:
             # Pages are at worst half full; the file is only as long as the pages in use.
             map_size = 4 * size + (1 << 20)
-            with lmdb.open(str(aside), subdir=False, lock=False, map_size=map_size) as env:
+            with lmdb.open(os.fsencode(aside), subdir=False, lock=False, map_size=map_size) as env:
                 clips = _put(env, heapq.merge(*runs), path)
                 env.sync(True)
         except lmdb.DiskError as error:
@@ -120,7 +120,7 @@ def _reading(path: Path) -> Iterator[lmdb.Transaction]:
         # LMDB must not be carried over a fork, and refuses to open a path twice in one process:
         # it is opened here for the length of one read, and closed again.
         with (
-            lmdb.open(str(path), subdir=False, lock=False, readonly=True) as env,
+            lmdb.open(os.fsencode(path), subdir=False, lock=False, readonly=True) as env,
             env.begin() as transaction,
         ):
             # LMDB reads through a memory map, where a page that is not there kills the process.

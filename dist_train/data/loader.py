@@ -21,14 +21,13 @@ from dist_train.data.collate import Batch
 from dist_train.data.dataset import ClipDataset
 from dist_train.data.fetch import Fetch, Place, Tasks, begin_worker
 from dist_train.data.handed_over import HandedOver
+from dist_train.data.pool import worker_context
 from dist_train.data.sampler import Slot
 from dist_train.errors import DistTrainError, MachineError
 from dist_train.main_guard import end_if_run_again
 from dist_train.os_advice import ADVICE, open_files
 from dist_train.shared_memory import within_open_files, workers_started
 
-# Not fork: the parent holds threads (gloo, NCCL, OpenMP) and open files.
-START_METHOD = "forkserver"
 # Seconds for one clip. The other ranks wait for this one, and NCCL ends them after ten minutes by
 # default, with an error that names no clip.
 PATIENCE = 300.0
@@ -71,11 +70,9 @@ class Loader:
                 where="loader.workers",
                 fix=ADVICE[errno.EMFILE],
             )
-        context = multiprocessing.get_context(START_METHOD)
-        # The server imports once what each worker would import anew.
-        context.set_forkserver_preload([__name__])
         with workers_started(WITHOUT):
-            places = context.RawArray(Place, settings.workers) if self._many else None
+            context = worker_context(__name__) if self._many else None
+            places = context.RawArray(Place, settings.workers) if context else None
         arena = arena_of_memory() if self._many else None
         self._fetch = Fetch(dataset, places, arena, PATIENCE)
         self._slots = HandedOver(batches)
@@ -90,7 +87,7 @@ class Loader:
             prefetch_factor=settings.prefetch if self._many else None,
             persistent_workers=self._many,
             pin_memory=torch.cuda.is_available(),
-            multiprocessing_context=context if self._many else None,
+            multiprocessing_context=context,
             worker_init_fn=begin_worker,
             # Of its own: it draws a seed in each pass, when the caller may have set torch's.
             generator=torch.Generator(),

@@ -116,36 +116,45 @@ def read_manifest(
     Raises:
         ManifestError: naming the file, the column or the row.
     """
+    if unlabelled and labels is not None:
+        raise ManifestError("--labels and --unlabelled contradict each other", where=path)
     table = read_table(path, "filename")
-    if where is not None:
-        # By the names in the file, and by those that this program has for them.
-        both = {new: old for old, new in ALIASES.items() if old in table and new not in table}
-        named = table.assign(**{new: table[old] for new, old in both.items()})
-        table = table.loc[select_rows(named, where, _TEXTS).index]
-    table = _known_columns(table, path)
-    if labels is not None and "label" in table:
+    own = "label" in _rename(table, path)
+    if labels is not None and own:
         raise ManifestError(
             "has labels of its own",
             where=path,
             fix=f"Take the column out, or leave out --labels {labels}.",
         )
-    if unlabelled and "label" in table:
+    if unlabelled and own:
         log.warning("%s: its labels are not looked at (--unlabelled)", path)
+    beside = labels or path.with_name("train_labels.csv")
+    apart = None
+    if not own and not unlabelled and (labels is not None or beside.is_file()):
+        apart = _read_labels(beside)
+    if where is not None:
+        # By the names in the file, and by those that this program has for them.
+        both = {new: old for old, new in ALIASES.items() if old in table and new not in table}
+        named = table.assign(**{new: table[old] for new, old in both.items()})
+        if apart is not None:
+            label = _labels_for(table["filename"], apart).fillna("")
+            named = named.assign(label=label, stalled=label)
+        table = table.loc[select_rows(named, where, _TEXTS).index]
+    table = _known_columns(table, path)
     table["filename"] = table["filename"].str.strip()
     if table.empty:
         raise ManifestError("has no rows", where=path, fix="It needs one row a clip.")
     _check_filenames(table["filename"], path, allow_local)
-    if "label" not in table and not unlabelled:
-        labels = labels or path.with_name("train_labels.csv")
-        if not labels.is_file():
-            raise ManifestError(
-                "has no 'label' or 'stalled' column, and there is no train_labels.csv beside it",
-                where=path,
-                fix="Add the column, or name the file with --labels; --unlabelled takes clips "
-                "without labels.",
-            )
-        table = _join_labels(table, labels, path)
-    elif "label" in table and not unlabelled and (table["label"].str.strip() == "").all():
+    if apart is not None:
+        table = _join_labels(table, apart, beside, path)
+    elif not own and not unlabelled:
+        raise ManifestError(
+            "has no 'label' or 'stalled' column, and there is no train_labels.csv beside it",
+            where=path,
+            fix="Add the column, or name the file with --labels; --unlabelled takes clips "
+            "without labels.",
+        )
+    elif own and not unlabelled and (table["label"].str.strip() == "").all():
         raise ManifestError(
             "has no label in any row", where=path, fix="Fill the column, or use --unlabelled."
         )
@@ -205,26 +214,48 @@ _BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, 
 _LABELS = {word: int(value) for word, value in _BOOLEANS.items()} | {"0.0": 0, "1.0": 1}
 
 
-def _join_labels(table: pd.DataFrame, labels_path: Path, path: Path) -> pd.DataFrame:
-    labels = _rename(read_table(labels_path, "filename"), labels_path)
+def _read_labels(path: Path) -> pd.DataFrame:
+    """A table of labels: ``filename`` in one form, of which each is there once, and ``label``."""
+    labels = _rename(read_table(path, "filename"), path)
     if "label" not in labels:
-        raise ManifestError("has no column 'label' or 'stalled'", where=labels_path)
-    names = labels["filename"].map(plain_text)
-    if (names == "").any():
-        raise ManifestError(
-            f"line {labels.index[int((names == '').to_numpy().argmax())]} has no filename",
-            where=labels_path,
-        )
-    _refuse_twice(names, labels_path)
-    label = table["filename"].map(plain_text).map(labels["label"].set_axis(names))
+        raise ManifestError("has no column 'label' or 'stalled'", where=path)
+    labels["filename"] = labels["filename"].str.strip().map(_one_form)
+    if (labels["filename"] == "").any():
+        line = labels.index[int((labels["filename"] == "").to_numpy().argmax())]
+        raise ManifestError(f"line {line} has no filename", where=path)
+    _refuse_twice(labels["filename"], path)
+    return labels
+
+
+def _labels_for(names: pd.Series, labels: pd.DataFrame) -> pd.Series:
+    """The label of each name, as text; NaN where there is none."""
+    return names.str.strip().map(_one_form).map(labels.set_index("filename")["label"])
+
+
+def _join_labels(
+    table: pd.DataFrame, labels: pd.DataFrame, labels_path: Path, path: Path
+) -> pd.DataFrame:
+    label = _labels_for(table["filename"], labels)
     missing = table["filename"][label.isna()]
     if len(missing):
+        name = missing.iloc[0]
+        near = [other for other in labels["filename"] if _stem(other) == _stem(name)]
         raise ManifestError(
-            f"has no label for '{missing.iloc[0]}' ({len(missing)} such rows)",
+            f"has no label for '{name}' ({len(missing)} such rows)",
             where=labels_path,
-            fix=f"Add them, or take them out of {path}.",
+            fix=f"It has one for '{near[0]}': write names alike in both tables."
+            if near
+            else f"Add them, or take them out of {path}.",
         )
+    # Here, where the file and its line are known.
+    used = labels[labels["filename"].isin(table["filename"].map(_one_form))]
+    _parse(used["label"], _LABELS, "label", used, labels_path)
     return table.assign(label=label)
+
+
+def _stem(name: str) -> str:
+    """What is left of a name without its case and suffix."""
+    return str(PurePosixPath(_one_form(name)).with_suffix("")).casefold()
 
 
 def _rename(table: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -245,7 +276,12 @@ def _known_columns(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     absent = [name for name in (*used, *ALIASES) if ALIASES.get(name, name) not in table]
     others = [str(name) for name in table.columns if name not in (*used, *UNUSED)]
     for column in others:
-        near = difflib.get_close_matches(column.lower(), absent, n=1)
+        # Letters that are left out, doubled or swapped; "height" and "site" are no such slips.
+        near = [
+            name
+            for name in difflib.get_close_matches(column.lower(), absent, n=1, cutoff=0.75)
+            if name[0] == column[0].lower()
+        ]
         if near:
             raise ManifestError(
                 f"unknown column '{column}'",
@@ -341,6 +377,18 @@ def _texts(table: pd.DataFrame, name: str) -> pd.Series:
     texts = pd.Series(table.get(name, ""), index=table.index, dtype=str)
     # A table has few different ones.
     return texts.map({text: plain_text(text) for text in texts.unique()})
+
+
+def check_text(name: str, where: Path) -> None:
+    """Raise ManifestError for a file's name that is no UTF-8, as the table must be."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ManifestError(
+            f"the name of a file is no UTF-8: {name}",
+            where=where,
+            fix="Give the file another name.",
+        ) from None
 
 
 def plain_text(text: str) -> str:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from dist_train.cgroup import usable_memory
 from dist_train.data.files import open_plain, reason_of
-from dist_train.data.manifest import SPLITS
+from dist_train.data.manifest import SPLITS, check_text
 from dist_train.data.types import Volume
 from dist_train.data.volume_file import read_npy
 from dist_train.errors import StoreError
@@ -27,7 +27,9 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
 
     Raises:
         StoreError: the file is not of this form.
+        ManifestError: its name, which is in the clips' names, is no UTF-8.
     """
+    check_text(path.name, path)
     rows: list[dict[str, Any]] = []
     volumes: list[Volume] = []
     try:

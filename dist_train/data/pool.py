@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
@@ -45,9 +48,8 @@ def each_done(
     if workers < 2 or len(first) < 2:
         yield from map(function, todo)
         return
-    # Not fork: the parent may hold threads and locks (progress bars, Arrow, OpenMP).
-    context = multiprocessing.get_context("forkserver")
     with workers_started("give --workers 1"):
+        context = worker_context()
         executor = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
     with executor as pool:
         running: set[Future[Result]] = set()
@@ -75,6 +77,30 @@ def each_done(
                 worker.terminate()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def worker_context(*preload: str) -> ForkServerContext:
+    """How worker processes are started: by a server that is started here, and forks.
+
+    Not by a fork of this process, which may hold threads and locks (progress bars, Arrow, OpenMP).
+    Ctrl-C reaches the whole process group, and a server or worker that is still importing would
+    print where. So they never hear it: this process ends them.
+
+    Args:
+        preload: modules that the first server imports, so that another worker is there in
+            milliseconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    # Before: to start it lifts the block (CPython 3.11).
+    resource_tracker.ensure_running()
+    # New processes inherit what is blocked. Here it comes as soon as that is over.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
 
 
 def end_with_parent() -> None:

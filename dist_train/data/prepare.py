@@ -199,7 +199,7 @@ def check_files(
             shards; they will be rejects. Files that a shard there rejected already do not count.
 
     Raises:
-        StoreError: more files are missing, or all of them.
+        StoreError: more files are missing, or all those of the store.
     """
     if not isinstance(source, Source):
         return
@@ -209,7 +209,9 @@ def check_files(
         return
     known = {name for shard in shards for name in _rejected(shard)}
     new = [name for name in missing if name not in known]
-    if len(new) <= max_rejected * len(job.table) and len(missing) < len(names):
+    # A shard, or a part, may well have no file that is there, if others have.
+    some = len(missing) < len(names) or any(not source.missing([n]) for n in job.table["filename"])
+    if some and len(new) <= max_rejected * len(job.table):
         return
     first = (new or missing)[0]
     classes = job.table["label"][job.table["filename"].isin(set(missing))].astype(str)

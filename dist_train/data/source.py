@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from dist_train.errors import DecodeError
+from dist_train.os_advice import blame_machine
 
 MISSING = "the file is missing"
 # How the reason of a reject begins that another run may well not have: it is tried again.
@@ -109,12 +110,27 @@ class LocalFolder(Source):
         return None
 
     def hint(self, name: str) -> str | None:
-        path = Path(name.replace("\\", "/"))
-        there = _names_in(self.folder / path.parent)
-        found = there.get(_loose(path.name)) or there.get(_loose(path.stem))
-        if found == path.name and (self.folder / path).is_symlink():
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        # The folder that is the source may also be in the table's names.
+        found = self._nearly(parts) or self._nearly(parts[-1:])
+        if found is None:
+            return None
+        if not _exists(self.folder / found):
             return "It is a link that leads nowhere."
-        return None if found is None else f"It exists as '{path.parent / found}'."
+        return f"It exists as '{found}'."
+
+    def _nearly(self, parts: Sequence[str]) -> Path | None:
+        """The one file whose path is these, but for case, Unicode's form and suffix."""
+        found = Path()
+        for number, part in enumerate(parts, 1):
+            there = _names_in(self.folder / found)
+            name = there.get(_loose(part))
+            if name is None and number == len(parts):
+                name = there.get(_loose(Path(part).stem))
+            if name is None:
+                return None
+            found /= name
+        return found
 
     def changed_since(self, name: str, time: float) -> bool:
         path = self._path(name)
@@ -133,7 +149,9 @@ class LocalFolder(Source):
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:
+    except OSError as error:
+        # A folder that may not be entered, or a disk that fails, says nothing of the file.
+        blame_machine(error, path)
         # As of a name that is too long.
         return False
 

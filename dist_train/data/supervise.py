@@ -7,7 +7,6 @@ its process along; the parent starts another, and the item goes on without the s
 from __future__ import annotations
 
 import math
-import multiprocessing
 import resource
 import signal
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from dist_train.cgroup import processes_at_once
-from dist_train.data.pool import OPEN_FILES, end_with_parent
+from dist_train.data.pool import OPEN_FILES, end_with_parent, worker_context
 from dist_train.errors import StoreError
 from dist_train.main_guard import FIX, WHAT, end_if_run_again, were_unguarded
 from dist_train.shared_memory import within_open_files
@@ -148,10 +147,7 @@ class _Worker(Generic[Item, Result]):
     run: _Run[Item]
 
     def __init__(self, function: Callable[[Item, Steps], Result], limits: Limits) -> None:
-        # Not fork: the parent may hold threads and locks (progress bars, Arrow, OpenMP). The fork
-        # server loads the function's module once, so another process is there in milliseconds.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([function.__module__])
+        context = worker_context(function.__module__)
         self.limits = limits
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, function, limits), daemon=True)

@@ -27,13 +27,10 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -42,7 +39,6 @@ import av
 import cv2
 import numpy as np
 
-from dist_train.cgroup import processes_at_once
 from dist_train.data.clog_loss_facts import (
     BOX_HEIGHT,
     BOX_WIDTH,
@@ -53,11 +49,9 @@ from dist_train.data.clog_loss_facts import (
     TIER1_SHARE,
 )
 from dist_train.data.files import is_plain, read_json, write_whole, written_whole
-from dist_train.data.pool import OPEN_FILES
+from dist_train.data.pool import each_done
 from dist_train.data.roi import Box
 from dist_train.errors import ConfigError, FileError, StoreError
-from dist_train.main_guard import end_if_run_again
-from dist_train.shared_memory import within_open_files, workers_started
 
 # Written into synth.json: a folder made by another version of the drawing is refused.
 FORMAT: Final = 1
@@ -482,42 +476,18 @@ def _write_videos(
         for index in indices
         if not (folder / filename(index)).exists()
     ]
-    workers = within_open_files(min(workers or processes_at_once(), len(jobs)), OPEN_FILES)
     done = len(indices) - len(jobs)
-    for _ in _finished(jobs, workers):
+    for _ in each_done(_make_video, jobs, workers):
         done += 1
         if progress is not None:
             progress(done, len(indices))
 
 
-_Job = tuple[Path, int, int, bool]
-
-
-def _finished(jobs: list[_Job], workers: int) -> Iterator[None]:
-    """Yield once for each job that is done."""
-    if workers <= 1:
-        yield from itertools.starmap(_make_video, jobs)
-        return
-    end_if_run_again()
-    # 'spawn' because a forked child inherits the locks of the threads of FFmpeg and OpenCV.
-    with workers_started("give --workers 1"):
-        pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), cv2.setNumThreads, (1,)
-        )
-    try:
-        for future in as_completed([pool.submit(_make_video, *job) for job in jobs]):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise StoreError(
-            "is unfinished: a worker process was killed",
-            where=jobs[0][0].parent,
-            fix="Run it again, with fewer workers if memory ran out; whole clips are kept.",
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _make_video(path: Path, seed: int, index: int, stalled: bool) -> None:
+def _make_video(job: tuple[Path, int, int, bool]) -> None:
+    path, seed, index, stalled = job
+    if multiprocessing.parent_process() is not None:
+        # A process a core is enough.
+        cv2.setNumThreads(1)
     write_video(path, render_clip(draw_clip(seed, index), stalled=stalled).frames)
 
 

@@ -10,7 +10,7 @@ from dist_train.data.clip import PrepareSettings
 from dist_train.data.job import Job, lost_of, read_rejects
 from dist_train.data.salvage import good_clips
 from dist_train.data.shard_files import Shard
-from dist_train.data.source import UNFETCHED, Source
+from dist_train.data.source import MISSING, UNFETCHED, LocalFolder, Source
 from dist_train.data.task import Task
 from dist_train.data.types import Volume
 
@@ -23,10 +23,13 @@ def finished(shard: Shard, source: Source | Sequence[Volume]) -> bool:
     lost = lost_of(shard)
     if not isinstance(source, Source):
         return not lost
+    rejects = read_rejects(shard)
+    if isinstance(source, LocalFolder):
+        # By a mount, or a folder that is renamed, files come whose own times do not change.
+        lost = lost + list(rejects["file"][rejects["reason"].str.startswith(MISSING)])
     if len(source.missing(lost)) < len(lost):
         return False
     written = shard.path.stat().st_mtime
-    rejects = read_rejects(shard)
     if rejects["reason"].str.startswith(UNFETCHED).any():
         return False
     return not any(source.changed_since(name, written) for name in rejects["file"])

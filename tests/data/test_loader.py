@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import multiprocessing
 import os
 import resource
 import shutil
@@ -215,7 +216,8 @@ def test_spawned_workers_give_the_same(
     store: Store, alone: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of a loader needs what only a fork would carry over."""
-    monkeypatch.setattr(loader_module, "START_METHOD", "spawn")
+    spawn = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(loader_module, "worker_context", lambda *preload: spawn)
     assert_same(list(plan_loader(store, 1, first=9)), alone[9:])
 
 

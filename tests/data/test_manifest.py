@@ -88,6 +88,10 @@ MISTAKES = {
     "header only": (["filename,label"], "has no rows"),
     "no filename column": (["file,label", "a,1"], "no column 'filename'"),
     "unknown column": (["filename,label,grp", "a,1,x"], "unknown column 'grp'. Did you mean 'g"),
+    "two letters swapped": (
+        ["filename,Lable", "a,1"],
+        "unknown column 'Lable'. Did you mean 'label",
+    ),
     "column of no name": (["filename,label,", "a,1,x"], "has a column without a name"),
     "way out": (["filename,label", "a,1", "b/../../c,0"], "'b/../../c' (line 3) may lead out of"),
     "absolute": (["filename,label", "/etc/passwd,1"], "'/etc/passwd' (line 2) may lead out of the"),
@@ -287,6 +291,8 @@ SPREADSHEETS = {
     "UTF-16, other order": b"\xfe\xff" + "filename,label\na.npy,1\nb.npy,0".encode("utf-16-be"),
     "other case": b" Filename,LABEL\na.npy,1\nb.npy,0\n",
     "blank rows": b"\n\nfilename,label\n\na.npy,1\n,\nb.npy,0\n\n",
+    "rows of blanks": b"filename;label\na.npy;1\n ; \n\nb.npy;0; ;\n",
+    "sizes": b"filename,label,height,width,site,slide,score,stage\na.npy,1,8,8,x,y,z,1\nb.npy,0\n",
     "comma at the end": b"filename,label,\na.npy,1,\nb.npy,0,\n",
     "commas after the header's end": b"filename,label\na.npy,1,,,\nb.npy,0\n",
     "words": b"filename,label\na.npy,True\nb.npy,FALSE\n",
@@ -375,6 +381,12 @@ CONDITIONS = {
     "`my notes` == 'good'": "2",
     "filename != '2.mp4'": "13",
     "stalled == 1": "12",
+    " micro & num_frames > 50 | tier1 ": "12",
+    "17 < num_frames <= 60": "12",
+    "micro == nano": "13",
+    "not (crowd_score >= 0)": "3",
+    "'2.mp4' <= filename != \"3.mp4\"": "2",
+    "num_frames not in (54, -1)": "23",
 }
 
 
@@ -390,9 +402,24 @@ def test_rows_are_chosen_by_any_column(table: Path, condition: str) -> None:
 
 NO_CONDITIONS = {
     "mikro": "there is no column 'mikro'. Known: filename, url",
-    "num_frames": "it is not true or false for each row",
     "num_frames > 1000": "it holds for none of 3 rows",
-    "project_id > 3": "it cannot be applied",
+    "project_id > 3": "'project_id > 3' compares texts with numbers. Texts stand in quotes",
+    "project_id != 7": "compares texts with numbers",
+    "project_id not in ['007', -7]": "compares texts with numbers",
+    "micro != 'False'": "compares texts with numbers",
+    "num_frames != '54' and micro": "compares texts with numbers",
+    "num_frames": "'num_frames' is not true or false for each row",
+    "micro and num_frames": "'num_frames' is not true or false for each row",
+    "micro or 1": "'1' is not true or false for each row",
+    "~num_frames": "'num_frames' is not true or false for each row",
+    "num_frames == [54, 60]": "a list may only stand after 'in'",
+    "num_frames in 54": "a list may only stand after 'in'",
+    "num_frames > -micro": "'-micro' is no column, number or text",
+    "num_frames is None": "it may only compare columns",
+    "`my notes` == '&'": "it holds for none",
+    "num_frames > 1j": "'1j' is no column, number or text",
+    "filename == 'd\\d.mp4'": "it is no expression over columns",
+    "micro = True": "it is no expression over columns. Equal is ==",
     "micro and": "it is no expression over columns",
     "1 == 1": "it names no column",
     "@table": "it is no expression over columns",
@@ -414,6 +441,44 @@ def test_what_is_no_condition_is_refused(table: Path, condition: str) -> None:
         read_manifest(table, where=condition, unlabelled=True)
     assert raised.value.where == "--where"
     assert "\n" not in str(raised.value)
+
+
+def test_rows_are_chosen_by_labels_of_another_table(tmp_path: Path, table: Path) -> None:
+    """Which need not have one for a row that is not chosen."""
+    write(table, *CHALLENGE)
+    write(tmp_path / "train_labels.csv", "filename,stalled", "3.mp4,0", "2.mp4,1")
+    for condition in ("stalled == 1", "label == 1 and micro", "label > 0.5"):
+        manifest = read_manifest(table, where=condition)
+        assert manifest.table["filename"].tolist() == ["2.mp4"]
+        assert manifest.table["label"].tolist() == [1]
+    assert read_manifest(table, where="micro").table["label"].tolist() == [1, 0]
+    with pytest.raises(ManifestError, match=r"no label for '1.mp4' \(1 such rows\)"):
+        read_manifest(table)
+
+
+def test_names_in_a_table_of_labels_are_read_as_those_of_clips(tmp_path: Path, table: Path) -> None:
+    labels = write(tmp_path / "other.csv", "Filename;Stalled", "d/a.mp4 ;1", "./b.mp4;0")
+    manifest = read_manifest(write(table, "filename", r"d\a.mp4", "b.mp4"), labels=labels)
+    assert manifest.table["label"].tolist() == [1, 0]
+    for other in ("d/A", "D/a.MP4", "d/a.avi"):
+        write(labels, "filename,label", f"{other},1", "b.mp4,0")
+        with pytest.raises(ManifestError, match=rf"for 'd.a.mp4' .* has one for '{other}'"):
+            read_manifest(table, labels=labels)
+
+
+def test_a_bad_label_is_named_where_it_stands(tmp_path: Path, table: Path) -> None:
+    labels = write(tmp_path / "other.csv", "filename,label", "z.mp4,0", "b.mp4,0", "a.mp4,perhaps")
+    write(table, "filename", "a.mp4", "b.mp4")
+    with pytest.raises(
+        ManifestError, match=r"of 'a.mp4' is 'perhaps', not 0 or 1 \(line 4"
+    ) as told:
+        read_manifest(table, labels=labels)
+    assert told.value.where == labels
+    with pytest.raises(ManifestError, match="cannot be read") as told:
+        read_manifest(table, labels=tmp_path / "nowhere.csv")
+    assert told.value.where == tmp_path / "nowhere.csv"
+    with pytest.raises(ManifestError, match="contradict"):
+        read_manifest(table, labels=labels, unlabelled=True)
 
 
 def test_one_url_for_two_files(table: Path) -> None:

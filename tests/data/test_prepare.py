@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
@@ -53,7 +54,7 @@ from dist_train.data.supervise import UNWATCHED
 from dist_train.data.task import write_task
 from dist_train.data.todo import tasks
 from dist_train.data.volume_file import read_volume
-from dist_train.errors import ConfigError, ManifestError, StoreError
+from dist_train.errors import ConfigError, MachineError, ManifestError, StoreError
 
 WHOLE = PrepareSettings(roi="none", shard_clips=4)
 START = Box(20, 30, 70, 84)
@@ -461,6 +462,55 @@ def test_missing_files_are_rejects(tmp_path: Path, raw: Path) -> None:
     assert len(Store(make(tmp_path, names)).table) == 8
 
 
+def test_a_shard_may_have_no_file_that_is_there(tmp_path: Path, raw: Path) -> None:
+    """In a part, and in a run that goes on; a wrong folder is refused by both."""
+    names = [*write_volumes(raw, 4), "gone1.npy", "gone2.npy"]
+    manifest = write_manifest(tmp_path / "clips.csv", names)
+    settings = PrepareSettings(roi="none", shard_clips=2)
+    parts = tmp_path / "parts"
+    with pytest.raises(StoreError, match="2 of 2 files are"):
+        prepare_part(manifest, tmp_path, parts, settings, Part(3, 3), workers=1)
+    for number in (1, 2, 3):
+        prepare_part(manifest, raw, parts, settings, Part(number, 3), workers=1)
+    assert finalize(parts, max_rejected=0.5)["clips"] == 4
+    store = make(tmp_path, names, settings=settings, max_rejected=0.5)
+    whole = contents(store)
+    for name in (MARKER, f"{SHARDS}/{shard_name(2)}"):
+        (store / name).unlink()
+    make(tmp_path, names, settings=settings, max_rejected=0.5)
+    assert contents(store) == whole == contents(parts)
+
+
+def test_files_that_come_by_a_mount_are_taken_in(tmp_path: Path, raw: Path) -> None:
+    """Their own times are older than the store."""
+    names = [*write_volumes(raw, 2), "d/late.npy"]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    np.save(elsewhere / "late.npy", np.zeros((2, 4, 4), np.uint8))
+    store = make(tmp_path, names, max_rejected=0.5)
+    assert list(rejected(store)) == ["d/late.npy"]
+    elsewhere.rename(raw / "d")
+    assert len(Store(make(tmp_path, names)).table) == 3
+
+
+def test_a_folder_that_cannot_be_looked_into_is_no_missing_file(
+    tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may enter any folder, so the refusal is put in here."""
+    names = [*write_volumes(raw, 2), "d/a.npy"]
+    stat = Path.stat
+
+    def refusing(path: Path, **how: bool) -> os.stat_result:
+        if path.parent == raw / "d":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", refusing)
+    with pytest.raises(MachineError, match=r"d/a.npy: cannot be read \(Permission d"):
+        make(tmp_path, names, max_rejected=0.5)
+    assert not (tmp_path / "store").exists()
+
+
 def test_files_are_found_under_what_other_systems_call_them(tmp_path: Path, raw: Path) -> None:
     (raw / "d").mkdir()
     for number, name in enumerate(("d/M\u00e4us.npy", "Ma\u0308us.npy", "d/a.npy")):
@@ -479,6 +529,28 @@ def test_a_file_of_nearly_that_name_is_named(tmp_path: Path, raw: Path, name: st
     store = make(tmp_path, [names[0], name, names[2]], max_rejected=0.4)
     reason = pd.read_csv(store / REJECTED)["reason"].iloc[0]
     assert reason == "the file is missing. It exists as 'clip001.npy'."
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("D/M\u00e4us.npy", "d/Ma\u0308us.npy"),
+        ("d\\MA\u0308US", "d/Ma\u0308us.npy"),
+        ("raw/clip001.npy", "clip001.npy"),
+        (r"E:raw\CLIP001.avi", "clip001.npy"),
+    ],
+)
+def test_a_file_in_nearly_that_folder_is_named(
+    tmp_path: Path, raw: Path, name: str, there: str
+) -> None:
+    names = write_volumes(raw, 3)
+    (raw / "d").mkdir()
+    np.save(raw / "d" / "Ma\u0308us.npy", np.zeros((2, 4, 4), np.uint8))
+    (raw / "gone.npy").symlink_to("nowhere.npy")
+    with pytest.raises(StoreError, match=f"It exists as '{there}'. Name files"):
+        make(tmp_path, [names[0], name])
+    with pytest.raises(StoreError, match="is a link that leads nowhere"):
+        make(tmp_path, [names[0], "gone.npy"])
 
 
 @pytest.mark.parametrize("how", ["symbolic link", "hard link", "way round"])
@@ -531,13 +603,43 @@ def test_folders_of_classes(tmp_path: Path, raw: Path, caplog: pytest.LogCapture
     assert "6 clips in" in said("prepare", *options, "--positive", "stalled")
     assert "positive clips are those of stalled (2)" in caplog.text
     assert "negative clips are those of flowing (3), unclear (1)" in caplog.text
-    assert "1 files are of no kind that is read" in caplog.text
+    assert "1 files and links are left out" in caplog.text
+    assert "The first is stalled/notes.txt" in caplog.text
     table = Store(tmp_path / "store").table
     assert table["label"].tolist() == [int(name[0] == "s") for name in table["filename"]]
     with pytest.raises(ManifestError, match=r"no folder 'stalls'. Did you mean 'stalled'?"):
         manifest_from_folders(raw, ["stalls"])
     with pytest.raises(ManifestError, match="there are no negative clips"):
         manifest_from_folders(raw, ["stalled", "flowing", "unclear"])
+
+
+def test_nothing_in_folders_of_classes_is_left_out_in_silence(
+    tmp_path: Path, raw: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_volumes(raw / "stalled", 1, seed=1)
+    write_volumes(raw / "flowing", 1, seed=2)
+    write_volumes(tmp_path / "elsewhere", 1, seed=3)
+    write_volumes(raw, 1, seed=4)
+    (raw / "stalled" / "monday").symlink_to(tmp_path / "elsewhere")
+    (raw / "flowing" / "brain.nii.gz").write_bytes(b"x")
+    assert len(manifest_from_folders(raw, ["stalled"]).table) == 2
+    assert "3 files and links are left out" in caplog.text
+    (raw / "clip000.npy").unlink()
+    (raw / "stalled" / "clip000.npy").unlink()
+    with pytest.raises(ManifestError, match=r"no positive clips \(stalled \(0\)\)"):
+        manifest_from_folders(raw, ["stalled"])
+    assert "The first is flowing/brain.nii.gz. Convert it to an npy array" in caplog.text
+    scan = os.scandir
+
+    def refusing(folder: str) -> object:
+        # Root may look into any folder.
+        if str(folder).endswith("flowing"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="flowing"):
+        manifest_from_folders(raw, ["stalled"])
 
 
 # In parts.

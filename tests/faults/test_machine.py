@@ -147,3 +147,40 @@ def test_an_interrupt_while_modules_are_imported_ends_without_a_word(
         timeout=60,
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+INTERRUPTED_SERVER = """
+import os, signal
+from dist_train.data.supervise import Limits, supervised
+import late
+
+if __name__ == "__main__":
+    os.environ["LATE"] = "1"
+    print(sorted(supervised(late.twice, [1, 2], late.twice, Limits(60, 1 << 30), 1)))
+    signal.signal(signal.SIGINT, lambda number, frame: print("heard"))
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+LATE = """
+import os, signal
+if "LATE" in os.environ:
+    os.kill(os.getpid(), signal.SIGINT)
+
+def twice(item, steps):
+    os.kill(os.getpid(), signal.SIGINT)
+    return 2 * item
+"""
+
+
+def test_an_interrupt_while_workers_start_is_for_their_parent(tmp_path: Path) -> None:
+    """A terminal sends it to the whole group: the server that forks them, and the workers."""
+    (tmp_path / "late.py").write_text(LATE)
+    (tmp_path / "script.py").write_text(INTERRUPTED_SERVER)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"],
+        env=environment(PYTHONPATH=f"{ROOT}:{tmp_path}"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[2, 4]\nheard\n", "")
