@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -37,6 +39,13 @@ def _usable(path: Path) -> Path:
     return path
 
 
+def _whole_size(size: object) -> object:
+    # pydantic reads as far as it understands, and takes "8,5GiB" for 8 bytes.
+    if isinstance(size, str) and not re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*[A-Za-z]*\s*", size):
+        raise ValueError("it must be a number of bytes, such as 8GiB")
+    return size
+
+
 # Bounds are far beyond any use, and near enough that a slip of the keyboard meets them here rather
 # than as a lack of memory, an overflow, or a run that never ends.
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -50,6 +59,7 @@ Stride = Annotated[int, Field(ge=1, le=16)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0, le=10.0)]
+Bytes = Annotated[ByteSize, BeforeValidator(_whole_size), Field(ge=1, le=2**60)]
 # A year and more.
 Seconds = Annotated[float, Field(gt=0.0, le=4e7)]
 Place = Annotated[Path, AfterValidator(_usable)]
@@ -243,7 +253,7 @@ class ModelSettings(Section):
     stem_folded: bool = False
     dropout: BelowOne = 0.0
     recompute: Literal["none", "cheap", "block", "stage"] = "none"
-    activation_memory: Annotated[ByteSize, Field(ge=1, le=2**60)] | None = None
+    activation_memory: Bytes | None = None
 
     @model_validator(mode="after")
     def _budget_chooses(self) -> ModelSettings:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
-from pathlib import Path
+from shlex import quote
 
+from dist_train.cgroup import processes_at_once
 from dist_train.config import Config
 from dist_train.data.plan import Plan
 from dist_train.engine.backends.base import Backend
@@ -45,11 +47,24 @@ def opening(config: Config, backend: Backend, data: RunData, plan: Plan, done: i
     ]
 
 
+def idle_workers(config: Config) -> str | None:
+    """A warning where loader workers are many more than this machine's CPUs."""
+    processes, cpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), processes_at_once()
+    workers = config.loader.workers * processes
+    if workers <= 2 * cpus:
+        return None
+    return (
+        f"{workers} loader workers on this machine share {cpus} CPUs and need memory each: "
+        f"loader.workers={max(1, cpus // processes)} is enough"
+    )
+
+
 def closing(config: Config) -> str:
     """What to type next."""
-    out = config.out
+    out = quote(str(config.out))
     if config.split.train_on_all:
-        return f"next: dist-train export {out} --out {Path(out.name).with_suffix('.safetensors')}"
+        file = quote(f"{config.out.name}.safetensors")
+        return f"next: dist-train export {out} --out {file}"
     return f"next: dist-train predict {out} && dist-train evaluate {out} && dist-train report {out}"
 
 

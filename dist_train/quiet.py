@@ -10,7 +10,7 @@ from pathlib import Path
 
 #: Set to 1, all is shown. ``launch/elastic.py`` reads it too.
 VERBOSE = "DIST_TRAIN_VERBOSE"
-LIBRARIES = ("torch", "accelerate", "deepspeed", "transformers")
+_MODULES = r"(?!torch\.cuda\b)(torch|accelerate|deepspeed|transformers)(\.|$)"
 
 
 def is_verbose() -> bool:
@@ -18,12 +18,12 @@ def is_verbose() -> bool:
 
 
 def hush_libraries() -> None:
-    """Drop what libraries say of their own interfaces, such as that one will be renamed."""
+    """Drop what libraries say of their own interfaces and inner workings, such as that a function
+    will be renamed, or how gradients lie in memory. What torch says of a driver is kept."""
     if is_verbose():
         return
-    for library in LIBRARIES:
-        for kind in (FutureWarning, DeprecationWarning):
-            warnings.filterwarnings("ignore", category=kind, module=rf"{library}(\.|$)")
+    for kind in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=kind, module=_MODULES)
 
 
 def is_told(message: str) -> bool:

@@ -38,7 +38,7 @@ from dist_train.engine.together import OfSomeRankError, on_main, together
 from dist_train.engine.watchdog import Watchdog
 from dist_train.errors import ConfigError, RunError, StoppedError
 from dist_train.initial_weights import SETTING, Source, initial_model
-from dist_train.introduction import Speed, closing, opening, visits_of
+from dist_train.introduction import Speed, closing, idle_workers, opening, visits_of
 from dist_train.judge import Judge, Values
 from dist_train.main_guard import end_if_run_again
 from dist_train.micro_batch import Buffers, MicroBatches, free_cache
@@ -303,6 +303,8 @@ class Trainer:
     def introduce(self, say: Say) -> None:
         """Say what the run is, and later how long it takes."""
         self._say = say
+        if warning := idle_workers(self.config):
+            log.warning("%s", warning)
         for line in opening(self.config, self.backend, self.data, self.plan, self.done):
             say(line)
 

@@ -8,6 +8,8 @@ torchrun itself ends with 1 whatever happened. This takes the same arguments and
 - 128 + N: it was told to end by another signal N, or a worker died by it;
 - any other: what the first worker that failed ended with.
 
+Launchers that do not find each other end with 75 too.
+
 On a signal torchrun passes it to its workers, waits TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (30
 unless set) for them to save a checkpoint, and kills what is left.
 
@@ -23,11 +25,22 @@ import signal
 import sys
 from collections.abc import Callable
 
+VERBOSE = os.environ.get("DIST_TRAIN_VERBOSE", "0") not in ("", "0")
+LEVEL = "TORCH_CPP_LOG_LEVEL"
+if QUIET_CPP := not VERBOSE and LEVEL not in os.environ:
+    # torch reads it when it is loaded. Else each failed connection is told with its C++ stack.
+    os.environ[LEVEL] = "FATAL"
+
+# ruff: noqa: E402
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import main
 
-VERBOSE = os.environ.get("DIST_TRAIN_VERBOSE", "0") not in ("", "0")
+if QUIET_CPP:
+    # Not of the workers.
+    del os.environ[LEVEL]
 
 # Else workers that are started again meet in the store that those before them used, and may read
 # there where one of those was to be reached (https://github.com/pytorch/pytorch/issues/135712).
@@ -47,6 +60,16 @@ def run(launch: Callable[[], None] = main) -> int:
         launch()
     except SignalException as told:
         return os.EX_TEMPFAIL if told.sigval == signal.SIGTERM else 128 + told.sigval
+    except (DistError, RendezvousError) as error:
+        if VERBOSE:
+            raise
+        print(
+            f"error: the launchers of all machines did not find each other ({_line(error)}). Start "
+            "one on each machine, each with a rank of its own from 0 on, and all with the address "
+            "of the first; for longer waiting give --rdzv_conf timeout=SECONDS.",
+            file=sys.stderr,
+        )
+        return os.EX_TEMPFAIL
     except ChildFailedError as failed:
         _, first = failed.get_first_failure()
         if VERBOSE:
@@ -60,6 +83,10 @@ def run(launch: Callable[[], None] = main) -> int:
         # A negative one is the signal that the worker died by.
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     return 0
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _how(code: int) -> str:

@@ -153,6 +153,8 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
             "model.activation_memory=8 pints",
             "setting 'model.activation_memory': could not interpret",
         ),
+        ("model.activation_memory=8,5GiB", "it must be a number of bytes, such as 8GiB"),
+        ("model.activation_memory=8GiB x=1", "it must be a number of bytes, such as 8GiB"),
         ("model.activation_memory=0", "'model.activation_memory': Input should be greater than"),
         (
             "model={activation_memory: 8GiB, recompute: block}",

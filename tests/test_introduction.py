@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import overrides, said, tiny_config, tiny_store
 
-from dist_train.introduction import MEASURED, Speed, closing
+from dist_train.cgroup import processes_at_once
+from dist_train.introduction import MEASURED, Speed, closing, idle_workers
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,22 @@ def test_train_says_what_it_does_and_what_comes_next(store: Path, tmp_path: Path
 def test_a_run_on_all_clips_is_exported_next(store: Path) -> None:
     config = tiny_config(store, Path("runs/a"), "split.train_on_all=true")
     assert closing(config) == "next: dist-train export runs/a --out a.safetensors"
+
+
+def test_what_comes_next_can_be_typed_where_a_name_has_blanks(store: Path) -> None:
+    config = tiny_config(store, Path("my run"), "split.train_on_all=true")
+    assert closing(config) == "next: dist-train export 'my run' --out 'my run.safetensors'"
+
+
+def test_far_more_workers_than_cpus_are_told(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpus = processes_at_once()
+    many = tiny_config(store, Path("run"), f"loader.workers={cpus + 1}")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert idle_workers(many) is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    told = idle_workers(many)
+    assert told is not None
+    assert told.startswith(f"{2 * cpus + 2} loader workers on this machine share {cpus} CPUs")
 
 
 def test_the_speed_is_told_once() -> None:

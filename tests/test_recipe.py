@@ -102,6 +102,8 @@ def test_phase_2_is_phase_1_but_for_what_is_named() -> None:
         "all", 5e-4, None
     )  # fmt: skip
     assert first.augment.preset == "original"
+    # Batches of 4: the running statistics are of more clips than fresh ones would be.
+    assert first.norm.precise_steps == 0
 
 
 @pytest.mark.slow

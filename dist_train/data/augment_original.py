@@ -187,13 +187,15 @@ def _stretched(random: np.random.Generator, length: int) -> np.ndarray:
 
 
 def _optical(random: np.random.Generator, size: tuple[int, int]) -> Maps:
-    """A lens: OpenCV's radial model, with both coefficients alike."""
+    """A lens: OpenCV's radial model, with both coefficients alike. The shifted middle of the lens
+    comes to the middle of the picture."""
     height, width = size
     k = random.uniform(-OPTICAL_LIMIT, OPTICAL_LIMIT)
     dx, dy = np.rint(random.uniform(-OPTICAL_SHIFT, OPTICAL_SHIFT, 2))
     camera = np.array([[width, 0, width / 2 + dx], [0, height, height / 2 + dy], [0, 0, 1]])
     lens = np.array([k, k, 0, 0, 0])
-    maps = cv2.initUndistortRectifyMap(camera, lens, np.eye(3), camera, (width, height), cv2.CV_32F)
+    seen = cv2.getDefaultNewCameraMatrix(camera, (width, height), centerPrincipalPoint=True)
+    maps = cv2.initUndistortRectifyMap(camera, lens, np.eye(3), seen, (width, height), cv2.CV_32F)
     return maps[0], maps[1]
 
 

@@ -10,7 +10,13 @@ import pytest
 from scipy.stats import kstest
 
 from dist_train.config import AugmentSettings
-from dist_train.data.augment_original import Noise, OriginalAugment, OriginalDraw, applied
+from dist_train.data.augment_original import (
+    Noise,
+    OriginalAugment,
+    OriginalDraw,
+    _optical,
+    applied,
+)
 from dist_train.data.types import Volume
 
 SIZE = 64, 64
@@ -123,6 +129,15 @@ def test_distortions_keep_the_picture_and_mirror_it_at_the_edges() -> None:
         assert (applied(white, only) == 255).all()
         away = np.stack(draw.displaced) - np.stack(np.meshgrid(*map(np.arange, SIZE)))  # type: ignore[arg-type]
         assert 0 < np.abs(away).max() < 80
+
+
+def test_a_lens_moves_the_picture_by_whole_pixels() -> None:
+    """To the picture's middle comes what lay under the lens's: a shift by up to 3.6, rounded."""
+    lenses = [_optical(np.random.default_rng(number), SIZE) for number in range(200)]
+    # No radial distortion is at the middle, which lies between four pixels.
+    shifts = np.array([[axis[31:33, 31:33].mean() - 32 for axis in maps] for maps in lenses])
+    np.testing.assert_allclose(shifts, shifts.round(), atol=0.01)
+    assert set(shifts.round().ravel()) == set(range(-4, 5))
 
 
 def test_a_golden_draw() -> None:
