@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from dist_train.engine.checkpoint import by_step, load_checkpoint, newest_whole
 from dist_train.errors import DistTrainError, RunError
 from dist_train.evaluate import (
     CALIBRATION,
-    read_calibration,
+    calibration_of,
     read_predictions,
     val_clips,
     val_threshold,
@@ -31,6 +32,7 @@ from dist_train.exported import Ensemble
 from dist_train.fresh_statistics import statistics_of_run
 from dist_train.models.resnet3d import BasicBlock, Bottleneck, ConvNorm, ResNet3D
 from dist_train.os_advice import blame_machine
+from dist_train.prediction_origin import check_origin
 from dist_train.run import make_model, open_record, open_run, open_run_data
 from dist_train.run_folder import CHECKPOINTS, PREDICTIONS, SNAPSHOT, SNAPSHOTS
 from dist_train.snapshots import (
@@ -92,7 +94,7 @@ def export_run(
 
     Raises:
         RunError: no run, no weights, weights that do not fit the run, no ONNX here, one name for
-            both files, or predictions of other snapshots.
+            both files, or predictions or a calibration of other snapshots.
         CheckpointError: the checkpoints that there are are damaged.
         FileError: ``out`` or ``onnx`` is there and is no plain file.
         OSError: a file cannot be written.
@@ -147,8 +149,11 @@ def _calibration(
     run: Path, found: Sequence[tuple[Path, str]]
 ) -> tuple[Calibration | None, float | None]:
     """What the run's predictions were calibrated by, and the threshold of its best MCC on val."""
-    calibration = read_calibration(run / CALIBRATION)
-    if calibration is None or not (run / PREDICTIONS).is_file():
+    calibration, val = None, None
+    if os.path.lexists(run / PREDICTIONS):
+        predictions = read_predictions(run / PREDICTIONS)
+        calibration, val = calibration_of(predictions, run / CALIBRATION), val_clips(predictions)
+    if calibration is None or val is None:
         log.warning(
             "%s has no predictions, so the file has no calibration and no threshold: run "
             "'dist-train predict' before",
@@ -161,7 +166,8 @@ def _calibration(
             where=run,
             fix="Run 'dist-train predict' again, or name one by --step.",
         )
-    return calibration, val_threshold(calibration, *val_clips(read_predictions(run / PREDICTIONS)))
+    check_origin(run)
+    return calibration, val_threshold(calibration, *val)
 
 
 class PaddedInference(nn.Module):

@@ -11,17 +11,18 @@ Three steps, in this order:
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, log_expit, logit
 
 from dist_train.engine.metrics import Floats, expected_calibration_error, prior_correct
 
 Method = Literal["none", "temperature", "temperature and bias", "isotonic"]
+Share = Annotated[float, Field(gt=0, lt=1)]
 #: From the simplest to the one with the most freedom.
 METHODS: tuple[Method, ...] = ("none", "temperature", "temperature and bias", "isotonic")
 FOLDS = 5
@@ -56,11 +57,11 @@ class Calibration(BaseModel):
     bias: float = 0.0
     points: tuple[tuple[float, float], ...] = ()
     """(logit, probability), ascending in both."""
-    batches_share: float
+    batches_share: Share
     """Share of positives in the training batches."""
-    val_share: float
+    val_share: Share
     """Share of positives among the val clips; the prior, where that is 0 or 1."""
-    prior: float
+    prior: Share
     """Share of positives in the world."""
     clips: int
     """Labelled val clips."""
