@@ -291,7 +291,7 @@ class Trainer:
         """Held-out clips that the weights were trained on before, for the record."""
         if resumed_from is not None:
             with suppress(RunError):
-                before = read_record(self.config.out).get("held_out_seen", 0)
+                before: int = read_record(self.config.out).get("held_out_seen", 0)
                 return max(before, held_out_seen(self.data, self.config.out) or 0)
         elif self.init is not None:
             return held_out_seen_by_init(self.data, Path(self.init.path)) or 0
