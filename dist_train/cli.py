@@ -258,20 +258,18 @@ def verify(
             else "What repair leaves must be mended by hand.",
         )
     _echo(f"{store} is whole")
+    _print_copies(store)
 
 
 @app.command()
 def info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
     """Show what a store holds."""
     from dist_train.data.describe import describe_store
-    from dist_train.data.duplicates import describe_duplicates
     from dist_train.data.store import Store
 
-    opened = Store(store)
-    for table in describe_store(opened):
+    for table in describe_store(Store(store)):
         console.print(table)
-    if copies := describe_duplicates(opened):
-        _echo(copies)
+    _print_copies(store)
 
 
 @app.command()
@@ -528,9 +526,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _print_store(out: Path, store: dict[str, Any]) -> None:
     from dist_train.data.describe import remarks
-    from dist_train.data.duplicates import describe_duplicates
     from dist_train.data.prepare import by_class
-    from dist_train.data.store import Store
 
     rejected = store["rejected"]
     _echo(f"{store['clips']} clips in {out}")
@@ -539,7 +535,14 @@ def _print_store(out: Path, store: dict[str, Any]) -> None:
         _echo(f"rejected: {number} ({by_class(rejected)}), see {out / 'rejected.csv'}")
     for line in remarks(out):
         _echo(line)
-    if copies := describe_duplicates(Store(out)):
+    _print_copies(out)
+
+
+def _print_copies(store: Path) -> None:
+    from dist_train.data.duplicates import describe_duplicates
+    from dist_train.data.store import Store
+
+    if copies := describe_duplicates(Store(store)):
         _echo(copies)
 
 

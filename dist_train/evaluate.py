@@ -1,6 +1,7 @@
 """Judge a table of predictions: fit the threshold on held-out clips, report on clips kept apart."""
 
 import io
+import math
 import os
 from pathlib import Path
 from typing import Literal
@@ -10,9 +11,9 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
-from dist_train.data.files import read_plain, write_whole
+from dist_train.data.files import MIB, read_plain, write_whole
 from dist_train.engine import metrics
-from dist_train.engine.calibration import Calibration, Reliability, reliability_of
+from dist_train.engine.calibration import Calibration, Reliability, fit, reliability_of
 from dist_train.errors import ConfigError, FileError, RunError
 from dist_train.prediction_origin import AGAIN, check_table
 
@@ -194,9 +195,21 @@ def read_predictions(path: Path) -> pd.DataFrame:
 
 
 def calibration_of(frame: pd.DataFrame, path: Path) -> Calibration | None:
-    """``read_calibration``, which must be that of the table ``frame``."""
-    calibration = read_calibration(path)
-    if calibration is not None and not np.allclose(
+    """What ``predict`` wrote to ``path`` of a table of predictions; None where it wrote none.
+
+    It is fitted again on the table's own val clips, by the shares of positives that it says.
+
+    Raises:
+        RunError: the file is damaged, or is not of these predictions.
+    """
+    calibration = _read_calibration(path)
+    if calibration is None:
+        return None
+    own = fit(
+        *val_clips(frame), batches_share=calibration.batches_share, prior=calibration.prior
+    ).model_copy(update={"snapshots": calibration.snapshots})
+    # The minimum is found to some five digits, which differ from machine to machine.
+    if not is_same(own.model_dump(), calibration.model_dump(), within=1e-3) or not np.allclose(
         calibration.apply(frame["probability"]), frame["calibrated"], rtol=1e-6, atol=1e-9
     ):
         raise RunError(
@@ -205,6 +218,19 @@ def calibration_of(frame: pd.DataFrame, path: Path) -> Calibration | None:
             fix="Make both again with `dist-train predict`",
         )
     return calibration
+
+
+def is_same(a: object, b: object, *, within: float = 1e-6) -> bool:
+    """Whether two trees of figures are equal, but for a relative difference of numbers."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(is_same(a[n], b[n], within=within) for n in a)
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(
+            is_same(one, other, within=within) for one, other in zip(a, b, strict=True)
+        )
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=within, abs_tol=within * 1e-3)
+    return a == b
 
 
 def val_clips(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -222,16 +248,11 @@ def val_threshold(
     return metrics.best_threshold(calibration.apply(probability), label)
 
 
-def read_calibration(path: Path) -> Calibration | None:
-    """What ``predict`` wrote; None where it wrote none.
-
-    Raises:
-        RunError: the file is damaged.
-    """
+def _read_calibration(path: Path) -> Calibration | None:
     if not os.path.lexists(path):
         return None
     try:
-        return Calibration.model_validate_json(read_plain(path, most_bytes=MOST_BYTES))
+        return Calibration.model_validate_json(read_plain(path, most_bytes=MIB))
     except (FileError, ValidationError) as error:
         raise RunError(
             "this is not a calibration", where=path, fix="Make it again with `dist-train predict`"

@@ -33,6 +33,7 @@ from dist_train.exported import Ensemble
 from dist_train.fresh_statistics import statistics_of_run
 from dist_train.models.resnet3d import BasicBlock, Bottleneck, ConvNorm, ResNet3D
 from dist_train.os_advice import blame_machine
+from dist_train.prediction_origin import check_origin
 from dist_train.run import make_model, open_record, open_run, open_run_data
 from dist_train.run_folder import CHECKPOINTS, PREDICTIONS, SNAPSHOT, SNAPSHOTS, refuse_own_place
 from dist_train.snapshots import (
@@ -94,7 +95,8 @@ def export_run(
 
     Raises:
         RunError: no run, no weights, weights that do not fit the run, no ONNX here, one name for
-            both files, a name that the run uses itself, or predictions of other snapshots.
+            both files, a name that the run uses itself, or predictions or a calibration of other
+            snapshots.
         CheckpointError: the checkpoints that there are are damaged.
         FileError: ``out`` or ``onnx`` is there and is no plain file.
         OSError: a file cannot be written.
@@ -150,10 +152,11 @@ def _calibration(
     run: Path, found: Sequence[tuple[Path, str]]
 ) -> tuple[Calibration | None, float | None]:
     """What the run's predictions were calibrated by, and the threshold of its best MCC on val."""
-    is_predicted = os.path.lexists(run / PREDICTIONS)
-    frame = read_predictions(run / PREDICTIONS) if is_predicted else None
-    calibration = None if frame is None else calibration_of(frame, run / CALIBRATION)
-    if frame is None or calibration is None:
+    calibration, val = None, None
+    if os.path.lexists(run / PREDICTIONS):
+        predictions = read_predictions(run / PREDICTIONS)
+        calibration, val = calibration_of(predictions, run / CALIBRATION), val_clips(predictions)
+    if calibration is None or val is None:
         log.warning(
             "%s has no predictions, so the file has no calibration and no threshold: run "
             "'dist-train predict' before",
@@ -166,7 +169,8 @@ def _calibration(
             where=run,
             fix="Run 'dist-train predict' again, or name one by --step.",
         )
-    return calibration, val_threshold(calibration, *val_clips(frame))
+    check_origin(run)
+    return calibration, val_threshold(calibration, *val)
 
 
 class PaddedInference(nn.Module):

@@ -151,7 +151,9 @@ def predict(
                 "frames": chosen["frames"],
             }
         )
-        split = "test" if store is None and (table["split"] == "test").any() else None
+        split = None
+        if store is None:
+            split = "test" if (table["split"] == "test").any() else "val"
         submission = _submission(table, threshold, source, split, rejected_as=int(world > 0.5))
 
         def write() -> None:

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,7 +26,14 @@ from dist_train.engine.checkpoint import by_step
 from dist_train.engine.events import METRICS, figures_of
 from dist_train.engine.events import MOST_BYTES as MOST_OF_METRICS
 from dist_train.errors import FileError, RunError
-from dist_train.evaluate import Evaluation, evaluate, how_calibrated, read_predictions, rows
+from dist_train.evaluate import (
+    Evaluation,
+    evaluate,
+    how_calibrated,
+    is_same,
+    read_predictions,
+    rows,
+)
 from dist_train.prediction_origin import check_origin
 from dist_train.run import open_record
 from dist_train.run_folder import CONFIG, EVALUATION, PREDICTIONS
@@ -238,24 +244,13 @@ def _evaluated_again(run: Path) -> Evaluation:
     said = _read_evaluation(run / EVALUATION)
     given = said.threshold if said.threshold_fitted_on is None else None
     evaluation = evaluate(path, threshold=given)
-    if not _is_same(evaluation.model_dump(), said.model_dump()):
+    if not is_same(evaluation.model_dump(), said.model_dump()):
         raise RunError(
             "evaluation.json beside it is of other predictions",
             where=path,
             fix="Run `dist-train evaluate` again",
         )
     return evaluation
-
-
-def _is_same(a: object, b: object) -> bool:
-    """But for rounding, as of another machine."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_is_same(a[name], b[name]) for name in a)
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(map(_is_same, a, b))
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)
-    return a == b
 
 
 def _evaluated(path: Path, evaluation: Evaluation) -> pd.DataFrame:

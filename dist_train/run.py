@@ -376,6 +376,12 @@ def open_run(run: Path) -> Config:
         _check_settings(run, config, record["settings"])
     elif not record:
         log.warning("%s: there is no %s to compare the settings with", run, RECORD)
+    if (seen := record.get("held_out_seen", 0)) and os.environ.get("RANK", "0") == "0":
+        log.warning(
+            "%s: its weights were trained on %d of the clips that it holds out, under another "
+            "split: figures of them are too good",
+            run, seen,
+        )  # fmt: skip
     return config
 
 
@@ -496,8 +502,9 @@ def _check_record(content: dict[str, Any]) -> None:
     sessions = content["sessions"]
     if not (isinstance(sessions, list) and all(map(_is_session, sessions))):
         raise ValueError("its sessions are no list of sessions")
-    if not isinstance(content.get("parameters", 0), int):
-        raise ValueError("its number of parameters is no number")
+    for name in ("parameters", "held_out_seen"):
+        if not isinstance(content.get(name, 0), int):
+            raise ValueError(f"its {name.replace('_', ' ')} is no number")
     if "store" in content:
         store = content["store"]
         texts = (store["path"], store["content"])

@@ -55,6 +55,7 @@ from dist_train.run import (
     note_checkpoint,
     only_session,
     open_data,
+    read_record,
     read_settings,
     set_foreign_settings_aside,
     write_splits,
@@ -66,6 +67,7 @@ from dist_train.run_folder import (
     refuse_existing,
     refuse_lost_checkpoints,
 )
+from dist_train.seen_before import held_out_seen, held_out_seen_by_init
 from dist_train.small_sets import with_batch_that_fits
 from dist_train.snapshots import set_snapshots_aside
 from dist_train.state import RunState
@@ -256,6 +258,7 @@ class Trainer:
         """On rank 0."""
         config, backend = self.config, self.backend
         changed = self._changed_settings() if os.path.lexists(config.out / CONFIG) else []
+        seen = self._held_out_seen(resumed_from)
         set_snapshots_aside(config.out, after=self.done)
         self.micro.write_note()
         p, q = config.plan.ratio
@@ -271,6 +274,7 @@ class Trainer:
                 "steps": self.steps,
                 "checkpointed": resumed_from is not None,
                 "settings": config.model_dump(mode="json"),
+                "held_out_seen": seen,
             }
             | write_splits(config.out, self.data)
             | ({} if self.init is None else {"init": self.init._asdict()}),
@@ -286,6 +290,16 @@ class Trainer:
         # Last: after a kill before it, the next session finds again what was changed.
         set_foreign_settings_aside(config.out)
         write_whole(config.out / CONFIG, config_text(config))
+
+    def _held_out_seen(self, resumed_from: int | None) -> int:
+        """Held-out clips that the weights were trained on before, for the record."""
+        if resumed_from is not None:
+            with suppress(RunError):
+                before: int = read_record(self.config.out).get("held_out_seen", 0)
+                return max(before, held_out_seen(self.data, self.config.out) or 0)
+        elif self.init is not None:
+            return held_out_seen_by_init(self.data, Path(self.init.path)) or 0
+        return 0
 
     def _changed_settings(self) -> list[str]:
         """Against those of the session before, for the log and the record: what must not change is

@@ -111,10 +111,12 @@ def test_calibration_errors_are_of_their_own_columns(predictions: Path) -> None:
     assert evaluation.calibration is None
 
 
-def test_the_mapping_is_in_the_evaluation_with_its_figures_on_val(predictions: Path) -> None:
+def test_the_mapping_is_in_the_evaluation_with_its_figures_on_val(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    label = (random.random(60) < 0.4).astype(int)
-    fitted = fit(random.random(60), label, batches_share=0.25, prior=0.05)
+    label, probability = (random.random(60) < 0.4).astype(int), random.random(60)
+    val = [("val", int(y), float(p)) for y, p in zip(label, probability, strict=True)]
+    predictions = write(tmp_path / "predictions.csv", [*val, *TEST])
+    fitted = fit(probability, label, batches_share=0.25, prior=0.05)
     file = predictions.parent / "calibration.json"
     file.write_text(fitted.model_dump_json())
     with pytest.raises(RunError, match="calibration of other predictions"):
@@ -122,6 +124,17 @@ def test_the_mapping_is_in_the_evaluation_with_its_figures_on_val(predictions: P
     frame = pd.read_csv(predictions)
     frame["calibrated"] = fitted.apply(frame["probability"])
     frame.to_csv(predictions, index=False)
+    # Figures and mappings that are not those of the val clips.
+    for forged in (
+        {"clips": 600},
+        {"raw": fitted.cross_validated["none"]},
+        {"method": "isotonic"},
+        {"method": "isotonic", "points": ((1.0, 0.1), (0.0, 0.9))},
+    ):
+        file.write_text(fitted.model_copy(update=forged).model_dump_json())
+        with pytest.raises(RunError, match="calibration of other predictions"):
+            evaluate(predictions)
+    file.write_text(fitted.model_dump_json())
     evaluation = evaluate(predictions)
     assert evaluation.calibration == fitted
     told = dict(rows(evaluation))
@@ -131,9 +144,10 @@ def test_the_mapping_is_in_the_evaluation_with_its_figures_on_val(predictions: P
     by_folds = fitted.cross_validated[fitted.method]
     assert f"{by_folds.log_loss:.3f} calibrated" in told["Log loss on val, cross-validated"]
     assert f"{evaluation.calibrated.brier:.3f} calibrated" in told["Brier score on test"]
-    file.write_text("{}")
-    with pytest.raises(RunError, match="not a calibration"):
-        evaluate(predictions)
+    for content in ("{}", fitted.model_copy(update={"prior": 0.0}).model_dump_json()):
+        file.write_text(content)
+        with pytest.raises(RunError, match="not a calibration"):
+            evaluate(predictions)
 
 
 def test_probabilities_are_read_to_the_last_bit(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from dist_train.exported import load_exported
 from dist_train.models.resnet3d import BLOCKS, Bottleneck, ResNet3D
 from dist_train.predict import predict
 from dist_train.run import make_model, model_facts, open_run, read_record
+from dist_train.snapshots import load_snapshot, save_snapshot
 from dist_train.train import train
 
 SIDE = 14
@@ -277,6 +278,26 @@ def test_a_calibration_that_was_edited_is_refused(
     assert told in refused("evaluate", copy)
     assert told in refused("export", copy, "--out", tmp_path / "file")
     assert not (tmp_path / "file").exists()
+
+
+def test_a_calibration_of_other_weights_or_predictions_is_not_exported(
+    run: Path, tmp_path: Path
+) -> None:
+    copy, out = Path(shutil.copytree(run, tmp_path / "run")), tmp_path / "file"
+    file = copy / "calibration.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"prior": 0.2}))
+    with pytest.raises(RunError, match="calibration of other predictions"):
+        export_run(copy, out)
+    file.write_text(json.dumps(content))
+    # Other weights under the same name.
+    path = copy / "snapshots" / "step-6.safetensors"
+    weights, facts, _ = load_snapshot(path)
+    weights["head.bias"] = weights["head.bias"] + 1
+    save_snapshot(path, weights, facts)
+    with pytest.raises(RunError, match=r"that the run does not have now \(step-6\)"):
+        export_run(copy, out)
+    assert not out.exists()
 
 
 def test_before_predictions_there_is_no_calibration_and_it_is_told(

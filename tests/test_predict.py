@@ -423,15 +423,19 @@ def test_a_submission_has_every_row_of_the_form(
         predict(predicted, store=store, out=out)
 
 
-def test_rejected_clips_of_the_test_split_are_in_its_submission(tmp_path: Path) -> None:
-    """Where the manifest gives the splits."""
+@pytest.mark.parametrize("asked", ["test", "val"])
+def test_rejected_clips_of_the_asked_split_are_in_its_submission(
+    tmp_path: Path, asked: str
+) -> None:
+    """Where the manifest gives the splits: rejected clips of another one are not. Without a test
+    split, val is asked for."""
     names = [f"{number:02}" for number in range(24)]
     (tmp_path / "raw").mkdir()
     rows = ["filename,label,split"]
     for number, name in enumerate(names):
         clip = np.full((4, 16, 16), 40 + number + 100 * (number % 2), np.uint8)
         np.save(tmp_path / "raw" / f"{name}.npy", clip)
-        split = "test" if number < 4 else "val" if number < 8 else "train"
+        split = asked if number < 4 else "val" if number < 8 and asked == "test" else "train"
         rows.append(f"{name}.npy,{number % 2},{split}")
     (tmp_path / "raw" / "02.npy").write_bytes(b"no clip")
     (tmp_path / "raw" / "05.npy").write_bytes(b"no clip")

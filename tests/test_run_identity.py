@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from dist_train.errors import CheckpointError, DistTrainError, RunError, StoreEr
 from dist_train.predict import predict
 from dist_train.run import RunData, _write_record, open_data, open_run, open_run_data, read_record
 from dist_train.run_splits import SPLITS, facts_of
+from dist_train.seen_before import held_out_seen, held_out_seen_by_init
 from dist_train.train import train
 
 SHORT = ("train.epochs=1", "snapshots.at=[1]", "optim.lr=1e-3")
@@ -118,6 +120,53 @@ def test_a_store_that_was_changed_is_refused_with_what_changed(
             act()
         assert CHANGED in str(caught.value)
     assert not (out / "predictions.csv").exists()
+
+
+def test_held_out_clips_that_were_trained_on_before_are_told(
+    copy: Path, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a resume with another split, and in a run that begins with another run's weights."""
+    path = tiny_npz(copy.with_name("S.npz"))
+    arrays = dict(np.load(path))
+    arrays["val_images"][:7] = arrays["train_images"][:7]
+    arrays["train_images"] = arrays["train_images"][7:]
+    arrays["train_labels"] = arrays["train_labels"][7:]
+    np.savez(path, **arrays)
+    prepare_npz(path, copy.with_name("S"))
+    store, short = copy.with_name("S"), SHORT[1:]
+    more = ("train.epochs=2", "checkpoint.accept_other_order=true", "plan.batch=4")
+    told = "7 of 20 held-out clips have the name or the pixels of clips that these weights were"
+    begun = tiny_config(store, Path("begun"), *SHORT, f"model.init={home / 'run'}")
+    resumed = tiny_config(store, copy, *short, *more)
+    for config in (begun, resumed):
+        caplog.clear()
+        train(config, resume="auto")
+        assert told in caplog.text
+        assert read_record(config.out)["held_out_seen"] == 7
+    # A later session does not forget it.
+    train(tiny_config(store, copy, *short, *more, "train.epochs=3"), resume="auto")
+    assert read_record(copy)["held_out_seen"] == 7
+    for command in ("predict", "evaluate", "report"):
+        caplog.clear()
+        said(command, copy)
+        assert "its weights were trained on 7 of the clips that it holds out" in caplog.text
+    assert "trained on 7 of the held-out clips" in (copy / "report.html").read_text()
+
+
+def test_the_same_split_holds_out_nothing_that_was_trained_on(
+    copy: Path, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny_config(home / "S", Path("begun"), *SHORT, f"model.init={copy}")
+    train(config)
+    assert read_record(Path("begun"))["held_out_seen"] == 0
+    assert "held-out" not in caplog.text
+    # By the name alone, as of clips that were cropped otherwise.
+    data = open_data(config)
+    other = data.clips.assign(crc32c=0, split=data.clips["split"].replace({"train": "val"}))
+    assert held_out_seen(replace(data, clips=other), copy) == 40
+    shutil.copytree(copy / "snapshots", Path("lone") / "snapshots")
+    assert held_out_seen_by_init(data, Path("lone") / "snapshots" / "step-6.safetensors") is None
+    assert "does not say which clips it was trained on" in caplog.text
 
 
 def test_a_store_that_was_moved_is_found_by_its_new_path(copy: Path, home: Path) -> None:

@@ -184,7 +184,7 @@ def make_manifest(table: pd.DataFrame, path: Path, *, unlabelled: bool = False) 
             "key": _keys(table["filename"]),
             "filename": table["filename"],
             "label": pd.Series(labels_of, index=table.index, dtype="int8"),
-            "group": _texts(table, "group"),
+            "group": _groups(table),
             "weight": _numbers(table, "weight", 1.0, path),
             "split": _texts(table, "split").str.lower(),
             "crowd_score": _numbers(table, "crowd_score", float("nan"), path),
@@ -373,7 +373,6 @@ def _parse(
 
 
 def _texts(table: pd.DataFrame, name: str) -> pd.Series:
-    """A column of names, of which "m3 " and "m3" are one, and so are both Unicode forms of "ä"."""
     texts = pd.Series(table.get(name, ""), index=table.index, dtype=str)
     # A table has few different ones.
     return texts.map({text: plain_text(text) for text in texts.unique()})
@@ -389,6 +388,39 @@ def check_text(name: str, where: Path) -> None:
             where=where,
             fix="Give the file another name.",
         ) from None
+
+
+#: What pandas and others write where there is no value, though it may be a name.
+_NO_VALUE = {"nan", "none", "null", "n/a", "<na>"}
+
+
+def _groups(table: pd.DataFrame) -> pd.Series:
+    """The column of groups: what looks the same is one group. What may be a slip is told."""
+    given = pd.Series(table.get("group", ""), index=table.index, dtype=str)
+    names = {text: plain_group(text) for text in given.unique()}
+    seen: dict[str, str] = {}
+    for name in names.values():
+        if name.casefold() in _NO_VALUE:
+            log.warning(
+                "group '%s' is taken for a name: clips without a group have an empty field", name
+            )
+    for name in names.values():
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            log.warning("groups '%s' and '%s' differ in case, and are taken for two", other, name)
+            break
+    return given.map(names)
+
+
+def plain_group(text: str) -> str:
+    """``text`` as it looks: compatible characters are one (NFKC), characters that cannot be seen
+    are left out, and blanks in a row are one."""
+    seen = "".join(
+        letter
+        for letter in unicodedata.normalize("NFKC", text)
+        if unicodedata.category(letter) != "Cf"
+    )
+    return " ".join(seen.split())
 
 
 def plain_text(text: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from dist_train.config import SelectSettings, SplitSettings
-from dist_train.data.manifest import SPLITS, plain_text
+from dist_train.data.manifest import SPLITS, plain_group
 from dist_train.errors import PlanError
 
 
@@ -110,7 +110,7 @@ def _check_groups(clips: pd.DataFrame) -> None:
     """
     seen: dict[str, str] = {}
     for group in clips["group"].unique():
-        other = seen.setdefault(plain_text(group), group)
+        other = seen.setdefault(plain_group(group), group)
         if other != group:
             raise PlanError(
                 f"groups {other!r} and {group!r} look like one group under two names",

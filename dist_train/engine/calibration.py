@@ -22,6 +22,7 @@ from scipy.special import expit, log_expit, logit
 from dist_train.engine.metrics import Floats, expected_calibration_error, prior_correct
 
 Method = Literal["none", "temperature", "temperature and bias", "isotonic"]
+Share = Annotated[float, Field(gt=0, lt=1)]
 #: From the simplest to the one with the most freedom.
 METHODS: tuple[Method, ...] = ("none", "temperature", "temperature and bias", "isotonic")
 FOLDS = 5
@@ -39,9 +40,6 @@ class Reliability(BaseModel):
     log_loss: float
     brier: float
     ece: float
-
-
-Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Calibration(BaseModel):

@@ -51,6 +51,7 @@ def test_copies_are_found_and_told(store: Path) -> None:
     )
     assert describe_duplicates(opened) == told
     assert told in said("info", store)
+    assert told in said("verify", store, "--workers", 1)
 
 
 def test_equal_checksums_alone_make_no_copies(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

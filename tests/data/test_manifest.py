@@ -78,10 +78,13 @@ def test_byte_order_mark_and_carriage_returns(table: Path) -> None:
     assert read_manifest(table).table["filename"].tolist() == ["a.mp4"]
 
 
-def test_names_that_look_like_missing_values_stay_names(table: Path) -> None:
+def test_names_that_look_like_missing_values_stay_names(
+    table: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     manifest = read_manifest(write(table, "filename,label,group", "NA,1,nan", "007,0,null"))
     assert manifest.table["filename"].tolist() == ["NA", "007"]
     assert manifest.table["group"].tolist() == ["nan", "null"]
+    assert "group 'nan' is taken for a name" in caplog.text
 
 
 MISTAKES = {
@@ -280,6 +283,16 @@ def test_one_animal_has_one_group(table: Path) -> None:
     rows = read_manifest(table).table
     assert rows["group"].tolist() == ["m3", "m3", "m3", "M\u00e4us", "M\u00e4us", ""]
     assert set(rows["split"]) == {"val"}
+
+
+def test_groups_that_look_the_same_are_one(table: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ["m 3", "m  3", "m\u00a03", "\ufeffm 3", "m\u200b 3", "\uff4d 3"]
+    write(table, "filename,label,group", *(f"{i},{i % 2},{n}" for i, n in enumerate(names)))
+    assert read_manifest(table).table["group"].tolist() == ["m 3"] * 6
+    assert caplog.text == ""
+    write(table, "filename,label,group", "a,1,m3", "b,0,M3")
+    assert read_manifest(table).table["group"].tolist() == ["m3", "M3"]
+    assert "groups 'm3' and 'M3' differ in case, and are taken for two" in caplog.text
 
 
 SPREADSHEETS = {
