@@ -119,7 +119,7 @@ def test_the_mapping_is_in_the_evaluation_with_its_figures_on_val(tmp_path: Path
     fitted = fit(probability, label, batches_share=0.25, prior=0.05)
     file = predictions.parent / "calibration.json"
     file.write_text(fitted.model_dump_json())
-    with pytest.raises(RunError, match="not a calibration|calibration of other predictions"):
+    with pytest.raises(RunError, match=r"not a calibration|calibration of other predictions"):
         evaluate(predictions)
     frame = pd.read_csv(predictions)
     frame["calibrated"] = fitted.apply(frame["probability"])
@@ -132,7 +132,7 @@ def test_the_mapping_is_in_the_evaluation_with_its_figures_on_val(tmp_path: Path
         {"method": "isotonic", "points": ((1.0, 0.1), (0.0, 0.9))},
     ):
         file.write_text(fitted.model_copy(update=forged).model_dump_json())
-        with pytest.raises(RunError, match="not a calibration|calibration of other predictions"):
+        with pytest.raises(RunError, match=r"not a calibration|calibration of other predictions"):
             evaluate(predictions)
     file.write_text(fitted.model_dump_json())
     evaluation = evaluate(predictions)
