@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from dist_train.cgroup import heed_quota
-from dist_train.console import console, progress
 from dist_train.errors import ConfigError, DistTrainError, StoreError
-from dist_train.os_advice import advice, lack_of_memory, raise_open_files
+from dist_train.progress import console, progress
 from dist_train.quiet import hush_libraries, is_told
 from dist_train.safe_text import printable
+from dist_train.system.advice import advice, lack_of_memory, raise_open_files
+from dist_train.system.cgroup import heed_quota
 
 if TYPE_CHECKING:
-    from dist_train.data.roi import OutlineColour
+    from dist_train.data.raw.outline import OutlineColour
 
 #: What ``tempfile`` says.
 NO_TEMPORARY_FOLDER = "No usable temporary directory"
@@ -57,7 +57,7 @@ def synth(
     workers: Workers = None,
 ) -> None:
     """Make capillary videos, flowing and stalled, in the form of the Clog Loss challenge."""
-    from dist_train.data.synth import synthesize
+    from dist_train.data.synthetic.render import synthesize
 
     with progress("synth") as report:
         synthesize(
@@ -130,11 +130,11 @@ def prepare(
     workers: Workers = None,
 ) -> None:
     """Decode videos or volumes, crop them, and write a store. Goes on where it was killed."""
-    from dist_train.data.clip import PrepareSettings
-    from dist_train.data.job import Part
-    from dist_train.data.prepare import prepare as write_store
-    from dist_train.data.prepare import prepare_part
-    from dist_train.data.remote import Access, manifest_source, open_source
+    from dist_train.data.raw.clip import PrepareSettings
+    from dist_train.data.raw.remote import Access, manifest_source, open_source
+    from dist_train.data.store.build import prepare as write_store
+    from dist_train.data.store.build import prepare_part
+    from dist_train.data.store.build_spec import Part
 
     own = None if part is None else Part.parse(part)
     most_rejected = _share(max_rejected, "--max-rejected")
@@ -143,13 +143,13 @@ def prepare(
             "give either --manifest FILE, or --from-folders DIR with --positive FOLDER"
         )
     if manifest is not None:
-        from dist_train.data.manifest import read_manifest
+        from dist_train.data.table.manifest import read_manifest
 
         table = read_manifest(
             manifest, labels=labels, unlabelled=unlabelled, where=where, allow_local=allow_local
         )
     else:
-        from dist_train.data.class_folders import manifest_from_folders
+        from dist_train.data.raw.class_folders import manifest_from_folders
 
         if source is not None or labels is not None or unlabelled or where is not None:
             raise ConfigError(
@@ -196,7 +196,7 @@ def finalize(
     max_rejected: MaxRejected = "1%",
 ) -> None:
     """Join the parts of a store that 'prepare --part' wrote."""
-    from dist_train.data.prepare import finalize as join_parts
+    from dist_train.data.store.build import finalize as join_parts
 
     _print_store(store, join_parts(store, max_rejected=_share(max_rejected, "--max-rejected")))
 
@@ -208,7 +208,7 @@ def prepare_npz(
     shard_clips: Annotated[int, typer.Option(min=1, help="Clips a shard.")] = 128,
 ) -> None:
     """Write a store from a MedMNIST 3D file, with its official split."""
-    from dist_train.data.prepare import prepare_npz as write_store
+    from dist_train.data.store.build import prepare_npz as write_store
 
     with progress("prepare") as report:
         store = write_store(file, out, shard_clips=shard_clips, progress=report)
@@ -231,9 +231,9 @@ def verify(
     workers: Workers = None,
 ) -> None:
     """Check every byte of a store, name what is bad, and mend it if asked."""
-    from dist_train.data.repair import lost_files
-    from dist_train.data.repair import repair as mend
-    from dist_train.data.verify import verify as find_faults
+    from dist_train.data.store.repair import lost_files
+    from dist_train.data.store.repair import repair as mend
+    from dist_train.data.store.verify import verify as find_faults
 
     with progress("verify") as report:
         faults = find_faults(store, workers=workers, progress=report)
@@ -264,8 +264,8 @@ def verify(
 @app.command()
 def info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
     """Show what a store holds."""
-    from dist_train.data.describe import describe_store
-    from dist_train.data.store import Store
+    from dist_train.data.inspect import describe_store
+    from dist_train.data.store.reader import Store
 
     for table in describe_store(Store(store)):
         console.print(table)
@@ -280,8 +280,8 @@ def inspect(
     least_outline: LeastOutline = 16,
 ) -> None:
     """Show the outline that is found in each frame of a video."""
-    from dist_train.data.describe import describe_outline, draw_outline, find_boxes
-    from dist_train.data.roi import lacks_outline
+    from dist_train.data.inspect import describe_outline, draw_outline, find_boxes
+    from dist_train.data.raw.outline import lacks_outline
 
     video, boxes = find_boxes(clip, _colour(colour), least_outline)
     _echo(str(clip))
@@ -312,7 +312,7 @@ def train(
 
     # Before torch is loaded: a mistyped setting is told at once.
     settings = load_config(config, overrides or [])
-    from dist_train.train import train as fit
+    from dist_train.training.train import train as fit
 
     with progress("train") as report:
         fit(settings, resume=resume, progress=report, say=_say)
@@ -355,7 +355,7 @@ def predict(
 
     With many processes, by 'accelerate launch -m dist_train predict ...': they share the clips.
     """
-    from dist_train.predict import predict as write_predictions
+    from dist_train.evaluation.predict import predict as write_predictions
 
     with progress("predict") as report:
         written = write_predictions(
@@ -380,11 +380,11 @@ def evaluate(
     ] = None,
 ) -> None:
     """Judge a run's predictions."""
-    from dist_train.evaluate import evaluate as judge
-    from dist_train.evaluate import table
-    from dist_train.prediction_origin import check_origin
-    from dist_train.run import open_run
-    from dist_train.run_folder import CONFIG, EVALUATION, PREDICTIONS
+    from dist_train.evaluation.evaluate import evaluate as judge
+    from dist_train.evaluation.evaluate import table
+    from dist_train.evaluation.prediction_origin import check_origin
+    from dist_train.run.folder import CONFIG, EVALUATION, PREDICTIONS
+    from dist_train.run.record import open_run
 
     if os.path.lexists(run / CONFIG) and os.path.lexists(run / PREDICTIONS):
         # Settings and weights must be those that it was trained with.
@@ -404,7 +404,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a run's model as one file: what 'predict' uses, all snapshots together."""
-    from dist_train.export import export_run
+    from dist_train.evaluation.export import export_run
 
     facts = export_run(run, out, onnx=onnx, step=step)
     steps = ", ".join(map(str, facts["steps"]))
@@ -417,8 +417,9 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run folder.")], store_path: StorePath = None
 ) -> None:
     """Write a run's report: one HTML page that needs nothing else."""
-    from dist_train.report import write_report
-    from dist_train.run import open_run, open_run_data
+    from dist_train.evaluation.report import write_report
+    from dist_train.run.data import open_run_data
+    from dist_train.run.record import open_run
 
     store = open_run_data(run, open_run(run), store_path=store_path).store
     page = write_report(run, strips=lambda key: store.read(store.clip_of(key)))
@@ -449,7 +450,7 @@ def _share(text: str, option: str) -> float:
 
 
 def _colour(text: str | None) -> OutlineColour:
-    from dist_train.data.roi import OutlineColour
+    from dist_train.data.raw.outline import OutlineColour
 
     return OutlineColour() if text is None else OutlineColour.parse(text)
 
@@ -525,8 +526,8 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _print_store(out: Path, store: dict[str, Any]) -> None:
-    from dist_train.data.describe import remarks
-    from dist_train.data.prepare import by_class
+    from dist_train.data.inspect import remarks
+    from dist_train.data.store.build import by_class
 
     rejected = store["rejected"]
     _echo(f"{store['clips']} clips in {out}")
@@ -540,7 +541,7 @@ def _print_store(out: Path, store: dict[str, Any]) -> None:
 
 def _print_copies(store: Path) -> None:
     from dist_train.data.duplicates import describe_duplicates
-    from dist_train.data.store import Store
+    from dist_train.data.store.reader import Store
 
     if copies := describe_duplicates(Store(store)):
         _echo(copies)

@@ -1,6 +1,6 @@
 """The settings of a run: one frozen tree, read from YAML and ``key=value`` overrides.
 
-The tree is the only description of a run. Functions outside ``train.py``, ``predict.py`` and the
+The tree is the only description of a run. Functions outside ``trainer.py``, ``predict.py`` and the
 command line take the section, or the plain values, that they need, never the whole tree.
 """
 
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ByteSize,
@@ -323,12 +324,14 @@ class TrainSettings(Section):
     ``backend``: "ddp", DeepSpeed's ZeRO stage 1, 2 or 3, or torch's FSDP2; docs/scaling.md says
     which to choose. ``offload``: ZeRO's moments are kept, and weights updated, on the host.
     ``timeout``: seconds after which a process that waits for others gives up.
-    ``hang``: seconds without a finished step, or held-out batch, after which a run ends; at most
-    three quarters of ``timeout``, so that a hung process tells where it is before others give up.
+    ``hang_timeout``: seconds without a finished step, or held-out batch, after which a run ends; at
+    most three quarters of ``timeout``, so that a hung process reports where it is before others
+    give up. (Runs of earlier versions call it ``hang``, and ``straggler_ratio`` ``slow``.)
     ``max_skips``: steps of a session that are left out because their loss or gradient
     is not finite, twice.
     ``check_steps``: after each of a session's first so many steps all processes compare their
-    weights. ``slow``: a process whose steps take so many times those of the others is named.
+    weights. ``straggler_ratio``: warn about a process whose own work takes this multiple of the
+    median's.
     ``graphs``: on one CUDA device the passes of a batch are recorded, for each of its shapes, and
     replayed by a single launch (CUDA graphs); docs/numerics.md says where.
     ``probe``: where the largest micro-batch is tried before the first step, and ``accumulate`` is
@@ -344,10 +347,14 @@ class TrainSettings(Section):
     offload: bool = False
     graphs: bool = False
     timeout: Seconds = 1800.0
-    hang: Seconds | None = 3600.0
+    hang_timeout: Annotated[
+        Seconds | None, Field(validation_alias=AliasChoices("hang_timeout", "hang"))
+    ] = 3600.0
     max_skips: CountOrNone = 3
     check_steps: CountOrNone = 2
-    slow: Annotated[float, Field(gt=1.0, le=1e6)] = 1.5
+    straggler_ratio: Annotated[
+        float, Field(gt=1.0, le=1e6, validation_alias=AliasChoices("straggler_ratio", "slow"))
+    ] = 1.5
     probe: Literal["cuda", "always", "never"] = "cuda"
 
     @model_validator(mode="after")
@@ -624,6 +631,8 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
 def _dotted_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
+        if isinstance(field.validation_alias, AliasChoices):
+            yield from (f"{prefix}{old}" for old in field.validation_alias.choices[1:])
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, Section):
                 yield from _dotted_keys(kind, f"{prefix}{name}.")

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from dist_train.errors import ConfigError
-from dist_train.os_advice import blame_machine
+from dist_train.system.advice import blame_machine
 
 #: Settings are a few kilobytes; a file beyond this is something else.
 MOST_BYTES = 2**18

@@ -13,6 +13,7 @@ import pytest
 
 if TYPE_CHECKING:
     from launcher import Launcher
+    from room import LittleRoom
 
 try:
     from hypothesis import HealthCheck, settings
@@ -36,7 +37,9 @@ else:
 def _warm_fork_server() -> None:
     """Worker processes are forks of one server, that of the first test which has any. Without
     PyTorch in it, each worker of each loader would import PyTorch for itself."""
-    multiprocessing.set_forkserver_preload(["dist_train.data.loader", "dist_train.data.task"])
+    multiprocessing.set_forkserver_preload(
+        ["dist_train.data.loading.loader", "dist_train.data.store.shard_task"]
+    )
     forkserver.ensure_running()
 
 
@@ -60,6 +63,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture
+def little_room() -> Iterator[LittleRoom]:
+    from room import limited
+
+    with limited() as set_limit:
+        yield set_limit
 
 
 @pytest.fixture(scope="session")

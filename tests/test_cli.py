@@ -14,9 +14,9 @@ import pytest
 from helpers import dist_train, fails, overrides, run, said, tiny_config, tiny_npz, tiny_store
 
 from dist_train import cli
-from dist_train.data.store import Store
+from dist_train.data.store.reader import Store
 from dist_train.errors import StoreError
-from dist_train.train import train
+from dist_train.training.train import train
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,9 @@ import pytest
 from helpers import ROOT
 from pydantic import ValidationError
 
-from dist_train.config import (
-    Config,
-    HeldOutMetric,
-    PlanSettings,
-    changes,
-    dump_config,
-    load_config,
-)
-from dist_train.engine.metrics import binary_metrics
+from dist_train.config import Config, HeldOutMetric, PlanSettings, changes, dump_config, load_config
 from dist_train.errors import ConfigError
+from dist_train.metrics import binary_metrics
 
 
 def message(*overrides: str, path: Path | None = None) -> str:
@@ -337,3 +330,10 @@ def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("# nothing yet\n")
     assert load_config(path, ["store=s"]) == Config(store=Path("s"))
+
+
+def test_settings_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("store: s\nout: o\ntrain:\n  hang: 7\n  slow: 2.5\n")
+    train = load_config(path).train
+    assert (train.hang_timeout, train.straggler_ratio) == (7, 2.5)

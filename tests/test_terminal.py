@@ -13,10 +13,10 @@ import pytest
 from helpers import ROOT, dist_train, environment
 from make_media import write_manifest
 
-from dist_train.data.manifest import read_manifest
-from dist_train.data.prepare import PrepareSettings, prepare
+from dist_train.data.store.build import PrepareSettings, prepare
+from dist_train.data.table.manifest import read_manifest
 from dist_train.errors import MachineError
-from dist_train.run import only_session
+from dist_train.run.folder import only_session
 
 
 @pytest.mark.slow

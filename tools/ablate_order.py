@@ -23,10 +23,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dist_train.data.clip import PrepareSettings
-from dist_train.data.manifest import read_manifest
-from dist_train.data.prepare import prepare
-from dist_train.data.store import Store
+from dist_train.data.raw.clip import PrepareSettings
+from dist_train.data.store.build import prepare
+from dist_train.data.store.reader import Store
+from dist_train.data.table.manifest import read_manifest
 
 CONFIG = Path("configs/demo_cpu.yaml")
 # Of clips cut to the demo's 32 frames nearly all are of one depth, and bands the same as random. So

@@ -28,16 +28,16 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_train.config import AugmentSettings
-from dist_train.data.augment import Augment
-from dist_train.data.augment_device import augmented_batch
-from dist_train.data.clip import PrepareSettings
-from dist_train.data.collate import collate
-from dist_train.data.dataset import ClipDataset
-from dist_train.data.manifest import read_manifest
-from dist_train.data.native import pack
-from dist_train.data.prepare import prepare
-from dist_train.data.sampler import Slot
-from dist_train.data.store import Store
+from dist_train.data.augment.cpu import Augment
+from dist_train.data.augment.gpu import augmented_batch
+from dist_train.data.augment.packed_clips import pack
+from dist_train.data.loading.collate import collate
+from dist_train.data.loading.dataset import ClipDataset
+from dist_train.data.loading.sampler import Slot
+from dist_train.data.raw.clip import PrepareSettings
+from dist_train.data.store.build import prepare
+from dist_train.data.store.reader import Store
+from dist_train.data.table.manifest import read_manifest
 from dist_train.data.types import Volume
 
 #: Frames, height and width of a clip.

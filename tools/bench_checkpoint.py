@@ -32,14 +32,14 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from dist_train.checkpoint.format import latest_valid
 from dist_train.config import CheckpointSettings, OptimSettings, TrainSettings
-from dist_train.data.plan import make_plan
-from dist_train.engine.backends.ddp import DdpBackend
-from dist_train.engine.checkpoint import newest_whole
-from dist_train.engine.ema import Ema
-from dist_train.engine.optim import make_optimizer
+from dist_train.data.plan.plan import make_plan
+from dist_train.distributed.backends.ddp import DdpBackend
 from dist_train.models.registry import build_model
-from dist_train.state import RunState
+from dist_train.training.ema import Ema
+from dist_train.training.optimizer import make_optimizer
+from dist_train.training.run_state import RunState
 
 #: Clips of a step, [B, 1, D, H, W]. Small: a step much shorter than a write shows what it costs.
 CLIPS = (4, 1, 4, 32, 32)
@@ -95,7 +95,7 @@ def measure(folder: Path, model: str, width: int, *, rounds: int) -> dict[str, A
         for name in CONTENDERS:
             loads[name].append(resume(training, name))
         forget_files(training.state.folder)
-        verify.append(seconds(lambda: newest_whole(training.state.folder)))
+        verify.append(seconds(lambda: latest_valid(training.state.folder)))
     training.close()
     return {
         "summary": summarise(figures, first, loads, verify, training.state_bytes),
@@ -150,7 +150,7 @@ class Training:
         self.done = 0
 
     def step(self) -> Seconds:
-        """One step as dist_train/train.py takes it, with what ranks tell each other after it."""
+        """One step as training/trainer.py takes it, with what ranks tell each other after it."""
         backend = self.backend
         began = time.perf_counter()
         with backend.micro_step(last=True):

@@ -30,10 +30,10 @@ from loader_contenders import CONTENDERS, RATIO, WRITERS, Task
 from rich.console import Console
 from rich.table import Table
 
-from dist_train.data.clip import PrepareSettings
-from dist_train.data.clog_loss_facts import BOX_HEIGHT, BOX_WIDTH, CLIPS_BY_DEPTH
-from dist_train.data.manifest import read_manifest
-from dist_train.data.prepare import prepare
+from dist_train.data.raw.clip import PrepareSettings
+from dist_train.data.store.build import prepare
+from dist_train.data.synthetic.challenge_stats import BOX_HEIGHT, BOX_WIDTH, CLIPS_BY_DEPTH
+from dist_train.data.table.manifest import read_manifest
 
 SEED = 3
 BATCH, PREFETCH = 64, 2

@@ -79,7 +79,7 @@ def layers_of(model: str, clips: int, frames: int, side: int) -> Counter[Layer]:
     found: Counter[Layer] = Counter()
 
     def note(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        plus, relu = kwargs.get("plus") is not None, kwargs.get("relu", False)
+        plus, relu = kwargs.get("shortcut") is not None, kwargs.get("relu", False)
         channels, depth, height, width = args[0].shape[1:]
         found[Layer(channels, depth, height, width, plus, relu)] += 1
 
@@ -134,7 +134,7 @@ def pass_of(
         inputs.append(plus.requires_grad_())
 
     def run() -> None:
-        y = norm(x, plus=plus if layer.plus else None, relu=layer.relu)
+        y = norm(x, shortcut=plus if layer.plus else None, relu=layer.relu)
         torch.autograd.grad(y, inputs, grad)
 
     return run

@@ -26,11 +26,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dist_train.data.plan import Plan, make_plan, plan_of
-from dist_train.data.plan_cache import sorted_classes
-from dist_train.data.plan_rules import PlanRules
-from dist_train.data.shuffle import Ints
-from dist_train.data.weights import Floats
+from dist_train.data.plan.cache import sorted_classes
+from dist_train.data.plan.plan import Plan, make_plan, plan_of
+from dist_train.data.plan.rules import PlanRules
+from dist_train.data.plan.shuffle import Ints
+from dist_train.data.plan.weights import Floats
 
 POSITIVES = 1_887
 #: The clips of a rank at a step, 1 to 3.

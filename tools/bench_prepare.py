@@ -35,12 +35,12 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from dist_train.data.clip import PrepareSettings
-from dist_train.data.clog_loss_facts import BOX_HEIGHT, BOX_WIDTH
-from dist_train.data.manifest import read_manifest
-from dist_train.data.prepare import prepare
-from dist_train.data.roi import Box, OutlineColour
-from dist_train.data.synth import FRAME_RATE, draw_clip, render_clip
+from dist_train.data.raw.clip import PrepareSettings
+from dist_train.data.raw.outline import Box, OutlineColour
+from dist_train.data.store.build import prepare
+from dist_train.data.synthetic.challenge_stats import BOX_HEIGHT, BOX_WIDTH
+from dist_train.data.synthetic.render import FRAME_RATE, draw_clip, render_clip
+from dist_train.data.table.manifest import read_manifest
 
 SEED = 3
 DEPTH, HEIGHT, WIDTH = 60, 384, 512

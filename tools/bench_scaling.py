@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from scaling_model import Link, Projection, assumptions, doubts, link_of, project
 
-from dist_train.data.prepare import prepare_npz
+from dist_train.data.store.build import prepare_npz
 
 RANK = Path(__file__).with_name("scaling_rank.py")
 #: Clips of a rank at a step in weak scaling, and the fewest in strong scaling: 1 positive, 3

@@ -35,19 +35,19 @@ from roofline import Ceilings, count_step, measure_ceilings, synchronize
 from torch import Tensor
 
 from dist_train.config import Config, last_of_each, load_config
-from dist_train.data.augment_draw import Drawer
-from dist_train.data.clog_loss_facts import BOX_HEIGHT, BOX_WIDTH, CLIPS_BY_DEPTH
-from dist_train.data.collate import Batch
-from dist_train.data.files import write_whole
-from dist_train.data.native import NativeClips, pack
-from dist_train.data.plan import Plan, make_plan
-from dist_train.data.shuffle import Ints
-from dist_train.engine.backends import make_backend
-from dist_train.engine.graphs import UNRECORDED, make_micro_step
-from dist_train.engine.micro_step import MicroStep
-from dist_train.engine.optim import make_optimizer
+from dist_train.data.augment.packed_clips import NativeClips, pack
+from dist_train.data.augment.params import AugmentSampler
+from dist_train.data.loading.collate import Batch
+from dist_train.data.plan.plan import Plan, make_plan
+from dist_train.data.plan.shuffle import Ints
+from dist_train.data.synthetic.challenge_stats import BOX_HEIGHT, BOX_WIDTH, CLIPS_BY_DEPTH
+from dist_train.distributed.backends import make_backend
+from dist_train.files import write_whole
 from dist_train.models.registry import build_model
-from dist_train.run import as_input, make_model
+from dist_train.run.model import as_input, make_model
+from dist_train.training.cuda_graphs import UNRECORDED, make_micro_step
+from dist_train.training.forward_backward import MicroStep
+from dist_train.training.optimizer import make_optimizer
 
 MODEL = "resnet3d-101"
 POSITIVES = 1_887
@@ -196,7 +196,7 @@ def main() -> None:
         if arguments.json:
             write_whole(arguments.json, json.dumps(result, indent=2) + "\n")
 
-    result = measure(load, names, "a table" if arguments.depths else "clog_loss_facts.py", keep)
+    result = measure(load, names, "a table" if arguments.depths else "challenge_stats.py", keep)
     Console(width=None if sys.stdout.isatty() else 150).print(as_table(result))
     if result["failed"]:
         raise SystemExit(f"error: {len(result['failed'])} rows failed, as told above")
@@ -294,7 +294,7 @@ def padded_clips(depths: Ints, config: Config) -> Tensor:
 
 
 def crops(depths: Ints, config: Config) -> NativeClips:
-    draw = Drawer(config.augment, seed=0)
+    draw = AugmentSampler(config.augment, seed=0)
     clips = [
         torch.randint(256, (depth, BOX_HEIGHT[1], BOX_WIDTH[1]), dtype=torch.uint8)
         for depth in depths.tolist()
@@ -330,7 +330,7 @@ class Turn:
 
 
 class Row:
-    """One net in training by one row's settings, step by step as dist_train/train.py takes it.
+    """One net in training by one row's settings, step by step as training/trainer.py takes it.
 
     Args:
         knows_lengths: see ``Variant``.

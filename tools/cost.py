@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_train.config import Config, last_of_each, load_config
-from dist_train.data.clog_loss_facts import BOX_HEIGHT, BOX_WIDTH, CLIPS_BY_DEPTH
+from dist_train.data.synthetic.challenge_stats import BOX_HEIGHT, BOX_WIDTH, CLIPS_BY_DEPTH
 from dist_train.errors import DistTrainError
-from dist_train.run_folder import CONFIG
+from dist_train.run.folder import CONFIG
 
 ROOT = Path(__file__).parent.parent
 ORIGINAL = ROOT / "configs" / "clog_loss_seed.yaml"

@@ -31,7 +31,7 @@ NEEDED = {
     "packaging": "packaging", "accelerate": "accelerate",
     "safetensors": "safetensors", "google_crc32c": "google-crc32c", "lmdb": "lmdb",
     "cv2": "opencv-python-headless", "albumentations": "albumentations",
-    "dist_train.train": "dist_train", "dist_train.predict": "dist_train",
+    "dist_train.training.train": "dist_train", "dist_train.evaluation.predict": "dist_train",
 }  # fmt: skip
 #: What only some commands, backends or tests import.
 OTHERS = {
@@ -218,8 +218,8 @@ def memory(clips: int, frames: int, recompute: str, record: Record) -> None:
     """Peak memory reserved by a step. Too little memory is a result too."""
     import numpy as np
 
-    from dist_train.engine.out_of_memory import is_out_of_memory
-    from dist_train.os_advice import first_line
+    from dist_train.distributed.out_of_memory import is_out_of_memory
+    from dist_train.system.advice import first_line
 
     try:
         with row_of(record, "fast", f"model.recompute={recompute}") as row:
@@ -241,8 +241,8 @@ def graph(record: Record) -> None:
     from bench_step import make_batch
     from roofline import best
 
-    from dist_train.engine.graphs import UNRECORDED
-    from dist_train.run import as_input
+    from dist_train.run.model import as_input
+    from dist_train.training.cuda_graphs import UNRECORDED
 
     depths = np.full(4, 6 if record.tiny else 60)
     found: dict[str, Any] = {}

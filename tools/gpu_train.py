@@ -46,7 +46,7 @@ def store(record: Record) -> None:
     """Clips of noise, the positives with a bright middle, as a store."""
     import numpy as np
 
-    from dist_train.data.prepare import prepare_npz
+    from dist_train.data.store.build import prepare_npz
 
     frames, side = (8, 16) if record.tiny else (24, 64)
     rng = np.random.default_rng(0)

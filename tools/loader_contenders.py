@@ -28,14 +28,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dist_train.config import LoaderSettings
-from dist_train.data.augment_draw import Draw
-from dist_train.data.collate import size_of
-from dist_train.data.dataset import ClipDataset
-from dist_train.data.loader import Loader
-from dist_train.data.plan import Plan, make_plan
-from dist_train.data.resize import resize
-from dist_train.data.sampler import PlanSampler, Slot
-from dist_train.data.store import Store
+from dist_train.data.augment.params import Draw
+from dist_train.data.augment.resize import resize
+from dist_train.data.loading.collate import size_of
+from dist_train.data.loading.dataset import ClipDataset
+from dist_train.data.loading.loader import Loader
+from dist_train.data.loading.sampler import PlanSampler, Slot
+from dist_train.data.plan.plan import Plan, make_plan
+from dist_train.data.store.reader import Store
 from dist_train.data.types import Volume
 
 SIZE, RATIO, SEED = (160, 160), (1, 3), 0

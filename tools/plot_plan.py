@@ -15,8 +15,8 @@ import matplotlib as mpl
 import numpy as np
 from bench_plan import RANK_BATCH, RATIO, Clips, plan_for, read_clips
 
-from dist_train.data.plan import make_plan
-from dist_train.data.shuffle import Ints
+from dist_train.data.plan.plan import make_plan
+from dist_train.data.plan.shuffle import Ints
 
 RANKS = (8, 64, 512)
 #: So many epochs of each: with 512 ranks one has but four steps.

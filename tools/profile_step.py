@@ -23,7 +23,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from dist_train.config import load_config
-from dist_train.data.collate import Batch
+from dist_train.data.loading.collate import Batch
 from dist_train.errors import DistTrainError
 
 TRACE = "trace.json.gz"

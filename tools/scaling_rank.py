@@ -23,15 +23,16 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.config import load_config
-from dist_train.data.collate import Batch
-from dist_train.data.loader import Loader
-from dist_train.data.sampler import PlanSampler
-from dist_train.engine.backends import make_backend
-from dist_train.engine.backends.base import Backend
-from dist_train.engine.events import METRICS
+from dist_train.data.loading.collate import Batch
+from dist_train.data.loading.loader import Loader
+from dist_train.data.loading.sampler import PlanSampler
+from dist_train.distributed.backends import make_backend
+from dist_train.distributed.backends.base import Backend
 from dist_train.models.norm import share_statistics
-from dist_train.run import as_input
-from dist_train.train import Trainer
+from dist_train.run.folder import METRICS
+from dist_train.run.model import as_input
+from dist_train.training.train import begin
+from dist_train.training.trainer import Trainer
 
 #: Times that an all-reduce is measured.
 REPEATS = 15
@@ -45,7 +46,7 @@ def main() -> None:
     backend = make_backend(config.train, clip_norm=config.optim.clip_norm)
     try:
         trainer = Trainer(config, backend)
-        trainer.begin("never")
+        begin(trainer, "never")
         trainer.fit()
         parts = in_parts(trainer, trainer.steps - task["warm_up"]) | all_reduces(backend)
         if backend.is_main:

@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pandas as pd
 
-from dist_train.data.store import Store
+from dist_train.data.store.reader import Store
 from dist_train.errors import PlanError, StoreError
 
 CLASSES = {0: "negative", 1: "positive", -1: "unlabelled"}

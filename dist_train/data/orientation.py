@@ -38,7 +38,7 @@ class Orientation:
             )
         return turned
 
-    def laid(self, picture: AnyPicture) -> AnyPicture:
+    def apply(self, picture: AnyPicture) -> AnyPicture:
         """uint8 [H, W] or [H, W, C] laid so: contiguous, or the picture itself."""
         if self.transposed:
             picture = cv2.transpose(picture)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+Record = dict[str, Any]
 
 #: A clip: uint8 [D, H, W].
 Volume = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dist_train.cgroup import usable_cpus
 from dist_train.doctor.finding import Finding
+from dist_train.system.cgroup import usable_cpus
 
 
 def check_cpus(processes: int, threads: int) -> Finding:

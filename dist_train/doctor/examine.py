@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from dist_train.distributed.hardware import cudnn_version
 from dist_train.doctor.cpus import check_cpus
 from dist_train.doctor.devices import check_devices
 from dist_train.doctor.disk import check_disk
@@ -32,7 +33,6 @@ from dist_train.doctor.links import (
 )
 from dist_train.doctor.links import table as table_of_rates
 from dist_train.doctor.versions import check_versions, judge_pair
-from dist_train.engine.known_bad import cudnn_version
 
 Show = Callable[[object], None]
 

@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_train.cgroup import own_groups
 from dist_train.doctor.finding import Finding, graded
+from dist_train.system.cgroup import own_groups
 
 INFINIBAND = Path("/sys/class/infiniband")
 

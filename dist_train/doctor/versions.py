@@ -9,8 +9,8 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from dist_train.distributed.hardware import bad_pairs, cudnn_name
 from dist_train.doctor.finding import Finding, State
-from dist_train.engine.known_bad import bad_pairs, cudnn_name
 
 PACKAGE = "dist_train"
 # Of which a line each is shown also when they are fine.

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from dist_train.errors import ModelError
-from dist_train.models.frames import ValidFrames
-from dist_train.models.passes import once
-from dist_train.models.shared_norm import AllReduce, Statistics
+from dist_train.models.padding import ValidFrames
+from dist_train.models.recompute_once import once
+from dist_train.models.sync_norm import AllReduce, Statistics
 
 #: Else the compiler stores what is summed twice, as large as the activations, and reads it again.
 ONE_LOOP: dict[str, Any] = {"realize_reads_threshold": 100, "realize_opcount_threshold": 1000}
@@ -67,12 +67,12 @@ def fused_norm(
     origin: Tensor,
     valid: ValidFrames | None,
     *,
-    plus: Tensor | None,
+    shortcut: Tensor | None,
     relu: bool,
     eps: float,
     all_reduce: AllReduce | None,
 ) -> tuple[Tensor, Statistics]:
-    """Normalise the real frames of [B, C, D, H, W], add ``plus``, and rectify.
+    """Normalise the real frames of [B, C, D, H, W], add ``shortcut``, and rectify.
 
     Args:
         origin: [C], in the dtype to accumulate in: values near the means, such as running ones,
@@ -86,7 +86,7 @@ def fused_norm(
     """
     options = _Options(relu=relu, eps=eps, all_reduce=all_reduce)
     y, *statistics = _FusedNorm.apply(  # type: ignore[no-untyped-call]
-        x, plus, weight, bias, origin, _real(valid, x), options
+        x, shortcut, weight, bias, origin, _real(valid, x), options
     )
     return y, Statistics(*statistics)
 
@@ -113,7 +113,7 @@ class _FusedNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        plus: Tensor | None,
+        shortcut: Tensor | None,
         weight: Tensor,
         bias: Tensor,
         origin: Tensor,
@@ -121,7 +121,7 @@ class _FusedNorm(torch.autograd.Function):
         options: _Options,
     ) -> tuple[Tensor, ...]:
         relu, eps, all_reduce = options
-        rows = _rows(x), None if plus is None else _rows(plus), real
+        rows = _rows(x), None if shortcut is None else _rows(shortcut), real
         # Detached, as code would be compiled for each size that a Parameter has.
         parameters = origin, weight.detach(), bias.detach(), eps
         done: list[Tensor] = []
@@ -140,7 +140,7 @@ class _FusedNorm(torch.autograd.Function):
         vectors = once(find)
         y = _clips(done[0] if done else _output(*rows, vectors, relu), x)
         # Where something was added, only the output tells which values were rectified.
-        kept = y if plus is not None and relu else None
+        kept = y if shortcut is not None and relu else None
         ctx.save_for_backward(x, kept, weight, real, *vectors)
         ctx.options = options
         statistics = vectors.mean, vectors.var, vectors.number
@@ -195,11 +195,11 @@ def _vectors_of(
 
 
 def _output_of(
-    x: Tensor, plus: Tensor | None, real: Tensor, vectors: _Vectors, relu: bool
+    x: Tensor, shortcut: Tensor | None, real: Tensor, vectors: _Vectors, relu: bool
 ) -> Tensor:
     y = x * vectors.scale + vectors.shift
-    if plus is not None:
-        y = y + plus
+    if shortcut is not None:
+        y = y + shortcut
     if relu:
         y = y.clamp(min=0.0)
     return torch.where(real, y, 0.0).to(x.dtype)
@@ -267,7 +267,7 @@ _gradients = _loop(_gradients_of)
 @_loop
 def _to_output(
     x: Tensor,
-    plus: Tensor | None,
+    shortcut: Tensor | None,
     real: Tensor,
     origin: Tensor,
     weight: Tensor,
@@ -276,7 +276,7 @@ def _to_output(
     relu: bool,
 ) -> tuple[Tensor, _Vectors]:
     vectors = _vectors_of(*_sums_of(x, real, origin), origin, weight, bias, eps)
-    return _output_of(x, plus, real, vectors, relu), vectors
+    return _output_of(x, shortcut, real, vectors, relu), vectors
 
 
 @_loop

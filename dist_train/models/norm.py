@@ -13,17 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_train.errors import ModelError
-from dist_train.models.frames import ValidFrames
 from dist_train.models.fused_norm import fused_norm
-from dist_train.models.passes import is_repeated
-from dist_train.models.remake import remade
+from dist_train.models.padding import ValidFrames
+from dist_train.models.recompute_once import is_repeated
+from dist_train.models.rematerialize import recomputable
 from dist_train.models.running import count_batch, move
-from dist_train.models.shared_norm import (
-    AllReduce,
-    Statistics,
-    shared_batch_norm,
-    shared_statistics,
-)
+from dist_train.models.sync_norm import AllReduce, Statistics, shared_batch_norm, shared_statistics
 
 #: Told the mean, the biased variance ([C] each) and the count of values of each training batch.
 Observer = Callable[[Tensor, Tensor, Tensor], None]
@@ -60,32 +55,32 @@ class BatchNorm3d(nn.BatchNorm3d):
         input: Tensor,
         valid: ValidFrames | None = None,
         *,
-        plus: Tensor | None = None,
+        shortcut: Tensor | None = None,
         relu: bool = False,
     ) -> Tensor:
         """Normalise [B, C, D, H, W]; keep its dtype and memory format.
 
         Args:
             valid: its real frames.
-            plus: is added to what is normalised; zero in padded frames.
+            shortcut: is added to what is normalised; zero in padded frames.
             relu: rectify the sum.
 
         Raises:
             ModelError: in training mode, a channel has a single value, which has no variance.
         """
         if self.fused and self.training:
-            return self._fused(input, valid, plus, relu)
+            return self._fused(input, valid, shortcut, relu)
         if valid is None:
-            images = remade(_joined_frames, input)
+            images = recomputable(_joined_frames, input)
             y = self._normalise(images).view(input.shape)
         else:
-            y = valid.scatter(self._normalise(remade(valid.gather, input)), like=input)
-        if plus is not None:
-            y = y + plus
+            y = valid.scatter(self._normalise(recomputable(valid.gather, input)), like=input)
+        if shortcut is not None:
+            y = y + shortcut
         return F.relu(y) if relu else y
 
     def _fused(
-        self, x: Tensor, valid: ValidFrames | None, plus: Tensor | None, relu: bool
+        self, x: Tensor, valid: ValidFrames | None, shortcut: Tensor | None, relu: bool
     ) -> Tensor:
         if self.all_reduce is None and (valid is None or x.shape[0] == 1):
             # Of several padded clips each has a real frame, and to count them all may make the
@@ -98,7 +93,7 @@ class BatchNorm3d(nn.BatchNorm3d):
             self.bias,
             self.running_mean,
             valid,
-            plus=plus,
+            shortcut=shortcut,
             relu=relu,
             eps=self.eps,
             all_reduce=self.all_reduce,

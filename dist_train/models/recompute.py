@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dist_train.models.passes import TwoPasses
-from dist_train.models.remake import remaking
+from dist_train.models.recompute_once import TwoPasses
+from dist_train.models.rematerialize import remaking
 
 Recompute = Literal["none", "cheap", "block", "stage"]
 Step = Callable[[Tensor], Tensor]

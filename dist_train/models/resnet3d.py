@@ -24,14 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from dist_train.errors import ModelError
-from dist_train.models.conv import Conv3d
-from dist_train.models.frames import ValidFrames, clear_padding, strided, valid_frames
+from dist_train.models.layers import Conv3d, FoldedConv3d, global_average_pool
 from dist_train.models.norm import BatchNorm3d
-from dist_train.models.pooling import global_average_pool
+from dist_train.models.padding import ValidFrames, clear_padding, strided, valid_frames
 from dist_train.models.recompute import Recompute, Step, run_part
-from dist_train.models.remake import forget, remade
+from dist_train.models.rematerialize import forget, recomputable
 from dist_train.models.running import moved_together
-from dist_train.models.space_to_depth import FoldedConv3d
 
 #: A mode for the stem with its pooling, and for each of the layers 1 to 4.
 RecomputePlan = tuple[Recompute, Recompute, Recompute, Recompute, Recompute]
@@ -63,15 +61,15 @@ class ConvNorm(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(
-        self, x: Tensor, valid: ValidFrames | None = None, plus: Tensor | None = None
+        self, x: Tensor, valid: ValidFrames | None = None, shortcut: Tensor | None = None
     ) -> Tensor:
         """Map [B, C, D, H, W] to [B, C', D', H', W'], of which ``valid`` are the real frames, and
-        add ``plus``."""
-        x = remade(self.conv, x) if self.is_cheap else self.conv(x)
-        if self.relu and plus is None:
-            return remade(self._rectified, x, valid)
+        add ``shortcut``."""
+        x = recomputable(self.conv, x) if self.is_cheap else self.conv(x)
+        if self.relu and shortcut is None:
+            return recomputable(self._rectified, x, valid)
         # What goes into the next block is kept in any case.
-        y: Tensor = self.norm(x, valid, plus=plus, relu=self.relu)
+        y: Tensor = self.norm(x, valid, shortcut=shortcut, relu=self.relu)
         return y
 
     def _rectified(self, x: Tensor, valid: ValidFrames | None) -> Tensor:
@@ -116,7 +114,7 @@ class BasicBlock(ResidualBlock):
         self, x: Tensor, before: ValidFrames | None = None, after: ValidFrames | None = None
     ) -> Tensor:
         residual = self.conv1(x, after)
-        y: Tensor = self.conv2(residual, after, plus=self.passed_by(x, after))
+        y: Tensor = self.conv2(residual, after, shortcut=self.passed_by(x, after))
         return y
 
 
@@ -136,7 +134,7 @@ class Bottleneck(ResidualBlock):
     ) -> Tensor:
         residual = self.conv1(x, before)
         residual = self.conv2(residual, after)
-        y: Tensor = self.conv3(residual, after, plus=self.passed_by(x, after))
+        y: Tensor = self.conv3(residual, after, shortcut=self.passed_by(x, after))
         return y
 
 
@@ -168,7 +166,7 @@ class ResNet3D(nn.Module):
         in_channels: channels of a clip.
         stem_stride: stride of the stem in D, H and W.
         stem_pool: False leaves out the pooling, so that all that follows is twice as large.
-        stem_folded: compute the stem by space to depth (space_to_depth.py), which changes rounding
+        stem_folded: compute the stem by space to depth (layers.py), which changes rounding
             alone.
         recompute: how little is kept for the backward pass: a mode of ``recompute.py``, or one for
             each of ``PARTS``. The attribute of this name can be set at any time.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_train.models.shared_norm import Statistics
+from dist_train.models.sync_norm import Statistics
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from helpers import said, tiny_config
 
 from dist_train.data import duplicates
 from dist_train.data.duplicates import describe_duplicates, find_duplicates
-from dist_train.data.store import Store
+from dist_train.data.store.reader import Store
 from dist_train.errors import PlanError
-from dist_train.run import open_data
+from dist_train.run.data import open_data
 
 # Copies: (clip, of which other one). Clip 0 of each 4 is positive.
 COPIES = {9: 1, 21: 1, 33: 2, 44: 7}

@@ -31,8 +31,8 @@ from helpers import (
 )
 from launcher import Group, Launcher, free_port
 
-from dist_train.engine.checkpoint import load_checkpoint
-from dist_train.train import train
+from dist_train.checkpoint.format import load_checkpoint
+from dist_train.training.train import train
 
 FILE = "cpu_2proc.yaml"
 BACKENDS = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]

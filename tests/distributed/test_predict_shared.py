@@ -12,7 +12,7 @@ import pytest
 from helpers import SUPPORT, contents, tiny_config, tiny_store
 from launcher import Group, Launcher
 
-from dist_train.train import train
+from dist_train.training.train import train
 
 PROGRAM = SUPPORT / "predicted.py"
 WRITTEN = ("predictions.csv", "submission.csv")

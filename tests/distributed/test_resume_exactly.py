@@ -16,7 +16,7 @@ import torch
 from helpers import SUPPORT, board_of, cut, metrics_of, overrides, tiny_store
 from launcher import Launcher
 
-from dist_train.engine.checkpoint import load_checkpoint
+from dist_train.checkpoint.format import load_checkpoint
 
 pytestmark = pytest.mark.slow
 

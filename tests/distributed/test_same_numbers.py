@@ -23,10 +23,10 @@ from helpers import SUPPORT, cut, metrics_of, tool
 from launcher import Launcher
 from safetensors.torch import load_file
 
-from dist_train.engine.checkpoint import load_checkpoint
-from dist_train.export import export_run
-from dist_train.run import make_model
-from dist_train.train import train
+from dist_train.checkpoint.format import load_checkpoint
+from dist_train.evaluation.export import export_run
+from dist_train.run.model import make_model
+from dist_train.training.train import train
 
 pytestmark = pytest.mark.slow
 

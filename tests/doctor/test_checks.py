@@ -16,7 +16,6 @@ import torch
 from helpers import environment
 from rich.console import Console
 
-from dist_train.cgroup import group_values, usable_memory
 from dist_train.doctor.cpus import judge_cpus, usable_cpus
 from dist_train.doctor.devices import check_devices, judge_absence, judge_device
 from dist_train.doctor.disk import check_disk
@@ -25,6 +24,7 @@ from dist_train.doctor.finding import Finding, table
 from dist_train.doctor.limits import check_limits
 from dist_train.doctor.links import Rate, judge_clocks, judge_collectives, judge_pairs
 from dist_train.doctor.versions import check_versions, judge_packages, judge_pair
+from dist_train.system.cgroup import group_values, usable_memory
 
 
 def states(findings: Iterator[Finding]) -> dict[str, str]:

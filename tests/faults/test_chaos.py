@@ -56,7 +56,7 @@ def test_random_faults(
     longer = ("model.dropout=0.3", f"train.epochs={epochs}", f"snapshots.at=[{epochs}]")
     launcher.run(2, overrides(store, straight, *longer)).well()
     faults = random_faults(column, steps, seed=4)
-    settings = overrides(store, out, *longer, "checkpoint.keep_last=4", "train.hang=3")
+    settings = overrides(store, out, *longer, "checkpoint.keep_last=4", "train.hang_timeout=3")
     launchers = 0
     while True:
         group = launcher.elastic(settings, faults=faults, struck=struck, restarts=40, grace=4)

@@ -12,7 +12,7 @@ from helpers import overrides, tiny_config
 from launcher import Launcher
 from run_files import assert_same, checkpoints_of, sessions_of
 
-from dist_train.train import train
+from dist_train.training.train import train
 
 DROPOUT = "model.dropout=0.3"
 

@@ -13,7 +13,12 @@ from launcher import Launcher
 from run_files import assert_same
 
 #: These show the wall clock to users, or compare those of machines; nothing else is done by it.
-DISPLAYS = {"doctor/links.py", "engine/events.py", "run.py", "train.py"}
+DISPLAYS = {
+    "doctor/links.py",
+    "run/record.py",
+    "training/metrics_log.py",
+    "training/trainer.py",
+}
 
 
 def test_hours_forth_and_back(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, contents, dist_train, environment, run_well
 
-from dist_train.data.store import INDEX, MARKER, Store
+from dist_train.data.store.reader import INDEX, MARKER, Store
 
 CLIPS, SHARD_CLIPS = 24, 4
 UNSHARE = ("unshare", "--user", "--map-root-user", "--mount")

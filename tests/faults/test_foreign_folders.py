@@ -9,8 +9,8 @@ import pytest
 from helpers import contents, ended, refused, said, tiny_npz
 from make_media import write_volumes
 
-from dist_train.data.job import JOB
-from dist_train.data.store import MANIFEST, MARKER, SHARDS
+from dist_train.data.store.build_spec import JOB
+from dist_train.data.store.reader import MANIFEST, MARKER, SHARDS
 
 TOKEN = "0123456789abcdef"
 # A browser's download, a lock of another program, and files named almost as the store's own.

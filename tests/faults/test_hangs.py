@@ -16,7 +16,7 @@ def test_a_rank_that_hangs_and_those_that_wait_for_it_tell_where(
     launcher: Launcher, store: Path, straight: Path, tmp_path: Path
 ) -> None:
     settings = overrides(store, tmp_path, DROPOUT)
-    group = launcher.run(2, [*settings, "train.hang=3"], faults=[Hang(1, 6)])
+    group = launcher.run(2, [*settings, "train.hang_timeout=3"], faults=[Hang(1, 6)])
     assert group.codes() == [75, 75], group.said()
     for rank in (0, 1):
         assert f"error (process {rank}): no step was finished in 3 s" in group.said(rank)
@@ -33,7 +33,7 @@ def test_a_rank_that_hangs_with_pythons_lock_tells_where_too(
 ) -> None:
     """It can neither run its own watchdog nor hear SIGTERM. That nobody waits longer for another
     than ``train.timeout`` does not come before."""
-    settings = overrides(store, tmp_path, "train.timeout=4", "train.hang=1000")
+    settings = overrides(store, tmp_path, "train.timeout=4", "train.hang_timeout=1000")
     group = launcher.run(2, settings, faults=[Hang(1, 2, lock=True)])
     assert group.codes() == [75, 1], group.said()
     assert "error (process 0): no step was finished in 3 s" in group.said(0)

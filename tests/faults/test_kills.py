@@ -14,7 +14,7 @@ from helpers import LAUNCH, ROOT, environment, losses_of, metrics_of, overrides,
 from launcher import Group, Launcher
 from run_files import assert_same, sessions_of
 
-from dist_train.train import train
+from dist_train.training.train import train
 
 DROPOUT = "model.dropout=0.3"
 

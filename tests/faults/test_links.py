@@ -9,12 +9,12 @@ import torch
 from helpers import contents, ended, overrides, refused, tiny_npz, tiny_store
 from make_media import drifting, outlined_frames, write_video, write_volumes
 
-from dist_train.data.roi import Box
-from dist_train.data.synth import synthesize
-from dist_train.engine.checkpoint_keep import Keep
-from dist_train.engine.checkpoint_writer import CheckpointWriter
-from dist_train.engine.growing_file import GrowingFile
+from dist_train.checkpoint.retention import RetentionPolicy
+from dist_train.checkpoint.writer import CheckpointWriter
+from dist_train.data.raw.outline import Box
+from dist_train.data.synthetic.render import synthesize
 from dist_train.errors import CheckpointError, FileError, StoreError
+from dist_train.growing_file import GrowingFile
 
 
 class Alone:
@@ -73,7 +73,7 @@ def test_files_of_a_store(tmp_path: Path, target: Path) -> None:
 def test_files_of_a_checkpoint(tmp_path: Path, target: Path) -> None:
     (tmp_path / "step-1.partial").mkdir()
     (tmp_path / "step-1.partial" / "rank-00000.safetensors").symlink_to(target)
-    writer = CheckpointWriter(tmp_path, Alone(), keep=Keep(9))
+    writer = CheckpointWriter(tmp_path, Alone(), keep=RetentionPolicy(9))
     writer.save(1, {"a": torch.zeros(3)}, {})
     assert writer.finish() == tmp_path / "step-1"
     assert target.read_text() == "ten years"
@@ -90,7 +90,7 @@ def test_only_files_of_a_checkpoint_are_cleared_from_its_folder(tmp_path: Path) 
     aside.mkdir()
     for name in ("rank-00007.safetensors", "notes.txt"):
         (aside / name).write_text("mine")
-    writer = CheckpointWriter(tmp_path, Alone(), keep=Keep(9))
+    writer = CheckpointWriter(tmp_path, Alone(), keep=RetentionPolicy(9))
     writer.save(1, {"a": torch.zeros(3)}, {})
     with pytest.raises(CheckpointError, match=r"notes.txt is no file of a checkpoint"):
         writer.finish()

@@ -14,10 +14,10 @@ from helpers import ROOT, dist_train, environment, overrides, tiny_npz
 from torch.utils.data import SequentialSampler
 
 from dist_train.config import LoaderSettings
-from dist_train.data.dataset import ClipDataset
-from dist_train.data.loader import Loader
-from dist_train.data.prepare import prepare_npz
-from dist_train.data.store import Store
+from dist_train.data.loading.dataset import ClipDataset
+from dist_train.data.loading.loader import Loader
+from dist_train.data.store.build import prepare_npz
+from dist_train.data.store.reader import Store
 from dist_train.errors import MachineError
 
 pytestmark = pytest.mark.slow
@@ -88,7 +88,7 @@ def test_a_loader_of_more_workers_than_files_may_be_open_for_is_refused(store: P
 
 
 READ = """
-from dist_train.console import progress
+from dist_train.progress import progress
 with progress("train") as report:
     for done in range(1, 9):
         report(done, 8, "figures")
@@ -151,7 +151,7 @@ def test_an_interrupt_while_modules_are_imported_ends_without_a_word(
 
 INTERRUPTED_SERVER = """
 import os, signal
-from dist_train.data.supervise import Limits, supervised
+from dist_train.system.supervised_pool import Limits, supervised
 import late
 
 if __name__ == "__main__":

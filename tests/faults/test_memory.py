@@ -10,7 +10,7 @@ from faults import ShortMemory
 from helpers import InterruptedSessionError, interrupt_at, losses_of, overrides, tiny_config
 from launcher import Launcher
 
-from dist_train.train import train
+from dist_train.training.train import train
 
 # 4 groups of 1:3 a step, and a checkpoint after each 4th.
 SETTINGS = ("plan.batch=16", "optim.lr=3e-4", "snapshots.at=[3]")

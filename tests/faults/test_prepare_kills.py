@@ -15,8 +15,8 @@ import pytest
 from helpers import ROOT, contents, dist_train, environment, run_well
 from inotify import CREATED, MOVED_IN, OPENED, Event, Watch
 
-from dist_train.data.store import INDEX, MARKER, REJECTED, SHARDS, Store
-from dist_train.data.synth import synthesize
+from dist_train.data.store.reader import INDEX, MARKER, REJECTED, SHARDS, Store
+from dist_train.data.synthetic.render import synthesize
 
 SHARD_CLIPS = 2
 #: Of two shards that are being written, about.

@@ -16,11 +16,11 @@ import pytest
 from helpers import contents
 
 from dist_train import cli
-from dist_train.data.job import JOB, Job, read_job
-from dist_train.data.medmnist import read_medmnist
-from dist_train.data.prepare import prepare_npz
-from dist_train.data.shards import shard_name
-from dist_train.data.store import INDEX, MANIFEST, MARKER, REJECTED, SHARDS, Store
+from dist_train.data.raw.medmnist import read_medmnist
+from dist_train.data.store.build import prepare_npz
+from dist_train.data.store.build_spec import JOB, Job, read_job
+from dist_train.data.store.reader import INDEX, MANIFEST, MARKER, REJECTED, SHARDS, Store
+from dist_train.data.store.shards import shard_name
 from dist_train.errors import DistTrainError, StoreError
 
 SHARD = f"{SHARDS}/{shard_name(1)}"

@@ -16,7 +16,7 @@ import yaml
 from helpers import LAUNCH, ROOT, environment
 from torch.distributed.run import get_args_parser
 
-from dist_train.engine.stop import TRY_AGAIN
+from dist_train.distributed.signals import TRY_AGAIN
 
 SCRIPTS = sorted(LAUNCH.rglob("*.sh"))
 # The oldest that the file says it works with, and the newest whose schema is known.

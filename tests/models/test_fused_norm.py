@@ -19,12 +19,12 @@ from torch._inductor.utils import fresh_cache
 from dist_train import cli
 from dist_train.errors import ModelError
 from dist_train.models import fused_norm
-from dist_train.models.frames import valid_frames
 from dist_train.models.norm import BatchNorm3d, fuse, norms, share_statistics
-from dist_train.models.precise_norm import precise_statistics
+from dist_train.models.norm_statistics import precise_statistics
+from dist_train.models.padding import valid_frames
 from dist_train.models.resnet3d import ResNet3D
-from dist_train.run import make_model as make_run_model
-from dist_train.train import train
+from dist_train.run.model import make_model as make_run_model
+from dist_train.training.train import train
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,7 +70,7 @@ def one_layer(
     valid = valid_frames(frames, clips)
     real = torch.ones(()) if valid is None else valid.mask[:, None, :, None, None]
     added = (random_clips(clips.dtype, 1) - 3).mul(real).requires_grad_()
-    y = norm(x, valid, plus=added if plus else None, relu=relu)
+    y = norm(x, valid, shortcut=added if plus else None, relu=relu)
     (y * clips.sin()).sum().backward()
     assert x.grad is not None
     results = {"y": y.detach(), "x": x.grad, **dict(norm.named_buffers())}

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train.errors import ModelError
-from dist_train.models.frames import valid_frames
 from dist_train.models.norm import BatchNorm3d, set_momentum, share_statistics
-from dist_train.models.norm_gap import by_running_and_own_statistics
-from dist_train.models.passes import TwoPasses
+from dist_train.models.norm_statistics import by_running_and_own_statistics
+from dist_train.models.padding import valid_frames
+from dist_train.models.recompute_once import TwoPasses
 
 FRAMES = torch.tensor([5, 2, 7])
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from dist_train.engine import checkpoint_writer
-from dist_train.engine.checkpoint import by_step, rank_file
-from dist_train.engine.tensor_file import write_tensors
-from dist_train.train import Trainer
+from dist_train.checkpoint import writer
+from dist_train.checkpoint.format import by_step, rank_file
+from dist_train.checkpoint.tensor_file import write_tensors
+from dist_train.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class KilledWriting(Fault):
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        checkpoint_writer.write_tensors = half
+        writer.write_tensors = half
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class KilledPublishing(Fault):
         def kill(final: Path, *, foreign: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-        checkpoint_writer._make_way = kill
+        writer._make_way = kill
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,8 @@ class OtherStep(Fault):
     """This rank believes to be at another step."""
 
     def strike(self, trainer: Trainer) -> None:
-        step = trainer._step
-        trainer._step = lambda number, batches: step(number + 1, batches)
+        take = trainer.step.take
+        trainer.step.take = lambda number, batches, **how: take(number + 1, batches, **how)
 
 
 @dataclass(frozen=True)

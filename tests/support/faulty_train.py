@@ -13,7 +13,7 @@ from pathlib import Path
 
 from faults import Injector, from_json
 
-import dist_train.train
+import dist_train.training.train
 from dist_train import cli
 
 
@@ -24,7 +24,9 @@ def main() -> None:
     if place is not None:
         faults = [from_json(content) for content in json.loads(Path(place).read_text())]
         injector = Injector(faults, Path(place).parent)
-        dist_train.train.train = partial(dist_train.train.train, before_step=injector)
+        dist_train.training.train.train = partial(
+            dist_train.training.train.train, before_step=injector
+        )
     try:
         cli.main()
     except SystemExit as ended:

@@ -14,10 +14,10 @@ import numpy as np
 from helpers import ROOT, metrics_of
 
 from dist_train.config import Config, last_of_each, load_config
-from dist_train.data.clip import PrepareSettings
-from dist_train.data.manifest import read_manifest
-from dist_train.data.prepare import prepare
-from dist_train.train import train
+from dist_train.data.raw.clip import PrepareSettings
+from dist_train.data.store.build import prepare
+from dist_train.data.table.manifest import read_manifest
+from dist_train.training.train import train
 
 #: ``metrics.jsonl`` of it on one process.
 GOLDEN = ROOT / "tests" / "golden" / "metrics.jsonl"

@@ -23,9 +23,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dist_train import cli
 from dist_train.config import Config, dump_config, last_of_each, load_config
-from dist_train.data.prepare import prepare_npz
-from dist_train.run import _write_record, read_record
-from dist_train.train import Progress
+from dist_train.data.store.build import prepare_npz
+from dist_train.run.record import _write_record, read_record
+from dist_train.training.trainer import Progress
 
 SUPPORT = Path(__file__).parent
 ROOT = SUPPORT.parents[1]

@@ -12,8 +12,8 @@ import av
 import numpy as np
 from av.video.reformatter import Colorspace, VideoReformatter
 
-from dist_train.data.manifest import Manifest, read_manifest
-from dist_train.data.roi import Box
+from dist_train.data.raw.outline import Box
+from dist_train.data.table.manifest import Manifest, read_manifest
 
 ORANGE = (224, 107, 34)
 MPEG_RANGE, FULL_RANGE = 1, 2

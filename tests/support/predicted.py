@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dist_train import cli
-from dist_train.data.store import Store
+from dist_train.data.store.reader import Store
 from dist_train.models.resnet3d import ResNet3D
 
 notes: dict[str, list[Any]] = {"seen": [], "read": [], "opened": []}

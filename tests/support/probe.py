@@ -13,8 +13,8 @@ from torch import nn
 
 from dist_train.cli import _leave_launch
 from dist_train.config import OptimSettings, TrainSettings
-from dist_train.engine.backends import make_backend
-from dist_train.engine.optim import make_optimizer
+from dist_train.distributed.backends import make_backend
+from dist_train.training.optimizer import make_optimizer
 
 
 def main() -> None:

@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor
 
 from dist_train.cli import _leave_launch
 from dist_train.config import load_config
-from dist_train.engine.backends.base import Backend
-from dist_train.train import Trainer, train
+from dist_train.distributed.backends.base import Backend
+from dist_train.training.train import train
+from dist_train.training.trainer import Trainer
 
 
 def main() -> None:

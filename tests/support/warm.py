@@ -43,9 +43,9 @@ with warnings.catch_warnings():
         "torch._dynamo",
         "torch._inductor.compile_fx",
         "transformers.integrations.deepspeed",
-        "dist_train.engine.backends.fsdp",
-        "dist_train.engine.backends.zero",
-        "dist_train.train",
+        "dist_train.distributed.backends.fsdp",
+        "dist_train.distributed.backends.zero",
+        "dist_train.training.trainer",
     ):
         import_module(module)
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dist_train.models.registry import build_model
 
-# Deep enough that no convolution is given more frames than its own: see models/conv.py.
+# Deep enough that no convolution is given more frames than its own: see models/layers.py.
 SHAPE = (2, 1, 48, 32, 32)
 
 

@@ -1,0 +1,1 @@
+"""Sharded checkpoints: their format on disk, how they are written, and which are kept."""

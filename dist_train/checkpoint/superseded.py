@@ -1,0 +1,56 @@
+"""What a run leaves behind when it goes back to an earlier step: moved aside, never deleted.
+
+``superseded/`` in the run's folder holds it: the lines of ``metrics.jsonl``, snapshots, and
+checkpoints of another run whose name was needed. Nothing reads that folder again; the user may
+delete it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from itertools import count
+from pathlib import Path
+
+from dist_train.files import sync_folder
+from dist_train.growing_file import GrowingFile
+
+SUPERSEDED = "superseded"
+
+
+def set_aside(run: Path, path: Path) -> Path:
+    """Move a file or folder of ``run`` to ``superseded/``, under a name that is free there.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    folder = run / SUPERSEDED
+    folder.mkdir(exist_ok=True)
+    name, dot, suffix = path.name.partition(".")
+    names = (f"{name}{f'-{number}' if number > 1 else ''}{dot}{suffix}" for number in count(1))
+    # Only one training is at work in the folder, so a name that is free stays free.
+    free = next(folder / name for name in names if not os.path.lexists(folder / name))
+    path.rename(free)
+    sync_folder(folder)
+    sync_folder(path.parent)
+    return free
+
+
+def append_aside(run: Path, name: str, lines: Iterable[bytes]) -> None:
+    """Add lines to the file ``name`` in ``superseded/``, and put them on the disk.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    content = b"".join(line if line.endswith(b"\n") else line + b"\n" for line in lines)
+    if not content:
+        return
+    folder = run / SUPERSEDED
+    folder.mkdir(exist_ok=True)
+    file = GrowingFile(folder / name)
+    try:
+        file.append(content)
+        file.flush()
+    finally:
+        file.close()
+    sync_folder(folder)

@@ -1,0 +1,279 @@
+"""The augmentation of the original recipe (``augment.preset: original``), on the host.
+
+The original used albumentations of 2020 on a picture whose channels are the frames: all frames are
+moved, toned and blurred alike, and noise is drawn for each frame anew. Here are the same blocks, in
+the same order, with the same ranges, drawn by (seed, epoch, clip) as all augmentation is. Within a
+block one of its transforms is drawn, each as likely. docs/augmentation.md has them as a table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import numpy as np
+
+from dist_train.config import AugmentSettings
+from dist_train.data.orientation import AS_IT_IS, Matrix, Orientation
+from dist_train.data.types import Volume
+
+Map = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+Maps = tuple[Map, Map]
+
+# Limits, each to both sides of nothing.
+SHIFT, SCALE, DEGREES = 0.1, 0.2, 10.0
+BRIGHTNESS, CONTRAST, GAMMA = 0.2, 0.2, (0.8, 1.2)
+TAPS = (3, 5, 7)
+#: Variance of the one Gaussian noise, and standard deviation of the other, in grey levels.
+VARIANCE, DEVIATION = (10.0, 50.0), (0.01 * 255, 0.05 * 255)
+FACTOR = (0.5, 1.5)
+ELASTIC_ALPHA, ELASTIC_SIGMA, ELASTIC_AFFINE = 120.0, 7.5, 3.6
+GRID_STEPS, GRID_LIMIT = 5, 0.3
+OPTICAL_LIMIT, OPTICAL_SHIFT = 1.0, 3.6
+
+# See cpu.py: OpenCV resamples four frames as the channels of one picture exactly.
+TOGETHER = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Gaussian noise is added, of standard deviation ``scale`` in grey levels; or each pixel is
+    multiplied by a number that is even in ``FACTOR``. ``key`` seeds the numbers of all frames."""
+
+    kind: Literal["added", "multiplied"]
+    scale: float
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class OriginalDraw:
+    """What happens to a clip, in this order.
+
+    Attributes:
+        orientation: flips and quarter turns.
+        contrast, brightness: a value v becomes contrast * v + brightness, cut to 0 to 255.
+        gamma: a value v becomes 255 * (v / 255) ** gamma.
+        blur: "gaussian" or "box", and its taps; None does not blur.
+        noise: see ``Noise``.
+        elastic: float64 [2, 3], an affine map that comes before an elastic displacement; pixels
+            from outside mirror the picture.
+        displaced: x and y of the place that each pixel is taken from, float32 [H, W] each, mirrored
+            outside.
+        affine: float64 [2, 3], shift, scale and rotation; black comes in from outside.
+        is_reversed: whether the frames come last to first.
+    """
+
+    orientation: Orientation = AS_IT_IS
+    contrast: float = 1.0
+    brightness: float = 0.0
+    gamma: float = 1.0
+    blur: tuple[Literal["gaussian", "box"], int] | None = None
+    noise: Noise | None = None
+    elastic: Matrix | None = None
+    displaced: Maps | None = None
+    affine: Matrix | None = None
+    is_reversed: bool = False
+
+
+class OriginalAugment:
+    """Callable on uint8 [D, H, W], as ``Augment`` is; the clip itself is left alone."""
+
+    def __init__(self, settings: AugmentSettings, seed: int) -> None:
+        self.settings, self.seed = settings, seed
+
+    def __call__(self, clip: Volume, *, epoch: int, number: int) -> Volume:
+        return applied(clip, self.draw((clip.shape[1], clip.shape[2]), epoch=epoch, number=number))
+
+    def draw(self, size: tuple[int, int], *, epoch: int, number: int) -> OriginalDraw:
+        """The draw for clip ``number`` in an epoch, for frames of ``size`` (height, width)."""
+        s = self.settings
+        random = np.random.default_rng(np.random.SeedSequence((self.seed, epoch, number)))
+
+        def hits(probability: float) -> bool:
+            return bool(random.random() < probability)
+
+        orientation = AS_IT_IS.flipped(columns=hits(s.flip))
+        orientation = orientation.flipped(rows=hits(s.flip))
+        if hits(s.rotate90):
+            orientation = orientation.turned(int(random.integers(4)))
+        contrast, brightness, gamma = 1.0, 0.0, 1.0
+        if hits(s.brightness):
+            if hits(0.5):
+                contrast = random.uniform(1 - CONTRAST, 1 + CONTRAST)
+                brightness = 255 * random.uniform(-BRIGHTNESS, BRIGHTNESS)
+            else:
+                gamma = random.uniform(*GAMMA)
+        blur, noise = _softened(random) if hits(s.blur_noise) else (None, None)
+        elastic, displaced = _distorted(random, size) if hits(s.distort) else (None, None)
+        return OriginalDraw(
+            orientation,
+            contrast,
+            brightness,
+            gamma,
+            blur,
+            noise,
+            elastic,
+            displaced,
+            _moved(random, size) if hits(s.shift_scale_rotate) else None,
+            hits(s.reverse),
+        )
+
+
+def _softened(
+    random: np.random.Generator,
+) -> tuple[tuple[Literal["gaussian", "box"], int] | None, Noise | None]:
+    kind = random.integers(5)
+    if kind < 2:
+        return ("gaussian" if kind == 0 else "box", int(random.choice(TAPS))), None
+    key = int(random.integers(2**63))
+    if kind == 2:
+        return None, Noise("added", float(random.uniform(*VARIANCE) ** 0.5), key)
+    if kind == 3:
+        return None, Noise("added", float(random.uniform(*DEVIATION)), key)
+    return None, Noise("multiplied", 0.0, key)
+
+
+def _distorted(
+    random: np.random.Generator, size: tuple[int, int]
+) -> tuple[Matrix | None, Maps | None]:
+    kind = random.integers(3)
+    if kind == 0:
+        return _elastic(random, size)
+    return None, (_grid if kind == 1 else _optical)(random, size)
+
+
+def _elastic(random: np.random.Generator, size: tuple[int, int]) -> tuple[Matrix, Maps]:
+    """Elastic deformation (Simard et al. 2003): an affine map by three corners of a square that
+    move, then a smooth random field."""
+    height, width = size
+    middle, reach = np.array([width // 2, height // 2]), min(size) // 3
+    corners = (middle + reach * np.array([(1, 1), (1, -1), (-1, -1)])).astype(np.float32)
+    away = random.uniform(-ELASTIC_AFFINE, ELASTIC_AFFINE, corners.shape).astype(np.float32)
+    taps = 2 * int(4 * ELASTIC_SIGMA + 0.5) + 1
+    dx, dy = (
+        ELASTIC_ALPHA
+        * cv2.GaussianBlur(
+            random.uniform(-1, 1, size), (taps, taps), ELASTIC_SIGMA, borderType=cv2.BORDER_REFLECT
+        )
+        for _ in range(2)
+    )
+    maps = (
+        (np.arange(width) + dx).astype(np.float32),
+        (np.arange(height)[:, None] + dy).astype(np.float32),
+    )
+    return cv2.getAffineTransform(corners, corners + away), maps
+
+
+def _grid(random: np.random.Generator, size: tuple[int, int]) -> Maps:
+    """The cells of a grid become wider or narrower, rows and columns each on their own."""
+    x, y = (_stretched(random, length) for length in (size[1], size[0]))
+    columns, rows = np.meshgrid(x, y)
+    return columns.astype(np.float32), rows.astype(np.float32)
+
+
+def _stretched(random: np.random.Generator, length: int) -> np.ndarray:
+    """Where each of so many pixels is taken from: float64 [length]."""
+    step = max(length // GRID_STEPS, 1)
+    parts, reached = [], 0.0
+    for first in range(0, length, step):
+        stretch = random.uniform(1 - GRID_LIMIT, 1 + GRID_LIMIT)
+        # A rest at the end leads to the edge.
+        whole = first + step <= length
+        end = reached + step * stretch if whole else float(length)
+        parts.append(np.linspace(reached, end, min(step, length - first)))
+        reached = end
+    return np.concatenate(parts)
+
+
+def _optical(random: np.random.Generator, size: tuple[int, int]) -> Maps:
+    """A lens: OpenCV's radial model, with both coefficients alike. The shifted middle of the lens
+    comes to the middle of the picture."""
+    height, width = size
+    k = random.uniform(-OPTICAL_LIMIT, OPTICAL_LIMIT)
+    dx, dy = np.rint(random.uniform(-OPTICAL_SHIFT, OPTICAL_SHIFT, 2))
+    camera = np.array([[width, 0, width / 2 + dx], [0, height, height / 2 + dy], [0, 0, 1]])
+    lens = np.array([k, k, 0, 0, 0])
+    seen = cv2.getDefaultNewCameraMatrix(camera, (width, height), centerPrincipalPoint=True)
+    maps = cv2.initUndistortRectifyMap(camera, lens, np.eye(3), seen, (width, height), cv2.CV_32F)
+    return maps[0], maps[1]
+
+
+def _moved(random: np.random.Generator, size: tuple[int, int]) -> Matrix:
+    height, width = size
+    angle = random.uniform(-DEGREES, DEGREES)
+    scale = random.uniform(1 - SCALE, 1 + SCALE)
+    matrix: Matrix = cv2.getRotationMatrix2D((width / 2, height / 2), angle, scale)
+    matrix[:, 2] += random.uniform(-SHIFT, SHIFT, 2) * (width, height)
+    return matrix
+
+
+def applied(clip: Volume, draw: OriginalDraw) -> Volume:
+    """A clip, uint8 [D, H, W], with all of a draw done to it."""
+    if draw.orientation != AS_IT_IS:
+        clip = np.stack([draw.orientation.apply(frame) for frame in clip])
+    levels = np.arange(256, dtype=np.float64)
+    if (draw.contrast, draw.brightness) != (1.0, 0.0):
+        clip = _toned(clip, levels * draw.contrast + draw.brightness)
+    if draw.gamma != 1.0:
+        clip = _toned(clip, 255 * (levels / 255) ** draw.gamma)
+    if draw.blur is not None:
+        clip = _blurred(clip, *draw.blur)
+    if draw.noise is not None:
+        clip = _with_noise(clip, draw.noise)
+    if draw.displaced is not None or draw.affine is not None:
+        clip = _resampled(clip, draw)
+    return clip[::-1] if draw.is_reversed else clip
+
+
+def _toned(clip: Volume, table: np.ndarray) -> Volume:
+    table = np.clip(table, 0, 255).astype(np.uint8)
+    toned: Volume = cv2.LUT(clip.reshape(-1, clip.shape[2]), table).reshape(clip.shape)
+    return toned
+
+
+def _blurred(clip: Volume, kind: str, taps: int) -> Volume:
+    out = np.empty(clip.shape, np.uint8)
+    for frame, target in zip(clip, out, strict=True):
+        if kind == "box":
+            cv2.blur(frame, (taps, taps), dst=target)
+        else:
+            # OpenCV takes sigma from the taps.
+            cv2.GaussianBlur(frame, (taps, taps), 0, dst=target)
+    return out
+
+
+def _with_noise(clip: Volume, noise: Noise) -> Volume:
+    """Each frame has numbers of its own."""
+    random, out = np.random.default_rng(noise.key), np.empty(clip.shape, np.uint8)
+    for frame, target in zip(clip, out, strict=True):
+        if noise.kind == "added":
+            drawn = random.standard_normal(frame.shape, np.float32)
+            values = frame + np.float32(noise.scale) * drawn
+        else:
+            low, high = FACTOR
+            drawn = random.random(frame.shape, np.float32)
+            values = frame * (np.float32(low) + np.float32(high - low) * drawn)
+        target[:] = np.clip(values, 0, 255)
+    return out
+
+
+def _resampled(clip: Volume, draw: OriginalDraw) -> Volume:
+    """Distorted, then shifted, scaled and rotated, each rounded to grey levels."""
+    depth, height, width = clip.shape
+    out = np.empty(clip.shape, np.uint8)
+    for first in range(0, depth, TOGETHER):
+        places = [min(first + i, depth - 1) for i in range(TOGETHER)]
+        frames = cv2.merge([clip[place] for place in places])
+        if draw.elastic is not None:
+            frames = cv2.warpAffine(
+                frames, draw.elastic, (width, height), borderMode=cv2.BORDER_REFLECT_101
+            )
+        if draw.displaced is not None:
+            frames = cv2.remap(
+                frames, *draw.displaced, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
+            )
+        if draw.affine is not None:
+            frames = cv2.warpAffine(frames, draw.affine, (width, height))
+        cv2.split(frames, [out[place] for place in places])
+    return out

@@ -1,0 +1,73 @@
+"""A batch of clips at their own sizes, one behind the other, with what is drawn for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dist_train.data.augment.params import NO_PICTURES, Draw
+
+
+@dataclass(frozen=True, slots=True)
+class NativeClips:
+    """Clips that are to be resized and augmented on a device. No byte of them is padding.
+
+    Attributes:
+        pixels: uint8 [N], the clips' [D, H, W] one behind the other.
+        shapes: D, H and W of each.
+        draws: what is to happen to each after it was resized, without the pictures.
+        pictures: float32 [P, height, width], those of all draws, one behind the other.
+    """
+
+    pixels: Tensor
+    shapes: tuple[tuple[int, int, int], ...]
+    draws: tuple[Draw, ...]
+    pictures: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return self.pixels, self.pictures
+
+    def part(self, start: int, stop: int) -> NativeClips:
+        """Clips ``start`` to ``stop`` (excluded) of clips without pictures, in the same memory."""
+        assert not len(self.pictures), "which clip has which picture is not known here"
+        before, own = (
+            sum(map(math.prod, shapes)) for shapes in (self.shapes[:start], self.shapes[start:stop])
+        )
+        return replace(
+            self,
+            pixels=self.pixels[before : before + own],
+            shapes=self.shapes[start:stop],
+            draws=self.draws[start:stop],
+        )
+
+    def pin_memory(self) -> NativeClips:
+        return replace(self, pixels=self.pixels.pin_memory(), pictures=self.pictures.pin_memory())
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> NativeClips:
+        """On a device, as ``Tensor.to`` copies."""
+        pixels, pictures = (t.to(device, non_blocking=non_blocking) for t in self.tensors)
+        return replace(self, pixels=pixels, pictures=pictures)
+
+
+def pack(clips: Sequence[Tensor], draws: Sequence[Draw]) -> NativeClips:
+    """Put clips, uint8 [D, H, W] each, and their draws together."""
+    shapes = tuple((clip.shape[0], clip.shape[1], clip.shape[2]) for clip in clips)
+    return packed(torch.cat([clip.reshape(-1) for clip in clips]), shapes, draws)
+
+
+def packed(
+    pixels: Tensor, shapes: tuple[tuple[int, int, int], ...], draws: Sequence[Draw]
+) -> NativeClips:
+    """Clips that lie one behind the other already, and their draws."""
+    pictures = [torch.from_numpy(draw.pictures) for draw in draws if len(draw.pictures)]
+    return NativeClips(
+        pixels,
+        shapes,
+        tuple(replace(draw, pictures=NO_PICTURES) for draw in draws),
+        torch.cat(pictures) if pictures else torch.from_numpy(NO_PICTURES.copy()),
+    )

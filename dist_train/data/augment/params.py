@@ -1,0 +1,167 @@
+"""What the augmentation of one clip is made of, drawn by albumentations.
+
+The draw is keyed by (seed, epoch, clip), never by the worker or rank that makes it. Applying it is
+the matter of ``cpu.py`` on the host and of ``gpu.py`` on the device.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+# Asked of albumentations before its import: no network call to look for a newer version.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import albumentations as A
+import numpy as np
+
+from dist_train.config import AugmentSettings
+from dist_train.data.orientation import AS_IT_IS, Matrix, Orientation
+
+Pictures = np.ndarray[tuple[int, int, int], np.dtype[np.float32]]
+Kernel = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+NO_PICTURES: Pictures = np.empty((0, 0, 0), np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What happens to every frame of a clip of H x W, in this order.
+
+    Attributes:
+        orientation: flips and quarter turns.
+        affine: float64 [2, 3], takes (x, y, 1) of a pixel to where it moves; None moves nothing.
+            Black comes in from outside.
+        is_displaced: whether the first two pictures say, for each pixel, x and y of the place that
+            it is taken from. Outside is black.
+        contrast, brightness: a value v becomes contrast * v + brightness, cut to 0 to 255.
+        gamma: then it becomes 255 * (v / 255) ** gamma.
+        kernel: float64 [taps], of a blur along both axes, with the picture mirrored at its edge
+            pixels; None does not blur.
+        is_noisy: whether the last picture, of whole grey levels, is added, and the sum cut to 0 to
+            255.
+        is_reversed: whether the frames come last to first.
+        pictures: float32 [0 to 3, H, W].
+    """
+
+    orientation: Orientation = AS_IT_IS
+    affine: Matrix | None = None
+    is_displaced: bool = False
+    contrast: float = 1.0
+    brightness: float = 0.0
+    gamma: float = 1.0
+    kernel: Kernel | None = None
+    is_noisy: bool = False
+    is_reversed: bool = False
+    pictures: Pictures = field(default_factory=lambda: NO_PICTURES)
+
+
+class AugmentSampler:
+    """Draws for clips of a size, as the settings say.
+
+    The list is that of the original recipe: flips, quarter turns, shift-scale-rotate, elastic, grid
+    and optical distortion, brightness, contrast and gamma, blur and noise, reversal in depth.
+
+    Args:
+        settings: how probable each is.
+        seed: the run's.
+    """
+
+    def __init__(self, settings: AugmentSettings, seed: int) -> None:
+        s = settings
+        steps = [
+            (s.flip, A.HorizontalFlip(p=s.flip)),
+            (s.flip, A.VerticalFlip(p=s.flip)),
+            (s.rotate90, A.RandomRotate90(p=s.rotate90)),
+            (
+                s.shift_scale_rotate,
+                A.Affine(
+                    translate_percent=(-0.06, 0.06),
+                    scale=(0.9, 1.1),
+                    rotate=(-45, 45),
+                    p=s.shift_scale_rotate,
+                ),
+            ),
+            (
+                s.distort,
+                A.OneOf(
+                    # The library's own default moves no pixel by a tenth; this one, by one or two.
+                    [
+                        A.ElasticTransform(alpha=60, sigma=6),
+                        A.GridDistortion(),
+                        A.OpticalDistortion(),
+                    ],
+                    p=s.distort,
+                ),
+            ),
+            (
+                s.brightness,
+                A.Compose(
+                    [A.RandomBrightnessContrast(p=0.8), A.RandomGamma(p=0.5)], p=s.brightness
+                ),
+            ),
+            (
+                s.blur_noise,
+                # A standard deviation of 3 to 7 grey levels; the library's default of 51 to 112
+                # would bury the cells.
+                A.OneOf(
+                    [A.GaussianBlur(), A.GaussNoise(std_range=(3 / 255, 7 / 255))], p=s.blur_noise
+                ),
+            ),
+        ]
+        used = [transform for probability, transform in steps if probability > 0]
+        #: albumentations' own pipeline, of all but the reversal; None if nothing is left.
+        self.transform = A.Compose(used, save_applied_params=True) if used else None
+        self.reverse = s.reverse
+        self.seed = seed
+
+    def __call__(self, size: tuple[int, int], *, epoch: int, number: int) -> Draw:
+        """The draw for clip ``number`` in an epoch, for frames of ``size`` (height, width)."""
+        key = np.random.SeedSequence((self.seed, epoch, number))
+        numbers, choices, reversal = (int(word) for word in key.generate_state(3))
+        applied: list[tuple[str, dict[str, Any]]] = []
+        if self.transform is not None:
+            # Not set_random_seed, which gives every transform the same seed: all flips would go
+            # together, and with the quarter turns.
+            self.transform.set_random_state(np.random.default_rng(numbers), random.Random(choices))
+            # What is drawn depends on a clip's size and dtype alone, so one black frame stands for
+            # it. As images [D, H, W, 1], not as a volume, which albumentations' GaussNoise cannot
+            # take.
+            applied = self.transform(images=np.zeros((1, *size, 1), np.uint8))["applied_transforms"]
+        is_reversed = np.random.default_rng(reversal).random() < self.reverse
+        return _as_draw(applied, bool(is_reversed))
+
+
+def _as_draw(applied: list[tuple[str, dict[str, Any]]], is_reversed: bool) -> Draw:
+    """Of the transforms that albumentations applied, by their names, with their parameters."""
+    draw, pictures = Draw(is_reversed=is_reversed), []
+    for name, drawn in applied:
+        match name:
+            case "HorizontalFlip":
+                draw = replace(draw, orientation=draw.orientation.flipped(columns=True))
+            case "VerticalFlip":
+                draw = replace(draw, orientation=draw.orientation.flipped(rows=True))
+            case "RandomRotate90":
+                draw = replace(draw, orientation=draw.orientation.turned(drawn["factor"]))
+            case "Affine":
+                draw = replace(draw, affine=drawn["matrix"][:2])
+            case "ElasticTransform" | "GridDistortion" | "OpticalDistortion":
+                draw = replace(draw, is_displaced=True)
+                pictures += [drawn["map_x"], drawn["map_y"]]
+            case "RandomBrightnessContrast":
+                draw = replace(draw, contrast=drawn["alpha"], brightness=drawn["beta"])
+            case "RandomGamma":
+                draw = replace(draw, gamma=drawn["gamma"])
+            case "GaussianBlur":
+                draw = replace(draw, kernel=drawn["kernel"])
+            case "GaussNoise":
+                draw = replace(draw, is_noisy=True)
+                # albumentations adds whole grey levels.
+                pictures.append(np.trunc(drawn["noise_map"][..., 0]))
+            case _:
+                raise AssertionError(f"{name} is drawn, but nothing is known of how to apply it")
+    if pictures:
+        draw = replace(draw, pictures=np.stack(pictures, dtype=np.float32))
+    return draw

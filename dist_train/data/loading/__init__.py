@@ -1,0 +1,1 @@
+"""Slots -> batches in host memory -> batches on the training device."""

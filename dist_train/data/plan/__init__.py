@@ -1,0 +1,1 @@
+"""(seed, epoch, step) -> the global batch -> each rank's slots. Numpy alone, no I/O."""

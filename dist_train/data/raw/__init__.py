@@ -1,0 +1,1 @@
+"""Raw file -> clip: found or fetched, decoded, made 8-bit grey, and cropped at its outline."""

@@ -1,0 +1,157 @@
+"""One raw file -> one clip: decoded by its kind, and cropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+
+from dist_train.data.raw.outline import LEAST, Box, OutlineColour, crop_to_outline, stack_planes
+from dist_train.data.raw.video import VIDEO_SUFFIXES, Video
+from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, is_deep, read_raw, to_grey
+from dist_train.data.types import Record, Volume
+from dist_train.errors import DecodeError, DistTrainError, RoiError
+
+# A clip with fewer grey levels than these has lost most of what its file tells, or is nearly black.
+FEW_LEVELS = 32
+
+# Raised whenever the same file and settings would give other pixels.
+PIXELS_VERSION = 4
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """What the bytes of a store depend on, beside the files themselves.
+
+    ``roi``: "outline" crops to the union of the outline's boxes; "none" keeps whole frames.
+    ``least_outline``: pixels that an outline is high and wide, at least.
+    ``truncated``: whether a video with fewer frames than it declares is rejected or kept.
+    ``damaged``: the same for one with frames of which the decoder had to guess a part.
+    ``bits``: depth of values that are kept in 16 bits, as in uint16 stacks and gray16 video; one
+    for the whole store. None where there are none; such a file is then rejected.
+    ``clip_seconds``, ``clip_memory`` (MiB): what decoding one file may take before it is rejected.
+    """
+
+    roi: Literal["outline", "none"] = "outline"
+    colour: OutlineColour = field(default_factory=OutlineColour)
+    truncated: Literal["reject", "keep"] = "reject"
+    damaged: Literal["reject", "keep"] = "reject"
+    shard_clips: int = 128
+    clip_seconds: float = 600.0
+    clip_memory: int = 2048
+    bits: int | None = None
+    least_outline: int = LEAST
+
+
+# Kinds of files that people have clips in, and what to make of them.
+_ARRAY = "Convert it to uint8 or uint16, as an npy array [frames, height, width] or multi-page TIFF"
+CONVERT = {
+    ".nii.gz": f"{_ARRAY}: a = nibabel.load(file).get_fdata().transpose(2, 1, 0), then "
+    "np.save(name, np.clip((a - LOW) * 255 / (HIGH - LOW), 0, 255).astype('uint8')), with the same "
+    "LOW and HIGH for all files.",
+    ".dcm": f"{_ARRAY}, as by pydicom's pixel_array.",
+    ".png": "It is one picture of a clip: put all of them into one multi-page TIFF, in order.",
+    ".zip": "Unpack it, and list what is in it.",
+} | dict.fromkeys((".h5", ".hdf5", ".mat", ".mha", ".mhd", ".nrrd", ".nd2", ".czi"), f"{_ARRAY}.")
+CONVERT |= {
+    ".nii": CONVERT[".nii.gz"],
+    ".jpg": CONVERT[".png"],
+    ".jpeg": CONVERT[".png"],
+    ".bmp": CONVERT[".png"],
+    ".gz": CONVERT[".zip"],
+    ".tar": CONVERT[".zip"],
+}
+
+
+def read_clip(
+    path: Path, name: str, where: str, settings: PrepareSettings
+) -> tuple[Volume, Record]:
+    """The clip in a file, uint8 [D, H, W], and what its record says of how it was read.
+
+    Args:
+        path: where the bytes are.
+        name: the file's name, whose ending tells its kind.
+        where: how messages name it.
+
+    Raises:
+        DecodeError: it does not decode, or not within the memory that it may take.
+        RoiError: it has no outline.
+    """
+    try:
+        return _read(path, suffix_of(name), where, settings)
+    except DistTrainError:
+        raise
+    except MemoryError:
+        raise DecodeError(
+            f"takes more than {settings.clip_memory} MiB of memory to decode",
+            where=where,
+            fix="Cut it into shorter clips, or prepare anew with a larger --clip-memory.",
+        ) from None
+    # A damaged file leads a decoder to where nobody was before. It costs the file, not the run, and
+    # it is in the list of rejects for all to see.
+    except Exception as error:
+        raise DecodeError(f"cannot be decoded ({error!r})", where=where) from None
+
+
+def suffix_of(name: str) -> str:
+    name = name.lower()
+    return ".nii.gz" if name.endswith(".nii.gz") else PurePosixPath(name).suffix
+
+
+def _read(path: Path, suffix: str, where: str, settings: PrepareSettings) -> tuple[Volume, Record]:
+    if suffix in VOLUME_SUFFIXES:
+        if settings.roi == "outline":
+            raise RoiError(
+                "a volume has no coloured outline", where=where, fix="Prepare it with --roi none."
+            )
+        raw = read_raw(path, where, suffix)
+        clip = to_grey(raw, where, settings.bits)
+        facts: Record = {"frames_declared": clip.shape[0], "box": None}
+        return clip, facts | (_few_levels(clip) if is_deep(raw.dtype) else {})
+    if suffix not in VIDEO_SUFFIXES:
+        known = " ".join(sorted(VIDEO_SUFFIXES | VOLUME_SUFFIXES))
+        raise DecodeError(
+            f"unknown kind of file '{suffix}'",
+            where=where,
+            fix=f"{CONVERT.get(suffix, '')} Known: {known}.".lstrip(),
+        )
+    video = Video(path, where, settings.bits)
+    box = None
+    if settings.roi == "outline":
+        clip, found = crop_to_outline(video, settings.colour, settings.least_outline)
+        box = [found.top, found.left, found.bottom, found.right]
+    else:
+        planes = [frame.luma for frame in video]
+        clip = stack_planes(planes, Box(0, 0, *planes[0].shape))
+    _judge(video, where, settings)
+    facts = {"frames_declared": video.frames_declared, "box": box}
+    if video.frames_damaged:
+        facts["frames_damaged"] = video.frames_damaged
+    return clip, facts | (_few_levels(clip) if video.is_deep else {})
+
+
+def _judge(video: Video, where: str, settings: PrepareSettings) -> None:
+    """Raises DecodeError if a decoded video is not as it should be, and may not be kept so."""
+    if video.truncated and settings.truncated == "reject":
+        because = f": {video.stopped_by}" if video.stopped_by else ""
+        of = f" of {video.frames_declared} declared" if video.frames_declared else ""
+        raise DecodeError(
+            f"the video stops after {video.frames_decoded}{of} frames{because}",
+            where=where,
+            fix="Replace the file, or prepare with --truncated keep.",
+        )
+    if video.frames_damaged and settings.damaged == "reject":
+        raise DecodeError(
+            f"{video.frames_damaged} of {video.frames_decoded} frames are damaged, and those that "
+            "build on them",
+            where=where,
+            fix="Replace the file, or prepare with --damaged keep.",
+        )
+
+
+def _few_levels(clip: Volume) -> Record:
+    """What the record says of a clip that was brought to 8 bits and keeps few grey levels."""
+    levels = np.count_nonzero(np.bincount(clip.reshape(-1), minlength=256))
+    return {"grey_levels": int(levels)} if levels < FEW_LEVELS else {}

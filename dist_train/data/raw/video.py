@@ -1,0 +1,215 @@
+"""Video files -> frames, by PyAV."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+from av.sidedata.sidedata import Type
+from av.video.reformatter import VideoReformatter
+
+from dist_train.data.orientation import AS_IT_IS, Orientation
+from dist_train.data.raw.container import (
+    declared_seconds,
+    lacks_end,
+    listed_frames,
+    open_container,
+    shown_frames,
+    video_stream,
+)
+from dist_train.data.raw.frame import Frame, read_frame
+from dist_train.data.raw.undecodable import too_large
+from dist_train.errors import DecodeError
+from dist_train.files import open_plain, reason_of
+from dist_train.system.advice import ADVICE, blame_machine
+
+VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpeg", ".mpg"}
+
+# Of errors that tell of the machine, those that a single file may be the cause of. FFmpeg uses most
+# numbers for purposes of its own.
+OF_A_VIDEO = ADVICE.keys() - {errno.EMFILE, errno.ENFILE, errno.ESTALE}
+
+# Its errors are counted, not shown.
+av.logging.set_level(av.logging.PANIC)
+# These also call errors what harms no frame; H.264 marks those that it had to guess a part of.
+_ERRORS_SAY_LITTLE = {"h264", "hevc"}
+
+# FFmpeg knows more kinds of side data than PyAV, which fails at one that it does not know. None but
+# the display matrix is asked for here.
+Type._missing_ = classmethod(lambda cls, _: cls.PANSCAN)  # type: ignore[method-assign, assignment]
+
+
+class Video:
+    """The frames of a video file. It can be iterated again; each time the file is decoded anew.
+
+    Every coded frame comes once, whatever its time stamp says. Where the file says that a player
+    must turn the picture by a multiple of 90 degrees, or mirror it (its display matrix, ISO/IEC
+    14496-12), this is done; other angles are ignored.
+
+    Args:
+        path: where the bytes are.
+        where: how messages name the file; None takes ``path``.
+        bits: of values that are kept in 16 bits; None refuses these.
+
+    After an iteration ``frames_decoded`` is the number of frames that truly decoded,
+    ``frames_declared`` what the container's header says (0 where it says nothing, as in mkv, webm
+    and mpeg; what an edit list hides is not counted), ``frames_damaged`` those of which the decoder
+    had to guess a part, ``stopped_by`` what is missing if the stream broke off, and ``is_deep``
+    whether a value has more than 8 bits.
+
+    Raises:
+        DecodeError: while iterating: not one video, no frame decodes, frames differ in size, or
+            memory does not suffice.
+        FileError: while iterating: it is no plain file.
+    """
+
+    def __init__(self, path: Path, where: object | None = None, bits: int | None = None) -> None:
+        self.path, self.bits = path, bits
+        self.where = path if where is None else where
+        self.frames_declared = 0
+        self.frames_decoded = 0
+        self.frames_damaged = 0
+        self.stopped_by: str | None = None
+        self.is_deep = False
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the file holds fewer frames than it declares, or broke off."""
+        return self.stopped_by is not None or self.frames_decoded < self.frames_declared
+
+    def __iter__(self) -> Iterator[Frame]:
+        self.frames_decoded, self.frames_damaged, self.stopped_by = 0, 0, None
+        try:
+            with open_plain(self.path) as file, open_container(file, self.where) as container:
+                stream = video_stream(container, self.where)
+                self.frames_declared = shown_frames(container, stream)
+                try:
+                    yield from self._frames(container, stream)
+                    if self.stopped_by is None and lacks_end(container, file):
+                        self.stopped_by = "its end is missing"
+                except av.error.FFmpegError as error:
+                    # Else a file would count as damaged for what the machine lacks.
+                    if isinstance(error, MemoryError) or _memory_is_short(stream):
+                        raise MemoryError from None
+                    self.stopped_by = reason_of(error)
+        except MemoryError:
+            raise too_large(self.where) from None
+        except (av.error.FFmpegError, OSError) as error:
+            blame_machine(error, self.where, but=OF_A_VIDEO)
+            raise DecodeError(f"cannot be opened ({reason_of(error)})", where=self.where) from None
+        if self.frames_decoded == 0:
+            because = f" ({self.stopped_by})" if self.stopped_by else ""
+            raise DecodeError(f"holds no frame that decodes{because}", where=self.where)
+
+    def _frames(
+        self, container: av.container.InputContainer, stream: av.VideoStream
+    ) -> Iterator[Frame]:
+        size: tuple[int, int] | None = None
+        turn = None
+        end = lasts = 0.0
+        is_cut = False
+        converter = VideoReformatter()
+        for packet in container.demux(stream):
+            # The demuxer got less than the packet's size.
+            is_cut |= packet.is_corrupt
+            if packet.pts is not None:
+                lasts = float(packet.duration * packet.time_base)
+                end = max(end, float(packet.pts * packet.time_base) + lasts)
+            before = _errors(stream)
+            frames = packet.decode()
+            # FFV1 finds wrong checksums, and tells of them, but marks no frame.
+            is_told = _errors(stream) > before
+            self.frames_damaged += max(is_told, sum(frame.is_corrupt for frame in frames))
+            for frame in frames:
+                if size is None:
+                    size = frame.width, frame.height
+                    turn = _turn(frame)
+                    self.is_deep = frame.format.components[0].bits > 8
+                self._check_size(size, frame)
+                planes = read_frame(frame, converter, self.bits, self.where)
+                yield _upright(planes, turn) if turn else planes
+                self.frames_decoded += 1
+        self.stopped_by = self._missing(container, stream, end, lasts)
+        if self.stopped_by is None and is_cut:
+            self.stopped_by = "a packet is cut short"
+
+    def _missing(
+        self,
+        container: av.container.InputContainer,
+        stream: av.VideoStream,
+        end: float,
+        lasts: float,
+    ) -> str | None:
+        """What the container declares beside a number of frames, and did not give.
+
+        Args:
+            end: when the last frame ends; ``lasts``: how long a frame lasts; 0 if that is not
+                known. Both in seconds.
+        """
+        declared, is_own = declared_seconds(container, stream)
+        slack = lasts / 2 or 1.5 / float(stream.average_rate or 10)
+        if not is_own:
+            slack += 1 + declared / 10
+        if end + slack < declared:
+            return f"it ends after {end:.2f} of {declared:.2f} declared seconds"
+        if container.format.name.startswith("mov") and not self.frames_declared:
+            # In fragments, which are told one by one.
+            listed = listed_frames(stream)
+            if self.frames_decoded < listed:
+                return f"its last fragments declare {listed} frames"
+        return None
+
+    def _check_size(self, size: tuple[int, int], frame: av.VideoFrame) -> None:
+        if (frame.width, frame.height) != size:
+            raise DecodeError(
+                f"changes size at frame {self.frames_decoded}, from {size[0]}x{size[1]} to "
+                f"{frame.width}x{frame.height}",
+                where=self.where,
+                fix="Cut it there, or encode it anew at one size.",
+            )
+
+
+def _errors(stream: av.VideoStream) -> int:
+    """How many errors the decoder has told of, where they are of frames."""
+    return 0 if stream.codec_context.name in _ERRORS_SAY_LITTLE else av.logging.get_last_error()[0]
+
+
+def _memory_is_short(stream: av.VideoStream) -> bool:
+    """Whether no more frames fit into memory: the H.264 decoder calls that invalid data."""
+    try:
+        # No format has more than 8 bytes a pixel.
+        np.empty((stream.height, stream.width, 8), dtype=np.uint8)
+    except MemoryError:
+        return True
+    return False
+
+
+def _upright(frame: Frame, turn: Orientation) -> Frame:
+    """With an odd size, reversed chroma is off by one luma pixel, as it is in FFmpeg's filters: a
+    plane of half the size has no place for half a chroma pixel."""
+    y, cb, cr = map(turn.apply, (frame.y, frame.cb, frame.cr))
+    for plane in (y, cb, cr):
+        plane.flags.writeable = False
+    return Frame(y, cb, cr, frame.full_range, frame.bt709)
+
+
+def _turn(frame: av.VideoFrame) -> Orientation | None:
+    """What the frame's display matrix asks for, None if nothing.
+
+    The matrix takes a coded column p and row q to the shown column a p + c q + x and row
+    b p + d q + y. It is stored as a b u c d v x y w, in 16.16 fixed point where it matters here.
+    """
+    stored = frame.side_data.get("DISPLAYMATRIX")
+    if stored is None:
+        return None
+    a, b, _, c, d = np.frombuffer(stored, dtype=np.int32)[:5].tolist()
+    if b == c == 0 and a and d:
+        turn = Orientation(False, rows_reversed=d < 0, columns_reversed=a < 0)
+    elif a == d == 0 and b and c:
+        turn = Orientation(True, rows_reversed=b < 0, columns_reversed=c < 0)
+    else:
+        return None
+    return None if turn == AS_IT_IS else turn

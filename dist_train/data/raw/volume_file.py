@@ -1,0 +1,175 @@
+"""Volume files -> uint8 [D, H, W]: TIFF stacks by tifffile, npy and npz without pickle."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from dist_train.data.raw.grey import to_8_bits
+from dist_train.data.raw.tiff import read_tiff, tiff_values
+from dist_train.data.raw.undecodable import too_large
+from dist_train.data.types import Volume
+from dist_train.errors import DecodeError, DistTrainError
+from dist_train.files import open_plain, reason_of
+from dist_train.system.advice import blame_machine
+
+VOLUME_SUFFIXES = {".npy", ".npz", ".tif", ".tiff"}
+
+# Of errors that tell of the machine, those that a single file may be the cause of.
+OF_A_FILE = {errno.EACCES, errno.EPERM, errno.ENOMEM}
+
+
+def read_volume(
+    path: Path, where: object | None = None, suffix: str | None = None, bits: int | None = None
+) -> Volume:
+    """A volume file as uint8 [D, H, W]: ``read_raw`` and ``to_uint8_volume``.
+
+    Args:
+        path: where the bytes are.
+        where: how messages name the file; None takes ``path``. It ends in the file's name.
+        suffix: the ending that tells the kind of file; None takes that of ``path``.
+        bits: of values that are kept in 16 bits; None refuses these.
+
+    Raises:
+        DecodeError: naming the file and what is wrong with it.
+    """
+    where = path if where is None else where
+    return to_grey(read_raw(path, where, suffix), where, bits)
+
+
+def read_raw(path: Path, where: object, suffix: str | None = None) -> np.ndarray:
+    """The stack in ``.npy`` and ``.npz`` (with a single array) and ``.tif``, as its values lie
+    there: [D, H, W], or [D, H, W, 3 or 4] in colour.
+
+    Raises:
+        DecodeError: naming the file and what is wrong with it.
+    """
+    suffix = path.suffix if suffix is None else suffix
+    try:
+        with open_plain(path) as file:
+            if suffix.lower() in (".tif", ".tiff"):
+                return read_tiff(file, where)
+            return _as_stack(_load_numpy(file))
+    except DistTrainError:
+        raise
+    except MemoryError:
+        raise too_large(where) from None
+    except OSError as error:
+        blame_machine(error, where, but=OF_A_FILE)
+        raise DecodeError(f"cannot be read ({reason_of(error)})", where=where) from None
+    # On damaged bytes the parsers raise whatever they stumble over: struct, zlib, zipfile, index
+    # and type errors have all been seen.
+    except Exception as error:
+        raise DecodeError(f"cannot be read ({reason_of(error)})", where=where) from None
+
+
+def to_uint8_volume(array: np.ndarray, where: object, bits: int | None = None) -> Volume:
+    """Bring an array without a description, as of npy, to uint8 [D, H, W].
+
+    A last axis of 3 or 4, of a picture or of more than three axes, is colour, and a last axis of 1
+    after three others is dropped. A single picture, [H, W] or [H, W, 3], is a volume of depth 1.
+
+    Raises:
+        DecodeError: as ``to_grey``.
+    """
+    return to_grey(_as_stack(array), where, bits)
+
+
+def _as_stack(array: np.ndarray) -> np.ndarray:
+    if array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4)):
+        array = array[None]
+    return array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
+
+
+def to_grey(array: np.ndarray, where: object, bits: int | None) -> Volume:
+    """Bring a stack, [D, H, W] or [D, H, W, 3 or 4] in colour, to uint8 [D, H, W].
+
+    uint8 is kept; of uint16 the 8 highest of ``bits`` bits are kept; bool becomes 0 and 255. RGB
+    becomes BT.601 luma.
+
+    Raises:
+        DecodeError: another dtype or shape, values beyond ``bits``, or uint16 where that is None.
+    """
+    if array.dtype.newbyteorder("=") == np.uint16:
+        array = to_8_bits(array, bits, where)
+    elif array.dtype == np.bool_:
+        array = array.astype(np.uint8) * np.uint8(255)
+    if array.dtype != np.uint8:
+        raise DecodeError(
+            f"holds {array.dtype} values", where=where, fix="Use uint8, uint16 or bool."
+        )
+    if array.ndim == 4 and array.shape[-1] in (3, 4):
+        weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+        array = np.rint(array[..., :3] @ weights).astype(np.uint8)
+    if array.ndim != 3 or 0 in array.shape:
+        raise DecodeError(f"has shape {list(array.shape)}, not [depth, height, width]", where=where)
+    return np.ascontiguousarray(array)
+
+
+def is_deep(dtype: np.dtype[Any] | None) -> bool:
+    """Whether values of this type keep any depth in 16 bits."""
+    return dtype is not None and dtype.newbyteorder("=") == np.uint16
+
+
+def _load_numpy(file: IO[bytes]) -> np.ndarray:
+    is_zip = file.read(2) == b"PK"
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if not is_zip:
+        return read_npy(file, size)
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if len(members) != 1:
+            raise ValueError(f"holds {len(members)} arrays, one is needed")
+        with archive.open(members[0]) as member:
+            return read_npy(member, members[0].file_size)
+
+
+def values_of(path: Path, suffix: str) -> tuple[np.dtype[Any] | None, int | None]:
+    """Type of a file's values by its header, and their depth where metadata tell it.
+
+    Raises what the parsers raise on damaged bytes.
+    """
+    with open_plain(path) as file:
+        if suffix in (".tif", ".tiff"):
+            return tiff_values(file)
+        is_zip = file.read(2) == b"PK"
+        file.seek(0)
+        if not is_zip:
+            return _npy_header(file)[1], None
+        with zipfile.ZipFile(file) as archive, archive.open(archive.infolist()[0]) as member:
+            return _npy_header(member)[1], None
+
+
+def read_npy(file: IO[bytes], size: int) -> np.ndarray:
+    """The one array in a file of NumPy's format (NEP 1), refused before memory is taken for more.
+
+    Args:
+        file: at its start, and able to go back there.
+        size: bytes that ``file`` holds.
+    """
+    shape, dtype = _npy_header(file)
+    declared, held = math.prod(shape) * dtype.itemsize, size - file.tell()
+    # More, where it was saved to twice.
+    if declared != held:
+        raise ValueError(f"declares {declared} bytes of values, holds {held}")
+    file.seek(0)
+    return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    elif version == (2, 0):
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    else:
+        # Only structured arrays with field names beyond Latin-1 need a later one.
+        raise ValueError(f"version {version[0]}.{version[1]} of the npy format")
+    return shape, dtype

@@ -1,0 +1,1 @@
+"""Clip -> shard and index; reading, checking and repairing of a finished store."""

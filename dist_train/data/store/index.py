@@ -1,0 +1,188 @@
+"""LMDB index: key -> where the clip's pixels are and what is known of it.
+
+A value is a JSON object: ``shard`` (int), ``offset`` and ``length`` (bytes), ``shape``, ``label``,
+``group``, ``weight``, ``split``, ``filename``, ``crc32c`` and more. It is derived from the shards
+alone, so it can be built again whenever it is lost.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import heapq
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import lmdb
+
+from dist_train.data.store.shards import read_records
+from dist_train.data.types import Record
+from dist_train.errors import FileError, StoreError
+from dist_train.files import crc32c_of_file, whole_aside
+from dist_train.system.advice import blame_machine
+
+# Entries that are sorted at a time, and put in one transaction: tens of megabytes.
+RUN = 1 << 15
+_FIX = "Run 'dist-train finalize'; it is rebuilt from the shards."
+
+
+def write_index(path: Path, shards: Sequence[Path]) -> int:
+    """Build the index of ``shards`` (whose position is their number); returns the clip count.
+
+    Keys go in sorted, so equal shards give an equal file. Memory does not grow with their number:
+    sorted runs go to files without a name, and are merged from there.
+
+    Raises:
+        StoreError: a key is in two shards, or a shard cannot be read.
+        OSError: the disk is full.
+    """
+    entries = _entries(shards)
+    runs: list[Iterator[tuple[bytes, bytes]]] = []
+    size = 0
+    with ExitStack() as files:
+        while run := sorted(islice(entries, RUN)):
+            size += sum(len(key) + len(value) + 64 for key, value in run)
+            file = files.enter_context(TemporaryFile(dir=path.parent))
+            # Neither a key nor JSON holds a tab or the end of a line.
+            file.writelines(key + b"\t" + value + b"\n" for key, value in run)
+            file.seek(0)
+            runs.append(map(_entry, file))
+        # LMDB takes an empty file for a new one.
+        aside = files.enter_context(whole_aside(path))
+        try:
+            # Pages are at worst half full; the file is only as long as the pages in use.
+            map_size = 4 * size + (1 << 20)
+            with lmdb.open(os.fsencode(aside), subdir=False, lock=False, map_size=map_size) as env:
+                clips = _put(env, heapq.merge(*runs), path)
+                env.sync(True)
+        except lmdb.DiskError as error:
+            raise OSError(errno.ENOSPC, str(error), str(path)) from None
+    return clips
+
+
+def _entries(shards: Sequence[Path]) -> Iterator[tuple[bytes, bytes]]:
+    for number, shard in enumerate(shards):
+        for key, record in read_records(shard):
+            yield key.encode(), json.dumps(record | {"shard": number}, sort_keys=True).encode()
+
+
+def _entry(line: bytes) -> tuple[bytes, bytes]:
+    key, _, value = line.rstrip(b"\n").partition(b"\t")
+    return key, value
+
+
+def _put(env: lmdb.Environment, entries: Iterator[tuple[bytes, bytes]], path: Path) -> int:
+    clips = 0
+    while part := list(islice(entries, RUN)):
+        with env.begin(write=True) as transaction:
+            for key, value in part:
+                if not transaction.put(key, value, overwrite=False, append=True):
+                    raise StoreError(f"clip '{key.decode()}' is in two shards", where=path.parent)
+        clips += len(part)
+    return clips
+
+
+def read_index(path: Path) -> Iterator[tuple[str, Record]]:
+    """All (key, record) entries, ordered by key.
+
+    Raises:
+        StoreError: there is no index, or it is damaged.
+    """
+    with _reading(path) as transaction:
+        for key, value in transaction.cursor():
+            yield bytes(key).decode(), json.loads(bytes(value))
+
+
+def look_up(path: Path, keys: Iterable[str]) -> dict[str, Record]:
+    """The records of those of ``keys`` that are there.
+
+    Raises:
+        StoreError: there is no index, or it is damaged.
+    """
+    with _reading(path) as transaction:
+        found = {key: transaction.get(key.encode()) for key in keys}
+        return {key: json.loads(bytes(v)) for key, v in found.items() if v is not None}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[lmdb.Transaction]:
+    if not path.is_file():
+        raise StoreError(
+            "the store has no index",
+            where=path,
+            fix=_FIX,
+        )
+    try:
+        # LMDB must not be carried over a fork, and refuses to open a path twice in one process:
+        # it is opened here for the length of one read, and closed again.
+        with (
+            lmdb.open(os.fsencode(path), subdir=False, lock=False, readonly=True) as env,
+            env.begin() as transaction,
+        ):
+            # LMDB reads through a memory map, where a page that is not there kills the process.
+            if path.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
+                raise lmdb.CorruptedError("the file is cut short")
+            yield transaction
+    except (lmdb.Error, ValueError, OSError) as error:
+        blame_machine(_as_os_error(error), path)
+        raise StoreError(
+            f"the index cannot be read ({error})",
+            where=path,
+            fix=_FIX,
+        ) from None
+
+
+def _as_os_error(error: Exception) -> Exception:
+    """LMDB's own errors have negative numbers; others are the operating system's."""
+    code = getattr(error, "code", None) or 0
+    return OSError(code, os.strerror(code)) if code > 0 else error
+
+
+def index_checksum(path: Path) -> int:
+    """CRC-32C of the file: LMDB has no checksums of its own.
+
+    Raises:
+        StoreError: there is no index.
+    """
+    try:
+        return crc32c_of_file(path)
+    except (OSError, FileError) as error:
+        blame_machine(error, path)
+        what = error.what if isinstance(error, FileError) else error.strerror
+        raise StoreError(f"the index cannot be read ({what})", where=path, fix=_FIX) from None
+
+
+def content_digest(path: Path) -> str:
+    """Identity of the clips of an index: SHA-256, in hex, over key, label and CRC-32C of each.
+
+    The same as ``Store.content``, without a table in memory.
+
+    Raises:
+        StoreError: there is no index, or it is damaged.
+    """
+    return digest_of(read_index(path))
+
+
+def digest_of(records: Iterable[tuple[str, Record]]) -> str:
+    """``content_digest`` of (key, record) entries in the order of an index: by the keys' bytes."""
+    digest = hashlib.sha256()
+    for key, record in records:
+        digest.update(f"{key},{record['label']},{record['crc32c']}\n".encode())
+    return digest.hexdigest()
+
+
+def check_index(path: Path, checksum: int) -> None:
+    """Raise StoreError unless the index is there and has this CRC-32C.
+
+    LMDB reads what it is given: flipped bits would be trained on, or end the process. So an index
+    is checked before it is opened, by each process that opens it, as this takes less than reading.
+    """
+    if not os.path.lexists(path):
+        raise StoreError("the store has no index", where=path, fix=_FIX)
+    if index_checksum(path) != checksum:
+        raise StoreError("the index is damaged: its checksum is wrong", where=path, fix=_FIX)

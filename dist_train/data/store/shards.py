@@ -1,0 +1,201 @@
+"""WebDataset tar shards with deterministic bytes (https://github.com/webdataset/webdataset).
+
+A clip is one sample of two members, in this order:
+
+    <key>.npy    uint8 [D, H, W], C order, NPY format 1.0
+    <key>.json   its record: label, group, source file, shape, crc32c of the array's bytes
+
+Tar headers carry no time, owner or mode that depends on who wrote them (POSIX ustar).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+import numpy as np
+
+from dist_train.data.types import Record, Volume
+from dist_train.errors import FileError, StoreError
+from dist_train.files import crc32c, open_plain, parse_json, written_whole
+from dist_train.system.advice import blame_machine
+
+# Bytes of one record; those that are written have some hundreds.
+MOST_RECORD = 1 << 20
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, Volume, Record]]) -> None:
+    """Write (key, clip, record) samples as one shard that appears whole or not at all.
+
+    ``shape`` and ``crc32c`` are added to each record.
+    """
+    with (
+        written_whole(path) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for key, clip, record in samples:
+            pixels = np.ascontiguousarray(clip)
+            full = record | {"shape": list(pixels.shape), "crc32c": crc32c(pixels)}
+            _add(tar, f"{key}.npy", _npy_header(pixels), pixels.data.cast("B"))
+            _add(tar, f"{key}.json", json.dumps(full, sort_keys=True).encode())
+
+
+def _npy_header(pixels: Volume) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(pixels))
+    return header.getvalue()
+
+
+def _add(tar: tarfile.TarFile, name: str, *parts: bytes | memoryview) -> None:
+    header = tarfile.TarInfo(name)
+    header.size = sum(len(part) for part in parts)
+    # TarFile asks of a file no more than this.
+    tar.addfile(header, cast(IO[bytes], _Parts(parts)))
+
+
+class _Parts:
+    """Reads several buffers as one file, so that a large clip is not copied to go into a shard."""
+
+    def __init__(self, parts: Iterable[bytes | memoryview]) -> None:
+        self.left = [memoryview(part) for part in parts]
+
+    def read(self, size: int) -> bytes:
+        taken: list[memoryview] = []
+        while size and self.left:
+            taken.append(self.left[0][:size])
+            size -= len(taken[-1])
+            self.left[0] = self.left[0][len(taken[-1]) :]
+            if not self.left[0]:
+                del self.left[0]
+        return b"".join(taken)
+
+
+def read_records(path: Path) -> Iterator[tuple[str, Record]]:
+    """The samples of a shard without their pixels: (key, record).
+
+    ``offset`` (bytes from the start of the shard to the first pixel) and ``length`` (bytes of
+    pixels) are added to each record.
+
+    Raises:
+        StoreError: the shard is not a tar file in the form that ``write_shard`` gives.
+    """
+    try:
+        with open_plain(path) as file:
+            at, size = 0, os.fstat(file.fileno()).st_size
+            while sample := read_sample(file, at, size):
+                key, record, at = sample
+                yield key, record
+    except (FileError, OSError, tarfile.TarError, ValueError) as error:
+        blame_machine(error, path)
+        what = error.what if isinstance(error, FileError) else str(error)
+        raise StoreError(
+            f"is not a readable shard ({what})",
+            where=path,
+            fix="Run 'dist-train verify' with --repair, which rebuilds damaged shards.",
+        ) from None
+
+
+def read_sample(file: IO[bytes], at: int, size: int) -> tuple[str, Record, int] | None:
+    """The sample that begins at byte ``at`` of a shard of ``size`` bytes: key, record with offset
+    and length, and where the next one begins. None where the archive ends there.
+
+    Raises:
+        tarfile.TarError, ValueError: it is not such a sample.
+    """
+    if _is_end(file, at):
+        return None
+    name, begin, length = _member(file, at, size)
+    key = name.removesuffix(".npy")
+    if key == name:
+        raise ValueError(f"'{name}' is no array")
+    end = begin + length
+    if _is_end(file, _padded(end)):
+        raise ValueError(f"'{name}' has no record after it")
+    record_name, record_begin, record_length = _member(file, _padded(end), size)
+    if record_name != f"{key}.json":
+        raise ValueError(f"'{name}' has no record after it")
+    if record_length > MOST_RECORD:
+        raise ValueError(f"the record of '{name}' is longer than {MOST_RECORD} bytes")
+    file.seek(record_begin)
+    record = parse_json(file.read(record_length))
+    if not isinstance(record, dict):
+        raise ValueError(f"the record of '{name}' is no object")
+    shape, crc = record.get("shape"), record.get("crc32c")
+    if not (
+        isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
+    ):
+        raise ValueError(f"the record of '{name}' has no shape [D, H, W]")
+    if type(crc) is not int or not 0 <= crc < 1 << 32:
+        raise ValueError(f"the record of '{name}' has no crc32c")
+    pixels = math.prod(shape)
+    if pixels > length:
+        raise ValueError(f"'{name}' is shorter than its shape")
+    place = {"offset": end - pixels, "length": pixels}
+    return key, record | place, _padded(record_begin + record_length)
+
+
+def _is_end(file: IO[bytes], at: int) -> bool:
+    """An empty block ends an archive."""
+    file.seek(at)
+    return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+
+
+def _member(file: IO[bytes], at: int, size: int) -> tuple[str, int, int]:
+    """Name, begin and length in bytes of the file whose tar header is at ``at``."""
+    file.seek(at)
+    header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
+    begin = at + tarfile.BLOCKSIZE
+    if not header.isreg() or header.size < 0:
+        raise ValueError(f"'{header.name}' is not a plain file")
+    if begin + header.size > size:
+        raise ValueError(f"'{header.name}' is cut short")
+    return header.name, begin, header.size
+
+
+def _padded(end: int) -> int:
+    return -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+# The files of one shard, and what a clip's record holds.
+
+
+# Names of a shard's files, of any store.
+SHARD_FILE = re.compile(r"shard-[0-9]{6,}\.(tar|rejected\.csv)")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The files of one shard of a store, written or not."""
+
+    number: int
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        return self.folder / shard_name(self.number)
+
+    @property
+    def rejects_path(self) -> Path:
+        return self.path.with_suffix(".rejected.csv")
+
+    def is_written(self) -> bool:
+        return self.path.is_file() and self.rejects_path.exists()
+
+
+def to_record(row: Record) -> Record:
+    """What a clip's record says of its row of the manifest."""
+    crowd = row["crowd_score"]
+    record = {name: value for name, value in row.items() if name != "key"}
+    return record | {"crowd_score": None if math.isnan(crowd) else crowd}

@@ -1,0 +1,1 @@
+"""Synthetic videos in the form of the Clog Loss challenge: the embedded default data."""

@@ -1,0 +1,1 @@
+"""One process among many: collectives, checks between ranks, hardware, signals, hangs."""

@@ -1,0 +1,87 @@
+"""Data parallel: every rank has all weights and moments, and gradients are averaged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.config import TrainSettings
+from dist_train.distributed.backends.base import MOMENTS, Backend, MakeOptimizer, updates_done
+from dist_train.distributed.foreach import zero_gradients
+from dist_train.errors import BackendError
+
+
+class DdpBackend(Backend):
+    """torch's DistributedDataParallel, set up by Accelerate; the plain model on one process."""
+
+    def __init__(self, settings: TrainSettings, *, clip_norm: float | None) -> None:
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            raise BackendError(
+                "train.backend asks for DDP, but the launcher for DeepSpeed",
+                fix="Choose the backend by train.backend, not by the launch file.",
+            )
+        super().__init__(settings, clip_norm=clip_norm)
+        if settings.graphs and (self.device.type != "cuda" or self.world > 1):
+            raise BackendError(
+                f"CUDA graphs are for one process on a CUDA device, and there are {self.world} on "
+                f"{self.device.type}",
+                where="train.graphs",
+                fix="Set it to false.",
+            )
+
+    @property
+    def can_repeat(self) -> bool:
+        return self.model is self.module
+
+    def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        self.module = model.to(self.device)
+        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
+
+    def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
+        if last or self.world == 1:
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.model.no_sync()
+        return context
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def update(self) -> float:
+        """A norm that is not finite leaves the weights as they are."""
+        limit = float("inf") if self.clip_norm is None else self.clip_norm
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
+        # fp16's scaler skips such a step itself, and lowers its scale.
+        if self.accelerator.scaler is not None or norm < float("inf"):
+            self.optimizer.step()
+        self.drop_gradients()
+        return norm
+
+    def drop_gradients(self) -> None:
+        # Recordings add to gradients where they lie.
+        if self.settings.graphs:
+            zero_gradients(self.module)
+        else:
+            self.module.zero_grad(set_to_none=True)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _whole_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
+        held = self.optimizer.optimizer.state.get(parameter, {}).get(moment)
+        return torch.zeros_like(parameter) if held is None else held
+
+    def _load(self, state: Mapping[str, Tensor], updates: int) -> None:
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(state[f"model/{name}"])
+        for name, parameter in self.trained():
+            self.optimizer.optimizer.state[parameter] = {
+                "step": updates_done(self.optimizer.optimizer, updates, parameter),
+                # In the parameter's own memory layout.
+                **{m: torch.empty_like(parameter).copy_(state[f"{m}/{name}"]) for m in MOMENTS},
+            }

@@ -1,0 +1,239 @@
+"""DeepSpeed's ZeRO (Rajbhandari et al. 2020): moments, gradients and weights spread over ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, DeepSpeedPlugin
+from torch import Tensor, nn
+
+from dist_train.config import TrainSettings
+from dist_train.distributed.backends.base import MOMENTS, Backend, MakeOptimizer, updates_done
+from dist_train.errors import BackendError
+
+#: Accelerate's DeepSpeed plugin imports transformers.
+NEEDED = ("deepspeed", "transformers")
+
+
+class ZeroBackend(Backend):
+    """ZeRO stage 1 (moments are spread), 2 (gradients too) or 3 (weights too)."""
+
+    runs_as = ("DEEPSPEED",)
+
+    def __init__(self, settings: TrainSettings, *, clip_norm: float | None) -> None:
+        self.stage = int(settings.backend.removeprefix("zero"))
+        missing = [name for name in NEEDED if find_spec(name) is None]
+        if missing:
+            raise BackendError(
+                f"{settings.backend} needs {' and '.join(missing)}, not installed here",
+                where="train.backend",
+                fix=f"Run 'pip install {' '.join(missing)}', or choose ddp or fsdp2.",
+            )
+        if settings.precision == "fp16":
+            raise BackendError(
+                "fp16 is not offered under ZeRO", where="train.precision", fix="Use bf16 or fp32."
+            )
+        super().__init__(settings, clip_norm=clip_norm)
+
+    def _accelerator(self, cuda: bool, handlers: list[Any]) -> Accelerator:
+        if not handlers:
+            raise BackendError(
+                "ZeRO needs a launcher, also for one process",
+                where="train.backend",
+                fix="Start with 'accelerate launch' and a file of launch/.",
+            )
+        # Else Accelerate quietly ignores the plugin.
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        if not cuda:
+            # DeepSpeed picks its device when it is first imported.
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            import deepspeed
+
+            # It would compile a C++ module for shared memory; gloo does the same work.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(cuda))
+        # Autocast is DeepSpeed's own here, and cpu=True would train without DeepSpeed.
+        return Accelerator(deepspeed_plugin=plugin, mixed_precision="no", kwargs_handlers=handlers)
+
+    def _deepspeed_config(self, cuda: bool) -> dict[str, Any]:
+        zero: dict[str, Any] = {"stage": self.stage}
+        if self.settings.offload:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,  # the loader decides; it only wants a number
+            "gradient_accumulation_steps": 1,  # ``micro_step`` tells it which one is the last
+            "gradient_clipping": self.clip_norm or 0.0,
+            "zero_optimization": zero,
+            # torch's AdamW, for the same numbers as under DDP.
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        if self.settings.precision == "bf16":
+            # Not the "bf16" section, which casts the parameters and BatchNorm's statistics too.
+            config["torch_autocast"] = {
+                "enabled": True,
+                "dtype": "bfloat16",
+                # Of these (by default of linear layers) DeepSpeed reduces gradients in bf16, and
+                # stage 3 gathers weights so: logits would be rounded to 8 bits.
+                "lower_precision_safe_modules": [],
+            }
+        return config
+
+    def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        # ZeRO keeps parameters as views of one flat buffer, and broadcasts them as plain bytes.
+        model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.module = model.to(self.device)
+        # By name, as stage 3 leaves parameters without a shape.
+        self._shapes = {name: p.shape for name, p in model.named_parameters()}
+        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
+        if self.model.zero_optimization_stage() != self.stage:
+            raise BackendError(
+                f"asked for ZeRO {self.stage}, got {self.model.zero_optimization_stage()}"
+            )
+
+    def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
+        return self._boundary(last)
+
+    @contextmanager
+    def _boundary(self, last: bool) -> Iterator[None]:
+        self.model.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        self.model.backward(loss, scale_wrt_gas=False)
+
+    def update(self) -> float:
+        """DeepSpeed clips and steps at once: a norm that is not finite spoils the weights."""
+        self.model.step()
+        return float(self.model.get_global_grad_norm() or 0.0)
+
+    def drop_gradients(self) -> None:
+        self.model.optimizer.zero_grad()
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def replicated(self) -> Iterator[tuple[str, Tensor]]:
+        return super().replicated() if self.stage < 3 else iter(())
+
+    def parts_changed(self) -> None:
+        if self.stage < 3:
+            return
+        self._partition_all()
+        persistent = self.model.optimizer.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    def gather_full(self, name: str, part: Tensor) -> Tensor:
+        shape = self._shapes.get(name)
+        if self.stage < 3 or shape is None:
+            return part
+        padded = part.new_empty(part.numel() * self.world)
+        torch.distributed.all_gather_into_tensor(padded, part.contiguous())
+        return padded[: shape.numel()].view(shape)
+
+    def local_shard(self, name: str, whole: Tensor) -> Tensor:
+        return self._slice(whole) if self.stage == 3 and name in self._shapes else whole
+
+    def _part(self, parameter: Any) -> Tensor:
+        mine: Tensor = parameter.ds_tensor if self.stage == 3 else parameter
+        return mine.detach()
+
+    def _partition_all(self) -> None:
+        """Drop the gathered copies of weights under stage 3, which new parts would not change."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        parameters: list[Any] = list(self.module.parameters())
+        whole = [p for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
+        if whole:
+            whole[0].partition(whole)
+
+    def _slice(self, whole: Tensor) -> Tensor:
+        """This rank's part: of the same size on all, padded at the end."""
+        size = -(-whole.numel() // self.world)
+        padded = F.pad(whole.reshape(-1), (0, size * self.world - whole.numel()))
+        return padded.narrow(0, size * self.rank, size)
+
+    def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
+        if self.stage < 3:
+            return parameter
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        whole: Tensor = safe_get_full_fp32_param(parameter)
+        return whole
+
+    def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        if self.stage < 3:
+            self._link_moments()
+        for name, tensor in super()._whole_tensors():
+            shape = self._shapes.get(name.partition("/")[2])
+            yield name, tensor if shape is None else tensor.view(shape)
+
+    def _whole_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        whole: Tensor = safe_get_full_optimizer_state(parameter, moment)
+        return whole
+
+    def _load(self, state: Mapping[str, Tensor], updates: int) -> None:
+        zero = self.model.optimizer
+        for partition in self._partitions():
+            zero.optimizer.state[partition] = {
+                "step": updates_done(zero.optimizer, updates, partition),
+                **{moment: torch.zeros_like(partition) for moment in MOMENTS},
+            }
+        if self.stage < 3:
+            self._link_moments()
+        if self.stage == 3:
+            self._partition_all()
+        for name, parameter in self.trained():
+            self._set_master(parameter, state[f"model/{name}"], None)
+            for moment in MOMENTS:
+                self._set_master(parameter, state[f"{moment}/{name}"], moment)
+            if self.stage < 3:
+                # What it computes with until the first step, which makes it from the partitions.
+                parameter.copy_(state[f"model/{name}"])
+        if self.stage == 3:
+            # What it computes with follows what was put into its float32 partitions.
+            for number in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(number)
+            self.parts_changed()
+
+    def _set_master(self, parameter: Any, whole: Tensor, moment: str | None) -> None:
+        """Put this rank's part of a weight, or of a moment of it, into its float32 partition."""
+        from deepspeed.utils import set_full_hp_param
+
+        if self.stage < 3:
+            set_full_hp_param(parameter, whole, moment)
+            return
+        # DeepSpeed's own function for whole tensors forgets the padding (seen in 0.19.8).
+        self.model.optimizer.set_local_hp_param(self._slice(whole), parameter, moment)
+
+    def _partitions(self) -> list[Tensor]:
+        """The flat float32 tensors that this rank's optimizer steps."""
+        zero = self.model.optimizer
+        flat = (
+            zero.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
+        return list(flat)
+
+    def _link_moments(self) -> None:
+        """Let DeepSpeed find each parameter's moments in its flat partitions.
+
+        It does so itself once, but after the step of the first parameter group, when the moments of
+        the others do not exist yet (seen in 0.19.8).
+        """
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        zero = self.model.optimizer
+        for parameters, partition in zip(zero.bit16_groups, self._partitions(), strict=True):
+            lazy_init_hp_params_optimizer_state(parameters, partition, zero.optimizer.state)

@@ -1,0 +1,1 @@
+"""From snapshots to predictions, metrics, a report and an exported model."""

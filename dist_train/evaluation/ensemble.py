@@ -1,0 +1,172 @@
+"""The mean probability of clips over a run's snapshots, computed by all processes of a launch.
+
+Memory holds one model at a time. Clips are read once: as many batches as fit into ``HELD`` bytes
+are kept on the host, and all snapshots take their turn on them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.special import expit
+from torch import nn
+
+from dist_train.config import Config
+from dist_train.data.loading.collate import Batch
+from dist_train.data.loading.loader import Loader
+from dist_train.data.loading.sampler import DealtBatches
+from dist_train.data.store.reader import Store
+from dist_train.distributed.backends.base import autocast
+from dist_train.distributed.out_of_memory import is_out_of_memory
+from dist_train.distributed.process_group import ProcessGroup
+from dist_train.errors import RunError
+from dist_train.files import reason_of
+from dist_train.run.data import clip_dataset
+from dist_train.run.model import held_out_logits, make_model
+from dist_train.run.snapshots import load_weights, refuse_not_finite
+from dist_train.system.advice import first_line
+from dist_train.training.micro_batch import free_cache
+
+log = logging.getLogger(__name__)
+
+#: Letters of torch's list of weights that are missing or of another shape.
+MOST_TOLD = 200
+#: Bytes of pixels that a process keeps on the host while the snapshots take turns.
+HELD = 2**30
+
+Progress = Callable[[int, int], None]
+
+
+def mean_probability(
+    config: Config,
+    snapshots: Sequence[Path],
+    store: Store,
+    clips: pd.DataFrame,
+    record: Mapping[str, Any],
+    group: ProcessGroup,
+    *,
+    batch: int,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """The mean over the snapshots of each clip's probability: float64 [N], in the order of
+    ``clips``, on every rank. A collective call.
+
+    Which clips share a batch does not depend on the number of processes, so neither do the values,
+    unless memory runs out and a process has to cut its batches.
+
+    Args:
+        snapshots: safetensors files of the run's model.
+        clips: rows of the store's table; their index is the clip number.
+        record: the content of the run's ``run.json``.
+        batch: clips that the model is given at once; halved where memory does not suffice.
+        progress: called with (clips done, clips in all) over all snapshots, of all processes as far
+            as this one's own share tells.
+
+    Raises:
+        RunError: a snapshot does not fit the run or gives a value that is not finite, or memory
+            does not suffice for a single clip.
+        StoreError: a clip cannot be read.
+    """
+    batches = DealtBatches(
+        clips.index.tolist(),
+        clips["frames"].tolist(),
+        rank=group.rank,
+        world=group.world,
+        batch=batch,
+    )
+    loader = Loader(clip_dataset(config, store, augment=None), batches, config.loader)
+    total, own = len(clips) * len(snapshots), batches.clips * len(snapshots)
+    finished = 0
+
+    def count(done: int) -> None:
+        nonlocal finished
+        finished += done
+        if progress is not None:
+            progress(finished * total // own, total)
+
+    model = _Model(config, record, group, batch)
+    sums = pd.Series(0.0, index=clips.index)
+    for held in _rounds(loader):
+        for snapshot in snapshots:
+            model.load(snapshot)
+            for some in held:
+                sums[some.clips.numpy()] += model.probability(some)
+                count(len(some.clips))
+    # A clip is of one rank, and 0 on all others: the sum over the ranks is exact.
+    mean: np.ndarray = np.sum(group.gather(sums.to_numpy()), axis=0) / len(snapshots)
+    return mean
+
+
+def _rounds(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+    """Batches by as many as fit into ``HELD`` bytes, and one at least."""
+    held: list[Batch] = []
+    size = 0
+    for batch in batches:
+        held.append(batch)
+        size += sum(tensor.nbytes for tensor in batch.pixels)
+        if size >= HELD:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
+
+
+class _Model:
+    """The run's model on this process's device, with the weights of one snapshot at a time."""
+
+    def __init__(
+        self, config: Config, record: Mapping[str, Any], group: ProcessGroup, batch: int
+    ) -> None:
+        self._config, self._record = config, record
+        self._device, self._most = group.device, batch
+        self._snapshot = Path()
+        self._model: nn.Module = make_model(config).to(group.device).eval()
+
+    def load(self, snapshot: Path) -> None:
+        self._snapshot = snapshot
+        weights = load_weights(snapshot, self._config, self._record)
+        try:
+            self._model.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = reason_of(error)[:MOST_TOLD]
+            raise RunError(
+                f"the snapshot does not fit the run ({reason})", where=snapshot
+            ) from None
+
+    def probability(self, batch: Batch) -> np.ndarray:
+        """float64 [B]."""
+        found: list[np.ndarray] = []
+        start = 0
+        while start < len(batch.clips):
+            piece = batch.part(start, start + self._most)
+            reason = None
+            try:
+                with autocast(self._config.train.precision, self._device):
+                    _, logits = held_out_logits(self._model, [piece], self._config, self._device)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            # The traceback kept tensors alive, which are freed only here.
+            if reason is not None:
+                self._halve(len(piece.clips), reason)
+                continue
+            refuse_not_finite(logits, self._snapshot)
+            found.append(expit(logits.astype(np.float64)))
+            start += len(piece.clips)
+        return np.concatenate(found)
+
+    def _halve(self, clips: int, reason: str) -> None:
+        if clips == 1:
+            raise RunError(
+                f"memory does not suffice to predict a single clip ({reason})",
+                fix="Free memory on the device, or predict on one that has more.",
+            )
+        free_cache(self._device)
+        self._most = clips // 2
+        log.warning("%s; from now on %d clips are predicted at once", reason, self._most)

@@ -1,0 +1,300 @@
+"""The clips that a run is trained and judged on: its store, and the split of each clip."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dist_train.checkpoint.superseded import set_aside
+from dist_train.config import AugmentSettings, Config
+from dist_train.data.augment.cpu import Augment
+from dist_train.data.augment.original import OriginalAugment
+from dist_train.data.duplicates import duplicates_across, find_duplicates, refuse_duplicates
+from dist_train.data.loading.dataset import ClipDataset
+from dist_train.data.plan.plan import Plan, make_plan
+from dist_train.data.plan.weights import Floats
+from dist_train.data.splits import check_splits, choose_clips
+from dist_train.data.store.reader import MARKER, Store
+from dist_train.errors import ConfigError, FileError, RunError, StoreError
+from dist_train.files import (
+    read_plain,
+    write_whole,
+)
+from dist_train.run.record import read_record
+from dist_train.run.splits import (
+    MOST_BYTES,
+    SPLITS,
+    facts_of,
+    read_splits,
+    splits_text,
+    what_changed,
+)
+
+log = logging.getLogger(__name__)
+
+RESTORE = (
+    "Restore the store, or say by --store-path where the run's own is. Other clips are predicted "
+    "by 'dist-train predict --store'."
+)
+ACCEPT = (
+    "Or choose another 'out', or accept the change by checkpoint.accept_other_order=true: training "
+    "goes on at the same step of the new order."
+)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The clips of a run. ``clips`` is the store's table of the selected clips, with their split;
+    its index is the clip number."""
+
+    store: Store
+    clips: pd.DataFrame
+    config: Config
+
+    def numbers(self, split: str, label: int | None = None) -> np.ndarray:
+        """Clip numbers of a split, ascending, int64."""
+        chosen = self.clips["split"] == split
+        if label is not None:
+            chosen &= self.clips["label"] == label
+        return self.clips.index[chosen].to_numpy(np.int64)
+
+    def plan(self, weights: Floats | None = None) -> Plan:
+        """The order of training.
+
+        Args:
+            weights: how often each clip of the store is drawn against others, if it is a negative:
+                float64 [clips]. It multiplies the manifest's weight.
+
+        Raises:
+            PlanError: the train split cannot fill the batches.
+        """
+        plan, clip, table = self.config.plan, self.config.clip, self.store.table
+        positives, negatives = self.numbers("train", 1), self.numbers("train", 0)
+        most = clip.max_frames or table["frames"].max()
+        depths = table["frames"].clip(upper=most).to_numpy(np.int64)
+        own = table["weight"].to_numpy(np.float64)[negatives]
+        if weights is not None:
+            own = own * weights[negatives]
+        banded = plan.order == "banded"
+        return make_plan(
+            positives,
+            negatives,
+            batch=plan.batch,
+            ratio=plan.ratio,
+            seed=self.config.seed,
+            positive_depths=depths[positives] if banded else None,
+            negative_depths=depths[negatives] if banded else None,
+            matching=plan.negatives,
+            weights=None if (own == 1.0).all() else own,
+            groups=pd.factorize(table["group"])[0][negatives] if plan.balance_groups else None,
+            max_voxels=plan.max_voxels,
+            frame_voxels=clip.size[0] * clip.size[1],
+        )
+
+    def deepest(self) -> int:
+        """Frames of the deepest clip of the train split, as it reaches the model."""
+        train = self.clips.index[self.clips["split"] == "train"]
+        deepest = int(self.store.table["frames"].to_numpy()[train].max())
+        return min(deepest, self.config.clip.max_frames or deepest)
+
+    def natural_rate(self) -> float:
+        """Share of positives in the train split as it is, before any balancing."""
+        train = self.clips[self.clips["split"] == "train"]
+        return float((train["label"] == 1).mean())
+
+    def dataset(self, *, training: bool, config: Config | None = None) -> ClipDataset:
+        """``config``: settings of clips in place of the run's."""
+        augment = make_augment(self.config.augment, self.config.seed) if training else None
+        return clip_dataset(config or self.config, self.store, augment)
+
+
+def open_data(config: Config, *, training: bool = False) -> RunData:
+    """Open the store, select and split.
+
+    Args:
+        training: also refuse splits that a run should not be trained on; a finished run is judged
+            on what it was trained with.
+
+    Raises:
+        StoreError: the store cannot be used.
+        PlanError: the selection, or a split that is trained with, lacks a class.
+        ConfigError: a setting does not fit the clips.
+    """
+    sizes = config.clip.size, *(stage.size for stage in config.clip.growth)
+    if config.augment.rotate90 > 0 and any(height != width for height, width in sizes):
+        raise ConfigError(
+            "quarter turns need square clips",
+            where="augment.rotate90",
+            fix="Set it to 0, or make clip.size and the sizes of clip.growth square.",
+        )
+    if config.clip.growth and config.clip.stage_ends[-1] >= config.train.epochs:
+        raise ConfigError(
+            f"its stages last {config.clip.stage_ends[-1]} epochs, and the run has "
+            f"{config.train.epochs}: no clip would be of full size",
+            where="clip.growth",
+            fix="Give it fewer epochs, or raise train.epochs.",
+        )
+    store = Store(config.store)
+    together = config.split.duplicates == "together"
+    same = find_duplicates(store) if training or together else None
+    clips = choose_clips(
+        store.table, config.select, config.split, config.seed, same if together else None
+    )
+    if training:
+        given = bool((store.table["split"] != "").all())
+        check_splits(clips, config.split, given=given)
+        assert same is not None
+        copies = duplicates_across(clips, same[clips.index])
+        if copies is not None and config.split.duplicates != "keep":
+            raise refuse_duplicates(copies, given=given)
+        if copies is not None and os.environ.get("RANK", "0") == "0":
+            log.warning("%s", copies)
+    return RunData(store, clips, config)
+
+
+def open_run_data(run: Path, config: Config, *, store_path: Path | None = None) -> RunData:
+    """The store and the splits that a run was trained with.
+
+    The store is looked for where it was, by its absolute path, and then at the path of the
+    settings. A run of an earlier version does not say what its store held: it is split anew, with
+    a warning.
+
+    Args:
+        config: the run's settings.
+        store_path: where the store is now.
+
+    Raises:
+        RunError: the record or the table of splits cannot be used.
+        StoreError: the store is not there, or is not as it was.
+    """
+    record = read_record(run)
+    if "store" not in record:
+        log.warning(
+            "%s: the run does not say what its store held, and which clip was in which split; both "
+            "are taken from the store as it is now",
+            run,
+        )
+        moved = {} if store_path is None else {"store": store_path}
+        return open_data(config.model_copy(update=moved))
+    folder = _find_store(record["store"], config) if store_path is None else store_path
+    store, splits = Store(folder), read_splits(run, record["splits"])
+    _check_content(store, splits, record["store"], fix=RESTORE)
+    if splits is None:
+        data = RunData(
+            store, choose_clips(store.table, config.select, config.split, config.seed), config
+        )
+        if facts_of(splits_text(store.table, data.clips)) != record["splits"]:
+            raise RunError(
+                "the run's table of splits is missing, and cannot be made again",
+                where=run / SPLITS,
+                fix="Restore it from a copy.",
+            )
+        return data
+    split = splits["split"].to_numpy()
+    return RunData(store, store.table.assign(split=split)[split != ""], config)
+
+
+def _find_store(said: dict[str, Any], config: Config) -> Path:
+    for folder in (Path(said["path"]), config.store):
+        if (folder / MARKER).is_file():
+            return folder
+    raise StoreError(
+        "the store that the run was trained on is not there",
+        where=said["path"],
+        fix="If it was moved, say where it is by --store-path.",
+    )
+
+
+def _check_content(
+    store: Store, splits: pd.DataFrame | None, said: dict[str, Any], *, fix: str
+) -> None:
+    if store.content != said["content"]:
+        raise StoreError(
+            "this is not what the run was trained on "
+            f"({what_changed(splits, store.table, said['clips'])})",
+            where=store.folder,
+            fix=fix,
+        )
+
+
+def check_same_data(run: Path, data: RunData) -> None:
+    """Refuse to go on with a run on other clips, or by another split, than it began with.
+
+    Raises:
+        StoreError: the store is not as it was.
+        RunError: the split is not as it was.
+    """
+    try:
+        record = read_record(run)
+    except RunError:
+        # Its checkpoints say what they were trained with.
+        return
+    if "store" not in record or record.get("checkpointed") is False:
+        return
+    store = data.store
+    if store.content != record["store"]["content"]:
+        try:
+            splits = read_splits(run, record["splits"])
+        except RunError:
+            splits = None
+        _check_content(store, splits, record["store"], fix=f"Use the run's own store. {ACCEPT}")
+    if facts_of(splits_text(store.table, data.clips)) != record["splits"]:
+        raise RunError(
+            "these settings split the clips otherwise than the run did",
+            where=run / SPLITS,
+            fix=f"Use the same select, split and seed settings. {ACCEPT}",
+        )
+
+
+def write_splits(run: Path, data: RunData) -> dict[str, Any]:
+    """Write the run's table of splits, and return what ``run.json`` says of it and of the store.
+    A table that says something else is moved aside.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path, store = run / SPLITS, data.store
+    text = splits_text(store.table, data.clips)
+    is_there = os.path.lexists(path)
+    try:
+        is_same = is_there and read_plain(path, most_bytes=MOST_BYTES) == text.encode()
+    except FileError:
+        is_same = False
+    if not is_same:
+        if is_there:
+            log.warning("%s is moved to %s: it is not of this run", path, set_aside(run, path))
+        write_whole(path, text)
+    return {
+        "store": {
+            "path": str(store.folder.resolve()),
+            "configured": str(data.config.store),
+            "fingerprint": store.fingerprint,
+            "content": store.content,
+            "clips": len(store.table),
+        },
+        "splits": facts_of(text),
+    }
+
+
+def make_augment(settings: AugmentSettings, seed: int) -> Augment | OriginalAugment:
+    """What the settings make of clips in training."""
+    return (OriginalAugment if settings.preset == "original" else Augment)(settings, seed)
+
+
+def clip_dataset(
+    config: Config, store: Store, augment: Augment | OriginalAugment | None
+) -> ClipDataset:
+    """Clips in the shape that the config's model takes."""
+    return ClipDataset(
+        store,
+        size=config.clip.size,
+        max_frames=config.clip.max_frames,
+        augment=augment,
+        on_device=config.augment.device,
+    )

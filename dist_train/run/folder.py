@@ -1,0 +1,142 @@
+"""What lies in a run's folder, and whether a training may begin there."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dist_train.checkpoint.format import by_step
+from dist_train.errors import RunError
+from dist_train.files import (
+    open_lock,
+)
+from dist_train.run.splits import SPLITS
+from dist_train.system.file_locks import go_on_unlocked
+
+LOCK = ".lock"
+
+METRICS = "metrics.jsonl"
+BOARD = "tensorboard"
+
+CONFIG = "config.yaml"
+RECORD = "run.json"
+CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "snapshots"
+SNAPSHOT = ".safetensors"
+PREDICTIONS = "predictions.csv"
+SUBMISSION = "submission.csv"
+EVALUATION = "evaluation.json"
+
+#: Written before the first step: they alone hold nothing that training made.
+BEFORE_THE_FIRST_STEP = (CONFIG, RECORD)
+_FILES = (*BEFORE_THE_FIRST_STEP, METRICS, PREDICTIONS, SUBMISSION, EVALUATION)
+
+
+def parts_of_run(folder: Path) -> list[str]:
+    """Names of what a run has left in ``folder``; empty where there is no run."""
+    found = [name for name in _FILES if os.path.lexists(folder / name)]
+    if any((folder / BOARD).glob("events.out.tfevents.*")):
+        found.append(BOARD)
+    if by_step(folder / SNAPSHOTS, SNAPSHOT):
+        found.append(SNAPSHOTS)
+    # A link to a disk that is not mounted is a sign of a run too.
+    checkpoints = folder / CHECKPOINTS
+    if by_step(checkpoints) or (checkpoints.is_symlink() and not checkpoints.exists()):
+        found.append(CHECKPOINTS)
+    return found
+
+
+def check_folders(folder: Path) -> None:
+    """Refuse what would be found out at the first checkpoint or snapshot, which may be hours away.
+
+    Raises:
+        RunError: a file, or a link to nothing, has the name of a folder of the run.
+    """
+    for name in (CHECKPOINTS, SNAPSHOTS, BOARD):
+        if os.path.lexists(folder / name) and not (folder / name).is_dir():
+            raise RunError(
+                "is no folder", where=folder / name, fix="Move it away, or choose another 'out'."
+            )
+
+
+def refuse_own_place(run: Path, out: Path) -> None:
+    """For a file that a command makes of a run: it takes no name that the run itself uses, and is
+    no snapshot or checkpoint of it.
+
+    Raises:
+        RunError: ``out`` is a file of the run, or in a folder of it.
+    """
+    own, place = run.resolve(), out.resolve()
+    if not place.is_relative_to(own) or place == own:
+        return
+    name = place.relative_to(own).parts[0]
+    if name in (*_FILES, SPLITS, CHECKPOINTS, SNAPSHOTS, BOARD):
+        raise RunError(f"the run itself keeps its {name} there", where=out, fix="Choose another.")
+
+
+def refuse_existing(folder: Path) -> None:
+    """For ``--resume never``.
+
+    Raises:
+        RunError: the folder holds anything of a run, which a new run would mix with.
+    """
+    if found := parts_of_run(folder):
+        raise RunError(
+            f"the folder holds a run already ({', '.join(found)})",
+            where=folder,
+            fix="Go on with it by --resume auto, choose another 'out', or move the folder away.",
+        )
+
+
+def refuse_lost_checkpoints(folder: Path, *, checkpointed: bool | None) -> None:
+    """For ``--resume auto`` where there is no checkpoint: a run begins again at step 0 only if it
+    never completed a checkpoint. Otherwise its checkpoints were deleted, or are on a disk that is
+    not mounted, and to begin again would replace the run.
+
+    Args:
+        checkpointed: whether the run's record says that a checkpoint was completed; None where it
+            does not say.
+
+    Raises:
+        RunError: the run has, or may have, completed a checkpoint.
+    """
+    found = parts_of_run(folder)
+    if checkpointed is False or not found:
+        return
+    if checkpointed is None and set(found) <= set(BEFORE_THE_FIRST_STEP):
+        return
+    raise RunError(
+        f"the folder holds a run ({', '.join(found)}) but no checkpoint to go on from",
+        where=folder,
+        fix=f"Put its {CHECKPOINTS}/ back, or mount the disk that it is on. To begin a new run, "
+        "choose another 'out' or move the folder away.",
+    )
+
+
+@contextmanager
+def only_session(run: Path) -> Iterator[None]:
+    """Make the run's folder and keep a second training out of it.
+
+    The kernel drops the lock with its owner, however the owner ends.
+
+    Raises:
+        RunError: another training is at work in it.
+        FileError: the lock's name belongs to a link, or to what is no plain file.
+        MachineError: it cannot be locked, and the user has not allowed to do without.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with open_lock(run / LOCK) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                "another training is at work in this folder",
+                where=run,
+                fix="Wait for it, or choose another 'out'.",
+            ) from None
+        except OSError as error:
+            go_on_unlocked(run, error)
+        yield

@@ -1,0 +1,64 @@
+"""Held-out clips that a run's weights were trained on before: by another split of the same run, or
+by the run that ``model.init`` names."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from dist_train.errors import RunError
+from dist_train.run.data import RunData
+from dist_train.run.folder import CHECKPOINTS, SNAPSHOTS
+from dist_train.run.record import read_record
+from dist_train.run.splits import read_splits
+
+log = logging.getLogger(__name__)
+
+
+def held_out_seen(data: RunData, earlier: Path) -> int | None:
+    """How many held-out clips have the name or the pixels of one that another run, or an earlier
+    session of this one, was trained on; told if there are any.
+
+    Args:
+        data: of the session that begins.
+        earlier: the other run's folder, or this run's before its table of splits is replaced.
+
+    Returns:
+        None where the earlier run does not say what it was trained on.
+    """
+    try:
+        splits = read_splits(earlier, read_record(earlier)["splits"])
+    except (RunError, KeyError):
+        splits = None
+    if splits is None:
+        return None
+    trained = splits[splits["split"] == "train"]
+    held_out = data.clips[data.clips["split"] != "train"]
+    seen = int(
+        (held_out["key"].isin(trained["key"]) | held_out["crc32c"].isin(trained["crc32c"])).sum()
+    )
+    if seen:
+        log.warning(
+            "%d of %d held-out clips have the name or the pixels of clips that these weights were "
+            "trained on before (%s): figures of them will be too good",
+            seen, len(held_out), earlier,
+        )  # fmt: skip
+    return seen
+
+
+def held_out_seen_by_init(data: RunData, weights: Path) -> int | None:
+    """As ``held_out_seen``, of the run in which the weights of ``model.init`` lie; it is told where
+    that is not known, as of an export.
+
+    Args:
+        weights: a snapshot, an export, or the folder of a checkpoint.
+    """
+    in_run = weights.parent.name in (SNAPSHOTS, CHECKPOINTS)
+    seen = held_out_seen(data, weights.parent.parent) if in_run else None
+    if seen is None and (data.clips["split"] != "train").any():
+        log.warning(
+            "%s does not say which clips it was trained on: if some of them are held out here, "
+            "figures of them will be too good",
+            weights,
+        )
+    return seen

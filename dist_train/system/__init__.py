@@ -1,0 +1,1 @@
+"""What the operating system allows: processes, CPUs, locks, shared memory; and its errors."""

@@ -1,0 +1,244 @@
+"""A function over many items in processes that may crash or hang: the parent knows where each is.
+
+A decoder is C code that reads what strangers made. One that crashes, or never comes back, takes
+its process along; the parent starts another, and the item goes on without the step that did it.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from dist_train.errors import StoreError
+from dist_train.system.cgroup import processes_at_once
+from dist_train.system.main_guard import FIX, WHAT, end_if_run_again, were_unguarded
+from dist_train.system.processes import OPEN_FILES, end_with_parent, worker_context
+from dist_train.system.shared_memory import within_open_files
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# A crash may have had a cause that passes; the second one at the same step is the step's.
+CRASHES = 2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one step may take: ``seconds``, and ``bytes`` of memory beside the process's own.
+
+    Memory is limited where the kernel knows how (Linux): there, an allocation beyond it fails.
+    """
+
+    seconds: float
+    bytes: int
+
+
+class Steps:
+    """Tells the parent at which step of its item a process is."""
+
+    def __init__(self, connection: Connection | None) -> None:
+        self._connection = connection
+
+    @contextmanager
+    def at(self, step: int) -> Iterator[None]:
+        """Around what the limits hold for, and what may crash."""
+        self._tell(step)
+        try:
+            yield
+        finally:
+            self._tell(None)
+
+    def _tell(self, step: int | None) -> None:
+        if self._connection is not None:
+            self._connection.send(("step", step))
+
+
+# For a function that runs in the process of its caller.
+UNWATCHED = Steps(None)
+
+
+def supervised(
+    function: Callable[[Item, Steps], Result],
+    items: Iterable[Item],
+    without: Callable[[Item, int, str], Item],
+    limits: Limits,
+    workers: int | None = None,
+) -> Iterator[Result]:
+    """Results of ``function`` over ``items``, each as soon as it is there, in no order.
+
+    Args:
+        function: of a module's top level; it says by ``Steps.at`` where it is.
+        items: taken one by one, as processes come free.
+        without: (item, step, reason) -> the item to take instead, once that step has crashed twice
+            or run out of time.
+        workers: processes; None takes one per CPU that it may use.
+
+    Raises:
+        StoreError: a process died outside its steps, or was killed by someone else.
+        Exception: what ``function`` raised. The other processes are ended.
+    """
+    end_if_run_again()
+    todo = (_Run(item) for item in items)
+    again: deque[_Run[Item]] = deque()
+    idle: list[_Worker[Item, Result]] = []
+    busy: list[_Worker[Item, Result]] = []
+    size = within_open_files(workers or processes_at_once(), OPEN_FILES)
+    try:
+        while True:
+            while len(busy) < size and (run := again.popleft() if again else next(todo, None)):
+                worker = idle.pop() if idle else _Worker(function, limits)
+                busy.append(worker)
+                worker.give(run)
+            if not busy:
+                return
+            left = min(worker.time_left() for worker in busy)
+            wait([worker.connection for worker in busy], None if left == math.inf else left)
+            for worker in list(busy):
+                try:
+                    results = worker.hear()
+                except _EndedError as ended:
+                    busy.remove(worker)
+                    worker.end()
+                    again.append(worker.run.after(ended, without))
+                    continue
+                if results:
+                    busy.remove(worker)
+                    idle.append(worker)
+                    yield results[0]
+    finally:
+        # On an error the others are at work: what they are at is done again by the next run.
+        for worker in busy + idle:
+            worker.end()
+
+
+class _EndedError(Exception):
+    """A process is gone, at its item's ``step``; ``final`` if it need not be tried again."""
+
+    def __init__(self, step: int, reason: str, *, final: bool) -> None:
+        super().__init__(reason)
+        self.step, self.reason, self.final = step, reason, final
+
+
+@dataclass
+class _Run(Generic[Item]):
+    item: Item
+    crashes: Counter[int] = field(default_factory=Counter)
+
+    def after(self, ended: _EndedError, without: Callable[[Item, int, str], Item]) -> _Run[Item]:
+        self.crashes[ended.step] += 1
+        if ended.final or self.crashes[ended.step] >= CRASHES:
+            self.item = without(self.item, ended.step, ended.reason)
+        return self
+
+
+class _Worker(Generic[Item, Result]):
+    """A process, and what it was heard to be at."""
+
+    run: _Run[Item]
+
+    def __init__(self, function: Callable[[Item, Steps], Result], limits: Limits) -> None:
+        context = worker_context(function.__module__)
+        self.limits = limits
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, function, limits), daemon=True)
+        self.process.start()
+        # The process has its own copy; when that closes, with its end, reading here says so.
+        theirs.close()
+        self.step: int | None = None
+        self.since = 0.0
+
+    def give(self, run: _Run[Item]) -> None:
+        self.run, self.step = run, None
+        with suppress(BrokenPipeError):
+            self.connection.send(run.item)
+
+    def time_left(self) -> float:
+        if self.step is None:
+            return math.inf
+        return max(0.0, self.since + self.limits.seconds - time.monotonic())
+
+    def hear(self) -> list[Result]:
+        """The result, if it is there.
+
+        Raises:
+            _EndedError: the process crashed at a step, or takes too long for it.
+        """
+        try:
+            while self.connection.poll():
+                kind, value = self.connection.recv()
+                if kind == "step":
+                    self.step, self.since = value, time.monotonic()
+                elif kind == "done":
+                    return [value]
+                else:
+                    raise value
+        except (EOFError, ConnectionResetError):
+            raise self._death() from None
+        if self.step is not None and not self.time_left():
+            reason = f"takes longer than {self.limits.seconds:g} s to decode"
+            raise _EndedError(self.step, reason, final=True)
+        return []
+
+    def _death(self) -> Exception:
+        self.process.join()
+        code = self.process.exitcode or 0
+        if were_unguarded([code]):
+            return StoreError(WHAT, fix=FIX)
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        # No decoder kills its own process in this way: the system did, or a person.
+        if self.step is None or code == -signal.SIGKILL:
+            return StoreError(
+                f"a worker process died ({how})",
+                fix="Run the command again, with fewer --workers if memory ran out: "
+                "finished shards are kept.",
+            )
+        return _EndedError(self.step, f"crashes the decoder ({how})", final=False)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+        self.connection.close()
+
+
+def _serve(
+    connection: Connection, function: Callable[[Any, Steps], object], limits: Limits
+) -> None:
+    end_with_parent()
+    # Ctrl-C reaches the whole group; the parent ends its processes itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A crash is told in the list of rejects, not by a file in the user's folder.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit_memory(limits.bytes)
+    steps = Steps(connection)
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(("done", function(item, steps)))
+        except Exception as error:
+            error.add_note(traceback.format_exc())
+            connection.send(("failed", error))
+
+
+def _limit_memory(more: int) -> None:
+    """Let this process take that many bytes of private memory beside what it has now."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return
+    limit = int(statm.read_text().split()[5]) * resource.getpagesize() + more
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    if most == resource.RLIM_INFINITY or limit < most:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, most))

@@ -1,0 +1,44 @@
+"""Forward and backward pass of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from dist_train.distributed.backends.base import Backend
+
+#: Logits [B] and the mean loss of a micro-batch, without what the backward pass needed.
+Outputs = tuple[Tensor, Tensor]
+
+
+class MicroStep:
+    """Adds a micro-batch's gradients to those of the backend's weights.
+
+    Args:
+        between: called between the passes.
+    """
+
+    def __init__(self, backend: Backend, *, between: Callable[[], None] = lambda: None) -> None:
+        self._backend, self._between = backend, between
+
+    def __call__(
+        self, x: Tensor, frames: Tensor | None, labels: Tensor, weight: float | Tensor
+    ) -> Outputs:
+        """Run both passes, by binary cross-entropy.
+
+        Args:
+            x: float32 [B, 1, D, H, W] on the device.
+            frames: int64 [B], the true depths, best on the host; None where no clip is padded.
+            labels: float32 [B] on the device.
+            weight: of the micro-batch's mean loss in that of its step.
+        """
+        logits = self._backend.model(x, frames)
+        loss = binary_cross_entropy_with_logits(logits.float(), labels)
+        self._between()
+        self._backend.backward(loss * weight)
+        return logits.detach(), loss.detach()
+
+    def forget(self) -> None:
+        """Keep nothing that hangs on how the model was set, or takes memory."""

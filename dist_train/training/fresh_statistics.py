@@ -1,0 +1,89 @@
+"""BatchNorm statistics that belong to the weights as they are, of the clips last trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from dist_train.config import Config, LoaderSettings
+from dist_train.data.loading.collate import Batch
+from dist_train.data.loading.loader import Loader
+from dist_train.data.loading.sampler import PlanSampler
+from dist_train.data.plan.plan import Plan
+from dist_train.distributed.backends.base import autocast
+from dist_train.models.norm_statistics import precise_statistics
+from dist_train.models.sync_norm import AllReduce
+from dist_train.run.data import RunData
+from dist_train.run.model import as_input
+from dist_train.training.negative_weights import kept_table, read_weights
+
+
+@torch.no_grad()
+def take_statistics(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    config: Config,
+    device: torch.device,
+    *,
+    all_reduce: AllReduce | None = None,
+    beat: Callable[[], None] = lambda: None,
+) -> None:
+    """Put the statistics of all real values of some batches in place of ``model``'s running ones.
+
+    The model must be in training mode. torch's random state is left as it is, though dropout draws.
+
+    Args:
+        config: with ``clip`` as it was in training on the batches.
+        all_reduce: as ``precise_statistics``.
+        beat: called after each batch.
+    """
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        autocast(config.train.precision, device),
+        precise_statistics(model, all_reduce),
+    ):
+        for batch in batches:
+            moved = batch.to(device)
+            model(as_input(moved.volumes, config), moved.frames)
+            beat()
+
+
+def statistics_of_run(
+    model: nn.Module, data: RunData, done: int, *, steps: int, processes: int, device: torch.device
+) -> None:
+    """What a training in ``processes`` processes takes after ``done`` steps, in this process alone:
+    the same, but for rounding.
+
+    Args:
+        model: with the weights after ``done`` steps, on ``device``.
+        steps: how many of the last steps' clips.
+
+    Raises:
+        DistTrainError: a clip cannot be read, or the plan no longer fits.
+    """
+    config, plan = data.config, data.plan()
+    first = max(0, done - steps)
+    plan = _as_trained(data, plan, first)
+    if config.clip.growth:
+        clip = config.clip.at(plan.epoch_of(done - 1))
+        config = config.model_copy(update={"clip": clip})
+    # Where each process normalises by its own clips, they are what this one has in a micro-batch.
+    cuts = config.train.accumulate * (1 if config.norm.shared else processes)
+    sampler = PlanSampler(plan, rank=0, world=1, accumulate=cuts, first=first, last=done)
+    loader = Loader(data.dataset(training=True, config=config), sampler, LoaderSettings(workers=0))
+    training = model.training
+    model.train()
+    take_statistics(model, loader, config, device)
+    model.train(training)
+
+
+def _as_trained(data: RunData, plan: Plan, step: int) -> Plan:
+    """The plan that a step was made by: with the negatives' weights that its epoch began with."""
+    if data.config.plan.weights is None:
+        return plan
+    table = kept_table(data.config.out, plan.first_step(plan.epoch_of(step)))
+    if not table.exists():
+        return plan
+    return data.plan(read_weights(table.read_bytes(), data.store.table["filename"], table))

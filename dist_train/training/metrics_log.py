@@ -1,0 +1,159 @@
+"""The numbers of a run, to TensorBoard and to JSONL at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import compress
+from operator import not_
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dist_train.checkpoint.superseded import SUPERSEDED, append_aside
+from dist_train.files import crc32c, parse_object, read_plain, write_whole
+from dist_train.growing_file import GrowingFile
+from dist_train.run.folder import BOARD, METRICS
+from dist_train.training import board
+
+#: Some ten million steps.
+MOST_BYTES = 2**33
+Figures = dict[str, Any]
+_SUMMED = re.compile(rb'(?P<rest>.*), "crc32c": (?P<sum>[0-9]{1,10})\}\n?', re.DOTALL)
+log = logging.getLogger(__name__)
+
+
+class EventWriter:
+    """One object a step in ``metrics.jsonl``, with its checksum, and the same numbers under the
+    same names in ``tensorboard/``; not there where the tensorboard package is not installed.
+
+    Args:
+        run: the run's folder.
+        after: steps done so far. What an earlier, killed session wrote of later steps is moved to
+            ``superseded/metrics.jsonl``, so that every step is there once.
+
+    Raises:
+        OSError: the files cannot be written.
+    """
+
+    def __init__(self, run: Path, *, after: int) -> None:
+        path = run / METRICS
+        if os.path.lexists(path):
+            lines = read_plain(path, most_bytes=MOST_BYTES).splitlines(keepends=True)
+            found = list(figures_of(lines))
+            kept = [figures is not None and figures["step"] <= after for figures in found]
+            # A kill may tear the last line.
+            damaged = found[:-1].count(None)
+            if damaged:
+                log.warning(
+                    "%d lines of %s are not as they were written, and are moved to %s/",
+                    damaged, path, SUPERSEDED,
+                )  # fmt: skip
+            if not all(kept):
+                # Aside first: a kill in between leaves them in both places.
+                append_aside(run, METRICS, compress(lines, map(not_, kept)))
+                write_whole(path, b"".join(compress(lines, kept)))
+        self._lines = GrowingFile(path)
+        self._board: GrowingFile | None = None
+        if board.is_available():
+            (run / BOARD).mkdir(exist_ok=True)
+            self._board = GrowingFile(board.next_file(run / BOARD))
+            self._board.append(board.opening(after + 1, time.time()))
+        else:
+            log.warning(
+                "tensorboard is not installed, so figures go to %s alone: pip install tensorboard",
+                path,
+            )
+        self._told = False
+
+    def write(self, step: int, epoch: int, at: float, values: Mapping[str, float | None]) -> None:
+        """Numbers of step ``step`` (1 is the first); what is not finite becomes null.
+
+        Where the disk is full they are kept in memory, with a warning, until there is room.
+
+        Args:
+            at: seconds since 1970, for display alone.
+        """
+        finite = {
+            name: value if value is not None and math.isfinite(value) else None
+            for name, value in values.items()
+        }
+        line = {"step": step, "epoch": epoch, "time": at} | finite
+        known = {name: value for name, value in finite.items() if value is not None}
+        records = [(self._lines, _line(line))]
+        if self._board is not None:
+            records.append((self._board, board.scalars(step, at, known)))
+        for file, record in records:
+            try:
+                file.append(record)
+            except OSError as error:
+                if not self._told:
+                    log.warning("figures are kept in memory until they can be written: %s", error)
+                self._told = True
+
+    def flush(self) -> None:
+        """Put all that was written on the disk. Called before each checkpoint, so that a session
+        which goes on from there lacks nothing of the steps before.
+
+        Raises:
+            OSError: there is no room, or the disk fails.
+        """
+        for file in self._files():
+            file.flush()
+        self._told = False
+
+    def __enter__(self) -> EventWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for file in self._files():
+            file.close()
+
+    def _files(self) -> list[GrowingFile]:
+        return [self._lines] if self._board is None else [self._lines, self._board]
+
+
+def figures_of(lines: Iterable[bytes]) -> Iterator[Figures | None]:
+    """What each line of ``metrics.jsonl`` says; None for a line that is not as it was written.
+
+    Lines of earlier versions have no checksum. A run that was resumed since then has some of them
+    at its beginning.
+    """
+    summed = False
+    for line in lines:
+        match = _SUMMED.fullmatch(line)
+        summed = summed or match is not None
+        try:
+            figures = parse_object(line)
+            if summed and (match is None or crc32c(match["rest"] + b"}") != int(match["sum"])):
+                raise ValueError("its checksum is wrong")
+            figures.pop("crc32c", None)
+            if type(figures["step"]) is not int or not all(map(_is_figure, figures.values())):
+                raise ValueError("it holds what is no number")
+        except (ValueError, KeyError):
+            yield None
+        else:
+            yield figures if line.endswith(b"\n") else None
+
+
+def _line(figures: Figures) -> bytes:
+    """With the CRC-32C of the line as it would be without it."""
+    text = json.dumps(figures)
+    return f'{text[:-1]}, "crc32c": {crc32c(text.encode())}}}\n'.encode()
+
+
+def _is_figure(value: object) -> bool:
+    """A number that can be drawn, or null."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value is None
+    return -1e300 < value < 1e300

@@ -1,0 +1,109 @@
+"""What a run does after a bad step, when memory runs out, and when it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import numpy as np
+
+from dist_train.config import Config
+from dist_train.distributed.backends.base import Backend
+from dist_train.distributed.collectives import on_main
+from dist_train.distributed.signals import INTERRUPTED, TRY_AGAIN, StopSignals, exit_process
+from dist_train.errors import RunError, StoppedError
+from dist_train.run.snapshots import set_snapshots_aside
+from dist_train.training.initial_weights import initial_model
+from dist_train.training.micro_batch import MicroBatches, free_cache
+from dist_train.training.run_state import RunState
+from dist_train.training.step import BadStepError
+
+log = logging.getLogger(__name__)
+
+#: Steps done, and the logits and labels of the epoch so far: float32 [N] each.
+Restored = tuple[int, np.ndarray, np.ndarray]
+
+
+class Recovery:
+    """Brings a run back to a state that it can go on from.
+
+    Attributes:
+        bad_steps: how often each step was bad.
+        stop: the signals to stop that this process has received.
+    """
+
+    def __init__(
+        self, config: Config, backend: Backend, state: RunState, micro: MicroBatches
+    ) -> None:
+        self._config, self._backend = config, backend
+        self._state, self._micro = state, micro
+        self.bad_steps: Counter[int] = Counter()
+        self.stop = StopSignals()
+
+    def is_skipped(self, step: int) -> bool:
+        """Whether a step is left out: it was bad, and bad again when it was repeated."""
+        return self.bad_steps[step] > 1
+
+    def go_back(self, bad: BadStepError) -> Restored:
+        """Restore the last checkpoint, or the initial weights, and repeat the bad step from there.
+        A step that is bad twice is skipped. A collective call.
+
+        Raises:
+            RunError: more than ``train.max_skips`` steps would be skipped.
+        """
+        self.bad_steps[bad.step] += 1
+        skipped = sum(map(self.is_skipped, self.bad_steps))
+        if skipped > self._config.train.max_skips:
+            raise RunError(
+                f"training diverged: {bad}, and {skipped - 1} steps were left out already",
+                where=self._config.out,
+                fix="Lower optim.lr, and go on from the checkpoint before by --resume auto.",
+            )
+        self._state.commit()
+        restored = self._state.restore()
+        if restored is None:
+            self._state.begin_anew(initial_model(self._config)[0])
+            restored = 0, np.empty(0, np.float32), np.empty(0, np.float32)
+        done = restored[0]
+        on_main(self._backend, lambda: set_snapshots_aside(self._config.out, after=done))
+        if self._backend.is_main:
+            then = "the step is left out" if self.is_skipped(bad.step) else "it is tried again"
+            log.warning("%s; back to step %d, and %s", bad, done, then)
+        return restored
+
+    def halve_micro_batches(self, short: str) -> None:
+        """Prepare to repeat the step with smaller micro-batches, after memory has run out.
+
+        With several processes the others wait for this one in a collective call, which it can not
+        rejoin; leaving the process group in order could wait for them too. So it exits at once, its
+        launcher ends the others, and the next session reads the note of the smaller size.
+
+        Args:
+            short: what ran out, in words.
+
+        Raises:
+            RunError: micro-batches of one clip do not fit.
+        """
+        backend = self._backend
+        try:
+            self._micro.halve(short)
+        except RunError as error:
+            if not backend.can_repeat:
+                exit_process(str(error), backend.rank, error.exit_code)
+            raise
+        now = f"{short}; from now on micro-batches have {self._micro.clips} clips"
+        if not backend.can_repeat:
+            where = self._config.out
+            exit_process(f"{where}: {now}. Go on by --resume auto.", backend.rank, TRY_AGAIN)
+        log.warning("%s", now)
+        free_cache(backend.device)
+
+    def stopped(self, *, interrupted: bool, done: int) -> StoppedError:
+        """The error that ends a run which was told to stop and is saved."""
+        return StoppedError(
+            f"stopped by {'SIGINT' if interrupted else 'SIGTERM'} after step {done}, "
+            "which is saved",
+            where=self._config.out,
+            fix="Go on by --resume auto.",
+            exit_code=INTERRUPTED if interrupted else TRY_AGAIN,
+        )

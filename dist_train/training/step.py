@@ -1,0 +1,191 @@
+"""One optimizer step: forward and backward passes of its micro-batches, then the update."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from dist_train.config import Config
+from dist_train.data.loading.collate import Batch
+from dist_train.data.plan.plan import Plan
+from dist_train.distributed.backends.base import Backend
+from dist_train.distributed.out_of_memory import is_out_of_memory
+from dist_train.distributed.straggler import StragglerDetector
+from dist_train.errors import RunError
+from dist_train.run.model import as_input
+from dist_train.system.advice import first_line
+from dist_train.training.cuda_graphs import make_micro_step
+from dist_train.training.micro_batch import Buffers, MicroBatches
+from dist_train.training.optimizer import Schedule
+from dist_train.training.validation import EpochPredictions, Values
+
+
+class ShortMemoryError(Exception):
+    """Memory did not suffice for a micro-batch; weights and moments are as before the step."""
+
+
+class BadStepError(Exception):
+    """The loss or the gradient norm of a step is not finite, on all ranks."""
+
+    def __init__(self, step: int, loss: float, norm: float, ranks: list[int]) -> None:
+        where = f", by process {', '.join(map(str, ranks))}" if ranks else ""
+        super().__init__(
+            f"at step {step + 1} the loss is {loss:g}{where} and the gradient norm {norm:g}"
+        )
+        self.step = step
+
+
+class OptimizerStep:
+    """Takes the steps of a run.
+
+    Args:
+        config_at: the settings of a step; ``clip`` changes between the stages of ``clip.growth``.
+        predictions: collects the logits and labels of each step.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        backend: Backend,
+        plan: Plan,
+        schedule: Schedule,
+        micro: MicroBatches,
+        config_at: Callable[[int], Config],
+        predictions: EpochPredictions,
+    ) -> None:
+        self._config, self._backend, self._plan = config, backend, plan
+        self._schedule, self._micro, self._config_at = schedule, micro, config_at
+        self._predictions = predictions
+        self._forward_backward = make_micro_step(backend, device_knows_frames=config.norm.fused)
+        self._buffers = Buffers(backend.module)
+        self._stragglers = StragglerDetector(backend, config.train.straggler_ratio)
+
+    def forget_graphs(self) -> None:
+        """Drop captured CUDA graphs, after the size of micro-batches has changed."""
+        self._forward_backward.forget()
+
+    def take(self, step: int, batches: Iterator[Batch], *, skip: bool = False) -> Values:
+        """Train on the global batch of one step. A collective call.
+
+        Args:
+            batches: this rank's micro-batches, from the first one of the step.
+            skip: read the step's batches, and do not train on them.
+
+        Returns:
+            Metrics of the step, by name.
+
+        Raises:
+            ShortMemoryError: memory does not suffice for a micro-batch; the step can be repeated.
+            BadStepError: the loss or the gradient norm is not finite; weights may be spoilt.
+            RunError: memory does not suffice for the update.
+        """
+        backend, stragglers = self._backend, self._stragglers
+        # Dropout is keyed by seed, step and rank, so that no random state has to be saved.
+        key = np.random.SeedSequence((self._config.seed, step, backend.rank))
+        torch.manual_seed(int(key.generate_state(1)[0]))
+        began = time.perf_counter()
+        stragglers.begin()
+        lr = self._schedule.lr(step)
+        backend.set_lr(lr)
+        if skip:
+            for _ in range(self._micro.accumulate):
+                next(batches)
+            return {"train/loss": None, "train/lr": lr}
+        with self._repeatable(step):
+            total, waited = self._micro_steps(step, batches)
+        # A single process reads the loss before the update, so that it does not wait for the end
+        # of the update. Several processes wait anyway, to exchange their losses.
+        own_loss = float(total)
+        norm = self._update()
+        sum_of_losses, *own_work = backend.sums([own_loss, *stragglers.shares(waited)])
+        mean_loss = sum_of_losses / backend.world
+        # In fp16 a step whose gradients overflow is skipped, and the loss scale lowered.
+        overflow_is_fine = self._config.train.precision == "fp16"
+        if not (math.isfinite(mean_loss) and (math.isfinite(norm) or overflow_is_fine)):
+            losses = backend.gather(own_loss)
+            odd = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+            raise BadStepError(step, mean_loss, norm, odd)
+        seconds = time.perf_counter() - began
+        return {
+            "train/loss": mean_loss,
+            "train/lr": lr,
+            "train/grad_norm": norm,
+            "speed/clips_per_second": self._plan.clips_at(step) / seconds,
+            "speed/data_wait": waited / seconds,
+            **stragglers.compare(own_work),
+        } | _memory(backend.device)
+
+    def _micro_steps(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
+        """Add up the gradients of a step's micro-batches.
+
+        Returns:
+            The mean loss of this rank's clips, and the seconds that it waited for them.
+        """
+        backend, accumulate = self._backend, self._micro.accumulate
+        total, waited = torch.zeros((), device=backend.device), 0.0
+        config = self._config_at(step)
+        for micro in range(accumulate):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            with backend.micro_step(last=micro == accumulate - 1):
+                logits, loss = self._forward_backward(
+                    as_input(batch.volumes, config),
+                    batch.frames,
+                    batch.labels,
+                    self._plan.weight(step) / accumulate,
+                )
+            total += loss / accumulate
+            self._predictions.add(logits, batch.labels)
+        return total, waited
+
+    def _update(self) -> float:
+        """Update the weights; the norm of the gradients."""
+        try:
+            return self._backend.update()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunError(
+                "memory does not suffice for the optimizer's step, whatever the micro-batch",
+                where=self._config.out,
+                fix="Set train.backend: zero2, with train.offload if need be, and go on by "
+                "--resume auto.",
+            ) from None
+
+    @contextmanager
+    def _repeatable(self, step: int) -> Iterator[None]:
+        """Around forward and backward passes: when memory runs out, gradients, buffers and
+        predictions are put back as they were before the step, where the backend allows it."""
+        backend, predictions = self._backend, len(self._predictions)
+        if backend.can_repeat:
+            self._buffers.keep()
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if backend.can_repeat:
+                backend.drop_gradients()
+                self._buffers.put_back()
+                self._predictions.cut(predictions)
+            raise ShortMemoryError(
+                f"out of memory at step {step + 1} ({first_line(error)})"
+            ) from None
+
+
+def _memory(device: torch.device) -> Values:
+    values: Values = {"memory/host_mb": None}
+    # Without /proc it is not known.
+    with suppress(psutil.Error, OSError):
+        values["memory/host_mb"] = psutil.Process().memory_info().rss / 2**20
+    if device.type == "cuda":
+        values["memory/device_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return values

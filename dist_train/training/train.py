@@ -1,0 +1,234 @@
+"""A training from its settings to its end: begin or resume in the run's folder, then fit."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from dist_train.config import Config, changes, config_text
+from dist_train.distributed.backends import make_backend
+from dist_train.distributed.backends.base import Backend
+from dist_train.distributed.collectives import (
+    OfSomeRankError,
+    on_main,
+    run_on_all_ranks,
+    translate_peer_loss,
+)
+from dist_train.distributed.consistency import check_agreement
+from dist_train.errors import ConfigError, RunError, StoppedError
+from dist_train.files import write_whole
+from dist_train.run.data import check_same_data, write_splits
+from dist_train.run.folder import (
+    CONFIG,
+    check_folders,
+    only_session,
+    refuse_existing,
+    refuse_lost_checkpoints,
+)
+from dist_train.run.record import (
+    begin_session,
+    completed_checkpoint,
+    read_record,
+    read_settings,
+    set_foreign_settings_aside,
+)
+from dist_train.run.seen_before import held_out_seen, held_out_seen_by_init
+from dist_train.run.snapshots import set_snapshots_aside
+from dist_train.system.main_guard import end_if_run_again
+from dist_train.training.initial_weights import SETTING, Source, initial_model
+from dist_train.training.introduction import closing, idle_workers, opening
+from dist_train.training.trainer import BeforeStep, Progress, Say, Trainer
+
+log = logging.getLogger(__name__)
+
+Resume = Literal["never", "auto"]
+
+
+def train(
+    config: Config,
+    *,
+    resume: Resume = "never",
+    progress: Progress | None = None,
+    before_step: BeforeStep | None = None,
+    say: Say | None = None,
+) -> None:
+    """Train one run to its end, in ``config.out``. Call it in every process of the launch.
+
+    Args:
+        resume: "auto" goes on from the newest valid checkpoint. It begins anew where there is no
+            run, or one that never completed a checkpoint. "never" refuses a folder that holds a
+            run.
+        progress: called on rank 0 with (steps done, steps in all, a line of metrics).
+        before_step: called on every rank with the trainer and the step that comes, from 0.
+        say: called on rank 0 with lines about the run, at its beginning and its end.
+
+    Raises:
+        StoppedError: SIGTERM or SIGINT came; a checkpoint was written.
+        LostProcessError: another process has ended, or cannot be reached.
+        DistTrainError: the settings, store, selection or checkpoints do not allow it.
+    """
+    end_if_run_again()
+    with translate_peer_loss():
+        backend = make_backend(config.train, clip_norm=config.optim.clip_norm)
+        try:
+            trainer = Trainer(config, backend)
+            with _only_session(config.out, backend), trainer.recovery.stop:
+                begin(trainer, resume)
+                if say is not None and backend.is_main:
+                    trainer.say = say
+                    if warning := idle_workers(trainer.config):
+                        log.warning("%s", warning)
+                    for line in opening(
+                        trainer.config, backend, trainer.data, trainer.plan, trainer.done
+                    ):
+                        say(line)
+                trainer.fit(progress if backend.is_main else None, before_step)
+                if say is not None and backend.is_main:
+                    say(closing(trainer.config))
+        except BaseException as error:
+            # After an error other ranks may be in a collective call. NCCL would wait for it when
+            # the backend is closed, and nobody would see the error. A signal stops all ranks alike.
+            if backend.world == 1 or isinstance(error, StoppedError):
+                backend.close()
+            raise
+        backend.close()
+
+
+@contextmanager
+def _only_session(out: Path, backend: Backend) -> Iterator[None]:
+    """Rank 0 holds the lock of the folder."""
+    with ExitStack() as held:
+        on_main(backend, lambda: held.enter_context(only_session(out)))
+        yield
+
+
+def begin(trainer: Trainer, resume: Resume) -> None:
+    """Restore a checkpoint, or begin a new run, and note the session in the run's folder.
+
+    A collective call.
+
+    Raises:
+        RunError, StoreError, CheckpointError: the folder does not allow it.
+    """
+    backend, config = trainer.backend, trainer.config
+    out, data = config.out, trainer.data
+    restored, init = None, None
+    if resume == "auto":
+        if not config.checkpoint.accept_other_order:
+            on_main(backend, lambda: check_same_data(out, data))
+        restored = trainer.state.restore()
+        if restored is None:
+            on_main(
+                backend,
+                lambda: refuse_lost_checkpoints(out, checkpointed=completed_checkpoint(out)),
+            )
+    else:
+        on_main(backend, lambda: refuse_existing(out))
+    on_main(backend, lambda: check_folders(out))
+    if restored is not None:
+        trainer.restore_progress(*restored)
+    else:
+        trainer.batches.forget()
+        if config.model.init is not None:
+            init = _begin_with_given_weights(trainer)
+    check_agreement(
+        backend,
+        {
+            "the step to begin with": trainer.done,
+            "the store": (data.store.fingerprint, data.store.content),
+            "the plan": trainer.plan.fingerprint,
+        },
+    )
+    if trainer.done < trainer.steps:
+        resumed_from = trainer.done if restored else None
+        on_main(backend, lambda: _note_session(trainer, resumed_from, init))
+    trainer.first_step = trainer.done
+
+
+def _begin_with_given_weights(trainer: Trainer) -> Source:
+    """Begin with the weights of ``model.init``, moments of zero and a new average."""
+    backend, read = trainer.backend, []
+
+    def load() -> str:
+        read.append(initial_model(trainer.config))
+        source = read[0][1]
+        assert source is not None
+        return source.sha256
+
+    try:
+        digests = run_on_all_ranks(backend, load)
+    except OfSomeRankError as error:
+        # A rank that failed itself raises its own error.
+        raise error.__cause__ or ConfigError(str(error), where=SETTING) from None
+    check_agreement(backend, {"the weights of model.init": digests[backend.rank]})
+    model, source = read[0]
+    assert source is not None
+    trainer.state.begin_anew(model)
+    return source
+
+
+def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | None) -> None:
+    """On rank 0."""
+    config, backend, data = trainer.config, trainer.backend, trainer.data
+    changed = _changed_settings(config) if os.path.lexists(config.out / CONFIG) else []
+    seen = _held_out_seen(trainer, resumed_from, init)
+    set_snapshots_aside(config.out, after=trainer.done)
+    trainer.micro.write_note()
+    p, q = config.plan.ratio
+    begin_session(
+        config.out,
+        {
+            "model": config.model.name,
+            "parameters": sum(backend.numels[name] for name, _ in backend.trained()),
+            "positive_rate": {"train_batches": p / (p + q), "natural": data.natural_rate()},
+            "steps": trainer.steps,
+            "checkpointed": resumed_from is not None,
+            "settings": config.model_dump(mode="json"),
+            "held_out_seen": seen,
+        }
+        | write_splits(config.out, data)
+        | ({} if init is None else {"init": init._asdict()}),
+        {
+            "resumed_from_step": resumed_from,
+            "world_size": backend.world,
+            "backend": config.train.backend,
+            "device": str(backend.device),
+            "micro_batch": trainer.micro.facts(),
+        }
+        | ({"changed": changed} if changed else {}),
+    )
+    # Last: after a kill before this line, the next session finds the changes again.
+    set_foreign_settings_aside(config.out)
+    write_whole(config.out / CONFIG, config_text(config))
+
+
+def _held_out_seen(trainer: Trainer, resumed_from: int | None, init: Source | None) -> int:
+    """Held-out clips that the weights were trained on before, for the record."""
+    config, data = trainer.config, trainer.data
+    if resumed_from is not None:
+        with suppress(RunError):
+            before: int = read_record(config.out).get("held_out_seen", 0)
+            return max(before, held_out_seen(data, config.out) or 0)
+    elif init is not None:
+        return held_out_seen_by_init(data, Path(init.path)) or 0
+    return 0
+
+
+def _changed_settings(config: Config) -> list[str]:
+    """How the settings differ from those of the session before, for the log and the record.
+
+    Changes that are not allowed are refused when a checkpoint is restored.
+    """
+    try:
+        before = read_settings(config.out)
+    except (ConfigError, RunError) as error:
+        log.warning("the settings of the session before are not known: %s", error)
+        return []
+    changed = changes(before, config)
+    if changed:
+        log.warning("going on with other settings than before: %s", "; ".join(changed))
+    return changed

@@ -1,0 +1,61 @@
+"""Which checkpoints stay."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_train.checkpoint.retention import RetentionPolicy, to_remove
+
+values = st.none() | st.floats(allow_nan=True)
+saved = st.dictionaries(
+    st.integers(0, 60), st.dictionaries(st.sampled_from(["mcc", "loss"]), values), min_size=1
+)
+rules = st.builds(
+    RetentionPolicy,
+    last=st.integers(1, 5),
+    every=st.none() | st.integers(1, 10),
+    best=st.sampled_from([None, "mcc", "loss", "unknown"]),
+)
+
+
+@given(saved=saved, keep=rules, data=st.data())
+def test_each_rule_keeps_what_it_says_and_nothing_else_stays(
+    saved: dict[int, dict[str, float | None]], keep: RetentionPolicy, data: st.DataObject
+) -> None:
+    newest = data.draw(st.sampled_from(sorted(saved)))
+    removed = to_remove(saved, newest, keep)
+    assert removed == sorted(set(removed))
+    left = saved.keys() - set(removed)
+    assert newest in left
+    assert max(left) == newest
+    for step in saved:
+        newer = [other for other in saved if step < other <= newest]
+        among_last = step <= newest and len(newer) < keep.last
+        by_number = step <= newest and keep.every is not None and step % keep.every == 0
+        assert (step in left) == (among_last or by_number or step == best(saved, newest, keep))
+
+
+def best(
+    saved: dict[int, dict[str, float | None]], newest: int, keep: RetentionPolicy
+) -> int | None:
+    """By going through them all, in order."""
+    found, found_value = None, math.nan
+    for step in sorted(saved):
+        value = saved[step].get(keep.best or "")
+        if step > newest or value is None or math.isnan(value):
+            continue
+        better = value <= found_value if keep.best == "loss" else value >= found_value
+        if found is None or better:
+            found, found_value = step, value
+    return found
+
+
+def test_a_loss_is_best_when_low_and_a_score_when_high() -> None:
+    steps = {1: {"val/loss": 0.1, "val/mcc": 0.9}, 2: {"val/loss": 0.5, "val/mcc": 0.1}, 3: {}}
+    assert to_remove(steps, 3, RetentionPolicy(1, best="val/loss")) == [2]
+    assert to_remove(steps, 3, RetentionPolicy(1, best="val/mcc")) == [2]
+    worse = {1: {"val/loss": 0.9}, 2: {"val/loss": 0.2}, 3: {"val/loss": None}}
+    assert to_remove(worse, 3, RetentionPolicy(1, best="val/loss")) == [1]

@@ -1,0 +1,201 @@
+"""Augmentation: one draw a clip, keyed by seed, epoch and clip alone."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from dist_train.config import AugmentSettings
+from dist_train.data.augment.cpu import Augment
+from dist_train.data.augment.params import Orientation
+from dist_train.data.types import Volume
+
+OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"preset", "device"}, 0.0)
+PICTURE = cv2.GaussianBlur(
+    np.random.default_rng(0).integers(0, 256, (48, 48), dtype=np.uint8), (7, 7), 2
+)
+STILL = np.repeat(PICTURE[None], 5, axis=0)
+MOVING = np.stack([np.roll(PICTURE, 3 * i, axis=1) for i in range(5)])
+
+
+def augment(seed: int = 0, **settings: float) -> Augment:
+    return Augment(AugmentSettings(**(OFF | settings)), seed)
+
+
+EVERYTHING = dict.fromkeys(OFF, 0.8)
+
+
+def test_nothing_at_zero() -> None:
+    for number in range(10):
+        np.testing.assert_array_equal(augment()(MOVING, epoch=1, number=number), MOVING)
+
+
+def frame_by_frame(one: Augment, clip: Volume, number: int) -> Volume:
+    """What albumentations itself makes of a clip in epoch 0, each frame by the same random states;
+    without the reversal."""
+    key = np.random.SeedSequence((one.seed, 0, number))
+    numbers, choices, _ = (int(word) for word in key.generate_state(3))
+    pipeline, frames = one.draw.transform, []
+    assert pipeline is not None
+    for frame in clip:
+        pipeline.set_random_state(np.random.default_rng(numbers), random.Random(choices))
+        frames.append(pipeline(image=frame)["image"])
+    return np.stack(frames)
+
+
+@pytest.mark.parametrize("name", [*sorted(set(OFF) - {"reverse"}), "everything"])
+def test_each_frame_is_that_of_albumentations_to_the_bit(name: str) -> None:
+    """On white noise, where a hundredth of a pixel shows."""
+    settings = EVERYTHING | {"reverse": 0.0} if name == "everything" else {name: 1.0}
+    one = augment(**settings)
+    noise = np.random.default_rng(1)
+    for number in range(16):
+        clip = noise.integers(0, 256, (1 + number % 6, 40, 40), dtype=np.uint8)
+        given = one(clip, epoch=0, number=number)
+        np.testing.assert_array_equal(given, frame_by_frame(one, clip, number))
+
+
+def test_orientations_are_what_numpy_makes_of_them() -> None:
+    picture = np.arange(25).reshape(5, 5)
+    places = np.stack([*np.indices((5, 5))[::-1], np.ones((5, 5), int)]).reshape(3, -1)
+    for times in range(4):
+        for rows in (False, True):
+            how = Orientation().turned(times).flipped(rows=rows)
+            expected = np.rot90(picture, times)
+            expected = expected[::-1] if rows else expected
+            x, y, _ = (how.matrix(5, 5) @ places).astype(int)
+            np.testing.assert_array_equal(expected[y, x], picture.ravel())
+
+
+@pytest.mark.parametrize("name", sorted(OFF))
+def test_each_setting_does_something_at_one(name: str) -> None:
+    one = augment(**{name: 1.0})
+    changed = [one(MOVING, epoch=0, number=number) for number in range(24)]
+    for clip in changed:
+        assert clip.dtype == np.uint8
+        assert clip.shape == MOVING.shape
+    share = np.mean([(clip != MOVING).any() for clip in changed])
+    # Of four quarter turns one is none; brightness and gamma are both left out one time in ten.
+    assert share >= (0.5 if name == "rotate90" else 0.75)
+
+
+def test_every_distortion_moves_the_picture_but_keeps_it() -> None:
+    """Of three kinds none is idle, and none leaves noise where the picture was."""
+    one = augment(distort=1.0)
+    moved = [
+        np.abs(one(STILL, epoch=0, number=n)[0].astype(int) - PICTURE).mean() for n in range(40)
+    ]
+    unrelated = np.abs(np.rot90(PICTURE).astype(int) - PICTURE).mean()
+    assert min(moved) > 0.02 * unrelated
+    assert max(moved) < 1.2 * unrelated
+
+
+def test_noise_is_of_a_few_grey_levels() -> None:
+    one = augment(blur_noise=1.0)
+    flat = np.full((2, 64, 64), 128, np.uint8)
+    deviations = [one(flat, epoch=0, number=n)[0].std() for n in range(40)]
+    noisy = [d for d in deviations if d > 0]
+    assert 10 <= len(noisy) <= 30, "about half of the draws are blur, which leaves a flat clip"
+    assert 2 < min(noisy) < max(noisy) < 8
+
+
+def test_flips_and_turns_move_pixels_and_change_none() -> None:
+    found = set()
+    one = augment(flip=0.5, rotate90=1.0)
+    group = [
+        np.rot90(side, k, axes=(1, 2)) for side in (MOVING, MOVING[:, :, ::-1]) for k in range(4)
+    ]
+    for number in range(60):
+        clip = one(MOVING, epoch=0, number=number)
+        matches = [i for i, other in enumerate(group) if (clip == other).all()]
+        assert len(matches) == 1
+        found.add(matches[0])
+    assert found == set(range(8))
+
+
+def test_reversal_is_in_depth() -> None:
+    np.testing.assert_array_equal(augment(reverse=1.0)(MOVING, epoch=0, number=0), MOVING[::-1])
+    half = [augment(reverse=0.5)(MOVING, epoch=0, number=n)[0] for n in range(200)]
+    assert 70 < sum((frame == MOVING[-1]).all() for frame in half) < 130
+
+
+@pytest.mark.parametrize("name", sorted(set(OFF) - {"reverse"}))
+def test_one_draw_for_all_frames(name: str) -> None:
+    """Frames that are the same stay the same, so that motion is never made up; the noise too is one
+    picture for all frames."""
+    for number in range(12):
+        clip = augment(**{name: 1.0})(STILL, epoch=0, number=number)
+        assert (clip == clip[:1]).all()
+
+
+def test_draw_does_not_depend_on_what_came_before() -> None:
+    used, fresh = augment(**EVERYTHING), augment(**EVERYTHING)
+    for number in range(30):
+        used(MOVING, epoch=3, number=number)
+    for number in (29, 4, 17):
+        np.testing.assert_array_equal(
+            used(MOVING, epoch=5, number=number), fresh(MOVING, epoch=5, number=number)
+        )
+
+
+def test_draw_does_not_depend_on_global_random_state() -> None:
+    first = augment(**EVERYTHING)(MOVING, epoch=0, number=1)
+    np.random.seed(1)  # noqa: NPY002
+    np.testing.assert_array_equal(augment(**EVERYTHING)(MOVING, epoch=0, number=1), first)
+
+
+def test_pickled_copy_draws_the_same() -> None:
+    one = augment(**EVERYTHING)
+    copy = pickle.loads(pickle.dumps(one))
+    for number in range(10):
+        np.testing.assert_array_equal(
+            copy(MOVING, epoch=0, number=number), one(MOVING, epoch=0, number=number)
+        )
+
+
+def test_epochs_clips_and_seeds_draw_differently() -> None:
+    draws = {
+        augment(seed, **EVERYTHING)(MOVING, epoch=epoch, number=number).tobytes()
+        for seed in range(3)
+        for epoch in range(3)
+        for number in range(3)
+    }
+    assert len(draws) >= 25
+
+
+def test_input_is_left_alone() -> None:
+    clip = MOVING.copy()
+    for number in range(20):
+        augment(**EVERYTHING)(clip, epoch=0, number=number)
+    np.testing.assert_array_equal(clip, MOVING)
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 16, 16), (4, 24, 24)])
+def test_any_depth(shape: tuple[int, int, int]) -> None:
+    clip = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    for number in range(10):
+        assert augment(**EVERYTHING)(clip, epoch=0, number=number).shape == shape
+
+
+def test_frames_that_are_not_square_without_turns() -> None:
+    clip = MOVING[:, :32]
+    one = augment(**(EVERYTHING | {"rotate90": 0.0}))
+    assert {one(clip, epoch=0, number=n).shape for n in range(20)} == {clip.shape}
+
+
+def test_import_asks_no_network() -> None:
+    """albumentations looks for a newer version of itself on import, unless it is told not to."""
+    command = (
+        "import socket\n"
+        "def refuse(*a, **k): raise SystemExit('the network was asked')\n"
+        "socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse\n"
+        "import dist_train.data.augment.cpu\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr

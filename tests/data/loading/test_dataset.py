@@ -1,0 +1,107 @@
+"""Slot -> clip: cut, resized, augmented, in that order and the same every time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from make_media import write_manifest
+
+from dist_train.config import AugmentSettings
+from dist_train.data.augment.cpu import Augment, augmented
+from dist_train.data.augment.params import Draw
+from dist_train.data.augment.resize import resize
+from dist_train.data.loading.dataset import ClipDataset
+from dist_train.data.loading.sampler import Slot
+from dist_train.data.store.build import PrepareSettings, prepare
+from dist_train.data.store.reader import Store
+
+STILL = AugmentSettings(flip=0, rotate90=0, reverse=0)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Three clips; every frame of clip c is filled with its own number."""
+    folder = tmp_path_factory.mktemp("dataset")
+    (folder / "raw").mkdir()
+    for c, (depth, height, width) in enumerate([(30, 8, 9), (10, 20, 12), (3, 16, 16)]):
+        clip = np.arange(depth, dtype=np.uint8)[:, None, None] * np.ones((1, height, width), int)
+        np.save(folder / "raw" / f"{c}.npy", clip.astype(np.uint8))
+    manifest = write_manifest(folder / "clips.csv", ["0.npy", "1.npy", "2.npy"], [1, 0, 1])
+    settings = PrepareSettings(roi="none")
+    prepare(manifest, folder / "raw", folder / "store", settings, workers=1)
+    return Store(folder / "store")
+
+
+def frames_of(volume: torch.Tensor) -> list[int]:
+    return volume[:, 0, 0].tolist()
+
+
+def test_whole_clip(store: Store) -> None:
+    dataset = ClipDataset(store, size=(16, 16), max_frames=None, augment=None)
+    for clip, (depth, label) in enumerate([(30, 1), (10, 0), (3, 1)]):
+        sample = dataset[Slot(clip, 0)]
+        assert sample.volume.dtype == torch.uint8
+        assert sample.volume.shape == (depth, 16, 16)
+        assert sample.volume.is_contiguous()
+        assert frames_of(sample.volume) == list(range(depth))
+        assert (sample.label, sample.clip) == (label, clip)
+
+
+def test_middle_is_taken_without_augmentation(store: Store) -> None:
+    dataset = ClipDataset(store, size=(8, 8), max_frames=10, augment=None)
+    assert frames_of(dataset[Slot(0, 0)].volume) == list(range(10, 20))
+    assert frames_of(dataset[Slot(0, 5)].volume) == list(range(10, 20))
+    assert len(dataset[Slot(1, 0)].volume) == 10
+    assert len(dataset[Slot(2, 0)].volume) == 3
+
+
+def test_place_of_the_cut_is_random_in_training_and_keyed(store: Store) -> None:
+    first, second = (
+        ClipDataset(store, size=(8, 8), max_frames=10, augment=Augment(STILL, seed=4))
+        for _ in range(2)
+    )
+    starts = []
+    for epoch in range(300):
+        frames = frames_of(first[Slot(0, epoch)].volume)
+        assert frames == list(range(frames[0], frames[0] + 10))
+        starts.append(frames[0])
+    assert set(starts) == set(range(21)), "every place is reached, also the first and the last"
+    assert [frames_of(second[Slot(0, e)].volume)[0] for e in (299, 0, 7)] == [
+        starts[e] for e in (299, 0, 7)
+    ]
+
+
+def test_augmentation_is_keyed_by_the_slot(store: Store) -> None:
+    augment = Augment(AugmentSettings(reverse=0.5, flip=0, rotate90=0), seed=0)
+    dataset = ClipDataset(store, size=(16, 16), max_frames=None, augment=augment)
+    for epoch in range(20):
+        expected = augment(resize(store.read(0), (16, 16)), epoch=epoch, number=0)
+        np.testing.assert_array_equal(dataset[Slot(0, epoch)].volume.numpy(), expected)
+
+
+def test_on_the_device_clips_keep_their_size_and_the_draw_goes_along(store: Store) -> None:
+    settings = AugmentSettings(reverse=0.5, shift_scale_rotate=1, device=True)
+    host, device = (
+        ClipDataset(
+            store,
+            size=(16, 16),
+            max_frames=10,
+            augment=Augment(settings, seed=0),
+            on_device=on_device,
+        )
+        for on_device in (False, True)
+    )
+    for epoch in range(6):
+        there = device[Slot(0, epoch)]
+        assert there.volume.shape == (10, 8, 9)
+        assert there.draw is not None
+        clip = augmented(resize(there.volume.numpy(), (16, 16)), there.draw)
+        np.testing.assert_array_equal(host[Slot(0, epoch)].volume.numpy(), clip)
+
+
+def test_on_the_device_without_augmentation_nothing_is_drawn(store: Store) -> None:
+    dataset = ClipDataset(store, size=(16, 16), max_frames=None, augment=None, on_device=True)
+    sample = dataset[Slot(1, 0)]
+    assert sample.volume.shape == (10, 20, 12)
+    assert str(sample.draw) == str(Draw())

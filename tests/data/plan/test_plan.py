@@ -1,0 +1,566 @@
+"""The order of training: what it promises, for any seed, size, ratio, depths, weights and cut."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_train.data.plan.depth_order import by_depth
+from dist_train.data.plan.plan import Plan, make_plan, plan_of
+from dist_train.errors import PlanError
+
+RATIOS = [(1, 3), (1, 1), (2, 3), (3, 1), (2, 5), (5, 2), (2, 4)]
+
+GOLDEN_FIRST = [38, 116, 150, 62, 26, 136, 162, 217, 6, 144, 69, 143, 13, 82, 227, 206]
+GOLDEN_RANDOM = "7468ed1af661d63f"
+GOLDEN_BANDED = "51499505712f6cbe"
+GOLDEN_FINGERPRINTS = ["a55f8bed8f51ef67", "eef2ae6fba09ca16"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plan whose positives are even numbers and whose negatives are odd, how it was made, and a
+    cut of it."""
+
+    plan: Plan
+    arguments: dict[str, Any]
+    world: int
+    accumulate: int
+
+    def again(self, **changed: Any) -> Plan:
+        return make_plan(**{**self.arguments, **changed})
+
+    @property
+    def depth_of(self) -> dict[int, int]:
+        made = self.arguments
+        clips = np.concatenate([made["positives"], made["negatives"]]).tolist()
+        if made["positive_depths"] is None:
+            return dict.fromkeys(clips, 1)
+        depths = np.concatenate([made["positive_depths"], made["negative_depths"]]).tolist()
+        return dict(zip(clips, depths, strict=True))
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, weights: bool | None = None, budget: bool | None = None) -> Case:
+    p, q = draw(st.sampled_from(RATIOS))
+    world, accumulate = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    groups = world * accumulate * draw(st.integers(1, 2))
+    # Twice a step always suffices; fewer do where passes and steps fit.
+    positives, negatives = (
+        draw(st.integers(2 * groups * part, 2 * groups * part + spare))
+        for part, spare in ((p, 60), (q, 200))
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    depths: list[np.ndarray | None] = [None, None]
+    deepest = draw(st.sampled_from([None, 1, 4, 90]))
+    if deepest:
+        # Negatives reach beyond the positives on both sides, or the other way round.
+        shift = draw(st.sampled_from([0, 3]))
+        depths = [
+            rng.integers(1 + own * shift, deepest + 1 + own * shift, count)
+            for own, count in ((1, positives), (0, negatives))
+        ]
+    weighted = draw(st.booleans()) if weights is None else weights
+    arguments = {
+        "positives": 2 * rng.permutation(positives),
+        "negatives": 2 * rng.permutation(negatives) + 1,
+        "batch": groups * (p + q),
+        "ratio": (p, q),
+        "seed": draw(st.integers(0, 2**32)),
+        "positive_depths": depths[0],
+        "negative_depths": depths[1],
+        "matching": draw(st.sampled_from(["matched", "natural"])),
+        "weights": rng.exponential(1, negatives) ** 3 if weighted else None,
+        "groups": rng.integers(0, 4, negatives) if weighted and draw(st.booleans()) else None,
+        "max_voxels": None,
+        "frame_voxels": 10,
+    }
+    if draw(st.booleans()) if budget is None else budget:
+        frames = (deepest or 1) * groups * (p + q)
+        arguments["max_voxels"] = draw(st.integers(1, 4 * 10 * frames))
+    return Case(make_plan(**arguments), arguments, world, accumulate)
+
+
+def walk(plan: Plan, epochs: int) -> list[np.ndarray]:
+    """The global batches of the first epochs, each as groups: [groups, p + q]."""
+    steps = range(plan.first_step(epochs))
+    return [plan.global_batch(step).reshape(-1, sum(plan.ratio)) for step in steps]
+
+
+@given(cases(), st.integers(0, 10_000))
+def test_every_micro_batch_has_the_exact_ratio(case: Case, step: int) -> None:
+    p, q = case.plan.ratio
+    clips = case.plan.clips_at(step)
+    for rank in range(case.world):
+        batches = case.plan.rank_batches(
+            step, rank=rank, world=case.world, accumulate=case.accumulate
+        )
+        assert batches.shape == (case.accumulate, clips // case.world // case.accumulate)
+        positives = (batches % 2 == 0).sum(axis=1)
+        assert (positives * (p + q) == batches.shape[1] * p).all()
+
+
+@given(cases(), st.integers(0, 10_000))
+def test_one_step_repeats_no_clip_and_ranks_are_disjoint(case: Case, step: int) -> None:
+    batch = case.plan.global_batch(step)
+    assert batch.dtype == np.int64
+    assert len(set(batch.tolist())) == len(batch) == case.plan.clips_at(step)
+    assert len(batch) % case.plan.batch == 0
+
+
+@given(cases(), st.integers(0, 10_000))
+def test_ranks_together_see_the_same_batch_at_every_world_size(case: Case, step: int) -> None:
+    whole = case.plan.global_batch(step)
+    groups = case.plan.batch // sum(case.plan.ratio)
+    for world in (w for w in range(1, groups + 1) if groups % w == 0):
+        for accumulate in (a for a in range(1, groups // world + 1) if groups // world % a == 0):
+            parts = [
+                case.plan.rank_batches(step, rank=rank, world=world, accumulate=accumulate)
+                for rank in range(world)
+            ]
+            # A micro-batch of all ranks is a part of the whole, whatever their number.
+            together = np.stack(parts, axis=1)
+            np.testing.assert_array_equal(together.reshape(-1), whole)
+
+
+@given(cases())
+def test_each_positive_comes_once_a_pass(case: Case) -> None:
+    """The steps of an epoch are those of its pass, but for what the last one takes of the next."""
+    plan, epochs = case.plan, 4
+    p = plan.ratio[0]
+    steps = [groups[:, :p].reshape(-1).tolist() for groups in walk(plan, epochs)]
+    everyone = sorted(case.arguments["positives"].tolist())
+    carried: list[int] = []
+    for epoch in range(epochs):
+        of_epoch = steps[plan.first_step(epoch) : plan.first_step(epoch + 1)]
+        seen = carried + [clip for step in of_epoch for clip in step]
+        # What is left over of a pass with nothing left out is the head of the next one.
+        head = plan.epochs.head(epoch + 1)
+        carried = plan.positives.clips[plan.bands.head(epoch + 1)].tolist()
+        assert len(carried) == head
+        assert set(carried) <= set(of_epoch[-1])
+        for clip in carried:
+            # From behind: the pass's own may be anywhere.
+            del seen[len(seen) - 1 - seen[::-1].index(clip)]
+        assert sorted(seen) == everyone
+
+
+@given(cases(weights=False))
+def test_no_negative_comes_again_before_all_others_of_its_bin_came(case: Case) -> None:
+    """At each end of a step, and over the ends of epochs and passes."""
+    plan, starts = case.plan, case.plan.bins.starts
+    index = {clip: i for i, clip in enumerate(plan.negatives.clips.tolist())}
+    counts = np.zeros(len(plan.negatives), np.int64)
+    for groups in walk(plan, 5):
+        np.add.at(counts, [index[clip] for clip in groups[:, plan.ratio[0] :].ravel().tolist()], 1)
+        for first, last in pairwise(starts):
+            passes, rest = divmod(int(counts[first:last].sum()), int(last - first))
+            assert counts[first:last].min() == passes
+            assert counts[first:last].max() == passes + (rest > 0)
+
+
+@given(cases(weights=False), st.integers(0, 3))
+def test_without_depths_there_is_one_stream_of_negatives(case: Case, seed: int) -> None:
+    plan = case.again(positive_depths=None, negative_depths=None, seed=seed)
+    counts = dict.fromkeys(case.arguments["negatives"].tolist(), 0)
+    for groups in walk(plan, 3):
+        for clip in groups[:, plan.ratio[0] :].ravel().tolist():
+            counts[clip] += 1
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+@given(cases(weights=False))
+def test_every_negative_is_seen_in_time(case: Case) -> None:
+    """Within as many epochs as the slowest bin takes for a pass; that can be very long for depths
+    that no positive has, so only a part of the cases can be walked."""
+    plan, shares = case.plan, case.plan.bins.shares
+    clips, each = np.diff(plan.bins.starts), np.diff(shares.ends)
+    epochs = math.ceil((clips / each).max() * shares.cycle) + shares.cycle
+    assert (shares.before(epochs) >= clips).all()
+    epochs = min(epochs, plan.epoch_of(60))
+    drawn = [groups[:, plan.ratio[0] :].ravel() for groups in walk(plan, epochs)]
+    seen = set(np.concatenate([np.zeros(0, np.int64), *drawn]).tolist())
+    whole = np.flatnonzero(shares.before(epochs) >= clips)
+    for first, last in (plan.bins.starts[b : b + 2] for b in whole.tolist()):
+        assert seen >= set(plan.negatives.clips[first:last].tolist())
+
+
+@given(cases(), st.integers(0, 60))
+def test_a_step_is_the_same_however_it_is_reached(case: Case, step: int) -> None:
+    """Also from a fresh plan, whose caches are cold: there is nothing to replay on resume."""
+    for walked in range(step):
+        case.plan.global_batch(walked)
+    np.testing.assert_array_equal(case.again().global_batch(step), case.plan.global_batch(step))
+
+
+@given(cases(), st.data())
+def test_first_steps_and_the_resumed_rest_are_the_uninterrupted_run(
+    case: Case, data: st.DataObject
+) -> None:
+    """Over ends of epochs, and on as many ranks as divide the batch, before and after."""
+    plan, steps = case.plan, case.plan.first_step(3)
+    stopped = data.draw(st.integers(0, steps))
+    groups = plan.batch // sum(plan.ratio)
+    worlds = [world for world in range(1, groups + 1) if groups % world == 0]
+    straight = [plan.global_batch(step).tolist() for step in range(steps)]
+    parts = []
+    for first, last in ((0, stopped), (stopped, steps)):
+        world, fresh = data.draw(st.sampled_from(worlds)), case.again()
+        for step in range(first, last):
+            ranks = [
+                fresh.rank_batches(step, rank=rank, world=world, accumulate=1)
+                for rank in range(world)
+            ]
+            parts.append(np.concatenate(ranks, axis=None).tolist())
+    assert parts == straight
+
+
+@given(cases(), st.permutations(range(3)))
+def test_the_order_of_the_arguments_does_not_matter(case: Case, order: list[int]) -> None:
+    made = case.arguments
+    turned = {
+        name: None if made[name] is None else made[name][::-1]
+        for name in ("positives", "positive_depths", "negatives", "negative_depths")
+    }
+    for name in ("weights", "groups"):
+        turned[name] = None if made[name] is None else made[name][::-1]
+    other = case.again(**turned)
+    assert other.fingerprint == case.plan.fingerprint
+    for step in order:
+        np.testing.assert_array_equal(other.global_batch(step), case.plan.global_batch(step))
+
+
+@given(cases(), st.integers(0, 200))
+def test_epochs_begin_where_they_say(case: Case, epoch: int) -> None:
+    plan = case.plan
+    first, after = plan.first_step(epoch), plan.first_step(epoch + 1)
+    assert first < after
+    assert plan.epoch_of(first) == epoch == plan.epoch_of(after - 1)
+    assert first == 0 or plan.epoch_of(first - 1) == epoch - 1
+    if plan.rules.max_voxels is None:
+        exact = len(plan.positives) / plan.epochs.take
+        assert first == math.ceil(epoch * exact)
+
+
+@given(cases())
+def test_depths_are_those_of_the_clips(case: Case) -> None:
+    depth_of = case.depth_of
+    for step in range(case.plan.first_step(1)):
+        expected = [depth_of[clip] for clip in case.plan.global_batch(step).tolist()]
+        assert case.plan.depths(step).tolist() == expected
+
+
+@given(cases(budget=True))
+def test_steps_stay_within_the_voxel_budget(case: Case) -> None:
+    plan, budget = case.plan, case.arguments["max_voxels"]
+    for step in range(plan.first_step(4)):
+        voxels = plan.clips_at(step) * int(plan.depths(step).max()) * 10
+        assert voxels <= budget or plan.clips_at(step) == plan.batch
+    for epoch in range(4):
+        # What the ends of the pass take lies between two runs, not within one.
+        assert plan.bands.split in plan.epochs.edges(epoch)
+
+
+@pytest.mark.parametrize("budget", range(6000, 60_000, 9000))
+def test_budget_holds_where_each_clip_is_deeper_than_the_one_before(budget: int) -> None:
+    """So that whatever shakes the row, or carries clips into the next pass, makes a step deeper."""
+    plan = make_plan(
+        np.arange(1000),
+        np.arange(1000, 4000),
+        batch=12,
+        ratio=(1, 1),
+        seed=0,
+        positive_depths=np.arange(1000) + 100,
+        negative_depths=np.arange(3000) // 3 + 100,
+        max_voxels=budget,
+    )
+    assert plan.bands.window == 3
+    for step in range(plan.first_step(12)):
+        clips = plan.clips_at(step)
+        assert clips * plan.depths(step).max() <= budget or clips == 12
+
+
+@given(cases(), st.integers(0, 3))
+def test_no_step_takes_more_of_a_bin_than_the_bin_is_made_for(case: Case, epoch: int) -> None:
+    plan = case.plan
+    index = {clip: i for i, clip in enumerate(plan.negatives.clips.tolist())}
+    for step in range(plan.first_step(epoch), plan.first_step(epoch + 1)):
+        drawn = plan.global_batch(step).reshape(-1, sum(plan.ratio))[:, plan.ratio[0] :]
+        taken = [index[clip] for clip in drawn.ravel().tolist()]
+        bins = np.searchsorted(plan.bins.starts, taken, side="right") - 1
+        assert (np.bincount(bins, minlength=len(plan.bins.most)) <= plan.bins.most).all()
+
+
+@given(cases(budget=True))
+def test_weights_of_steps_make_the_loss_a_mean_over_clips(case: Case) -> None:
+    """Over a period of epochs the weights sum to the number of steps, so their mean is 1."""
+    plan = case.plan
+    steps = plan.first_step(plan.epochs.period)
+    if steps > 2000:
+        return
+    clips = np.array([plan.clips_at(step) for step in range(steps)])
+    weights = np.array([plan.weight(step) for step in range(steps)])
+    assert weights.mean() == pytest.approx(1)
+    np.testing.assert_allclose(weights * clips.mean(), clips)
+
+
+def test_a_budget_makes_shallow_steps_large_and_all_steps_alike_in_cost() -> None:
+    rng = np.random.default_rng(0)
+    plan = make_plan(
+        np.arange(4000),
+        np.arange(4000, 60_000),
+        batch=8,
+        ratio=(1, 3),
+        seed=0,
+        positive_depths=rng.integers(20, 200, 4000),
+        negative_depths=rng.integers(20, 200, 56_000),
+        max_voxels=200 * 100 * 8,
+        frame_voxels=100,
+    )
+    steps = range(plan.first_step(1))
+    clips = np.array([plan.clips_at(step) for step in steps])
+    voxels = clips * [int(plan.depths(step).max()) for step in steps] * 100
+    assert clips.max() >= 7 * 8
+    assert clips.min() == 8
+    # A step of k blocks had no room for one more, so at least k / (k + 1) of the budget is used.
+    assert (voxels <= 160_000).all()
+    assert np.median(voxels) > 0.7 * 160_000
+
+
+def plan_of_counts(
+    positives: int = 40, negatives: int = 200, *, batch: int = 16, seed: int = 0, **more: Any
+) -> Plan:
+    return make_plan(
+        np.arange(positives),
+        np.arange(positives, positives + negatives),
+        **{"batch": batch, "ratio": (1, 3), "seed": seed, **more},
+    )
+
+
+@pytest.mark.parametrize("take", range(1, 8))
+def test_however_few_the_clips_no_step_repeats_one(take: int) -> None:
+    """Every count that is not refused, down to the smallest, where the ends of passes touch."""
+    checked = 0
+    for count in range(take, 2 * take + 2):
+        for seed in range(6):
+            try:
+                plan = plan_of_counts(count, count, batch=2 * take, seed=seed, ratio=(1, 1))
+            except PlanError:
+                continue
+            for groups in walk(plan, 9):
+                for clips in groups.T.tolist():
+                    assert len(set(clips)) == take
+            checked += 1
+    assert checked >= 12
+
+
+def test_twice_a_step_is_always_enough() -> None:
+    for take in range(1, 13):
+        for count in range(2 * take - 1, 4 * take):
+            assert plan_of_counts(count, count, batch=2 * take, ratio=(1, 1)).batch == 2 * take
+
+
+def test_one_positive_is_in_every_step() -> None:
+    plan = plan_of_counts(1, 10, batch=4)
+    assert [plan.first_step(epoch) for epoch in range(4)] == [0, 1, 2, 3]
+    batches = [plan.global_batch(step).tolist() for step in range(20)]
+    assert all(batch[0] == 0 and len(set(batch)) == 4 for batch in batches)
+    assert {clip for batch in batches for clip in batch} == set(range(11))
+
+
+def test_order_is_pinned() -> None:
+    """Golden: a change here changes every run that anybody has to reproduce or resume."""
+    random, banded = plan_of_counts(seed=7), banded_plan()
+    assert random.global_batch(0).tolist() == GOLDEN_FIRST
+    assert walk_digest(random) == GOLDEN_RANDOM
+    assert walk_digest(banded) == GOLDEN_BANDED
+    assert [random.fingerprint, banded.fingerprint] == GOLDEN_FINGERPRINTS
+
+
+def banded_plan(**changed: Any) -> Plan:
+    rng = np.random.default_rng(0)
+    depths = {"positive_depths": rng.integers(20, 90, 40), "negative_depths": np.arange(200) + 1}
+    return plan_of_counts(
+        **{"seed": 7, **depths, "weights": np.arange(200) % 7 + 1.0, "max_voxels": 4000, **changed}
+    )
+
+
+def walk_digest(plan: Plan) -> str:
+    digest = hashlib.sha256()
+    for step in range(200):
+        digest.update(plan.global_batch(step).astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def test_order_is_that_of_another_process() -> None:
+    command = (
+        "import numpy as np; from dist_train.data.plan.plan import make_plan;"
+        "plan = make_plan(np.arange(40), np.arange(40, 240), batch=16, ratio=(1, 3), seed=7);"
+        "print(plan.fingerprint, *plan.global_batch(123))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", command], check=True, capture_output=True, text=True
+    ).stdout.split()
+    plan = plan_of_counts(seed=7)
+    assert printed == [plan.fingerprint, *map(str, plan.global_batch(123))]
+
+
+def test_fingerprint_tells_plans_apart() -> None:
+    ones = np.ones(200, np.int64)
+    plans = [
+        plan_of_counts(),
+        plan_of_counts(seed=1),
+        plan_of_counts(batch=32),
+        plan_of_counts(41),
+        plan_of_counts(40, 199),
+        plan_of_counts(ratio=(1, 1)),
+        plan_of_counts(matching="natural"),
+        plan_of_counts(max_voxels=100),
+        plan_of_counts(max_voxels=100, frame_voxels=2),
+        plan_of_counts(weights=np.arange(200) + 1.0),
+        plan_of_counts(weights=np.arange(200) + 2.0),
+        plan_of_counts(groups=np.arange(200) // 150),
+        plan_of_counts(negative_depths=ones + 1),
+        plan_of_counts(negative_depths=ones + (np.arange(200) > 100)),
+    ]
+    assert len({plan.fingerprint for plan in plans}) == len(plans)
+    assert plan_of_counts().fingerprint == plan_of_counts().fingerprint
+    assert len(plan_of_counts().fingerprint) == 16
+
+
+def test_a_caller_cannot_change_the_order() -> None:
+    plan = plan_of_counts()
+    before = plan.global_batch(3).copy()
+    plan.global_batch(3)[:] = -1
+    plan.depths(3)[:] = -1
+    np.testing.assert_array_equal(plan.global_batch(3), before)
+
+
+def test_small_numbers_of_a_file_give_the_order_of_large_ones() -> None:
+    """A cache keeps clips in 32 bits."""
+    plan = banded_plan(weights=None)
+    narrow = [
+        replace(clips, clips=clips.clips.astype("<u4"))
+        for clips in (plan.positives, plan.negatives)
+    ]
+    other = plan_of(*narrow, plan.rules)
+    assert other.fingerprint == plan.fingerprint
+    for step in range(20):
+        assert other.global_batch(step).dtype == np.int64
+        np.testing.assert_array_equal(other.global_batch(step), plan.global_batch(step))
+
+
+@pytest.mark.parametrize(
+    ("positives", "negatives", "message"),
+    [
+        (0, 200, "holds 0 positives for train, and the batch needs 4"),
+        (3, 200, "holds 3 positives"),
+        (5, 200, "holds 5 positives .* at least 7 are needed"),
+        (40, 0, "holds 0 negatives"),
+        (40, 11, "holds 11 negatives .* at least 22 are needed"),
+    ],
+)
+@pytest.mark.parametrize("deep", [False, True])
+def test_too_few_clips_name_the_class_and_the_fix(
+    positives: int, negatives: int, message: str, deep: bool
+) -> None:
+    depths = {"positive_depths": np.arange(positives) + 1, "negative_depths": np.arange(negatives)}
+    depths["negative_depths"] += 1
+    with pytest.raises(PlanError, match=f"{message}.*Lower plan.batch, or select more"):
+        plan_of_counts(positives, negatives, **(depths if deep else {}))
+
+
+def test_a_batch_beyond_all_measure_is_refused_at_once() -> None:
+    with pytest.raises(PlanError, match="holds 40 positives"):
+        plan_of_counts(40, 200, batch=4 * 10**12)
+
+
+@pytest.mark.parametrize("batch", [0, 3, 6, 17])
+def test_batch_that_cannot_hold_the_ratio(batch: int) -> None:
+    with pytest.raises(PlanError, match=f"plan.batch {batch} cannot hold 1 .* multiple of 4"):
+        plan_of_counts(batch=batch)
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(3, 1), (1, 3), (2, 4), (8, 1)])
+def test_batch_that_cannot_be_cut(world: int, accumulate: int) -> None:
+    group = 4 * world * accumulate
+    with pytest.raises(PlanError, match=f"plan.batch 16 cannot be cut.*multiple of {group}"):
+        plan_of_counts().rank_batches(0, rank=0, world=world, accumulate=accumulate)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"matching": "none"}, "cannot be 'none'"),
+        ({"max_voxels": 0}, "budget must be at least 1"),
+        ({"weights": np.ones(3)}, "3 weights for 200 negatives"),
+        ({"weights": np.full(200, -1.0)}, "at least 0; 0 leaves a clip out"),
+        ({"weights": np.full(200, np.nan)}, "no number"),
+        ({"weights": np.zeros(200)}, "holds 0 negatives"),
+        ({"groups": np.zeros(3, np.int64)}, "3 group codes for 200 negatives"),
+        ({"negative_depths": np.zeros(200, np.int64)}, "depths of the negatives"),
+        ({"positive_depths": np.ones(3, np.int64)}, "depths of the positives"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        plan_of_counts(**arguments)
+
+
+def test_a_clip_cannot_come_twice() -> None:
+    with pytest.raises(PlanError, match="twice among the positives"):
+        by_depth(np.array([3, 4, 3]), None, "positives")
+
+
+def test_half_a_million_clips_start_at_once() -> None:
+    """At the scale of the original data; the last step is as near as the first."""
+    rng = np.random.default_rng(0)
+    plan = plan_of_counts(
+        2_000,
+        500_000,
+        batch=256,
+        positive_depths=rng.integers(20, 200, 2_000),
+        negative_depths=rng.integers(20, 200, 500_000),
+    )
+    for step in (0, 10**6, 10**12):
+        assert len(set(plan.global_batch(step).tolist())) == 256
+
+
+MISUSE = {
+    "depth no number": ({"positive_depths": [3.0, float("nan")] * 4}, "depths of the positives"),
+    "depth infinite": ({"negative_depths": [float("inf")] * 24}, "depths of the negatives"),
+    "depth of half a frame": ({"positive_depths": [1.5] * 8}, "depths of the positives"),
+    "weight no number": ({"weights": [float("nan")] * 24}, "a weight of a negative is"),
+    "clip in both": ({"negatives": [7, *range(9, 32)]}, r"clip 7 is in both classes \(1 such"),
+    "number below 0": ({"negatives": [-1, *range(9, 32)]}, "numbers of the negatives are not"),
+    "number no whole one": ({"positives": [x + 0.5 for x in range(8)]}, "numbers of the positives"),
+}
+
+
+@pytest.mark.parametrize("kind", MISUSE)
+def test_misuse_is_told(kind: str) -> None:
+    given, message = MISUSE[kind]
+    arguments = {
+        "positives": range(8),
+        "negatives": range(8, 32),
+        "positive_depths": [3.0] * 8,
+        "negative_depths": [3] * 24,
+    }
+
+    def plan(**changed: object) -> Plan:
+        arrays = {k: np.asarray(v) for k, v in (arguments | changed).items()}
+        return make_plan(**arrays, batch=8, ratio=(1, 3), seed=0)  # type: ignore[arg-type]
+
+    assert plan().batch == 8
+    with pytest.raises(PlanError, match=message):
+        plan(**given)

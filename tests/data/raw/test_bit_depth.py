@@ -1,0 +1,157 @@
+"""How deep 16-bit values are is known for the whole set, and never guessed for one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import tifffile
+from helpers import contents, said
+from make_media import write_manifest
+
+from dist_train.data.raw.clip import PrepareSettings
+from dist_train.data.raw.grey import depth_of
+from dist_train.data.store.build import finalize, prepare, prepare_part
+from dist_train.data.store.build_spec import Part
+from dist_train.data.store.reader import Store
+from dist_train.errors import StoreError
+
+WHOLE = PrepareSettings(roi="none", shard_clips=2)
+RAMP = (np.arange(8 * 64 * 64) % 4096).astype("u2").reshape(8, 64, 64)
+
+
+def gray16(path: Path, values: np.ndarray) -> None:
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("ffv1", rate=20)
+        stream.height, stream.width, stream.pix_fmt = *values.shape[1:], "gray16le"
+        for picture in values:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="gray16le")))
+        output.mux(stream.encode())
+
+
+def save(path: Path, values: np.ndarray) -> None:
+    if path.suffix == ".npy":
+        np.save(path, values)
+    elif path.suffix == ".npz":
+        np.savez_compressed(path, values)
+    elif path.suffix == ".mkv":
+        gray16(path, values)
+    else:
+        tifffile.imwrite(path, values, photometric="minisblack")
+
+
+def stored(store: Path) -> dict[str, np.ndarray]:
+    opened = Store(store)
+    return {name: opened.read(i) for i, name in enumerate(opened.table["filename"])}
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".tif", ".mkv"])
+def test_twelve_bits_span_the_whole_range(tmp_path: Path, suffix: str) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for name, values in {"a": RAMP, "b": RAMP // 2}.items():
+        save(raw / f"{name}{suffix}", values)
+    prepare(
+        write_manifest(tmp_path / "t.csv", [f"a{suffix}", f"b{suffix}"]),
+        raw,
+        out := tmp_path / "s",
+        WHOLE,
+    )
+    assert json.loads((out / "job.json").read_text())["settings"]["bits"] == 12
+    clips = stored(out)
+    assert (clips[f"a{suffix}"].min(), clips[f"a{suffix}"].max()) == (0, 255)
+    # Equal values give equal grey in all files.
+    np.testing.assert_array_equal(clips[f"b{suffix}"], RAMP // 2 >> 4)
+
+
+@pytest.mark.parametrize(
+    ("largest", "bits"),
+    [(0, 8), (255, 8), (256, 10), (1023, 10), (1024, 12), (4096, 14), (16384, 16), (65535, 16)],
+)
+def test_rounded_up_to_what_cameras_have(largest: int, bits: int) -> None:
+    assert depth_of(largest) == bits
+
+
+def test_eight_bits_in_sixteen_are_kept_as_they_are(tmp_path: Path) -> None:
+    values = np.arange(256, dtype="u2").reshape(1, 16, 16)
+    np.save(tmp_path / "a.npy", values)
+    prepare(write_manifest(tmp_path / "t.csv", ["a.npy"]), tmp_path, tmp_path / "s", WHOLE)
+    np.testing.assert_array_equal(stored(tmp_path / "s")["a.npy"], values)
+
+
+@pytest.mark.parametrize("told", [12, 16])
+def test_depth_that_metadata_tell(tmp_path: Path, told: int) -> None:
+    """16 is what writers put there who do not know."""
+    metadata = {"axes": "ZYX", "SignificantBits": told}
+    tifffile.imwrite(tmp_path / "a.ome.tif", RAMP // 4, ome=True, metadata=metadata)
+    prepare(write_manifest(tmp_path / "t.csv", ["a.ome.tif"]), tmp_path, tmp_path / "s", WHOLE)
+    shift = {12: 4, 16: 2}[told]
+    np.testing.assert_array_equal(stored(tmp_path / "s")["a.ome.tif"], RAMP // 4 >> shift)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for number, top in enumerate([9, 600, 4000, 70, 90]):
+        np.save(raw / f"{number}.npy", (RAMP[:2] % (top + 1)).astype("u2"))
+    np.save(raw / "5.npy", np.full((2, 5, 6), 200, np.uint8))
+    return raw
+
+
+def test_workers_and_parts_agree(tmp_path: Path, mixed: Path) -> None:
+    manifest = write_manifest(tmp_path / "t.csv", [f"{i}.npy" for i in range(6)])
+    prepare(manifest, mixed, tmp_path / "one", WHOLE, workers=1)
+    prepare(manifest, mixed, tmp_path / "two", WHOLE, workers=2)
+    for number in (1, 2):
+        prepare_part(manifest, mixed, tmp_path / "parts", WHOLE, Part(number, 2))
+        # What comes later does not change it.
+        np.save(mixed / "5.npy", np.full((2, 5, 6), 200, np.uint8))
+    finalize(tmp_path / "parts")
+    one, two, parts = (
+        {name: data for name, data in contents(tmp_path / store).items() if ".lock" not in name}
+        for store in ("one", "two", "parts")
+    )
+    assert one == two == parts
+
+
+def test_said_and_refused(tmp_path: Path, mixed: Path) -> None:
+    manifest = tmp_path / "t.csv"
+    write_manifest(manifest, [f"{i}.npy" for i in range(6)])
+    common = ("prepare", "--manifest", manifest, "--source", mixed, "--roi", "none")
+    printed = said(*common, "--out", tmp_path / "s")
+    # 0 to 9, 0 to 70 and 0 to 90 of 4096; of bytes nothing is lost.
+    assert "fewer than 32 grey levels: 3 clips of more than 8 bits (the least: 1)" in printed
+    printed = said(*common, "--out", tmp_path / "ten", "--bits", 10, "--max-rejected", "50%")
+    assert "rejected: 1" in printed
+    reasons = (tmp_path / "ten" / "rejected.csv").read_text().splitlines()
+    assert reasons[1].startswith('2.npy,"holds the value 4000, and 10 bits end at 1023.')
+    assert "--bits 12" in reasons[1]
+    np.testing.assert_array_equal(stored(tmp_path / "ten")["1.npy"], RAMP[:2] % 601 >> 2)
+    np.testing.assert_array_equal(stored(tmp_path / "ten")["5.npy"], np.full((2, 5, 6), 200))
+
+
+def test_depth_of_files_that_are_not_all_here(tmp_path: Path, mixed: Path) -> None:
+    manifest = write_manifest(tmp_path / "t.csv", [f"{i}.npy" for i in range(6)])
+    (mixed / "2.npy").unlink()
+    with pytest.raises(StoreError, match=r"cannot be known\. Say the depth with --bits"):
+        prepare_part(manifest, mixed, tmp_path / "s", WHOLE, Part(1, 2))
+
+
+def test_a_later_file_beyond_the_depth_is_rejected(tmp_path: Path, mixed: Path) -> None:
+    manifest = write_manifest(tmp_path / "t.csv", [f"{i}.npy" for i in range(6)])
+    (mixed / "5.npy").write_bytes(b"damaged")
+    prepare(manifest, mixed, tmp_path / "s", WHOLE, max_rejected=0.5)
+    np.save(mixed / "5.npy", np.full((2, 5, 6), 5000, np.uint16))
+    prepare(manifest, mixed, tmp_path / "s", WHOLE, max_rejected=0.5)
+    assert '5.npy,"holds the value 5000' in (tmp_path / "s" / "rejected.csv").read_text()
+
+
+def test_sixteen_bits_in_mp4_need_to_be_told(tmp_path: Path) -> None:
+    gray16(tmp_path / "a.mp4", RAMP[:2])
+    manifest = write_manifest(tmp_path / "t.csv", ["a.mp4"])
+    with pytest.raises(StoreError, match=r"is not known\. Prepare with --bits, such as"):
+        prepare(manifest, tmp_path, tmp_path / "s", WHOLE)

@@ -1,0 +1,225 @@
+"""Damaged and hostile files through `prepare`: each is stored or rejected, in bounded time
+and memory, and the run goes on."""
+
+from __future__ import annotations
+
+import io
+import struct
+import subprocess
+import time
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import tifffile
+from helpers import ROOT, dist_train, environment
+from make_media import grey_frames, outlined_frames, write_video
+
+from dist_train.data.raw.outline import Box
+from dist_train.data.store.reader import REJECTED, Store
+from dist_train.data.store.verify import verify
+
+CLIP_MEMORY = 256
+Change = Callable[[bytes, np.random.Generator], bytes]
+
+
+def sound_files(folder: Path) -> list[Path]:
+    """A small file of every kind."""
+    folder.mkdir()
+    frames = outlined_frames([Box(20, 30, 70, 84)] * 6)
+    grey = grey_frames(6, 40, 48)
+    files = [
+        write_video(folder / "h264.mp4", frames),
+        write_video(folder / "faststart.mp4", frames, container_options={"movflags": "faststart"}),
+        write_video(folder / "mpeg4.avi", grey, codec="mpeg4"),
+        write_video(folder / "h264.mov", grey),
+        write_video(folder / "h264.mkv", grey),
+        write_video(folder / "vp9.webm", grey, codec="libvpx-vp9"),
+        write_video(folder / "a.gif", grey, codec="gif", pix_fmt="rgb8"),
+        write_video(folder / "mjpeg.avi", grey, codec="mjpeg", pix_fmt="yuvj420p"),
+    ]
+    volume = np.random.default_rng(0).integers(0, 256, (6, 20, 24), np.uint8)
+    np.save(folder / "v.npy", volume)
+    np.savez_compressed(folder / "v.npz", volume)
+    tifffile.imwrite(folder / "v.tif", volume, photometric="minisblack")
+    tifffile.imwrite(folder / "z.tif", volume, photometric="minisblack", compression="zlib")
+    tifffile.imwrite(folder / "w.tif", volume.astype(np.uint16) * 257, photometric="minisblack")
+    return files + [folder / name for name in ("v.npy", "v.npz", "v.tif", "z.tif", "w.tif")]
+
+
+# What is done to them.
+
+
+def flip_bits(content: bytes, rng: np.random.Generator) -> bytes:
+    damaged = bytearray(content)
+    for place in rng.integers(0, len(content), rng.integers(1, 9)):
+        damaged[place] ^= 1 << rng.integers(8)
+    return bytes(damaged)
+
+
+def flip_early_bits(content: bytes, rng: np.random.Generator) -> bytes:
+    return flip_bits(content[:256], rng) + content[256:]
+
+
+def truncate(content: bytes, rng: np.random.Generator) -> bytes:
+    return content[: rng.integers(len(content))]
+
+
+def overwrite(content: bytes, rng: np.random.Generator) -> bytes:
+    start = int(rng.integers(len(content)))
+    noise = rng.bytes(int(rng.integers(1, 200)))
+    return content[:start] + noise + content[start + len(noise) :]
+
+
+def repeat_a_part(content: bytes, rng: np.random.Generator) -> bytes:
+    start, end = sorted(int(place) for place in rng.integers(0, len(content), 2))
+    return content[:end] + content[start:end] * int(rng.integers(1, 4)) + content[end:]
+
+
+def huge_numbers(content: bytes, rng: np.random.Generator) -> bytes:
+    """Fields of 16 and 32 bits with all that they can say, in either byte order."""
+    damaged = bytearray(content)
+    for _ in range(int(rng.integers(1, 4))):
+        width = int(rng.choice([2, 4]))
+        start = int(rng.integers(0, max(1, min(len(content), 800) - width)))
+        number = int(rng.choice([0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 0x10000])) & (2 ** (8 * width) - 1)
+        damaged[start : start + width] = number.to_bytes(width, rng.choice(["little", "big"]))
+    return bytes(damaged)
+
+
+CHANGES: tuple[Change, ...] = (
+    flip_bits,
+    flip_early_bits,
+    truncate,
+    overwrite,
+    repeat_a_part,
+    huge_numbers,
+)
+
+
+def hostile_files() -> dict[str, bytes]:
+    """Small files that ask for much."""
+    bomb = io.BytesIO()
+    with (
+        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("a.npy", "w", force_zip64=True) as member,
+    ):
+        np.lib.format.write_array_header_1_0(
+            member, {"descr": "|u1", "fortran_order": False, "shape": (4096, 1024, 1024)}
+        )
+        for _ in range(1024):
+            member.write(bytes(1 << 20))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (65535, 65535, 65535)}
+    )
+    objects = io.BytesIO()
+    np.save(objects, np.array([print], dtype=object), allow_pickle=True)
+    return {
+        "bomb.npz": bomb.getvalue(),
+        "huge.npy": header.getvalue() + bytes(1000),
+        "pickle.npy": objects.getvalue(),
+        "huge.tif": huge_tiff(),
+        "huge.gif": b"GIF89a"
+        + struct.pack("<HHBBB", 65535, 65535, 0x80, 0, 0)
+        + bytes(6)
+        + b","
+        + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0)
+        + b"\x02\x02\x4c\x01\x00;",
+        "huge.avi": huge_avi(),
+        "empty.mp4": b"",
+        "playlist.mp4": b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n",
+        "concat.avi": b"ffconcat version 1.0\nfile /etc/passwd\n",
+    }
+
+
+def huge_tiff() -> bytes:
+    """65,535 x 65,535 pixels in one strip of a few compressed zeros."""
+    strip = zlib.compress(bytes(1 << 20))
+    tags = [
+        (256, 4, 65535), (257, 4, 65535), (258, 3, 8), (259, 3, 8), (262, 3, 1),
+        (273, 4, 8 + 2 + 9 * 12 + 4), (277, 3, 1), (278, 4, 65535), (279, 4, len(strip)),
+    ]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + strip
+
+
+def huge_avi() -> bytes:
+    """A raw video whose header declares frames of 65,535 x 65,535."""
+    stream = struct.pack("<4s4sIHHIIIIIIIIHHHH", b"vids", b"DIB ", 0, 0, 0, 0, 1, 20, 0, 100,
+                         0, 0, 0, 0, 0, 65535, 65535)  # fmt: skip
+    bitmap = struct.pack("<IiiHHIIiiII", 40, 65535, 65535, 1, 24, 0, 0, 0, 0, 0, 0)
+    main = struct.pack("<14I", 50000, 0, 0, 0x10, 100, 0, 1, 0, 65535, 65535, 0, 0, 0, 0)
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return name + struct.pack("<I", len(content)) + content
+
+    streams = chunk(b"LIST", b"strl" + chunk(b"strh", stream) + chunk(b"strf", bitmap))
+    headers = chunk(b"LIST", b"hdrl" + chunk(b"avih", main) + streams)
+    movie = chunk(b"LIST", b"movi" + chunk(b"00db", bytes(4096)))
+    return chunk(b"RIFF", b"AVI " + headers + movie)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("files", [300, pytest.param(2_000, marks=pytest.mark.soak)])
+def test_mutated_files(tmp_path: Path, files: int) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    rng = np.random.default_rng(11)
+    hostile = hostile_files()
+    for name, content in hostile.items():
+        (raw / name).write_bytes(content)
+    sound = sound_files(tmp_path / "sound")
+    names = list(hostile)
+    for number in range(files - len(hostile)):
+        path = sound[number % len(sound)]
+        change = CHANGES[number // len(sound) % len(CHANGES)]
+        names.append(f"m{number:04d}-{change.__name__}{path.suffix}")
+        (raw / names[-1]).write_bytes(change(path.read_bytes(), rng))
+    rows = "".join(f"{name},{number % 2}\n" for number, name in enumerate(names))
+    (raw / "clips.csv").write_text(f"filename,label\n{rows}")
+
+    store = tmp_path / "store"
+    command = dist_train(
+        *("prepare", "--manifest", raw / "clips.csv", "--source", raw, "--out", store),
+        *("--roi", "none", "--max-rejected", "100%", "--workers", 2),
+        *("--clip-memory", CLIP_MEMORY, "--clip-seconds", 20, "--truncated", "keep"),
+    )
+    peak = peak_of_a_worker(command, tmp_path / "stderr")
+
+    # The process's own memory comes on top of what a clip may take.
+    assert peak < (CLIP_MEMORY + 300) << 20
+    rejected = pd.read_csv(store / REJECTED, dtype=str, keep_default_na=False)
+    stored = Store(store).table
+    assert sorted([*rejected["file"], *stored["filename"]]) == sorted(names)
+    assert set(hostile) <= set(rejected["file"])
+    assert (rejected["reason"].str.len() > 10).all()
+    # Some survive a flipped bit, and most do not survive a lost end.
+    assert 0.1 * files < len(rejected) < 0.95 * files
+    assert verify(store) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"raw", "sound", "store", "stderr"}
+
+
+def peak_of_a_worker(command: list[str], errors: Path) -> int:
+    """Run it to its end; the greatest resident memory of one of its processes, in bytes."""
+    peak, deadline = 0, time.monotonic() + 240
+    with errors.open("wb") as output:
+        process = psutil.Popen(
+            command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=output
+        )
+        while process.poll() is None:
+            assert time.monotonic() < deadline, "it hangs"
+            for child in process.children(recursive=True):
+                try:
+                    peak = max(peak, child.memory_info().rss)
+                except psutil.NoSuchProcess:
+                    continue
+            time.sleep(0.01)
+    assert process.returncode == 0, errors.read_text(errors="replace")
+    return peak

@@ -1,0 +1,300 @@
+"""A TIFF file is read as it describes itself, or refused; never as something else."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from helpers import said
+from make_media import write_manifest
+from tifffile import TiffWriter, imwrite
+
+from dist_train.data.raw.volume_file import read_volume
+from dist_train.errors import DecodeError
+
+STACK = np.random.default_rng(0).integers(0, 256, (6, 20, 24), dtype=np.uint8)
+COLOUR = np.repeat(STACK[..., None], 3, axis=-1)
+GREY = {"photometric": "minisblack"}
+ORDER = np.random.default_rng(1).permutation(256)
+PALETTE = np.zeros((3, 256), np.uint16)
+PALETTE[:, ORDER] = np.arange(256) * 257
+
+
+def by_pages(path: Path, pages: np.ndarray, **how: object) -> None:
+    with TiffWriter(path) as tif:
+        for page in pages:
+            tif.write(page, **GREY, **how)
+
+
+def appended(path: Path) -> None:
+    for number, page in enumerate(STACK):
+        imwrite(path, page, append=number > 0, **GREY)
+
+
+def pyramid(path: Path) -> None:
+    with TiffWriter(path) as tif:
+        tif.write(STACK, subifds=1, tile=(16, 16), **GREY)
+        tif.write(STACK[:, ::2, ::2], subfiletype=1, tile=(16, 16), **GREY)
+
+
+# Ways to write the same stack.
+PLAIN: dict[str, Callable[[Path], object]] = {
+    "one write": lambda path: imwrite(path, STACK, **GREY),
+    "no description": lambda path: imwrite(path, STACK, metadata=None, **GREY),
+    "page by page": lambda path: by_pages(path, STACK),
+    "page by page, contiguous": lambda path: by_pages(path, STACK, contiguous=True),
+    "stacks of one page": lambda path: by_pages(path, STACK[:, None]),
+    "pages of no description": lambda path: by_pages(path, STACK, metadata=None),
+    "file by file": appended,
+    "RGB page by page": lambda path: tiff_of_rgb_pages(path),
+    "one directory for all": lambda path: imwrite(path, STACK, truncate=True, **GREY),
+    "big": lambda path: imwrite(path, STACK, bigtiff=True, **GREY),
+    "big-endian": lambda path: imwrite(path, STACK, byteorder=">", **GREY),
+    "tiles": lambda path: imwrite(path, STACK, tile=(16, 16), **GREY),
+    "compressed": lambda path: imwrite(path, STACK, compression="zlib", **GREY),
+    "volume": lambda path: imwrite(path, STACK, volumetric=True, tile=(16, 16, 16), **GREY),
+    "pyramid": pyramid,
+    "ImageJ": lambda path: imwrite(path, STACK, imagej=True, metadata={"axes": "ZYX"}),
+    "ImageJ, time": lambda path: imwrite(path, STACK, imagej=True, metadata={"axes": "TYX"}),
+    "OME": lambda path: imwrite(path, STACK, ome=True, metadata={"axes": "ZYX"}),
+    "OME, time": lambda path: imwrite(path, STACK, ome=True, metadata={"axes": "TYX"}),
+    "RGB": lambda path: imwrite(path, COLOUR, photometric="rgb"),
+    "RGB, planar": lambda path: imwrite(
+        path, np.moveaxis(COLOUR, -1, 1), photometric="rgb", planarconfig="separate"
+    ),
+    "white is zero": lambda path: imwrite(path, 255 - STACK, photometric="miniswhite"),
+    "white is zero, 16 bits": lambda path: imwrite(
+        path, 65535 - STACK.astype(np.uint16) * 257, photometric="miniswhite"
+    ),
+    "palette": lambda path: imwrite(
+        path, ORDER.astype(np.uint8)[STACK], photometric="palette", colormap=PALETTE
+    ),
+}
+
+
+def tiff_of_rgb_pages(path: Path) -> None:
+    with TiffWriter(path) as tif:
+        for page in COLOUR:
+            tif.write(page, photometric="rgb")
+
+
+@pytest.mark.parametrize("way", PLAIN)
+def test_the_same_stack_however_it_is_written(tmp_path: Path, way: str) -> None:
+    PLAIN[way](tmp_path / "a.tif")
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.tif", bits=16), STACK)
+
+
+@pytest.mark.parametrize("way", PLAIN)
+def test_cut_anywhere_is_whole_or_refused(tmp_path: Path, way: str) -> None:
+    """Metadata and bytes that fill up may come last; all else is missed."""
+    path = tmp_path / "a.tif"
+    PLAIN[way](path)
+    content = path.read_bytes()
+    refused = 0
+    for part in range(1, 20):
+        path.write_bytes(content[: len(content) * part // 20])
+        try:
+            clip = read_volume(path, bits=16)
+        except DecodeError:
+            refused += 1
+        else:
+            np.testing.assert_array_equal(clip, STACK)
+    assert refused >= 12
+
+
+@pytest.mark.parametrize("white_is_zero", [False, True])
+def test_two_levels(tmp_path: Path, white_is_zero: bool) -> None:
+    how = "miniswhite" if white_is_zero else "minisblack"
+    imwrite(tmp_path / "a.tif", (STACK > 100) ^ white_is_zero, photometric=how)
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.tif"), (STACK > 100) * np.uint8(255))
+
+
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: np.rot90(a, 2),
+    4: lambda a: a[::-1],
+    5: lambda a: a.T,
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).T,
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("laid", UPRIGHT)
+def test_orientation(tmp_path: Path, laid: int) -> None:
+    """TIFF 6.0: of 6, say, the first row is the right side, and the first column the top."""
+    imwrite(tmp_path / "a.tif", STACK, extratags=[(274, "H", 1, laid, True)], **GREY)
+    expected = np.stack([UPRIGHT[laid](picture) for picture in STACK])
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.tif"), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_fewer_bits_than_eight_span_the_whole_range(
+    tmp_path: Path, bits: int, photometric: int
+) -> None:
+    levels = np.arange(64).reshape(8, 8) % (1 << bits)
+    packed = "".join(f"{level:0{bits}b}" for level in levels.reshape(-1))
+    data = int(packed, 2).to_bytes(8 * bits, "big")
+    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 279: len(data)}
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    path = tmp_path / "a.tif"
+    path.write_bytes(struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + directory)
+    grey = np.rint(levels * 255 / ((1 << bits) - 1))
+    expected = grey if photometric else 255 - grey
+    np.testing.assert_array_equal(read_volume(path), expected[None])
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_narrow_pictures_are_no_colours(tmp_path: Path, width: int) -> None:
+    stack = np.random.default_rng(0).integers(0, 256, (20, 64, width), dtype=np.uint8)
+    imwrite(tmp_path / "a.tif", stack, **GREY)
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.tif"), stack)
+
+
+def several(path: Path, *stacks: np.ndarray, **how: object) -> None:
+    with TiffWriter(path) as tif:
+        for stack in stacks:
+            tif.write(stack, **GREY, **how)
+
+
+def ome_set(path: Path) -> None:
+    """The first of two files, each of which holds half."""
+    imwrite(path, STACK[:3], ome=True, metadata={"axes": "ZYX"})
+    text = tifffile.tiffcomment(path).replace('SizeZ="3"', 'SizeZ="6"')
+    own, other = (
+        f'<TiffData FirstZ="{first}" PlaneCount="3"><UUID FileName="{name}">urn:uuid:{name}</UUID>'
+        "</TiffData>"
+        for first, name in ((0, path.name), (3, "b.tif"))
+    )
+    start, end = text.index("<TiffData"), text.index("</Pixels>")
+    tifffile.tiffcomment(path, text[:start] + own + other + text[end:])
+
+
+def micro_manager(path: Path, frames: int) -> None:
+    """A file of 6 frames of a set of so many, as Micro-Manager writes it: a directory of 13 tags
+    before each picture, and an index of all at the end."""
+    depth, height, width = STACK.shape
+    summary = {"Channels": 1, "Slices": 1, "Frames": frames, "Positions": 1}
+    said = json.dumps(summary | {"MicroManagerVersion": "2.0"}).encode()
+    size = 2 + 13 * 12 + 4 + height * width + 16
+    starts = [40 + len(said) + size * number for number in range(depth)]
+    pages = b""
+    for number, start in enumerate(starts):
+        pixels, more = start + 162, start + 162 + height * width
+        tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: pixels, 277: 1, 278: height}
+        tags |= {279: height * width, 296: 1, 305: 0, 315: 0, 51123: more}
+        pages += struct.pack("<H", 13)
+        for tag, value in tags.items():
+            kind, count = (2, 16) if tag == 51123 else (4, 1)
+            pages += struct.pack("<HHII", tag, kind, count, value)
+        pages += struct.pack("<I", starts[number + 1] if number + 1 < depth else 0)
+        pages += STACK[number].tobytes() + b'{"FrameIndex":0}'
+    index = struct.pack("<II", 3453623, depth)
+    index += b"".join(struct.pack("<5I", 0, 0, i, 0, at) for i, at in enumerate(starts))
+    index_at = 40 + len(said) + len(pages)
+    places = (54773648, index_at, 483765892, 0, 99384722, 0, 2355492, len(said))
+    head = struct.pack("<2sHI8I", b"II", 42, starts[0], *places)
+    path.write_bytes(head + said + pages + index)
+
+
+def test_micro_manager(tmp_path: Path) -> None:
+    micro_manager(tmp_path / "run_MMStack.tif", 6)
+    np.testing.assert_array_equal(read_volume(tmp_path / "run_MMStack.tif"), STACK)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "two stacks": (
+        lambda path: several(path, STACK, STACK[:3, :10]),
+        r"2 series of pictures \(QYX \[6, 20, 24\], QYX \[3, 10, 24\]\)\. Save the one",
+    ),
+    "two equal stacks": (lambda path: several(path, STACK, STACK), "2 series of pictures"),
+    "pages of two sizes": (lambda path: several(path, STACK[0], STACK[0, :9]), "2 series"),
+    "channels": (
+        lambda path: imwrite(path, STACK[:3], metadata={"axes": "CYX"}, **GREY),
+        r"axes CYX of \[3, 20, 24\] \(C is channel\).*Save it as one stack",
+    ),
+    "channels, ImageJ": (
+        lambda path: imwrite(path, STACK[:3], imagej=True, metadata={"axes": "CYX"}),
+        "axes CYX",
+    ),
+    "time and depth": (
+        lambda path: imwrite(path, STACK.reshape(2, 3, 20, 24), metadata={"axes": "TZYX"}, **GREY),
+        "axes TZYX",
+    ),
+    "depth last": (lambda path: imwrite(path, STACK, metadata={"axes": "YXZ"}, **GREY), "axes YXZ"),
+    "no axes": (lambda path: imwrite(path, STACK.reshape(2, 3, 20, 24), **GREY), "axes QQYX"),
+    "four samples": (
+        lambda path: imwrite(path, STACK[..., None].repeat(4, -1), photometric="separated"),
+        r"4 samples a pixel \(QYXS, SEPARATED\)",
+    ),
+    "Micro-Manager set": (lambda path: micro_manager(path, 12), "MMStack series is missing files"),
+    "OME set": (ome_set, "one file of an OME set"),
+    "OME, of two images": (
+        lambda path: [several(path, STACK, STACK, metadata={"axes": "ZYX"})],
+        "2 series",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_not_plain_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    make, message = REFUSED[kind]
+    suffix = ".ome.tif" if kind.startswith("OME,") else ".tif"
+    make(path := tmp_path / f"a{suffix}")
+    with pytest.raises(DecodeError, match=message) as raised:
+        read_volume(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_fewer_pages_than_declared(tmp_path: Path, compression: str | None) -> None:
+    """The chain of pages may end well: a rewritten file, whose description is an old one."""
+    for how in ({"metadata": {"axes": "ZYX"}, "imagej": True}, {"photometric": "minisblack"}):
+        path = tmp_path / "a.tif"
+        imwrite(path, STACK[:2], compression=compression if "imagej" not in how else None, **how)
+        content = path.read_bytes()
+        for before, after in ((b"images=2", b"images=6"), (b"slices=2", b"slices=6")):
+            content = content.replace(before, after)
+        path.write_bytes(content.replace(b'"shape": [2,', b'"shape": [6,'))
+        with pytest.raises(DecodeError, match="is cut short: 6 frames are declared"):
+            read_volume(path)
+
+
+@pytest.mark.parametrize(("tag", "is_needed"), [(262, True), (270, True), (282, False)])
+def test_a_tag_that_cannot_be_read(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], tag: int, is_needed: bool
+) -> None:
+    """tifffile goes on without it: as if, say, white were 0."""
+    path = tmp_path / "a.tif"
+    imwrite(path, STACK, **GREY)
+    with tifffile.TiffFile(path) as tif:
+        at = tif.pages[0].tags[tag].offset
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<H", content, at + 2, 200)
+    path.write_bytes(content)
+    if is_needed:
+        with pytest.raises(DecodeError, match=r"as it is meant.*invalid data type 200"):
+            read_volume(path)
+    else:
+        np.testing.assert_array_equal(read_volume(path), STACK)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_cut_stack_is_rejected_with_its_reason(tmp_path: Path) -> None:
+    imwrite(tmp_path / "a.tif", np.tile(STACK[:1], (40, 1, 1)), **GREY)
+    content = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "b.tif").write_bytes(content[: len(content) // 2])
+    write_manifest(tmp_path / "t.csv", ["a.tif", "b.tif"])
+    said(
+        *("prepare", "--manifest", tmp_path / "t.csv", "--source", tmp_path, "--roi", "none"),
+        *("--out", tmp_path / "s", "--max-rejected", "50%"),
+    )
+    assert "b.tif,is cut short: " in (tmp_path / "s" / "rejected.csv").read_text()

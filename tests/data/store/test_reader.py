@@ -1,0 +1,299 @@
+"""Reading a store: any clip, from any process, and damage by its name."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import pytest
+from make_media import write_manifest, write_volumes
+
+from dist_train.data.raw.volume_file import read_volume
+from dist_train.data.store import reader as store_module
+from dist_train.data.store.build import PrepareSettings, finalize, prepare
+from dist_train.data.store.index import index_checksum, read_index
+from dist_train.data.store.reader import INDEX, MARKER, SHARDS, Store, read_marker
+from dist_train.data.store.shards import shard_name
+from dist_train.data.store.verify import verify
+from dist_train.errors import StoreError
+from dist_train.files import sealed
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A store of ten clips in four shards."""
+    names = write_volumes(tmp_path / "raw", 10)
+    manifest = write_manifest(tmp_path / "clips.csv", names)
+    settings = PrepareSettings(roi="none", shard_clips=3)
+    prepare(manifest, tmp_path / "raw", tmp_path / "store", settings, workers=1)
+    return tmp_path / "store"
+
+
+def write_marker(folder: Path, content: dict[str, Any]) -> None:
+    (folder / MARKER).write_text(sealed(content))
+
+
+def source_of(store: Store, clip: int) -> np.ndarray:
+    return read_volume(store.folder.parent / "raw" / store.table["filename"].iloc[clip])
+
+
+def test_every_clip_in_any_order(folder: Path) -> None:
+    store = Store(folder)
+    for clip in [7, 0, 9, 3, 3, *range(10)]:
+        pixels = store.read(clip)
+        assert pixels.dtype == np.uint8
+        np.testing.assert_array_equal(pixels, source_of(store, clip))
+
+
+def test_table(folder: Path) -> None:
+    table = Store(folder).table
+    assert table["key"].tolist() == sorted(table["key"])
+    assert table["label"].tolist() == [0, 1] * 5
+    assert table["frames"].tolist() == [4 + i % 5 for i in range(10)]
+    assert table["height"].tolist() == [10 + i % 3 for i in range(10)]
+    assert (table["width"] == 12).all()
+    assert table["shard"].tolist() == [i // 3 for i in range(10)]
+    assert table["crowd_score"].dtype == np.float64
+    assert table["crowd_score"].isna().all()
+
+
+def test_clip_of(folder: Path) -> None:
+    store = Store(folder)
+    assert [store.clip_of(key) for key in store.table["key"]] == list(range(10))
+    with pytest.raises(StoreError, match="holds no clip 'clip999'"):
+        store.clip_of("clip999")
+
+
+def test_no_more_files_are_open_than_allowed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "OPEN_SHARDS", 2)
+    store = Store(folder)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for clip in [0, 3, 6, 9, 0, 6, 1, 9]:
+        np.testing.assert_array_equal(store.read(clip), source_of(store, clip))
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+
+
+def test_a_store_that_is_dropped_closes_its_shards(folder: Path) -> None:
+    store = Store(folder)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for clip in range(len(store.table)):
+        store.read(clip)
+    assert len(list(Path("/proc/self/fd").iterdir())) > before
+    del store
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_pickled_store_opens_its_own_files(folder: Path) -> None:
+    store = Store(folder)
+    store.read(4)
+    copy = pickle.loads(pickle.dumps(store))
+    np.testing.assert_array_equal(copy.read(4), source_of(store, 4))
+    assert copy.table.equals(store.table)
+    assert copy.fingerprint == store.fingerprint
+
+
+def _sum(store: Store, clip: int) -> int:
+    return int(store.read(clip).sum())
+
+
+def test_forkserver_workers_read_it(folder: Path) -> None:
+    store = Store(folder)
+    store.read(0)
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        sums = list(pool.map(_sum, [store] * 10, range(10)))
+    assert sums == [_sum(store, clip) for clip in range(10)]
+
+
+def test_a_fork_reads_beside_its_parent(folder: Path) -> None:
+    """By hand, since the point is a child that inherits open descriptors."""
+    store = Store(folder)
+    expected = [_sum(store, clip) for clip in range(10)]
+    child = os.fork()
+    if child == 0:
+        same = all(_sum(store, clip) == expected[clip] for clip in [*range(10)] * 20)
+        os._exit(0 if same else 1)
+    read = [_sum(store, clip) for clip in [*range(9, -1, -1)] * 20]
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert read == expected[::-1] * 20
+
+
+def test_damaged_byte_is_named_by_key(folder: Path) -> None:
+    record = dict(read_index(folder / INDEX))["clip004"]
+    path = folder / SHARDS / shard_name(record["shard"])
+    content = bytearray(path.read_bytes())
+    content[record["offset"] + 5] ^= 1
+    path.write_bytes(content)
+    store = Store(folder)
+    clip = store.clip_of("clip004")
+    with pytest.raises(StoreError, match=r"'clip004' cannot be read \(the bytes are not") as raised:
+        store.read(clip)
+    assert raised.value.where == path
+    np.testing.assert_array_equal(store.read(clip + 1), source_of(store, clip + 1))
+
+
+@pytest.mark.parametrize("kept", [0, 1000])
+def test_cut_shard_is_named_by_key(folder: Path, kept: int) -> None:
+    path = folder / SHARDS / shard_name(1)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(StoreError, match="'clip005' cannot be read"):
+        Store(folder).read(5)
+
+
+def test_missing_shard_is_named(folder: Path) -> None:
+    (folder / SHARDS / shard_name(1)).unlink()
+    store = Store(folder)
+    store.read(0)
+    with pytest.raises(StoreError, match=r"'clip003' cannot be read \(No such file"):
+        store.read(3)
+
+
+def test_no_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"there is no store here.*check the path"):
+        Store(tmp_path)
+
+
+def test_unfinished_store(folder: Path) -> None:
+    (folder / MARKER).unlink()
+    with pytest.raises(StoreError, match=r"the store is not finished.*to finish it"):
+        Store(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"text"', "\xff"])
+def test_marker_that_is_none(folder: Path, content: str) -> None:
+    (folder / MARKER).write_bytes(content.encode("latin-1"))
+    with pytest.raises(StoreError, match=r"store.json: is not the marker of a store"):
+        read_marker(folder)
+
+
+def test_marker_of_another_format(folder: Path) -> None:
+    write_marker(folder, read_marker(folder) | {"format": "dist_train store 99"})
+    with pytest.raises(StoreError, match="format 'dist_train store 99', this version reads"):
+        Store(folder)
+
+
+def test_index_of_another_store(folder: Path) -> None:
+    write_marker(folder, read_marker(folder) | {"clips": 11})
+    with pytest.raises(StoreError, match=r"not that of the store \(it holds 10 clips, not 11\)"):
+        Store(folder)
+
+
+def test_content_is_in_the_marker(folder: Path) -> None:
+    assert read_marker(folder)["content"] == Store(folder).content
+
+
+def test_a_marker_of_an_older_version(folder: Path) -> None:
+    """It has neither the content nor a checksum of its own."""
+    marker = read_marker(folder)
+    content = marker.pop("content")
+    (folder / MARKER).write_text(json.dumps(marker, indent=2, sort_keys=True))
+    store = Store(folder)
+    assert "content" not in store.info
+    assert store.content == content
+    assert verify(folder, workers=1) == []
+
+
+ODD = {
+    "clips": [True, 10.0, "10", None, -1],
+    "index_crc32c": [None, "1", -1, 1 << 32],
+    "fingerprint": ["", 7, "g" * 64],
+    "rejected": [[], {"2": 1}, {"0": -1}, {"0": "1"}],
+    "settings": [None, []],
+    "content": ["", 0, "A" * 64],
+}
+
+
+def test_markers_of_another_form_are_refused(folder: Path) -> None:
+    """Sealed, as another program might have written them."""
+    marker = read_marker(folder)
+    for name, values in ODD.items():
+        for value in values:
+            write_marker(folder, marker | {name: value})
+            with pytest.raises(StoreError, match=rf"store.json: is not the marker.*'{name}"):
+                Store(folder)
+
+
+def test_a_marker_that_was_edited_is_refused(folder: Path) -> None:
+    text = (folder / MARKER).read_text()
+    for name in ("fingerprint", "content"):
+        value = read_marker(folder)[name]
+        (folder / MARKER).write_text(text.replace(value, value[::-1]))
+        with pytest.raises(StoreError, match=r"checksum is wrong\)\. Run 'dist-train finalize'"):
+            Store(folder)
+        assert finalize(folder)[name] == value
+        assert (folder / MARKER).read_text() == text
+
+
+# Of an index that another program wrote, with the checksum in the marker.
+RECORDS = {
+    "label": [2, -2, True, None, "1", 0.5],
+    "shape": [[1, 2], [0, 1, 1], [1.5, 1, 1], "abc", None, [1 << 70, 1, 1]],
+    "shard": [4, -1, "0", 1 << 70],
+    "offset": [-1, None],
+    "crc32c": [-1, 1 << 32, None],
+    "weight": [-1.0, "x", None],
+    "tier1": [1, "true"],
+    "filename": [None, 3],
+    "crowd_score": ["much"],
+}
+
+
+def test_records_of_another_form_are_refused(folder: Path) -> None:
+    marker, whole = read_marker(folder), (folder / INDEX).read_bytes()
+    for name, values in RECORDS.items():
+        for value in values:
+            (folder / INDEX).write_bytes(whole)
+            with (
+                lmdb.open(str(folder / INDEX), subdir=False, lock=False, map_size=1 << 20) as env,
+                env.begin(write=True) as transaction,
+            ):
+                record = json.loads(bytes(transaction.get(b"clip003"))) | {name: value}
+                transaction.put(b"clip003", json.dumps(record).encode())
+            checksum = index_checksum(folder / INDEX)
+            write_marker(folder, marker | {"index_crc32c": checksum})
+            with pytest.raises(StoreError, match=r"index.lmdb: the index is not that of the store"):
+                Store(folder)
+
+
+def test_flipped_labels_of_the_index_are_not_trained_on(folder: Path) -> None:
+    path = folder / INDEX
+    whole = path.read_bytes()
+    assert whole.count(b'"label": 1') >= 3
+    path.write_bytes(whole.replace(b'"label": 1', b'"label": 0', 3))
+    with pytest.raises(StoreError, match=r"the index is damaged: its checksum is wrong"):
+        Store(folder)
+    finalize(folder)
+    assert path.read_bytes() == whole
+    assert Store(folder).table["label"].tolist() == [0, 1] * 5
+
+
+def test_missing_index(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    with pytest.raises(StoreError, match="the store has no index"):
+        Store(folder)
+
+
+@pytest.mark.parametrize("clip", [-1, 10**6])
+def test_a_clip_that_there_is_not(folder: Path, clip: int) -> None:
+    store = Store(folder)
+    message = rf"holds no clip {clip}; they are 0 to {len(store.table) - 1}"
+    with pytest.raises(StoreError, match=message):
+        store.read(clip)
+    with pytest.raises(StoreError, match=message):
+        store.read_into(np.empty(1, np.uint8), clip)
+
+
+def test_memory_that_does_not_fit_a_clip(folder: Path) -> None:
+    store = Store(folder)
+    pixels = store.read(0)
+    for out in (np.empty(pixels.size - 1, np.uint8), pixels.astype(np.uint16), pixels.T):
+        with pytest.raises(StoreError, match="clip 0 is not to be read into"):
+            store.read_into(out, 0)

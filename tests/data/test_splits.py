@@ -1,0 +1,226 @@
+"""Which clips take part, and folds that are balanced, or that never cross a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dist_train.config import SelectSettings, SplitSettings
+from dist_train.data.splits import assign_splits, check_splits, choose_clips, select_clips
+from dist_train.errors import PlanError
+
+
+def clips(count: int, *, groups: int = 5, rate: float = 0.2, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    group = np.minimum(rng.geometric(0.3, count), groups)
+    return pd.DataFrame(
+        {
+            "key": [f"clip{i}" for i in range(count)],
+            "label": (rng.random(count) < rate).astype("int8"),
+            "group": [f"g{g}" for g in group],
+            "split": "",
+            "tier1": rng.random(count) < 0.7,
+            "crowd_score": rng.random(count),
+        }
+    )
+
+
+def fold_numbers(table: pd.DataFrame, folds: int, groups: str, seed: int = 3) -> pd.Series:
+    """The fold that each clip is tested in."""
+    number = pd.Series(-1, index=table.index)
+    for fold in range(folds):
+        splits = assign_splits(table, folds=folds, fold=fold, groups=groups, seed=seed)
+        assert (number[splits == "test"] == -1).all(), "a clip is tested in two folds"
+        number[splits == "test"] = fold
+    assert (number >= 0).all(), "a clip is tested in no fold"
+    return number
+
+
+def test_all_labelled_clips_by_default() -> None:
+    table = clips(50)
+    table.loc[[3, 7], "label"] = -1
+    assert select_clips(table, tier2_crowd_score=None).index.tolist() == [
+        i for i in range(50) if i not in (3, 7)
+    ]
+
+
+def test_the_original_rule() -> None:
+    table = pd.DataFrame(
+        {
+            #         tier 1, any score | tier 2: confident, just at, doubtful, negative, no score
+            "label": [1, 0, 1, 1, 1, 1, 0, 1],
+            "tier1": [True, True, True, False, False, False, False, False],
+            "crowd_score": [0.0, 0.0, np.nan, 0.61, 0.6, 0.2, 0.9, np.nan],
+        }
+    )
+    assert select_clips(table, tier2_crowd_score=0.6).index.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("label", "missing"), [(0, "positives"), (1, "negatives")])
+def test_a_class_that_is_missing_is_named(label: int, missing: str) -> None:
+    with pytest.raises(PlanError, match=rf"no {missing} \(10 clips of 10 selected\)"):
+        select_clips(clips(10).assign(label=label), tier2_crowd_score=None)
+
+
+def test_stratified_folds_are_balanced_by_class_and_group() -> None:
+    table = clips(997)
+    number = fold_numbers(table, 5, "stratify")
+    for columns, most in ((["label"], 1), (["group", "label"], 1), (["group"], 2)):
+        counts = pd.crosstab([table[c] for c in columns], number)
+        assert (counts.max(axis=1) - counts.min(axis=1)).max() <= most, columns
+
+
+def test_small_groups_do_not_all_fill_the_first_fold() -> None:
+    table = clips(200).assign(group=[f"g{i}" for i in range(200)])
+    counts = fold_numbers(table, 5, "stratify").value_counts()
+    assert counts.max() - counts.min() <= 2
+
+
+def test_disjoint_folds_never_cross_a_group() -> None:
+    rng = np.random.default_rng(1)
+    table = clips(600).assign(group=[f"patient{p}" for p in rng.integers(0, 40, 600)])
+    number = fold_numbers(table, 5, "disjoint")
+    assert (number.groupby(table["group"]).nunique() == 1).all()
+    shares = table["label"].groupby(number).agg(["sum", "size"])
+    largest = table.groupby("group")["label"].agg(["sum", "size"]).max()
+    assert shares["size"].max() - shares["size"].min() <= largest["size"]
+    assert shares["sum"].max() - shares["sum"].min() <= largest["sum"]
+
+
+def test_as_many_groups_as_folds_gives_each_fold_one() -> None:
+    table = clips(100).assign(group=["a"] * 60 + ["b"] * 30 + ["c"] * 10)
+    number = fold_numbers(table, 3, "disjoint")
+    assert number.groupby(table["group"]).first().nunique() == 3
+
+
+@pytest.mark.parametrize("groups", ["stratify", "disjoint"])
+def test_split_belongs_to_the_clip_not_to_its_place(groups: str) -> None:
+    table = clips(200, groups=12)
+    before = assign_splits(table, folds=5, fold=1, groups=groups, seed=3)
+    shuffled = table.sample(frac=1, random_state=0)
+    after = assign_splits(shuffled, folds=5, fold=1, groups=groups, seed=3)
+    assert after.sort_index().tolist() == before.tolist()
+
+
+@pytest.mark.parametrize("groups", ["stratify", "disjoint"])
+def test_another_seed_cuts_otherwise(groups: str) -> None:
+    table = clips(200).assign(group=[f"g{i % 20}" for i in range(200)])
+    first, second = (fold_numbers(table, 5, groups, seed) for seed in (0, 1))
+    assert (first != second).any()
+
+
+def test_fold_is_test_and_the_next_one_is_val() -> None:
+    table = clips(100)
+    number = fold_numbers(table, 5, "stratify")
+    splits = assign_splits(table, folds=5, fold=4, groups="stratify", seed=3)
+    assert (number[splits == "test"] == 4).all()
+    assert (number[splits == "val"] == 0).all()
+    assert set(number[splits == "train"]) == {1, 2, 3}
+
+
+def test_split_of_the_manifest_wins() -> None:
+    table = clips(30).assign(split=["train", "val", "test"] * 10)
+    splits = assign_splits(table, folds=5, fold=0, groups="stratify", seed=0)
+    assert splits.tolist() == table["split"].tolist()
+
+
+def test_too_few_groups() -> None:
+    with pytest.raises(PlanError, match=r"2 groups cannot fill 5 folds.*split.groups=stratify"):
+        assign_splits(
+            clips(50).assign(group=["a", "b"] * 25), folds=5, fold=0, groups="disjoint", seed=0
+        )
+
+
+def test_choose_clips_keeps_the_clip_numbers() -> None:
+    table = clips(300)
+    chosen = choose_clips(table, SelectSettings(tier2_crowd_score=0.6), SplitSettings(), seed=0)
+    assert 0 < len(chosen) < 300
+    assert (table.loc[chosen.index, "key"] == chosen["key"]).all()
+    assert set(chosen["split"]) == {"train", "val", "test"}
+
+
+@pytest.mark.parametrize(
+    ("given", "empty"),
+    [(lambda i: "train", "val"), (lambda i: "val", "train")],
+    ids=["no val", "no train"],
+)
+def test_split_without_clips(given: Callable[[int], str], empty: str) -> None:
+    table = clips(20).assign(split=[given(i) for i in range(20)])
+    with pytest.raises(PlanError, match=f"no clip is in split '{empty}'"):
+        choose_clips(table, SelectSettings(), SplitSettings(), seed=0)
+
+
+def test_clips_without_a_group_are_refused_or_told_apart() -> None:
+    """Half a column of blanks is neither one animal nor, unasked, as many as there are clips."""
+    table = clips(60).assign(group=["", *["a", "b", "c", "d", " "] * 10, *[""] * 9])
+
+    def folds(ungrouped: str) -> pd.Series:
+        return assign_splits(table, folds=3, fold=0, groups="disjoint", seed=0, ungrouped=ungrouped)
+
+    with pytest.raises(PlanError, match=r"20 of 60 clips have no group, the first is 'clip0'"):
+        folds("refuse")
+    blank = table["group"].str.strip() == ""
+    assert folds("own")[blank].nunique() == 3
+    assert folds("together")[blank].nunique() == 1
+    # Where groups do not keep clips apart, blanks matter as little.
+    assign_splits(table, folds=3, fold=0, groups="stratify", seed=0)
+
+
+def test_a_group_in_two_splits_of_the_manifest() -> None:
+    table = clips(4).assign(group=["a", "b", "a", "b"], split=["train", "val", "test", "val"])
+    with pytest.raises(PlanError, match=r"group 'a' lies in splits test and train of the manif"):
+        assign_splits(table, folds=3, fold=0, groups="disjoint", seed=0)
+    assert assign_splits(table, folds=3, fold=0, groups="stratify", seed=0).tolist() == [
+        "train",
+        "val",
+        "test",
+        "val",
+    ]
+
+
+def check(table: pd.DataFrame, split: SplitSettings) -> None:
+    chosen = choose_clips(table, SelectSettings(), split, seed=0)
+    check_splits(chosen, split, given=bool((table["split"] != "").all()))
+
+
+def test_a_fold_without_a_class_is_refused() -> None:
+    """Two groups hold the positives, so one of four folds has none, whichever is tested."""
+    table = clips(80, rate=0.0).assign(group=[f"g{i % 8}" for i in range(80)])
+    table.loc[table["group"].isin(["g0", "g1"]), "label"] = 1
+    message = r"split\.fold=\d: split '\w+'.* holds no positives \(train: \d+ pos"
+    said = []
+    for fold in range(4):
+        with pytest.raises(PlanError, match=message) as raised:
+            check(table, SplitSettings(folds=4, fold=fold, groups="disjoint"))
+        said.append(str(raised.value))
+    assert any("'test' (fold" in text for text in said)
+    check(table, SplitSettings(folds=4))
+
+
+def test_fewer_positives_than_folds_are_refused_for_every_fold() -> None:
+    table = clips(80, rate=0.0)
+    table.loc[:3, "label"] = 1
+    for fold in range(5):
+        with pytest.raises(PlanError, match=r"4 positives cannot be in each of 5 folds|no positi"):
+            check(table, SplitSettings(folds=5, fold=fold))
+    check(table, SplitSettings(folds=4))
+
+
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+@pytest.mark.parametrize(("label", "missing"), [(0, "positives"), (1, "negatives")])
+def test_a_split_of_the_manifest_without_a_class(name: str, label: int, missing: str) -> None:
+    table = clips(60, rate=0.5).assign(split=["train", "val", "test"] * 20)
+    check(table, SplitSettings())
+    table.loc[table["split"] == name, "label"] = label
+    with pytest.raises(PlanError, match=rf"split '{name}' holds no {missing} \(train: "):
+        check(table, SplitSettings())
+
+
+def test_groups_that_an_old_store_holds_under_two_names() -> None:
+    table = clips(60).assign(group=[("m1", "m2", "m3", "m3 ")[i % 4] for i in range(60)])
+    with pytest.raises(PlanError, match="groups 'm3' and 'm3 ' look like one group"):
+        check(table, SplitSettings(folds=3, groups="disjoint"))
+    check(table, SplitSettings(folds=3))

@@ -1,0 +1,151 @@
+"""What a run is made of: data, model, folder, record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import SPLITS, tiny_config, tiny_store
+
+from dist_train.config import dump_config
+from dist_train.errors import ConfigError, PlanError, RunError, StoreError
+from dist_train.run.data import open_data
+from dist_train.run.folder import CONFIG, RECORD, only_session
+from dist_train.run.model import as_input, make_model, model_metadata
+from dist_train.run.record import begin_session, open_run, read_record
+
+RATES = {"train_batches": 0.25, "natural": 0.3}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_store(tmp_path_factory.mktemp("run") / "store")
+
+
+def test_the_splits_of_the_store_are_used(store: Path) -> None:
+    data = open_data(tiny_config(store, Path("out")))
+    for split, (positives, negatives) in SPLITS.items():
+        assert len(data.numbers(split, 1)) == positives
+        assert len(data.numbers(split, 0)) == negatives
+        assert len(data.numbers(split)) == positives + negatives
+    assert data.natural_rate() == pytest.approx(12 / 40)
+
+
+def test_the_plan_holds_train_clips_alone_in_the_exact_ratio(store: Path) -> None:
+    data = open_data(tiny_config(store, Path("out")))
+    plan, train = data.plan(), set(data.numbers("train").tolist())
+    labels = data.store.table["label"].to_numpy()
+    for step in range(plan.first_step(2)):
+        batch = plan.global_batch(step)
+        assert set(batch.tolist()) <= train
+        assert labels[batch].sum() == 2
+
+
+def test_the_augmented_and_the_plain_dataset_differ_in_the_clips_alone(store: Path) -> None:
+    from dist_train.data.loading.sampler import Slot
+
+    data = open_data(tiny_config(store, Path("out")))
+    plain, augmented = data.dataset(training=False), data.dataset(training=True)
+    slots = [Slot(clip, 0) for clip in range(8)]
+    changed = [not torch.equal(plain[slot].volume, augmented[slot].volume) for slot in slots]
+    assert any(changed)
+    for slot in slots:
+        assert plain[slot].label == augmented[slot].label
+        assert plain[slot].volume.shape == (8, 16, 16)
+        assert torch.equal(plain[slot].volume.reshape(-1).sort().values,
+                           augmented[slot].volume.reshape(-1).sort().values)  # fmt: skip
+
+
+def test_quarter_turns_of_oblong_clips_are_refused(store: Path) -> None:
+    config = tiny_config(store, Path("out"), "clip.size=[16, 24]")
+    with pytest.raises(ConfigError, match=r"augment\.rotate90: quarter turns need square clips"):
+        open_data(config)
+    open_data(tiny_config(store, Path("out"), "clip.size=[16, 24]", "augment.rotate90=0"))
+
+
+def test_a_batch_that_the_split_cannot_fill_is_refused(store: Path) -> None:
+    config = tiny_config(store, Path("out"), "plan.batch=64")
+    with pytest.raises(PlanError, match="holds 12 positives for train"):
+        open_data(config).plan()
+
+
+def test_a_missing_store_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="there is no store here"):
+        open_data(tiny_config(tmp_path / "none", tmp_path))
+
+
+def test_weights_depend_on_the_seed_alone(store: Path) -> None:
+    def weights(*more: str) -> list[torch.Tensor]:
+        return list(make_model(tiny_config(store, Path("out"), *more)).state_dict().values())
+
+    torch.manual_seed(99)
+    first, again, other = weights(), weights("plan.batch=16"), weights("seed=1")
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_input_is_scaled_to_one_in_the_layout_of_the_run(store: Path, channels_last: bool) -> None:
+    config = tiny_config(store, Path("out"), f"train.channels_last={channels_last}")
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    volumes = torch.randint(0, 256, (2, 3, 4, 5, 6), dtype=torch.uint8)
+    given = as_input(volumes, config)
+    assert given.dtype == torch.float32
+    assert given.is_contiguous(memory_format=layout)
+    assert torch.equal(given, volumes.float() / 255)
+
+
+def test_recomputation_changes_no_weights_so_it_is_no_fact_of_the_model(store: Path) -> None:
+    plain = model_metadata(tiny_config(store, Path("out")))
+    block = model_metadata(tiny_config(store, Path("out"), "model.recompute=block"))
+    wider = model_metadata(tiny_config(store, Path("out"), "model.width=8"))
+    assert plain == block == json.loads(json.dumps(plain))
+    assert plain != wider
+
+
+def test_a_run_is_opened_by_its_settings(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="there is no run here"):
+        open_run(tmp_path)
+    config = tiny_config(store, tmp_path)
+    dump_config(config, tmp_path / CONFIG)
+    assert open_run(tmp_path) == config
+
+
+def test_the_record_keeps_every_session(tmp_path: Path) -> None:
+    begin_session(tmp_path, {"steps": 4, "positive_rate": RATES}, {"world_size": 1})
+    begin_session(tmp_path, {"steps": 6, "positive_rate": RATES}, {"world_size": 2})
+    record = read_record(tmp_path)
+    assert record["steps"] == 6
+    assert [session["world_size"] for session in record["sessions"]] == [1, 2]
+    assert all(session["started"].endswith("+00:00") for session in record["sessions"])
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["numpy"] == np.__version__
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, "{", "[1]", "null", "{}", '{"positive_rate": 3}', '{"positive_rate": {"natural": 0.1}}'],
+)
+def test_a_record_that_is_missing_or_damaged_is_named_and_written_anew(
+    tmp_path: Path, content: str | None
+) -> None:
+    if content is not None:
+        (tmp_path / RECORD).write_text(content)
+    with pytest.raises(RunError, match="the record of the run cannot be read"):
+        read_record(tmp_path)
+    begin_session(tmp_path, {"positive_rate": RATES}, {"world_size": 1})
+    assert len(read_record(tmp_path)["sessions"]) == 1
+
+
+def test_a_folder_takes_one_training_at_a_time(tmp_path: Path) -> None:
+    with (
+        only_session(tmp_path / "run"),
+        pytest.raises(RunError, match="another training is at work"),
+        only_session(tmp_path / "run"),
+    ):
+        pytest.fail("there are two")
+    with only_session(tmp_path / "run"):
+        pass

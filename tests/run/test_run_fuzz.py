@@ -1,0 +1,278 @@
+"""Each file of a run, edited and replaced: the right result or one message, never a traceback."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import contents, metrics_of, tiny_config, tiny_store
+
+from dist_train.errors import DistTrainError
+from dist_train.evaluation.evaluate import Evaluation, evaluate
+from dist_train.evaluation.export import export_run
+from dist_train.evaluation.predict import predict
+from dist_train.evaluation.prediction_origin import check_origin
+from dist_train.evaluation.report import read_run
+from dist_train.run.record import open_run
+from dist_train.run.snapshots import load_snapshot
+from dist_train.training.train import train
+
+JUDGEMENTS, RESUMPTIONS, MANY = 60, 28, 1000
+STEPS = 6
+SHORT = ("train.epochs=1", "snapshots.at=[1]", "optim.lr=1e-3")
+JUDGED = [
+    "run.json",
+    "config.yaml",
+    "metrics.jsonl",
+    "splits.csv",
+    "predictions.csv",
+    "predictions.json",
+    "evaluation.json",
+    f"snapshots/step-{STEPS}.safetensors",
+]
+RESUMED = [
+    "run.json",
+    "config.yaml",
+    "metrics.jsonl",
+    "splits.csv",
+    "micro_batch.json",
+    "checkpoints/step-4/checkpoint.json",
+    "checkpoints/step-4/rank-00000.safetensors",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was trained, predicted and evaluated; not to be changed."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    out = folder / "run"
+    train(tiny_config(tiny_store(folder / "S"), out, *SHORT, "train.probe=always"))
+    (out / "micro_batch.json").write_text('{"clips": 4, "of": {}}')
+    predict(out)
+    evaluate(out / "predictions.csv", out=out / "evaluation.json")
+    return out
+
+
+# Kinds of harm. Each makes of a file's content another, or puts something else in its place.
+
+
+def flipped(content: bytes, rng: random.Random) -> bytes:
+    changed = bytearray(content)
+    changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+def cut_off(content: bytes, rng: random.Random) -> bytes:
+    return content[: rng.randrange(len(content))]
+
+
+def overwritten(content: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(content))
+    return content[:at] + rng.randbytes(rng.randrange(1, 40)) + content[at:]
+
+
+def lacking(content: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(content))
+    return content[:at] + content[at + rng.randrange(1, 60) :]
+
+
+def digit_changed(content: bytes, rng: random.Random) -> bytes:
+    places = [place for place, byte in enumerate(content[:100_000]) if 48 <= byte <= 57]
+    place = rng.choice(places)
+    return content[:place] + str(rng.randrange(10)).encode() + content[place + 1 :]
+
+
+def line_doubled(content: bytes, rng: random.Random) -> bytes:
+    lines = content.splitlines(keepends=True)
+    at = rng.randrange(len(lines))
+    return b"".join([*lines[:at], lines[at], *lines[at:]])
+
+
+def value_replaced(content: bytes, rng: random.Random) -> bytes:
+    """What a hostile hand would put behind a colon."""
+    values = [b"NaN", b"1e999", b"[[]]", b"null", b"true", b'"x"', b"-1", b"9" * 5000, b"{}"]
+    places = [place for place, byte in enumerate(content[:100_000]) if byte in b":,"]
+    place = rng.choice(places) if places else 0
+    end = content.find(b",", place + 1)
+    return content[: place + 1] + rng.choice(values) + content[end if end > 0 else place + 1 :]
+
+
+def nested(content: bytes, rng: random.Random) -> bytes:
+    return rng.choice([b"[", b'{"a":']) * 100_000
+
+
+def empty(content: bytes, rng: random.Random) -> bytes:
+    return b""
+
+
+HARMS = [flipped, cut_off, overwritten, lacking, digit_changed, line_doubled, value_replaced,
+         nested, empty]  # fmt: skip
+REPLACED = ["a pipe", "a folder", "a link to nowhere", "nothing"]
+
+
+def replace(path: Path, by: str) -> None:
+    path.unlink()
+    if by == "a pipe":
+        os.mkfifo(path)
+    elif by == "a folder":
+        path.mkdir()
+    elif by == "a link to nowhere":
+        path.symlink_to("/nowhere/at/all")
+
+
+def right_or_refused(act: Callable[[], object]) -> bool:
+    """Whether it was done; an error must be one line for the user. Warnings count as told."""
+    try:
+        act()
+    except DistTrainError:
+        return False
+    except OSError as error:
+        # The command line shows these as one line, too, if they name a file.
+        if error.filename is None:
+            raise
+        return False
+    return True
+
+
+@cache
+def expected_of(whole: Path) -> Evaluation:
+    return evaluate(whole / "predictions.csv")
+
+
+def figures_of(evaluation: Evaluation) -> dict[str, object]:
+    """Without whether the threshold was given, which only evaluation.json says."""
+    return evaluation.model_dump(exclude={"threshold_fitted_on", "threshold_fitted_on_same_clips"})
+
+
+def judge(run: Path, whole: Path, name: str) -> None:
+    """All commands that judge the run; what they give must be what the unharmed run gives."""
+    if name not in ("predictions.csv", "predictions.json", "evaluation.json", "metrics.jsonl"):
+        before = (run / "predictions.csv").read_bytes()
+        if right_or_refused(lambda: predict(run, out=run / "again")):
+            assert (run / "again" / "predictions.csv").read_bytes() == before
+        out = run / "model.safetensors"
+        if right_or_refused(lambda: export_run(run, out)):
+            expected = load_snapshot(whole / "snapshots" / f"step-{STEPS}.safetensors").weights
+            found = load_snapshot(out).weights
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[weight], expected[weight]) for weight in found)
+
+    def evaluated() -> None:
+        open_run(run)
+        check_origin(run)
+        assert evaluate(run / "predictions.csv") == expected_of(whole)
+
+    def reported() -> None:
+        open_run(run)
+        found = read_run(run)
+        # Without predictions, the page says which command makes them.
+        if found.evaluation is not None:
+            assert figures_of(found.evaluation) == figures_of(expected_of(whole))
+        else:
+            assert not os.path.lexists(run / "predictions.csv")
+
+    right_or_refused(evaluated)
+    right_or_refused(reported)
+
+
+def harmed(whole: Path, to: Path, name: str, rng: random.Random, number: int) -> Path:
+    """A copy of the run, one file of which is harmed."""
+    shutil.copytree(whole, to)
+    path, kinds = to / name, [*HARMS, *REPLACED]
+    kind = kinds[number % len(kinds)]
+    if isinstance(kind, str):
+        replace(path, kind)
+    else:
+        path.write_bytes(kind(path.read_bytes(), rng))
+    return to
+
+
+def fuzz(
+    whole: Path, folder: Path, names: list[str], edits: int, act: Callable[[Path, str], None]
+) -> None:
+    rng = random.Random(0)
+    for number in range(edits):
+        # There are 13 kinds of harm, so that each file meets all of them in turn.
+        name = names[number % len(names)]
+        copy = harmed(whole, folder / f"{number}", name, rng, number)
+        try:
+            act(copy, name)
+        except Exception as error:
+            error.add_note(f"edit {number} of {name}, in {copy}")
+            raise
+        shutil.rmtree(copy)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_harmed_file_is_told_or_does_no_harm_to_a_judgement(run: Path, tmp_path: Path) -> None:
+    fuzz(run, tmp_path, JUDGED, JUDGEMENTS, lambda copy, name: judge(copy, run, name))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", JUDGED)
+def test_many_harms_to_what_is_judged(run: Path, tmp_path: Path, name: str) -> None:
+    fuzz(run, tmp_path, [name], MANY, lambda copy, name: judge(copy, run, name))
+
+
+def resume(copy: Path, whole: Path) -> None:
+    """What a resumption leaves must be what the unharmed run has."""
+    config = tiny_config(whole.with_name("S"), copy, *SHORT, "train.probe=always")
+
+    def resumed() -> None:
+        train(config, resume="auto")
+        name = f"snapshots/step-{STEPS}.safetensors"
+        assert (copy / name).read_bytes() == (whole / name).read_bytes()
+        assert metrics_of(copy)[-1] == metrics_of(whole)[-1]
+        assert open_run(copy)
+
+    right_or_refused(resumed)
+
+
+def cut_short(run: Path, to: Path) -> Path:
+    """The run as a kill before its end would have left it."""
+    if not to.exists():
+        shutil.copytree(run, to)
+        shutil.rmtree(to / "checkpoints" / f"step-{STEPS}")
+        for name in ("predictions.csv", "predictions.json", "evaluation.json", "submission.csv"):
+            (to / name).unlink()
+    return to
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_harmed_file_is_told_or_does_no_harm_to_a_resumption(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    left = cut_short(run, tmp_path / "left")
+    fuzz(left, tmp_path, RESUMED, RESUMPTIONS, lambda copy, name: resume(copy, run))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", RESUMED)
+def test_many_harms_to_what_is_resumed(run: Path, tmp_path: Path, name: str) -> None:
+    left = cut_short(run, tmp_path / "left")
+    fuzz(left, tmp_path, [name], MANY, lambda copy, name: resume(copy, run))
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("a pipe", r"\.lock: is a FIFO"), ("a link to nowhere", r"\.lock: is a symbolic link")],
+)
+def test_a_lock_that_is_no_file_is_told(run: Path, tmp_path: Path, kind: str, told: str) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    replace(copy / ".lock", kind)
+    before = contents(copy)
+    with pytest.raises(DistTrainError, match=told):
+        train(tiny_config(run.with_name("S"), copy, *SHORT), resume="auto")
+    assert contents(copy) == before

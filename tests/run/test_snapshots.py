@@ -1,0 +1,205 @@
+"""Weights are used only if they are the ones that the run wrote, and the run is as it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import fails, tiny_config, tiny_store
+from safetensors.torch import load_file, save_file
+
+from dist_train.errors import DistTrainError, RunError
+from dist_train.evaluation.export import export_run
+from dist_train.evaluation.predict import predict
+from dist_train.run.record import open_run, read_record
+from dist_train.run.snapshots import load_snapshot, refuse_not_finite, save_snapshot, snapshot_facts
+from dist_train.training.train import train
+
+STEP = 6
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one snapshot and predictions; not to be changed."""
+    folder = tmp_path_factory.mktemp("snapshots")
+    out = folder / "run"
+    train(tiny_config(tiny_store(folder / "S"), out, "train.epochs=1", "snapshots.at=[1]"))
+    predict(out)
+    return out
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def snapshot_of(run: Path) -> Path:
+    return run / "snapshots" / f"step-{STEP}.safetensors"
+
+
+def test_a_snapshot_says_what_its_weights_were_trained_on(trained: Path) -> None:
+    _, facts, crc = load_snapshot(snapshot_of(trained))
+    record = read_record(trained)
+    assert facts == snapshot_facts(open_run(trained), STEP, record["store"]["content"])
+    assert facts["clip"] == {"size": [16, 16], "max_frames": None}
+    assert crc is not None
+
+
+def flipped_everywhere(trained: Path, path: Path, flips: int) -> list[int]:
+    """Places where a flipped bit was not noticed."""
+    content = bytearray(snapshot_of(trained).read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    rng = random.Random(0)
+    silent = []
+    for number in range(flips):
+        # Half of them in the header, which is a small part of the file.
+        place = rng.randrange(header if number % 2 else len(content))
+        bit = 1 << rng.randrange(8)
+        content[place] ^= bit
+        path.write_bytes(content)
+        content[place] ^= bit
+        with suppress(RunError):
+            load_snapshot(path)
+            silent.append(place)
+    return silent
+
+
+@pytest.mark.parametrize(
+    "flips", [100, pytest.param(1000, marks=pytest.mark.soak)], ids=["100", "1000"]
+)
+def test_a_flipped_bit_is_noticed(trained: Path, tmp_path: Path, flips: int) -> None:
+    assert flipped_everywhere(trained, tmp_path / "step-6.safetensors", flips) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_replace_nothing(run: Path, value: float) -> None:
+    weights, facts, _ = load_snapshot(snapshot_of(run))
+    weights["head.weight"][0, 0] = value
+    save_snapshot(snapshot_of(run), weights, facts)
+    before = {name: (run / name).read_bytes() for name in ("predictions.csv", "submission.csv")}
+    for act in (lambda: predict(run), lambda: export_run(run, run / "model.safetensors")):
+        with pytest.raises(RunError, match=r"head\.weight is not finite"):
+            act()
+    assert before == {name: (run / name).read_bytes() for name in before}
+    assert not (run / "model.safetensors").exists()
+
+
+def test_finite_weights_with_infinite_outputs_replace_nothing(run: Path) -> None:
+    """Both terms of the head are finite, and their sum is not."""
+    weights, facts, _ = load_snapshot(snapshot_of(run))
+    weights["head.bias"].fill_(torch.finfo(torch.float32).max)
+    weights["head.weight"].fill_(torch.finfo(torch.float32).max)
+    save_snapshot(snapshot_of(run), weights, facts)
+    before = (run / "predictions.csv").read_bytes()
+    with pytest.raises(
+        RunError, match=r"the snapshot gives \d+ of \d+ outputs that are not finite"
+    ):
+        predict(run)
+    assert (run / "predictions.csv").read_bytes() == before
+
+
+def test_outputs_are_counted(tmp_path: Path) -> None:
+    refuse_not_finite(np.zeros(3), tmp_path)
+    with pytest.raises(RunError, match="gives 1 of 3 outputs"):
+        refuse_not_finite(np.array([0.0, np.nan, 1.0]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("step", "6", "step: '6' in the file, 6 in the run"),
+        ("store", "0" * 64, "store: '0000"),
+        ("clip", {"size": [32, 32], "max_frames": None}, r"clip.size: \[32, 32\] in the file"),
+        ("data", {"seed": 3}, "data.seed: 3 in the file, 0 in the run"),
+        ("model", {"width": 64}, "model.width: 64 in the file, 4 in the run"),
+    ],
+)
+def test_a_snapshot_of_another_run_is_refused(
+    run: Path, name: str, value: object, told: str
+) -> None:
+    weights, facts, _ = load_snapshot(snapshot_of(run))
+    save_snapshot(snapshot_of(run), weights, facts | {name: value})
+    for act in (lambda: predict(run), lambda: export_run(run, run / "model.safetensors")):
+        with pytest.raises(RunError, match=told):
+            act()
+
+
+def test_a_snapshot_of_an_earlier_version_still_opens_and_says_so(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = (run / "predictions.csv").read_bytes()
+    facts = {"step": STEP, "model": load_snapshot(snapshot_of(run)).facts["model"]}
+    save_file(load_file(snapshot_of(run)), snapshot_of(run), {"facts": json.dumps(facts)})
+    with caplog.at_level(logging.WARNING):
+        predict(run)
+    assert "has no checksum, as it is of an earlier version" in caplog.text
+    assert (run / "predictions.csv").read_bytes() == before
+
+
+def test_an_export_is_checked_like_a_snapshot(run: Path) -> None:
+    out = run / "model.safetensors"
+    export_run(run, out)
+    assert load_snapshot(out).facts["from"] == "snapshot"
+    content = bytearray(out.read_bytes())
+    content[-5] ^= 4
+    out.write_bytes(content)
+    with pytest.raises(RunError, match="the weights are not as they were written"):
+        load_snapshot(out)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "told"),
+    [
+        ("stem_pool: false", "stem_pool: true", "model.stem_pool: False before, True now"),
+        ("  fold: 0", "  fold: 1", "split.fold: 0 before, 1 now"),
+        ("tier2_crowd_score: null", "tier2_crowd_score: 0.5", "select.tier2_crowd_score: None"),
+        ("  size:\n  - 16", "  size:\n  - 24", r"clip.size: (16, 16) before, (24, 16) now"),
+    ],
+)
+def test_settings_that_were_edited_after_training_are_named(
+    run: Path, was: str, now: str, told: str
+) -> None:
+    path = run / "config.yaml"
+    text = path.read_text()
+    assert text.count(was) == 1
+    path.write_text(text.replace(was, now))
+    for command in (
+        ("predict", run), ("evaluate", run), ("report", run), ("export", run, "--out", run / "m")
+    ):  # fmt: skip
+        message = fails(*command)
+        assert message.startswith(f"{path}: the settings are not those that the run was trained")
+        assert told in message
+
+
+def test_settings_of_how_a_machine_works_may_be_edited(run: Path) -> None:
+    path = run / "config.yaml"
+    path.write_text("# moved\n" + path.read_text().replace("prefetch: 4", "prefetch: 2"))
+    assert open_run(run).loader.prefetch == 2
+
+
+def test_clips_cut_otherwise_after_a_resumption_are_told(
+    trained: Path, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = trained.with_name("S")
+    more = ("train.epochs=2", "snapshots.at=[1, 2]", "clip.max_frames=16")
+    train(tiny_config(store, run, *more), resume="auto")
+    assert "clip.max_frames: None before, 16 now" in str(read_record(run)["sessions"][-1])
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        predict(run)
+    assert "clip.max_frames: None in the file, 16 in the run" in caplog.text
+
+
+def test_a_changed_record_is_noticed(run: Path) -> None:
+    path = run / "run.json"
+    path.write_text(path.read_text().replace('"natural": 0.3', '"natural": 0.4'))
+    with pytest.raises(DistTrainError, match="it is not as it was written"):
+        predict(run)

@@ -1,0 +1,276 @@
+"""What is recorded of a training step, and when. Without a GPU a recording is a function that is
+called again; that the passes can be recorded is seen from what they ask the device for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dist_train.config import TrainSettings
+from dist_train.distributed.backends import make_backend
+from dist_train.distributed.backends.base import Backend
+from dist_train.models.norm import fuse, share_statistics
+from dist_train.models.resnet3d import ResNet3D
+from dist_train.training import cuda_graphs
+from dist_train.training.cuda_graphs import UNRECORDED, GraphedMicroStep, make_micro_step
+from dist_train.training.forward_backward import MicroStep, Outputs
+
+Inputs = tuple[Tensor, Tensor | None, Tensor, float]
+
+
+class CallAgain:
+    """``Recorder`` for a CPU: a recording runs what was recorded again."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def unrecorded(self) -> Any:
+        return nullcontext()
+
+    def record(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+        self.recorded += 1
+
+        def replay() -> Outputs:
+            self.replayed += 1
+            return run()
+
+        return replay
+
+
+@pytest.fixture
+def backend() -> Iterator[Backend]:
+    torch.manual_seed(0)
+    backend = make_backend(TrainSettings(precision="fp32"), clip_norm=None)
+    model = ResNet3D(10, width=4).to(memory_format=torch.channels_last_3d)
+    backend.wrap(model, lambda wrapped: torch.optim.SGD(wrapped.parameters(), lr=0.05))
+    backend.model.train()
+    yield backend
+    backend.close()
+
+
+def inputs(depth: int, *, shorter: bool = False, seed: int = 0) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(4, 1, depth, 24, 20, generator=generator)
+    frames = torch.tensor([depth, depth - 1, depth, depth - seed % 3]) if shorter else None
+    labels = torch.tensor([1.0, 0.0, 0.0, 0.0]).roll(seed)
+    return x.contiguous(memory_format=torch.channels_last_3d), frames, labels, 1 / (1 + seed)
+
+
+#: Shapes in turn, the deepest last, so that earlier recordings must outlive the room they share.
+BATCHES = [
+    inputs(depth, shorter=shorter, seed=seed)
+    for seed in range(UNRECORDED + 3)
+    for depth, shorter in [(4, False), (6, True), (6, False), (9, True)]
+]
+
+
+def state(backend: Backend) -> list[Tensor]:
+    tensors = [*backend.module.buffers(), *(p.grad for p in backend.module.parameters())]
+    return [tensor.clone() for tensor in tensors if tensor is not None]
+
+
+def run(backend: Backend, step: MicroStep) -> list[Tensor]:
+    """All that comes of training on ``BATCHES``, with an update after every second one."""
+    found = []
+    for number, batch in enumerate(BATCHES):
+        found += [*step(*batch), *state(backend)]
+        if number % 2:
+            backend.update()
+    return found
+
+
+def graphed(backend: Backend, *, frames: bool = True) -> tuple[GraphedMicroStep, CallAgain]:
+    again = CallAgain()
+    return GraphedMicroStep(backend, again, device_knows_frames=frames), again  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device_knows_frames", [True, False])
+def test_replays_are_the_passes_on_the_new_batch(
+    backend: Backend, device_knows_frames: bool
+) -> None:
+    start = {name: tensor.clone() for name, tensor in backend.module.state_dict().items()}
+    expected = run(backend, MicroStep(backend))
+    backend.module.load_state_dict(start)
+    backend.drop_gradients()
+    step, again = graphed(backend, frames=device_knows_frames)
+    found = run(backend, step)
+    assert len(found) == len(expected)
+    for ours, plain in zip(found, expected, strict=True):
+        assert torch.equal(ours, plain)
+    shapes = 4 if device_knows_frames else 2
+    assert (again.recorded, again.replayed) == (shapes, 3 * shapes)
+
+
+def test_outputs_are_not_overwritten_by_the_next_replay(backend: Backend) -> None:
+    kept = torch.zeros(4), torch.zeros(())
+
+    class Same(CallAgain):
+        """As a graph does, gives the same memory each time."""
+
+        def record(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+            def replay() -> Outputs:
+                for at, output in zip(kept, run(), strict=True):
+                    at.copy_(output)
+                return kept
+
+            return replay
+
+    step = GraphedMicroStep(backend, Same(), device_knows_frames=True)  # type: ignore[arg-type]
+    outputs = [step(*inputs(4, seed=seed)) for seed in range(UNRECORDED + 2)]
+    (first, first_loss), (second, second_loss) = outputs[-2:]
+    assert torch.equal(second, kept[0])
+    assert not torch.equal(first, second)
+    assert first_loss != second_loss
+
+
+def test_what_is_recorded_reads_where_it_was_recorded(backend: Backend) -> None:
+    places: list[int] = []
+    forward = backend.model.forward
+
+    def noted(x: Tensor, frames: Tensor | None) -> Tensor:
+        places.append(x.data_ptr())
+        return forward(x, frames)
+
+    backend.model.forward = noted
+    step, _ = graphed(backend)
+    for batch in (inputs(4, seed=seed) for seed in range(UNRECORDED + 3)):
+        step(*batch)
+    assert len(set(places[UNRECORDED:])) == 1
+
+
+def test_after_it_forgets_a_shape_is_new(backend: Backend) -> None:
+    step, again = graphed(backend)
+    for _ in range(UNRECORDED + 1):
+        step(*inputs(4))
+    step.forget()
+    for _ in range(UNRECORDED):
+        step(*inputs(4))
+    assert (again.recorded, again.replayed) == (1, 1)
+    step(*inputs(4))
+    assert again.recorded == 2
+
+
+def test_no_more_recordings_are_held_than_the_most(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "MOST", 1)
+    step, again = graphed(backend)
+    for depth in (4, 5, 4):
+        for _ in range(UNRECORDED + 1):
+            step(*inputs(depth))
+        assert len(step._recordings) == 1
+    assert again.recorded == 3
+
+
+def test_gradients_stay_where_they_are(backend: Backend) -> None:
+    backend.settings = backend.settings.model_copy(update={"graphs": True})
+    step = MicroStep(backend)
+    step(*inputs(4))
+    before = [p.grad.data_ptr() for p in backend.module.parameters() if p.grad is not None]
+    backend.update()
+    step(*inputs(5))
+    backend.drop_gradients()
+    after = [p.grad for p in backend.module.parameters() if p.grad is not None]
+    assert [grad.data_ptr() for grad in after] == before
+    assert not any(grad.any() for grad in after)
+
+
+def test_without_the_setting_nothing_is_recorded(backend: Backend) -> None:
+    assert type(make_micro_step(backend, device_knows_frames=True)) is MicroStep
+
+
+# --- what can be recorded -------------------------------------------------------------------------
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Notes operations that take or give a tensor of another device, which a recording would do
+    once and never again."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.seen = 0
+        self.elsewhere: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        self.seen += 1
+        if any(tensor.device.type != self.device for tensor in tensors):
+            self.elsewhere.append(str(func))
+        return out
+
+
+# Shared norms that are not fused take an operation that has no meta kernel.
+@pytest.mark.parametrize(
+    ("fused", "shared", "padded", "folded"),
+    [
+        (False, False, False, False),
+        (True, False, False, True),
+        (True, False, True, False),
+        (True, True, True, True),
+        *(
+            pytest.param(*choice, marks=pytest.mark.soak)
+            for choice in (
+                (False, False, False, True),
+                (True, False, False, False),
+                (True, False, True, True),
+                (True, True, True, False),
+            )
+        ),
+    ],
+)
+def test_the_passes_ask_the_device_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, fused: bool, padded: bool, folded: bool, shared: bool
+) -> None:
+    """On the meta device there are no values, so that reading one fails. What would be recorded is
+    also what the host need not wait for: among several processes too, where nothing is recorded."""
+    mode = recorded_on_meta(monkeypatch, fused=fused, padded=padded, folded=folded, shared=shared)
+    assert mode.seen > 300
+    assert not mode.elsewhere
+
+
+def test_padding_needs_norms_that_know_it_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        recorded_on_meta(monkeypatch, padded=True)
+
+
+def recorded_on_meta(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    fused: bool = False,
+    padded: bool = False,
+    folded: bool = False,
+    shared: bool = False,
+) -> OnOneDevice:
+    # It is not there for that device, and does nothing where parameters are float32.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    with torch.device("meta"):
+        model = ResNet3D(50, width=4, stem_folded=folded, dropout=0.1).train()
+        x = torch.empty(4, 1, 10, 40, 40).to(memory_format=torch.channels_last_3d)
+        frames = torch.empty(4, dtype=torch.int64) if padded else None
+        labels, weight = torch.empty(4), torch.empty(())
+    if fused:
+        fuse(model)
+    if shared:
+        share_statistics(model, lambda sums: None)
+    step = MicroStep(_backend_of(model))
+    with torch.compiler.set_stance("force_eager"), OnOneDevice("meta") as mode:
+        step(x, frames, labels, weight)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    return mode
+
+
+def _backend_of(model: nn.Module) -> Any:
+    """For a device on which no process can train."""
+    return SimpleNamespace(model=model, backward=lambda loss: loss.backward())

@@ -1,0 +1,60 @@
+"""A small set trains by the defaults, with the largest batch that it can fill."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from golden_run import golden_store
+from helpers import overrides, tiny_store
+
+from dist_train.config import load_config
+from dist_train.errors import PlanError
+from dist_train.run.data import RunData, open_data
+from dist_train.training.small_sets import with_batch_that_fits
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With 12 training positives."""
+    return tiny_store(tmp_path_factory.mktemp("small") / "store")
+
+
+def data_of(store: Path, *more: str) -> RunData:
+    settings = [s for s in overrides(store, Path("run")) if not s.startswith("plan.batch")]
+    return open_data(load_config(None, [*settings, *more]))
+
+
+@pytest.mark.parametrize(
+    ("world", "more", "batch"),
+    # 28 negatives fill batches of up to 15 of them.
+    [(1, (), 20), (2, (), 16), (4, (), 16), (1, ("train.accumulate=5",), 20)],
+)
+def test_the_largest_batch_that_can_be_filled_and_cut_is_taken_and_told(
+    store: Path, caplog: pytest.LogCaptureFixture, world: int, more: tuple[str, ...], batch: int
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        fitted = with_batch_that_fits(data_of(store, *more), world=world, tell=True)
+    assert fitted.config.plan.batch == batch
+    fitted.plan().check_cut(world, fitted.config.train.accumulate)
+    (told,) = caplog.messages
+    assert told.startswith(f"plan.batch is {batch} rather than 32: ")
+
+
+def test_a_batch_that_was_given_is_not_changed(store: Path) -> None:
+    data = data_of(store, "plan.batch=32")
+    assert with_batch_that_fits(data, world=1, tell=True) is data
+    with pytest.raises(PlanError, match=r"Lower plan\.batch"):
+        data.plan()
+
+
+def test_a_default_that_fits_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fitted = with_batch_that_fits(data_of(golden_store(tmp_path)), world=1, tell=True)
+    assert fitted.config.plan.batch == 32
+    assert not caplog.messages
+
+
+def test_where_no_batch_fits_the_reason_is_told(store: Path) -> None:
+    with pytest.raises(PlanError, match="the selection holds 28 negatives"):
+        with_batch_that_fits(data_of(store), world=64, tell=True)
