@@ -524,7 +524,7 @@ def test_files_are_found_under_what_other_systems_call_them(tmp_path: Path, raw:
 @pytest.mark.parametrize("name", ["Clip001.npy", "clip001", "clip001.NPY", "CLIP001"])
 def test_a_file_of_nearly_that_name_is_named(tmp_path: Path, raw: Path, name: str) -> None:
     names = write_volumes(raw, 3)
-    with pytest.raises(StoreError, match=r"missing \(1 of 3 .* It exists as 'clip001\.npy'\. Name"):
+    with pytest.raises(StoreError, match=r"missing \(1 of 3 .* It exists as 'clip001\.npy'\. The manifest must"):
         make(tmp_path, [names[0], name, names[2]])
     store = make(tmp_path, [names[0], name, names[2]], max_rejected=0.4)
     reason = pd.read_csv(store / REJECTED)["reason"].iloc[0]
@@ -547,7 +547,7 @@ def test_a_file_in_nearly_that_folder_is_named(
     (raw / "d").mkdir()
     np.save(raw / "d" / "Ma\u0308us.npy", np.zeros((2, 4, 4), np.uint8))
     (raw / "gone.npy").symlink_to("nowhere.npy")
-    with pytest.raises(StoreError, match=f"It exists as '{there}'. Name files"):
+    with pytest.raises(StoreError, match=f"It exists as '{there}'. The manifest must"):
         make(tmp_path, [names[0], name])
     with pytest.raises(StoreError, match="is a link that leads nowhere"):
         make(tmp_path, [names[0], "gone.npy"])
@@ -628,7 +628,7 @@ def test_nothing_in_folders_of_classes_is_left_out_in_silence(
     (raw / "stalled" / "clip000.npy").unlink()
     with pytest.raises(ManifestError, match=r"no positive clips \(stalled \(0\)\)"):
         manifest_from_folders(raw, ["stalled"])
-    assert "The first is flowing/brain.nii.gz. Convert it to an npy array" in caplog.text
+    assert "The first is flowing/brain.nii.gz. Convert it to uint8 or uint16" in caplog.text
     scan = os.scandir
 
     def refusing(folder: str) -> object:
