@@ -524,7 +524,9 @@ def test_files_are_found_under_what_other_systems_call_them(tmp_path: Path, raw:
 @pytest.mark.parametrize("name", ["Clip001.npy", "clip001", "clip001.NPY", "CLIP001"])
 def test_a_file_of_nearly_that_name_is_named(tmp_path: Path, raw: Path, name: str) -> None:
     names = write_volumes(raw, 3)
-    with pytest.raises(StoreError, match=r"missing \(1 of 3 .* It exists as 'clip001\.npy'\. The manifest must"):
+    with pytest.raises(
+        StoreError, match=r"missing \(1 of 3 .* It exists as 'clip001\.npy'\. The manifest must"
+    ):
         make(tmp_path, [names[0], name, names[2]])
     store = make(tmp_path, [names[0], name, names[2]], max_rejected=0.4)
     reason = pd.read_csv(store / REJECTED)["reason"].iloc[0]
