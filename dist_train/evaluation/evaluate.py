@@ -31,6 +31,8 @@ COLUMNS = (
 #: Some ten million clips.
 MOST_BYTES = 2**31
 CALIBRATION = "calibration.json"
+#: Of the rarer class: with fewer, an interval says how many there are.
+FEW_CLIPS = 30
 
 _EXPECTED = {
     "split": "val or test",
@@ -263,8 +265,8 @@ def rows(evaluation: Evaluation) -> list[tuple[str, str]]:
     """The figures as (name, formatted value), in the order in which to read them."""
     e = evaluation
     return [
-        ("MCC", f"{e.mcc:.3f}  (95 % {e.mcc_ci95[0]:.3f} to {e.mcc_ci95[1]:.3f})"),
-        ("Area under ROC", f"{e.auc:.3f}  (95 % {e.auc_ci95[0]:.3f} to {e.auc_ci95[1]:.3f})"),
+        ("MCC", f"{e.mcc:.3f}  ({interval(e, e.mcc_ci95)})"),
+        ("Area under ROC", f"{e.auc:.3f}  ({interval(e, e.auc_ci95)})"),
         ("Average precision", f"{e.ap:.3f}  (chance {e.positives / e.clips:.3f})"),
         ("Threshold", f"{e.threshold:.4f}  ({_origin(e)})"),
         *((f"MCC at {threshold}", f"{value:.3f}") for threshold, value in e.mcc_at.items()),
@@ -274,6 +276,18 @@ def rows(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("Accuracy", f"{e.accuracy:.3f}"),
         *_reliability_rows(e),
     ]
+
+
+def interval(evaluation: Evaluation, bounds: tuple[float, float]) -> str:
+    """A bootstrap interval in words. Where every draw gives the same value, as where no clip is
+    wrong, the bootstrap knows no uncertainty, and the number of clips is all that can be said."""
+    low, high = bounds
+    rarer = min(evaluation.positives, evaluation.clips - evaluation.positives)
+    kind = "positive" if rarer == evaluation.positives else "negative"
+    if low == high:
+        return f"no interval: only {rarer} {kind} clips"
+    few = f", of only {rarer} {kind} clips" if rarer < FEW_CLIPS else ""
+    return f"95 % CI {low:.3f} to {high:.3f}{few}"
 
 
 def table(evaluation: Evaluation) -> Table:

@@ -27,6 +27,7 @@ from dist_train.evaluation.evaluate import (
     Evaluation,
     evaluate,
     how_calibrated,
+    interval,
     is_same,
     read_predictions,
     rows,
@@ -60,9 +61,9 @@ _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dist_train",
     "font.family": "DejaVu Sans",
-    "font.size": 11,
+    "font.size": 12,
     "legend.frameon": False,
-    "legend.fontsize": 10,
+    "legend.fontsize": 11,
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _MUTED,
@@ -294,8 +295,8 @@ def _quality_tiles(run: Run) -> list[Tile]:
     fitted = f"fitted on {e.threshold_fitted_on}" if e.threshold_fitted_on else "given"
     same = ", the same clips" if e.threshold_fitted_on_same_clips else ""
     return [
-        ("MCC", f"{e.mcc:.3f}", "95 % CI {:.3f} to {:.3f}".format(*e.mcc_ci95)),
-        ("ROC AUC", f"{e.auc:.3f}", "95 % CI {:.3f} to {:.3f}".format(*e.auc_ci95)),
+        ("MCC", f"{e.mcc:.3f}", interval(e, e.mcc_ci95)),
+        ("ROC AUC", f"{e.auc:.3f}", interval(e, e.auc_ci95)),
         ("Average precision", f"{e.ap:.3f}", f"chance {e.positives / e.clips:.3f}"),
         ("Threshold", f"{e.threshold:.3f}", fitted + same),
     ]

@@ -93,6 +93,16 @@ def test_precision_is_undefined_where_nothing_is_called_positive(predictions: Pa
     assert (evaluation.mcc, evaluation.recall, evaluation.f1) == (0, 0, 0)
 
 
+def test_an_interval_says_how_few_clips_there_are(tmp_path: Path, predictions: Path) -> None:
+    """Where no clip is wrong, every draw of the bootstrap gives the same value."""
+    mixed = dict(rows(evaluate(predictions)))
+    assert mixed["MCC"].endswith(" to 1.000, of only 3 positive clips)")
+    right = [("test", label, 0.1 + 0.8 * label) for label in (0, 0, 0, 1, 1)]
+    sure = dict(rows(evaluate(write(tmp_path / "sure.csv", [*VAL, *right]))))
+    assert sure["MCC"] == "1.000  (no interval: only 2 positive clips)"
+    assert sure["Area under ROC"] == "1.000  (no interval: only 2 positive clips)"
+
+
 def test_out_holds_the_evaluation(predictions: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "evaluation.json"
     evaluation = evaluate(predictions, out=out)
