@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from dist_train import __version__
 from dist_train.errors import ConfigError, DistTrainError, StoreError
 from dist_train.progress import console, progress
 from dist_train.quiet import hush_libraries, is_told
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 NO_TEMPORARY_FOLDER = "No usable temporary directory"
 
 app = typer.Typer(
-    help="From raw, labelled, imbalanced 3D clips to a trained, calibrated 3D CNN.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -46,6 +46,34 @@ Colour = Annotated[
     str | None,
     typer.Option(help="Of the outline: red=100:255,green=50:150,blue=0:110,red_over_blue=60."),
 ]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"dist_train {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """From raw, labelled, imbalanced 3D clips to a trained, calibrated 3D CNN."""
+
+
+@app.command("config")
+def describe_config(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the page docs/settings.md.")
+    ] = False,
+) -> None:
+    """Print every setting of a training run: its type, its default, and what it does."""
+    from dist_train.config_help import as_markdown, as_text
+
+    typer.echo(as_markdown() if markdown else as_text(), nl=False)
 
 
 @app.command()
