@@ -69,11 +69,29 @@ def describe_config(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the page docs/settings.md.")
     ] = False,
+    write: Annotated[
+        str | None,
+        typer.Option(help="Write a config file that comes with dist_train, as clog_loss_ddp."),
+    ] = None,
 ) -> None:
     """Print every setting of a training run: its type, its default, and what it does."""
     from dist_train.config_help import as_markdown, as_text
+    from dist_train.shipped import write_config
 
-    typer.echo(as_markdown() if markdown else as_text(), nl=False)
+    if write is not None:
+        _echo(f"settings in {write_config(write, Path())}")
+    else:
+        typer.echo(as_markdown() if markdown else as_text(), nl=False)
+
+
+@app.command()
+def launch_files(
+    folder: Annotated[Path, typer.Argument(help="Folder to start jobs from; gets launch/.")],
+) -> None:
+    """Write the files for Accelerate, torchrun, SLURM and Kubernetes."""
+    from dist_train.shipped import write_launch_files
+
+    _echo(f"launch files in {write_launch_files(folder)}; start them from {folder}")
 
 
 @app.command()

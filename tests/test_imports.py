@@ -18,7 +18,7 @@ PACKAGE = ROOT / "dist_train"
 LEVELS = [
     {"errors", "safe_text"},
     {"system"},
-    {"files", "plain_yaml", "progress", "quiet"},
+    {"files", "plain_yaml", "progress", "quiet", "shipped"},
     {"growing_file", "config", "config_help", "metrics"},
     {"models", "data.types", "data.orientation", "data.plan", "data.table"},
     {"data.raw", "data.augment"},
