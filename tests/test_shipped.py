@@ -11,7 +11,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from helpers import LAUNCH, ROOT, contents, environment, fails, said
+from helpers import LAUNCH, ROOT, contents, environment, fails, image_files, said
 
 
 def launch_files() -> dict[str, bytes]:
@@ -57,11 +57,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     other packages with this one. Needs no network."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
+    source.mkdir()
     ignored = shutil.ignore_patterns("__pycache__")
-    for name in ("dist_train", "configs", "launch"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, source)
+    # The image is made of the same files, so they must be enough.
+    for name in image_files():
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, source)
     offline = ("--no-deps", "--no-index", "--disable-pip-version-check")
     pip = (sys.executable, "-m", "pip", "--quiet")
     calm = environment(PYTHONPATH="")

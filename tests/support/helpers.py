@@ -48,6 +48,12 @@ def tool(name: str) -> ModuleType:
     return module
 
 
+def image_files() -> list[str]:
+    """Files and folders of the repository that the Dockerfile copies into the image."""
+    lines = map(str.split, (ROOT / "Dockerfile").read_text().splitlines())
+    return [name for line in lines if line[:1] == ["COPY"] for name in line[1:-1]]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file under a folder, by its path there."""
     return {
