@@ -426,18 +426,9 @@ def evaluate(
     ] = None,
 ) -> None:
     """Judge a run's predictions."""
-    from dist_train.evaluation.evaluate import evaluate as judge
-    from dist_train.evaluation.evaluate import table
-    from dist_train.evaluation.prediction_origin import check_origin
-    from dist_train.run.folder import CONFIG, EVALUATION, PREDICTIONS
-    from dist_train.run.record import open_run
+    from dist_train.evaluation.evaluate import evaluate_run, table
 
-    if os.path.lexists(run / CONFIG) and os.path.lexists(run / PREDICTIONS):
-        # Settings and weights must be those that it was trained with.
-        open_run(run)
-        check_origin(run)
-    judged = judge(run / PREDICTIONS, out=run / EVALUATION, threshold=threshold)
-    console.print(table(judged))
+    console.print(table(evaluate_run(run, threshold=threshold)))
 
 
 @app.command()
@@ -463,13 +454,9 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run folder.")], store_path: StorePath = None
 ) -> None:
     """Write a run's report: one HTML page that needs nothing else."""
-    from dist_train.evaluation.report import write_report
-    from dist_train.run.data import open_run_data
-    from dist_train.run.record import open_run
+    from dist_train.evaluation.report import report_run
 
-    store = open_run_data(run, open_run(run), store_path=store_path).store
-    page = write_report(run, strips=lambda key: store.read(store.clip_of(key)))
-    _echo(f"report in {page}")
+    _echo(f"report in {report_run(run, store_path=store_path)}")
 
 
 def _echo(line: str) -> None:
