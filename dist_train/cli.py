@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from dist_train import __version__
 from dist_train.errors import ConfigError, DistTrainError, StoreError
 from dist_train.progress import console, progress
 from dist_train.quiet import hush_libraries, is_told
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 NO_TEMPORARY_FOLDER = "No usable temporary directory"
 
 app = typer.Typer(
-    help="From raw, labelled, imbalanced 3D clips to a trained, calibrated 3D CNN.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -46,6 +46,52 @@ Colour = Annotated[
     str | None,
     typer.Option(help="Of the outline: red=100:255,green=50:150,blue=0:110,red_over_blue=60."),
 ]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"dist_train {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """From raw, labelled, imbalanced 3D clips to a trained, calibrated 3D CNN."""
+
+
+@app.command("config")
+def describe_config(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the page docs/settings.md.")
+    ] = False,
+    write: Annotated[
+        str | None,
+        typer.Option(help="Write a config file that comes with dist_train, as clog_loss_ddp."),
+    ] = None,
+) -> None:
+    """Print every setting of a training run: its type, its default, and what it does."""
+    from dist_train.config_help import as_markdown, as_text
+    from dist_train.shipped import write_config
+
+    if write is not None:
+        _echo(f"settings in {write_config(write, Path())}")
+    else:
+        typer.echo(as_markdown() if markdown else as_text(), nl=False)
+
+
+@app.command()
+def launch_files(
+    folder: Annotated[Path, typer.Argument(help="Folder to start jobs from; gets launch/.")],
+) -> None:
+    """Write the files for Accelerate, torchrun, SLURM and Kubernetes."""
+    from dist_train.shipped import write_launch_files
+
+    _echo(f"launch files in {write_launch_files(folder)}; start them from {folder}")
 
 
 @app.command()
@@ -380,18 +426,9 @@ def evaluate(
     ] = None,
 ) -> None:
     """Judge a run's predictions."""
-    from dist_train.evaluation.evaluate import evaluate as judge
-    from dist_train.evaluation.evaluate import table
-    from dist_train.evaluation.prediction_origin import check_origin
-    from dist_train.run.folder import CONFIG, EVALUATION, PREDICTIONS
-    from dist_train.run.record import open_run
+    from dist_train.evaluation.evaluate import evaluate_run, table
 
-    if os.path.lexists(run / CONFIG) and os.path.lexists(run / PREDICTIONS):
-        # Settings and weights must be those that it was trained with.
-        open_run(run)
-        check_origin(run)
-    judged = judge(run / PREDICTIONS, out=run / EVALUATION, threshold=threshold)
-    console.print(table(judged))
+    console.print(table(evaluate_run(run, threshold=threshold)))
 
 
 @app.command()
@@ -417,13 +454,9 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run folder.")], store_path: StorePath = None
 ) -> None:
     """Write a run's report: one HTML page that needs nothing else."""
-    from dist_train.evaluation.report import write_report
-    from dist_train.run.data import open_run_data
-    from dist_train.run.record import open_run
+    from dist_train.evaluation.report import report_run
 
-    store = open_run_data(run, open_run(run), store_path=store_path).store
-    page = write_report(run, strips=lambda key: store.read(store.clip_of(key)))
-    _echo(f"report in {page}")
+    _echo(f"report in {report_run(run, store_path=store_path)}")
 
 
 def _echo(line: str) -> None:

@@ -1,7 +1,8 @@
 """The settings of a run: one frozen tree, read from YAML and ``key=value`` overrides.
 
 The tree is the only description of a run. Functions outside ``trainer.py``, ``predict.py`` and the
-command line take the section, or the plain values, that they need, never the whole tree.
+command line take the section, or the plain values, that they need, never the whole tree. The text
+below a setting is what ``dist-train config`` and ``docs/settings.md`` say of it.
 """
 
 from __future__ import annotations
@@ -81,38 +82,39 @@ HeldOutMetric = Literal[
 class Section(BaseModel):
     """A frozen group of settings that refuses keys it does not know, and infinite numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class SelectSettings(Section):
-    """Which clips of the store take part.
-
-    ``tier2_crowd_score``: None keeps every labelled clip. A number applies the rule of the original
-    recipe: all of tier 1, plus the tier-2 positives whose crowd score is above it (it used 0.6).
-    """
+    """Which clips of the store take part."""
 
     tier2_crowd_score: Fraction | None = None
+    """Keep all clips of tier 1, and of tier 2 the positives whose crowd score is above this (the
+    original recipe used 0.6); null keeps every labelled clip."""
 
 
 class SplitSettings(Section):
-    """Train, val and test. A split given by the manifest is used as it is; otherwise folds are cut.
-
-    Fold ``fold`` is the test split and the next one is val. ``groups`` says what a group does:
-    "stratify" spreads each group and class evenly over the folds (project ids), "disjoint" keeps
-    every group inside one fold (patients). ``ungrouped`` says what "disjoint" does with clips that
-    have no group: "refuse" them, take each for a group of its "own", or all "together" for one
-    group. ``duplicates`` says what training does where clips of the same pixels lie in different
-    splits: "refuse" it, "keep" them, or put them "together" into one split when folds are cut.
-    ``train_on_all``: no fold is held out, so nothing is judged; for the final training of settings
-    that were chosen by held-out clips.
-    """
+    """Train, val and test. A split given by the manifest is used as it is; otherwise folds are
+    cut."""
 
     folds: Annotated[int, Field(ge=3, le=1000)] = 5
+    """Number of folds that the clips are cut into."""
     fold: FewOrNone = 0
+    """The fold that is the test split, counted from 0; the next one is val."""
     groups: Literal["stratify", "disjoint"] = "stratify"
+    """"stratify" spreads each group and class evenly over the folds (project ids); "disjoint" keeps
+    every group inside one fold (patients)."""
     ungrouped: Literal["refuse", "own", "together"] = "refuse"
+    """What "disjoint" does with clips that have no group: "refuse" them, take each for a group of
+    its "own", or all "together" for one group."""
     duplicates: Literal["refuse", "keep", "together"] = "refuse"
+    """What training does where clips of the same pixels lie in different splits: "refuse" to begin,
+    "keep" them, or put them "together" into one split when folds are cut."""
     train_on_all: bool = False
+    """Hold no fold out, so that nothing is judged; for the final training of settings that were
+    chosen by held-out clips."""
 
     @model_validator(mode="after")
     def _fold_exists(self) -> SplitSettings:
@@ -122,26 +124,27 @@ class SplitSettings(Section):
 
 
 class ClipStage(Section):
-    """Clips of the next ``epochs`` epochs of training: ``size`` and ``max_frames`` of
-    ``ClipSettings``, and never more frames than those allow."""
+    """The shape of clips in a number of epochs at the beginning of training."""
 
     epochs: Epochs
+    """Epochs that the stage lasts."""
     size: tuple[Pixels, Pixels]
+    """Height and width in pixels."""
     max_frames: Frames | None = None
+    """Largest number of frames; that of the section holds as well."""
 
 
 class ClipSettings(Section):
-    """The shape in which a clip reaches the model.
-
-    ``size``: height and width in pixels. ``max_frames``: longer clips are cut to this many
-    consecutive frames, at a random place in training and in the middle otherwise; None keeps all.
-    ``growth``: the first epochs are trained on smaller clips, stage by stage (as in multigrid
-    training, Wu et al. 2020); held-out clips are of full size throughout.
-    """
+    """The shape in which a clip reaches the model."""
 
     size: tuple[Pixels, Pixels] = (160, 160)
+    """Height and width in pixels."""
     max_frames: Frames | None = None
+    """Longer clips are cut to this many consecutive frames, at a random place in training and in
+    the middle otherwise; null keeps all frames."""
     growth: Annotated[tuple[ClipStage, ...], Field(max_length=100)] = ()
+    """Smaller clips for the first epochs of training, stage by stage (as in multigrid training, Wu
+    et al. 2020); held-out clips are of full size throughout."""
 
     def at(self, epoch: int) -> ClipSettings:
         """What holds for training in an epoch, counted from 0."""
@@ -158,23 +161,27 @@ class ClipSettings(Section):
 
 
 class AugmentSettings(Section):
-    """Probability of each augmentation; every frame of a clip gets the same draw.
-
-    ``preset``: "original" takes transforms, ranges and order of the original recipe, each block at
-    0.5 unless its probability is given; docs/augmentation.md says what differs.
-    ``device``: loader workers only read clips and draw; the device resizes and augments them.
-    """
+    """Probability of each augmentation; every frame of a clip gets the same draw."""
 
     preset: Literal["original"] | None = None
-
+    """"original" takes transforms, ranges and order of the original recipe, each block at 0.5
+    unless its probability is given; docs/augmentation.md says what differs."""
     flip: Fraction = 0.5
+    """Probability of mirroring, drawn for each of the two axes of the frame."""
     rotate90: Fraction = 0.5
+    """Probability of a turn by 0 to 3 quarters, each as likely."""
     reverse: Fraction = 0.5
+    """Probability of playing the clip backwards."""
     brightness: Fraction = 0.0
+    """Probability of another brightness and contrast."""
     blur_noise: Fraction = 0.0
+    """Probability of blur or noise."""
     distort: Fraction = 0.0
+    """Probability of a smooth distortion of the frame."""
     shift_scale_rotate: Fraction = 0.0
+    """Probability of a small shift, zoom and rotation."""
     device: bool = False
+    """Loader workers only read clips and draw; the device resizes and augments them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -195,24 +202,24 @@ class AugmentSettings(Section):
 
 
 class PlanSettings(Section):
-    """The global batch, cut evenly over ranks and accumulation steps, and its order.
-
-    ``batch``: clips of a step. ``ratio``: positives to negatives, exact in every micro-batch.
-    ``order``: "banded" puts clips of like depth into one step; "random" does not look at depth.
-    ``negatives``: "matched" have the depths of the positives, "natural" their own.
-    ``max_voxels``: with it, a step is as many times ``batch`` as stay within so many voxels.
-    ``balance_groups``: negatives of each group are drawn alike, whatever its size.
-    ``weights``: a CSV with ``filename,weight`` that says how often a negative is drawn against the
-    others; clips that it does not name weigh 1. It is read anew at the start of each epoch.
-    """
+    """The global batch, cut evenly over ranks and accumulation steps, and its order."""
 
     batch: Annotated[int, Field(ge=1, le=10**6)] = 32
+    """Clips of a step, over all ranks."""
     ratio: tuple[Few, Few] = (1, 3)
+    """Positives to negatives, exact in every micro-batch."""
     order: Literal["banded", "random"] = "banded"
+    """"banded" puts clips of like depth into one step; "random" does not look at depth."""
     negatives: Literal["matched", "natural"] = "matched"
+    """Depths of the negatives: "matched" to those of the positives, or their "natural" ones."""
     max_voxels: Annotated[int, Field(ge=1, le=10**15)] | None = None
+    """A step takes as many times `plan.batch` clips as stay within this many voxels; null takes
+    `plan.batch` clips always."""
     balance_groups: bool = False
+    """Draw negatives of each group equally often, whatever its size."""
     weights: Place | None = None
+    """A CSV with filename,weight that says how often a negative is drawn against the others; clips
+    that it does not name weigh 1. It is read anew at the start of each epoch."""
 
     @model_validator(mode="after")
     def _fits(self) -> PlanSettings:
@@ -229,32 +236,38 @@ class PlanSettings(Section):
 
 
 class LoaderSettings(Section):
-    """Worker processes of each rank, and how many micro-batches each keeps ready."""
+    """The processes that read clips."""
 
     workers: FewOrNone = 2
+    """Worker processes of each rank; 0 reads in the training process itself."""
     prefetch: Few = 4
+    """Micro-batches that each worker keeps ready."""
 
 
 class ModelSettings(Section):
-    """The network; see ``models/registry.py`` for the names.
-
-    ``stem_folded``: the stem is computed by space to depth, which is the same but for rounding.
-    ``recompute``: what the backward pass makes again rather than keeps; docs/activations.md says
-    what each mode keeps and costs. ``activation_memory``: bytes, such as 8GiB, that activations may
-    take; with it the cheapest modes that fit are chosen for each part of the network.
-    ``init``: a new run begins with these weights: a run's folder (its newest snapshot, or else
-    checkpoint), one of its snapshots or checkpoints, or an export. The optimizer begins afresh.
-    """
+    """The network."""
 
     name: str = "resnet3d-101"
+    """Architecture, such as resnet3d-10; an unknown name is refused with all that there are."""
     init: Place | None = None
+    """Weights that a new run begins with: a run's folder (its newest snapshot, or else checkpoint),
+    one of its snapshots or checkpoints, or an export. The optimizer begins afresh."""
     width: Few = 64
+    """Channels of the stem; those of all stages are multiples of it."""
     stem_stride: tuple[Stride, Stride, Stride] = (1, 2, 2)
+    """Stride of the first convolution over frames, height and width."""
     stem_pool: bool = True
+    """Max-pool with stride 2 after the first convolution."""
     stem_folded: bool = False
+    """Compute the stem by space to depth, which is the same but for rounding."""
     dropout: BelowOne = 0.0
+    """Probability that a feature is dropped before the last layer, in training."""
     recompute: Literal["none", "cheap", "block", "stage"] = "none"
+    """Activations that the backward pass computes again and does not keep; docs/activations.md says
+    what each mode keeps and costs."""
     activation_memory: Bytes | None = None
+    """Memory that activations may take; the cheapest modes that fit are chosen for
+    each part of the network."""
 
     @model_validator(mode="after")
     def _budget_chooses(self) -> ModelSettings:
@@ -267,95 +280,99 @@ class ModelSettings(Section):
 
 
 class NormSettings(Section):
-    """Batch normalisation.
-
-    ``shared``: in training, statistics are over the clips of all processes, so that they do not
-    depend on how many there are. ``momentum``: weight of a step's statistics in the running ones.
-    ``precise_steps``: held-out clips are judged, and snapshots saved, by the statistics of the last
-    so many steps' clips, taken with the weights as they are; 0 takes the running ones, which lag
-    behind weights that move. ``fused``: in training it is compiled into as few loops as it takes,
-    with the shortcut's sum and the ReLU behind it; the same but for rounding.
-    """
+    """Batch normalisation."""
 
     shared: bool = True
+    """In training, take statistics over the clips of all processes, so that they do not depend on
+    how many there are."""
     fused: bool = False
+    """In training, compile it into one kernel with the shortcut's sum and the ReLU behind it; the
+    same but for rounding."""
     momentum: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """Weight of a step's statistics in the running ones."""
     precise_steps: CountOrNone = 4
+    """Judge held-out clips, and save snapshots, by fresh statistics over the clips of this many
+    last steps; 0 takes the running ones, which lag behind weights that move."""
 
 
 class OptimSettings(Section):
-    """AdamW. ``decay``: weight decay applies to weights with two or more axes only, or to "all"
-    parameters, biases and BatchNorm's scales too.
-
-    ``fused``: one kernel for the whole update; the same but for rounding.
-    ``ema``: validation and snapshots take an exponential moving average of the weights with this
-    decay, such as 0.999, in place of the weights; null for none.
-    """
+    """The optimizer, AdamW."""
 
     lr: Annotated[float, Field(gt=0.0, le=10.0)] = 1e-3
+    """Highest learning rate of the schedule."""
     weight_decay: Rate = 0.05
+    """Decoupled weight decay."""
     decay: Literal["weights", "all"] = "weights"
+    """Parameters that weight decay applies to: "weights" with two or more axes, or "all", biases
+    and BatchNorm's scales too."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """Decay of the two moments."""
     clip_norm: Annotated[float, Field(gt=0.0, le=1e9)] | None = 1.0
+    """Largest norm of the gradient of a step; null for no limit."""
     fused: bool = False
+    """One kernel for the whole update; the same but for rounding."""
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Validation and snapshots take an exponential moving average of the weights with this decay,
+    such as 0.999, in place of the weights; null for none."""
 
 
 class ScheduleSettings(Section):
-    """Learning rate over the run.
-
-    "cosine": linear warm-up, then half a cosine down to ``min_lr`` at the last step.
-    "oscillating": after the warm-up, whole cosine waves of ``period`` epochs between the two rates.
-    """
+    """The learning rate over the run."""
 
     name: Literal["cosine", "oscillating"] = "cosine"
+    """After the warm-up, "cosine" is half a cosine down to the lowest rate at the last step;
+    "oscillating" is whole cosine waves between the two rates."""
     warmup_epochs: Annotated[float, Field(ge=0.0, le=1e6)] = 1.0
+    """Epochs of linear warm-up."""
     min_lr: Rate = 1e-6
+    """Lowest learning rate after the warm-up."""
     period: Annotated[float, Field(gt=0.0, le=1e6)] = 2.0
+    """Epochs of one wave of "oscillating"."""
 
 
 class TrainSettings(Section):
-    """Length of the run, arithmetic, and how a global batch is cut.
-
-    ``precision``: "bf16" and "fp16" are autocast; parameters and statistics stay float32.
-    ``channels_last``: channels-last memory layout, which bf16 convolutions need to be fast.
-    ``device``: "auto" is a CUDA device where there is one. Where there is none it is the CPU, but
-    not under a launcher, whose processes are meant for cards unless "cpu" says otherwise.
-    ``backend``: "ddp", DeepSpeed's ZeRO stage 1, 2 or 3, or torch's FSDP2; docs/scaling.md says
-    which to choose. ``offload``: ZeRO's moments are kept, and weights updated, on the host.
-    ``timeout``: seconds after which a process that waits for others gives up.
-    ``hang_timeout``: seconds without a finished step, or held-out batch, after which a run ends; at
-    most three quarters of ``timeout``, so that a hung process reports where it is before others
-    give up. (Runs of earlier versions call it ``hang``, and ``straggler_ratio`` ``slow``.)
-    ``max_skips``: steps of a session that are left out because their loss or gradient
-    is not finite, twice.
-    ``check_steps``: after each of a session's first so many steps all processes compare their
-    weights. ``straggler_ratio``: warn about a process whose own work takes this multiple of the
-    median's.
-    ``graphs``: on one CUDA device the passes of a batch are recorded, for each of its shapes, and
-    replayed by a single launch (CUDA graphs); docs/numerics.md says where.
-    ``probe``: where the largest micro-batch is tried before the first step, and ``accumulate`` is
-    raised for this machine if memory does not suffice for it.
-    """
+    """Length of the run, arithmetic, and how a global batch is cut."""
 
     epochs: Epochs = 20
+    """Length of the run; an epoch visits each positive once."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """"bf16" and "fp16" are autocast; parameters and statistics stay float32."""
     accumulate: Annotated[int, Field(ge=1, le=10**6)] = 1
+    """Micro-batches that each rank's share of a step is cut into."""
     channels_last: bool = True
+    """Channels-last memory layout, which bf16 convolutions need to be fast."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto" is a CUDA device where there is one. Where there is none it is the CPU, but not under
+    a launcher, whose processes are meant for cards unless "cpu" says otherwise."""
     backend: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
+    """"ddp", DeepSpeed's ZeRO stage 1, 2 or 3, or torch's FSDP2; docs/scaling.md says which to
+    choose."""
     offload: bool = False
+    """Keep ZeRO's moments, and update the weights, on the host."""
     graphs: bool = False
+    """On one CUDA device, record the passes of a batch for each of its shapes, and replay them by a
+    single launch (CUDA graphs); docs/numerics.md says where."""
     timeout: Seconds = 1800.0
+    """Seconds after which a process that waits for others gives up."""
     hang_timeout: Annotated[
         Seconds | None, Field(validation_alias=AliasChoices("hang_timeout", "hang"))
     ] = 3600.0
+    """Seconds without a finished step, or held-out batch, after which a run ends; at most three
+    quarters of `train.timeout`, so that a hung process reports where it is before others give up.
+    Runs of earlier versions call it "hang"."""
     max_skips: CountOrNone = 3
+    """Steps of a session that may be left out because their loss or gradient was not finite,
+    twice."""
     check_steps: CountOrNone = 2
+    """All processes compare their weights after each of a session's first so many steps."""
     straggler_ratio: Annotated[
         float, Field(gt=1.0, le=1e6, validation_alias=AliasChoices("straggler_ratio", "slow"))
     ] = 1.5
+    """Warn about a process whose own work takes this multiple of the median's. Runs of earlier
+    versions call it "slow"."""
     probe: Literal["cuda", "always", "never"] = "cuda"
+    """Devices on which the largest micro-batch is tried before the first step; if memory does not
+    suffice, `train.accumulate` is raised for this machine."""
 
     @model_validator(mode="after")
     def _offload_has_zero(self) -> TrainSettings:
@@ -371,40 +388,45 @@ class TrainSettings(Section):
 
 
 class CheckpointSettings(Section):
-    """When the run is saved for resuming, and which checkpoints are kept.
-
-    ``keep_last``: the newest so many. ``keep_every``: also those whose step is a multiple of it.
-    ``best``: also the one with the best value of this metric, such as val/mcc@0.5; then the run is
-    also saved at the end of each epoch.
-    ``max_failures``: so many failures to write one, in a row, are warned of only, as long as there
-    is an older one to go back to. ``accept_other_order``: go on from a checkpoint of another store,
-    selection, split, plan or seed, at the same step of the new order, rather than pass it over.
-    """
+    """When the run is saved for resuming, and which checkpoints are kept."""
 
     every_steps: Count = 500
+    """Steps between two checkpoints."""
     keep_last: Count = 2
+    """Number of newest checkpoints that are kept."""
     keep_every: Count | None = None
+    """Keep also the checkpoints whose step is a multiple of this; null for none."""
     best: HeldOutMetric | None = None
+    """Keep also the checkpoint with the best value of this metric; the run is then saved at the end
+    of each epoch, too."""
     max_failures: CountOrNone = 3
+    """This many failures in a row to write a checkpoint are warned of only, as long as there is an
+    older one to go back to."""
     accept_other_order: bool = False
+    """Resume from a checkpoint of another store, selection, split, plan or seed, at the same step
+    of the new order; otherwise it is passed over."""
 
 
 class SnapshotSettings(Section):
-    """Which weights are kept for prediction: after these epochs (1 is the first), or at each
-    minimum of the learning rate and at the end."""
+    """Which weights are kept for prediction."""
 
     at: Literal["minima"] | Annotated[tuple[Epochs, ...], Field(min_length=1, max_length=10**4)] = (
         "minima"
     )
+    """Epochs after which weights are kept (1 is the first), or "minima": at each minimum of the
+    learning rate and at the end."""
 
 
 class Config(Section):
     """One training run."""
 
     out: Place = Path("runs/default")
+    """Folder that the run is written to."""
     store: Place
+    """The store that the run reads."""
     # torch's generators take 64 bits.
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of all that is drawn: folds, order, augmentation, dropout and first weights."""
     select: SelectSettings = SelectSettings()
     split: SplitSettings = SplitSettings()
     clip: ClipSettings = ClipSettings()

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bars
 from rich.text import Text
 
 from dist_train.safe_text import printable
@@ -37,14 +37,14 @@ console = _Console(
 )
 
 
-class Report(Protocol):
-    """Called with (done, total) and, if there is any, a line of figures."""
+class Progress(Protocol):
+    """How far a long step is: called with (done, total) and, in training, a line of metrics."""
 
     def __call__(self, done: int, total: int, figures: str = "", /) -> None: ...
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Report]:
+def progress(title: str) -> Iterator[Progress]:
     """A progress bar for one long step."""
     if not console.is_terminal:
         yield _lines(title)
@@ -57,7 +57,7 @@ def progress(title: str) -> Iterator[Report]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    with Progress(*columns, console=console) as bar:
+    with Bars(*columns, console=console) as bar:
         task = bar.add_task(title, total=None, figures="")
 
         def report(done: int, total: int, figures: str = "", /) -> None:
@@ -66,7 +66,7 @@ def progress(title: str) -> Iterator[Report]:
         yield report
 
 
-def _lines(title: str) -> Report:
+def _lines(title: str) -> Progress:
     """A line at each further tenth, or every half minute, for logs."""
     shown, tenth = time.monotonic(), -1
 

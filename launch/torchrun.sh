@@ -1,6 +1,6 @@
 #!/bin/bash
 # Trains under torchrun, which starts the workers anew when one dies, each time from the newest
-# checkpoint. Run it from the repository, once on each machine:
+# checkpoint. Run it from the folder above, once on each machine:
 #
 #   launch/torchrun.sh --config configs/clog_loss_ddp.yaml store=STORE out=OUT
 #   PET_NNODES=1:4 PET_RDZV_ENDPOINT=HOST:29400 PET_RDZV_ID=mine launch/torchrun.sh --config ...

@@ -9,7 +9,7 @@
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Trains on several nodes for as many time limits as it takes. Submit it from the repository:
+# Trains on several nodes for as many time limits as it takes. Submit it from the folder above:
 #
 #   sbatch launch/train_slurm.sh --config configs/clog_loss_ddp.yaml store=STORE out=OUT
 #

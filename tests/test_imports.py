@@ -18,8 +18,8 @@ PACKAGE = ROOT / "dist_train"
 LEVELS = [
     {"errors", "safe_text"},
     {"system"},
-    {"files", "plain_yaml", "progress", "quiet"},
-    {"growing_file", "config", "metrics"},
+    {"files", "plain_yaml", "progress", "quiet", "shipped"},
+    {"growing_file", "config", "config_help", "metrics"},
     {"models", "data.types", "data.orientation", "data.plan", "data.table"},
     {"data.raw", "data.augment"},
     {"data.store", "data.synthetic"},

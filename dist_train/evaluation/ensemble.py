@@ -7,7 +7,7 @@ are kept on the host, and all snapshots take their turn on them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from dist_train.distributed.out_of_memory import is_out_of_memory
 from dist_train.distributed.process_group import ProcessGroup
 from dist_train.errors import RunError
 from dist_train.files import reason_of
+from dist_train.progress import Progress
 from dist_train.run.data import clip_dataset
 from dist_train.run.model import held_out_logits, make_model
 from dist_train.run.snapshots import load_weights, refuse_not_finite
@@ -38,8 +39,6 @@ log = logging.getLogger(__name__)
 MOST_TOLD = 200
 #: Bytes of pixels that a process keeps on the host while the snapshots take turns.
 HELD = 2**30
-
-Progress = Callable[[int, int], None]
 
 
 def mean_probability(

@@ -14,8 +14,10 @@ from rich.table import Table
 from dist_train import metrics
 from dist_train.errors import ConfigError, FileError, RunError
 from dist_train.evaluation.calibration import Calibration, Reliability, fit, reliability_of
-from dist_train.evaluation.prediction_origin import AGAIN, check_table
+from dist_train.evaluation.prediction_origin import AGAIN, check_origin, check_table
 from dist_train.files import MIB, read_plain, write_whole
+from dist_train.run.folder import CONFIG, EVALUATION, PREDICTIONS
+from dist_train.run.record import open_run
 
 COLUMNS = (
     "key",
@@ -83,6 +85,19 @@ class Evaluation(BaseModel):
     calibrated: Reliability
     calibration: Calibration | None
     """How ``calibrated`` was made, with figures of val by cross-validation; None if not known."""
+
+
+def evaluate_run(run: Path, *, threshold: float | None = None) -> Evaluation:
+    """Evaluate the predictions of a run as ``evaluate`` does, and write ``evaluation.json``.
+
+    Raises:
+        RunError: as ``evaluate``; or settings or weights are not those that were trained with.
+        ConfigError: the threshold is not in 0..1.
+    """
+    if os.path.lexists(run / CONFIG) and os.path.lexists(run / PREDICTIONS):
+        open_run(run)
+        check_origin(run)
+    return evaluate(run / PREDICTIONS, out=run / EVALUATION, threshold=threshold)
 
 
 def evaluate(

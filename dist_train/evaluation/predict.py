@@ -18,7 +18,7 @@ from dist_train.distributed.collectives import on_main, translate_peer_loss
 from dist_train.distributed.process_group import process_group
 from dist_train.errors import ConfigError, RunError
 from dist_train.evaluation.calibration import fit
-from dist_train.evaluation.ensemble import Progress, mean_probability
+from dist_train.evaluation.ensemble import mean_probability
 from dist_train.evaluation.evaluate import (
     CALIBRATION,
     COLUMNS,
@@ -29,6 +29,7 @@ from dist_train.evaluation.evaluate import (
 from dist_train.evaluation.prediction_origin import check_origin, origin_file, write_origin
 from dist_train.evaluation.submission import complete_submission
 from dist_train.files import check_replaceable, check_writable, is_plain, open_plain, write_whole
+from dist_train.progress import Progress
 from dist_train.run.data import RunData, open_run_data
 from dist_train.run.folder import CONFIG, PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
 from dist_train.run.record import open_run, read_record

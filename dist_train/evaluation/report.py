@@ -34,8 +34,9 @@ from dist_train.evaluation.evaluate import (
 )
 from dist_train.evaluation.prediction_origin import check_origin
 from dist_train.files import MIB, read_plain, write_whole
+from dist_train.run.data import open_run_data
 from dist_train.run.folder import CONFIG, EVALUATION, METRICS, PREDICTIONS
-from dist_train.run.record import open_record
+from dist_train.run.record import open_record, open_run
 from dist_train.training.metrics_log import MOST_BYTES as MOST_OF_METRICS
 from dist_train.training.metrics_log import figures_of
 
@@ -125,6 +126,20 @@ class Mistake:
     probability: float
     frames: str
     image: str
+
+
+def report_run(run: Path, *, store_path: Path | None = None) -> Path:
+    """Write the page with the pictures of the worst mistakes, and return its path.
+
+    Args:
+        store_path: where the run's own store is now, if it was moved.
+
+    Raises:
+        RunError: as ``write_report``; or settings or weights are not those that were trained with.
+        StoreError: the store cannot be used, or is not as it was.
+    """
+    store = open_run_data(run, open_run(run), store_path=store_path).store
+    return write_report(run, strips=lambda key: store.read(store.clip_of(key)))
 
 
 def write_report(run: Path, *, out: Path | None = None, strips: Strips | None = None) -> Path:

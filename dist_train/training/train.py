@@ -21,6 +21,7 @@ from dist_train.distributed.collectives import (
 from dist_train.distributed.consistency import check_agreement
 from dist_train.errors import ConfigError, RunError, StoppedError
 from dist_train.files import write_whole
+from dist_train.progress import Progress
 from dist_train.run.data import check_same_data, write_splits
 from dist_train.run.folder import (
     CONFIG,
@@ -41,7 +42,7 @@ from dist_train.run.snapshots import set_snapshots_aside
 from dist_train.system.main_guard import end_if_run_again
 from dist_train.training.initial_weights import SETTING, Source, initial_model
 from dist_train.training.introduction import closing, idle_workers, opening
-from dist_train.training.trainer import BeforeStep, Progress, Say, Trainer
+from dist_train.training.trainer import BeforeStep, Say, Trainer
 
 log = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from dist_train.distributed.consistency import check_agreement, check_weights
 from dist_train.distributed.watchdog import Watchdog
 from dist_train.models.fused_norm import check_compiler
 from dist_train.models.norm import set_momentum, share_statistics
+from dist_train.progress import Progress
 from dist_train.run.data import open_data
 from dist_train.run.folder import CHECKPOINTS
 from dist_train.run.model import model_metadata
@@ -34,7 +35,6 @@ from dist_train.training.small_sets import with_batch_that_fits
 from dist_train.training.step import BadStepError, OptimizerStep, ShortMemoryError
 from dist_train.training.validation import EpochPredictions, Validator, Values
 
-Progress = Callable[[int, int, str], None]
 BeforeStep = Callable[["Trainer", int], None]
 Say = Callable[[str], None]
 

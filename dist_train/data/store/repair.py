@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,9 +38,9 @@ from dist_train.data.store.verify import Check, Fault, check_shard, marker_of_st
 from dist_train.data.types import Record, Volume
 from dist_train.errors import FileError, StoreError
 from dist_train.files import check_replaceable, sync_folder
+from dist_train.progress import Progress
 
 log = logging.getLogger(__name__)
-Progress = Callable[[int, int], None]
 Files = Source | Sequence[Volume]
 # The checksum at the end of the reason of a lost clip.
 _SUM = re.compile(r"\(crc32c ([0-9a-f]{8})\)$")

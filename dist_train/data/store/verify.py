@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,9 +26,8 @@ from dist_train.data.store.shards import Shard, read_records, to_record
 from dist_train.data.types import Record
 from dist_train.errors import StoreError
 from dist_train.files import crc32c
+from dist_train.progress import Progress
 from dist_train.system.processes import each_done
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

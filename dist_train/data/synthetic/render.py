@@ -30,7 +30,7 @@ import io
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -51,6 +51,7 @@ from dist_train.data.synthetic.challenge_stats import (
 )
 from dist_train.errors import ConfigError, FileError, StoreError
 from dist_train.files import is_plain, read_json, write_whole, written_whole
+from dist_train.progress import Progress
 from dist_train.system.processes import each_done
 
 # Written into synth.json: a folder made by another version of the drawing is refused.
@@ -119,7 +120,7 @@ def synthesize(
     seed: int,
     stall_rate: float = 0.25,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write a synthetic set in the form of the Clog Loss challenge.
 
@@ -468,7 +469,7 @@ def _write_videos(
     stalled: set[int],
     seed: int,
     workers: int | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> None:
     """Make the clips that are not there yet, in processes of their own if there are several."""
     jobs = [
