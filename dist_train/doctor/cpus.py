@@ -1,4 +1,4 @@
-"""Are there as many CPUs as threads that will compute on them?"""
+"""Check that there are enough CPUs for all processes and threads."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dist_train.system.cgroup import usable_cpus
 
 
 def check_cpus(processes: int, threads: int) -> Finding:
-    """CPUs of this machine against its training processes and the threads of each.
+    """Compare the CPUs of this machine with its training processes and their threads.
 
     Args:
-        processes: of the launch, on this machine.
-        threads: with which each computes (torch.get_num_threads()).
+        processes: processes of the launch on this machine.
+        threads: threads of each process (torch.get_num_threads()).
     """
     return judge_cpus(usable_cpus(), processes, threads)
 

@@ -1,4 +1,4 @@
-"""Each of the doctor's checks, where it can be: on a machine made bad for it."""
+"""The doctor's checks, if possible on a machine with the fault."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_little_shared_memory(tiny_disk: Path) -> None:
 
 @pytest.mark.parametrize(("files", "state"), [(400, "bad"), (1024, "warn"), (8192, "ok")])
 def test_few_open_files(files: int, state: str) -> None:
-    """In a process of its own, whose limit it is."""
+    """In a separate process, as the limit applies to a process."""
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < files:
         pytest.skip("this machine's own limit is lower")
     code = (
@@ -151,7 +151,7 @@ def test_what_control_groups_say(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", ["1", "2", "hybrid"])
 def test_a_quota_of_a_container_is_cpus(tmp_path: Path, version: str) -> None:
-    """Also where only the container's own group is mounted, under no name."""
+    """Also if only the container's own group is mounted, as the root."""
     root, member = tmp_path / "fs", tmp_path / "member"
     own = {"1": root / "cpu,cpuacct", "2": root, "hybrid": root / "unified"}[version]
     own.mkdir(parents=True)
