@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dist_train.doctor.finding import Finding
-from dist_train.system.cgroup import usable_cpus
 
 
-def check_cpus(processes: int, threads: int) -> Finding:
+def check_cpus(cpus: float, processes: int, threads: int) -> Finding:
     """Compare the CPUs of this machine with its training processes and their threads.
 
     Args:
+        cpus: usable CPUs of this machine.
         processes: processes of the launch on this machine.
         threads: threads of each process (torch.get_num_threads()).
     """
-    return judge_cpus(usable_cpus(), processes, threads)
-
-
-def judge_cpus(cpus: float, processes: int, threads: int) -> Finding:
     found = f"{cpus:g} for {processes} processes x {threads} threads"
     if cpus < processes:
         fix = f"Start at most {max(1, int(cpus))} processes here, or give them more CPUs."

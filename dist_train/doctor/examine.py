@@ -33,6 +33,7 @@ from dist_train.doctor.links import (
 )
 from dist_train.doctor.links import table as table_of_rates
 from dist_train.doctor.versions import check_versions, judge_pair
+from dist_train.system.cgroup import usable_cpus
 
 Show = Callable[[object], None]
 
@@ -76,7 +77,7 @@ def _of_machine(folder: Path, processes: int) -> Iterator[Finding]:
     yield from check_versions()
     yield from judge_pair(torch.__version__, cudnn_version())
     yield from check_devices(processes)
-    yield check_cpus(processes, torch.get_num_threads())
+    yield check_cpus(usable_cpus(), processes, torch.get_num_threads())
     yield from check_limits()
     yield from check_disk(folder)
 

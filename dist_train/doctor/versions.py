@@ -41,18 +41,14 @@ def check_versions() -> Iterator[Finding]:
         )
         return
     yield _python(platform.python_version(), own["Requires-Python"])
-    yield from judge_packages(needed, _installed())
+    installed = {_key(d.metadata["Name"]): d.version for d in metadata.distributions()}
+    yield from judge_packages(needed, installed)
 
 
 def _python(version: str, needed: str) -> Finding:
     if version in SpecifierSet(needed):
         return Finding("python", "ok", version)
     return Finding("python", "bad", f"{version}, needed {needed}", "Install a newer Python.")
-
-
-def _installed() -> dict[str, str]:
-    """Installed versions by normalised name."""
-    return {_key(d.metadata["Name"]): d.version for d in metadata.distributions()}
 
 
 def _key(name: str) -> str:

@@ -5,15 +5,18 @@ The result equals albumentations applied frame by frame, in a fraction of the ti
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import cv2
 import numpy as np
 
 from dist_train.config import AugmentSettings
-from dist_train.data.augment.params import AugmentSampler, Draw, Kernel
+from dist_train.data.augment.params import AugmentSampler, Draw
 from dist_train.data.orientation import AS_IT_IS
 from dist_train.data.types import Plane, Volume
 
 Map = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+Frames = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
 
 # Frames resampled together, as channels of one picture. OpenCV 5 resamples 4 channels in the time
 # of one, with the same exact weights. For 2, or more than 4, it rounds positions to 1/32 pixel.
@@ -47,8 +50,10 @@ def augmented(clip: Volume, draw: Draw) -> Volume:
     table = _tone_table(draw)
     if table is not None:
         clip = cv2.LUT(clip.reshape(-1, clip.shape[2]), table).reshape(clip.shape)
-    if draw.kernel is not None:
-        clip = _blurred(clip, draw.kernel)
+    if (kernel := draw.kernel) is not None:
+        clip = change_each(
+            clip, lambda frame, out: cv2.sepFilter2D(frame, -1, kernel, kernel, dst=out)
+        )
     if draw.is_noisy:
         clip = _with_noise(clip, draw.pictures[-1])
     return clip[::-1] if draw.is_reversed else clip
@@ -56,17 +61,17 @@ def augmented(clip: Volume, draw: Draw) -> Volume:
 
 def _resampled(clip: Volume, draw: Draw) -> Volume:
     """Apply orientation, affine map and displacement, each rounded to grey levels."""
-    depth, height, width = clip.shape
-    out = np.empty(clip.shape, np.uint8)
-    for first in range(0, depth, CHANNELS):
-        numbers = [min(first + i, depth - 1) for i in range(CHANNELS)]
-        frames = draw.orientation.apply(cv2.merge([clip[number] for number in numbers]))
+    size = clip.shape[2], clip.shape[1]
+
+    def resample(frames: Frames) -> Frames:
+        frames = draw.orientation.apply(frames)
         if draw.affine is not None:
-            frames = cv2.warpAffine(frames, draw.affine, (width, height), flags=cv2.INTER_LINEAR)
+            frames = cv2.warpAffine(frames, draw.affine, size, flags=cv2.INTER_LINEAR)
         if draw.is_displaced:
             frames = cv2.remap(frames, draw.pictures[0], draw.pictures[1], cv2.INTER_LINEAR)
-        cv2.split(frames, [out[number] for number in numbers])
-    return out
+        return frames
+
+    return change_together(clip, resample)
 
 
 def _tone_table(draw: Draw) -> np.ndarray[tuple[int], np.dtype[np.uint8]] | None:
@@ -84,18 +89,28 @@ def _tone_table(draw: Draw) -> np.ndarray[tuple[int], np.dtype[np.uint8]] | None
     return table
 
 
-def _blurred(clip: Volume, kernel: Kernel) -> Volume:
-    out = np.empty(clip.shape, np.uint8)
-    for frame, target in zip(clip, out, strict=True):
-        cv2.sepFilter2D(frame, -1, kernel, kernel, dst=target)
-    return out
-
-
 def _with_noise(clip: Volume, noise: Map) -> Volume:
     """Add noise, in whole grey levels, and saturate to 0 to 255."""
     positive: Plane = np.clip(noise, 0, 255).astype(np.uint8)
     negative: Plane = np.clip(-noise, 0, 255).astype(np.uint8)
-    out = np.empty(clip.shape, np.uint8)
-    for frame, target in zip(clip, out, strict=True):
-        cv2.subtract(cv2.add(frame, positive, dst=target), negative, dst=target)
-    return out
+    return change_each(
+        clip, lambda frame, out: cv2.subtract(cv2.add(frame, positive, dst=out), negative, dst=out)
+    )
+
+
+def change_each(clip: Volume, change: Callable[[Plane, Plane], object]) -> Volume:
+    """A new clip, whose frames ``change(frame, out)`` writes."""
+    changed = np.empty(clip.shape, np.uint8)
+    for frame, out in zip(clip, changed, strict=True):
+        change(frame, out)
+    return changed
+
+
+def change_together(clip: Volume, change: Callable[[Frames], Frames]) -> Volume:
+    """A new clip of the results of ``change`` on uint8 [H, W, CHANNELS], frames as channels."""
+    changed = np.empty(clip.shape, np.uint8)
+    for first in range(0, len(clip), CHANNELS):
+        numbers = [min(first + i, len(clip) - 1) for i in range(CHANNELS)]
+        frames = change(cv2.merge([clip[number] for number in numbers]))
+        cv2.split(frames, [changed[number] for number in numbers])
+    return changed

@@ -15,11 +15,10 @@ import cv2
 import numpy as np
 
 from dist_train.config import AugmentSettings
-from dist_train.data.augment.cpu import CHANNELS
+from dist_train.data.augment.cpu import Frames, Map, change_each, change_together
 from dist_train.data.orientation import AS_IT_IS, Matrix, Orientation
-from dist_train.data.types import Volume
+from dist_train.data.types import Plane, Volume
 
-Map = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 Maps = tuple[Map, Map]
 
 # Limits of the changes, in both directions.
@@ -237,20 +236,18 @@ def _toned(clip: Volume, table: np.ndarray) -> Volume:
 
 
 def _blurred(clip: Volume, kind: str, taps: int) -> Volume:
-    out = np.empty(clip.shape, np.uint8)
-    for frame, target in zip(clip, out, strict=True):
-        if kind == "box":
-            cv2.blur(frame, (taps, taps), dst=target)
-        else:
-            # OpenCV takes sigma from the taps.
-            cv2.GaussianBlur(frame, (taps, taps), 0, dst=target)
-    return out
+    size = taps, taps
+    if kind == "box":
+        return change_each(clip, lambda frame, out: cv2.blur(frame, size, dst=out))
+    # OpenCV computes sigma from the taps.
+    return change_each(clip, lambda frame, out: cv2.GaussianBlur(frame, size, 0, dst=out))
 
 
 def _with_noise(clip: Volume, noise: Noise) -> Volume:
     """Add or multiply noise, drawn anew for each frame."""
-    random, out = np.random.default_rng(noise.key), np.empty(clip.shape, np.uint8)
-    for frame, target in zip(clip, out, strict=True):
+    random = np.random.default_rng(noise.key)
+
+    def change(frame: Plane, out: Plane) -> None:
         if noise.kind == "added":
             drawn = random.standard_normal(frame.shape, np.float32)
             values = frame + np.float32(noise.scale) * drawn
@@ -258,26 +255,20 @@ def _with_noise(clip: Volume, noise: Noise) -> Volume:
             low, high = FACTOR
             drawn = random.random(frame.shape, np.float32)
             values = frame * (np.float32(low) + np.float32(high - low) * drawn)
-        target[:] = np.clip(values, 0, 255)
-    return out
+        out[:] = np.clip(values, 0, 255)
+
+    return change_each(clip, change)
 
 
 def _resampled(clip: Volume, draw: OriginalDraw) -> Volume:
     """Apply the distortion, then the affine map, each rounded to grey levels."""
-    depth, height, width = clip.shape
-    out = np.empty(clip.shape, np.uint8)
-    for first in range(0, depth, CHANNELS):
-        numbers = [min(first + i, depth - 1) for i in range(CHANNELS)]
-        frames = cv2.merge([clip[number] for number in numbers])
+    size, border = (clip.shape[2], clip.shape[1]), cv2.BORDER_REFLECT_101
+
+    def resample(frames: Frames) -> Frames:
         if draw.elastic is not None:
-            frames = cv2.warpAffine(
-                frames, draw.elastic, (width, height), borderMode=cv2.BORDER_REFLECT_101
-            )
+            frames = cv2.warpAffine(frames, draw.elastic, size, borderMode=border)
         if draw.displaced is not None:
-            frames = cv2.remap(
-                frames, *draw.displaced, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
-            )
-        if draw.affine is not None:
-            frames = cv2.warpAffine(frames, draw.affine, (width, height))
-        cv2.split(frames, [out[number] for number in numbers])
-    return out
+            frames = cv2.remap(frames, *draw.displaced, cv2.INTER_LINEAR, borderMode=border)
+        return frames if draw.affine is None else cv2.warpAffine(frames, draw.affine, size)
+
+    return change_together(clip, resample)
