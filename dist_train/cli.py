@@ -33,18 +33,21 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; one per core unless given.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; one per core if unset.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 MaxRejected = Annotated[str, typer.Option(help="Largest share of rejected clips, as 1% or 0.01.")]
 StorePath = Annotated[
     Path | None, typer.Option(help="Where the run's own store is now, if it was moved.")
 ]
 LeastOutline = Annotated[
-    int, typer.Option(min=1, help="Pixels that an outline is high and wide, at least.")
+    int, typer.Option(min=1, help="Least height and width of an outline, in pixels.")
 ]
 Colour = Annotated[
     str | None,
-    typer.Option(help="Of the outline: red=100:255,green=50:150,blue=0:110,red_over_blue=60."),
+    typer.Option(
+        help="Colour of the outline, as ranges of channels: "
+        "red=100:255,green=50:150,blue=0:110,red_over_blue=60."
+    ),
 ]
 
 
@@ -156,10 +159,10 @@ def prepare(
     ] = "reject",
     bits: Annotated[
         int | None,
-        typer.Option(min=8, max=16, help="Of 16-bit values; else as the whole set's files say."),
+        typer.Option(min=8, max=16, help="Significant bits of 16-bit values; detected if unset."),
     ] = None,
     max_rejected: MaxRejected = "1%",
-    shard_clips: Annotated[int, typer.Option(min=1, help="Clips a shard.")] = 128,
+    shard_clips: Annotated[int, typer.Option(min=1, help="Number of clips per shard.")] = 128,
     clip_seconds: Annotated[
         float, typer.Option(min=0.1, help="Longest that decoding one file may take.")
     ] = 600.0,
@@ -251,7 +254,7 @@ def finalize(
 def prepare_npz(
     file: Annotated[Path, typer.Argument(help="A MedMNIST 3D file.")],
     out: Out,
-    shard_clips: Annotated[int, typer.Option(min=1, help="Clips a shard.")] = 128,
+    shard_clips: Annotated[int, typer.Option(min=1, help="Number of clips per shard.")] = 128,
 ) -> None:
     """Write a store from a MedMNIST 3D file, with its official split."""
     from dist_train.data.store.build import prepare_npz as write_store
@@ -368,13 +371,13 @@ def train(
 @app.command()
 def doctor(
     folder: Annotated[
-        Path, typer.Option(help="On the disk that runs will be written to.")
+        Path, typer.Option(help="A folder on the disk that runs will be written to.")
     ] = Path(),
     timeout: Annotated[
         float, typer.Option(min=1.0, help="Seconds that processes wait for each other.")
     ] = 60.0,
 ) -> None:
-    """Say whether this machine is fit for training; all machines, under a launcher."""
+    """Check this machine before training; under a launcher, all machines and their network."""
     from dist_train.doctor.examine import examine
 
     findings = examine(folder.resolve(), timeout=timeout)
@@ -391,10 +394,12 @@ def predict(
     store_path: StorePath = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; the run's own.")] = None,
     prior: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Share of positives in the world.")
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Share of positives where the model is used."),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Of calibrated; else fitted on val.")
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Calibrated threshold; fitted on val if unset."),
     ] = None,
 ) -> None:
     """Predict held-out or new clips, averaged over the run's snapshots.
@@ -422,7 +427,8 @@ def predict(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder with predictions.")],
     threshold: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Of calibrated; else fitted on val.")
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Calibrated threshold; fitted on val if unset."),
     ] = None,
 ) -> None:
     """Judge a run's predictions."""
@@ -437,7 +443,8 @@ def export(
     out: Annotated[Path, typer.Option(help="Safetensors file to write.")],
     onnx: Annotated[Path | None, typer.Option(help="ONNX file to write as well.")] = None,
     step: Annotated[
-        int | None, typer.Option(min=1, help="Of one snapshot or checkpoint; else all snapshots.")
+        int | None,
+        typer.Option(min=1, help="Step of one snapshot or checkpoint; unset: all snapshots."),
     ] = None,
 ) -> None:
     """Write a run's model as one file: what 'predict' uses, all snapshots together."""
@@ -528,7 +535,7 @@ def main() -> None:
 
 
 def _is_first() -> bool:
-    """Of the processes of one launch, the first alone talks."""
+    """Whether this process is rank 0, the only one that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -1,7 +1,7 @@
-"""Every failure that a user can cause, each saying what is wrong, where, and what to do.
+"""Errors that a user can cause. Each says what is wrong, where, and what to do.
 
-The command line prints ``str(error)`` as one line and exits with ``error.exit_code``; it shows a
-traceback only for exceptions that are not a ``DistTrainError``, which are bugs.
+The command line prints ``str(error)`` on one line and exits with ``error.exit_code``. Any other
+exception is a bug, and is shown with its traceback.
 """
 
 import os
@@ -11,8 +11,8 @@ class DistTrainError(Exception):
     """Base of all user-facing errors.
 
     Args:
-        what: what is wrong, in one sentence without a final stop.
-        where: the file, key or clip that it is about.
+        what: the fault, in one sentence without a full stop.
+        where: the file, setting or clip at fault.
         fix: what the user can do.
     """
 
@@ -24,7 +24,7 @@ class DistTrainError(Exception):
 
     @property
     def reason(self) -> str:
-        """The message without the place, for where that is told beside it."""
+        """The message without ``where``, for callers that print the place themselves."""
         return self.what if self.fix is None else f"{self.what.rstrip('.')}. {self.fix}"
 
 
@@ -33,39 +33,39 @@ class ConfigError(DistTrainError):
 
 
 class ManifestError(DistTrainError):
-    """The clip table cannot be read, or a row of it is not usable."""
+    """The clip table cannot be read, or one of its rows is not usable."""
 
 
 class DecodeError(DistTrainError):
-    """A file is not a clip that can be decoded; the file is rejected, the run goes on."""
+    """A file cannot be decoded. The file is rejected, and the run goes on."""
 
 
 class RoiError(DistTrainError):
-    """No region of interest was found in a clip; the clip is rejected, the run goes on."""
+    """A clip has no region of interest. The clip is rejected, and the run goes on."""
 
 
 class FileError(DistTrainError):
-    """A file is not of the kind or form that it must have: a link, a FIFO, no JSON."""
+    """A file has the wrong type or format, such as a link, a FIFO, or invalid JSON."""
 
 
 class StoreError(DistTrainError):
-    """A store is missing, unfinished, damaged, or was made with other settings."""
+    """A store is missing, unfinished, damaged, or has other settings."""
 
 
 class PlanError(DistTrainError):
-    """The selection cannot fill the batches that were asked for."""
+    """The selected clips cannot fill the requested batches."""
 
 
 class ModelError(DistTrainError):
-    """The model is unknown, or its settings do not fit."""
+    """The model is unknown, or its settings are invalid."""
 
 
 class CheckpointError(DistTrainError):
-    """A checkpoint is torn, or belongs to another model, store or plan."""
+    """A checkpoint is incomplete, or belongs to another model, store or plan."""
 
 
 class BackendError(DistTrainError):
-    """The distributed backend that was asked for is not the one that is running."""
+    """The distributed backend that runs is not the requested one."""
 
 
 class LostProcessError(BackendError):
@@ -75,18 +75,18 @@ class LostProcessError(BackendError):
 
 
 class RunError(DistTrainError):
-    """A run folder lacks what the command needs from it."""
+    """A run folder lacks a file that the command needs."""
 
 
 class MachineError(DistTrainError):
-    """The machine does not give what is asked of it: its limits, permissions, disks or memory."""
+    """The machine's limits, permissions, disks or memory do not suffice."""
 
 
 class StoppedError(DistTrainError):
-    """A run was told to stop, and can be resumed.
+    """A run was asked to stop, and can be resumed.
 
     Args:
-        exit_code: what the process ends with.
+        exit_code: the exit code of the process.
     """
 
     def __init__(

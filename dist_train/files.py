@@ -1,6 +1,7 @@
-"""Files that are whole or not there: written aside, synced, then renamed; and their checksum.
+"""Atomic files (written aside, synced, renamed), safe reads, JSON, and CRC-32C.
 
-Nothing here follows a symbolic link in order to write, and nothing but a plain file is replaced.
+Writing never follows a symbolic link, and replaces regular files only. A plain file is a regular
+file.
 """
 
 from __future__ import annotations
@@ -25,29 +26,28 @@ from dist_train.system.advice import blame_machine
 
 PARTIAL = ".partial"
 MIB = 1 << 20
-# Bounds of what is read as JSON: no file of this program comes near them.
+# Limits of JSON files: far above those of this package.
 MOST_JSON = 64 * MIB
 MOST_DEPTH = 64
-# Bytes that are read at a time for a checksum.
+# Bytes read at a time for a checksum.
 PIECE = 1 << 20
-# Of an aside file: the name it will have, 16 hex digits, and the suffix.
+# The name of an aside file: the final name, 16 hex digits, and the suffix.
 _ASIDE = re.compile(rf"(?P<name>.+)\.[0-9a-f]{{16}}{re.escape(PARTIAL)}", re.DOTALL)
-# A FIFO without a writer would else be waited for, before it can be seen to be one.
+# Non-blocking, as opening a FIFO without a writer would wait before its type can be checked.
 _CAREFULLY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Open ``path`` for binary writing so that it appears complete, durable, or not at all.
+    """Open ``path`` for binary writing, so that it appears complete and durable or not at all.
 
-    The bytes go to a file of a random name beside it, which is fsynced and renamed when the block
-    ends well and removed when it does not; a killed process leaves at most that file, whose name
-    ``aside_for`` knows. Processes that write the same path at once do not meet; the last counts.
-    Where ``path`` is a symbolic link to a plain file, the link is replaced and its target is left
-    as it is.
+    The bytes go to a file with a random name in the same folder. It is fsynced and renamed when the
+    block succeeds, and removed when it fails. A killed process leaves at most that file, which
+    ``aside_for`` recognises. Concurrent writers of one path do not interfere; the last one wins. If
+    ``path`` is a symbolic link to a plain file, the link is replaced, not its target.
 
     Raises:
-        FileError: ``path`` is there and is no plain file: a folder, a device, a FIFO.
+        FileError: ``path`` exists and is not a plain file, such as a folder, device or FIFO.
         OSError: the disk is full, or cannot be written.
     """
     with _aside(path) as (file, _):
@@ -56,7 +56,7 @@ def written_whole(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def whole_aside(path: Path) -> Iterator[Path]:
-    """As ``written_whole``, for libraries that write by a name: gives that of an empty file."""
+    """``written_whole`` for libraries that open files by name: yields the path of an empty file."""
     with _aside(path) as (_, aside):
         yield aside
 
@@ -75,29 +75,29 @@ def _aside(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
     except BaseException as error:
         aside.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
-            # As of a full disk: writing, other than opening, names no file.
+            # Unlike opening, writing (to a full disk, say) does not name the file.
             error.filename = str(path)
         raise
     sync_folder(path.parent)
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """``written_whole`` for content that is at hand; text is written as UTF-8."""
+    """``written_whole`` for content in memory; text is written as UTF-8."""
     with written_whole(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def aside_for(path: Path) -> str | None:
-    """The name of the file that ``path`` was to become, if ``written_whole`` made ``path``.
+    """The final name of a file that ``written_whole`` left behind.
 
-    None where the name is not of that form, or belongs to no plain file.
+    None if ``path`` has another form of name, or is not a plain file.
     """
     match = _ASIDE.fullmatch(path.name)
     return match["name"] if match and is_plain(path) else None
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a plain file is there, itself and not by a symbolic link."""
+    """Whether ``path`` is a plain file and not a symbolic link."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
@@ -105,9 +105,9 @@ def is_plain(path: Path) -> bool:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise FileError unless a plain file, or a link to one, or nothing at all is there.
+    """Raise FileError unless ``path`` is missing, a plain file, or a link to one.
 
-    Commands call it for what they will write at their end, before they begin to work.
+    Commands call it before their work, for files that they write at the end.
     """
     try:
         mode = path.lstat().st_mode
@@ -124,35 +124,39 @@ def check_replaceable(path: Path) -> None:
 
 
 def new_file(path: Path) -> IO[bytes]:
-    """Open a file that is not there yet for binary writing.
+    """Create a file and open it for binary writing.
 
     Raises:
-        FileExistsError: something of that name is there, be it a link.
+        FileExistsError: the name is taken, even by a link.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _CAREFULLY, 0o666)
     return os.fdopen(descriptor, "wb")
 
 
 def open_plain(path: Path) -> BufferedReader:
-    """Open a plain file, or a link to one, for binary reading; a FIFO is not waited for.
+    """Open a plain file, or a link to one, for binary reading. Never waits for a FIFO.
 
     Raises:
-        FileError: it is something else.
-        OSError: it is not there, or cannot be opened.
+        FileError: ``path`` is not a plain file.
+        OSError: ``path`` is missing, or cannot be opened.
     """
     return os.fdopen(plain_descriptor(path, os.O_RDONLY), "rb")
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says, on one line, without the name of the file."""
+    """The message of an error, on one line, without the name of the file."""
     if isinstance(error, DistTrainError):
         return error.what
     return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
 def check_plain(path: Path, *, most_bytes: int | None = None) -> None:
-    """Raise FileError unless a plain file, or a link to one, is there, and not longer: for what a
-    library opens by its name, and would wait for where it is a FIFO."""
+    """Check a file that a library will open by name, as that would wait for a FIFO.
+
+    Raises:
+        FileError: ``path`` is missing, not a plain file or a link to one, or too long.
+        MachineError: the machine is at fault (see ``blame_machine``).
+    """
     try:
         found = path.stat()
     except OSError as error:
@@ -165,14 +169,14 @@ def check_plain(path: Path, *, most_bytes: int | None = None) -> None:
 
 
 def read_plain(path: Path, *, most_bytes: int, but: Container[int] = ()) -> bytes:
-    """The content of a plain file of at most so many bytes.
+    """The content of a plain file of at most ``most_bytes``.
 
     Args:
-        but: as of ``blame_machine``.
+        but: see ``blame_machine``.
 
     Raises:
-        FileError: it is missing, something else, longer, or cannot be read.
-        MachineError: it cannot be read, and the file is not to blame.
+        FileError: the file is missing, not plain, too long, or cannot be read.
+        MachineError: the machine is at fault (see ``blame_machine``).
     """
     try:
         with open_plain(path) as file:
@@ -188,7 +192,7 @@ def read_json(path: Path, *, most_bytes: int = MOST_JSON) -> Any:
     """The content of a JSON file (UTF-8); see ``parse_json``.
 
     Raises:
-        FileError: it cannot be read, is longer than ``most_bytes``, or is no such JSON.
+        FileError: the file cannot be read, is longer than ``most_bytes``, or is not valid JSON.
     """
     try:
         return parse_json(read_plain(path, most_bytes=most_bytes))
@@ -197,17 +201,17 @@ def read_json(path: Path, *, most_bytes: int = MOST_JSON) -> Any:
 
 
 def sealed(content: Mapping[str, Any]) -> str:
-    """The JSON text of an object with its own CRC-32C as ``crc32c``; one text for one content."""
+    """The canonical JSON text of an object, with its own CRC-32C in ``crc32c``."""
     return _text({**content, "crc32c": seal_of(content)})
 
 
 def seal_of(content: Mapping[str, Any]) -> int:
-    """The CRC-32C that an object has as its own ``crc32c``, whatever the order of its names."""
+    """The CRC-32C of an object without its ``crc32c``. The order of names does not matter."""
     return crc32c(_text(content).encode())
 
 
 def is_sealed(content: Mapping[str, Any]) -> bool:
-    """Whether an object that was read has the ``crc32c`` of ``seal_of``."""
+    """Whether the ``crc32c`` of an object is that of its other content."""
     rest = {name: value for name, value in content.items() if name != "crc32c"}
     return bool(content.get("crc32c") == seal_of(rest))
 
@@ -220,7 +224,7 @@ def parse_object(content: bytes | str) -> dict[str, Any]:
     """``parse_json`` of a JSON object.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the content is not a valid JSON object.
     """
     parsed = parse_json(content)
     if not isinstance(parsed, dict):
@@ -229,10 +233,10 @@ def parse_object(content: bytes | str) -> dict[str, Any]:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """JSON in which no object has a name twice, all numbers are finite, and depth is bounded.
+    """Parse JSON. Duplicate names, infinite numbers, NaN and deep nesting are refused.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the content is not such JSON.
     """
     try:
         value = json.loads(content, object_pairs_hook=_object, parse_constant=_refuse_constant)
@@ -263,20 +267,20 @@ def _refuse_constant(name: str) -> None:
 
 
 def open_lock(path: Path) -> IO[bytes]:
-    """Open a lock file, which is made if it is not there, and never changed.
+    """Open a lock file, which is created if missing. Its content is never changed.
 
     Raises:
-        FileError: a link, or anything else than a plain file, has its name.
+        FileError: ``path`` is a link, or not a plain file.
     """
     return os.fdopen(plain_descriptor(path, os.O_RDWR | os.O_CREAT), "r+b")
 
 
 def plain_descriptor(path: Path, flags: int) -> int:
-    """``os.open`` for plain files alone; a symbolic link is refused where ``flags`` allow writing.
+    """``os.open`` for plain files only. For writing, symbolic links are refused.
 
     Raises:
-        FileError: it is something else.
-        OSError: it cannot be opened.
+        FileError: ``path`` is not a plain file.
+        OSError: ``path`` cannot be opened.
     """
     writes = flags & (os.O_WRONLY | os.O_RDWR)
     if writes and path.is_symlink():
@@ -295,7 +299,7 @@ def plain_descriptor(path: Path, flags: int) -> int:
 
 
 def _check_plain(path: Path) -> None:
-    """Say what cannot be opened for what it is: a socket, a device without a driver."""
+    """Raise FileError for a path that cannot be opened because of its type, such as a socket."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -316,11 +320,12 @@ def _kind(mode: int) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder, and a nameless file in it that is gone at once: for work that takes long and
-    is written at its end.
+    """Create a folder and check, with a temporary file, that it can be written.
+
+    For long work whose result is written at the end.
 
     Raises:
-        OSError: naming the folder.
+        OSError: it cannot be written; ``filename`` is the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -332,7 +337,7 @@ def check_writable(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable (POSIX: the directory itself must be fsynced)."""
+    """Make renames inside ``folder`` durable, which on POSIX needs an fsync of the folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -341,13 +346,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def crc32c_of_file(path: Path) -> int:
-    """CRC-32C of a plain file of any size, read piece by piece: a memory map of a file that becomes
-    shorter would end the process.
+    """CRC-32C of a plain file of any size.
 
     Raises:
-        FileError: it is no plain file.
-        OSError: it is missing, or cannot be read.
+        FileError: ``path`` is not a plain file.
+        OSError: ``path`` is missing, or cannot be read.
     """
+    # Not by a memory map, as a file that is truncated meanwhile would kill the process.
     crc, piece = 0, np.empty(PIECE, np.uint8)
     with open_plain(path) as file:
         while size := file.readinto(piece.data):
@@ -356,5 +361,5 @@ def crc32c_of_file(path: Path) -> int:
 
 
 def crc32c(data: bytes | np.ndarray[Any, Any]) -> int:
-    """Checksum of bytes, or of a C-contiguous array's bytes: CRC-32C (Castagnoli), unsigned."""
+    """CRC-32C (Castagnoli), unsigned, of bytes or of a C-contiguous array."""
     return int(google_crc32c.value(data))

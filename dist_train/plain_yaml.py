@@ -1,9 +1,8 @@
-"""YAML as settings need it: mappings, lists and plain values, each written once and read literally.
+"""A subset of YAML for settings: mappings, lists and plain values, read literally.
 
-YAML 1.1, which PyYAML reads, takes ``010`` for 8, ``1_000`` for 1000, ``12:30`` for 750, ``no`` for
-false and ``1e-3`` for a string, and a key that is written twice for its last value. Here plain
-values are those of the YAML 1.2 core schema in decimal, and all that a settings file has no use for
-is refused: duplicate keys, aliases, tags, merge keys and deep nesting.
+PyYAML reads YAML 1.1: ``010`` is 8, ``1_000`` is 1000, ``12:30`` is 750, ``no`` is false, ``1e-3``
+is a string, and the last of two equal keys wins. Here plain values follow the YAML 1.2 core schema
+in decimal. Duplicate keys, aliases, tags, merge keys and deep nesting are refused.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ import yaml
 from dist_train.errors import ConfigError
 from dist_train.system.advice import blame_machine
 
-#: Settings are a few kilobytes; a file beyond this is something else.
+#: Settings are a few kilobytes; a larger file is something else.
 MOST_BYTES = 2**18
 DEEPEST = 12
 
 _PLAIN = (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    # 19 digits hold every setting; Python itself refuses to read some thousands.
+    # 19 digits suffice for every setting; Python refuses to parse thousands.
     ("int", r"[-+]?(?:0|[1-9][0-9]{0,18})", "-+0123456789"),
     (
         "float",
@@ -37,7 +36,7 @@ _PLAIN = (
     ("null", r"~|null|Null|NULL", "~nN"),
 )
 
-#: Tag and pattern by the first character of what it fits, as PyYAML looks for them.
+#: (tag, pattern) by the first character of the value, the form that PyYAML needs.
 _RESOLVERS: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 for _name, _pattern, _characters in _PLAIN:
     for _character in _characters:
@@ -89,7 +88,7 @@ class _Reader(yaml.SafeLoader):
 
 
 class _Writer(yaml.SafeDumper):
-    """Quotes what ``_Reader`` would take for something other than a string."""
+    """Quotes strings that ``_Reader`` would read as another type."""
 
     yaml_implicit_resolvers = _RESOLVERS
 
@@ -105,12 +104,12 @@ _Reader.add_constructor("tag:yaml.org,2002:map", _construct_map)
 
 
 def parse_yaml(text: str) -> Any:
-    """A YAML document as dicts, lists, strings, bools, decimal ints, floats and None.
+    """Parse a YAML document into dicts, lists, strings, bools, decimal ints, floats and None.
 
-    An empty document is None; a value that is left out is the empty string.
+    An empty document is None. A missing value is the empty string.
 
     Raises:
-        ValueError: it is no such document; the message is one line and names the line.
+        ValueError: the document is invalid. The message is one line, with the line number.
     """
     try:
         return yaml.load(text, _Reader)  # a SafeLoader
@@ -124,13 +123,14 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """``parse_yaml`` of a plain file of at most ``MOST_BYTES``.
+    """``parse_yaml`` of a regular file of at most ``MOST_BYTES``.
 
     Raises:
-        ConfigError: it cannot be read, or is no such file.
+        ConfigError: the file cannot be read, is too large, not regular, or not valid YAML.
+        MachineError: the machine is at fault (see ``blame_machine``).
     """
     try:
-        # A FIFO would hold an open that waits.
+        # Non-blocking, as opening a FIFO would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         blame_machine(error, path)
@@ -140,7 +140,7 @@ def read_yaml(path: Path) -> Any:
             raise ConfigError(
                 "is no plain file", where=path, fix="Give the path of a YAML file of settings."
             )
-        # One call reads a plain file as far as it goes, for so few bytes.
+        # For so few bytes one call reads the whole of a regular file.
         content = os.read(descriptor, MOST_BYTES + 1)
     except OSError as error:
         blame_machine(error, path)
@@ -158,7 +158,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def yaml_text(tree: dict[str, Any]) -> str:
-    """A tree as YAML that ``parse_yaml`` reads as the same tree."""
+    """The YAML text of a tree; ``parse_yaml`` reads it as the same tree."""
     return yaml.dump(tree, Dumper=_Writer, sort_keys=False)
 
 

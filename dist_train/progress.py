@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar where there is one, now and then a line where there is none."""
+"""Progress: a bar on a terminal, occasional lines in a log."""
 
 from __future__ import annotations
 
@@ -24,21 +24,20 @@ from dist_train.safe_text import printable
 
 
 class _Console(Console):
-    """Shows texts as they are, not as commands to the terminal."""
+    """Escapes terminal commands in texts."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
 
-# Of the processes of one launch, the first alone talks. Paths and groups may hold brackets and
-# colons, which are no markup.
+# Only rank 0 prints. Markup is off, because paths and groups may contain brackets and colons.
 console = _Console(
     highlight=False, markup=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0"
 )
 
 
 class Progress(Protocol):
-    """How far a long step is: called with (done, total) and, in training, a line of metrics."""
+    """Called with (done, total) and, optionally, a line of metrics."""
 
     def __call__(self, done: int, total: int, figures: str = "", /) -> None: ...
 
@@ -67,7 +66,7 @@ def progress(title: str) -> Iterator[Progress]:
 
 
 def _lines(title: str) -> Progress:
-    """A line at each further tenth, or every half minute, for logs."""
+    """Print a line at each tenth of the total, and at least every half minute."""
     shown, tenth = time.monotonic(), -1
 
     def report(done: int, total: int, figures: str = "", /) -> None:
@@ -84,12 +83,11 @@ def _lines(title: str) -> Progress:
 
 
 def _go_on_without_output(title: str, error: OSError) -> None:
-    """A reader of the progress that has seen enough, as ``head -1``, is no reason to stop the work,
-    which may have taken days."""
+    """Discard further output: a closed pipe (``| head -1``) must not end a run of days."""
     warning = f"WARNING: standard output is closed ({error.strerror}); {title} goes on without it"
     with suppress(OSError):
         print(warning, file=sys.stderr, flush=True)
-    # What is still in the buffer, and whatever comes, goes nowhere.
+    # The buffer and all later output go to /dev/null.
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

@@ -1,5 +1,4 @@
-"""What a user is spared unless he asks for it: warnings of libraries to their own developers, and
-one message from each of many processes."""
+"""Suppress noise: warnings of libraries to their developers, and repeated messages of processes."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ import os
 import warnings
 from pathlib import Path
 
-#: Set to 1, all is shown. ``launch/elastic.py`` reads it too.
+#: Set to 1 to show everything. ``launch/elastic.py`` reads it too.
 VERBOSE = "DIST_TRAIN_VERBOSE"
 _MODULES = r"(?!torch\.cuda\b)(torch|accelerate|deepspeed|transformers)(\.|$)"
 
@@ -18,8 +17,8 @@ def is_verbose() -> bool:
 
 
 def hush_libraries() -> None:
-    """Drop what libraries say of their own interfaces and inner workings, such as that a function
-    will be renamed, or how gradients lie in memory. What torch says of a driver is kept."""
+    """Ignore warnings of libraries about their interfaces and internals, such as deprecations or
+    memory layouts of gradients. torch's warnings about CUDA drivers are kept."""
     if is_verbose():
         return
     for kind in (FutureWarning, DeprecationWarning, UserWarning):
@@ -27,12 +26,14 @@ def hush_libraries() -> None:
 
 
 def is_told(message: str) -> bool:
-    """Whether another process of this launch on this machine has told the same, or else from now on
-    this one has. The first to fail tells, as its launcher may end the others at once."""
+    """Whether another process of this launch on this machine has printed the message already.
+
+    The first caller gets False, and should print: its launcher may end the others at once.
+    """
     given = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if given is None or is_verbose():
         return False
-    # torchrun has a folder for each attempt, in it one for each process, and removes them.
+    # torchrun makes a folder per attempt, with one per process, and removes them at the end.
     attempt = Path(given).parents[1]
     name = f"told-{hashlib.sha256(message.encode(errors='replace')).hexdigest()[:16]}"
     try:

@@ -1,14 +1,13 @@
-"""Names that strangers chose, made safe for terminals, spreadsheets and lists.
+"""Make untrusted names safe for terminals, spreadsheets and lists.
 
-A name of a file or a group may hold what a terminal takes for a command, what a spreadsheet takes
-for a formula, or bytes that are no text.
+File and group names may contain terminal commands, spreadsheet formulas, or bytes that are no text.
 """
 
 from __future__ import annotations
 
 import re
 
-# What a spreadsheet computes (OWASP, "CSV injection").
+# First characters of spreadsheet formulas (OWASP, "CSV injection").
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _BYTES = re.compile(r"""\bb(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 _IN_BRACKETS = re.compile(r"\(.*\)", re.DOTALL)
@@ -16,7 +15,7 @@ _LONG = re.compile(r"'[^']{41,}'|\"[^\"]{41,}\"")
 
 
 def printable(text: str) -> str:
-    """On one line, with every character that would not be seen escaped, as ``\\x1b``."""
+    """The text on one line, with every invisible character escaped, such as ``\\x1b``."""
     if text.isprintable():
         return text
     return "".join(
@@ -26,13 +25,16 @@ def printable(text: str) -> str:
 
 
 def for_spreadsheet(text: str) -> str:
-    """The same, and with an apostrophe before what a spreadsheet would compute."""
+    """``printable``, with an apostrophe before text that a spreadsheet would compute."""
     return f"'{printable(text)}" if text.startswith(_FORMULA) else printable(text)
 
 
 def without_content(reason: str) -> str:
-    """A message without what the library's words in it, which stand in brackets, quote of a file:
-    bytes, and texts above 40 letters."""
+    """A message without quoted file content.
+
+    A library's own message stands in brackets. Inside them, quoted bytes and quoted texts of more
+    than 40 characters are replaced by dots.
+    """
 
     def unquoted(words: re.Match[str]) -> str:
         return _LONG.sub("'...'", _BYTES.sub("b'...'", words[0]))

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and checksums are CRC-32C."""
+"""Files appear complete or not at all, and checksums are CRC-32C."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_failure_leaves_the_old_file(tmp_path: Path, failure: type[BaseException
 
 
 def test_what_a_killed_process_left_is_known_by_its_name(tmp_path: Path) -> None:
-    """And nothing else is taken for it."""
+    """And no other file is taken for one."""
     child = os.fork()
     if child == 0:
         with written_whole(tmp_path / "a file.partial"):
@@ -96,7 +96,7 @@ def test_a_link_is_replaced_and_its_target_kept(tmp_path: Path) -> None:
 
 
 def stands(folder: Path, kind: str) -> Path:
-    """Something that is no plain file, at the name that is to be written or read."""
+    """A path to be read or written that is not a plain file."""
     path = folder / "here"
     if kind == "folder":
         path.mkdir()
@@ -125,7 +125,7 @@ def test_what_is_no_plain_file_is_not_replaced(tmp_path: Path, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_plain_file_is_not_read_or_locked(tmp_path: Path, kind: str) -> None:
-    """A FIFO without a writer would be waited for, a device be read without end."""
+    """Opening a FIFO would wait for a writer, and reading a device would never end."""
     path = stands(tmp_path, kind)
     with pytest.raises(FileError, match=f"here: is a {kind}, not a plain file"):
         read_plain(path, most_bytes=100)
@@ -176,7 +176,7 @@ def test_json_is_read_within_bounds(tmp_path: Path) -> None:
 def test_content_is_on_the_disk_before_its_name_and_the_name_at_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a loss of power could leave the name of a file that is empty."""
+    """Without the fsync, a power failure could leave an empty file under the final name."""
     syncs = record_syncs(monkeypatch)
     write_whole(tmp_path / "file", b"new")
     content, name = syncs

@@ -1,4 +1,4 @@
-"""Packages that only some commands need: without them the others run, and those say what to do."""
+"""Without an optional package the other commands work, and those that need it say what to do."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def without(tmp_path: Path) -> dict[str, str]:
-    """Environment variables of a process in which ``OPTIONAL`` is not installed."""
+    """The environment of a process in which ``OPTIONAL`` are not installed."""
     folder = tmp_path / "hide"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(HIDE)

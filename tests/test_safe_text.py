@@ -1,4 +1,4 @@
-"""Names and messages that strangers chose reach neither terminal nor spreadsheet as commands."""
+"""Untrusted names and messages never reach a terminal or spreadsheet as commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Terminals that know few characters, or are gone; file systems without locks."""
+"""Terminals with few characters, closed terminals, and file systems without locks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dist_train.run.folder import only_session
 def test_names_that_a_terminal_has_no_characters_for(
     tmp_path: Path, encoding: str, command: str
 ) -> None:
-    """Also the progress bar, as on a terminal."""
+    """Including the progress bar of a terminal."""
     folder = tmp_path / "Gef\xe4\xdfe 血管"
     folder.mkdir()
     np.save(folder / "1.npy", np.zeros((4, 8, 8), np.uint8))
@@ -51,7 +51,7 @@ def no_locks(descriptor: object, how: int) -> None:
 def test_without_file_locks_the_user_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A file system without them cannot be made here."""
+    """The lock call is replaced, as a file system without locks cannot be made here."""
     np.save(tmp_path / "1.npy", np.zeros((4, 8, 8), np.uint8))
     manifest = write_manifest(tmp_path / "clips.csv", ["1.npy"], [1])
     settings = PrepareSettings(roi="none")

@@ -1,1 +1,1 @@
-"""``dist-train doctor``: is this machine, or are these machines together, fit for training?"""
+"""``dist-train doctor``: check one machine, or all machines of a launch, before training."""

@@ -1,22 +1,18 @@
-"""Are there as many CPUs as threads that will compute on them?"""
+"""Check that there are enough CPUs for all processes and threads."""
 
 from __future__ import annotations
 
 from dist_train.doctor.finding import Finding
-from dist_train.system.cgroup import usable_cpus
 
 
-def check_cpus(processes: int, threads: int) -> Finding:
-    """CPUs of this machine against its training processes and the threads of each.
+def check_cpus(cpus: float, processes: int, threads: int) -> Finding:
+    """Compare the CPUs of this machine with its training processes and their threads.
 
     Args:
-        processes: of the launch, on this machine.
-        threads: with which each computes (torch.get_num_threads()).
+        cpus: usable CPUs of this machine.
+        processes: processes of the launch on this machine.
+        threads: threads of each process (torch.get_num_threads()).
     """
-    return judge_cpus(usable_cpus(), processes, threads)
-
-
-def judge_cpus(cpus: float, processes: int, threads: int) -> Finding:
     found = f"{cpus:g} for {processes} processes x {threads} threads"
     if cpus < processes:
         fix = f"Start at most {max(1, int(cpus))} processes here, or give them more CPUs."

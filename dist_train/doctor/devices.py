@@ -1,4 +1,4 @@
-"""The graphics cards that torch can use, and the driver under them."""
+"""Check the GPUs that torch can use, and their driver."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dist_train.doctor.finding import Finding
 
 
 def check_devices(processes: int) -> Iterator[Finding]:
-    """Each card of this machine, or why there is none.
+    """A finding for each GPU of this machine, or the reason why there is none.
 
     Args:
-        processes: of the launch, on this machine; each wants a card of its own.
+        processes: processes of the launch on this machine; each needs a GPU of its own.
     """
     driver = _drivers()
     if not torch.cuda.is_available():
@@ -42,7 +42,7 @@ def check_devices(processes: int) -> Iterator[Finding]:
 
 
 def _drivers() -> list[str]:
-    """Driver versions by card, as nvidia-smi tells them; none where it finds no card."""
+    """The driver version of each GPU, from nvidia-smi; empty if it finds no GPU."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -54,11 +54,11 @@ def _drivers() -> list[str]:
 
 
 def judge_absence(drivers: list[str], cuda: str | None) -> Finding:
-    """Why torch sees no card.
+    """The reason why torch sees no GPU.
 
     Args:
-        drivers: one version for each card that the driver sees.
-        cuda: the version of CUDA that torch was built for, if any.
+        drivers: one driver version for each GPU that the driver sees.
+        cuda: the CUDA version that torch was built for, if any.
     """
     if not drivers:
         return Finding("devices", "ok", "no graphics card: training runs on CPUs")
@@ -76,19 +76,20 @@ def judge_absence(drivers: list[str], cuda: str | None) -> Finding:
 def judge_device(
     what: str, name: str, capability: tuple[int, int], free: int, total: int, built_for: list[str]
 ) -> Finding:
-    """One card.
+    """The finding for one GPU.
 
     Args:
+        what: the label of the finding.
         capability: compute capability, such as (9, 0).
         free, total: bytes of its memory.
-        built_for: architectures of this torch, such as sm_90.
+        built_for: architectures of this torch build, such as sm_90.
     """
     major, minor = capability
     found = (
         f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, capability {major}.{minor}"
     )
     kernels = [int(arch.removeprefix("sm_").rstrip("af")) for arch in built_for if "sm_" in arch]
-    # Code for a card runs on later ones of the same generation.
+    # Code for one GPU also runs on later GPUs of the same generation.
     if kernels and not any(k // 10 == major and k % 10 <= minor for k in kernels):
         fix = f"Install a torch built for sm_{major}{minor}; this one has {' '.join(built_for)}."
         return Finding(what, "bad", found, fix)

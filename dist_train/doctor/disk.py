@@ -1,4 +1,4 @@
-"""How fast a folder's disk is, in what training does with it: checkpoints, and reading of clips."""
+"""Measure a folder's disk: writing of checkpoints, and random reads of clips."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import numpy as np
 from dist_train.doctor.finding import Finding, graded
 
 BYTES, BLOCK = 128 * 2**20, 4 * 2**20
-# A native crop of some hundred frames, as stores hold them.
+# Bytes of a stored clip of some hundred frames, and the number of reads.
 CLIP, READS = 256 * 2**10, 200
 
 
 def check_disk(folder: Path) -> Iterator[Finding]:
-    """Room, writing with fsync, and random reads that the page cache does not answer."""
+    """Findings on free space, writing with fsync, and random reads past the page cache."""
     name = f"disk of {folder}"
     path = folder / f".dist_train-doctor-{os.getpid()}-{secrets.token_hex(8)}"
     try:
@@ -30,7 +30,7 @@ def check_disk(folder: Path) -> Iterator[Finding]:
             f"{name}: room",
             free,
             f"{free / 2**30:.1f} GiB free",
-            "Make room: each checkpoint of a ResNet-101 takes 1 GB, and three are there at times.",
+            "Make room: a checkpoint of a ResNet-101 takes 1 GB, and up to three exist at a time.",
             bad=4 * 10**9,
             warn=20 * 10**9,
         )
@@ -61,7 +61,7 @@ def check_disk(folder: Path) -> Iterator[Finding]:
 
 
 def _write(path: Path) -> float:
-    """Bytes a second until they are on the disk."""
+    """Bytes per second, including the fsync."""
     # Not zeros, which some file systems do not store.
     block = np.random.default_rng(0).bytes(BLOCK)
     began = time.perf_counter()
@@ -73,7 +73,7 @@ def _write(path: Path) -> float:
 
 
 def _read(path: Path) -> list[float]:
-    """Seconds of each of many reads of a clip's size at random places."""
+    """Seconds of each of ``READS`` reads of a clip's size at random offsets."""
     places = np.random.default_rng(1).integers(0, BYTES - CLIP, READS)
     seconds = []
     with path.open("rb", buffering=0) as file:

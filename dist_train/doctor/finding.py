@@ -1,4 +1,4 @@
-"""What a check found: one line of the doctor's table."""
+"""The result of a check: one line of the doctor's table."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ State = Literal["ok", "warn", "bad"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One line.
+    """The result of one check.
 
     Attributes:
-        what: what was looked at.
-        state: "warn": training works, but slower or less safely; "bad": it fails, or will.
+        what: the subject of the check.
+        state: "warn": training works, but slower or less safely. "bad": training will fail.
         found: the value, with its unit.
-        fix: what to do, where ``state`` is not "ok".
+        fix: what to do; empty if ``state`` is "ok".
     """
 
     what: str
@@ -28,13 +28,13 @@ class Finding:
     fix: str = ""
 
     def __post_init__(self) -> None:
-        assert (self.state == "ok") == (not self.fix), "a fix for what is not fine, and only then"
+        assert (self.state == "ok") == (not self.fix), "a fix belongs to 'warn' and 'bad' only"
 
 
 def graded(
     what: str, value: float, found: str, fix: str, *, bad: float | None = None, warn: float
 ) -> Finding:
-    """A value that is bad below one limit, and gives a warning below a higher one."""
+    """The finding for a value: "bad" below ``bad``, "warn" below ``warn``, else "ok"."""
     if bad is not None and value < bad:
         return Finding(what, "bad", found, fix)
     if value < warn:
@@ -43,7 +43,7 @@ def graded(
 
 
 def table(findings: Iterable[Finding]) -> Table:
-    """The findings for the terminal, those to act on last, where they are seen."""
+    """A table for the terminal. Findings to act on come last, where they are seen."""
     view = Table(title="doctor", title_justify="left")
     view.add_column("")
     view.add_column("checked")

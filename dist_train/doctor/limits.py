@@ -1,4 +1,4 @@
-"""What the system allows a process: open files, shared memory, locked memory, processes."""
+"""Check the limits of a process: open files, shared memory, locked memory, processes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ INFINIBAND = Path("/sys/class/infiniband")
 
 
 def check_limits(shared_memory: Path = Path("/dev/shm")) -> Iterator[Finding]:
-    """All limits of this process.
+    """Findings on all limits of this process.
 
     Args:
-        shared_memory: where NCCL's processes of a machine talk, and batches are handed over if the
-            system gives no nameless memory.
+        shared_memory: the folder through which NCCL's processes of a machine communicate, and
+            batches are passed if the system has no anonymous shared memory.
     """
     yield _open_files()
     yield _shared_memory(shared_memory)
@@ -27,14 +27,14 @@ def check_limits(shared_memory: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 
 def _open_files() -> Finding:
-    """Each shard, worker and connection is an open file; each batch too, without an arena."""
+    """Shards, workers and connections are open files; without a shared buffer, batches too."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     fix = "Run 'ulimit -n 65536' before the launch, or raise LimitNOFILE of the service."
     return graded("open files", _endless(soft), _named(soft), fix, bad=512, warn=4096)
 
 
 def _shared_memory(folder: Path) -> Finding:
-    """A container has 64 MB unless told otherwise."""
+    """The default of containers is 64 MB."""
     what = str(folder)
     fix = "Docker: --shm-size=16g or --ipc=host. Kubernetes: an emptyDir with medium: Memory there."
     try:
@@ -46,7 +46,7 @@ def _shared_memory(folder: Path) -> Finding:
 
 
 def _locked_memory(*, rdma: bool) -> Finding:
-    """RDMA registers the memory that it sends from, which counts as locked."""
+    """RDMA registers its send buffers, which count as locked memory."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if not rdma:
         return Finding("locked memory", "ok", f"{_named(soft, 'bytes')}, but no RDMA to need it")
@@ -57,7 +57,7 @@ def _locked_memory(*, rdma: bool) -> Finding:
 
 
 def _processes() -> Finding:
-    """Loader workers, and the threads of all libraries, count as processes."""
+    """Loader workers and the threads of all libraries count as processes."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     group = free_in_cgroups()
     fix = "Raise 'ulimit -u', or the container's limit: docker run --pids-limit, podPidsLimit."
@@ -67,7 +67,7 @@ def _processes() -> Finding:
 
 
 def free_in_cgroups() -> int | None:
-    """How many more processes this process's control groups allow; None without a limit."""
+    """The number of further processes that the control groups allow; None without a limit."""
     free = []
     for group in (*own_groups(), *own_groups(controller="pids")):
         limit = group / "pids.max"

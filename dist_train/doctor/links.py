@@ -1,4 +1,4 @@
-"""How fast the processes of a launch can talk to each other, and how alike their clocks are."""
+"""Check the network between the processes of a launch, their clocks and their shared disk."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from rich.table import Table
 
 from dist_train.doctor.finding import Finding, graded
 
-#: Bytes of a message: a flag, a layer, a bucket of DDP, the gradients of a small network.
+#: Message sizes in bytes: a flag, a layer, a DDP bucket, the gradients of a small network.
 SIZES = (1_024, 2**20, 25 * 2**20, 100 * 2**20)
 PAIR_BYTES = 4 * 2**20
-# With more, measuring each pair would take minutes.
+# Measuring all pairs of more machines would take minutes.
 MOST_ENDS = 16
 # Float32 gradients of a 3D ResNet-101: 85.2 M parameters.
 GRADIENTS = 4 * 85.2e6
@@ -31,14 +31,14 @@ SPAN = 0.5
 
 @dataclass(frozen=True)
 class Rate:
-    """One collective at one size.
+    """The speed of one collective at one size.
 
     Attributes:
-        name: all-reduce or all-gather.
-        size: bytes that each process ends with.
-        seconds: of one call, on the slowest process, the median of some.
-        bus: bytes a second over the slowest link, whatever the number of processes: as
-            https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md counts it.
+        name: "all-reduce" or "all-gather".
+        size: bytes of the result on each process.
+        seconds: median duration of a call on the slowest process.
+        bus: bytes per second over the slowest link, independent of the number of processes, as in
+            https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md.
     """
 
     name: str
@@ -48,14 +48,14 @@ class Rate:
 
 
 def everyone(value: Any) -> list[Any]:
-    """One value of each process, in rank order."""
+    """The values of all processes, in rank order."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def measure_collectives(device: torch.device, sizes: Sequence[int] = SIZES) -> list[Rate]:
-    """All-reduce and all-gather at each size. A collective call, as all here."""
+    """Measure all-reduce and all-gather at each size. All functions here are collective calls."""
     world, rates = dist.get_world_size(), []
     for size in sizes:
         elements = max(1, size // 4 // world) * world
@@ -73,7 +73,7 @@ def measure_collectives(device: torch.device, sizes: Sequence[int] = SIZES) -> l
 
 
 def _time(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a collective call on the slowest process."""
+    """Median seconds of a collective call on the slowest process."""
 
     def once() -> float:
         dist.barrier()
@@ -83,24 +83,27 @@ def _time(call: Callable[[], Any], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
-    once()  # connections are made by the first
+    once()  # The first call makes the connections.
     first = _slowest(once())
-    taken = [once() for _ in range(min(50, max(3, int(SPAN / first))))]
-    return _slowest(statistics.median(taken))
+    durations = [once() for _ in range(min(50, max(3, int(SPAN / first))))]
+    return _slowest(statistics.median(durations))
 
 
 def _slowest(seconds: float) -> float:
-    """The same on all processes."""
+    """The greatest value of all processes."""
     return float(max(everyone(seconds)))
 
 
 def measure_pairs(device: torch.device, hosts: Sequence[str]) -> dict[tuple[int, int], float]:
-    """Bytes a second between each two machines, or processes where there is one machine.
+    """Bytes per second between each two machines; on one machine, between each two processes.
 
-    One pair at a time, each way once; nothing if there are too many.
+    One pair at a time. Empty if there are more than ``MOST_ENDS`` ends.
 
     Args:
         hosts: the machine of each rank.
+
+    Returns:
+        Rates by pair of ranks.
     """
     firsts = list({host: rank for rank, host in reversed(list(enumerate(hosts)))}.values())
     ends = sorted(firsts) if len(firsts) > 1 else list(range(len(hosts)))
@@ -109,15 +112,15 @@ def measure_pairs(device: torch.device, hosts: Sequence[str]) -> dict[tuple[int,
     rank, rates = dist.get_rank(), {}
     data = torch.zeros(PAIR_BYTES // 4, device=device)
     for pair in combinations(ends, 2):
-        took = _there_and_back(data, pair, device) if rank in pair else 0.0
-        rates[pair] = 2 * PAIR_BYTES / _slowest(took)
+        seconds = _round_trip(data, pair, device) if rank in pair else 0.0
+        rates[pair] = 2 * PAIR_BYTES / _slowest(seconds)
     return rates
 
 
-def _there_and_back(data: torch.Tensor, pair: tuple[int, int], device: torch.device) -> float:
-    """Seconds of one round of a pair, the least of some."""
+def _round_trip(data: torch.Tensor, pair: tuple[int, int], device: torch.device) -> float:
+    """The least seconds of a few round trips between a pair of ranks."""
     first, second = pair
-    taken = []
+    durations = []
     for _ in range(4):
         began = time.perf_counter()
         if dist.get_rank() == first:
@@ -128,18 +131,17 @@ def _there_and_back(data: torch.Tensor, pair: tuple[int, int], device: torch.dev
             dist.send(data, first)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - began)
-    return min(taken)
+        durations.append(time.perf_counter() - began)
+    return min(durations)
 
 
 def judge_collectives(rates: Sequence[Rate], *, world: int, cards: bool) -> Finding:
-    """Whether gradients of a large network are exchanged in reasonable time."""
+    """The finding on the time to all-reduce the gradients of a large network."""
     largest = max((r for r in rates if r.name == "all-reduce"), key=lambda rate: rate.size)
     step = 2 * (world - 1) / world * GRADIENTS / largest.bus
     found = f"{largest.bus / 1e9:.2f} GB/s; gradients of a ResNet-101 take {step:.2f} s"
     fix = (
-        "See which network is taken: NCCL_DEBUG=INFO says; NCCL_SOCKET_IFNAME and NCCL_IB_HCA set "
-        "it."
+        "NCCL_DEBUG=INFO shows the network in use; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose it."
         if cards
         else "GLOO_SOCKET_IFNAME chooses the network. Raise train.accumulate to exchange less."
     )
@@ -147,19 +149,19 @@ def judge_collectives(rates: Sequence[Rate], *, world: int, cards: bool) -> Find
 
 
 def judge_pairs(rates: dict[tuple[int, int], float], hosts: Sequence[str]) -> Finding | None:
-    """The slowest pair, and whether it stands out. None where no pair was measured."""
+    """The finding on the slowest pair against the median. None if no pair was measured."""
     if not rates:
         return None
     usual = statistics.median(rates.values())
     pair = min(rates, key=lambda pair: rates[pair])
     ends = " and ".join(f"{rank} ({hosts[rank]})" for rank in pair)
     found = f"{rates[pair] / 1e9:.2f} GB/s between ranks {ends}; the median is {usual / 1e9:.2f}"
-    fix = "Look at the network of these two: its cable, port or card is slower than the others'."
+    fix = "Check the cables, ports and network cards of these two: others are faster."
     return graded("slowest pair", rates[pair] / usual, found, fix, warn=0.5)
 
 
 def measure_clocks() -> list[float]:
-    """Seconds by which each rank's clock is ahead of rank 0's, to some milliseconds."""
+    """Seconds by which each rank's clock is ahead of rank 0's, accurate to milliseconds."""
     rounds = []
     for _ in range(5):
         dist.barrier()
@@ -169,23 +171,23 @@ def measure_clocks() -> list[float]:
 
 
 def judge_clocks(ahead: Sequence[float]) -> Finding:
-    """Logs, metrics and file times of several machines are compared by their clocks."""
+    """The finding on clock differences, which disorder logs, metrics and file times."""
     rank = max(range(len(ahead)), key=lambda rank: abs(ahead[rank]))
-    apart = abs(ahead[rank])
-    found = f"at most {apart:.3f} s apart (rank {rank} from rank 0)"
+    difference = abs(ahead[rank])
+    found = f"at most {difference:.3f} s apart (rank {rank} from rank 0)"
     fix = "Let chrony or systemd-timesyncd set the clocks of all machines."
-    return graded("clocks", -apart, found, fix, warn=-1.0)
+    return graded("clocks", -difference, found, fix, warn=-1.0)
 
 
 def check_shared(folder: Path, hosts: Sequence[str]) -> Finding | None:
-    """Whether all machines see what one writes. None on one machine."""
+    """Whether all machines see a file that rank 0 writes. None on one machine."""
     if len(set(hosts)) == 1:
         return None
     mark = everyone(folder / f".dist_train-doctor-{secrets.token_hex(8)}")[0]
     is_main = dist.get_rank() == 0
-    # Errors are told as values, so that every rank takes part in each exchange.
+    # Errors are exchanged as values, so that every rank takes part in each exchange.
     written = everyone(_tried(mark.touch) if is_main else None)[0]
-    # Not touched before, so no cache says that it is absent.
+    # The name is new, so no cache of a network file system reports it as missing.
     answers = everyone(_tried(mark.exists))
     if is_main:
         _tried(lambda: mark.unlink(missing_ok=True))
@@ -201,7 +203,7 @@ def check_shared(folder: Path, hosts: Sequence[str]) -> Finding | None:
 
 
 def _tried(action: Callable[[], object]) -> object:
-    """What it gives, or the error of the disk."""
+    """The result of ``action``, or its OSError."""
     try:
         return action()
     except OSError as error:
@@ -209,7 +211,7 @@ def _tried(action: Callable[[], object]) -> object:
 
 
 def table(rates: Sequence[Rate], backend: str, world: int) -> Table:
-    """The rates for the terminal."""
+    """A table of the rates for the terminal."""
     view = Table(title=f"{backend}, {world} processes", title_justify="left")
     view.add_column("")
     for name in ("size", "time", "GB/s", "GB/s of a link"):

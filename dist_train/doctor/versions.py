@@ -1,4 +1,4 @@
-"""Is everything installed that the package needs, in versions that it works with?"""
+"""Check that all required packages are installed, in supported versions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dist_train.distributed.hardware import bad_pairs, cudnn_name
 from dist_train.doctor.finding import Finding, State
 
 PACKAGE = "dist_train"
-# Of which a line each is shown also when they are fine.
+# Packages that get a line of their own even if they are fine.
 SHOWN = ("torch", "accelerate", "deepspeed", "numpy")
-#: What runs without them is all but this.
+#: Optional packages, and the only features that need them.
 NEEDED_BY = {
     "deepspeed": "train.backend zero1, zero2 and zero3",
     "transformers": "train.backend zero1, zero2 and zero3",
@@ -28,7 +28,7 @@ NEEDED_BY = {
 
 
 def check_versions() -> Iterator[Finding]:
-    """Python and the packages, against what this package declares that it needs."""
+    """Compare Python and the packages with this package's declared requirements."""
     try:
         own = metadata.metadata(PACKAGE)
         needed = metadata.requires(PACKAGE) or []
@@ -36,12 +36,13 @@ def check_versions() -> Iterator[Finding]:
         yield Finding(
             "packages",
             "warn",
-            "dist_train is not installed, so what it needs is not known",
+            "dist_train is not installed, so its requirements are unknown",
             "Run 'pip install -e .' in the repository.",
         )
         return
     yield _python(platform.python_version(), own["Requires-Python"])
-    yield from judge_packages(needed, _installed())
+    installed = {_key(d.metadata["Name"]): d.version for d in metadata.distributions()}
+    yield from judge_packages(needed, installed)
 
 
 def _python(version: str, needed: str) -> Finding:
@@ -50,21 +51,16 @@ def _python(version: str, needed: str) -> Finding:
     return Finding("python", "bad", f"{version}, needed {needed}", "Install a newer Python.")
 
 
-def _installed() -> dict[str, str]:
-    """Versions by name as PyPI compares them."""
-    return {_key(d.metadata["Name"]): d.version for d in metadata.distributions()}
-
-
 def _key(name: str) -> str:
     return name.lower().replace("_", "-").replace(".", "-")
 
 
 def judge_packages(needed: Iterable[str], installed: Mapping[str, str]) -> Iterator[Finding]:
-    """A line for each package of ``SHOWN``, and each that is missing or of the wrong version.
+    """A finding for each package of ``SHOWN``, and for each missing or unsupported one.
 
     Args:
-        needed: requirements in the form of PEP 508; those of extras are left out.
-        installed: versions by lower-case name.
+        needed: requirements in the form of PEP 508; those of extras are skipped.
+        installed: versions by normalised name.
     """
     fine = 0
     for requirement in map(Requirement, needed):
@@ -88,11 +84,11 @@ def judge_packages(needed: Iterable[str], installed: Mapping[str, str]) -> Itera
 
 
 def judge_pair(torch: str, cudnn: int | None) -> Iterator[Finding]:
-    """torch and cuDNN together.
+    """Check the pair of torch and cuDNN against the known bad ones.
 
     Args:
-        torch: as ``torch.__version__``.
-        cudnn: as ``torch.backends.cudnn.version()``: None where there is none.
+        torch: ``torch.__version__``.
+        cudnn: ``torch.backends.cudnn.version()``; None without cuDNN.
     """
     if cudnn is None:
         yield Finding("torch and cuDNN", "ok", f"torch {torch} has no cuDNN: CPU only")

@@ -1,9 +1,8 @@
-"""The cheapest plan of recomputing whose activations fit into so many bytes.
+"""Choose the cheapest recompute modes whose activations fit into a budget of bytes.
 
-Each part of the network runs forward and backward once in each mode, on tensors that have shapes
-but no data (torch's FakeTensorMode), so that no memory and no GPU is needed. Counted are the bytes
-that are alive at each moment, and the work. How parts add up is then a sum, and there are few
-enough plans to look at all of them.
+Each part of the network runs forward and backward once in each mode, on tensors without data
+(torch's FakeTensorMode), so it needs no memory and no GPU. Live bytes and work are counted. The
+costs of the parts add up, and there are few enough combinations to try all.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ from dist_train.models.recompute import Recompute, run_part
 from dist_train.models.resnet3d import PARTS, RecomputePlan, ResNet3D
 
 MODES: tuple[Recompute, ...] = get_args(Recompute)
-#: Floating point operations that take as long as moving one byte: about what GPUs with tensor
-#: cores come to (V100 100, A100 150, H100 200 by their data sheets, and less in practice).
+#: Floating point operations that take as long as moving one byte. Data sheets of GPUs with tensor
+#: cores give 100 (V100), 150 (A100) and 200 (H100); practice gives less.
 OPERATIONS_A_BYTE = 100
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One part of the network in one mode.
+    """Cost of one part of the network in one mode.
 
     Attributes:
-        kept: bytes that are alive between its forward and its backward pass, with what goes into
-            it, but not what comes out.
-        peak: the most bytes that are alive while it runs, forward or backward, of what is its own.
+        kept: bytes alive between its forward and its backward pass, with its input, without its
+            output.
+        peak: the most bytes of its own that are alive while it runs forward or backward.
         work: of both passes, in bytes moved.
     """
 
@@ -48,14 +47,19 @@ class Cost:
     work: float
 
 
-#: By part, and then by mode.
+#: Costs by part, then by mode.
 Costs = Sequence[Mapping[Recompute, Cost]]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """``plan`` with the most bytes that its activations take at once, and what it costs: the work
-    of forward and backward pass over that of keeping all."""
+    """A recompute plan and its cost.
+
+    Attributes:
+        plan: one mode for each of ``PARTS``.
+        bytes: the most bytes of activations alive at once.
+        work: work of forward and backward pass, relative to the plan that recomputes nothing.
+    """
 
     plan: RecomputePlan
     bytes: int
@@ -63,8 +67,8 @@ class Choice:
 
 
 def choose_plan(costs: Costs, budget: int) -> Choice:
-    """The plan of least work of those whose activations fit into ``budget`` bytes; where there is
-    none, the one that takes the fewest bytes."""
+    """The plan of least work whose activations fit into ``budget`` bytes. If none fits: the plan
+    of fewest bytes."""
     plans = product(MODES, repeat=len(costs))
     choices = [weigh(cast(RecomputePlan, plan), costs) for plan in plans]
     fitting = [choice for choice in choices if choice.bytes <= budget]
@@ -74,15 +78,15 @@ def choose_plan(costs: Costs, budget: int) -> Choice:
 
 
 def weigh(plan: RecomputePlan, costs: Costs) -> Choice:
-    """What a plan takes."""
-    before, most, work = 0, 0, 0.0
-    for mode, of_part in zip(plan, costs, strict=True):
-        cost = of_part[mode]
-        # While a part runs backward, those behind it have been freed.
-        most = max(most, before + cost.peak)
-        before += cost.kept
+    """The bytes and the work of a plan."""
+    kept, peak, work = 0, 0, 0.0
+    for mode, part_costs in zip(plan, costs, strict=True):
+        cost = part_costs[mode]
+        # While a part runs backward, the later parts have been freed.
+        peak = max(peak, kept + cost.peak)
+        kept += cost.kept
         work += cost.work
-    return Choice(plan, most, work / sum(of_part["none"].work for of_part in costs))
+    return Choice(plan, peak, work / sum(part_costs["none"].work for part_costs in costs))
 
 
 def measure_parts(
@@ -90,10 +94,10 @@ def measure_parts(
     shape: Sequence[int],
     precision: torch.dtype | None = None,
 ) -> Costs:
-    """The costs of each part of ``PARTS`` for clips of ``shape`` [B, C, D, H, W], none of which is
-    padded: padded ones keep no more.
+    """Measure each of ``PARTS`` in each mode.
 
     Args:
+        shape: [B, C, D, H, W] of clips without padding; padded clips keep no more.
         precision: the dtype of autocast, if any.
 
     Raises:
@@ -104,20 +108,20 @@ def measure_parts(
         model = make_model()
         if not isinstance(model, ResNet3D):
             raise ModelError(
-                f"{type(model).__name__} has no parts of which a budget could choose",
+                f"{type(model).__name__} has no parts that can be recomputed",
                 where="model.activation_memory",
-                fix="Leave it out for this model.",
+                fix="Leave this setting out for this model.",
             )
         for parameter in model.parameters():
-            # The budget is that of activations.
+            # The budget covers activations, not gradients of parameters.
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
         x = torch.empty(shape)
         parts, _ = model.parts()
         for number, steps in enumerate(parts):
-            of_part = {}
+            part_costs = {}
             for mode in MODES:
-                of_part[mode], output = _measure(mode, steps, x, precision)
-            costs.append(of_part)
+                part_costs[mode], output = _measure(mode, steps, x, precision)
+            costs.append(part_costs)
             last = number == len(parts) - 1
             if not last:
                 x = torch.empty(output, dtype=precision).requires_grad_()
@@ -136,7 +140,7 @@ def _measure(
         with torch.autocast(x.device.type, precision, enabled=precision is not None):
             y = run_part(mode, steps, x)
         shape, edge = y.shape, get_gradient_edge(y)
-        # The output is kept by the next part, as what goes into it.
+        # The output counts for the next part, as its input.
         kept = meter.live - y.untyped_storage().nbytes()
         gradient = torch.empty_like(y)
         del y
@@ -150,7 +154,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the tensors that were made within it and are alive, and the work."""
+    """Counts the work, and the live bytes of tensors made inside this context."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -162,37 +166,37 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        made = func(*args, **kwargs)
-        used = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        places = {t.untyped_storage()._cdata for t in used}
-        # Others are views of what was there, as of weights, or are updated in place.
-        outputs = [t for t in tree_leaves(made) if isinstance(t, Tensor)]
-        new = [t for t in outputs if t.untyped_storage()._cdata not in places]
+        result = func(*args, **kwargs)
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        storages = {t.untyped_storage()._cdata for t in inputs}
+        # The other outputs are views of an input, or an input updated in place.
+        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        new = [t for t in outputs if t.untyped_storage()._cdata not in storages]
         for tensor in new:
             self.note(tensor)
         if func._overloadpacket in flop_registry:
-            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=made)
+            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
             self.work += flops / OPERATIONS_A_BYTE
         if new:
-            self.work += sum(t.numel() * t.element_size() for t in (*used, *new))
-        return made
+            self.work += sum(t.numel() * t.element_size() for t in (*inputs, *new))
+        return result
 
     def note(self, tensor: Tensor) -> None:
         """Count the memory of a tensor until it is freed."""
         storage = tensor.untyped_storage()
-        place, size = storage._cdata, storage.nbytes()
-        if place in self._known:
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._known:
             return
-        self._known.add(place)
+        self._known.add(address)
         self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, place, size)
+        weakref.finalize(storage, self._free, address, size)
 
-    def _free(self, place: int, size: int) -> None:
-        self._known.discard(place)
+    def _free(self, address: int, size: int) -> None:
+        self._known.discard(address)
         self.live -= size
 
 
 def in_units(size: float) -> str:
-    """Bytes, in GiB or MiB."""
+    """Bytes as text, in GiB or MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

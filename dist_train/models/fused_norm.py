@@ -1,13 +1,12 @@
-"""Batch normalisation with the shortcut's sum and ReLU, in as few readings of memory as it takes.
+"""Batch normalisation fused with the shortcut's sum and the ReLU, to read memory less often.
 
 ``F.batch_norm``, ``+`` and ``F.relu`` each read and write all activations, and padding costs two
-copies more. Here ``torch.compile`` makes two loops forward, for statistics and for the output, and
-two backward, for sums and for gradients. What a convolution gives is read once in each, and only it
-is kept, beside what the next layers keep anyway (as in-place activated batch normalisation has it,
-Rota Bulò et al. 2018, but without inverting).
+more copies. ``torch.compile`` makes two loops forward (statistics, output) and two backward (sums,
+gradients). Each reads the convolution's output once. Only that output is kept for the backward
+pass, as in in-place activated batch normalisation (Rota Bulò et al. 2018), but nothing is inverted.
 
-All of them work on rows: [F, P, C], the B * D frames, the H * W pixels, and the channels, which in
-``channels_last_3d`` is how a batch [B, C, D, H, W] lies in memory.
+The loops work on rows [F, P, C]: B * D frames, H * W pixels, C channels. That is the memory order
+of a batch [B, C, D, H, W] in ``channels_last_3d``.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from dist_train.models.padding import ValidFrames
 from dist_train.models.recompute_once import once
 from dist_train.models.sync_norm import AllReduce, Statistics
 
-#: Else the compiler stores what is summed twice, as large as the activations, and reads it again.
+#: Keeps the compiler from storing the summands, as large as the activations, between two sums.
 ONE_LOOP: dict[str, Any] = {"realize_reads_threshold": 100, "realize_opcount_threshold": 1000}
 
 
 def _loop(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled when it is first called: to ask for it takes seconds, and few runs need it."""
+    """Compile a function at its first call, as compiling takes seconds and few runs need it."""
 
     @cache
     def compiled() -> Callable[..., Any]:
@@ -75,14 +74,17 @@ def fused_norm(
     """Normalise the real frames of [B, C, D, H, W], add ``shortcut``, and rectify.
 
     Args:
-        origin: [C], in the dtype to accumulate in: values near the means, such as running ones,
-            around which sums of squares do not cancel (Chan, Golub & LeVeque 1983). Where
-            processes share statistics it must be the same in all.
-        all_reduce: with it, statistics are over all processes.
+        origin: [C], in the dtype to accumulate in: values near the means, such as the running
+            means. Sums of squares around them do not cancel (Chan, Golub & LeVeque 1983). It must
+            be equal in all processes that share statistics.
+        valid: real frames of ``x``.
+        shortcut: of the shape of ``x``; None adds nothing.
+        relu: apply a ReLU last.
+        all_reduce: if set, statistics cover all processes.
 
     Returns:
-        In the dtype of ``x``, channels last, and zero in padded frames, with the statistics that it
-        was normalised by. Gradients of weight and bias are those of this process's values.
+        (output in the dtype of ``x``, channels last, zero in padded frames; the statistics that
+        normalised it). Gradients of weight and bias come from this process's values only.
     """
     options = _Options(relu=relu, eps=eps, all_reduce=all_reduce)
     y, *statistics = _FusedNorm.apply(  # type: ignore[no-untyped-call]
@@ -98,8 +100,8 @@ class _Options(NamedTuple):
 
 
 class _Vectors(NamedTuple):
-    """Mean and biased variance [C], how many values they are of [1], and the scale and shift [C]
-    that normalise by them."""
+    """Mean [C], biased variance [C], number of values [1], and the scale [C] and shift [C] that
+    normalise."""
 
     mean: Tensor
     var: Tensor
@@ -122,24 +124,24 @@ class _FusedNorm(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         relu, eps, all_reduce = options
         rows = _rows(x), None if shortcut is None else _rows(shortcut), real
-        # Detached, as code would be compiled for each size that a Parameter has.
+        # Detached, as the compiler would make code for each size of a Parameter.
         parameters = origin, weight.detach(), bias.detach(), eps
-        done: list[Tensor] = []
+        outputs: list[Tensor] = []
 
-        def find() -> _Vectors:
-            found: _Vectors
+        def compute() -> _Vectors:
+            vectors: _Vectors
             if all_reduce is None:
-                y, found = _to_output(*rows, *parameters, relu)
-                done.append(y)
+                y, vectors = _to_output(*rows, *parameters, relu)
+                outputs.append(y)
             else:
                 sums = torch.cat(_sums(rows[0], real, origin)).double()
                 all_reduce(sums)
-                found = _vectors(*sums[:-1].chunk(2), sums[-1:], *parameters)
-            return found
+                vectors = _vectors(*sums[:-1].chunk(2), sums[-1:], *parameters)
+            return vectors
 
-        vectors = once(find)
-        y = _clips(done[0] if done else _output(*rows, vectors, relu), x)
-        # Where something was added, only the output tells which values were rectified.
+        vectors = once(compute)
+        y = _clips(outputs[0] if outputs else _output(*rows, vectors, relu), x)
+        # With a shortcut, only the output shows which values the ReLU set to zero.
         kept = y if shortcut is not None and relu else None
         ctx.save_for_backward(x, kept, weight, real, *vectors)
         ctx.options = options
@@ -152,29 +154,28 @@ class _FusedNorm(torch.autograd.Function):
         x, y, weight, real, *vectors = ctx.saved_tensors
         relu, eps, all_reduce = ctx.options
         rows = _rows(grads[0]), _rows(x), None if y is None else _rows(y), real
-        of_channels, options = _Vectors(*vectors), (eps, relu)
-        into_plus = ctx.needs_input_grad[1]
+        options = _Vectors(*vectors), eps, relu
+        with_shortcut = ctx.needs_input_grad[1]
         if all_reduce is None:
-            own, of_x, of_plus = _to_gradients(*rows, of_channels, *options, into_plus)
+            own_sums, grad_x, grad_shortcut = _to_gradients(*rows, *options, with_shortcut)
         else:
-            own = _gradient_sums(*rows, of_channels, *options)
-            sums = own.to(torch.float64, copy=True)
+            own_sums = _gradient_sums(*rows, *options)
+            sums = own_sums.to(torch.float64, copy=True)
             all_reduce(sums)
-            of_x, of_plus = _gradients(*rows, sums, of_channels, *options, into_plus)
-        of_plus = None if of_plus is None else _clips(of_plus, x)
-        of_bias, of_weight = own.to(weight.dtype).unbind()
-        return _clips(of_x, x), of_plus, of_weight, of_bias, None, None, None
+            grad_x, grad_shortcut = _gradients(*rows, sums, *options, with_shortcut)
+        grad_shortcut = None if grad_shortcut is None else _clips(grad_shortcut, x)
+        grad_bias, grad_weight = own_sums.to(weight.dtype).unbind()
+        return _clips(grad_x, x), grad_shortcut, grad_weight, grad_bias, None, None, None
 
 
-# --- what is computed -----------------------------------------------------------------------------
+# --- the computations -----------------------------------------------------------------------------
 
 
 def _sums_of(x: Tensor, real: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[C], [C] and [1]: sums around ``origin``, sums of squares around it, and how many values they
-    are of."""
+    """Sums [C] and sums of squares [C] around ``origin``, and the number of values [1]."""
     centred = torch.where(real, x.to(origin.dtype) - origin, 0.0)
     number = real.sum().to(origin.dtype).view(1) * x.shape[1]
-    # First within each frame: so they are more exact, and do not depend on the number of threads.
+    # Within each frame first: more exact, and independent of the number of threads.
     return centred.sum(1).sum(0), centred.square().sum(1).sum(0), number
 
 
@@ -208,7 +209,7 @@ def _output_of(
 def _before_relu(
     grad: Tensor, x: Tensor, y: Tensor | None, real: Tensor, vectors: _Vectors, relu: bool
 ) -> Tensor:
-    """The gradient of what is rectified, in the dtype of the vectors; in padded frames 0."""
+    """The gradient before the ReLU, in the dtype of the vectors; 0 in padded frames."""
     if relu:
         real = real & ((x * vectors.scale + vectors.shift if y is None else y) > 0)
     return torch.where(real, grad.to(vectors.scale.dtype), 0.0)
@@ -223,12 +224,11 @@ def _gradient_sums_of(
     eps: float,
     relu: bool,
 ) -> Tensor:
-    """[2, C], the gradients of bias and weight: sums of the gradient of what is normalised, and of
-    it times the normalised values."""
+    """The gradients of bias and weight: [2, C]."""
     grad = _before_relu(grad, x, y, real, vectors, relu)
     centred = x.to(vectors.mean.dtype) - vectors.mean
-    of_weight = (grad * centred).sum(1).sum(0) * (vectors.var + eps).rsqrt()
-    return torch.stack([grad.sum(1).sum(0), of_weight])
+    grad_weight = (grad * centred).sum(1).sum(0) * (vectors.var + eps).rsqrt()
+    return torch.stack([grad.sum(1).sum(0), grad_weight])
 
 
 def _gradients_of(
@@ -240,19 +240,19 @@ def _gradients_of(
     vectors: _Vectors,
     eps: float,
     relu: bool,
-    into_plus: bool,
+    with_shortcut: bool,
 ) -> tuple[Tensor, Tensor | None]:
     # weight / std * (g - mean(g) - normalised * mean(g * normalised)), by powers of x.
-    of_all, of_normalised = (sums / vectors.number).to(vectors.scale.dtype).unbind()
-    of_x = -vectors.scale * (vectors.var + eps).rsqrt() * of_normalised
-    constant = -vectors.scale * of_all - of_x * vectors.mean
+    mean_grad, mean_product = (sums / vectors.number).to(vectors.scale.dtype).unbind()
+    x_factor = -vectors.scale * (vectors.var + eps).rsqrt() * mean_product
+    constant = -vectors.scale * mean_grad - x_factor * vectors.mean
     dtype = grad.dtype
     grad = _before_relu(grad, x, y, real, vectors, relu)
-    into_x = torch.where(real, grad * vectors.scale + x * of_x + constant, 0.0)
-    return into_x.to(dtype), grad.to(dtype) if into_plus else None
+    grad_x = torch.where(real, grad * vectors.scale + x * x_factor + constant, 0.0)
+    return grad_x.to(dtype), grad.to(dtype) if with_shortcut else None
 
 
-# --- what is compiled -----------------------------------------------------------------------------
+# --- compiled -------------------------------------------------------------------------------------
 
 _sums = _loop(_sums_of)
 _vectors = _loop(_vectors_of)
@@ -261,7 +261,7 @@ _gradient_sums = _loop(_gradient_sums_of)
 _gradients = _loop(_gradients_of)
 
 
-# Where no process has to be asked in between, all of a pass in one call, which costs the host less.
+# Without an all-reduce in between, one call per pass costs the host less.
 
 
 @_loop
@@ -288,10 +288,10 @@ def _to_gradients(
     vectors: _Vectors,
     eps: float,
     relu: bool,
-    into_plus: bool,
+    with_shortcut: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     sums = _gradient_sums_of(grad, x, y, real, vectors, eps, relu)
-    return sums, *_gradients_of(grad, x, y, real, sums, vectors, eps, relu, into_plus)
+    return sums, *_gradients_of(grad, x, y, real, sums, vectors, eps, relu, with_shortcut)
 
 
 # --- rows and clips -------------------------------------------------------------------------------
@@ -299,20 +299,19 @@ def _to_gradients(
 
 def _rows(x: Tensor) -> Tensor:
     """[B, C, D, H, W] as [F, P, C]; a copy unless it is channels last."""
-    batch, channels, depth, height, width = x.shape
-    rows = x.permute(0, 2, 3, 4, 1).reshape(batch * depth, height * width, channels)
-    # By .data it is no view, whose base the compiler would make code for.
-    return rows.data
+    # .data drops the view's base, for which the compiler would make other code.
+    return x.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1).data
 
 
 def _clips(rows: Tensor, like: Tensor) -> Tensor:
+    """[F, P, C] as [B, C, D, H, W], of the shape of ``like``."""
     batch, channels, depth, height, width = like.shape
     return rows.view(batch, depth, height, width, channels).permute(0, 4, 1, 2, 3)
 
 
 def _real(valid: ValidFrames | None, x: Tensor) -> Tensor:
-    """bool [F, 1, 1] on the device. Also of a batch without padding, so that loops are compiled
-    once."""
+    """bool [F, 1, 1] on the device. A batch without padding gets one too, so that the loops are
+    compiled once."""
     if valid is None:
         return torch.ones(x.shape[0] * x.shape[2], 1, 1, dtype=torch.bool, device=x.device)
     return valid.on_device.view(-1, 1, 1).data

@@ -1,4 +1,4 @@
-"""How many elements the largest tensor of a forward pass has."""
+"""The size of the largest tensor of a forward pass."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch.utils._pytree import tree_leaves
 
 from dist_train.models.resnet3d import ResNet3D
 
-#: Kernels of CUDA index with 32 bits up to here (torch's ``canUse32BitIndexMath``). Of larger
-#: tensors torch's convolutions do without cuDNN, or cut the batch, and others take slower paths.
+#: CUDA kernels index with 32 bits up to this many elements (torch's ``canUse32BitIndexMath``).
+#: Beyond it torch's convolutions leave cuDNN or split the batch; other kernels take slower paths.
 INDEXED_BY_32_BITS = 2**31 - 1
 
 
 def largest_tensor(make_model: Callable[[], nn.Module], shape: Sequence[int]) -> int:
-    """Elements of the largest tensor that the forward pass of clips [B, C, D, H, W] makes.
+    """Elements of the largest tensor in the forward pass of clips of ``shape`` [B, C, D, H, W].
 
-    The model is made and run on the meta device, whose tensors have shapes but no data: this takes
-    a third of a second for a ResNet-101, and no memory. It is proportional to B.
+    The model runs on the meta device, whose tensors have no data: a third of a second for a
+    ResNet-101, and no memory. The result is proportional to B.
     """
     with torch.device("meta"), torch.no_grad():
-        # Training makes the same tensors, but refuses statistics of a single voxel.
+        # Training mode makes the same tensors, but refuses statistics of a single voxel.
         model = make_model().eval()
         assert isinstance(model, ResNet3D)
         x = torch.empty(tuple(shape))
@@ -45,8 +45,8 @@ class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor):
                 self.elements = max(self.elements, tensor.numel())
-        return made
+        return outputs

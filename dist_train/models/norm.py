@@ -1,7 +1,6 @@
-"""Batch normalisation over real frames, whose statistics can be shared by several processes.
+"""Batch normalisation over real frames, with statistics of one process or of all.
 
-What is set for a whole model is here too: who shares statistics (``share_statistics``), and how
-fast running ones move (``set_momentum``).
+``share_statistics``, ``fuse`` and ``set_momentum`` set all layers of a model.
 """
 
 from __future__ import annotations
@@ -17,28 +16,27 @@ from dist_train.models.fused_norm import fused_norm
 from dist_train.models.padding import ValidFrames
 from dist_train.models.recompute_once import is_repeated
 from dist_train.models.rematerialize import recomputable
-from dist_train.models.running import count_batch, move
+from dist_train.models.running import count_batch, update_running
 from dist_train.models.sync_norm import AllReduce, Statistics, shared_batch_norm, shared_statistics
 
-#: Told the mean, the biased variance ([C] each) and the count of values of each training batch.
+#: Called with the mean [C], biased variance [C] and count [] of values of each training batch.
 Observer = Callable[[Tensor, Tensor, Tensor], None]
 
 
 class BatchNorm3d(nn.BatchNorm3d):
     """Batch normalisation (Ioffe & Szegedy 2015) of clips padded in depth.
 
-    On a batch without padding it is ``torch.nn.BatchNorm3d``. On one with padding, real frames are
-    normalised, in training mode by statistics over real frames alone, and padded frames become
-    zero. So what the next convolution sees behind a clip's last frame is what it would have padded
-    the clip with itself, and not this layer's bias.
+    Without padding it equals ``torch.nn.BatchNorm3d``. With padding, statistics and normalisation
+    cover real frames only, and padded frames become zero. So behind a clip's last frame the next
+    convolution sees its own zero padding, not this layer's bias.
 
     Attributes:
-        all_reduce: with it, statistics in training mode are over the real frames of all processes.
-        observer: with it, running statistics stay as they are, and it is told those of the batch.
-        fused: in training mode, all is done by the compiled loops of fused_norm.py.
+        all_reduce: if set, training statistics cover the real frames of all processes.
+        observer: if set, it receives the batch statistics, and running statistics do not change.
+        fused: use the compiled loops of fused_norm.py in training mode.
     """
 
-    # Always there with the default arguments; the base class allows None.
+    # Never None with the default arguments, though the base class allows it.
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
@@ -61,9 +59,9 @@ class BatchNorm3d(nn.BatchNorm3d):
         """Normalise [B, C, D, H, W]; keep its dtype and memory format.
 
         Args:
-            valid: its real frames.
-            shortcut: is added to what is normalised; zero in padded frames.
-            relu: rectify the sum.
+            valid: real frames of ``input``.
+            shortcut: added after normalisation, of the input's shape, zero in padded frames.
+            relu: apply a ReLU last.
 
         Raises:
             ModelError: in training mode, a channel has a single value, which has no variance.
@@ -83,10 +81,10 @@ class BatchNorm3d(nn.BatchNorm3d):
         self, x: Tensor, valid: ValidFrames | None, shortcut: Tensor | None, relu: bool
     ) -> Tensor:
         if self.all_reduce is None and (valid is None or x.shape[0] == 1):
-            # Of several padded clips each has a real frame, and to count them all may make the
-            # host wait.
+            # Several padded clips have a real frame each, so more than one value; counting them
+            # may make the host wait.
             frames = x.shape[0] * x.shape[2] if valid is None else len(valid.index)
-            self._check_number(frames * x.shape[3] * x.shape[4])
+            self._check_count(frames * x.shape[3] * x.shape[4])
         y, statistics = fused_norm(
             x,
             self.weight,
@@ -98,11 +96,11 @@ class BatchNorm3d(nn.BatchNorm3d):
             eps=self.eps,
             all_reduce=self.all_reduce,
         )
-        self._note(statistics)
+        self._update(statistics)
         return y
 
-    def _check_number(self, of_values: int) -> None:
-        if of_values == 1:
+    def _check_count(self, values: int) -> None:
+        if values == 1:
             raise ModelError(
                 "batch statistics of a single value per channel",
                 where=f"batch normalisation of {self.num_features} channels",
@@ -110,15 +108,19 @@ class BatchNorm3d(nn.BatchNorm3d):
             )
 
     def _normalise(self, x: Tensor) -> Tensor:
-        """Of images [N, C, H, W]."""
+        """Normalise images [N, C, H, W]."""
         if not self.training:
             return self._batch_norm(x, self.running_mean, self.running_var)
         if self.all_reduce is not None:
-            return self._normalise_by_shared(x, self.all_reduce)
-        self._check_number(x.numel() // x.shape[1])
+            statistics = shared_statistics(x, self.running_mean, self.all_reduce)
+            self._update(statistics)
+            return shared_batch_norm(
+                x, self.weight, self.bias, statistics, self.eps, self.all_reduce
+            )
+        self._check_count(x.numel() // x.shape[1])
         if is_repeated():
-            # The update goes to copies. Passing no statistics at all would change what autograd
-            # saves, which checkpointing requires to be the same in both passes.
+            # Update copies. With None, autograd would save other tensors than in the first pass,
+            # which checkpointing does not allow.
             return self._batch_norm(x, self.running_mean.clone(), self.running_var.clone())
         if self.observer is not None:
             mean, var = self.running_mean.clone(), self.running_var.clone()
@@ -135,53 +137,50 @@ class BatchNorm3d(nn.BatchNorm3d):
         momentum = self.momentum if momentum is None else momentum
         return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, momentum, self.eps)
 
-    def _normalise_by_shared(self, x: Tensor, all_reduce: AllReduce) -> Tensor:
-        statistics = shared_statistics(x, self.running_mean, all_reduce)
-        self._note(statistics)
-        return shared_batch_norm(x, self.weight, self.bias, statistics, self.eps, all_reduce)
-
-    def _note(self, statistics: Statistics) -> None:
-        """Let the observer know, or move the running statistics."""
+    def _update(self, statistics: Statistics) -> None:
+        """Pass the batch statistics to the observer, or update the running ones."""
         if is_repeated():
             return
         if self.observer is not None:
             self.observer(*statistics)
             return
         count_batch(self.num_batches_tracked)
-        move(self.running_mean, self.running_var, statistics, self.momentum)
+        update_running(self.running_mean, self.running_var, statistics, self.momentum)
 
 
 def _joined_frames(x: Tensor) -> Tensor:
-    """[B, C, D, H, W] as images [B, C, D * H, W]: a view, in either memory format.
+    """View [B, C, D, H, W] as images [B, C, D * H, W], in either memory format.
 
-    Statistics of a channel are the same. CUDA has fast kernels for channels last in 4-D only, and
-    takes its general ones, without cuDNN, for 5-D. CPUs compute the same bits in the same time.
+    Channel statistics are the same. CUDA's fast channels-last kernels take 4-D tensors only; 5-D
+    ones go to general kernels without cuDNN. CPUs compute the same bits in the same time.
     """
     return x.flatten(2, 3)
 
 
 def norms(model: nn.Module) -> Iterator[BatchNorm3d]:
-    """All normalisation layers, in the order of registration."""
+    """All normalisation layers, in order of registration."""
     return (module for module in model.modules() if isinstance(module, BatchNorm3d))
 
 
 def share_statistics(model: nn.Module, all_reduce: AllReduce | None) -> None:
     """Normalise by statistics over the real frames of all processes, in training mode.
 
-    What SyncBatchNorm does on CUDA, for clips padded in depth and on any device. Every process must
-    run the same layers in the same order; shapes, lengths and modes of recomputing may differ.
+    Like SyncBatchNorm, but for clips padded in depth and on any device. All processes must run the
+    same layers in the same order. Shapes, lengths and recompute modes may differ.
 
     Args:
-        all_reduce: sums a float64 tensor over the processes, in place. It is called once a layer in
-            the forward pass and once in the backward pass. None: each process on its own again.
+        all_reduce: sums a float64 tensor over the processes, in place. Each layer calls it once in
+            the forward pass and once in the backward pass. None: statistics per process.
     """
     for norm in norms(model):
         norm.all_reduce = all_reduce
 
 
 def fuse(model: nn.Module) -> None:
-    """Normalise by compiled loops in training mode, with the sum and the ReLU behind it. Rounding
-    differs; ``fused_norm.check_compiler`` tells whether it can be done on a device."""
+    """Fuse normalisation, shortcut and ReLU into compiled loops in training mode.
+
+    Only rounding changes. ``fused_norm.check_compiler`` checks whether a device supports it.
+    """
     for norm in norms(model):
         norm.fused = True
 
@@ -190,7 +189,7 @@ def set_momentum(model: nn.Module, momentum: float) -> None:
     """Set the weight of the newest batch in running statistics.
 
     Raises:
-        ModelError: it is not above 0 and at most 1.
+        ModelError: ``momentum`` is outside of (0, 1].
     """
     if not 0.0 < momentum <= 1.0:
         raise ModelError(f"momentum is {momentum}", fix="Give more than 0 and at most 1")

@@ -1,8 +1,8 @@
-"""Statistics of the population for batch normalisation, in place of moving averages.
+"""Population statistics for batch normalisation, in place of moving averages.
 
-PreciseBN (Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3): moving averages lag
-behind weights that move and weigh the last batches most; statistics taken of many batches with the
-weights as they are do neither.
+PreciseBN (Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3). Moving averages lag
+behind the weights and favour the last batches. Precise statistics are taken over many batches with
+fixed weights.
 """
 
 from __future__ import annotations
@@ -21,48 +21,48 @@ from dist_train.models.sync_norm import AllReduce
 
 @contextmanager
 def precise_statistics(model: nn.Module, all_reduce: AllReduce | None = None) -> Iterator[None]:
-    """Within it, run ``model`` in training mode on many batches; no gradients are needed.
+    """Set running statistics from all batches that ``model`` sees inside this context.
 
-    At the end running means and variances are those of all real values that each layer saw: the
-    mean of the batches' means and of their squares, weighted by counts, and E[x^2] - E[x]^2. Within
-    it they do not move. After an error they are what they were.
+    Inside it, run ``model`` in training mode on many batches; gradients are not needed. On exit
+    each layer's running mean is E[x] and its running variance E[x^2] - E[x]^2 over all real values.
+    Until then, and after an error, the running statistics are unchanged.
 
     Args:
-        all_reduce: sums a float64 tensor over the processes, in place; it is called once, at the
-            end, and gives every process the statistics of all. Needed whether or not processes
-            share the statistics that they normalise by.
+        all_reduce: sums a float64 tensor over the processes, in place. Called once, on exit, so
+            that every process gets the statistics of all. Needed with several processes, whether or
+            not they share batch statistics.
 
     Raises:
-        ModelError: at the end, a layer saw no batch in any process.
+        ModelError: on exit, a layer saw no batch in any process.
     """
     layers = list(norms(model))
     sums = [torch.zeros(2 * n.num_features + 1, dtype=torch.float64) for n in layers]
     sums = [s.to(n.running_mean.device) for s, n in zip(sums, layers, strict=True)]
-    for norm, of_norm in zip(layers, sums, strict=True):
-        norm.observer = _adder(of_norm)
+    for norm, norm_sums in zip(layers, sums, strict=True):
+        norm.observer = _adder(norm_sums)
     try:
         yield
     finally:
         for norm in layers:
             norm.observer = None
-    together = torch.cat(sums)
+    all_sums = torch.cat(sums)
     if all_reduce is not None:
-        all_reduce(together)
-    sums = list(torch.split(together, [len(s) for s in sums]))
-    if any(float(of_norm[-1]) == 0 for of_norm in sums):
+        all_reduce(all_sums)
+    sums = list(torch.split(all_sums, [len(s) for s in sums]))
+    if any(float(norm_sums[-1]) == 0 for norm_sums in sums):
         raise ModelError(
-            "a batch normalisation saw no batch",
-            where="statistics of the population",
+            "a batch normalisation layer saw no batch",
+            where="population statistics",
             fix="Run the model in training mode on at least one batch",
         )
-    for norm, of_norm in zip(layers, sums, strict=True):
-        mean, square = (of_norm[:-1] / of_norm[-1]).chunk(2)
+    for norm, norm_sums in zip(layers, sums, strict=True):
+        mean, square = (norm_sums[:-1] / norm_sums[-1]).chunk(2)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_((square - mean.square()).clamp(min=0.0))
 
 
 def _adder(sums: Tensor) -> Observer:
-    """An observer that adds count * mean, count * mean of squares, and count to [2C + 1]."""
+    """An observer that adds count * E[x], count * E[x^2] and count to ``sums`` [2C + 1]."""
 
     def add(mean: Tensor, var: Tensor, count: Tensor) -> None:
         mean, var, count = mean.double(), var.double(), count.double().view(1)
@@ -71,16 +71,15 @@ def _adder(sums: Tensor) -> Observer:
     return add
 
 
-# What running statistics change in what a model says.
-
-
 @torch.no_grad()
 def by_running_and_own_statistics(model: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:
-    """Output of ``model(*inputs)`` in eval mode, and the same but for normalisation, which is by
-    the statistics of the batch itself, as in training.
+    """Outputs of ``model(*inputs)`` normalised by running statistics, and by the batch's own.
 
-    Nothing else differs: there is no dropout, and running statistics do not move. Afterwards the
-    model is in the mode that it was in. Where processes share statistics, all must call it.
+    Both are in eval mode otherwise: no dropout, and running statistics do not change. The model's
+    mode is restored. If processes share statistics, all must call this.
+
+    Returns:
+        (by running statistics, by the batch's own statistics).
     """
     training = model.training
     model.eval()
@@ -88,14 +87,10 @@ def by_running_and_own_statistics(model: nn.Module, *inputs: Any) -> tuple[Tenso
     try:
         for norm in norms(model):
             norm.train()
-            norm.observer = _ignore
+            norm.observer = lambda *_: None
         by_own: Tensor = model(*inputs)
     finally:
         for norm in norms(model):
             norm.observer = None
         model.train(training)
     return by_running, by_own
-
-
-def _ignore(mean: Tensor, var: Tensor, count: Tensor) -> None:
-    """An observer to which batches do not matter."""

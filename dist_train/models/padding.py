@@ -1,7 +1,7 @@
-"""Which frames of a batch padded in depth are real.
+"""The real frames of a batch that is padded in depth.
 
-Throughout ``models``, a ``ValidFrames | None`` goes along with a batch; None stands for a batch
-without padding, which then costs nothing extra.
+Throughout ``models`` a ``ValidFrames | None`` accompanies a batch. None means no padding, and costs
+nothing.
 """
 
 from functools import cached_property
@@ -16,8 +16,8 @@ class ValidFrames:
     """The real frames of a batch [B, C, D, H, W].
 
     Attributes:
-        mask: bool [B, D], true on real frames; on the CPU, or where the depths were given.
-        on_device: the same on the batch's device.
+        mask: bool [B, D], true on real frames, on the device on which the depths were given.
+        on_device: the same mask on the batch's device.
     """
 
     def __init__(self, mask: Tensor, device: torch.device) -> None:
@@ -26,10 +26,12 @@ class ValidFrames:
 
     @cached_property
     def index(self) -> Tensor:
-        """int64 [N] on the batch's device, the places of the N real frames among B * D. Of a mask
-        on the CPU; of another one the host waits for the device to know N."""
-        found = self.mask.flatten().nonzero().squeeze(1)
-        return found.to(self.on_device.device, non_blocking=True)
+        """Positions of the N real frames among B * D: int64 [N] on the batch's device.
+
+        If the mask is on a GPU, the host waits for it to learn N.
+        """
+        positions = self.mask.flatten().nonzero().squeeze(1)
+        return positions.to(self.on_device.device, non_blocking=True)
 
     def gather(self, x: Tensor) -> Tensor:
         """Take the real frames of [B, C, D, H, W] as a batch of images [N, C, H, W]."""
@@ -38,9 +40,10 @@ class ValidFrames:
         return frames.index_select(0, self.index).permute(0, 3, 1, 2)
 
     def scatter(self, images: Tensor, like: Tensor) -> Tensor:
-        """Put [N, C, H, W] back among zeros, in the shape and memory format of ``like``.
+        """Inverse of ``gather``: [N, C, H, W] to [B, C, D, H, W], padded frames zero.
 
-        The result may be a view, on which autograd copies for an operation in place.
+        The result has the shape and memory format of ``like``. It may be a view, so an in-place
+        operation on it costs autograd a copy.
         """
         batch, channels, depth, height, width = like.shape
         frames = images.new_zeros(batch * depth, height, width, channels)
@@ -53,13 +56,13 @@ def valid_frames(frames: Tensor | None, clips: Tensor) -> ValidFrames | None:
     """Find the padding of a batch.
 
     Args:
-        frames: integer [B], the true depth of each clip, whose real frames come first; None when
-            all frames are real. On the CPU they are checked; on a GPU they are taken as they are,
-            as reading them would wait for it.
+        frames: integer [B], the number of real frames of each clip, which come first. None: all
+            frames are real. A CPU tensor is checked; a GPU tensor is not, as reading it would make
+            the host wait.
         clips: [B, C, D, H, W].
 
     Returns:
-        None if no clip is padded, as far as the host knows.
+        The real frames; None if the host knows that no clip is padded.
 
     Raises:
         ModelError: ``frames`` is not one integer from 1 to D for each clip.
@@ -88,10 +91,10 @@ def valid_frames(frames: Tensor | None, clips: Tensor) -> ValidFrames | None:
 
 
 def strided(valid: ValidFrames | None, stride: int) -> ValidFrames | None:
-    """The real frames behind a convolution or pooling of kernel 2p + 1 and padding p.
+    """The real output frames of a convolution or pooling with kernel 2p + 1 and padding p.
 
-    Output frame j is centred on input frame ``stride * j`` and is real when that frame is. A clip
-    of L frames leaves with (L - 1) // stride + 1: as many as it would have alone.
+    Output frame j is centred on input frame ``stride * j``, and is real if that frame is. A clip of
+    L frames gets (L - 1) // stride + 1 real output frames, as many as without padding.
     """
     if valid is None or stride == 1:
         return valid
@@ -99,7 +102,7 @@ def strided(valid: ValidFrames | None, stride: int) -> ValidFrames | None:
 
 
 def clear_padding(x: Tensor, valid: ValidFrames | None) -> Tensor:
-    """Set the padded frames of [B, C, D, H, W] to zero, whatever they hold."""
+    """Set the padded frames of [B, C, D, H, W] to zero, also if they hold NaN."""
     if valid is None:
         return x
     real = valid.on_device[:, None, :, None, None]

@@ -1,12 +1,12 @@
 """Activation checkpointing (Chen et al. 2016) of a part of the network, in four modes.
 
-    none    keep all that the backward pass needs
-    cheap   make again what costs little: normalised and rectified tensors, expanding 1x1x1
-            convolutions, the pooling's indices
-    block   keep only what goes into each block, and run each again
-    stage   keep only what goes into the part, and run it again as one
+    none    keep every tensor that the backward pass needs
+    cheap   recompute cheap tensors: normalised and rectified ones, expanding 1x1x1 convolutions,
+            the pooling's indices
+    block   keep the input of each block; run each block again
+    stage   keep the input of the part; run the whole part again
 
-docs/activations.md has what each of them keeps and costs.
+docs/activations.md lists the memory and the time of each mode.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Step = Callable[[Tensor], Tensor]
 
 
 def run_part(mode: Recompute, blocks: Sequence[Step], x: Tensor) -> Tensor:
-    """Run blocks one after the other.
+    """Run blocks in order.
 
-    Loss, gradients, buffers and the random state are those of mode "none", to the bit: what runs
-    again draws the same random numbers and leaves running statistics alone. Where no gradient is
-    recorded, every mode is "none".
+    Loss, gradients, buffers and the random state are bit-identical in all modes: a second run draws
+    the same random numbers and does not update running statistics. Without gradients every mode
+    is "none".
     """
     if mode == "none" or not torch.is_grad_enabled():
         return _chain(blocks, x)

@@ -1,4 +1,4 @@
-"""A piece of the network that runs twice, of which some things must happen only once."""
+"""Side effects that happen once although activation checkpointing runs the forward pass twice."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# The lists that open first passes note in, and what the open second pass takes from.
+# The result lists of the open first passes, and the results that the open second pass replays.
 _notes: ContextVar[tuple[list[Any], ...]] = ContextVar("_notes", default=())
 _noted: ContextVar[Iterator[Any] | None] = ContextVar("_noted", default=None)
 
 
 class TwoPasses:
-    """The forward pass of a piece of the network, and its repetition in the backward pass.
+    """The forward pass of a part of the network, and its recomputation in the backward pass.
 
-    What the piece does through ``once`` is done in the first pass alone; each second pass, of which
-    there are several when a graph is kept for more than one backward pass, gets the same results in
-    the same order. A first pass may hold others.
+    A call through ``once`` runs in the first pass only. Each second pass gets the same results in
+    the same order; a graph that is kept for several backward passes has several second passes.
+    First passes may be nested.
     """
 
     def __init__(self) -> None:
@@ -30,12 +30,12 @@ class TwoPasses:
         return _Context(_notes, lambda: (*_notes.get(), self._results))
 
     def second(self) -> AbstractContextManager[None]:
-        """The context of a repetition; can be entered again."""
+        """The context of a recomputation; can be entered again."""
         return _Context(_noted, lambda: iter(self._results))
 
 
 def once(compute: Callable[[], T]) -> T:
-    """``compute()``; in a second pass, what it gave in the first one."""
+    """``compute()``; in a second pass, its result from the first pass."""
     noted = _noted.get()
     if noted is not None:
         repeated: T = next(noted)
@@ -47,12 +47,12 @@ def once(compute: Callable[[], T]) -> T:
 
 
 def is_repeated() -> bool:
-    """Whether this is a second pass, which leaves buffers alone."""
+    """Whether this is a second pass, in which buffers must not change."""
     return _noted.get() is not None
 
 
 class _Context(AbstractContextManager[None]):
-    """A context variable set for a while. Other than a generator's, it can be entered again."""
+    """Sets a context variable. Unlike a ``contextmanager``, it can be entered again."""
 
     def __init__(self, variable: ContextVar[Any], value: Callable[[], Any]) -> None:
         self._variable, self._value = variable, value

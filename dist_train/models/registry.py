@@ -17,7 +17,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_model(name: str, **settings: Any) -> nn.Module:
-    """Build a model with fresh weights, drawn from torch's random state.
+    """Build a model with fresh weights, drawn from torch's global random state.
 
     Args:
         name: a key of ``MODELS``, such as "resnet3d-101".

@@ -1,4 +1,4 @@
-"""ResNet in 3D for clips of unequal depth, one logit each (Hara et al. 2017, 2018).
+"""3D ResNet for clips of unequal depth; one logit per clip (Hara et al. 2017, 2018).
 
 The networks of He et al. (2016) with kernels of 3x3x3 and projection shortcuts (type B). For clips
 of D frames of H x W pixels, width w and the default stem:
@@ -29,17 +29,21 @@ from dist_train.models.norm import BatchNorm3d
 from dist_train.models.padding import ValidFrames, clear_padding, strided, valid_frames
 from dist_train.models.recompute import Recompute, Step, run_part
 from dist_train.models.rematerialize import forget, recomputable
-from dist_train.models.running import moved_together
+from dist_train.models.running import batched_updates
 
-#: A mode for the stem with its pooling, and for each of the layers 1 to 4.
+#: One mode each for the stem (with its pooling) and layers 1 to 4.
 RecomputePlan = tuple[Recompute, Recompute, Recompute, Recompute, Recompute]
 PARTS = ("stem", "layer1", "layer2", "layer3", "layer4")
 NOTHING_TWICE: RecomputePlan = ("none", "none", "none", "none", "none")
 
 
 class ConvNorm(nn.Module):
-    """A convolution, with padding of half its kernel, batch normalisation for its bias, and, if
-    ``relu``, rectification of that and of what is added to it. ``folded``: by space to depth."""
+    """Convolution without bias (padding: half the kernel), batch normalisation, optional ReLU.
+
+    Args:
+        relu: apply a ReLU, after the shortcut is added.
+        folded: compute the convolution by space to depth (``FoldedConv3d``).
+    """
 
     def __init__(
         self,
@@ -56,19 +60,23 @@ class ConvNorm(nn.Module):
         self.conv = make(in_channels, channels, kernel, stride, padding=kernel // 2, bias=False)
         self.norm = BatchNorm3d(channels)
         self.relu = relu
-        # Its output is larger than its input and costs little, so that making it again pays.
+        # The output is larger than the input and cheap, so recomputing it pays.
         self.is_cheap = kernel == 1 and channels > in_channels
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(
         self, x: Tensor, valid: ValidFrames | None = None, shortcut: Tensor | None = None
     ) -> Tensor:
-        """Map [B, C, D, H, W] to [B, C', D', H', W'], of which ``valid`` are the real frames, and
-        add ``shortcut``."""
+        """Map [B, C, D, H, W] to [B, C', D', H', W'].
+
+        Args:
+            valid: real frames of the output.
+            shortcut: added before the ReLU, of the output's shape.
+        """
         x = recomputable(self.conv, x) if self.is_cheap else self.conv(x)
         if self.relu and shortcut is None:
             return recomputable(self._rectified, x, valid)
-        # What goes into the next block is kept in any case.
+        # The block's output is the next block's input, which is kept in every mode.
         y: Tensor = self.norm(x, valid, shortcut=shortcut, relu=self.relu)
         return y
 
@@ -78,10 +86,10 @@ class ConvNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """What the two kinds of block share: ``channels * expansion`` channels out, and a shortcut.
+    """Base of both kinds of block: ``channels * expansion`` output channels, and a shortcut.
 
-    A block maps [B, C, D, H, W] to [B, C', D', H', W']; ``before`` and ``after`` are the real
-    frames of the one and of the other.
+    A block maps [B, C, D, H, W] to [B, C', D', H', W']. ``before`` and ``after`` are the real
+    frames of its input and of its output.
     """
 
     expansion: ClassVar[int]
@@ -96,12 +104,12 @@ class ResidualBlock(nn.Module):
         )
 
     def passed_by(self, x: Tensor, after: ValidFrames | None) -> Tensor:
-        """What is added to the residual."""
+        """The shortcut branch: identity, or a 1x1x1 projection."""
         return x if self.shortcut is None else cast(Tensor, self.shortcut(x, after))
 
 
 class BasicBlock(ResidualBlock):
-    """3x3x3, 3x3x3."""
+    """Two 3x3x3 convolutions."""
 
     expansion = 1
 
@@ -119,7 +127,7 @@ class BasicBlock(ResidualBlock):
 
 
 class Bottleneck(ResidualBlock):
-    """1x1x1, 3x3x3, and 1x1x1 to four times the channels."""
+    """1x1x1, 3x3x3 and 1x1x1 convolutions; the last has four times the channels."""
 
     expansion = 4
 
@@ -147,29 +155,28 @@ BLOCKS: dict[int, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]
     152: (Bottleneck, (3, 8, 36, 3)),
     200: (Bottleneck, (3, 24, 36, 3)),
 }
-"""Depth to the kind of block, and how many of them layers 1 to 4 have."""
+"""Depth -> (block class, number of blocks in layers 1 to 4)."""
 
 
 class ResNet3D(nn.Module):
-    """The table above.
+    """The network of the table above.
 
-    Padding in depth changes nothing: in eval mode a clip's logit is the same alone, among any
-    others and at any padding; in training mode loss and gradients are those of the real frames.
+    Padding in depth does not change results. In eval mode a clip's logit is the same alone, in any
+    batch and at any padding. In training mode loss and gradients depend on real frames only.
 
-    Convolutions start from Kaiming normal weights (fan-out) and normalisation from scale 1, bias 0,
-    as in Hara et al. That holds for the last scale of a residual branch too: from 0 (Goyal et al.
-    2017) the branch's other weights would get no gradient in the first step.
+    Initialisation follows Hara et al.: convolutions from Kaiming normal (fan-out), normalisation
+    from scale 1 and bias 0. The last scale of a residual branch also starts at 1: from 0 (Goyal et
+    al. 2017) the branch's other weights would get no gradient in the first step.
 
     Args:
         depth: number of layers, a key of ``BLOCKS``.
         width: channels of the stem.
         in_channels: channels of a clip.
         stem_stride: stride of the stem in D, H and W.
-        stem_pool: False leaves out the pooling, so that all that follows is twice as large.
-        stem_folded: compute the stem by space to depth (layers.py), which changes rounding
-            alone.
-        recompute: how little is kept for the backward pass: a mode of ``recompute.py``, or one for
-            each of ``PARTS``. The attribute of this name can be set at any time.
+        stem_pool: False leaves out the pooling; later layers are then twice as large.
+        stem_folded: compute the stem by space to depth (layers.py). Only rounding changes.
+        recompute: activation checkpointing: a mode of ``recompute.py``, or one mode for each of
+            ``PARTS``. The attribute can be set at any time.
         dropout: probability of dropping a pooled feature.
 
     Raises:
@@ -210,16 +217,16 @@ class ResNet3D(nn.Module):
         """Logits [B] of clips [B, C, D, H, W].
 
         Args:
-            x: floating point; what its padded frames hold does not matter.
-            frames: integer [B], the true depth of each clip, whose real frames come first; None
-                when all D are real, which is faster. Best on the CPU: see ``valid_frames``.
+            x: floating point. The content of padded frames is ignored.
+            frames: integer [B], the number of real frames of each clip, which come first. None
+                (faster): all D are real. Prefer a CPU tensor: see ``valid_frames``.
 
         Returns:
-            Logits in the dtype of the parameters, also under autocast: in bfloat16, with its 8
-            significant bits, clips would tie.
+            Logits in the dtype of the parameters, also under autocast: bfloat16 has 8 significant
+            bits, in which clips would tie.
 
         Raises:
-            ModelError: the clips or ``frames`` are not of the stated shape or range.
+            ModelError: the clips or ``frames`` have another shape or range.
         """
         if x.ndim != 5 or x.shape[1] != self.in_channels or not x.is_floating_point():
             raise ModelError(
@@ -230,8 +237,8 @@ class ResNet3D(nn.Module):
         x = clear_padding(x, valid)
         modes = self.recompute if self.training else NOTHING_TWICE
         parts, valid = self.parts(valid)
-        # Exporters trace the evaluation alone, in which nothing is moved.
-        with moved_together() if self.training else nullcontext():
+        # Exporters trace eval mode, in which running statistics do not change.
+        with batched_updates() if self.training else nullcontext():
             for mode, steps in zip(modes, parts, strict=True):
                 x = run_part(mode, steps, x)
         features = self.dropout(global_average_pool(x, valid))
@@ -242,10 +249,10 @@ class ResNet3D(nn.Module):
     def parts(
         self, valid: ValidFrames | None = None
     ) -> tuple[list[list[Step]], ValidFrames | None]:
-        """What is run one after the other in each of ``PARTS``, and the real frames behind it.
+        """The steps of each of ``PARTS``, in order, and the real frames of the last output.
 
         Args:
-            valid: the real frames of the clips.
+            valid: real frames of the clips.
         """
         valid = strided(valid, self.stem_frame_stride)
         pooled = valid if self.pool is None else strided(valid, 2)
@@ -262,7 +269,7 @@ class ResNet3D(nn.Module):
 
     @property
     def recompute(self) -> RecomputePlan:
-        """A mode of ``recompute.py`` for each of ``PARTS``; all at once can be set by one."""
+        """A mode of ``recompute.py`` for each of ``PARTS``. Assign one mode to set all."""
         return self._recompute
 
     @recompute.setter
@@ -281,13 +288,13 @@ class ResNet3D(nn.Module):
             return x
         y, indices = pool(x)
         forget(indices, lambda x: pool(x)[1], x)
-        # Zeros among rectified values are as good as the -inf that a maximum is padded with, but
-        # the last real frame is also in the window of the first padded one.
+        # After a ReLU, zero padding gives the same maximum as -inf. The first padded output frame
+        # must still be cleared: its window holds the last real frame.
         return clear_padding(y, pooled)
 
 
 def _stack_blocks(depth: int, width: int) -> nn.ModuleList:
-    """Layers 1 to 4, one block after the other."""
+    """The blocks of layers 1 to 4, in one list."""
     block, repeats = BLOCKS[depth]
     blocks = nn.ModuleList()
     in_channels = width

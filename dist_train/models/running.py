@@ -1,7 +1,7 @@
-"""Running statistics of many layers, moved by a few launches in place of several for each layer.
+"""Update the running statistics of all layers in a few kernel launches instead of a few per layer.
 
-A CUDA kernel of a few numbers costs the host as much as one of millions, and a ResNet-101 has 104
-layers of batch normalisation.
+Launching a CUDA kernel costs the host the same for few numbers as for millions, and a ResNet-101
+has 104 normalisation layers.
 """
 
 from __future__ import annotations
@@ -18,40 +18,43 @@ from dist_train.models.sync_norm import Statistics
 
 
 @contextmanager
-def moved_together() -> Iterator[None]:
-    """Within it ``count_batch`` and ``move`` only note what is to be done. It is done at the end,
-    with the same results; after an error, not at all.
+def batched_updates() -> Iterator[None]:
+    """Defer ``count_batch`` and ``update_running`` to the exit of this context.
 
-    A layer may run once within it.
+    Results are the same. After an error no update is made. A layer may run once inside.
     """
-    moves = _Moves()
-    token = _moves.set(moves)
+    updates = _Updates()
+    token = _deferred.set(updates)
     try:
         yield
     finally:
-        _moves.reset(token)
-    moves.make()
+        _deferred.reset(token)
+    updates.apply()
 
 
 def count_batch(counter: Tensor) -> None:
-    """Add 1 to an integer [] that counts the batches of a layer."""
-    moves = _moves.get()
-    if moves is None:
+    """Add 1 to a layer's batch counter, an integer []."""
+    deferred = _deferred.get()
+    if deferred is None:
         counter.add_(1)
     else:
-        moves.counters.append(counter)
+        deferred.counters.append(counter)
 
 
-def move(mean: Tensor, var: Tensor, statistics: Statistics, momentum: float) -> None:
-    """Move the running mean and the running unbiased variance of a layer, [C] each, towards the
-    statistics of a batch, whose weight is ``momentum``."""
-    moves = _moves.get()
-    now = _Moves() if moves is None else moves
+def update_running(mean: Tensor, var: Tensor, statistics: Statistics, momentum: float) -> None:
+    """Update a layer's running mean and unbiased variance, [C] each, in place.
+
+    Args:
+        statistics: of the batch.
+        momentum: weight of the batch.
+    """
+    deferred = _deferred.get()
+    updates = _Updates() if deferred is None else deferred
     dtypes = mean.dtype, statistics.mean.dtype, statistics.var.dtype, statistics.number.dtype
     key = mean.device, momentum, *dtypes
-    now.layers.setdefault(key, []).append(_Layer(mean, var, statistics))
-    if moves is None:
-        now.make()
+    updates.layers.setdefault(key, []).append(_Layer(mean, var, statistics))
+    if deferred is None:
+        updates.apply()
 
 
 class _Layer(NamedTuple):
@@ -60,16 +63,15 @@ class _Layer(NamedTuple):
     batch: Statistics
 
 
-class _Moves:
-    """What is to be done. The key of ``layers`` is their device, momentum and dtypes: those of one
-    key are moved by the same launches."""
+class _Updates:
+    """Pending updates. Layers of one device, momentum and dtypes share a key and the launches."""
 
     def __init__(self) -> None:
         self.counters: list[Tensor] = []
         self.layers: dict[tuple[torch.device, float, *tuple[torch.dtype, ...]], list[_Layer]] = {}
 
     @torch.no_grad()
-    def make(self) -> None:
+    def apply(self) -> None:
         if self.counters:
             torch._foreach_add_(self.counters, 1)
         for (_, momentum, *_), layers in self.layers.items():
@@ -86,4 +88,4 @@ class _Moves:
                 torch._foreach_lerp_(old, pieces, momentum)
 
 
-_moves: ContextVar[_Moves | None] = ContextVar("_moves", default=None)
+_deferred: ContextVar[_Updates | None] = ContextVar("_deferred", default=None)

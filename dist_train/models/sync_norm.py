@@ -1,7 +1,7 @@
-"""Batch normalisation by statistics over the batches of several processes (Ioffe & Szegedy 2015).
+"""Batch normalisation with statistics over the batches of all processes (Ioffe & Szegedy 2015).
 
-torch.nn.SyncBatchNorm does this on CUDA alone. Here it is on any device, by two calls of a function
-that sums a tensor over the processes: one in the forward pass, one in the backward pass.
+torch.nn.SyncBatchNorm works on CUDA only; this works on any device. It calls an all-reduce once in
+the forward pass and once in the backward pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ AllReduce = Callable[[Tensor], None]
 
 
 class Statistics(NamedTuple):
-    """Of all processes' values: float64 mean [C], biased variance [C], and their number []."""
+    """Mean [C], biased variance [C] and count [] of the values of all processes."""
 
     mean: Tensor
     var: Tensor
@@ -28,23 +28,24 @@ class Statistics(NamedTuple):
 
 
 def shared_statistics(x: Tensor, like: Tensor, all_reduce: AllReduce) -> Statistics:
-    """Statistics of each channel of [N, C, ...], over all processes.
+    """Statistics of each channel of [N, C, ...] over all processes, in float64.
 
     Args:
-        like: a vector of the dtype to accumulate in, such as running means.
+        like: [C], a vector in the dtype to accumulate in, such as the running mean.
+        all_reduce: sums a float64 tensor over the processes, in place.
     """
     return once(lambda: _statistics(x.detach(), like, all_reduce))
 
 
 @torch.no_grad()
 def _statistics(x: Tensor, like: Tensor, all_reduce: AllReduce) -> Statistics:
-    # The running statistics that it updates serve for their dtype only.
+    # The function updates these running statistics; only their dtype matters.
     scratch = torch.zeros_like(like), torch.ones_like(like)
     mean, var = (s.double() for s in torch.batch_norm_update_stats(x, *scratch, 1.0))
-    # By a kernel: a number that is copied there would make the host wait for the device.
+    # Filled by a kernel: copying a number to the device would make the host wait.
     count = mean.new_full((1,), x.numel() // x.shape[1])
-    # Sums of squares around 0 cancel where the mean is large, but in float64 only far beyond what
-    # x itself resolves.
+    # Sums of squares around 0 cancel for large means, but in float64 the loss is far below the
+    # resolution of x.
     sums = torch.cat([count * mean, count * (var + mean.square()), count])
     all_reduce(sums)
     channels = x.shape[1]
@@ -61,10 +62,10 @@ def shared_batch_norm(
     eps: float,
     all_reduce: AllReduce,
 ) -> Tensor:
-    """Normalise [N, C, ...] by ``statistics``, of which ``x`` is a part, as its gradient knows.
+    """Normalise [N, C, ...] by ``statistics``, which include ``x``.
 
-    The gradients of weight and bias are those of this process's values, for the caller to sum or
-    average as those of all parameters.
+    The gradient of ``x`` includes its contribution to the statistics. The gradients of weight and
+    bias come from this process's values only; the caller reduces them like other gradients.
     """
     output: Tensor = _SharedBatchNorm.apply(  # type: ignore[no-untyped-call]
         x, weight, bias, *statistics, eps, all_reduce
@@ -94,25 +95,25 @@ class _SharedBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, weight, mean, var, count = ctx.saved_tensors
         (grad,) = grads
-        # With statistics taken for constants; the sums of its other two gradients are what the
-        # terms of mean and variance need. CUDA takes them from the saved ones, which CPUs ignore.
+        # Gradients of weight and bias, with the statistics as constants. Summed over processes they
+        # also give the terms of mean and variance. CUDA reads the saved ones, CPUs the running.
         saved = mean, (var + ctx.eps).rsqrt()
-        _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, var, *saved, False, ctx.eps, [False, True, True]
         )
-        sums = torch.cat([of_weight, of_bias]).double()
+        sums = torch.cat([grad_weight, grad_bias]).double()
         ctx.all_reduce(sums)
         if not ctx.needs_input_grad[0]:
-            return None, of_weight, of_bias, None, None, None, None, None
-        with_weight, with_bias = sums.chunk(2)
+            return None, grad_weight, grad_bias, None, None, None, None, None
+        sum_weight, sum_bias = sums.chunk(2)
         inverse = (var.double() + ctx.eps).rsqrt()
         # weight / std * (grad - mean(grad) - normalised * mean(grad * normalised)), by powers of x.
-        of_grad = weight.double() * inverse
-        of_x = -of_grad * inverse * with_weight / count
-        constant = -of_grad * with_bias / count - of_x * mean.double()
+        grad_factor = weight.double() * inverse
+        x_factor = -grad_factor * inverse * sum_weight / count
+        constant = -grad_factor * sum_bias / count - x_factor * mean.double()
         shape = [1, -1] + [1] * (x.ndim - 2)
-        of_grad, of_x, constant = (
-            term.to(weight.dtype).view(shape) for term in (of_grad, of_x, constant)
+        grad_factor, x_factor, constant = (
+            term.to(weight.dtype).view(shape) for term in (grad_factor, x_factor, constant)
         )
-        of_input = (grad * of_grad).add_(x * of_x).add_(constant).to(x.dtype)
-        return of_input, of_weight, of_bias, None, None, None, None, None
+        grad_x = (grad * grad_factor).add_(x * x_factor).add_(constant).to(x.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None

@@ -1,6 +1,6 @@
-"""Errors of the operating system that tell of the machine, not of a file's content: what to do.
+"""Advice for operating system errors that are caused by the machine, not by a file's content.
 
-A reader that takes such an error for damage would have the user delete or rebuild a good file.
+A reader that reports such an error as damage would make the user delete or rebuild a good file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _DISK = "The disk or its server fails: look at the system's log (dmesg), and run
 _MEMORY = (
     "Close other programs, use fewer workers or smaller batches, or raise the container's limit."
 )
-#: What the user can do, by the number of the error.
+#: What the user can do, by errno.
 ADVICE = {
     errno.EMFILE: "Raise the limit of open files (ulimit -n), or use fewer workers.",
     errno.ENFILE: "All programs of this machine together have too many files open: close some, or "
@@ -40,25 +40,26 @@ ADVICE = {
     "workers.",
     errno.ENOLCK: "The file system has no locks: choose another one.",
 }
-#: Parts of what libraries say where the host's memory does not suffice.
+#: Parts of library messages about exhausted host memory.
 _NO_HOST_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc")
-#: No more is asked for: programs that walk through all numbers would take long.
+#: The most open files to ask for: programs that walk through all descriptors would get slow.
 _MANY_FILES = 65536
 
 
 def advice(error: BaseException) -> str | None:
-    """What to do about an error; None where its number says nothing of the machine."""
+    """What to do about an error; None if the machine is not its cause."""
     return ADVICE.get(error.errno or 0) if isinstance(error, OSError) else None
 
 
 def blame_machine(error: BaseException, where: object, *, but: Container[int] = ()) -> None:
-    """Return where an error may be the fault of the file ``where``.
+    """Raise ``MachineError`` if the machine caused an error; return if the file may be at fault.
 
     Args:
-        but: numbers of errors that are taken for the file's all the same.
+        where: the file that was read.
+        but: errno values for which the file counts as the cause all the same.
 
     Raises:
-        MachineError: it is one of ``ADVICE``.
+        MachineError: the error's errno is in ``ADVICE``.
     """
     if not isinstance(error, OSError) or error.errno not in ADVICE or error.errno in but:
         return
@@ -68,7 +69,7 @@ def blame_machine(error: BaseException, where: object, *, but: Container[int] = 
 
 
 def lack_of_memory(error: BaseException) -> str | None:
-    """What to tell where the host's memory did not suffice; None for any other error."""
+    """The message for exhausted host memory; None for any other error."""
     text = str(error)
     if not isinstance(error, MemoryError) and not (
         isinstance(error, RuntimeError) and any(sign in text for sign in _NO_HOST_MEMORY)
@@ -79,24 +80,24 @@ def lack_of_memory(error: BaseException) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What the error says, without the places in its code that torch puts before and after it."""
+    """The first line of an error, without the code locations that torch adds."""
     said = str(error).partition("\n")[0].rstrip(".")
     return re.sub(r"^\[enforce fail at [^\]]*\] [^.]*\. ", "", said)
 
 
 def raise_open_files() -> None:
-    """Let this process, and those that it starts, open as many files as the hard limit allows."""
+    """Raise the soft limit of open files to the hard limit, for this process and its children."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         except (OSError, ValueError):
-            # A sandbox may forbid it; then the soft limit holds.
+            # A sandbox may forbid it; then the soft limit stays.
             return
 
 
 def open_files() -> int:
-    """How many files this process may have open at once."""
+    """The most files that this process may have open at once."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MANY_FILES if soft == resource.RLIM_INFINITY else soft

@@ -1,4 +1,4 @@
-"""What the control groups of this process allow it: version 2, version 1, or both side by side."""
+"""Limits of this process's control groups: version 2, version 1, or both side by side."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 def own_groups(
     root: Path = ROOT, membership: Path = MEMBERSHIP, controller: str = ""
 ) -> Iterator[Path]:
-    """Folders of this process's group and all above it, the innermost first.
+    """Folders of this process's group and of all its ancestors, the innermost first.
 
     Args:
-        root: where the trees of groups are mounted.
-        membership: the file that names this process's place in each.
-        controller: of version 1; "" is version 2, whose controllers share a tree.
+        root: mount point of the cgroup trees.
+        membership: the file that names this process's group in each tree.
+        controller: of version 1; "" means version 2, whose controllers share a tree.
     """
     try:
         lines = membership.read_text().splitlines()
@@ -30,7 +30,7 @@ def own_groups(
             continue
         for mount in (root / "unified", root) if not names else (root / names, root / controller):
             group = mount / place.lstrip("/")
-            # Seen from another namespace, the place may lie above what is mounted.
+            # In another namespace the group may lie above the mount point.
             if mount.is_dir() and ".." not in group.parts:
                 yield from (g for g in (group, *group.parents) if g.is_relative_to(mount))
                 break
@@ -39,7 +39,7 @@ def own_groups(
 def group_values(
     file: str, root: Path = ROOT, membership: Path = MEMBERSHIP, controller: str = ""
 ) -> Iterator[str]:
-    """The text of a file in each of the groups that has it."""
+    """The text of ``file`` in each group that has it."""
     for group in own_groups(root, membership, controller):
         try:
             yield (group / file).read_text().strip()
@@ -48,8 +48,7 @@ def group_values(
 
 
 def usable_cpus(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float:
-    """CPUs that this process may run on, which a cpuset limits, and no more than the quota of their
-    time that its groups give it."""
+    """CPUs of this process: its affinity, limited by the CPU quotas of its groups."""
     quotas = []
     for text in group_values("cpu.max", root, membership):
         quota, _, period = text.partition(" ")
@@ -68,7 +67,7 @@ def usable_cpus(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float:
 
 
 def usable_memory(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int:
-    """Bytes of memory that this machine has, and no more than the limit of its groups."""
+    """Bytes of this machine's memory, limited by the groups of this process."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     values = (
         *group_values("memory.max", root, membership),
@@ -78,15 +77,15 @@ def usable_memory(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int:
 
 
 def processes_at_once() -> int:
-    """As many as there are CPUs to use, and 1 at the least."""
+    """The number of usable CPUs, rounded down, at least 1."""
     return max(1, int(usable_cpus()))
 
 
 def heed_quota() -> None:
-    """Let libraries that are loaded later compute with no more threads than the quota has CPUs.
+    """Limit the threads of libraries that are loaded later to the CPU quota.
 
-    They heed the CPUs that they may run on by themselves, but not a quota of their time, beyond
-    which the kernel stops all threads for a while.
+    Libraries respect the affinity by themselves, but not a quota, beyond which the kernel pauses
+    all threads.
     """
     cpus = processes_at_once()
     if cpus < len(os.sched_getaffinity(0)):

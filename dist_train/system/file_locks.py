@@ -1,4 +1,4 @@
-"""File systems without locks, as Lustre that is mounted without flock."""
+"""File systems without locks, such as Lustre mounted without flock."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import os
 
 from dist_train.errors import MachineError
 
-#: Set to 1, it lets commands work where nothing can be locked.
+#: Set to 1 to let commands work without locks.
 OVERRIDE = "DIST_TRAIN_NO_LOCKS"
 
 log = logging.getLogger(__name__)
 
 
 def go_on_unlocked(where: object, error: OSError) -> None:
-    """Warn, where the user has allowed to go on without a lock.
+    """Warn that ``where`` is not locked, if the user has allowed that.
+
+    Args:
+        error: the error of the attempt to lock.
 
     Raises:
-        MachineError: the user has not.
+        MachineError: the user has not allowed it.
     """
     if os.environ.get(OVERRIDE, "") in ("", "0"):
         raise MachineError(

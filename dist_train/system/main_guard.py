@@ -1,6 +1,6 @@
-"""A script without ``if __name__ == "__main__"``: each process that it starts runs it again.
+"""Detect scripts without ``if __name__ == "__main__"``, which each worker process runs again.
 
-Such a process ends at its first call here, with a code by which the first one knows why.
+Such a worker ends at its first call here, with an exit code that tells its parent why.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ FIX = "Put its calls under: if __name__ == '__main__':"
 
 def end_if_run_again() -> None:
     """End this process if it is a worker that is still importing the script of its parent."""
-    # As multiprocessing itself does, where a process is started too soon.
+    # The same check as multiprocessing's own, for processes started during import.
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(UNGUARDED)
 
 
 def were_unguarded(codes: Iterable[int | None]) -> bool:
-    """Whether the exit codes of processes say that they ended here."""
+    """Whether one of the exit codes comes from ``end_if_run_again``."""
     return UNGUARDED in codes

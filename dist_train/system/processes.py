@@ -1,4 +1,4 @@
-"""A function over many items in a pool of processes that ends with its parent."""
+"""Map a function over items in a pool of processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dist_train.system.cgroup import processes_at_once
 from dist_train.system.main_guard import FIX, WHAT, end_if_run_again, were_unguarded
 from dist_train.system.shared_memory import within_open_files, workers_started
 
-# That this process has open for each worker.
+# Files that this process has open for each worker.
 OPEN_FILES = 3
 
 Item = TypeVar("Item")
@@ -30,12 +30,13 @@ Result = TypeVar("Result")
 def each_done(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None
 ) -> Iterator[Result]:
-    """Results of ``function`` over ``items``, each as soon as it is there, in no order.
+    """Results of ``function`` over ``items``, in order of completion.
 
     Args:
-        items: taken as they are needed.
-        workers: processes; None takes one per CPU that it may use. With 1, or for one item, all
-            stays in this process.
+        function: picklable, as it runs in worker processes.
+        items: consumed as workers need them.
+        workers: number of processes; None takes one per usable CPU. With 1, or for one item,
+            everything runs in this process.
 
     Raises:
         StoreError: a worker died.
@@ -55,7 +56,7 @@ def each_done(
         running: set[Future[Result]] = set()
         started: list[BaseProcess] = []
         try:
-            # One more than the processes take waits for each of them.
+            # One item waits for each worker, beside the one that it works on.
             while running := running | {
                 pool.submit(function, item) for item in islice(todo, 2 * workers - len(running))
             }:
@@ -72,7 +73,7 @@ def each_done(
                 "finished shards are kept.",
             ) from None
         except BaseException:
-            # Ctrl-C, or a failed item: what the others are at is done again by the next run.
+            # Ctrl-C or a failed item: the next run repeats the unfinished items.
             for worker in multiprocessing.active_children():
                 worker.terminate()
             pool.shutdown(cancel_futures=True)
@@ -80,21 +81,21 @@ def each_done(
 
 
 def worker_context(*preload: str) -> ForkServerContext:
-    """How worker processes are started: by a server that is started here, and forks.
+    """Start a fork server, and return the context that starts workers from it.
 
-    Not by a fork of this process, which may hold threads and locks (progress bars, Arrow, OpenMP).
-    Ctrl-C reaches the whole process group, and a server or worker that is still importing would
-    print where. So they never hear it: this process ends them.
+    This process itself must not be forked, as it may hold threads and locks (progress bars, Arrow,
+    OpenMP). Server and workers block SIGINT: Ctrl-C reaches the whole process group, and a process
+    that is still importing would print a traceback. This process ends them instead.
 
     Args:
-        preload: modules that the first server imports, so that another worker is there in
+        preload: modules that the first server imports, so that later workers start in
             milliseconds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    # Before: to start it lifts the block (CPython 3.11).
+    # Start the tracker first, as its start lifts the block (CPython 3.11).
     resource_tracker.ensure_running()
-    # New processes inherit what is blocked. Here it comes as soon as that is over.
+    # New processes inherit blocked signals. This process gets a blocked SIGINT afterwards.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
@@ -104,10 +105,11 @@ def worker_context(*preload: str) -> ForkServerContext:
 
 
 def end_with_parent() -> None:
-    """Called in a worker process: end it when the process that started it is killed.
+    """In a worker process: end it when its parent is killed.
 
-    Else a worker of ``prepare`` would write on, beside the next run, which finds the lock free; and
-    a worker of a data loader would wait for ever. It watches the fork server for its parent.
+    Otherwise a worker of ``prepare`` would go on writing beside the next run, which finds the lock
+    free, and a worker of a data loader would wait for ever. The parent of a worker is the fork
+    server.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,5 +1,4 @@
-"""What worker processes need of the machine: files that this process has open, and /dev/shm, where
-their semaphores are."""
+"""Limits on worker processes: this process's open files, and /dev/shm for their semaphores."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from dist_train.errors import MachineError
 from dist_train.system.advice import open_files
 
 FOLDER = "/dev/shm"
-#: At the least: input and outputs, shards, and connections to the fork server.
+#: Files that are open without workers: standard streams, shards, connections to the fork server.
 _FILES_OF_ANY = 10
 _CANNOT_BE_MADE = {
     errno.EROFS,
@@ -24,28 +23,28 @@ _CANNOT_BE_MADE = {
 
 
 def within_open_files(workers: int, files: int) -> int:
-    """As many workers as this process may open files for, and 1 at the least.
+    """The number of workers, limited by the open files of this process, at least 1.
 
     Args:
-        files: that it has open for each worker.
+        files: files that this process has open for each worker.
     """
     return max(1, min(workers, (open_files() - _FILES_OF_ANY) // files))
 
 
 @contextmanager
 def workers_started(without: str) -> Iterator[None]:
-    """Around what starts worker processes.
+    """Context for starting worker processes.
 
     Args:
-        without: how the user does without them.
+        without: how the user can work without worker processes, for the message.
 
     Raises:
-        MachineError: what they share cannot be made.
+        MachineError: their shared memory cannot be created.
     """
     try:
         yield
     except OSError as error:
-        # A semaphore's name is not in the error.
+        # The error does not name a semaphore.
         of_shared = error.filename is None or str(error.filename).startswith(FOLDER)
         if not of_shared or error.errno not in _CANNOT_BE_MADE:
             raise

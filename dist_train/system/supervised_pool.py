@@ -1,7 +1,7 @@
-"""A function over many items in processes that may crash or hang: the parent knows where each is.
+"""Map a function over items in processes that may crash or hang.
 
-A decoder is C code that reads what strangers made. One that crashes, or never comes back, takes
-its process along; the parent starts another, and the item goes on without the step that did it.
+Decoders are C code that reads untrusted files. If one crashes or hangs, its process is lost. The
+parent then starts another process, and repeats the item without the step that failed.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ from dist_train.system.shared_memory import within_open_files
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# A crash may have had a cause that passes; the second one at the same step is the step's.
+# Retry a step once, as a crash may have a passing cause. A second crash leaves the step out.
 CRASHES = 2
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one step may take: ``seconds``, and ``bytes`` of memory beside the process's own.
+    """Limits of one step.
 
-    Memory is limited where the kernel knows how (Linux): there, an allocation beyond it fails.
+    Attributes:
+        seconds: the longest time.
+        bytes: the most memory beyond that of the idle process. On Linux, a larger allocation fails;
+            elsewhere memory is not limited.
     """
 
     seconds: float
@@ -44,14 +47,14 @@ class Limits:
 
 
 class Steps:
-    """Tells the parent at which step of its item a process is."""
+    """Reports to the parent which step of its item a process works on."""
 
     def __init__(self, connection: Connection | None) -> None:
         self._connection = connection
 
     @contextmanager
     def at(self, step: int) -> Iterator[None]:
-        """Around what the limits hold for, and what may crash."""
+        """Context of step ``step``, to which the limits apply and which may crash."""
         self._tell(step)
         try:
             yield
@@ -63,7 +66,7 @@ class Steps:
             self._connection.send(("step", step))
 
 
-# For a function that runs in the process of its caller.
+# For functions that run in their caller's process.
 UNWATCHED = Steps(None)
 
 
@@ -74,18 +77,19 @@ def supervised(
     limits: Limits,
     workers: int | None = None,
 ) -> Iterator[Result]:
-    """Results of ``function`` over ``items``, each as soon as it is there, in no order.
+    """Results of ``function`` over ``items``, in order of completion.
 
     Args:
-        function: of a module's top level; it says by ``Steps.at`` where it is.
-        items: taken one by one, as processes come free.
-        without: (item, step, reason) -> the item to take instead, once that step has crashed twice
-            or run out of time.
-        workers: processes; None takes one per CPU that it may use.
+        function: a function of a module's top level; it reports its steps by ``Steps.at``.
+        items: consumed one by one, as processes become free.
+        without: (item, step, reason) -> the item without a step that crashed twice or exceeded its
+            time.
+        limits: of each step.
+        workers: number of processes; None takes one per usable CPU.
 
     Raises:
-        StoreError: a process died outside its steps, or was killed by someone else.
-        Exception: what ``function`` raised. The other processes are ended.
+        StoreError: a process died outside of its steps, or was killed from outside.
+        Exception: an error of ``function``. The other processes are ended.
     """
     end_if_run_again()
     todo = (_Run(item) for item in items)
@@ -116,13 +120,13 @@ def supervised(
                     idle.append(worker)
                     yield results[0]
     finally:
-        # On an error the others are at work: what they are at is done again by the next run.
+        # After an error, the next run repeats the unfinished items.
         for worker in busy + idle:
             worker.end()
 
 
 class _EndedError(Exception):
-    """A process is gone, at its item's ``step``; ``final`` if it need not be tried again."""
+    """A process ended at ``step`` of its item. ``final``: do not retry the step."""
 
     def __init__(self, step: int, reason: str, *, final: bool) -> None:
         super().__init__(reason)
@@ -142,7 +146,7 @@ class _Run(Generic[Item]):
 
 
 class _Worker(Generic[Item, Result]):
-    """A process, and what it was heard to be at."""
+    """A process, its item, and the step that it last reported."""
 
     run: _Run[Item]
 
@@ -152,7 +156,7 @@ class _Worker(Generic[Item, Result]):
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, function, limits), daemon=True)
         self.process.start()
-        # The process has its own copy; when that closes, with its end, reading here says so.
+        # The process has its own copy. When that closes at its end, reading here raises EOFError.
         theirs.close()
         self.step: int | None = None
         self.since = 0.0
@@ -168,10 +172,12 @@ class _Worker(Generic[Item, Result]):
         return max(0.0, self.since + self.limits.seconds - time.monotonic())
 
     def hear(self) -> list[Result]:
-        """The result, if it is there.
+        """[result] if the item is done, else [].
 
         Raises:
-            _EndedError: the process crashed at a step, or takes too long for it.
+            _EndedError: the process crashed in a step, or exceeded the time of the step.
+            StoreError: the process died outside of its steps.
+            Exception: an error of the function.
         """
         try:
             while self.connection.poll():
@@ -195,7 +201,7 @@ class _Worker(Generic[Item, Result]):
         if were_unguarded([code]):
             return StoreError(WHAT, fix=FIX)
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        # No decoder kills its own process in this way: the system did, or a person.
+        # SIGKILL comes from the system or from a person, never from a decoder.
         if self.step is None or code == -signal.SIGKILL:
             return StoreError(
                 f"a worker process died ({how})",
@@ -215,9 +221,9 @@ def _serve(
     connection: Connection, function: Callable[[Any, Steps], object], limits: Limits
 ) -> None:
     end_with_parent()
-    # Ctrl-C reaches the whole group; the parent ends its processes itself.
+    # Ctrl-C reaches the whole group, but the parent ends its processes itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A crash is told in the list of rejects, not by a file in the user's folder.
+    # No core file in the user's folder: the list of rejected files reports the crash.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _limit_memory(limits.bytes)
     steps = Steps(connection)
@@ -234,7 +240,7 @@ def _serve(
 
 
 def _limit_memory(more: int) -> None:
-    """Let this process take that many bytes of private memory beside what it has now."""
+    """Limit this process to ``more`` bytes of private memory beyond its present size."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return

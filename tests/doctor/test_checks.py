@@ -1,4 +1,4 @@
-"""Each of the doctor's checks, where it can be: on a machine made bad for it."""
+"""The doctor's checks, if possible on a machine with the fault."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from helpers import environment
 from rich.console import Console
 
-from dist_train.doctor.cpus import judge_cpus, usable_cpus
+from dist_train.doctor.cpus import check_cpus
 from dist_train.doctor.devices import check_devices, judge_absence, judge_device
 from dist_train.doctor.disk import check_disk
 from dist_train.doctor.examine import joined
@@ -24,7 +24,7 @@ from dist_train.doctor.finding import Finding, table
 from dist_train.doctor.limits import check_limits
 from dist_train.doctor.links import Rate, judge_clocks, judge_collectives, judge_pairs
 from dist_train.doctor.versions import check_versions, judge_packages, judge_pair
-from dist_train.system.cgroup import group_values, usable_memory
+from dist_train.system.cgroup import group_values, usable_cpus, usable_memory
 
 
 def states(findings: Iterator[Finding]) -> dict[str, str]:
@@ -115,7 +115,7 @@ def test_little_shared_memory(tiny_disk: Path) -> None:
 
 @pytest.mark.parametrize(("files", "state"), [(400, "bad"), (1024, "warn"), (8192, "ok")])
 def test_few_open_files(files: int, state: str) -> None:
-    """In a process of its own, whose limit it is."""
+    """In a separate process, as the limit applies to a process."""
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < files:
         pytest.skip("this machine's own limit is lower")
     code = (
@@ -151,7 +151,7 @@ def test_what_control_groups_say(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", ["1", "2", "hybrid"])
 def test_a_quota_of_a_container_is_cpus(tmp_path: Path, version: str) -> None:
-    """Also where only the container's own group is mounted, under no name."""
+    """Also if only the container's own group is mounted, as the root."""
     root, member = tmp_path / "fs", tmp_path / "member"
     own = {"1": root / "cpu,cpuacct", "2": root, "hybrid": root / "unified"}[version]
     own.mkdir(parents=True)
@@ -183,10 +183,10 @@ def test_a_quota_of_a_container_is_cpus(tmp_path: Path, version: str) -> None:
 
 def test_cpus() -> None:
     assert 0 < usable_cpus() <= (os.cpu_count() or 1)
-    assert judge_cpus(8.0, 2, 4).state == "ok"
-    crowded = judge_cpus(8.0, 2, 8)
+    assert check_cpus(8.0, 2, 4).state == "ok"
+    crowded = check_cpus(8.0, 2, 8)
     assert (crowded.state, crowded.fix) == ("warn", "Set OMP_NUM_THREADS=4 before the launch.")
-    assert judge_cpus(1.5, 2, 1).fix.startswith("Start at most 1 processes")
+    assert check_cpus(1.5, 2, 1).fix.startswith("Start at most 1 processes")
 
 
 def test_devices_here() -> None:

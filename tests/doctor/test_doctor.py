@@ -1,4 +1,4 @@
-"""``dist-train doctor``, alone and under a launcher."""
+"""``dist-train doctor`` in one process and under a launcher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDE = {"COLUMNS": "250"}
 
 
 def rows(said: str) -> dict[str, tuple[str, str]]:
-    """State and finding by what was checked."""
+    """(state, finding) by subject of the check."""
     cells = [re.split(r" *│ *", line)[1:-1] for line in said.splitlines() if line.startswith("│")]
     return {what: (state, found) for state, what, found, _ in (c for c in cells if len(c) == 4)}
 

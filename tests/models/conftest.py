@@ -8,7 +8,7 @@ from dist_train.models.resnet3d import ResNet3D
 
 
 def _randomise_norms(model: nn.Module) -> None:
-    """Normalisation as it may be after training: a bias that leaks, statistics that shift."""
+    """Give normalisation layers random biases and running statistics, as after training."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm3d):
             nn.init.uniform_(module.weight, 0.5, 1.5)

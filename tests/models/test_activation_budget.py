@@ -1,4 +1,4 @@
-"""What parts of the network take, and the plan that a budget chooses."""
+"""Measured costs of the network's parts, and the recompute modes chosen for a budget."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def costs() -> Costs:
 
 
 def whole_step(plan: RecomputePlan, frames: torch.Tensor | None = None) -> int:
-    """The most bytes that are alive in a real step of the real network, but for its weights."""
+    """Peak bytes of a real step of the real network, without its weights."""
     model = make_model()
     assert isinstance(model, ResNet3D)
     model.recompute = plan
@@ -56,7 +56,7 @@ def whole_step(plan: RecomputePlan, frames: torch.Tensor | None = None) -> int:
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_parts_add_up_to_what_a_real_step_takes(costs: Costs, plan: RecomputePlan) -> None:
-    """Or to a little more: what two parts share counts for both."""
+    """Or to a little more: tensors that two parts share count for both."""
     assert 0.98 < weigh(plan, costs).bytes / whole_step(plan) < 1.12
 
 
@@ -117,7 +117,7 @@ def test_measuring_leaves_random_numbers_alone() -> None:
 
 
 def test_other_networks_are_refused() -> None:
-    with pytest.raises(ModelError, match="Linear has no parts of which a budget could choose"):
+    with pytest.raises(ModelError, match="Linear has no parts that can be recomputed"):
         measure_parts(lambda: nn.Linear(1, 1), (1, 1))
 
 

@@ -1,4 +1,4 @@
-"""The compiled loops against the plain layers, which torch computes. Compiling takes its time."""
+"""The compiled loops against the plain layers. Slow, as the loops must be compiled."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ FRAMES = {"full": None, "padded": torch.tensor([9, 12, 2])}
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_once() -> Iterator[None]:
-    """All tests share the loops that were compiled for their dtypes: of more variants than the
-    compiler allows by default, which beyond its limit would quietly run the plain functions."""
+    """Raise the compiler's limit of variants: the tests share the compiled loops, and beyond the
+    limit the compiler silently runs the plain functions."""
     limits = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
     with torch._dynamo.config.patch(limits):
         torch._dynamo.reset()
@@ -65,7 +65,7 @@ def random_clips(dtype: torch.dtype, seed: int = 0) -> Tensor:
 def one_layer(
     norm: BatchNorm3d, clips: Tensor, frames: Tensor | None, *, plus: bool, relu: bool
 ) -> dict[str, Tensor]:
-    """All that comes of a pass forward and backward."""
+    """Outputs, gradients and buffers after one forward and backward pass."""
     x = clips.clone().requires_grad_()
     valid = valid_frames(frames, clips)
     real = torch.ones(()) if valid is None else valid.mask[:, None, :, None, None]
@@ -83,7 +83,7 @@ def one_layer(
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Up to a share of the largest value of each tensor."""
+    """Tolerance relative to the largest value of each tensor."""
     assert found.keys() == expected.keys()
     for name, value in found.items():
         assert value.dtype == expected[name].dtype, name
@@ -95,7 +95,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 
 def trained(model: ResNet3D, frames: Tensor | None, depth: int = 20) -> dict[str, Tensor]:
-    """Loss, gradients and buffers after a step, dropout drawn from the same state."""
+    """Loss, gradients and buffers after a step, with dropout from a fixed random state."""
     torch.manual_seed(2)
     dtype = model.head.weight.dtype
     clips = torch.rand(
@@ -193,8 +193,8 @@ def test_a_layer(
 
 
 def test_a_layer_in_bfloat16() -> None:
-    """Activations of 8 bits, statistics and parameters in float32: both round their output, and a
-    gradient, once."""
+    """Activations in bfloat16, statistics and parameters in float32: both versions round the
+    output and the gradient once."""
     clips = random_clips(torch.float32).bfloat16()
     found, expected = (
         one_layer(random_norm(torch.float32, fused=fused), clips, None, plus=False, relu=True)
@@ -237,7 +237,7 @@ PARTS = [[9, 12], [12]]
 
 
 def test_two_processes_are_as_one_with_the_clips_of_both() -> None:
-    """Threads stand for the processes, so that loops are compiled once for both."""
+    """Threads act as the processes, so that the loops are compiled once for both."""
     found: dict[int, dict[str, Tensor]] = {}
     sizes = [len(part) for part in PARTS]
     # Made here, as threads share the random numbers that layers are made with.

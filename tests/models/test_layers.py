@@ -1,4 +1,4 @@
-"""The convolution against an own sum of shifted products, which no library's bug can reach."""
+"""The convolution against a sum of shifted products, which uses no library convolution."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
 def test_outputs_and_gradients_are_those_of_the_plain_convolution(
     shape: tuple[int, int, int], stride: tuple[int, int, int], layout: torch.memory_format
 ) -> None:
-    """In float64, where rounding is 1e-16."""
+    """In float64, with rounding of 1e-16."""
     torch.manual_seed(0)
     results = []
     plain = Conv3d(2, 3, 7, stride, padding=3, bias=False)
@@ -146,7 +146,7 @@ def test_the_output_has_the_layout_of_the_network(layout: torch.memory_format) -
 
 
 def test_shallow_clips_in_bfloat16_get_right_gradients() -> None:
-    """See layers.py: what oneDNN leaves unwritten would be far outside of this."""
+    """oneDNN's unwritten memory (see layers.py) would be far outside of the tolerance."""
     torch.manual_seed(0)
     x = torch.randn(2, 1, 3, 16, 16)
     grads = []

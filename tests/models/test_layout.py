@@ -1,4 +1,4 @@
-"""Channels last through the whole network: no operation gets or makes another layout."""
+"""The whole network runs channels last: no operation reads or writes another layout."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ HEAVY = ("convolution", "batch_norm", "relu", "threshold", "max_pool3d", "add")
 
 
 def is_activation(x: Any) -> bool:
-    """Five axes, of which no two orders can look alike."""
+    """A tensor whose strides tell all orders of its five axes apart."""
     return isinstance(x, Tensor) and x.ndim == 5 and min(x.shape) > 1
 
 
 class Layouts(TorchDispatchMode):
-    """Notes what of the heavy operations is not channels last, and copies into another layout."""
+    """Records heavy operations that are not channels last, and copies into another layout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Layouts(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def _two_threads() -> Iterator[None]:
-    """With one, torch has a 1x1x1 convolution of its own for the CPU, which gives plain layout."""
+    """With one thread, torch's own CPU 1x1x1 convolution returns the contiguous layout."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

@@ -16,7 +16,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def random_clips(dtype: torch.dtype = torch.float32) -> Tensor:
-    """Far from mean 0 and variance 1, and other in each frame."""
+    """Values far from mean 0 and variance 1, different in each frame."""
     generator = torch.Generator().manual_seed(0)
     clips = torch.randn(3, 4, 7, 3, 2, dtype=dtype, generator=generator)
     return clips * torch.arange(1, 8).view(1, 1, 7, 1, 1) + 3
@@ -52,7 +52,7 @@ def test_without_padding_it_is_that_of_torch(training):
 
 
 class Norms(TorchDispatchMode):
-    """Notes what batch normalisation, and its gradient, are given."""
+    """Records the inputs of batch normalisation and of its gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Norms(TorchDispatchMode):
     "layout", [torch.contiguous_format, torch.channels_last_3d], ids=["plain", "channels last"]
 )
 def test_frames_are_normalised_as_images_without_a_copy(layout, dtype, batch, shared):
-    """4-D tensors, for which CUDA has kernels in channels last; and the bits of 5-D ones."""
+    """As 4-D tensors, for which CUDA has channels-last kernels; bit-identical to 5-D ones."""
     clips = random_clips()[:batch].to(dtype).contiguous(memory_format=layout)
     norm, plain = random_norm(), random_norm()
     x = clips.clone().requires_grad_()

@@ -24,7 +24,7 @@ def random_clips(depth: int = DEPTH, size: int = 32) -> Tensor:
 
 
 def train_two_steps(model: ResNet3D, frames: Tensor | None, bfloat16: bool) -> list[Tensor]:
-    """All that a step leaves behind: loss, gradients, buffers, the random state."""
+    """Loss, gradients, buffers and the random state after a step."""
     torch.manual_seed(2)
     left = []
     for _ in range(2):
@@ -48,7 +48,7 @@ BITS = ["float32", "bfloat16"], ["full", "padded"], ["basic", "bottleneck"]
 
 
 def all_choices() -> Iterator[ParameterSet]:
-    """The choices in which each two meet, and all others for a soak."""
+    """All pairs of choices; the remaining combinations run as soak tests."""
     for (plan, meeting), bits in itertools.product(zip(PLANS, MEETING, strict=True), range(8)):
         chosen = bits >> 2 & 1, bits >> 1 & 1, bits & 1
         names = (of_bit[bit] for of_bit, bit in zip(BITS, chosen, strict=True))
@@ -80,8 +80,8 @@ def test_recompute_changes_no_bit(make_model, settings, frames, bfloat16, recomp
     ids=str,
 )
 def test_recompute_changes_no_bit_of_shared_statistics(make_model, bfloat16, recompute):
-    """Shared with a second process that has the same clips. It is asked as often in each mode:
-    once a layer in the forward pass and once in the backward pass."""
+    """Shared with a second process that has the same clips. In every mode there is one all-reduce
+    per layer in the forward pass and one in the backward pass."""
     results, calls = [], []
     for modes in ("none", recompute):
         model = make_model(18, width=4, dropout=0.5, recompute=modes)
@@ -128,7 +128,7 @@ def test_blocks_run_once_without_gradients(make_model):
 
 
 def saved_bytes(model: ResNet3D, clips: Tensor, frames: Tensor | None = None) -> int:
-    """What the forward pass keeps for the backward pass, besides parameters and buffers."""
+    """Bytes kept for the backward pass, without parameters and buffers."""
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 
@@ -155,7 +155,7 @@ def test_recompute_keeps_a_fraction_of_the_activations(make_model, frames, recom
 
 @pytest.mark.slow
 def test_what_resnet_101_keeps_of_four_clips():
-    """Of tensors without data, which the machine has room for."""
+    """Measured on tensors without data, as the real ones would not fit in memory."""
     kept = {}
     with FakeTensorMode():
         model, clips = ResNet3D(101), torch.empty(4, 1, 64, 160, 160)

@@ -63,7 +63,7 @@ def test_without_the_lengths_padding_does_change_logits(make_model):
 
 @pytest.mark.parametrize("network", [BASIC, BOTTLENECK], ids=["basic", "bottleneck"])
 def test_training_on_padded_clips_is_training_on_the_clips(make_model, network):
-    """In float64: batch statistics of few voxels blow up the rounding of float32."""
+    """In float64: batch statistics of few voxels amplify float32 rounding."""
     clips = random_clips([13, 13, 13], torch.float64)
     runs = []
     for depth in (13, 14, 22):

@@ -92,7 +92,7 @@ def test_parameters_are_as_many_but_for_the_shortcut_biases(randomise_norms):
     ("depth", "width"), [(50, 16), pytest.param(101, 64, marks=pytest.mark.soak)]
 )
 def test_logits_and_gradients_are_equal(randomise_norms, depth, width, stem_stride, training):
-    """In float64: rounding in float32, which differs by CPU, is blown up by random norms."""
+    """In float64: random norms amplify float32 rounding, which differs between CPUs."""
     dtype = torch.float64
     pair = make_pair(stem_stride, randomise_norms, depth, width)
     theirs, ours = (m.to(dtype).train(training) for m in pair)

@@ -1,4 +1,4 @@
-"""Two processes against one that has the batches of both."""
+"""Two processes against one process that has the batches of both."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes found, all of it in one launch: to start them takes the longest."""
+    """Results of two processes, all from one launch, as starting them takes the longest."""
     folder = tmp_path_factory.mktemp("two")
     multiprocessing.spawn(run_rank, (str(folder),), nprocs=2)
     return folder
@@ -109,7 +109,7 @@ def test_one_layer(two_processes: Path, precision: torch.dtype, tolerance: float
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Up to a share of the largest value of each tensor."""
+    """Tolerance relative to the largest value of each tensor."""
     assert found.keys() == expected.keys()
     for name, value in found.items():
         worst = (value - expected[name]).abs().max() / expected[name].abs().max()
@@ -130,7 +130,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", ["none", "cheap", "stage"])
 def test_statistics_of_all_layers_move_by_a_few_calls(mode: str) -> None:
-    """To the bits that each layer would get by itself."""
+    """Bit-identical to updating each layer by itself."""
     model, clips = model_and_clips(torch.float32)
     share_statistics(model, lambda sums: None)
     model.recompute = mode
@@ -165,7 +165,7 @@ def test_after_an_error_no_statistics_have_moved() -> None:
 
 
 class NormsBackward(TorchDispatchMode):
-    """Notes what the gradient of batch normalisation is given."""
+    """Records the inputs of batch normalisation's gradient."""
 
     def __init__(self) -> None:
         super().__init__()

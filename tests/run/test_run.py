@@ -68,7 +68,7 @@ def test_quarter_turns_of_oblong_clips_are_refused(store: Path) -> None:
 
 def test_a_batch_that_the_split_cannot_fill_is_refused(store: Path) -> None:
     config = tiny_config(store, Path("out"), "plan.batch=64")
-    with pytest.raises(PlanError, match="holds 12 positives for train"):
+    with pytest.raises(PlanError, match="train split has 12 positives"):
         open_data(config).plan()
 
 

@@ -1,4 +1,4 @@
-"""What the machine does not give is told as such, and never taken for damage of a file."""
+"""Faults of the machine are reported as such, never as damage of a file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NUMBERS = ("EMFILE", "ENFILE", "EACCES", "EPERM", "EROFS", "EIO", "ESTALE", "ENO
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 60 shards; not to be changed."""
+    """A store of 60 shards. Tests must not change it."""
     folder = tmp_path_factory.mktemp("advice")
     prepare_npz(tiny_npz(folder / "store.npz"), folder / "store", shard_clips=1)
     return folder / "store"
@@ -60,7 +60,7 @@ def test_each_error_of_the_machine_has_its_advice(name: str) -> None:
 
 
 def test_each_kind_of_error_has_an_advice_of_its_own() -> None:
-    """But for permissions, which have two numbers."""
+    """Except permissions, which have two errno values."""
     told = [advice(OSError(getattr(errno, name), "")) for name in NUMBERS if name != "EPERM"]
     assert len(set(told)) == len(told)
 
@@ -106,7 +106,7 @@ def test_too_many_open_files_are_no_damage(store: Path, reader: Callable[[Path],
 
 
 def test_a_clip_is_read_with_the_last_descriptor(store: Path) -> None:
-    """The store closes a shard of its own rather than fail."""
+    """The store closes one of its shards rather than fail."""
     opened = Store(store)
     first = [opened.read(clip) for clip in range(4)]
     with files_all_open():
@@ -130,7 +130,7 @@ def test_open_shards_follow_the_limit(store: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_disk_that_fails_is_no_damage(store: Path, tmp_path: Path) -> None:
-    """The kernel answers a read of this file's first byte with EIO."""
+    """A file whose first byte cannot be read: the kernel returns EIO."""
     shutil.copytree(store, tmp_path / "store")
     opened = Store(tmp_path / "store")
     shard = tmp_path / "store" / "shards" / shard_name(int(opened.table["shard"].iloc[7]))

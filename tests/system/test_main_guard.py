@@ -1,4 +1,4 @@
-"""A script without a guard is told what it lacks, by whichever call it makes."""
+"""A script without a main guard gets a message that says so, from any call."""
 
 from __future__ import annotations
 

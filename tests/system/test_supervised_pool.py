@@ -1,4 +1,4 @@
-"""Work in processes that crash, hang, and take too much memory."""
+"""Work in processes that crash, hang, or take too much memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIMITS = Limits(seconds=30, bytes=256 << 20)
 
 @dataclass(frozen=True)
 class Row:
-    """Words: what happens at each step, and the steps that are left out, with the reason."""
+    """An item: the behaviour of each step, or the reason why the step is left out."""
 
     words: tuple[str, ...]
     out: tuple[tuple[int, str], ...] = ()

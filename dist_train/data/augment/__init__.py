@@ -1,1 +1,1 @@
-"""One random draw a clip, and its application on the CPU or on the training device."""
+"""One random draw per clip, applied on the CPU or on the training device."""

@@ -1,9 +1,9 @@
 """Resizing and augmentation by torch, on any device, from the draws of ``params.py``.
 
-What ``cpu.py`` does to a resized clip, in float32 and without rounding between its steps. All
-that moves pixels is one step. Without an affine map or a displacement that is a matrix for the rows
-and one for the columns; with one, a single bilinear resampling of the native clip. So there is less
-blur than on the host, which resamples once for each.
+It does the same as resizing and ``cpu.py``, but in float32 without rounding in between. All changes
+of position are one step: without affine map and displacement, one matrix for the rows and one for
+the columns; otherwise one bilinear resampling of the native clip. So it blurs less than the CPU
+version, which resamples several times.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from dist_train.data.augment.resize import resize_weights
 
 @torch.no_grad()
 def augmented_batch(clips: NativeClips, size: tuple[int, int]) -> Tensor:
-    """Clips at ``size`` (height, width), augmented: float32 [B, 1, D, height, width] of 0 to 1, on
-    the device of their pixels. Shorter clips get black frames at their end.
+    """Resize and augment a batch.
 
-    What a clip becomes does not depend on the others.
+    Args:
+        size: (height, width).
+
+    Returns:
+        float32 [B, 1, D, height, width] from 0 to 1, on the device of the pixels. Shorter clips end
+        in black frames. A clip's result does not depend on the others.
     """
     device = clips.pixels.device
     depth = max(shape[0] for shape in clips.shapes)
@@ -34,53 +38,55 @@ def augmented_batch(clips: NativeClips, size: tuple[int, int]) -> Tensor:
     )
     # Under autocast matrices would be multiplied in bfloat16.
     with torch.autocast(device.type, enabled=False):
-        for volume, flat, shape, draw, own in zip(
+        for volume, flat, shape, draw, own_pictures in zip(
             volumes, pixels, clips.shapes, clips.draws, pictures, strict=True
         ):
             frames = flat.view(shape)
-            # All frames are treated alike, so this can come first, where they are small.
+            # All frames get the same changes, so reverse them first, at their native size.
             frames = frames.flip(0) if draw.is_reversed else frames
             volume = volume[0, : shape[0]]
-            volume.copy_(_moved(frames.float(), draw, own, size))
-            _tone(volume, draw, own)
+            volume.copy_(_resampled(frames.float(), draw, own_pictures, size))
+            _tone(volume, draw, own_pictures)
     return volumes.div_(255)
 
 
-def _moved(frames: Tensor, draw: Draw, pictures: Tensor, size: tuple[int, int]) -> Tensor:
-    """float32 [D, h, w] resized, laid, moved and displaced: float32 [D, *size]."""
+def _resampled(frames: Tensor, draw: Draw, pictures: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize float32 [D, h, w] and apply orientation, affine map and displacement: float32
+    [D, *size]."""
     if draw.affine is None and not draw.is_displaced:
-        return _resized_and_laid(frames, draw, size)
-    # Bilinear sampling would leave out pixels of a clip that shrinks.
+        return _resized(frames, draw, size)
+    # Average along axes that shrink, as bilinear sampling would skip pixels.
     smaller = min(frames.shape[1], size[0]), min(frames.shape[2], size[1])
     if smaller != frames.shape[1:]:
-        frames = _resized_and_laid(frames, Draw(), smaller)
-    grid, share = _places(draw, pictures, size)
+        frames = _resized(frames, Draw(), smaller)
+    grid, inside = _sampling_grid(draw, pictures, size)
     sampled = F.grid_sample(frames[None], grid[None], padding_mode="border", align_corners=False)
-    return sampled[0] * share
+    return sampled[0] * inside
 
 
-def _resized_and_laid(frames: Tensor, draw: Draw, size: tuple[int, int]) -> Tensor:
-    how, (_, height, width) = draw.orientation, frames.shape
+def _resized(frames: Tensor, draw: Draw, size: tuple[int, int]) -> Tensor:
+    """Resize float32 [D, h, w] and apply the orientation: float32 [D, *size]."""
+    orientation, (_, height, width) = draw.orientation, frames.shape
     rows = resize_weights(height, size[0], frames.device)
     columns = resize_weights(width, size[1], frames.device)
-    if how.transposed:
+    if orientation.transposed:
         frames, rows, columns = frames.transpose(1, 2), columns, rows
-    rows = rows.flip(0) if how.rows_reversed else rows
-    columns = columns.flip(0) if how.columns_reversed else columns
+    rows = rows.flip(0) if orientation.rows_reversed else rows
+    columns = columns.flip(0) if orientation.columns_reversed else columns
     return rows @ (frames @ columns.T)
 
 
-def _places(draw: Draw, pictures: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Where each pixel of the result is taken from, float32 [H, W, 2] as ``grid_sample`` counts,
-    and how much of it is not black from outside, float32 [H, W].
+def _sampling_grid(draw: Draw, pictures: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The source position of each output pixel, float32 [H, W, 2] in ``grid_sample``'s coordinates,
+    and its weight against the black outside, float32 [H, W].
 
-    From the result backwards: displacement, affine map, orientation, resize.
+    Traced back from the output: displacement, affine map, orientation, resize.
     """
     height, width = size
-    share: Tensor | float = 1.0
+    inside: Tensor | float = 1.0
     if draw.is_displaced:
         x, y = pictures[0], pictures[1]
-        share = _inside(x, width) * _inside(y, height)
+        inside = _inside(x, width) * _inside(y, height)
     else:
         x = torch.arange(width, dtype=torch.float32, device=pictures.device)
         y = torch.arange(height, dtype=torch.float32, device=pictures.device)[:, None]
@@ -90,26 +96,28 @@ def _places(draw: Draw, pictures: Tensor, size: tuple[int, int]) -> tuple[Tensor
     back = np.linalg.inv(forward).tolist()
     x, y = (a * x + b * y + c for a, b, c in back[:2])
     if draw.affine is not None:
-        share = share * _inside(x, width) * _inside(y, height)
-    grid = torch.stack([_as_share(x, width), _as_share(y, height)], dim=-1)
-    assert isinstance(share, Tensor)
-    return grid, share
+        inside = inside * _inside(x, width) * _inside(y, height)
+    grid = torch.stack([_normalised(x, width), _normalised(y, height)], dim=-1)
+    assert isinstance(inside, Tensor)
+    return grid, inside
 
 
-def _inside(place: Tensor, length: int) -> Tensor:
-    """The weight that bilinear sampling gives to pixels 0 to length - 1, of 1."""
-    return (place + 1).clamp(0, 1) * (length - place).clamp(0, 1)
+def _inside(position: Tensor, length: int) -> Tensor:
+    """The total weight, from 0 to 1, that bilinear sampling gives to pixels 0 to length - 1."""
+    return (position + 1).clamp(0, 1) * (length - position).clamp(0, 1)
 
 
-def _as_share(place: Tensor, length: int) -> Tensor:
-    """Places along an axis of so many pixels, from -1 at the outer edge of the first to 1 at that
-    of the last: the same place on the axis that it is resized from."""
-    # Beyond the middle of the outermost pixels there is nothing but black, which is taken care of.
-    return (2 * place.clamp(0, length - 1) + 1) / length - 1
+def _normalised(position: Tensor, length: int) -> Tensor:
+    """Pixel positions in ``grid_sample``'s coordinates: -1 and 1 are the outer edges of the axis.
+
+    These do not depend on the length of the axis, so they hold for the native clip too.
+    """
+    # Positions outside are clamped to the edge; ``_inside`` makes them black.
+    return (2 * position.clamp(0, length - 1) + 1) / length - 1
 
 
 def _tone(frames: Tensor, draw: Draw, pictures: Tensor) -> None:
-    """Brightness, contrast, gamma, blur and noise of float32 [D, H, W], in place."""
+    """Apply brightness, contrast, gamma, blur and noise to float32 [D, H, W], in place."""
     if (draw.contrast, draw.brightness) != (1.0, 0.0):
         frames.mul_(draw.contrast).add_(draw.brightness).clamp_(0, 255)
     if draw.gamma != 1.0:
@@ -125,13 +133,13 @@ def _tone(frames: Tensor, draw: Draw, pictures: Tensor) -> None:
 
 
 def blur_weights(kernel: Kernel, length: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """The matrix that blurs an axis, mirrored at the middle of its outermost pixels: float32
+    """The matrix that blurs an axis, mirrored at the centres of its edge pixels: float32
     [length, length]."""
     reach = len(kernel) // 2
-    there = np.arange(length)[:, None]
-    here = there + np.arange(-reach, reach + 1)
+    target = np.arange(length)[:, None]
+    source = target + np.arange(-reach, reach + 1)
     period = max(2 * (length - 1), 1)
-    here = (length - 1) - np.abs((length - 1) - here % period) if length > 1 else here * 0
+    source = (length - 1) - np.abs((length - 1) - source % period) if length > 1 else source * 0
     weights = np.zeros((length, length), np.float32)
-    np.add.at(weights, (np.broadcast_to(there, here.shape), here), kernel)
+    np.add.at(weights, (np.broadcast_to(target, source.shape), source), kernel)
     return weights

@@ -1,9 +1,9 @@
-"""The augmentation of the original recipe (``augment.preset: original``), on the host.
+"""The augmentation of the original recipe (``augment.preset: original``), on the CPU.
 
-The original used albumentations of 2020 on a picture whose channels are the frames: all frames are
-moved, toned and blurred alike, and noise is drawn for each frame anew. Here are the same blocks, in
-the same order, with the same ranges, drawn by (seed, epoch, clip) as all augmentation is. Within a
-block one of its transforms is drawn, each as likely. docs/augmentation.md has them as a table.
+The original applied albumentations of 2020 to a picture with the frames as channels. So all frames
+are moved, toned and blurred alike, and each frame has its own noise. This module has the same
+blocks, in the same order, with the same ranges, keyed by (seed, epoch, clip). Each block draws one
+of its transforms, all equally likely. docs/augmentation.md has the table.
 """
 
 from __future__ import annotations
@@ -15,31 +15,34 @@ import cv2
 import numpy as np
 
 from dist_train.config import AugmentSettings
+from dist_train.data.augment.cpu import Frames, Map, change_each, change_together
 from dist_train.data.orientation import AS_IT_IS, Matrix, Orientation
-from dist_train.data.types import Volume
+from dist_train.data.types import Plane, Volume
 
-Map = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 Maps = tuple[Map, Map]
 
-# Limits, each to both sides of nothing.
+# Limits of the changes, in both directions.
 SHIFT, SCALE, DEGREES = 0.1, 0.2, 10.0
 BRIGHTNESS, CONTRAST, GAMMA = 0.2, 0.2, (0.8, 1.2)
 TAPS = (3, 5, 7)
-#: Variance of the one Gaussian noise, and standard deviation of the other, in grey levels.
+#: The first Gaussian noise is given by its variance, the second by its standard deviation, both in
+#: grey levels.
 VARIANCE, DEVIATION = (10.0, 50.0), (0.01 * 255, 0.05 * 255)
 FACTOR = (0.5, 1.5)
 ELASTIC_ALPHA, ELASTIC_SIGMA, ELASTIC_AFFINE = 120.0, 7.5, 3.6
 GRID_STEPS, GRID_LIMIT = 5, 0.3
 OPTICAL_LIMIT, OPTICAL_SHIFT = 1.0, 3.6
 
-# See cpu.py: OpenCV resamples four frames as the channels of one picture exactly.
-TOGETHER = 4
-
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Gaussian noise is added, of standard deviation ``scale`` in grey levels; or each pixel is
-    multiplied by a number that is even in ``FACTOR``. ``key`` seeds the numbers of all frames."""
+    """Noise that differs in each frame.
+
+    Attributes:
+        kind: "added": Gaussian; "multiplied": by a uniform factor within ``FACTOR``.
+        scale: standard deviation of added noise, in grey levels.
+        key: seed of the noise.
+    """
 
     kind: Literal["added", "multiplied"]
     scale: float
@@ -48,20 +51,20 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class OriginalDraw:
-    """What happens to a clip, in this order.
+    """The changes of a clip, in the order of application.
 
     Attributes:
         orientation: flips and quarter turns.
-        contrast, brightness: a value v becomes contrast * v + brightness, cut to 0 to 255.
+        contrast, brightness: a value v becomes contrast * v + brightness, clipped to 0 to 255.
         gamma: a value v becomes 255 * (v / 255) ** gamma.
-        blur: "gaussian" or "box", and its taps; None does not blur.
+        blur: ("gaussian" or "box", taps); None does not blur.
         noise: see ``Noise``.
-        elastic: float64 [2, 3], an affine map that comes before an elastic displacement; pixels
-            from outside mirror the picture.
-        displaced: x and y of the place that each pixel is taken from, float32 [H, W] each, mirrored
-            outside.
-        affine: float64 [2, 3], shift, scale and rotation; black comes in from outside.
-        is_reversed: whether the frames come last to first.
+        elastic: float64 [2, 3], the affine map before an elastic displacement; outside, the picture
+            is mirrored.
+        displaced: (x, y) of the source position of each pixel, float32 [H, W] each; outside, the
+            picture is mirrored.
+        affine: float64 [2, 3], shift, scale and rotation; outside is black.
+        is_reversed: whether the order of frames is reversed.
     """
 
     orientation: Orientation = AS_IT_IS
@@ -77,7 +80,7 @@ class OriginalDraw:
 
 
 class OriginalAugment:
-    """Callable on uint8 [D, H, W], as ``Augment`` is; the clip itself is left alone."""
+    """Augments uint8 [D, H, W], with the interface of ``Augment``. The clip does not change."""
 
     def __init__(self, settings: AugmentSettings, seed: int) -> None:
         self.settings, self.seed = settings, seed
@@ -90,22 +93,22 @@ class OriginalAugment:
         s = self.settings
         random = np.random.default_rng(np.random.SeedSequence((self.seed, epoch, number)))
 
-        def hits(probability: float) -> bool:
+        def happens(probability: float) -> bool:
             return bool(random.random() < probability)
 
-        orientation = AS_IT_IS.flipped(columns=hits(s.flip))
-        orientation = orientation.flipped(rows=hits(s.flip))
-        if hits(s.rotate90):
+        orientation = AS_IT_IS.flipped(columns=happens(s.flip))
+        orientation = orientation.flipped(rows=happens(s.flip))
+        if happens(s.rotate90):
             orientation = orientation.turned(int(random.integers(4)))
         contrast, brightness, gamma = 1.0, 0.0, 1.0
-        if hits(s.brightness):
-            if hits(0.5):
+        if happens(s.brightness):
+            if happens(0.5):
                 contrast = random.uniform(1 - CONTRAST, 1 + CONTRAST)
                 brightness = 255 * random.uniform(-BRIGHTNESS, BRIGHTNESS)
             else:
                 gamma = random.uniform(*GAMMA)
-        blur, noise = _softened(random) if hits(s.blur_noise) else (None, None)
-        elastic, displaced = _distorted(random, size) if hits(s.distort) else (None, None)
+        blur, noise = _draw_blur_or_noise(random) if happens(s.blur_noise) else (None, None)
+        elastic, displaced = _draw_distortion(random, size) if happens(s.distort) else (None, None)
         return OriginalDraw(
             orientation,
             contrast,
@@ -115,12 +118,12 @@ class OriginalAugment:
             noise,
             elastic,
             displaced,
-            _moved(random, size) if hits(s.shift_scale_rotate) else None,
-            hits(s.reverse),
+            _draw_affine(random, size) if happens(s.shift_scale_rotate) else None,
+            happens(s.reverse),
         )
 
 
-def _softened(
+def _draw_blur_or_noise(
     random: np.random.Generator,
 ) -> tuple[tuple[Literal["gaussian", "box"], int] | None, Noise | None]:
     kind = random.integers(5)
@@ -134,7 +137,7 @@ def _softened(
     return None, Noise("multiplied", 0.0, key)
 
 
-def _distorted(
+def _draw_distortion(
     random: np.random.Generator, size: tuple[int, int]
 ) -> tuple[Matrix | None, Maps | None]:
     kind = random.integers(3)
@@ -144,8 +147,8 @@ def _distorted(
 
 
 def _elastic(random: np.random.Generator, size: tuple[int, int]) -> tuple[Matrix, Maps]:
-    """Elastic deformation (Simard et al. 2003): an affine map by three corners of a square that
-    move, then a smooth random field."""
+    """Elastic deformation (Simard et al. 2003): an affine map that moves three corners of a square,
+    then a smooth random field."""
     height, width = size
     middle, reach = np.array([width // 2, height // 2]), min(size) // 3
     corners = (middle + reach * np.array([(1, 1), (1, -1), (-1, -1)])).astype(np.float32)
@@ -166,19 +169,19 @@ def _elastic(random: np.random.Generator, size: tuple[int, int]) -> tuple[Matrix
 
 
 def _grid(random: np.random.Generator, size: tuple[int, int]) -> Maps:
-    """The cells of a grid become wider or narrower, rows and columns each on their own."""
+    """Grid distortion: the rows and the columns of a grid change their widths independently."""
     x, y = (_stretched(random, length) for length in (size[1], size[0]))
     columns, rows = np.meshgrid(x, y)
     return columns.astype(np.float32), rows.astype(np.float32)
 
 
 def _stretched(random: np.random.Generator, length: int) -> np.ndarray:
-    """Where each of so many pixels is taken from: float64 [length]."""
+    """The source position of each pixel of an axis: float64 [length]."""
     step = max(length // GRID_STEPS, 1)
     parts, reached = [], 0.0
     for first in range(0, length, step):
         stretch = random.uniform(1 - GRID_LIMIT, 1 + GRID_LIMIT)
-        # A rest at the end leads to the edge.
+        # An incomplete last cell ends at the edge.
         whole = first + step <= length
         end = reached + step * stretch if whole else float(length)
         parts.append(np.linspace(reached, end, min(step, length - first)))
@@ -187,8 +190,8 @@ def _stretched(random: np.random.Generator, length: int) -> np.ndarray:
 
 
 def _optical(random: np.random.Generator, size: tuple[int, int]) -> Maps:
-    """A lens: OpenCV's radial model, with both coefficients alike. The shifted middle of the lens
-    comes to the middle of the picture."""
+    """Optical distortion: OpenCV's radial model with equal coefficients. The lens's shifted centre
+    moves to the centre of the picture."""
     height, width = size
     k = random.uniform(-OPTICAL_LIMIT, OPTICAL_LIMIT)
     dx, dy = np.rint(random.uniform(-OPTICAL_SHIFT, OPTICAL_SHIFT, 2))
@@ -199,7 +202,7 @@ def _optical(random: np.random.Generator, size: tuple[int, int]) -> Maps:
     return maps[0], maps[1]
 
 
-def _moved(random: np.random.Generator, size: tuple[int, int]) -> Matrix:
+def _draw_affine(random: np.random.Generator, size: tuple[int, int]) -> Matrix:
     height, width = size
     angle = random.uniform(-DEGREES, DEGREES)
     scale = random.uniform(1 - SCALE, 1 + SCALE)
@@ -209,7 +212,7 @@ def _moved(random: np.random.Generator, size: tuple[int, int]) -> Matrix:
 
 
 def applied(clip: Volume, draw: OriginalDraw) -> Volume:
-    """A clip, uint8 [D, H, W], with all of a draw done to it."""
+    """Apply a draw to a clip, uint8 [D, H, W]. The clip itself does not change."""
     if draw.orientation != AS_IT_IS:
         clip = np.stack([draw.orientation.apply(frame) for frame in clip])
     levels = np.arange(256, dtype=np.float64)
@@ -233,20 +236,18 @@ def _toned(clip: Volume, table: np.ndarray) -> Volume:
 
 
 def _blurred(clip: Volume, kind: str, taps: int) -> Volume:
-    out = np.empty(clip.shape, np.uint8)
-    for frame, target in zip(clip, out, strict=True):
-        if kind == "box":
-            cv2.blur(frame, (taps, taps), dst=target)
-        else:
-            # OpenCV takes sigma from the taps.
-            cv2.GaussianBlur(frame, (taps, taps), 0, dst=target)
-    return out
+    size = taps, taps
+    if kind == "box":
+        return change_each(clip, lambda frame, out: cv2.blur(frame, size, dst=out))
+    # OpenCV computes sigma from the taps.
+    return change_each(clip, lambda frame, out: cv2.GaussianBlur(frame, size, 0, dst=out))
 
 
 def _with_noise(clip: Volume, noise: Noise) -> Volume:
-    """Each frame has numbers of its own."""
-    random, out = np.random.default_rng(noise.key), np.empty(clip.shape, np.uint8)
-    for frame, target in zip(clip, out, strict=True):
+    """Add or multiply noise, drawn anew for each frame."""
+    random = np.random.default_rng(noise.key)
+
+    def change(frame: Plane, out: Plane) -> None:
         if noise.kind == "added":
             drawn = random.standard_normal(frame.shape, np.float32)
             values = frame + np.float32(noise.scale) * drawn
@@ -254,26 +255,20 @@ def _with_noise(clip: Volume, noise: Noise) -> Volume:
             low, high = FACTOR
             drawn = random.random(frame.shape, np.float32)
             values = frame * (np.float32(low) + np.float32(high - low) * drawn)
-        target[:] = np.clip(values, 0, 255)
-    return out
+        out[:] = np.clip(values, 0, 255)
+
+    return change_each(clip, change)
 
 
 def _resampled(clip: Volume, draw: OriginalDraw) -> Volume:
-    """Distorted, then shifted, scaled and rotated, each rounded to grey levels."""
-    depth, height, width = clip.shape
-    out = np.empty(clip.shape, np.uint8)
-    for first in range(0, depth, TOGETHER):
-        places = [min(first + i, depth - 1) for i in range(TOGETHER)]
-        frames = cv2.merge([clip[place] for place in places])
+    """Apply the distortion, then the affine map, each rounded to grey levels."""
+    size, border = (clip.shape[2], clip.shape[1]), cv2.BORDER_REFLECT_101
+
+    def resample(frames: Frames) -> Frames:
         if draw.elastic is not None:
-            frames = cv2.warpAffine(
-                frames, draw.elastic, (width, height), borderMode=cv2.BORDER_REFLECT_101
-            )
+            frames = cv2.warpAffine(frames, draw.elastic, size, borderMode=border)
         if draw.displaced is not None:
-            frames = cv2.remap(
-                frames, *draw.displaced, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
-            )
-        if draw.affine is not None:
-            frames = cv2.warpAffine(frames, draw.affine, (width, height))
-        cv2.split(frames, [out[place] for place in places])
-    return out
+            frames = cv2.remap(frames, *draw.displaced, cv2.INTER_LINEAR, borderMode=border)
+        return frames if draw.affine is None else cv2.warpAffine(frames, draw.affine, size)
+
+    return change_together(clip, resample)

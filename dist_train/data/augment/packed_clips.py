@@ -1,4 +1,4 @@
-"""A batch of clips at their own sizes, one behind the other, with what is drawn for each."""
+"""A batch of clips at their native sizes, concatenated, with the draw of each."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dist_train.data.augment.params import NO_PICTURES, Draw
 
 @dataclass(frozen=True, slots=True)
 class NativeClips:
-    """Clips that are to be resized and augmented on a device. No byte of them is padding.
+    """Clips to be resized and augmented on a device, without padding.
 
     Attributes:
-        pixels: uint8 [N], the clips' [D, H, W] one behind the other.
-        shapes: D, H and W of each.
-        draws: what is to happen to each after it was resized, without the pictures.
-        pictures: float32 [P, height, width], those of all draws, one behind the other.
+        pixels: uint8 [N], the flattened clips, concatenated.
+        shapes: (D, H, W) of each clip.
+        draws: the augmentation of each clip after resizing, without its pictures.
+        pictures: float32 [P, height, width], the pictures of all draws, concatenated.
     """
 
     pixels: Tensor
@@ -33,8 +33,8 @@ class NativeClips:
         return self.pixels, self.pictures
 
     def part(self, start: int, stop: int) -> NativeClips:
-        """Clips ``start`` to ``stop`` (excluded) of clips without pictures, in the same memory."""
-        assert not len(self.pictures), "which clip has which picture is not known here"
+        """Clips ``start`` to ``stop`` (excluded), as views. Only for clips without pictures."""
+        assert not len(self.pictures), "the split of pictures between clips is unknown"
         before, own = (
             sum(map(math.prod, shapes)) for shapes in (self.shapes[:start], self.shapes[start:stop])
         )
@@ -49,13 +49,13 @@ class NativeClips:
         return replace(self, pixels=self.pixels.pin_memory(), pictures=self.pictures.pin_memory())
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> NativeClips:
-        """On a device, as ``Tensor.to`` copies."""
+        """Copy to a device, as ``Tensor.to`` does."""
         pixels, pictures = (t.to(device, non_blocking=non_blocking) for t in self.tensors)
         return replace(self, pixels=pixels, pictures=pictures)
 
 
 def pack(clips: Sequence[Tensor], draws: Sequence[Draw]) -> NativeClips:
-    """Put clips, uint8 [D, H, W] each, and their draws together."""
+    """Concatenate clips, uint8 [D, H, W] each, and their draws."""
     shapes = tuple((clip.shape[0], clip.shape[1], clip.shape[2]) for clip in clips)
     return packed(torch.cat([clip.reshape(-1) for clip in clips]), shapes, draws)
 
@@ -63,7 +63,7 @@ def pack(clips: Sequence[Tensor], draws: Sequence[Draw]) -> NativeClips:
 def packed(
     pixels: Tensor, shapes: tuple[tuple[int, int, int], ...], draws: Sequence[Draw]
 ) -> NativeClips:
-    """Clips that lie one behind the other already, and their draws."""
+    """``NativeClips`` of pixels that are concatenated already, uint8 [N], and the clips' draws."""
     pictures = [torch.from_numpy(draw.pictures) for draw in draws if len(draw.pictures)]
     return NativeClips(
         pixels,

@@ -1,7 +1,6 @@
-"""What the augmentation of one clip is made of, drawn by albumentations.
+"""The augmentation parameters of one clip, drawn by albumentations.
 
-The draw is keyed by (seed, epoch, clip), never by the worker or rank that makes it. Applying it is
-the matter of ``cpu.py`` on the host and of ``gpu.py`` on the device.
+A draw is keyed by (seed, epoch, clip), never by worker or rank. ``cpu.py`` and ``gpu.py`` apply it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import random
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-# Asked of albumentations before its import: no network call to look for a newer version.
+# Keeps albumentations from looking for a newer version over the network on import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
@@ -28,21 +27,21 @@ NO_PICTURES: Pictures = np.empty((0, 0, 0), np.float32)
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What happens to every frame of a clip of H x W, in this order.
+    """The changes of every frame (H x W) of a clip, in the order of application.
 
     Attributes:
         orientation: flips and quarter turns.
-        affine: float64 [2, 3], takes (x, y, 1) of a pixel to where it moves; None moves nothing.
-            Black comes in from outside.
-        is_displaced: whether the first two pictures say, for each pixel, x and y of the place that
-            it is taken from. Outside is black.
-        contrast, brightness: a value v becomes contrast * v + brightness, cut to 0 to 255.
-        gamma: then it becomes 255 * (v / 255) ** gamma.
-        kernel: float64 [taps], of a blur along both axes, with the picture mirrored at its edge
-            pixels; None does not blur.
-        is_noisy: whether the last picture, of whole grey levels, is added, and the sum cut to 0 to
-            255.
-        is_reversed: whether the frames come last to first.
+        affine: float64 [2, 3], maps (x, y, 1) of a pixel to its new position; outside is black.
+            None moves nothing.
+        is_displaced: whether pictures[0] and pictures[1] are the x and y of each pixel's source
+            position; outside is black.
+        contrast, brightness: a value v becomes contrast * v + brightness, clipped to 0 to 255.
+        gamma: then v becomes 255 * (v / 255) ** gamma.
+        kernel: float64 [taps], a blur along both axes, mirrored at the edge pixels. None does not
+            blur.
+        is_noisy: whether pictures[-1] is noise, in whole grey levels, to be added; the sum is
+            clipped to 0 to 255.
+        is_reversed: whether the order of frames is reversed.
         pictures: float32 [0 to 3, H, W].
     """
 
@@ -59,14 +58,15 @@ class Draw:
 
 
 class AugmentSampler:
-    """Draws for clips of a size, as the settings say.
+    """Draws the augmentation of clips.
 
-    The list is that of the original recipe: flips, quarter turns, shift-scale-rotate, elastic, grid
-    and optical distortion, brightness, contrast and gamma, blur and noise, reversal in depth.
+    The transforms are those of the original recipe: flips, quarter turns, shift-scale-rotate;
+    elastic, grid and optical distortion; brightness, contrast and gamma; blur and noise; reversal
+    in depth.
 
     Args:
-        settings: how probable each is.
-        seed: the run's.
+        settings: the probability of each transform.
+        seed: the run's seed.
     """
 
     def __init__(self, settings: AugmentSettings, seed: int) -> None:
@@ -87,7 +87,7 @@ class AugmentSampler:
             (
                 s.distort,
                 A.OneOf(
-                    # The library's own default moves no pixel by a tenth; this one, by one or two.
+                    # Moves pixels by one or two; the library's default by less than a tenth.
                     [
                         A.ElasticTransform(alpha=60, sigma=6),
                         A.GridDistortion(),
@@ -104,15 +104,15 @@ class AugmentSampler:
             ),
             (
                 s.blur_noise,
-                # A standard deviation of 3 to 7 grey levels; the library's default of 51 to 112
-                # would bury the cells.
+                # A standard deviation of 3 to 7 grey levels. The library's default, 51 to 112,
+                # would hide the cells.
                 A.OneOf(
                     [A.GaussianBlur(), A.GaussNoise(std_range=(3 / 255, 7 / 255))], p=s.blur_noise
                 ),
             ),
         ]
         used = [transform for probability, transform in steps if probability > 0]
-        #: albumentations' own pipeline, of all but the reversal; None if nothing is left.
+        #: albumentations' pipeline, without the reversal; None if it would be empty.
         self.transform = A.Compose(used, save_applied_params=True) if used else None
         self.reverse = s.reverse
         self.seed = seed
@@ -123,19 +123,18 @@ class AugmentSampler:
         numbers, choices, reversal = (int(word) for word in key.generate_state(3))
         applied: list[tuple[str, dict[str, Any]]] = []
         if self.transform is not None:
-            # Not set_random_seed, which gives every transform the same seed: all flips would go
-            # together, and with the quarter turns.
+            # set_random_seed would give every transform the same seed, so that flips and quarter
+            # turns were correlated.
             self.transform.set_random_state(np.random.default_rng(numbers), random.Random(choices))
-            # What is drawn depends on a clip's size and dtype alone, so one black frame stands for
-            # it. As images [D, H, W, 1], not as a volume, which albumentations' GaussNoise cannot
-            # take.
+            # Draws depend on a clip's size and dtype only, so one black frame is enough. It is
+            # passed as images [D, H, W, 1], as albumentations' GaussNoise cannot take a volume.
             applied = self.transform(images=np.zeros((1, *size, 1), np.uint8))["applied_transforms"]
         is_reversed = np.random.default_rng(reversal).random() < self.reverse
         return _as_draw(applied, bool(is_reversed))
 
 
 def _as_draw(applied: list[tuple[str, dict[str, Any]]], is_reversed: bool) -> Draw:
-    """Of the transforms that albumentations applied, by their names, with their parameters."""
+    """The draw of the transforms that albumentations applied: (name, parameters) of each."""
     draw, pictures = Draw(is_reversed=is_reversed), []
     for name, drawn in applied:
         match name:
@@ -161,7 +160,7 @@ def _as_draw(applied: list[tuple[str, dict[str, Any]]], is_reversed: bool) -> Dr
                 # albumentations adds whole grey levels.
                 pictures.append(np.trunc(drawn["noise_map"][..., 0]))
             case _:
-                raise AssertionError(f"{name} is drawn, but nothing is known of how to apply it")
+                raise AssertionError(f"{name} was drawn, but cannot be applied")
     if pictures:
         draw = replace(draw, pictures=np.stack(pictures, dtype=np.float32))
     return draw

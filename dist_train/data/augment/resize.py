@@ -1,6 +1,6 @@
-"""Frames to another size: area averaging along an axis that shrinks, bilinear along one that grows.
+"""Resize frames: area averaging along axes that shrink, bilinear along axes that grow.
 
-Either is linear along one axis, so a resize is a matrix for the rows and one for the columns.
+Both are linear along one axis, so a resize is one matrix for the rows and one for the columns.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from dist_train.data.types import Volume
 
 
 def resize(clip: Volume, size: tuple[int, int], out: Volume | None = None) -> Volume:
-    """Resize every frame of uint8 [D, H, W] to ``size`` (height, width), by OpenCV: uint8
-    [D, *size].
+    """Resize every frame of uint8 [D, H, W] to ``size`` (height, width) by OpenCV.
+
+    Args:
+        out: uint8 [D, *size] to write to.
 
     Returns:
-        ``out``, if there is one to write to; else a new array, or the clip itself where it has that
-        size.
+        uint8 [D, *size]: ``out`` if given; else a new array, or the clip if it has that size.
     """
     height, width = size
-    # OpenCV averages areas only if no axis grows.
+    # OpenCV averages areas only if no axis grows, so shrink first.
     smaller = min(clip.shape[1], height), min(clip.shape[2], width)
     clip = _resized(clip, smaller, cv2.INTER_AREA, out if smaller == (height, width) else None)
     return _resized(clip, (height, width), cv2.INTER_LINEAR, out)
@@ -47,14 +48,13 @@ def _resized(clip: Volume, size: tuple[int, int], how: int, out: Volume | None) 
 # Crops have a few hundred heights and widths.
 @lru_cache(maxsize=1024)
 def resize_weights(length: int, target: int, device: torch.device) -> Tensor:
-    """The matrix that resizes an axis as ``resize`` does: float32 [target, length], whose rows add
-    up to 1."""
+    """The matrix that resizes an axis like ``resize``: float32 [target, length]; rows sum to 1."""
     scale = length / target
-    there = torch.arange(target, device=device)[:, None]
-    here = torch.arange(length, device=device)
+    output = torch.arange(target, device=device)[:, None]
+    source = torch.arange(length, device=device)
     if target < length:
-        begin, end = there * scale, (there + 1) * scale
-        overlap = torch.minimum(here + 1, end) - torch.maximum(here, begin)
+        begin, end = output * scale, (output + 1) * scale
+        overlap = torch.minimum(source + 1, end) - torch.maximum(source, begin)
         return overlap.clamp(min=0) / scale
-    middle = ((there + 0.5) * scale - 0.5).clamp(0, length - 1)
-    return (1 - (middle - here).abs()).clamp(min=0)
+    centre = ((output + 0.5) * scale - 0.5).clamp(0, length - 1)
+    return (1 - (centre - source).abs()).clamp(min=0)

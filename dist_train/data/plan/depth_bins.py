@@ -1,4 +1,4 @@
-"""The negatives in bins of like depth, and each bin's share of the draws."""
+"""The negatives in bins of similar depth, and the quota of each bin in each epoch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from dist_train.data.plan.depth_order import ByDepth
 from dist_train.data.plan.shuffle import Ints
 from dist_train.errors import PlanError
 
-#: Shares are counted in this part of what goes with one positive.
+#: Quotas are counted in 64ths of the negatives that go with one positive.
 RESOLUTION = 64
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What training asks of all negatives together.
+    """The negatives that steps need.
 
     Attributes:
         ratio: p positives to q negatives.
         block: negatives in a block.
         run: the most negatives in a run of blocks.
-        straddling: whether a block can reach over the end of a pass over the positives, and so take
-            what a bin gives to two epochs.
+        straddling: whether a block can span the end of a pass over the positives, and so take the
+            quotas of two epochs from a bin.
     """
 
     ratio: tuple[int, int]
@@ -32,15 +32,15 @@ class Demand:
     run: int
     straddling: bool
 
-    def most(self, share: int, cycle: int) -> int:
-        """The most that a step takes of a bin that gives ``share`` in ``cycle`` epochs."""
-        an_epoch = -(-share // cycle)
-        straddling = min(self.block, 2 * an_epoch) if self.straddling else 0
-        return max(1, min(self.run, an_epoch), straddling)
+    def most(self, quota: int, cycle: int) -> int:
+        """The most clips that a step takes from a bin that gives ``quota`` in ``cycle`` epochs."""
+        per_epoch = -(-quota // cycle)
+        straddling = min(self.block, 2 * per_epoch) if self.straddling else 0
+        return max(1, min(self.run, per_epoch), straddling)
 
 
-def least(most: int) -> int:
-    """How many clips a bin needs if a step takes at most ``most``: negatives.py says why."""
+def least_clips(most: int) -> int:
+    """The least clips of a bin from which a step takes at most ``most``: see negatives.py."""
     return max(1, 2 * (most - 1))
 
 
@@ -50,30 +50,29 @@ class DepthBins:
 
     Attributes:
         starts: bin b holds the negatives of index starts[b] to starts[b + 1]: int64 [bins + 1].
-        most: the most that a step takes of each bin: int64 [bins].
-        shares: what each bin gives to each epoch.
+        most: the most clips that a step takes from each bin: int64 [bins].
+        quotas: the number of clips that each bin gives to each epoch.
     """
 
     starts: Ints
     most: Ints
-    shares: BinQuotas
+    quotas: BinQuotas
 
 
 def depth_bins(
     positives: ByDepth, negatives: ByDepth, demand: Demand, natural: Ints | None
 ) -> DepthBins:
-    """Bins as narrow as they can be: one depth each, where that has enough negatives.
+    """Bins as narrow as possible: one depth each, if it has enough negatives.
 
-    Neighbouring depths are merged until a bin has enough for a step's negatives to differ, and a
-    share in the draws, so that none of its clips waits for ever. That goes from the deep end to the
-    shallow one, because frames are lost the faster the deeper the clip. What is left over at the
-    shallow end joins the last bin.
+    Neighbouring depths are merged, from deep to shallow, until a bin has a quota above 0 and enough
+    clips for a step without repetition. From deep to shallow, because padding costs most at the
+    deep end. Depths left over at the shallow end join the last bin.
 
     Args:
-        natural: None gives each bin the share of the positives that have its depths; negatives
-            deeper or shallower than all positives get a token, or else depth would tell the class.
-            Numbers, one for each depth of the negatives, give a bin its part of their sum: int64
-            [depths].
+        natural: None gives each bin the quota of the positives of its depths. Negatives deeper or
+            shallower than all positives get a small quota, as depth would else reveal the class.
+            Otherwise the weight of each depth of the negatives: int64 [depths]; a bin's quota is
+            proportional to its sum.
 
     Raises:
         PlanError: even one bin of all negatives is too small.
@@ -84,8 +83,8 @@ def depth_bins(
     cycle, total = p * RESOLUTION, len(positives) * RESOLUTION
     if natural is None:
         asked = RESOLUTION * _below(positives.starts, positives.depths, depths)
-        # The tokens stand where the search below, from the deep end, has passed all the depths that
-        # they are for: at the shallowest of the shallow ones, and of the deep ones.
+        # The small quotas of 1 go to the shallowest depth below, and to the shallowest depth above
+        # those of the positives: the search below, from the deep end, reaches them last.
         asked[1:-1] = np.maximum(asked[1:-1], 1)
         deep = int(np.searchsorted(asked, total))
         asked[deep] -= deep < len(depths)
@@ -95,8 +94,8 @@ def depth_bins(
     asked *= q
 
     def enough(first: int, last: int) -> bool:
-        share = int(asked[last] - asked[first])
-        return share > 0 and clips[last] - clips[first] >= least(demand.most(share, cycle))
+        quota = int(asked[last] - asked[first])
+        return quota > 0 and clips[last] - clips[first] >= least_clips(demand.most(quota, cycle))
 
     cuts = [len(depths)]
     for first in reversed(range(len(depths))):
@@ -108,38 +107,33 @@ def depth_bins(
             cuts.append(0)
     if not cuts:
         raise PlanError(
-            f"the selection holds {len(negatives)} negatives for train, and the batch needs "
-            f"{demand.block} different ones a step, for which at least {least(demand.block)} are "
-            f"needed",
+            f"the train split has {len(negatives)} negatives; a batch with {demand.block} "
+            f"different negatives needs at least {least_clips(demand.block)}",
             fix="Lower plan.batch, or select more clips.",
         )
     edges = np.array(cuts[::-1])
-    most = [demand.most(int(share), cycle) for share in np.diff(asked[edges])]
+    most = [demand.most(int(quota), cycle) for quota in np.diff(asked[edges])]
     return DepthBins(clips[edges], np.array(most), BinQuotas(asked[edges], cycle))
 
 
 def _below(sums: Ints, own: Ints, depths: Ints) -> Ints:
-    """Running sums over a class's ``own`` depths, [own + 1], at the edges of all ``depths``:
-    int64 [depths + 1]."""
-    at: Ints = sums[np.append(np.searchsorted(own, depths), len(own))]
-    return at
-
-
-# How many negatives each depth bin gives to each epoch, without adding up epochs.
+    """Running sums over a class's ``own`` depths, [own + 1], looked up at the edges of all
+    ``depths``: int64 [depths + 1]."""
+    looked_up: Ints = sums[np.append(np.searchsorted(own, depths), len(own))]
+    return looked_up
 
 
 @dataclass(frozen=True, eq=False)
 class BinQuotas:
-    """Shares of depth bins.
+    """The number of negatives that each bin gives to each epoch, in closed form.
 
-    In epoch e the bins before bin b give floor((ends[b] + o) / cycle) together, with an offset o in
-    [0, cycle) that is the same for all bins, so the figure never falls from one bin to the next.
-    Over a cycle the offsets take each value once, and the floors sum to ends[b] exactly (Hermite's
-    identity).
+    In epoch e the bins before bin b give floor((ends[b] + o) / cycle) together. The offset o in
+    [0, cycle) is the same for all bins, so no bin gives less than 0. Over a cycle the offset takes
+    each value once, and the floors sum to ends[b] exactly (Hermite's identity).
 
     Attributes:
-        ends: what the bins before each give in ``cycle`` epochs: int64 [bins + 1], from 0.
-        cycle: epochs.
+        ends: clips that the bins before each give in ``cycle`` epochs: int64 [bins + 1], from 0.
+        cycle: number of epochs after which the quotas repeat.
     """
 
     ends: Ints
@@ -148,10 +142,10 @@ class BinQuotas:
     def offsets(self, epochs: Ints) -> Ints:
         """The offset of each epoch: int64 [n].
 
-        With ends[-1] / cycle = u / v in lowest terms it is (cycle / v) * (e * u mod v), which makes
-        the total of epoch e floor((e + 1) * u / v) - floor(e * u / v), plus a number below
-        cycle / v, which does not change the total. The latter goes on by a golden section of its
-        range, so that bins with less than a clip an epoch give theirs at even distances.
+        Let ends[-1] / cycle = u / v in lowest terms. The offset is (cycle / v) * (e * u mod v),
+        which makes the total of epoch e floor((e + 1) * u / v) - floor(e * u / v), plus a number
+        below cycle / v, which does not change the total. That number advances by a golden section
+        of its range, so that bins with less than one clip per epoch give theirs evenly in time.
         """
         divisor = gcd(int(self.ends[-1]), self.cycle)
         u, v = int(self.ends[-1]) // divisor, self.cycle // divisor
@@ -160,15 +154,15 @@ class BinQuotas:
         return divisor * (epochs * (u % v) % v) + epochs // v * golden % divisor
 
     def edges(self, epoch: int) -> Ints:
-        """What the bins before each give in an epoch: int64 [bins + 1], ascending."""
+        """Clips that the bins before each give in an epoch: int64 [bins + 1], ascending."""
         return (self.ends + self.offsets(np.array([epoch]))) // self.cycle
 
     def before(self, epoch: int) -> Ints:
-        """What each bin gave in all epochs before ``epoch``: int64 [bins]."""
+        """Clips that each bin gave in all epochs before ``epoch``: int64 [bins]."""
         cycles, rest = divmod(epoch, self.cycle)
         quotient, remainder = np.divmod(self.ends, self.cycle)
-        # In a cycle that is not over, a floor is rounded up where remainder + offset >= cycle.
+        # In the unfinished cycle a floor is quotient + 1 where remainder + offset >= cycle.
         offsets = np.sort(self.offsets(np.arange(rest)))
-        up = rest - np.searchsorted(offsets, self.cycle - remainder, side="left")
-        given: Ints = np.diff(cycles * self.ends + rest * quotient + up)
+        plus_one = rest - np.searchsorted(offsets, self.cycle - remainder, side="left")
+        given: Ints = np.diff(cycles * self.ends + rest * quotient + plus_one)
         return given

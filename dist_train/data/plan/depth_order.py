@@ -1,4 +1,4 @@
-"""Clips of one class, sorted by depth: all that the plan knows of a clip is its place here."""
+"""Clips of one class, sorted by depth. The plan knows a clip by its index here only."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dist_train.errors import PlanError
 
 @dataclass(frozen=True, eq=False)
 class ByDepth:
-    """Clips sorted by depth. Below, the *index* of a clip is its place in ``clips``.
+    """Clips sorted by depth. The *index* of a clip is its position in ``clips``.
 
-    Clips of one depth stand in the order of a hash of their number, so that neighbours in the
-    store, as the clips of one project, are not neighbours here.
+    Clips of equal depth are sorted by a hash of their number, so that neighbours in the store, such
+    as clips of one project, are not neighbours here.
 
     Attributes:
         clips: clip numbers, [count] of an integer dtype; it may be mapped from a file.
-        depths: the different depths, ascending, int64 [k].
-        starts: clips of ``depths[i]`` have the indices starts[i] to starts[i + 1] (excluded):
-            int64 [k + 1].
+        depths: the distinct depths, ascending, int64 [k].
+        starts: clips of ``depths[i]`` have indices starts[i] to starts[i + 1] (excluded): int64
+            [k + 1].
         known_digest: ``digest``, where it has been worked out before.
     """
 
@@ -37,51 +37,56 @@ class ByDepth:
         return len(self.clips)
 
     def depth_at(self, index: Ints) -> Ints:
-        """Depths, in frames, of clips given by index."""
+        """Depths, in frames, of the clips at ``index``: int64 [n]."""
         return self.depths[np.searchsorted(self.starts, index, side="right") - 1]
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the clips and their depths, as 64 hex digits."""
+        """SHA-256 of the clip numbers and their depths, as 64 hex digits."""
         if self.known_digest is not None:
             return self.known_digest
         digest = hashlib.sha256()
         for array in (self.depths, self.starts):
             digest.update(array.astype("<i8").tobytes())
-        # In pieces: the whole of a mapped file need not be in memory.
+        # In pieces, so that a mapped file is never whole in memory.
         for first in range(0, len(self.clips), 1 << 20):
             digest.update(self.clips[first : first + (1 << 20)].astype("<i8").tobytes())
         return digest.hexdigest()
 
 
 def depth_order(clips: Ints, depths: Ints) -> Ints:
-    """The permutation that sorts clips as ``ByDepth`` has them: int64 [count]."""
+    """The permutation that sorts clips for ``ByDepth``: int64 [count]."""
     return np.lexsort((mix(clips.astype(np.uint64)), depths))
 
 
 def by_depth(clips: Ints, depths: Ints | None, name: str) -> ByDepth:
-    """Sort clips by depth. Without depths all are taken to be one frame deep.
+    """Sort clips by depth. Without depths all count as one frame deep.
+
+    Args:
+        clips: clip numbers, int64 [count].
+        depths: in frames, [count].
+        name: of the class, for messages.
 
     Raises:
-        PlanError: the depths are not one positive number for each clip, or a clip comes twice.
+        PlanError: the depths are not one positive integer for each clip, or a clip is repeated.
     """
     if depths is None:
         depths = np.ones(len(clips), np.int64)
     if clips.ndim != 1 or not np.issubdtype(clips.dtype, np.integer) or (clips < 0).any():
-        raise PlanError(f"the clip numbers of the {name} are not a row of whole numbers from 0 on")
-    if depths.shape != clips.shape or not _counts(depths).all():
+        raise PlanError(f"the clip numbers of the {name} are not integers of at least 0")
+    if depths.shape != clips.shape or not _are_counts(depths).all():
         raise PlanError(f"the depths of the {name} are not one number of frames for each clip")
     if len(np.unique(clips)) < len(clips):
-        raise PlanError(f"a clip number comes twice among the {name}")
+        raise PlanError(f"a clip number is repeated among the {name}")
     order = depth_order(clips, depths)
     values, firsts = np.unique(depths[order], return_index=True)
     starts = np.append(firsts, len(clips)).astype(np.int64)
     return ByDepth(clips[order], values.astype(np.int64), starts)
 
 
-def _counts(depths: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which depths are whole numbers from 1 on: NaN, which is not below 1 either, is none."""
-    counts: np.ndarray[Any, np.dtype[np.bool_]] = (
+def _are_counts(depths: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Whether each depth is an integer of at least 1."""
+    are_counts: np.ndarray[Any, np.dtype[np.bool_]] = (
         np.isfinite(depths) & (depths >= 1) & (np.floor(depths) == depths)
     )
-    return counts
+    return are_counts

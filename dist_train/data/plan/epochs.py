@@ -1,9 +1,8 @@
-"""Where epochs, blocks and steps begin: whole numbers only.
+"""The first steps of epochs, in integer arithmetic.
 
-The positives are one endless stream of passes over all of them, cut into blocks of ``take``. A
-block that reaches over the end of a pass belongs to the epoch of the pass that it begins in, and is
-its last step. The other blocks of the pass are whole; a step takes one of them, or, under a voxel
-budget, a run of several.
+The positives are an endless stream of passes, cut into blocks of ``per_block``. A block that spans
+the end of a pass belongs to the epoch in which it begins, and is its last step. The other blocks of
+a pass are whole blocks. A step takes one of them or, under a voxel budget, a run of several.
 """
 
 from __future__ import annotations
@@ -19,89 +18,89 @@ from dist_train.data.plan.shuffle import Ints
 
 @dataclass(frozen=True)
 class Epochs:
-    """The calendar of a run.
+    """The steps, blocks and passes of each epoch.
 
     Attributes:
-        count: positives in a pass, at least ``take``.
-        take: positives in a block.
-        runs: the edges of the runs that the blocks are merged to, in blocks, for each number of
-            whole blocks that a pass can have. Empty: each block is a step.
+        count: positives in a pass, at least ``per_block``.
+        per_block: positives in a block.
+        runs: for each possible number of whole blocks, the edges of the runs, in blocks. Empty:
+            each block is a step.
     """
 
     count: int
-    take: int
+    per_block: int
     runs: dict[int, Ints] = field(default_factory=dict, compare=False)
 
     @property
     def period(self) -> int:
-        """After so many epochs a pass and a block begin together again."""
-        return self.take // gcd(self.count, self.take)
+        """The number of epochs after which a pass and a block begin together again."""
+        return self.per_block // gcd(self.count, self.per_block)
 
     @property
     def longest_tail(self) -> int:
-        """The longest ``tail``, and the longest ``head``."""
-        return self.take - gcd(self.count, self.take)
+        """The greatest ``tail``, which is also the greatest ``head``."""
+        return self.per_block - gcd(self.count, self.per_block)
 
     def tail(self, epoch: int) -> int:
-        """How many clips of the pass fall into the block that the next pass completes."""
-        return (epoch + 1) * self.count % self.take
+        """Clips of the pass that begin the block that the next pass completes."""
+        return (epoch + 1) * self.count % self.per_block
 
     def head(self, epoch: int) -> int:
-        """How many clips of the pass complete the block that the pass before began."""
-        return -epoch * self.count % self.take
+        """Clips of the pass that complete the block that the previous pass began."""
+        return -epoch * self.count % self.per_block
 
-    def whole(self, epoch: int) -> int:
-        """Whole blocks of the pass: one of ``wholes``."""
-        return (self.count - self.head(epoch) - self.tail(epoch)) // self.take
+    def whole_blocks(self, epoch: int) -> int:
+        """Whole blocks of the pass, one of ``whole_block_counts``."""
+        return (self.count - self.head(epoch) - self.tail(epoch)) // self.per_block
 
     @property
-    def wholes(self) -> tuple[int, int]:
+    def whole_block_counts(self) -> tuple[int, int]:
         """The fewest and the most whole blocks of a pass.
 
-        Head and tail together have count % take clips, or ``take`` more.
+        Head and tail together have count % per_block clips, or ``per_block`` more.
         """
-        most, rest = divmod(self.count, self.take)
-        return (most - 1 if rest + self.take <= 2 * self.longest_tail else most), most
+        most, rest = divmod(self.count, self.per_block)
+        return (most - 1 if rest + self.per_block <= 2 * self.longest_tail else most), most
 
     def runs_of(self, epoch: int) -> int:
-        """Runs that the pass's whole blocks are merged to."""
-        return self._runs(self.whole(epoch))
+        """Runs of whole blocks in the pass."""
+        return self._runs(self.whole_blocks(epoch))
 
     def blocks_of(self, epoch: int, run: int) -> tuple[int, int]:
-        """The blocks, first and last (excluded), of a run of the pass."""
+        """(first, last) block of a run of the pass; the last is excluded."""
         if not self.runs:
             return run, run + 1
-        edges = self.runs[self.whole(epoch)]
+        edges = self.runs[self.whole_blocks(epoch)]
         return int(edges[run]), int(edges[run + 1])
 
     def edges(self, epoch: int) -> Ints:
-        """Edges of the pass's runs, in blocks: int64 [runs_of + 1], from 0."""
-        whole = self.whole(epoch)
+        """Edges of the pass's runs, in blocks: int64 [runs_of(epoch) + 1], from 0."""
+        whole = self.whole_blocks(epoch)
         return self.runs[whole] if self.runs else np.arange(whole + 1)
 
     def steps(self, epoch: int) -> int:
-        """Steps of the epoch: its runs, and the block that reaches over its end."""
+        """Steps of the epoch: its runs, and the block that spans its end."""
         return self.runs_of(epoch) + bool(self.tail(epoch))
 
     def first_step(self, epoch: int) -> int:
-        """The first step of the epoch; 0 is the first of the run."""
-        # Of the blocks before the epoch, those that reach over the end of a pass; the others are
-        # whole ones, and the passes with the most of them are those that the fewest leave over.
+        """The first step of the epoch, counted from the start of the run."""
+        # Blocks before the epoch either span the end of a pass or are whole. Each pass has the
+        # fewest or the most whole blocks, so their total tells how many passes have the most.
         straddling = epoch - epoch // self.period
-        whole = -(-epoch * self.count // self.take) - straddling
-        fewest, most = self.wholes
+        whole = -(-epoch * self.count // self.per_block) - straddling
+        fewest, most = self.whole_block_counts
         if fewest == most:
             return epoch * self._runs(most) + straddling
         with_most = whole - epoch * fewest
         return with_most * self._runs(most) + (epoch - with_most) * self._runs(fewest) + straddling
 
     def epoch_of(self, step: int) -> int:
-        """The epoch that a step belongs to, by bisection: no epoch is empty."""
+        """The epoch of a step, by bisection, as no epoch is empty."""
         return bisect_right(range(step + 1), step, key=self.first_step) - 1
 
     def blocks_a_step(self) -> float:
-        """The mean over all steps of a period, and so of an endless run."""
-        return self.period * self.count / self.take / self.first_step(self.period)
+        """Mean blocks of a step over a period, which is the mean of an endless run."""
+        return self.period * self.count / self.per_block / self.first_step(self.period)
 
     def _runs(self, whole: int) -> int:
         return len(self.runs[whole]) - 1 if self.runs else whole

@@ -1,14 +1,17 @@
 """The order of training: (seed, step) -> the global batch -> each rank's slots, in closed form.
 
-Pure numpy; no I/O. A block is a step's clips at the plain batch size, of exactly p positives to q
-negatives. An epoch puts the positives in order of depth and cuts them into blocks (positives.py),
-which follow each other in a shuffled order. The negatives stand in bins of like depth
-(depth_bins.py), each an endless stream of passes (negatives.py). A block takes its negatives from
-the bins that its rank in depth points to. Any step is known without the steps before it: what its
-epoch asks of each bin is one small table, and what the epochs before it drew is a formula
-(depth_bins.py).
+Pure numpy, no I/O.
 
-docs/sampling.md shows how to follow it by hand.
+- A block has ``batch`` clips, exactly p positives to q negatives. A step is a block, or a run of
+  blocks under a voxel budget.
+- An epoch sorts the positives by depth, cuts them into blocks (positives.py) and shuffles the
+  blocks.
+- The negatives are sorted into bins of similar depth (depth_bins.py). Each bin is an endless
+  stream (negatives.py).
+- A block takes negatives from the bins of its own rank in depth (bin_slices.py).
+
+Any step can be computed without the steps before it: a formula gives the number of negatives that
+earlier epochs took from each bin (depth_bins.py). docs/sampling.md follows a step by hand.
 """
 
 from __future__ import annotations
@@ -20,19 +23,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dist_train.data.plan.bin_slices import BinSlices, epoch_slices
 from dist_train.data.plan.depth_bins import Demand, DepthBins, depth_bins
 from dist_train.data.plan.depth_order import ByDepth, by_depth, depth_order
-from dist_train.data.plan.draws import Draws, epoch_draws
 from dist_train.data.plan.epochs import Epochs
-from dist_train.data.plan.negatives import Passes
-from dist_train.data.plan.positives import Bands
+from dist_train.data.plan.negatives import NegativeStreams
+from dist_train.data.plan.positives import PositiveOrder
 from dist_train.data.plan.rules import Matching, PlanRules, check_rules
 from dist_train.data.plan.shuffle import Ints, below, permute, root_key, subkey
 from dist_train.data.plan.voxel_budget import longest_run, run_edges
-from dist_train.data.plan.weights import UNIT, Floats, arcs, balanced, check_weights, whole
+from dist_train.data.plan.weights import UNIT, Floats, arcs, as_integers, balanced, check_weights
 from dist_train.errors import PlanError
 
-#: Part of the fingerprint. A change of the order that a seed gives needs another number.
+#: Part of the fingerprint. Raise it with every change of the order that a seed gives.
 VERSION = 2
 
 
@@ -40,26 +43,26 @@ VERSION = 2
 class Plan:
     """The global batches of a run, of exactly ``ratio`` = (p, q) positives to negatives.
 
-    An epoch is one pass over the positives: epoch e begins at the first step that begins with a
-    clip of pass e. Where a pass does not fill its last step, the next pass does, so epochs can
+    An epoch is one pass over the positives. Epoch e begins at the first step that begins with a
+    clip of pass e. If a pass does not fill its last step, the next pass completes it, so epochs can
     differ in length.
 
-    A global batch is a row of groups of p positives and q negatives. Ranks and micro-batches are
-    cut along groups, so each of them has the exact ratio, and the concatenation over ranks is the
-    global batch at every world size.
+    A global batch is a sequence of groups of p positives and q negatives. Ranks and micro-batches
+    are cut between groups, so each has the exact ratio. The concatenation over ranks is the global
+    batch at every world size.
     """
 
     rules: PlanRules
-    bands: Bands
+    order: PositiveOrder
     bins: DepthBins
-    passes: Passes
+    streams: NegativeStreams
     negatives: ByDepth
     weights_digest: str = ""
     weights_lowered: int = 0
 
     @property
     def batch(self) -> int:
-        """Clips of a block, which is a step if there is no voxel budget."""
+        """Clips of a block. Without a voxel budget a step is one block."""
         return self.rules.batch
 
     @property
@@ -68,11 +71,11 @@ class Plan:
 
     @property
     def positives(self) -> ByDepth:
-        return self.bands.clips
+        return self.order.clips
 
     @property
     def epochs(self) -> Epochs:
-        return self.bands.epochs
+        return self.order.epochs
 
     def first_step(self, epoch: int) -> int:
         """The first step of epoch ``epoch``."""
@@ -83,48 +86,50 @@ class Plan:
         return self.epochs.epoch_of(step)
 
     def clips_at(self, step: int) -> int:
-        """Clips of the global batch: a multiple of ``batch``."""
-        place = self._place(step)
-        return (place.last - place.first) * self.batch
+        """Clips of the step's global batch, a multiple of ``batch``."""
+        blocks = self._blocks_at(step)
+        return (blocks.last - blocks.first) * self.batch
 
     def weight(self, step: int) -> float:
-        """What the step's mean loss is multiplied by so that every clip of a run counts alike: its
-        clips over the mean of an endless run. 1 without a voxel budget."""
-        place = self._place(step)
-        return (place.last - place.first) / self.epochs.blocks_a_step()
+        """The factor of the step's mean loss that makes all clips of a run count alike.
+
+        It is the step's number of clips over the mean of an endless run; 1 without a voxel budget.
+        """
+        blocks = self._blocks_at(step)
+        return (blocks.last - blocks.first) / self.epochs.blocks_a_step()
 
     def global_batch(self, step: int) -> Ints:
-        """Clip numbers of step ``step`` (0 is the first of the run): int64 [clips_at(step)]."""
+        """Clip numbers of step ``step``, counted from 0: int64 [clips_at(step)]."""
         return self._clips(*self._groups(step)).reshape(-1)
 
     def depths(self, step: int) -> Ints:
-        """Frames of the clips of ``global_batch``, in its order: int64 [clips_at(step)]."""
+        """Depths, in frames, of the clips of ``global_batch``: int64 [clips_at(step)]."""
         positives, negatives = self._groups(step)
         return np.concatenate(
             [self.positives.depth_at(positives), self.negatives.depth_at(negatives)], axis=1
         ).reshape(-1)
 
     def rank_batches(self, step: int, *, rank: int, world: int, accumulate: int) -> Ints:
-        """What ``rank`` sees at a step: int64 [accumulate, clips_at(step) / world / accumulate].
+        """Clip numbers of one rank: int64 [accumulate, clips_at(step) / world / accumulate].
 
-        First come the micro-batches, then the ranks: all ranks together see the same clips in a
-        micro-batch at every world size, which statistics that they share depend on.
+        The batch is cut into micro-batches first, then into ranks. So the ranks together see the
+        same clips in a micro-batch at every world size, as shared batch statistics require.
 
         Raises:
-            PlanError: the global batch cannot be cut that way in whole groups.
+            PlanError: the global batch cannot be cut that way into whole groups.
         """
         self.check_cut(world, accumulate)
-        # Only of this rank's clips is the number looked up, in what may be a mapped file.
-        mine = (
+        # Look up this rank's clip numbers only, as they may be in a mapped file.
+        own = (
             indices.reshape(accumulate, world, -1, indices.shape[1])[:, rank].reshape(
                 -1, indices.shape[1]
             )
             for indices in self._groups(step)
         )
-        return self._clips(*mine).reshape(accumulate, -1)
+        return self._clips(*own).reshape(accumulate, -1)
 
     def check_cut(self, world: int, accumulate: int) -> None:
-        """Raise ``PlanError`` unless every rank's every micro-batch can hold whole groups."""
+        """Raise ``PlanError`` unless each micro-batch of each rank can hold whole groups."""
         group = sum(self.ratio)
         if self.batch % (world * accumulate * group):
             raise PlanError(
@@ -136,7 +141,7 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the whole order, as 16 hex digits."""
+        """Hash of everything that the order depends on, as 16 hex digits."""
         parts = (
             VERSION,
             self.rules,
@@ -152,51 +157,53 @@ class Plan:
             [self.positives.clips[positives], self.negatives.clips[negatives]], axis=1
         ).astype(np.int64)
 
-    def _place(self, step: int) -> Place:
+    def _blocks_at(self, step: int) -> StepBlocks:
         epoch = self.epochs.epoch_of(step)
-        place = step - self.epochs.first_step(epoch)
-        if place == self.epochs.runs_of(epoch):
-            return Place(epoch, -1, 0, 1)
-        first, last = self.epochs.blocks_of(epoch, int(_visits(self, epoch)[place]))
-        return Place(epoch, place + 1, first, last)
+        visit = step - self.epochs.first_step(epoch)
+        if visit == self.epochs.runs_of(epoch):
+            return StepBlocks(epoch, -1, 0, 1)
+        first, last = self.epochs.blocks_of(epoch, int(_visits(self, epoch)[visit]))
+        return StepBlocks(epoch, visit + 1, first, last)
 
     def _groups(self, step: int) -> tuple[Ints, Ints]:
         """Indices of the step's clips in groups: int64 [groups, p] and [groups, q].
 
-        The groups stand on a ring, up in depth by every second one and down again by the others,
-        and the ring is cut at a random place. So a micro-batch holds clips of like depth however
-        the batch is cut, and no rank is always given the shallow ones.
+        The groups form a ring: every second one ascends in depth, the others descend. The ring
+        starts at a random group. So every micro-batch holds clips of similar depth, however the
+        batch is cut, and no rank always gets the shallow clips.
         """
-        place = self._place(step)
-        if place.piece < 0:
-            positives = np.concatenate(
-                [self.bands.tail(place.epoch), self.bands.head(place.epoch + 1)]
-            )
-            drawn = zip(
-                _draws(self, place.epoch).of(-1), _draws(self, place.epoch + 1).of(0), strict=True
-            )
-            draws = [np.concatenate(both) for both in drawn]
-            # A bin's last place in the one epoch is followed by its first in the next.
-            bins, first = np.unique(draws[0], return_index=True)
-            draws = [bins, draws[1][first], np.bincount(draws[0], draws[2])[bins].astype(np.int64)]
+        epoch, piece, *blocks = self._blocks_at(step)
+        if piece < 0:
+            positives = np.concatenate([self.order.tail(epoch), self.order.head(epoch + 1)])
+            both = zip(_slices(self, epoch).of(-1), _slices(self, epoch + 1).of(0), strict=True)
+            bins, positions, counts = (np.concatenate(arrays) for arrays in both)
+            # In a bin's stream the head of the next epoch follows the tail of this one, so the two
+            # slices of a bin join to one.
+            distinct, first = np.unique(bins, return_index=True)
+            totals = np.bincount(bins, counts)[distinct].astype(np.int64)
+            negatives = self.streams.take(distinct, positions[first], totals)
         else:
-            positives = self.bands.blocks(place.epoch, place.first, place.last)
-            draws = list(_draws(self, place.epoch).of(place.piece))
-        negatives = self.passes.take(*draws)
+            positives = self.order.blocks(epoch, *blocks)
+            negatives = self.streams.take(*_slices(self, epoch).of(piece))
 
         groups = len(positives) // self.ratio[0]
         turn = below(subkey(root_key(self.rules.seed, "turns"), step), groups)
-        upward = np.arange(groups)
-        ring = np.roll(np.concatenate([upward[::2], upward[1::2][::-1]]), turn)
+        ascending = np.arange(groups)
+        ring = np.roll(np.concatenate([ascending[::2], ascending[1::2][::-1]]), turn)
         return (
             _by_depth(positives, self.positives).reshape(groups, -1)[ring],
             _by_depth(negatives, self.negatives).reshape(groups, -1)[ring],
         )
 
 
-class Place(NamedTuple):
-    """Where a step lies: the piece of its epoch's draws, -1 if it reaches over the end of the pass,
-    and its blocks ``first`` to ``last`` (excluded), counted from the shallow end."""
+class StepBlocks(NamedTuple):
+    """The blocks of a step.
+
+    Attributes:
+        epoch: the epoch of the step.
+        piece: its piece in ``BinSlices``; -1 if the step spans the end of the pass.
+        first, last: its blocks, counted from the shallow end; ``last`` is excluded.
+    """
 
     epoch: int
     piece: int
@@ -204,23 +211,24 @@ class Place(NamedTuple):
     last: int
 
 
-# A step needs two epochs at most; the others are for a second walk, as of another loader.
+# A step needs two epochs at most; the rest serves a second reader, such as another loader.
 @lru_cache(maxsize=8)
 def _visits(plan: Plan, epoch: int) -> Ints:
-    """The runs of an epoch, counted from the shallow end, as they are visited: int64 [runs]."""
+    """The runs of an epoch (numbered from the shallow end) in the order of training: int64
+    [runs]."""
     runs = plan.epochs.runs_of(epoch)
     return permute(np.arange(runs), runs, subkey(root_key(plan.rules.seed, "visits"), epoch))
 
 
 @lru_cache(maxsize=8)
-def _draws(plan: Plan, epoch: int) -> Draws:
+def _slices(plan: Plan, epoch: int) -> BinSlices:
     visits = _visits(plan, epoch)
-    split = int(np.searchsorted(plan.epochs.edges(epoch), plan.bands.split))
-    return epoch_draws(epoch, plan.epochs, plan.bins.shares, visits, split, plan.ratio)
+    split = int(np.searchsorted(plan.epochs.edges(epoch), plan.order.split))
+    return epoch_slices(epoch, plan.epochs, plan.bins.quotas, visits, split, plan.ratio)
 
 
 def _by_depth(indices: Ints, clips: ByDepth) -> Ints:
-    """Indices in order of depth; clips of one depth stay as they were drawn."""
+    """Indices in order of depth. Clips of equal depth keep their order."""
     return indices[np.argsort(clips.depth_at(indices), kind="stable")]
 
 
@@ -239,23 +247,24 @@ def make_plan(
     max_voxels: int | None = None,
     frame_voxels: int = 1,
 ) -> Plan:
-    """A plan over clip numbers of the two classes.
+    """A plan over the clip numbers of the two classes.
 
     Args:
         positives: clip numbers, int64 [count], in any order.
-        negatives: clip numbers of the other class, likewise.
-        positive_depths: frames of each positive, int64 [count]. Without depths all clips are taken
-            to be alike, and so come in random order.
+        negatives: clip numbers, int64 [count], in any order.
+        positive_depths: frames of each positive, int64 [count]. None: all clips count as equally
+            deep, so their order is random.
         negative_depths: frames of each negative, int64 [count].
-        weights: of each negative, float64 [count]. It is drawn as often, against others of its bin,
-            as its weight says; 0 leaves it out.
-        groups: code of each negative's group, int64 [count]. Weights are divided by the size of the
-            group, so that groups are drawn alike.
+        weights: float64 [count], the relative frequency of each negative within its depth bin; 0
+            leaves the clip out.
+        groups: group code of each negative, int64 [count]. Weights are divided by the size of the
+            group, so that all groups are equally frequent.
         batch, ratio, seed, matching, max_voxels, frame_voxels: see ``PlanRules``.
 
     Raises:
-        PlanError: the batch is no multiple of p + q, a class holds too few clips for a batch of
-            different ones, a clip is in both, or numbers, depths, weights or groups do not fit.
+        PlanError: the batch is no multiple of p + q; a class has too few clips for a batch without
+            repetition; a clip is in both classes; or the shapes or values of numbers, depths,
+            weights or groups are wrong.
     """
     rules = PlanRules(batch, ratio, seed, matching, max_voxels, frame_voxels)
     check_rules(rules, len(positives))
@@ -281,10 +290,10 @@ def make_plan(
 def plan_of(
     positives: ByDepth, negatives: ByDepth, rules: PlanRules, weights: Floats | None = None
 ) -> Plan:
-    """A plan over clips that are sorted already, as a cache has them.
+    """A plan over clips that are sorted already.
 
     Args:
-        weights: of each negative, by index, all greater than 0: float64 [count].
+        weights: float64 [count], all greater than 0, by index of the negative.
 
     Raises:
         PlanError: see ``make_plan``.
@@ -295,26 +304,28 @@ def plan_of(
         if len(weights) and weights.min() == 0:
             raise PlanError("a weight of a negative is 0", fix="Leave the clip out.")
     p, q = rules.ratio
-    take, block = rules.batch // (p + q) * p, rules.batch // (p + q) * q
-    epochs = Epochs(len(positives), take)
+    groups = rules.batch // (p + q)
+    epochs, block = Epochs(len(positives), groups * p), groups * q
     longest = 1 if rules.max_voxels is None else longest_run(positives, negatives, rules)
     demand = Demand(rules.ratio, block, longest * block, straddling=epochs.period > 1)
     natural = None
     if rules.matching == "natural":
         natural = np.diff(negatives.starts)
         if weights is not None and len(weights):
-            natural = np.add.reduceat(whole(weights), negatives.starts[:-1])
+            natural = np.add.reduceat(as_integers(weights), negatives.starts[:-1])
     bins = depth_bins(positives, negatives, demand, natural)
 
     ends, lowered = None, 0
     if weights is not None:
-        # A pass of as few clips as it can have would come to the same ones again and again.
+        # A pass of the least possible length would repeat the same few clips.
         needed = np.minimum(np.diff(bins.starts), np.maximum(1, 3 * (bins.most - 1)))
         ends, lowered = arcs(weights, bins.starts, needed)
-    passes = Passes(bins.starts, bins.most, rules.seed, ends, 1 if ends is None else UNIT)
-    bands = Bands(positives, epochs, rules.seed)
+    spacing = 1 if ends is None else UNIT
+    streams = NegativeStreams(bins.starts, bins.most, rules.seed, ends, spacing)
+    order = PositiveOrder(positives, epochs, rules.seed)
     if rules.max_voxels is not None:
-        runs = {n: run_edges(n, longest, bands, negatives, bins, rules) for n in set(epochs.wholes)}
-        bands = replace(bands, epochs=replace(epochs, runs=runs))
+        counts = set(epochs.whole_block_counts)
+        runs = {n: run_edges(n, longest, order, negatives, bins, rules) for n in counts}
+        order = replace(order, epochs=replace(epochs, runs=runs))
     digest = "" if weights is None else hashlib.sha256(weights.astype("<f8").tobytes()).hexdigest()
-    return Plan(rules, bands, bins, passes, negatives, digest, lowered)
+    return Plan(rules, order, bins, streams, negatives, digest, lowered)

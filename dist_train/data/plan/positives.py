@@ -1,7 +1,7 @@
-"""The positives of an epoch, in bands of like depth.
+"""The positives of an epoch, in blocks of similar depth.
 
-A pass puts all positives in a row by depth, shaken a little, and cuts it into blocks of ``take``.
-The clips of the blocks that reach over the ends of the pass come from the middle of the row, where
+A pass sorts all positives into a row by depth, shuffles neighbours a little, and cuts the row into
+blocks. A block that spans the end of a pass takes its clips from the middle of the row, where
 neighbours differ least in depth.
 """
 
@@ -16,16 +16,19 @@ from dist_train.data.plan.depth_order import ByDepth
 from dist_train.data.plan.epochs import Epochs
 from dist_train.data.plan.shuffle import Ints, below, permute, root_key, subkey
 
-#: A window holds at most this share of the clips (and at most a block), so shaking moves a clip by
-#: at most so much of the distribution of depths. On the depths of the Clog Loss challenge it costs
-#: 0.002 of the padded frames.
+#: A window holds at most this share of the clips, and at most a block. So shuffling moves a clip by
+#: at most this quantile of the depths. On the depths of the Clog Loss challenge that adds 0.002 of
+#: the padded frames.
 WINDOW_SHARE = 1 / 256
 
 
 @dataclass(frozen=True, eq=False)
-class Bands:
-    """Passes over the positives. A *place* is a position in the row of a pass, from the shallow
-    end; an index is one into ``clips``."""
+class PositiveOrder:
+    """The order of the positives in each pass.
+
+    A *place* is a position in the row of a pass, from the shallow end. An *index* points into
+    ``clips``.
+    """
 
     clips: ByDepth
     epochs: Epochs
@@ -33,21 +36,21 @@ class Bands:
 
     @property
     def window(self) -> int:
-        """Clips in a window, within which places are shuffled."""
-        return max(2, min(self.epochs.take, int(len(self.clips) * WINDOW_SHARE)))
+        """Clips of a window, within which places are shuffled."""
+        return max(2, min(self.epochs.per_block, int(len(self.clips) * WINDOW_SHARE)))
 
     @property
     def split(self) -> int:
-        """Whole blocks on the shallow side of the tail and the head; as many, or one or two more,
-        are on the deep side."""
+        """Whole blocks on the shallow side of the tail and the head. The deep side has as many, or
+        one or two more."""
         epochs = self.epochs
-        return (epochs.count - epochs.take - epochs.longest_tail) // 2 // epochs.take
+        return (epochs.count - epochs.per_block - epochs.longest_tail) // 2 // epochs.per_block
 
     def row(self, epoch: int, places: Ints) -> Ints:
-        """Indices of the clips that stand at ``places`` of a pass: int64 [n].
+        """Indices of the clips at ``places`` of a pass: int64 [n].
 
-        Two shuffles of the sorted clips: within windows, whose edges move from pass to pass, and
-        then among all clips of one depth.
+        The sorted clips are shuffled twice: within windows, whose edges change with the pass, then
+        among all clips of one depth.
         """
         key, size = subkey(root_key(self.seed, "positives"), epoch), self.window
         shift = below(subkey(key, 0), size)
@@ -65,39 +68,39 @@ class Bands:
 
     def blocks(self, epoch: int, first: int, last: int) -> Ints:
         """Indices of whole blocks ``first`` to ``last`` (excluded), counted from the shallow end:
-        int64 [(last - first) * take]."""
-        take = self.epochs.take
-        places = np.arange(first * take, last * take)
-        places[places >= self.split * take] += self.epochs.tail(epoch)
-        # Step over the head: its i-th place has head[i] - i others of the row before it.
+        int64 [(last - first) * per_block]."""
+        per_block = self.epochs.per_block
+        places = np.arange(first * per_block, last * per_block)
+        places[places >= self.split * per_block] += self.epochs.tail(epoch)
+        # Skip the places of the head: before its i-th place lie head[i] - i other places.
         head = _head_places(self, epoch)
         places += np.searchsorted(head - np.arange(len(head)), places, side="right")
         return self.row(epoch, places)
 
     def tail(self, epoch: int) -> Ints:
-        """Indices of the clips that begin the block which the next pass completes."""
-        start = self.split * self.epochs.take
+        """Indices of the clips that begin the block that the next pass completes."""
+        start = self.split * self.epochs.per_block
         return self.row(epoch, np.arange(start, start + self.epochs.tail(epoch)))
 
     def head(self, epoch: int) -> Ints:
-        """Indices of the clips that complete the block which the pass before began: the next ones
-        after this pass's own tail that it did not begin with."""
+        """Indices of the clips that complete the previous pass's last block: those after this
+        pass's own tail, without the clips that are in that block already."""
         return self.row(epoch, _head_places(self, epoch))
 
 
 # A step needs two passes at most.
 @lru_cache(maxsize=8)
-def _head_places(bands: Bands, epoch: int) -> Ints:
+def _head_places(order: PositiveOrder, epoch: int) -> Ints:
     """Places of the head, ascending.
 
-    Of the ``take`` places after the pass's own tail, those that the tail of the pass before does
-    not hold are enough, because that tail and the head together are one block. That is why a pass
-    must be longer than a block by the longest tail.
+    They are chosen from the ``per_block`` places after the pass's own tail, without clips of the
+    previous tail. Enough remain, as that tail and the head make one block. Hence a pass must be as
+    long as a block and the longest tail.
     """
-    epochs = bands.epochs
+    epochs = order.epochs
     count = epochs.head(epoch)
     if epoch == 0 or count == 0:
         return np.zeros(0, np.int64)
-    places = bands.split * epochs.take + epochs.tail(epoch) + np.arange(epochs.take)
-    fresh = ~np.isin(bands.row(epoch, places), bands.tail(epoch - 1))
+    places = order.split * epochs.per_block + epochs.tail(epoch) + np.arange(epochs.per_block)
+    fresh = ~np.isin(order.row(epoch, places), order.tail(epoch - 1))
     return places[fresh][:count]

@@ -1,4 +1,4 @@
-"""What is asked of a plan, and whether it can be had."""
+"""The rules of a plan, and the check that they can be met."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from typing import Literal, get_args
 
 from dist_train.errors import PlanError
 
-#: "matched": the negatives have the depths of the positives. "natural": they have their own.
+#: Depths of the negatives. "matched": like those of the positives. "natural": as in the data.
 Matching = Literal["matched", "natural"]
 
 
 @dataclass(frozen=True)
 class PlanRules:
-    """What is asked of a plan.
+    """The rules of a plan.
 
     Attributes:
         batch: clips of a block.
         ratio: p positives to q negatives.
-        seed: keys the order.
-        matching: whose depths the negatives have.
-        max_voxels: None makes each block a step. Otherwise a step is as many neighbouring blocks as
-            stay within it: clips x the greatest depth x ``frame_voxels``. One block is always
-            allowed, also where it alone exceeds the budget.
-        frame_voxels: voxels of one frame of one clip, as it reaches the model.
+        seed: seed of the order.
+        matching: see ``Matching``.
+        max_voxels: the most voxels of a step: clips x greatest depth x ``frame_voxels``. A step
+            takes as many neighbouring blocks as fit, and at least one. None: a step is a block.
+        frame_voxels: voxels of one frame of one clip at the model's input.
     """
 
     batch: int
@@ -36,7 +35,7 @@ class PlanRules:
 
 
 def check_rules(rules: PlanRules, positives: int) -> None:
-    """Raise ``PlanError`` for rules that contradict themselves, or need more positives."""
+    """Raise ``PlanError`` if the rules contradict each other or need more positives."""
     p, q = rules.ratio
     groups, rest = divmod(rules.batch, p + q)
     if rest or groups < 1:
@@ -46,18 +45,18 @@ def check_rules(rules: PlanRules, positives: int) -> None:
         )
     if rules.matching not in get_args(Matching):
         raise PlanError(
-            f"negatives cannot be '{rules.matching}'",
+            f"'{rules.matching}' is unknown",
             where="plan.negatives",
             fix=f"Use one of {', '.join(get_args(Matching))}.",
         )
     if rules.frame_voxels < 1 or (rules.max_voxels is not None and rules.max_voxels < 1):
         raise PlanError("a voxel budget must be at least 1", where="plan.max_voxels")
-    # A pass must have room for a block beside its own tail: positives.py says why.
-    take = groups * p
-    needed = take + take - gcd(positives, take)
+    # A pass must be longer than a block and its longest tail: see positives.py.
+    per_block = groups * p
+    needed = 2 * per_block - gcd(positives, per_block)
     if positives < needed:
         raise PlanError(
-            f"the selection holds {positives} positives for train, and the batch needs {take} "
-            f"different ones a step, for which at least {needed} are needed",
+            f"the train split has {positives} positives; a batch with {per_block} different "
+            f"positives needs at least {needed}",
             fix="Lower plan.batch, or select more clips.",
         )

@@ -1,7 +1,7 @@
-"""A keyed shuffle that is worked out place by place: which of ``size`` things stands at a place.
+"""A keyed shuffle that can be evaluated at single positions.
 
-Nothing is stored and no random generator is used, so one place costs the same in a set of ten and
-in one of a hundred million, and the answer is the same on every machine and in every version.
+It stores nothing and uses no random generator. So a position costs the same in a set of ten as in
+one of a hundred million, and results are equal on every machine and in every version.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ Words = np.ndarray[Any, np.dtype[np.uint64]]
 
 #: The increment of SplitMix64: 2^64 over the golden ratio, made odd.
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-#: Sizes below this are shuffled by sorting: where a half has few values to hash, a cipher needs
-#: many rounds before all orders are alike. With these sizes and rounds no pair of places tells.
+#: Sizes below ``SMALL`` are shuffled by sorting: on few values a cipher needs many rounds before
+#: all orders are equally likely. With these sizes and rounds no pair of positions shows a bias.
 SMALL, ROUNDS = 64, 8
 _STATES = GOLDEN * np.arange(1, ROUNDS + 1, dtype=np.uint64)
 _STRIDE = GOLDEN * np.array([ROUNDS], np.uint64)
 
 
 def root_key(seed: int, name: str) -> Words:
-    """The key of one use of a seed: uint64 [1]."""
+    """A key for one named use of a seed: uint64 [1]."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return np.array([int.from_bytes(digest[:8], "little")], np.uint64)
 
 
 def subkey(key: Words, number: Ints | int) -> Words:
-    """A key for each number of a family, as of the passes over a set: uint64 [n]; the shapes
-    broadcast."""
-    # Arrays wrap around where single numbers warn.
+    """A key for each number, such as of a pass: uint64 [n]. The shapes broadcast."""
+    # As arrays, because numpy warns when single numbers wrap around.
     return mix(key + GOLDEN * (np.atleast_1d(number).astype(np.uint64) + np.uint64(1)))
 
 
@@ -44,7 +43,7 @@ def mix(values: Words) -> Words:
 
 
 def _mix_high(values: Words) -> Words:
-    """``mix`` in place, but for the last shift, which the high half does well without."""
+    """``mix`` in place without the last shift, which the high half does not need."""
     values ^= values >> np.uint64(30)
     values *= np.uint64(0xBF58476D1CE4E5B9)
     values ^= values >> np.uint64(27)
@@ -53,20 +52,20 @@ def _mix_high(values: Words) -> Words:
 
 
 def below(key: Words, size: int) -> int:
-    """A number from 0 to ``size`` - 1, for a key of shape [1]."""
+    """A number from 0 to ``size`` - 1, from a key of shape [1]."""
     return int(key[0]) % size
 
 
 def permute(places: Ints, sizes: Ints | int, keys: Words) -> Ints:
-    """What stands at ``places``: for each size and key a bijection of [0, size).
+    """The items at ``places`` of a shuffle: for each size and key a bijection of [0, size).
 
     Args:
-        places: int64 [n], each in [0, its size).
+        places: positions, int64 [n], each in [0, its size).
         sizes: int64 [n] or one number, each from 1 to 2^40.
         keys: uint64 [n] or [1].
 
     Returns:
-        int64 [n].
+        Items, int64 [n].
     """
     size, key = np.broadcast_to(sizes, places.shape), np.broadcast_to(keys, places.shape)
     small = size < SMALL
@@ -81,7 +80,7 @@ def permute(places: Ints, sizes: Ints | int, keys: Words) -> Ints:
 
 
 def _permute_small(places: Ints, size: Ints, key: Words) -> Ints:
-    """Each set sorted by a hash of its members."""
+    """Sort the members of each set by a hash."""
     sets, first, which = np.unique(subkey(key, size), return_index=True, return_inverse=True)
     members = np.arange(size.max())
     hashes = subkey(sets[:, None], members)
@@ -94,13 +93,13 @@ def _permute_large(places: Ints, size: Ints, key: Words) -> Ints:
     """The generalised Feistel cipher of Black & Rogaway 2002 ("Ciphers with arbitrary finite
     domains", section 5).
 
-    A place is left * b + right, in a near-square a x b that holds the size. Each round adds to one
-    half, modulo its range, a hash of the other. Where the result lies beyond the size, it is
-    enciphered again until it does not. That is rare: a * b exceeds the size by less than a + b.
+    A place is left * b + right in a near-square a x b >= size. Each round adds a hash of one half
+    to the other half, modulo its range. A result beyond the size is enciphered again until it is
+    not. That is rare: a * b exceeds the size by less than a + b.
     """
-    # Exact for all sizes below 2^52: the root of a number below a square is below its root.
+    # Exact for all sizes below 2^52: the root of a number below a square is below the square's.
     root = np.sqrt(size - 1).astype(np.int64) + 1
-    # With a and b odd, every round would be an even permutation: half of all orders out of reach.
+    # With odd a and b every round would be an even permutation, and half of all orders impossible.
     root += root % 2
     a, b, end = (array.astype(np.uint64) for array in (root, -(-size // root), size))
     result = _encipher(places.astype(np.uint64), a, b, key)
@@ -121,18 +120,19 @@ def _encipher(places: Words, a: Words, b: Words, key: Words) -> Words:
 
 
 def _round(half: Words, other: Words, modulus: Words, key: Words, number: int) -> Words:
-    """``half`` plus a hash of the other half, modulo ``modulus``; all uint64 [n].
+    """``half`` plus a hash of ``other``, modulo ``modulus``; all uint64 [n].
 
-    This is where the time goes: hence the work in place, and no division.
+    The hot loop of the plan: it works in place and does not divide.
     """
-    # The state of SplitMix64 that started from the key, at an output for each half and round.
+    # The output of SplitMix64, seeded with the key, at one position per half and round.
     hashed = other * _STRIDE
     hashed += key + _STATES[number]
     _mix_high(hashed)
-    # 32 bits of it, scaled to [0, modulus).
+    # The high 32 bits, scaled to [0, modulus).
     hashed >>= np.uint64(32)
     hashed *= modulus
     hashed >>= np.uint64(32)
     hashed += half
-    # What is below the modulus wraps around to a greater number when it is taken off.
+    # The sum is below 2 * modulus. If it is below the modulus, the difference wraps around to a
+    # greater number, and the minimum keeps the sum.
     return np.minimum(hashed, hashed - modulus, out=hashed)

@@ -1,4 +1,4 @@
-"""Steps that are sized by a voxel budget: how many neighbouring blocks each may take."""
+"""Steps sized by a voxel budget: runs of neighbouring blocks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import numpy as np
 
 from dist_train.data.plan.depth_bins import DepthBins
 from dist_train.data.plan.depth_order import ByDepth
-from dist_train.data.plan.positives import Bands
+from dist_train.data.plan.positives import PositiveOrder
 from dist_train.data.plan.rules import PlanRules
 from dist_train.data.plan.shuffle import Ints
 
 
 def longest_run(positives: ByDepth, negatives: ByDepth, rules: PlanRules) -> int:
-    """The most blocks that a step may have: what the budget has room for among the shallowest
-    clips, and of which the negatives can all be different."""
+    """The most blocks of a step.
+
+    Limited by the budget at the shallowest depth, and by the negatives, which must all differ.
+    """
     shallowest = min(depths[0] for depths in (positives.depths, negatives.depths) if len(depths))
     assert rules.max_voxels is not None
     room = rules.max_voxels // (rules.batch * int(shallowest) * rules.frame_voxels)
@@ -22,28 +24,36 @@ def longest_run(positives: ByDepth, negatives: ByDepth, rules: PlanRules) -> int
 
 
 def run_edges(
-    blocks: int, longest: int, bands: Bands, negatives: ByDepth, bins: DepthBins, rules: PlanRules
+    blocks: int,
+    longest: int,
+    order: PositiveOrder,
+    negatives: ByDepth,
+    bins: DepthBins,
+    rules: PlanRules,
 ) -> Ints:
-    """Edges of the runs of a pass of ``blocks`` whole blocks: int64 [runs + 1].
+    """Edges of the runs in a pass of ``blocks`` whole blocks: int64 [runs + 1].
 
-    They must not depend on the epoch, or no formula would tell the first step of one. So each block
-    is taken to be as deep as it can be in any epoch: its clips as far up as their window reaches,
-    and the last bin that its slots can come to.
+    The edges must not depend on the epoch, so that the first step of an epoch has a formula.
+    Therefore each block counts with the greatest depth that it can have in any epoch: positives
+    shifted up by a whole window, and the deepest bin that its negatives can come from.
+
+    Args:
+        longest: the most blocks of a run (``longest_run``).
     """
     p, q = rules.ratio
-    epochs = bands.epochs
+    epochs = order.epochs
     number = np.arange(1, blocks + 1)
-    before = np.where(number > bands.split, epochs.count - blocks * epochs.take, 0)
-    last = np.minimum(number * epochs.take + before + bands.window - 2, epochs.count - 1)
-    slots = (number * epochs.take + before) * q // p
-    first_slots = bins.shares.ends // bins.shares.cycle
+    before = np.where(number > order.split, epochs.count - blocks * epochs.per_block, 0)
+    last = np.minimum(number * epochs.per_block + before + order.window - 2, epochs.count - 1)
+    slots = (number * epochs.per_block + before) * q // p
+    first_slots = bins.quotas.ends // bins.quotas.cycle
     bin_ = np.searchsorted(first_slots[:-1], slots, side="right") - 1
-    deepest = np.maximum(bands.clips.depth_at(last), negatives.depth_at(bins.starts[bin_ + 1] - 1))
+    deepest = np.maximum(order.clips.depth_at(last), negatives.depth_at(bins.starts[bin_ + 1] - 1))
     assert rules.max_voxels is not None
     room = rules.max_voxels // (rules.batch * rules.frame_voxels * deepest)
     edges = [0]
     for block, most in enumerate(np.minimum(room, longest).tolist()):
-        # The tail and the head stand between two runs.
-        if block > edges[-1] and (block + 1 - edges[-1] > most or block == bands.split):
+        # The tail and the head lie between two runs, not within one.
+        if block > edges[-1] and (block + 1 - edges[-1] > most or block == order.split):
             edges.append(block)
     return np.array([*edges, blocks])

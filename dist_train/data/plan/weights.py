@@ -1,4 +1,4 @@
-"""Sampling weights as whole numbers, which add up exactly and alike on every machine."""
+"""Sampling weights as integers, so that sums are exact and equal on every machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dist_train.errors import PlanError
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-#: What the greatest weight becomes. Weights below a 2^30th of it are lifted to 1.
+#: The integer of the greatest weight. Weights below a 2^30th of it become 1.
 UNIT = 1 << 30
 
 
@@ -27,7 +27,7 @@ def check_weights(weights: Floats, count: int) -> None:
 
 
 def balanced(weights: Floats, groups: Ints) -> Floats:
-    """Weights over the number of clips of their group, so that groups count alike.
+    """Divide each weight by the number of clips of its group, so that all groups count alike.
 
     Args:
         weights: float64 [n].
@@ -39,45 +39,45 @@ def balanced(weights: Floats, groups: Ints) -> Floats:
     if groups.shape != weights.shape:
         raise PlanError(f"there are {len(groups)} group codes for {len(weights)} negatives")
     _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    shared: Floats = weights / sizes[group]
-    return shared
+    divided: Floats = weights / sizes[group]
+    return divided
 
 
-def whole(weights: Floats) -> Ints:
-    """Positive weights as whole numbers from 1 to ``UNIT``: int64 [n]."""
-    units: Ints = np.maximum(1, np.rint(weights / weights.max() * UNIT)).astype(np.int64)
-    return units
+def as_integers(weights: Floats) -> Ints:
+    """Positive weights as integers from 1 to ``UNIT``: int64 [n]."""
+    integers: Ints = np.maximum(1, np.rint(weights / weights.max() * UNIT)).astype(np.int64)
+    return integers
 
 
 def arcs(weights: Floats, starts: Ints, needed: Ints) -> tuple[Ints, int]:
-    """Running sums of the weights, in which each bin's greatest weight counts ``UNIT``.
+    """Running sums of integer weights, scaled so that each bin's greatest weight is ``UNIT``.
 
-    A bin's pass has sum / greatest clips. Where one weight is so great that this is less than
-    ``needed``, the greatest weights of the bin are lowered to one cap until it is not.
+    A pass over a bin has (sum / greatest weight) clips. If that is less than ``needed``, the bin's
+    greatest weights are lowered to a cap.
 
     Args:
-        weights: greater than 0, by index: float64 [count].
+        weights: float64 [count], greater than 0, by index.
         starts: bin b holds the indices starts[b] to starts[b + 1]: int64 [bins + 1].
-        needed: int64 [bins], at most the clips of the bin.
+        needed: least clips of a pass: int64 [bins], at most the clips of the bin.
 
     Returns:
-        (int64 [count], how many weights were lowered).
+        (running sums, int64 [count]; number of weights that were lowered).
     """
     ends = np.empty(len(weights), np.int64)
     lowered, total = 0, 0
     for first, last, least in zip(
         starts[:-1].tolist(), starts[1:].tolist(), needed.tolist(), strict=True
     ):
-        mine = weights[first:last]
-        cap = _cap(mine, least)
-        lowered += int((mine > cap).sum())
-        ends[first:last] = total + np.cumsum(whole(np.minimum(mine, cap)))
+        bin_weights = weights[first:last]
+        cap = _cap(bin_weights, least)
+        lowered += int((bin_weights > cap).sum())
+        ends[first:last] = total + np.cumsum(as_integers(np.minimum(bin_weights, cap)))
         total = int(ends[last - 1])
     return ends, lowered
 
 
 def _cap(weights: Floats, needed: int) -> float:
-    """The greatest cap, by bisection, under which a pass has at least ``needed`` clips."""
+    """The greatest cap with at least ``needed`` clips in a pass, by bisection."""
     low, high = float(weights.min()), float(weights.max())
     if _clips_a_pass(weights, high) >= needed:
         return high
@@ -91,4 +91,4 @@ def _cap(weights: Floats, needed: int) -> float:
 
 
 def _clips_a_pass(weights: Floats, cap: float) -> int:
-    return int(whole(np.minimum(weights, cap)).sum()) // UNIT
+    return int(as_integers(np.minimum(weights, cap)).sum()) // UNIT

@@ -1,4 +1,4 @@
-"""Augmentation: one draw a clip, keyed by seed, epoch and clip alone."""
+"""CPU augmentation: one draw per clip, keyed by seed, epoch and clip only."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_nothing_at_zero() -> None:
 
 
 def frame_by_frame(one: Augment, clip: Volume, number: int) -> Volume:
-    """What albumentations itself makes of a clip in epoch 0, each frame by the same random states;
+    """A clip augmented by albumentations itself in epoch 0, each frame with the same random state,
     without the reversal."""
     key = np.random.SeedSequence((one.seed, 0, number))
     numbers, choices, _ = (int(word) for word in key.generate_state(3))
@@ -51,7 +51,7 @@ def frame_by_frame(one: Augment, clip: Volume, number: int) -> Volume:
 
 @pytest.mark.parametrize("name", [*sorted(set(OFF) - {"reverse"}), "everything"])
 def test_each_frame_is_that_of_albumentations_to_the_bit(name: str) -> None:
-    """On white noise, where a hundredth of a pixel shows."""
+    """On white noise, which shows a shift by a hundredth of a pixel."""
     settings = EVERYTHING | {"reverse": 0.0} if name == "everything" else {name: 1.0}
     one = augment(**settings)
     noise = np.random.default_rng(1)
@@ -86,7 +86,7 @@ def test_each_setting_does_something_at_one(name: str) -> None:
 
 
 def test_every_distortion_moves_the_picture_but_keeps_it() -> None:
-    """Of three kinds none is idle, and none leaves noise where the picture was."""
+    """Each of the three kinds changes the picture, and none turns it into noise."""
     one = augment(distort=1.0)
     moved = [
         np.abs(one(STILL, epoch=0, number=n)[0].astype(int) - PICTURE).mean() for n in range(40)
@@ -127,8 +127,7 @@ def test_reversal_is_in_depth() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(OFF) - {"reverse"}))
 def test_one_draw_for_all_frames(name: str) -> None:
-    """Frames that are the same stay the same, so that motion is never made up; the noise too is one
-    picture for all frames."""
+    """Equal frames stay equal, noise included, so augmentation never adds motion."""
     for number in range(12):
         clip = augment(**{name: 1.0})(STILL, epoch=0, number=number)
         assert (clip == clip[:1]).all()
@@ -190,7 +189,7 @@ def test_frames_that_are_not_square_without_turns() -> None:
 
 
 def test_import_asks_no_network() -> None:
-    """albumentations looks for a newer version of itself on import, unless it is told not to."""
+    """albumentations looks for a newer version of itself on import, unless that is disabled."""
     command = (
         "import socket\n"
         "def refuse(*a, **k): raise SystemExit('the network was asked')\n"

@@ -1,4 +1,4 @@
-"""The device against the host, for the same draws: each transform, each way of resizing."""
+"""Device augmentation against the CPU's, for the same draws: each transform, each resize."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TOLERANCE = {
 
 
 def cells(shape: tuple[int, int, int], seed: int = 0) -> Volume:
-    """Blurred noise, whose grain is that of blood cells."""
+    """Blurred noise, with the grain of blood cells."""
     noise = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     return np.stack([cv2.GaussianBlur(frame, (9, 9), 2.5) for frame in noise])
 
@@ -47,7 +47,7 @@ def drawer(**settings: float) -> AugmentSampler:
 
 
 def on_device(clip: Volume, draw: Draw, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """One clip alone, in grey levels: float64 [D, *size]."""
+    """One clip, augmented alone, in grey levels: float64 [D, *size]."""
     batch = augmented_batch(pack([torch.from_numpy(clip)], [draw]), size)
     assert batch.shape == (1, 1, len(clip), *size)
     assert batch.dtype == torch.float32
@@ -67,7 +67,7 @@ def test_each_transform_is_that_of_the_host(name: str, native: tuple[int, int, i
 
 
 def test_of_all_at_once_only_the_second_resampling_is_missing() -> None:
-    """It blurs, which is seen at the edge of the black that comes in from outside."""
+    """The CPU blurs more, which shows at the edge of the black outside."""
     clip = cells((4, 50, 80))
     draws = drawer(**dict.fromkeys(OFF, 1.0))
     for number in range(24):
@@ -79,7 +79,7 @@ def test_of_all_at_once_only_the_second_resampling_is_missing() -> None:
 
 @pytest.mark.parametrize("native", NATIVE)
 def test_flips_and_turns_change_no_pixel(native: tuple[int, int, int]) -> None:
-    """Of what the resize alone gives."""
+    """They equal flips and turns of the device's resize without augmentation."""
     clip = cells(native)
     plain = on_device(clip, Draw())
     draws = drawer(flip=0.5, rotate90=1.0)
@@ -102,7 +102,7 @@ def test_frames_that_are_not_square() -> None:
 
 @pytest.fixture(scope="module")
 def mixed() -> tuple[list[Volume], list[Draw]]:
-    """Clips of unequal shapes, with draws of which each kind is among them."""
+    """Clips of unequal shapes; their draws include every kind."""
     clips = [cells((2 + i % 4, 20 + 7 * i, 90 - 5 * i), seed=i) for i in range(9)]
     draws = [drawer(**EVERYTHING)(SIZE, epoch=0, number=i) for i in range(9)]
     assert {len(draw.pictures) for draw in draws} == {0, 1, 2, 3}

@@ -1,4 +1,4 @@
-"""The original recipe's augmentation: its blocks, ranges and probabilities, and noise by frame."""
+"""The original recipe's augmentation: blocks, ranges, probabilities, and noise per frame."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_distortions_keep_the_picture_and_mirror_it_at_the_edges() -> None:
 
 
 def test_a_lens_moves_the_picture_by_whole_pixels() -> None:
-    """To the picture's middle comes what lay under the lens's: a shift by up to 3.6, rounded."""
+    """The lens's centre is shifted by up to 3.6 pixels, rounded."""
     lenses = [_optical(np.random.default_rng(number), SIZE) for number in range(200)]
     # No radial distortion is at the middle, which lies between four pixels.
     shifts = np.array([[axis[31:33, 31:33].mean() - 32 for axis in maps] for maps in lenses])
@@ -135,7 +135,7 @@ def test_a_lens_moves_the_picture_by_whole_pixels() -> None:
 
 
 def test_a_golden_draw() -> None:
-    """A change of the order of draws, or of a range, is seen here."""
+    """Detects a changed range, or a changed order of draws."""
     one = original()
     sums = [int(one(STILL, epoch=5, number=n).astype(np.int64).sum()) for n in range(6)]
     again = [int(original()(STILL, epoch=5, number=n).astype(np.int64).sum()) for n in range(6)]

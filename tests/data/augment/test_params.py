@@ -1,4 +1,4 @@
-"""What is drawn: each parameter in its range, evenly, and by the key alone."""
+"""Draws: each parameter is uniform in its range, and depends on the key only."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def drawn(name: str, probability: float = 1.0) -> list[Draw]:
 
 
 def assert_even(values: object, low: float, high: float) -> None:
-    """Spread evenly between two bounds, by the test of Kolmogorov and Smirnov."""
+    """Uniform between two bounds, by the Kolmogorov-Smirnov test."""
     assert kstest(np.asarray(values), "uniform", (low, high - low)).pvalue > 1e-3
 
 
 def assert_share(hits: list[bool], share: float) -> None:
-    """Of draws that hit so often, by four standard deviations."""
+    """The number of draws agrees with the probability, to four standard deviations."""
     assert abs(np.mean(hits) - share) < 4 * np.sqrt(share * (1 - share) / len(hits))
 
 

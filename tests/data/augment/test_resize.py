@@ -1,4 +1,4 @@
-"""A resize by OpenCV, and the matrices that do the same."""
+"""Resizing by OpenCV, and by the equivalent matrices."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_any_size(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("native", [(64, 64), (30, 41), (70, 133), (128, 96), (40, 100), (1, 3)])
 def test_the_matrices_do_the_same_to_a_grey_level(native: tuple[int, int]) -> None:
-    """On white noise. OpenCV rounds to grey levels, weights of growing to 2048ths before, and where
-    one axis grows and one shrinks twice."""
+    """On white noise. OpenCV rounds to grey levels (twice if one axis grows and one shrinks), and
+    bilinear weights to 1/2048."""
     clip = np.random.default_rng(0).integers(0, 256, (4, *native), dtype=np.uint8)
     rows, columns = (resize_weights(length, 64, CPU) for length in native)
     ours = rows @ (torch.from_numpy(clip).float() @ columns.T)

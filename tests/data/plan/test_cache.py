@@ -119,7 +119,7 @@ def test_a_class_without_clips(tmp_path: Path) -> None:
     positives, negatives = sorted_classes(tmp_path, "a", lambda: (depths, np.zeros(4, np.int8)))
     assert (len(positives), len(negatives)) == (0, 4)
     positives, negatives = sorted_classes(tmp_path, "a", never)
-    with pytest.raises(PlanError, match="holds 0 positives"):
+    with pytest.raises(PlanError, match="has 0 positives"):
         plan_of(positives, negatives, PlanRules(4, (1, 3), 0))
 
 

@@ -1,4 +1,4 @@
-"""The order of training: what it promises, for any seed, size, ratio, depths, weights and cut."""
+"""Guarantees of the order of training, for any seed, size, ratio, depths, weights and cut."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ GOLDEN_FINGERPRINTS = ["a55f8bed8f51ef67", "eef2ae6fba09ca16"]
 
 @dataclass(frozen=True)
 class Case:
-    """A plan whose positives are even numbers and whose negatives are odd, how it was made, and a
-    cut of it."""
+    """A plan with even positives and odd negatives, its settings, and a cut into ranks."""
 
     plan: Plan
     arguments: dict[str, Any]
@@ -92,7 +91,7 @@ def cases(draw: st.DrawFn, *, weights: bool | None = None, budget: bool | None =
 
 
 def walk(plan: Plan, epochs: int) -> list[np.ndarray]:
-    """The global batches of the first epochs, each as groups: [groups, p + q]."""
+    """The global batches of the first epochs, in groups: [groups, p + q] each."""
     steps = range(plan.first_step(epochs))
     return [plan.global_batch(step).reshape(-1, sum(plan.ratio)) for step in steps]
 
@@ -135,7 +134,7 @@ def test_ranks_together_see_the_same_batch_at_every_world_size(case: Case, step:
 
 @given(cases())
 def test_each_positive_comes_once_a_pass(case: Case) -> None:
-    """The steps of an epoch are those of its pass, but for what the last one takes of the next."""
+    """The steps of an epoch hold its pass, but the last step may take clips of the next pass."""
     plan, epochs = case.plan, 4
     p = plan.ratio[0]
     steps = [groups[:, :p].reshape(-1).tolist() for groups in walk(plan, epochs)]
@@ -146,7 +145,7 @@ def test_each_positive_comes_once_a_pass(case: Case) -> None:
         seen = carried + [clip for step in of_epoch for clip in step]
         # What is left over of a pass with nothing left out is the head of the next one.
         head = plan.epochs.head(epoch + 1)
-        carried = plan.positives.clips[plan.bands.head(epoch + 1)].tolist()
+        carried = plan.positives.clips[plan.order.head(epoch + 1)].tolist()
         assert len(carried) == head
         assert set(carried) <= set(of_epoch[-1])
         for clip in carried:
@@ -157,7 +156,7 @@ def test_each_positive_comes_once_a_pass(case: Case) -> None:
 
 @given(cases(weights=False))
 def test_no_negative_comes_again_before_all_others_of_its_bin_came(case: Case) -> None:
-    """At each end of a step, and over the ends of epochs and passes."""
+    """Checked at each step's end, across the ends of epochs and passes."""
     plan, starts = case.plan, case.plan.bins.starts
     index = {clip: i for i, clip in enumerate(plan.negatives.clips.tolist())}
     counts = np.zeros(len(plan.negatives), np.int64)
@@ -181,23 +180,23 @@ def test_without_depths_there_is_one_stream_of_negatives(case: Case, seed: int) 
 
 @given(cases(weights=False))
 def test_every_negative_is_seen_in_time(case: Case) -> None:
-    """Within as many epochs as the slowest bin takes for a pass; that can be very long for depths
-    that no positive has, so only a part of the cases can be walked."""
-    plan, shares = case.plan, case.plan.bins.shares
-    clips, each = np.diff(plan.bins.starts), np.diff(shares.ends)
-    epochs = math.ceil((clips / each).max() * shares.cycle) + shares.cycle
-    assert (shares.before(epochs) >= clips).all()
+    """Checked over as many epochs as the slowest bin needs for a pass. That can be very many for
+    depths without positives, so only some cases are walked."""
+    plan, quotas = case.plan, case.plan.bins.quotas
+    clips, each = np.diff(plan.bins.starts), np.diff(quotas.ends)
+    epochs = math.ceil((clips / each).max() * quotas.cycle) + quotas.cycle
+    assert (quotas.before(epochs) >= clips).all()
     epochs = min(epochs, plan.epoch_of(60))
     drawn = [groups[:, plan.ratio[0] :].ravel() for groups in walk(plan, epochs)]
     seen = set(np.concatenate([np.zeros(0, np.int64), *drawn]).tolist())
-    whole = np.flatnonzero(shares.before(epochs) >= clips)
+    whole = np.flatnonzero(quotas.before(epochs) >= clips)
     for first, last in (plan.bins.starts[b : b + 2] for b in whole.tolist()):
         assert seen >= set(plan.negatives.clips[first:last].tolist())
 
 
 @given(cases(), st.integers(0, 60))
 def test_a_step_is_the_same_however_it_is_reached(case: Case, step: int) -> None:
-    """Also from a fresh plan, whose caches are cold: there is nothing to replay on resume."""
+    """Also from a fresh plan with cold caches: a resume replays nothing."""
     for walked in range(step):
         case.plan.global_batch(walked)
     np.testing.assert_array_equal(case.again().global_batch(step), case.plan.global_batch(step))
@@ -207,7 +206,7 @@ def test_a_step_is_the_same_however_it_is_reached(case: Case, step: int) -> None
 def test_first_steps_and_the_resumed_rest_are_the_uninterrupted_run(
     case: Case, data: st.DataObject
 ) -> None:
-    """Over ends of epochs, and on as many ranks as divide the batch, before and after."""
+    """Across ends of epochs, and at any number of ranks that divides the batch."""
     plan, steps = case.plan, case.plan.first_step(3)
     stopped = data.draw(st.integers(0, steps))
     groups = plan.batch // sum(plan.ratio)
@@ -248,7 +247,7 @@ def test_epochs_begin_where_they_say(case: Case, epoch: int) -> None:
     assert plan.epoch_of(first) == epoch == plan.epoch_of(after - 1)
     assert first == 0 or plan.epoch_of(first - 1) == epoch - 1
     if plan.rules.max_voxels is None:
-        exact = len(plan.positives) / plan.epochs.take
+        exact = len(plan.positives) / plan.epochs.per_block
         assert first == math.ceil(epoch * exact)
 
 
@@ -268,12 +267,12 @@ def test_steps_stay_within_the_voxel_budget(case: Case) -> None:
         assert voxels <= budget or plan.clips_at(step) == plan.batch
     for epoch in range(4):
         # What the ends of the pass take lies between two runs, not within one.
-        assert plan.bands.split in plan.epochs.edges(epoch)
+        assert plan.order.split in plan.epochs.edges(epoch)
 
 
 @pytest.mark.parametrize("budget", range(6000, 60_000, 9000))
 def test_budget_holds_where_each_clip_is_deeper_than_the_one_before(budget: int) -> None:
-    """So that whatever shakes the row, or carries clips into the next pass, makes a step deeper."""
+    """With these depths any shuffling of the row, or carrying over, makes a step deeper."""
     plan = make_plan(
         np.arange(1000),
         np.arange(1000, 4000),
@@ -284,7 +283,7 @@ def test_budget_holds_where_each_clip_is_deeper_than_the_one_before(budget: int)
         negative_depths=np.arange(3000) // 3 + 100,
         max_voxels=budget,
     )
-    assert plan.bands.window == 3
+    assert plan.order.window == 3
     for step in range(plan.first_step(12)):
         clips = plan.clips_at(step)
         assert clips * plan.depths(step).max() <= budget or clips == 12
@@ -349,7 +348,7 @@ def plan_of_counts(
 
 @pytest.mark.parametrize("take", range(1, 8))
 def test_however_few_the_clips_no_step_repeats_one(take: int) -> None:
-    """Every count that is not refused, down to the smallest, where the ends of passes touch."""
+    """Every count that is accepted, down to the smallest, where the ends of passes touch."""
     checked = 0
     for count in range(take, 2 * take + 2):
         for seed in range(6):
@@ -379,7 +378,7 @@ def test_one_positive_is_in_every_step() -> None:
 
 
 def test_order_is_pinned() -> None:
-    """Golden: a change here changes every run that anybody has to reproduce or resume."""
+    """Golden values: changing them breaks every run that must be reproduced or resumed."""
     random, banded = plan_of_counts(seed=7), banded_plan()
     assert random.global_batch(0).tolist() == GOLDEN_FIRST
     assert walk_digest(random) == GOLDEN_RANDOM
@@ -463,11 +462,11 @@ def test_small_numbers_of_a_file_give_the_order_of_large_ones() -> None:
 @pytest.mark.parametrize(
     ("positives", "negatives", "message"),
     [
-        (0, 200, "holds 0 positives for train, and the batch needs 4"),
-        (3, 200, "holds 3 positives"),
-        (5, 200, "holds 5 positives .* at least 7 are needed"),
-        (40, 0, "holds 0 negatives"),
-        (40, 11, "holds 11 negatives .* at least 22 are needed"),
+        (0, 200, "has 0 positives; a batch with 4 different"),
+        (3, 200, "has 3 positives"),
+        (5, 200, "has 5 positives; .* at least 7"),
+        (40, 0, "has 0 negatives"),
+        (40, 11, "has 11 negatives; .* at least 22"),
     ],
 )
 @pytest.mark.parametrize("deep", [False, True])
@@ -481,7 +480,7 @@ def test_too_few_clips_name_the_class_and_the_fix(
 
 
 def test_a_batch_beyond_all_measure_is_refused_at_once() -> None:
-    with pytest.raises(PlanError, match="holds 40 positives"):
+    with pytest.raises(PlanError, match="has 40 positives"):
         plan_of_counts(40, 200, batch=4 * 10**12)
 
 
@@ -501,12 +500,12 @@ def test_batch_that_cannot_be_cut(world: int, accumulate: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"matching": "none"}, "cannot be 'none'"),
+        ({"matching": "none"}, "'none' is unknown"),
         ({"max_voxels": 0}, "budget must be at least 1"),
         ({"weights": np.ones(3)}, "3 weights for 200 negatives"),
         ({"weights": np.full(200, -1.0)}, "at least 0; 0 leaves a clip out"),
         ({"weights": np.full(200, np.nan)}, "no number"),
-        ({"weights": np.zeros(200)}, "holds 0 negatives"),
+        ({"weights": np.zeros(200)}, "has 0 negatives"),
         ({"groups": np.zeros(3, np.int64)}, "3 group codes for 200 negatives"),
         ({"negative_depths": np.zeros(200, np.int64)}, "depths of the negatives"),
         ({"positive_depths": np.ones(3, np.int64)}, "depths of the positives"),
@@ -518,12 +517,12 @@ def test_arguments_that_do_not_fit(arguments: dict[str, Any], message: str) -> N
 
 
 def test_a_clip_cannot_come_twice() -> None:
-    with pytest.raises(PlanError, match="twice among the positives"):
+    with pytest.raises(PlanError, match="repeated among the positives"):
         by_depth(np.array([3, 4, 3]), None, "positives")
 
 
 def test_half_a_million_clips_start_at_once() -> None:
-    """At the scale of the original data; the last step is as near as the first."""
+    """At the scale of the original data, the last step takes as long as the first."""
     rng = np.random.default_rng(0)
     plan = plan_of_counts(
         2_000,

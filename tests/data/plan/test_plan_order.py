@@ -1,4 +1,4 @@
-"""What depth bands save, and that nothing can be learned from their order."""
+"""Sorting by depth saves padding, and the order of training reveals nothing."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def plan_over(positives: np.ndarray, negatives: np.ndarray, ranks: int, **more: 
 
 @pytest.fixture(scope="module")
 def depths() -> tuple[np.ndarray, np.ndarray]:
-    """Frames of 600 positives and 40,000 negatives, in the shape of real ones; the negatives are a
-    little shallower."""
+    """Depths of 600 positives and 40,000 negatives, distributed like real ones. The negatives are
+    a little shallower."""
     rng = np.random.default_rng(0)
     drawn = [rng.lognormal(mean, 0.3, n).astype(int) + 10 for mean, n in ((4, 600), (3.9, 40_000))]
     return drawn[0], drawn[1]
@@ -38,8 +38,8 @@ def depths() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def challenge(real_data: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The 1,887 positives and 571,161 negatives of the challenge; the positives have the depths of
-    its labelled subset's stalled clips."""
+    """The challenge's 1,887 positives and 571,161 negatives. The positives have the depths of the
+    stalled clips in its labelled subset."""
     with (real_data / "clog_loss_depths.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     frames, everything, stalled = (
@@ -56,7 +56,7 @@ def steps_of(plan: Plan, epoch: int) -> range:
 
 
 def mean_depths(plan: Plan, epochs: int) -> list[np.ndarray]:
-    """Of the steps of each epoch."""
+    """Values of the steps of each epoch."""
     return [
         np.array([plan.depths(step).mean() for step in steps_of(plan, epoch)])
         for epoch in range(epochs)
@@ -64,7 +64,7 @@ def mean_depths(plan: Plan, epochs: int) -> list[np.ndarray]:
 
 
 def efficiency(plan: Plan, epochs: int) -> float:
-    """True frames over padded ones, as a mean over steps: each is padded to its deepest clip."""
+    """Real frames over padded frames, averaged over steps; a step is padded to its deepest clip."""
     steps = [plan.depths(step) for step in range(plan.first_step(epochs))]
     return float(np.mean([depths.mean() / depths.max() for depths in steps]))
 
@@ -79,8 +79,8 @@ def test_nearly_all_padded_frames_are_true_ones(
 def test_where_an_epoch_has_four_steps_three_are_full(
     challenge: tuple[np.ndarray, np.ndarray],
 ) -> None:
-    """512 ranks x 4: one step of each epoch holds the deepest clips. With nothing dropped no order
-    exceeds 0.852, even if the others were all perfect (tools/bench_plan.py shows the bound)."""
+    """512 ranks x 4: one step of each epoch holds the deepest clips. Without dropping clips no
+    order exceeds 0.852 (tools/bench_plan.py computes the bound)."""
     plan = plan_over(*challenge, 512)
     found = []
     for epoch in range(8):
@@ -91,7 +91,7 @@ def test_where_an_epoch_has_four_steps_three_are_full(
 
 
 def test_random_order_pads_as_much_again(depths: tuple[np.ndarray, np.ndarray]) -> None:
-    """The plan that is told no depths."""
+    """The plan without depths."""
     both = np.concatenate(depths)
     plan = make_plan(
         np.arange(len(depths[0])),
@@ -106,7 +106,7 @@ def test_random_order_pads_as_much_again(depths: tuple[np.ndarray, np.ndarray]) 
 
 
 def test_a_step_s_depth_tells_nothing_of_the_next(depths: tuple[np.ndarray, np.ndarray]) -> None:
-    """Autocorrelation of the steps' mean depths, within epochs and over their ends."""
+    """Autocorrelation of the steps' mean depths, within and across epochs."""
     found = np.concatenate(mean_depths(plan_over(*depths, 8), 12))
     centred = found - found.mean()
     for lag in range(1, 11):
@@ -116,7 +116,7 @@ def test_a_step_s_depth_tells_nothing_of_the_next(depths: tuple[np.ndarray, np.n
 
 
 def test_no_long_runs_of_one_band(depths: tuple[np.ndarray, np.ndarray]) -> None:
-    """Of 900 random halves a run longer than 16 has a chance below 1 %."""
+    """Among 900 coin flips, a run longer than 16 has a probability below 1 %."""
     found = np.concatenate(mean_depths(plan_over(*depths, 8), 12))
     deep = found > np.median(found)
     changes = np.flatnonzero(np.diff(deep))
@@ -138,8 +138,8 @@ def test_bands_come_in_another_order_each_epoch(depths: tuple[np.ndarray, np.nda
 
 
 def test_partners_change_from_epoch_to_epoch(depths: tuple[np.ndarray, np.ndarray]) -> None:
-    """Of the pairs of positives that share a step few do so again: many clips have one depth, and
-    the edges of the bands are shaken."""
+    """Few pairs of positives share a step again: many clips have the same depth, and the edges of
+    the blocks are shuffled."""
     plan = plan_over(*depths, 8)
     pairs = []
     for epoch in range(4):
@@ -153,7 +153,7 @@ def test_partners_change_from_epoch_to_epoch(depths: tuple[np.ndarray, np.ndarra
 
 
 def test_matched_negatives_have_the_positives_depths(depths: tuple[np.ndarray, np.ndarray]) -> None:
-    """Exactly so over a whole epoch, to the width of a bin, and in each step nearly."""
+    """Over an epoch exactly, to the width of a bin; in each step nearly."""
     plan = plan_over(*depths, 8)
     drawn = [plan.depths(step).reshape(-1, 4) for step in steps_of(plan, 0)]
     positives = np.concatenate([of_step[:, 0] for of_step in drawn])
@@ -179,7 +179,7 @@ def test_natural_negatives_have_their_own_depths(depths: tuple[np.ndarray, np.nd
 
 
 def test_ranks_take_turns_with_the_shallow_clips(depths: tuple[np.ndarray, np.ndarray]) -> None:
-    """A micro-batch holds clips of like depth, but no rank is always given the shallow ones."""
+    """A micro-batch holds clips of similar depth, but no rank always gets the shallow ones."""
     plan = plan_over(*depths, 64)
     off, own_deepest = [], []
     for step in range(60):

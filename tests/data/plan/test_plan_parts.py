@@ -1,4 +1,4 @@
-"""The parts that the plan is made of, each by itself."""
+"""The parts of the plan, each by itself."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dist_train.data.plan.depth_bins import RESOLUTION, BinQuotas, Demand, depth_bins, least
+from dist_train.data.plan.bin_slices import epoch_slices
+from dist_train.data.plan.depth_bins import RESOLUTION, BinQuotas, Demand, depth_bins, least_clips
 from dist_train.data.plan.depth_order import ByDepth, by_depth
-from dist_train.data.plan.draws import epoch_draws
 from dist_train.data.plan.epochs import Epochs
-from dist_train.data.plan.negatives import Passes
+from dist_train.data.plan.negatives import NegativeStreams
 from dist_train.data.plan.plan import make_plan
-from dist_train.data.plan.positives import Bands
-from dist_train.data.plan.weights import UNIT, arcs, balanced, whole
+from dist_train.data.plan.positives import PositiveOrder
+from dist_train.data.plan.weights import UNIT, arcs, as_integers, balanced
 
 # --- epochs ---------------------------------------------------------------------------------------
 
 
 @st.composite
 def calendars(draw: st.DrawFn) -> Epochs:
-    take = draw(st.integers(1, 20))
-    count = draw(st.integers(take, 100))
-    plain = Epochs(count, take)
-    assume(count >= take + plain.longest_tail)
+    per_block = draw(st.integers(1, 20))
+    count = draw(st.integers(per_block, 100))
+    plain = Epochs(count, per_block)
+    assume(count >= per_block + plain.longest_tail)
     runs = {}
     if draw(st.booleans()):
-        for whole_blocks in set(plain.wholes):
+        for whole_blocks in set(plain.whole_block_counts):
             inner = draw(st.sets(st.integers(1, whole_blocks)))
             runs[whole_blocks] = np.array(sorted({0, whole_blocks, *inner}))
-    return Epochs(count, take, runs)
+    return Epochs(count, per_block, runs)
 
 
 @given(calendars())
 def test_epochs_follow_each_other(epochs: Epochs) -> None:
-    """The formula against counting."""
+    """The formula equals counting."""
     first = 0
     for epoch in range(2 * epochs.period + 3):
         assert epochs.first_step(epoch) == first
@@ -55,10 +55,10 @@ def test_a_pass_is_head_and_whole_blocks_and_tail(epochs: Epochs) -> None:
     passes = range(2 * epochs.period + 3)
     for number in passes:
         head, tail = epochs.head(number), epochs.tail(number)
-        assert head + epochs.whole(number) * epochs.take + tail == epochs.count
-        assert (tail + epochs.head(number + 1)) in (0, epochs.take)
+        assert head + epochs.whole_blocks(number) * epochs.per_block + tail == epochs.count
+        assert (tail + epochs.head(number + 1)) in (0, epochs.per_block)
         assert max(head, tail) <= epochs.longest_tail
-    assert {epochs.whole(number) for number in passes} == set(epochs.wholes)
+    assert {epochs.whole_blocks(number) for number in passes} == set(epochs.whole_block_counts)
 
 
 # --- positives ------------------------------------------------------------------------------------
@@ -70,16 +70,16 @@ def test_a_row_holds_every_clip_once_and_is_nearly_sorted(
 ) -> None:
     count = len(depths)
     clips = by_depth(np.arange(count), np.array(depths), "positives")
-    bands = Bands(clips, Epochs(count, min(count, 20)), seed)
-    row = bands.row(epoch, np.arange(count))
+    order = PositiveOrder(clips, Epochs(count, min(count, 20)), seed)
+    row = order.row(epoch, np.arange(count))
     assert sorted(row.tolist()) == list(range(count))
     shaken = clips.depth_at(row)
     for place, depth in enumerate(shaken.tolist()):
-        near = slice(max(0, place - bands.window + 1), place + bands.window)
+        near = slice(max(0, place - order.window + 1), place + order.window)
         assert depth in np.sort(depths)[near]
 
 
-# --- shares ---------------------------------------------------------------------------------------
+# --- quotas ---------------------------------------------------------------------------------------
 
 
 @given(
@@ -89,22 +89,22 @@ def test_a_row_holds_every_clip_once_and_is_nearly_sorted(
     st.sampled_from([1, 3, 16]),
 )
 def test_shares_are_whole_exact_and_add_up(counts: list[int], p: int, q: int, fine: int) -> None:
-    """The formula for what was given before an epoch against adding up."""
-    shares = BinQuotas(q * np.append(0, np.cumsum(counts)), p * fine)
-    total, given_ = int(shares.ends[-1]), np.zeros(len(counts), np.int64)
-    for epoch in range(2 * shares.cycle + 3):
-        np.testing.assert_array_equal(shares.before(epoch), given_)
-        edges = shares.edges(epoch)
+    """The formula for the clips given before an epoch equals adding up."""
+    quotas = BinQuotas(q * np.append(0, np.cumsum(counts)), p * fine)
+    total, given_ = int(quotas.ends[-1]), np.zeros(len(counts), np.int64)
+    for epoch in range(2 * quotas.cycle + 3):
+        np.testing.assert_array_equal(quotas.before(epoch), given_)
+        edges = quotas.edges(epoch)
         each = np.diff(edges)
         assert edges[0] == 0
         assert (each >= 0).all()
-        assert (each <= -(-np.diff(shares.ends) // shares.cycle)).all()
-        asked = (epoch + 1) * total // shares.cycle - epoch * total // shares.cycle
+        assert (each <= -(-np.diff(quotas.ends) // quotas.cycle)).all()
+        asked = (epoch + 1) * total // quotas.cycle - epoch * total // quotas.cycle
         assert edges[-1] == asked
         given_ += each
         # No bin is ever more than one clip off its fair part.
-        fair = np.diff(shares.ends) * (epoch + 1) / shares.cycle
-        if epoch % shares.cycle == shares.cycle - 1:
+        fair = np.diff(quotas.ends) * (epoch + 1) / quotas.cycle
+        if epoch % quotas.cycle == quotas.cycle - 1:
             np.testing.assert_array_equal(given_, fair)
 
 
@@ -126,18 +126,18 @@ def test_bins_cover_all_negatives_and_have_enough(
     demand = Demand(ratio, block=5, run=5, straddling=straddling)
     bins = depth_bins(positives, negatives, demand, np.diff(negatives.starts) if own else None)
     assert (bins.starts[0], bins.starts[-1]) == (0, len(negatives))
-    assert (np.diff(bins.starts) >= [least(int(most)) for most in bins.most]).all()
-    assert (np.diff(bins.shares.ends) > 0).all()
+    assert (np.diff(bins.starts) >= [least_clips(int(most)) for most in bins.most]).all()
+    assert (np.diff(bins.quotas.ends) > 0).all()
     per_epoch = Fraction(len(positives) * ratio[1], ratio[0])
-    assert Fraction(int(bins.shares.ends[-1]), bins.shares.cycle) == per_epoch
+    assert Fraction(int(bins.quotas.ends[-1]), bins.quotas.cycle) == per_epoch
     if own:
         # Each bin's part is that of its clips, to a rounding.
-        parts = bins.shares.ends / bins.shares.ends[-1]
+        parts = bins.quotas.ends / bins.quotas.ends[-1]
         error = np.abs(parts - bins.starts / len(negatives)).max()
         assert error <= 0.5 / (len(positives) * RESOLUTION) + 1e-12
     else:
         # The depth of an edge parts both classes alike.
-        for start, end in zip(bins.starts[1:-1], bins.shares.ends[1:-1], strict=True):
+        for start, end in zip(bins.starts[1:-1], bins.quotas.ends[1:-1], strict=True):
             shallower, deeper = negatives.depth_at(np.array([start - 1, start])).tolist()
             below = [sum(depth <= edge for depth in positive) for edge in (shallower, deeper - 1)]
             # But for the tokens of depths that no positive has.
@@ -157,18 +157,18 @@ def test_a_depth_with_enough_negatives_is_a_bin_of_its_own() -> None:
     # No positive has 20, 70 or 300 frames. Those of 70 join their neighbours; the others, beyond
     # all positives, get a token each.
     assert edges == [[20, 20], [50, 50], [51, 70], [90, 90], [300, 300]]
-    of_positives = np.diff(bins.shares.ends) / (3 * RESOLUTION)
+    of_positives = np.diff(bins.quotas.ends) / (3 * RESOLUTION)
     assert of_positives.tolist() == [1 / 64, 20 - 1 / 64, 20, 20 - 1 / 64, 1 / 64]
 
 
 # --- passes ---------------------------------------------------------------------------------------
 
 
-def taken(passes: Passes, number: int) -> np.ndarray:
+def taken(streams: NegativeStreams, number: int) -> np.ndarray:
     """The first ``number`` clips of the stream of the only bin."""
-    most = int(passes.most[0])
+    most = int(streams.most[0])
     parts = [
-        passes.take(np.array([0]), np.array([at]), np.array([min(most, number - at)]))
+        streams.take(np.array([0]), np.array([at]), np.array([min(most, number - at)]))
         for at in range(0, number, most)
     ]
     return np.concatenate(parts)
@@ -176,10 +176,10 @@ def taken(passes: Passes, number: int) -> np.ndarray:
 
 @given(st.integers(1, 12), st.integers(0, 40), st.integers(0, 99))
 def test_any_window_of_a_stream_holds_different_clips(most: int, spare: int, seed: int) -> None:
-    """However the steps fall over the ends of the passes, down to the fewest clips of a bin."""
-    count = least(most) + spare
-    passes = Passes(np.array([0, count]), np.array([most]), seed)
-    stream = taken(passes, 7 * count)
+    """For any position of steps relative to passes, down to the fewest clips of a bin."""
+    count = least_clips(most) + spare
+    streams = NegativeStreams(np.array([0, count]), np.array([most]), seed)
+    stream = taken(streams, 7 * count)
     for at in range(len(stream) - most + 1):
         assert len(set(stream[at : at + most].tolist())) == most
     for one in stream.reshape(7, count):
@@ -192,10 +192,10 @@ def test_weighted_passes_hold_no_clip_twice_either(most: int, spare: int, seed: 
     weights = np.random.default_rng(seed).exponential(1, count) ** 2 + 1e-9
     starts, needed = np.array([0, count]), np.array([max(1, 3 * (most - 1))])
     ends, _ = arcs(weights, starts, needed)
-    passes = Passes(starts, np.array([most]), seed, ends, UNIT)
-    length = int(passes.lengths[0])
+    streams = NegativeStreams(starts, np.array([most]), seed, ends, UNIT)
+    length = int(streams.lengths[0])
     assert length >= needed[0]
-    stream = taken(passes, 5 * length)
+    stream = taken(streams, 5 * length)
     for at in range(len(stream) - most + 1):
         assert len(set(stream[at : at + most].tolist())) == most
     for one in stream.reshape(5, length).tolist():
@@ -203,41 +203,43 @@ def test_weighted_passes_hold_no_clip_twice_either(most: int, spare: int, seed: 
 
 
 def test_clips_are_drawn_as_often_as_their_weights_say() -> None:
-    """In the long run to a draw or two: points spread by the golden ratio leave no gaps."""
+    """In the long run exact to one or two draws: the golden ratio spreads the points evenly."""
     weights = np.random.default_rng(0).exponential(1, 200) + 0.01
     starts = np.array([0, 200])
     ends, lowered = arcs(weights, starts, np.array([9]))
     assert lowered == 0
-    passes = Passes(starts, np.array([4]), 0, ends, UNIT)
-    length = int(passes.lengths[0])
+    streams = NegativeStreams(starts, np.array([4]), 0, ends, UNIT)
+    length = int(streams.lengths[0])
     assert length == math.floor(weights.sum() / weights.max())
-    counts = np.bincount(taken(passes, 1000 * length), minlength=200)
+    counts = np.bincount(taken(streams, 1000 * length), minlength=200)
     np.testing.assert_allclose(counts, 1000 * length * weights / weights.sum(), atol=8)
 
 
 def test_weights_that_fit_the_circle_exactly_starve_no_clip() -> None:
-    """9 units for passes of 9: steps of whole units would come to every second half for ever."""
+    """9 units in passes of 9: an advance by whole units would visit only every second half."""
     weights = np.repeat([1.0, 0.5], [3, 12])
     starts = np.array([0, 15])
     ends, lowered = arcs(weights, starts, np.array([9]))
     assert lowered == 0
     assert ends[-1] == 9 * UNIT
-    counts = np.bincount(taken(Passes(starts, np.array([4]), 0, ends, UNIT), 9 * 100), minlength=15)
+    counts = np.bincount(
+        taken(NegativeStreams(starts, np.array([4]), 0, ends, UNIT), 9 * 100), minlength=15
+    )
     np.testing.assert_allclose(counts, 100 * weights, atol=3)
 
 
 def test_equal_weights_are_no_weights() -> None:
-    """Every clip once a pass, whatever the weight is."""
+    """Every clip once per pass, whatever the common weight is."""
     starts = np.array([0, 50])
     ends, _ = arcs(np.full(50, 0.3), starts, np.array([1]))
-    stream = taken(Passes(starts, np.array([5]), 0, ends, UNIT), 150)
+    stream = taken(NegativeStreams(starts, np.array([5]), 0, ends, UNIT), 150)
     assert [sorted(one.tolist()) for one in stream.reshape(3, 50)] == [list(range(50))] * 3
 
 
 def test_the_order_of_a_stream_is_random() -> None:
-    """The place of a clip over many passes, and how alike passes are."""
+    """A clip's place is uniform over many passes, and passes are uncorrelated."""
     count = 400
-    stream = taken(Passes(np.array([0, count]), np.array([10]), 0), 300 * count)
+    stream = taken(NegativeStreams(np.array([0, count]), np.array([10]), 0), 300 * count)
     places = np.argsort(stream.reshape(300, count), axis=1)
     for clip in range(0, count, 37):
         counts = np.bincount(places[:, clip] // 40, minlength=10)
@@ -248,7 +250,7 @@ def test_the_order_of_a_stream_is_random() -> None:
 
 
 def test_neighbours_in_number_are_not_kept_together() -> None:
-    """Clips of one project are neighbours in number; in a random order of n the mean distance of
+    """Clips of one project have neighbouring numbers. In a random order of n, the mean distance of
     two places is (n + 1) / 3."""
     plan = make_plan(np.arange(100), np.arange(100, 1100), batch=20, ratio=(1, 1), seed=3)
     drawn = [plan.global_batch(step).reshape(-1, 2)[:, 1] for step in range(100)]
@@ -256,7 +258,7 @@ def test_neighbours_in_number_are_not_kept_together() -> None:
     assert np.abs(np.diff(places)).mean() == pytest.approx(1001 / 3, rel=0.08)
 
 
-# --- draws ----------------------------------------------------------------------------------------
+# --- slices ---------------------------------------------------------------------------------------
 
 
 @given(
@@ -269,16 +271,16 @@ def test_pieces_take_their_number_and_each_place_of_a_stream_once(
 ) -> None:
     p, q = ratio
     epochs = Epochs(sum(counts), groups * p)
-    assume(epochs.count >= epochs.take + epochs.longest_tail)
-    shares = BinQuotas(q * np.append(0, np.cumsum(counts)), p)
+    assume(epochs.count >= epochs.per_block + epochs.longest_tail)
+    quotas = BinQuotas(q * np.append(0, np.cumsum(counts)), p)
     used = Counter()
     over_the_end = 0
     for epoch in range(5):
-        blocks = epochs.whole(epoch)
+        blocks = epochs.whole_blocks(epoch)
         visits = np.random.default_rng(epoch).permutation(blocks)
-        draws = epoch_draws(epoch, epochs, shares, visits, blocks // 2, ratio)
+        slices = epoch_slices(epoch, epochs, quotas, visits, blocks // 2, ratio)
         for piece in range(blocks + 2):
-            bins, positions, number = draws.of(piece)
+            bins, positions, number = slices.of(piece)
             assert (number > 0).all()
             if 0 < piece <= blocks:
                 assert number.sum() == groups * q
@@ -336,7 +338,7 @@ def test_a_weight_of_nothing_leaves_a_clip_out() -> None:
 
 
 def test_whole_weights_keep_their_ratio_and_are_never_nothing() -> None:
-    assert whole(np.array([1.0, 0.5, 1e-30])).tolist() == [UNIT, UNIT // 2, 1]
+    assert as_integers(np.array([1.0, 0.5, 1e-30])).tolist() == [UNIT, UNIT // 2, 1]
 
 
 def test_clips_are_sorted_by_depth_in_any_order_of_input() -> None:

@@ -1,4 +1,4 @@
-"""The keyed shuffle: a bijection for every size, even, and the same for ever."""
+"""The keyed shuffle: a bijection for every size, unbiased, and stable across versions."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def test_no_places_at_all() -> None:
 
 
 def orders(size: int, number: int) -> np.ndarray:
-    """``number`` orders under keys of one family: int64 [number, size]."""
+    """``number`` orders under consecutive subkeys: int64 [number, size]."""
     keys = subkey(root_key(0, "even"), np.arange(number))
     places = np.tile(np.arange(size), number)
     return permute(places, size, np.repeat(keys, size)).reshape(number, size)
 
 
 def excess(observed: np.ndarray, expected: float) -> float:
-    """Chi-square in standard deviations above its mean, if all is even."""
+    """Chi-square against the uniform distribution, in standard deviations above its mean."""
     freedom = observed.size - 1
     statistic = ((observed - expected) ** 2 / expected).sum()
     return float((statistic - freedom) / math.sqrt(2 * freedom))
@@ -94,7 +94,7 @@ def test_what_stands_at_two_places_is_independent(size: int, pair: tuple[int, in
 
 
 def test_half_of_all_orders_are_odd() -> None:
-    """Of a cipher of two odd halves, all would be even; 81 is 9 x 9."""
+    """A cipher of two odd halves gives even permutations only; 81 is 9 x 9."""
     signs = []
     for order in orders(81, 400):
         cycles, seen = 0, np.zeros(81, bool)
@@ -118,8 +118,8 @@ def test_keys_of_a_family_differ_and_depend_on_seed_and_name() -> None:
 
 
 def test_the_shuffle_is_pinned() -> None:
-    """Golden: it must be the same on every machine and in every version. The first output of
-    SplitMix64 from state 0 is published with it."""
+    """Golden values, equal on every machine and in every version. The first output of SplitMix64
+    from state 0 is published."""
     assert int(mix(np.array([0x9E3779B97F4A7C15], np.uint64))[0]) == 0xE220A8397B1DCDAF
     assert permute(np.arange(8), 8, root_key(7, "golden")).tolist() == SMALL_GOLDEN
     assert permute(np.arange(0, 1000, 125), 1000, root_key(7, "golden")).tolist() == LARGE_GOLDEN

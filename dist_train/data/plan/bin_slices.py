@@ -1,10 +1,10 @@
-"""Which places of which bin's stream each piece of an epoch takes.
+"""The slices of the bins' streams that each piece of an epoch takes.
 
-An epoch has its pieces: the head, which completes the block that the pass before began, the runs of
-whole blocks, and the tail, which begins the next pass's block. In order of depth they lie on a row
-of as many slots as the epoch has negatives; so do the bins, each as wide as what it gives to this
-epoch. A piece takes of each bin what overlaps. In order of time the pieces then take the places of
-each bin's stream one after the other.
+The pieces of an epoch are the head (completes the previous pass's block), the runs of whole blocks,
+and the tail (begins the next pass's block). The epoch's negatives form a row of slots in order of
+depth. The pieces divide that row, and so do the bins, by their quotas. A piece takes from each bin
+the slots in which the two overlap. In order of time, the pieces then take consecutive positions of
+each bin's stream.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from dist_train.data.plan.shuffle import Ints
 
 
 @dataclass(frozen=True, eq=False)
-class Draws:
-    """What the pieces of one epoch take: piece i takes the entries first[i] to first[i + 1].
+class BinSlices:
+    """The slices of one epoch: piece i takes the entries first[i] to first[i + 1].
 
-    Pieces are numbered by time: 0 is the head, then come the runs as they are visited, and the
-    last is the tail. Head and tail are empty where a pass begins or ends with a whole block.
+    Pieces are numbered in order of time: 0 is the head, then the runs, and the last is the tail.
+    Head and tail are empty if the pass begins or ends with a whole block.
 
     Attributes:
         first: int64 [pieces + 1].
         bins: the bin of each entry, ascending within a piece: int64 [entries].
         positions: the first position in the bin's stream: int64 [entries].
-        counts: how many from there on: int64 [entries].
+        counts: number of clips from there on: int64 [entries].
     """
 
     first: Ints
@@ -44,20 +44,20 @@ class Draws:
         return self.bins[entries], self.positions[entries], self.counts[entries]
 
 
-def epoch_draws(
-    epoch: int, epochs: Epochs, shares: BinQuotas, visits: Ints, split: int, ratio: tuple[int, int]
-) -> Draws:
-    """The draws of an epoch.
+def epoch_slices(
+    epoch: int, epochs: Epochs, quotas: BinQuotas, visits: Ints, split: int, ratio: tuple[int, int]
+) -> BinSlices:
+    """The slices of an epoch.
 
     Args:
-        visits: the runs of the epoch, counted from the shallow end, as they are visited: int64
+        visits: the runs of the epoch, numbered from the shallow end, in order of time: int64
             [runs].
-        split: runs on the shallow side of the tail and the head.
+        split: number of runs on the shallow side of the tail and the head.
         ratio: p positives to q negatives.
     """
     p, q = ratio
-    block = epochs.take // p * q
-    # Whatever part of a block's positives the tail has, the head has the rest of its negatives.
+    block = epochs.per_block // p * q
+    # The tail takes its share of the block's negatives, rounded down; the head takes the rest.
     tail = epochs.tail(epoch) * q // p
     before = epochs.tail(epoch - 1) if epoch else 0
     head = block - before * q // p if before else 0
@@ -65,13 +65,13 @@ def epoch_draws(
     time_of_run = np.empty(len(visits), np.int64)
     time_of_run[visits] = np.arange(1, len(visits) + 1)
 
-    # In order of depth: tail and head stand together among the runs.
+    # In order of depth the tail and the head lie side by side between two runs.
     pieces = np.insert(runs, split, [tail, head]).cumsum()
     pieces = np.insert(pieces, 0, 0)
     time = np.insert(time_of_run, split, [len(visits) + 1, 0])
 
-    # Between two neighbouring cuts lies one piece and one bin.
-    bin_edges = shares.edges(epoch)
+    # Between two neighbouring cuts there is one piece and one bin.
+    bin_edges = quotas.edges(epoch)
     cuts = np.union1d(pieces, bin_edges)
     counts, left = np.diff(cuts), cuts[:-1]
     piece = time[np.searchsorted(pieces, left, side="right") - 1]
@@ -79,7 +79,7 @@ def epoch_draws(
     by_bin = np.lexsort((piece, bins))
     taken = np.empty(len(counts), np.int64)
     taken[by_bin] = np.cumsum(counts[by_bin]) - counts[by_bin]
-    positions = shares.before(epoch)[bins] + taken - bin_edges[bins]
+    positions = quotas.before(epoch)[bins] + taken - bin_edges[bins]
     by_piece = np.lexsort((bins, piece))
     first = np.searchsorted(piece[by_piece], np.arange(len(time) + 1))
-    return Draws(first, bins[by_piece], positions[by_piece], counts[by_piece])
+    return BinSlices(first, bins[by_piece], positions[by_piece], counts[by_piece])
