@@ -281,7 +281,7 @@ def make_plan(
 def plan_of(
     positives: ByDepth, negatives: ByDepth, rules: PlanRules, weights: Floats | None = None
 ) -> Plan:
-    """A plan over clips that are sorted already, as a cache has them.
+    """A plan over clips that are sorted already.
 
     Args:
         weights: of each negative, by index, all greater than 0: float64 [count].

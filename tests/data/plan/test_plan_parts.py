@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dist_train.data.plan.depth_bins import RESOLUTION, BinQuotas, Demand, depth_bins, least
-from dist_train.data.plan.depth_order import ByDepth, by_depth
+from dist_train.data.plan.depth_order import by_depth
 from dist_train.data.plan.draws import epoch_draws
 from dist_train.data.plan.epochs import Epochs
 from dist_train.data.plan.negatives import Passes
@@ -346,4 +346,3 @@ def test_clips_are_sorted_by_depth_in_any_order_of_input() -> None:
     assert clips.depth_at(np.arange(5)).tolist() == [3, 3, 5, 5, 9]
     turned = by_depth(np.arange(5)[::-1], depths[::-1], "negatives")
     assert turned.digest == clips.digest
-    assert ByDepth(clips.clips, clips.depths, clips.starts, "known").digest == "known"
