@@ -193,11 +193,14 @@ def at_scale(clips: Clips, count: int) -> dict[str, float]:
     rng = np.random.default_rng(0)
     is_positive = rng.random(count, np.float32) < POSITIVES / 573_048
     depths = rng.choice(np.concatenate([clips.positives, clips.negatives]).astype(np.int16), count)
-    numbers = [np.flatnonzero(is_positive), np.flatnonzero(~is_positive)]
+    positives, negatives = np.flatnonzero(is_positive), np.flatnonzero(~is_positive)
 
     began = time.perf_counter()
-    classes = [by_depth(of_class, depths[of_class], "clips") for of_class in numbers]
-    plan = open_plan(classes)
+    classes = (
+        by_depth(positives, depths[positives], "positives"),
+        by_depth(negatives, depths[negatives], "negatives"),
+    )
+    plan = open_plan(*classes)
     found = {"large_clips": float(count), "build_s": time.perf_counter() - began}
 
     def milliseconds(plan: Plan, step: int) -> float:
@@ -208,13 +211,13 @@ def at_scale(clips: Clips, count: int) -> dict[str, float]:
     found["step_ms"] = float(np.median([milliseconds(plan, step) for step in range(STEPS)]))
     # The first step of a new plan also works out what its epoch draws.
     for name, step in (("1", 1), ("1e6", FAR_STEP)):
-        resumed = [milliseconds(open_plan(classes), step) for _ in range(5)]
+        resumed = [milliseconds(open_plan(*classes), step) for _ in range(5)]
         found[f"resume_ms_step_{name}"] = float(np.median(resumed))
     return {**found, "rss_mb": peak_rss_mb()}
 
 
-def open_plan(classes: list[ByDepth]) -> Plan:
-    plan = plan_of(*classes, PlanRules(RANKS * RANK_BATCH, RATIO, seed=0))
+def open_plan(positives: ByDepth, negatives: ByDepth) -> Plan:
+    plan = plan_of(positives, negatives, PlanRules(RANKS * RANK_BATCH, RATIO, seed=0))
     assert len(plan.fingerprint) == 16
     return plan
 

@@ -1,4 +1,4 @@
-"""A function over many items in processes that may crash or hang: the parent knows where each is.
+"""A function over many items in worker processes, which may crash or hang.
 
 A decoder is C code that reads what strangers made. One that crashes, or never comes back, takes
 its process along; the parent starts another, and the item goes on without the step that did it.
@@ -15,6 +15,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,12 +24,14 @@ from typing import Any, Generic, TypeVar
 from dist_train.errors import StoreError
 from dist_train.system.cgroup import processes_at_once
 from dist_train.system.main_guard import FIX, WHAT, end_if_run_again, were_unguarded
-from dist_train.system.processes import OPEN_FILES, end_with_parent, worker_context
+from dist_train.system.processes import end_with_parent, worker_context
 from dist_train.system.shared_memory import within_open_files
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# That this process has open for each worker.
+OPEN_FILES = 3
 # A crash may have had a cause that passes; the second one at the same step is the step's.
 CRASHES = 2
 
@@ -36,11 +40,12 @@ CRASHES = 2
 class Limits:
     """What one step may take: ``seconds``, and ``bytes`` of memory beside the process's own.
 
-    Memory is limited where the kernel knows how (Linux): there, an allocation beyond it fails.
+    Memory is limited where the kernel knows how (Linux): there, an allocation beyond it fails. None
+    is no limit.
     """
 
     seconds: float
-    bytes: int
+    bytes: int | None
 
 
 class Steps:
@@ -121,6 +126,33 @@ def supervised(
             worker.end()
 
 
+def each_done(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None
+) -> Iterator[Result]:
+    """``supervised`` for a function without steps; one worker or item stays in this process.
+
+    Raises:
+        StoreError: a process died.
+    """
+    end_if_run_again()
+    todo = iter(items)
+    first = list(islice(todo, 2))
+    if len(first) < 2 or (workers or processes_at_once()) < 2:
+        return map(function, chain(first, todo))
+    no_limits = Limits(math.inf, None)
+    return supervised(
+        partial(_unwatched, function), chain(first, todo), _unchanged, no_limits, workers
+    )
+
+
+def _unwatched(function: Callable[[Item], Result], item: Item, steps: Steps) -> Result:
+    return function(item)
+
+
+def _unchanged(item: Item, step: int, reason: str) -> Item:
+    return item
+
+
 class _EndedError(Exception):
     """A process is gone, at its item's ``step``; ``final`` if it need not be tried again."""
 
@@ -147,7 +179,7 @@ class _Worker(Generic[Item, Result]):
     run: _Run[Item]
 
     def __init__(self, function: Callable[[Item, Steps], Result], limits: Limits) -> None:
-        context = worker_context(function.__module__)
+        context = worker_context(getattr(function, "__module__", __name__))
         self.limits = limits
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, function, limits), daemon=True)
@@ -219,7 +251,8 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A crash is told in the list of rejects, not by a file in the user's folder.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _limit_memory(limits.bytes)
+    if limits.bytes is not None:
+        _limit_memory(limits.bytes)
     steps = Steps(connection)
     while True:
         try:
