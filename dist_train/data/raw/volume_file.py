@@ -13,7 +13,6 @@ import numpy as np
 
 from dist_train.data.raw.grey import to_8_bits
 from dist_train.data.raw.tiff import read_tiff, tiff_values
-from dist_train.data.raw.undecodable import too_large
 from dist_train.data.types import Volume
 from dist_train.errors import DecodeError, DistTrainError
 from dist_train.files import open_plain, reason_of
@@ -79,6 +78,15 @@ def to_uint8_volume(array: np.ndarray, where: object, bits: int | None = None) -
         DecodeError: as ``to_grey``.
     """
     return to_grey(_as_stack(array), where, bits)
+
+
+def too_large(where: object) -> DecodeError:
+    """What is said of a file, of any kind, that a decoder has not enough memory for."""
+    return DecodeError(
+        "takes more memory to decode than it may",
+        where=where,
+        fix="Cut it into shorter clips, or prepare anew with a larger --clip-memory.",
+    )
 
 
 def _as_stack(array: np.ndarray) -> np.ndarray:
