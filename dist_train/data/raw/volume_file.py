@@ -24,24 +24,6 @@ VOLUME_SUFFIXES = {".npy", ".npz", ".tif", ".tiff"}
 OF_A_FILE = {errno.EACCES, errno.EPERM, errno.ENOMEM}
 
 
-def read_volume(
-    path: Path, where: object | None = None, suffix: str | None = None, bits: int | None = None
-) -> Volume:
-    """A volume file as uint8 [D, H, W]: ``read_raw`` and ``to_uint8_volume``.
-
-    Args:
-        path: where the bytes are.
-        where: how messages name the file; None takes ``path``. It ends in the file's name.
-        suffix: the ending that tells the kind of file; None takes that of ``path``.
-        bits: of values that are kept in 16 bits; None refuses these.
-
-    Raises:
-        DecodeError: naming the file and what is wrong with it.
-    """
-    where = path if where is None else where
-    return to_grey(read_raw(path, where, suffix), where, bits)
-
-
 def read_raw(path: Path, where: object, suffix: str | None = None) -> np.ndarray:
     """The stack in ``.npy`` and ``.npz`` (with a single array) and ``.tif``, as its values lie
     there: [D, H, W], or [D, H, W, 3 or 4] in colour.
