@@ -35,7 +35,7 @@ LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 #: Rooms that must not know of others, though their level allows it.
 NEVER = {
     "models": {"config", "data", "distributed", "run"},
-    "data.plan": {"config", "data.types", "data.orientation", "data.table", "models"},
+    "data.plan": {"files", "config", "data.types", "data.orientation", "data.table", "models"},
     "data.table": {"data.plan", "models"},
     "data.raw": {"data.plan", "data.augment", "models"},
     "data.store": {"data.plan", "data.augment", "models"},

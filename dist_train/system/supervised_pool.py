@@ -15,6 +15,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -22,12 +24,14 @@ from typing import Any, Generic, TypeVar
 from dist_train.errors import StoreError
 from dist_train.system.cgroup import processes_at_once
 from dist_train.system.main_guard import FIX, WHAT, end_if_run_again, were_unguarded
-from dist_train.system.processes import OPEN_FILES, end_with_parent, worker_context
+from dist_train.system.processes import end_with_parent, worker_context
 from dist_train.system.shared_memory import within_open_files
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Files that this process has open for each worker.
+OPEN_FILES = 3
 # Retry a step once, as a crash may have a passing cause. A second crash leaves the step out.
 CRASHES = 2
 
@@ -39,11 +43,11 @@ class Limits:
     Attributes:
         seconds: the longest time.
         bytes: the most memory beyond that of the idle process. On Linux, a larger allocation fails;
-            elsewhere memory is not limited.
+            elsewhere memory is not limited. None: no limit.
     """
 
     seconds: float
-    bytes: int
+    bytes: int | None
 
 
 class Steps:
@@ -125,6 +129,33 @@ def supervised(
             worker.end()
 
 
+def each_done(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None
+) -> Iterator[Result]:
+    """``supervised`` for a function without steps; one worker or item stays in this process.
+
+    Raises:
+        StoreError: a process died.
+    """
+    end_if_run_again()
+    todo = iter(items)
+    first = list(islice(todo, 2))
+    if len(first) < 2 or (workers or processes_at_once()) < 2:
+        return map(function, chain(first, todo))
+    no_limits = Limits(math.inf, None)
+    return supervised(
+        partial(_unwatched, function), chain(first, todo), _unchanged, no_limits, workers
+    )
+
+
+def _unwatched(function: Callable[[Item], Result], item: Item, steps: Steps) -> Result:
+    return function(item)
+
+
+def _unchanged(item: Item, step: int, reason: str) -> Item:
+    return item
+
+
 class _EndedError(Exception):
     """A process ended at ``step`` of its item. ``final``: do not retry the step."""
 
@@ -151,7 +182,7 @@ class _Worker(Generic[Item, Result]):
     run: _Run[Item]
 
     def __init__(self, function: Callable[[Item, Steps], Result], limits: Limits) -> None:
-        context = worker_context(function.__module__)
+        context = worker_context(getattr(function, "__module__", __name__))
         self.limits = limits
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, function, limits), daemon=True)
@@ -225,7 +256,8 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # No core file in the user's folder: the list of rejected files reports the crash.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _limit_memory(limits.bytes)
+    if limits.bytes is not None:
+        _limit_memory(limits.bytes)
     steps = Steps(connection)
     while True:
         try:

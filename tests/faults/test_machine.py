@@ -46,13 +46,21 @@ def in_a_namespace(mounts: str, command: Sequence[str], **more: str) -> tuple[in
     return done.returncode, done.stderr
 
 
-def test_without_shared_memory_workers_are_refused_in_one_line(store: Path) -> None:
+def test_without_shared_memory_a_store_is_verified(store: Path) -> None:
     read_only = "mount -t tmpfs -o ro none /dev/shm"
-    code, told = in_a_namespace(read_only, dist_train("verify", store, "--workers", "2"))
-    assert (code, told) == (
-        1,
+    assert in_a_namespace(read_only, dist_train("verify", store, "--workers", "2")) == (0, "")
+
+
+def test_without_shared_memory_loader_workers_are_refused_in_one_line(
+    store: Path, tmp_path: Path
+) -> None:
+    read_only = "mount -t tmpfs -o ro none /dev/shm"
+    settings = overrides(store, tmp_path / "run", "loader.workers=1")
+    code, told = in_a_namespace(read_only, dist_train("train", *settings))
+    assert code == 1
+    assert told.endswith(
         "error: /dev/shm: worker processes need shared memory (Read-only file system). Make it "
-        "writable (Docker: --shm-size=16g), or give --workers 1.\n",
+        "writable (Docker: --shm-size=16g), or set loader.workers=0.\n"
     )
 
 

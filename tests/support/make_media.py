@@ -13,6 +13,7 @@ import numpy as np
 from av.video.reformatter import Colorspace, VideoReformatter
 
 from dist_train.data.raw.outline import Box
+from dist_train.data.raw.volume_file import read_raw, to_grey
 from dist_train.data.table.manifest import Manifest, read_manifest
 
 ORANGE = (224, 107, 34)
@@ -148,3 +149,11 @@ def write_volumes(folder: Path, count: int, *, seed: int = 0) -> list[str]:
         np.save(folder / f"clip{i:03d}.npy", rng.integers(0, 256, shape, dtype=np.uint8))
         names.append(f"clip{i:03d}.npy")
     return names
+
+
+def read_volume(
+    path: Path, where: object | None = None, suffix: str | None = None, bits: int | None = None
+) -> np.ndarray:
+    """A volume file as ``prepare`` reads it: uint8 [D, H, W]."""
+    where = path if where is None else where
+    return to_grey(read_raw(path, where, suffix), where, bits)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from dist_train.errors import DecodeError, StoreError
-from dist_train.system.supervised_pool import UNWATCHED, Limits, Steps, supervised
+from dist_train.system.supervised_pool import UNWATCHED, Limits, Steps, each_done, supervised
 
 LIMITS = Limits(seconds=30, bytes=256 << 20)
 
@@ -149,3 +149,24 @@ def test_items_are_taken_as_they_are_needed() -> None:
 
 def test_without_a_parent() -> None:
     assert act(Row(("a", "b")), UNWATCHED) == ("a", "b")
+
+
+@pytest.mark.parametrize(("items", "alone"), [(5, False), (1, True)])
+def test_a_function_without_steps(items: int, alone: bool) -> None:
+    found = list(each_done(where_and_twice, range(items), 2))
+    assert sorted(value for _, value in found) == [2 * n for n in range(items)]
+    assert ({process for process, _ in found} == {os.getpid()}) == alone
+
+
+def where_and_twice(item: int) -> tuple[int, int]:
+    return os.getpid(), 2 * item
+
+
+def test_a_killed_worker_is_told() -> None:
+    with pytest.raises(StoreError, match=r"a worker process died \(SIGKILL\)"):
+        list(each_done(end_at_three, range(5), 2))
+
+
+def end_at_three(item: int) -> None:
+    if item == 3:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -21,17 +21,15 @@ class ByDepth:
     as clips of one project, are not neighbours here.
 
     Attributes:
-        clips: clip numbers, [count] of an integer dtype; it may be mapped from a file.
+        clips: clip numbers, [count] of an integer dtype.
         depths: the distinct depths, ascending, int64 [k].
         starts: clips of ``depths[i]`` have indices starts[i] to starts[i + 1] (excluded): int64
             [k + 1].
-        known_digest: ``digest``, where it has been worked out before.
     """
 
     clips: np.ndarray[Any, np.dtype[Any]]
     depths: Ints
     starts: Ints
-    known_digest: str | None = None
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -43,12 +41,10 @@ class ByDepth:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the clip numbers and their depths, as 64 hex digits."""
-        if self.known_digest is not None:
-            return self.known_digest
         digest = hashlib.sha256()
         for array in (self.depths, self.starts):
             digest.update(array.astype("<i8").tobytes())
-        # In pieces, so that a mapped file is never whole in memory.
+        # In pieces, so that no second copy of all numbers is made.
         for first in range(0, len(self.clips), 1 << 20):
             digest.update(self.clips[first : first + (1 << 20)].astype("<i8").tobytes())
         return digest.hexdigest()

@@ -10,7 +10,7 @@ import numpy as np
 
 from dist_train.data.raw.outline import LEAST, Box, OutlineColour, crop_to_outline, stack_planes
 from dist_train.data.raw.video import VIDEO_SUFFIXES, Video
-from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, is_deep, read_raw, to_grey
+from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, is_deep, read_raw, to_grey, too_large
 from dist_train.data.types import Record, Volume
 from dist_train.errors import DecodeError, DistTrainError, RoiError
 
@@ -84,11 +84,7 @@ def read_clip(
     except DistTrainError:
         raise
     except MemoryError:
-        raise DecodeError(
-            f"takes more than {settings.clip_memory} MiB of memory to decode",
-            where=where,
-            fix="Cut it into shorter clips, or prepare anew with a larger --clip-memory.",
-        ) from None
+        raise too_large(where) from None
     # A damaged file leads a decoder to where nobody was before. It costs the file, not the run, and
     # it is in the list of rejects for all to see.
     except Exception as error:

@@ -21,7 +21,7 @@ from dist_train.data.raw.container import (
     video_stream,
 )
 from dist_train.data.raw.frame import Frame, read_frame
-from dist_train.data.raw.undecodable import too_large
+from dist_train.data.raw.volume_file import too_large
 from dist_train.errors import DecodeError
 from dist_train.files import open_plain, reason_of
 from dist_train.system.advice import ADVICE, blame_machine

@@ -13,7 +13,6 @@ import numpy as np
 
 from dist_train.data.raw.grey import to_8_bits
 from dist_train.data.raw.tiff import read_tiff, tiff_values
-from dist_train.data.raw.undecodable import too_large
 from dist_train.data.types import Volume
 from dist_train.errors import DecodeError, DistTrainError
 from dist_train.files import open_plain, reason_of
@@ -23,24 +22,6 @@ VOLUME_SUFFIXES = {".npy", ".npz", ".tif", ".tiff"}
 
 # Of errors that tell of the machine, those that a single file may be the cause of.
 OF_A_FILE = {errno.EACCES, errno.EPERM, errno.ENOMEM}
-
-
-def read_volume(
-    path: Path, where: object | None = None, suffix: str | None = None, bits: int | None = None
-) -> Volume:
-    """A volume file as uint8 [D, H, W]: ``read_raw`` and ``to_uint8_volume``.
-
-    Args:
-        path: where the bytes are.
-        where: how messages name the file; None takes ``path``. It ends in the file's name.
-        suffix: the ending that tells the kind of file; None takes that of ``path``.
-        bits: of values that are kept in 16 bits; None refuses these.
-
-    Raises:
-        DecodeError: naming the file and what is wrong with it.
-    """
-    where = path if where is None else where
-    return to_grey(read_raw(path, where, suffix), where, bits)
 
 
 def read_raw(path: Path, where: object, suffix: str | None = None) -> np.ndarray:
@@ -79,6 +60,15 @@ def to_uint8_volume(array: np.ndarray, where: object, bits: int | None = None) -
         DecodeError: as ``to_grey``.
     """
     return to_grey(_as_stack(array), where, bits)
+
+
+def too_large(where: object) -> DecodeError:
+    """What is said of a file, of any kind, that a decoder has not enough memory for."""
+    return DecodeError(
+        "takes more memory to decode than it may",
+        where=where,
+        fix="Cut it into shorter clips, or prepare anew with a larger --clip-memory.",
+    )
 
 
 def _as_stack(array: np.ndarray) -> np.ndarray:

@@ -82,7 +82,7 @@ def prepare(
     job = _job(manifest.table, settings)
     shards = job.shards(out)
     _refuse_one_file_twice(manifest, files)
-    check_files(job, _unwritten(shards), files, max_rejected)
+    check_files(job, shards, files, max_rejected)
     job = _with_depth(out, job, files, engine, workers)
     with writing(out, job):
         _write_unfinished(out, job, shards, files, engine, workers, progress)
@@ -114,7 +114,7 @@ def prepare_part(
     shards = part.of(job.shards(out))
     _refuse_one_file_twice(manifest, files)
     # Their number is judged when the parts are joined.
-    check_files(job, _unwritten(shards), files, 1.0)
+    check_files(job, shards, files, 1.0)
     job = _with_depth(out, job, files, engine, workers)
     with writing(out, job, part):
         _write_unfinished(out, job, shards, files, engine, workers, progress)
@@ -197,6 +197,7 @@ def check_files(
     """Refuse, before any work, what a look at the files' names shows to be refused in the end.
 
     Args:
+        shards: those that are written already are passed over.
         max_rejected: largest share of the store's clips whose files may be missing from these
             shards; they will be rejects. Files that a shard there rejected already do not count.
 
@@ -205,11 +206,12 @@ def check_files(
     """
     if not isinstance(source, Source):
         return
-    names = [name for shard in shards for name in job.filenames(shard)]
+    unwritten = [shard for shard in shards if not shard.is_written()]
+    names = [name for shard in unwritten for name in job.filenames(shard)]
     missing = source.missing(names)
     if not missing:
         return
-    known = {name for shard in shards for name in _rejected(shard)}
+    known = {name for shard in unwritten for name in _rejected(shard)}
     new = [name for name in missing if name not in known]
     # A shard, or a part, may well have no file that is there, if others have.
     some = len(missing) < len(names) or any(not source.missing([n]) for n in job.table["filename"])
@@ -318,10 +320,6 @@ def _write_unfinished(
         done += count
         if progress:
             progress(done, total)
-
-
-def _unwritten(shards: Sequence[Shard]) -> list[Shard]:
-    return [shard for shard in shards if not shard.is_written()]
 
 
 def _tell_changed(stored: Sequence[Shard], job: Job, source: Source | Sequence[Volume]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +19,7 @@ from pydantic import (
     ValidationError,
 )
 
-from dist_train.data.store.index import check_index, read_index
+from dist_train.data.store.index import check_index, digest_of, read_index
 from dist_train.data.store.shards import shard_name
 from dist_train.data.types import Volume
 from dist_train.errors import FileError, StoreError
@@ -92,8 +91,10 @@ class Store:
     @cached_property
     def content(self) -> str:
         """Identity of what it holds: SHA-256, in hex, over key, label and checksum of each clip."""
-        table = self.table[["key", "label", "crc32c"]]
-        return hashlib.sha256(table.to_csv(index=False, header=False).encode()).hexdigest()
+        columns = (self.table[name] for name in ("key", "label", "crc32c"))
+        return digest_of(
+            (key, {"label": label, "crc32c": crc}) for key, label, crc in zip(*columns, strict=True)
+        )
 
     def read(self, clip: int) -> Volume:
         """The native crop of clip number ``clip``: uint8 [D, H, W], one ``pread``.

@@ -300,7 +300,6 @@ def _difference(
     index: Path | None,
 ) -> str | None:
     """In what the new shards are not those that were lost, as far as the rest can tell."""
-    counts: Counter[str] = Counter()
     for number, plan in plans.items():
         shard = Shard(number, scratch)
         _, faults = check_shard(Check(shard, plan.rows, None))
@@ -319,63 +318,51 @@ def _difference(
                 return f"clip '{key}' was a reject, and is none now"
             if key in new and plan.sums.get(position, new[key]["crc32c"]) != new[key]["crc32c"]:
                 return f"clip '{key}': its pixels are not those that were lost"
-            if key not in new and position not in plan.lost and not plan.was_lost(position):
-                counts[str(plan.rows[position]["label"])] += 1
-    others = [shard for shard in job.shards(folder) if shard.number not in plans]
-    if others:
-        rejects = gather_rejects(others)
-        counts.update(rejects["class"][~rejects["reason"].str.startswith(LOST)])
-    return _counted_otherwise(folder, job, counts) or _content_otherwise(
-        folder, job, plans, scratch
-    )
+    return None if index is not None else _difference_of_all(folder, job, plans, scratch)
 
 
-def _content_otherwise(
+def _difference_of_all(
     folder: Path, job: Job, plans: Mapping[int, _Mending], scratch: Path
 ) -> str | None:
-    """Whether the store would hold other pixels than the marker says: for clips whose own checksum
-    is lost with the index. Where that cannot be told, there is a warning."""
+    """The same without an index: by the marker's counts of rejects, and its digest of the content.
+
+    There is a warning where nothing tells what the pixels of a clip were.
+    """
+    marker = marker_of_store(folder)
+    old = job.shards(folder)
+    written = [Shard(s.number, scratch) if s.number in plans else s for s in old]
+    if marker is not None:
+        # Clips that were lost are none on both sides.
+        before = Counter(marker["rejected"])
+        for shard in old:
+            labels = {row["filename"]: str(row["label"]) for row in job.rows(shard)}
+            before.subtract(labels[name] for name in lost_of(shard) if name in labels)
+        rejects = gather_rejects(written)
+        after = Counter(rejects["class"][~rejects["reason"].str.startswith(LOST)])
+        if +before != after:
+            now, then = by_class(after), by_class(+before)
+            return f"rejected are: {now or 'none'}; they were: {then or 'none'}"
     unknown = [
         name
         for plan in plans.values()
         for name in plan.names(plan.needed - plan.sums.keys() - plan.before.keys())
     ]
-    if not unknown:
-        return None
-    marker = marker_of_store(folder)
     content = None if marker is None else marker.get("content")
     gone = any(not plan.was_lost(p) for plan in plans.values() for p in plan.lost)
-    if content is None or gone:
+    if unknown and (content is None or gone):
         log.warning(
             "nothing in the store tells whether the raw files of %d damaged clips are those that "
             "it was made from; the first: %s",
             len(unknown),
             unknown[0],
         )
-        return None
-    # Clips that come back were none when the marker was written.
-    back = {plan.rows[p]["key"] for plan in plans.values() for p in plan.before if plan.was_lost(p)}
-    written = (
-        (Shard(shard.number, scratch) if shard.number in plans else shard).path
-        for shard in job.shards(folder)
-    )
-    records = [(key, r) for path in written for key, r in read_records(path) if key not in back]
-    records.sort(key=lambda entry: entry[0].encode())
-    if digest_of(records) != content:
-        return f"the pixels of some of {len(unknown)} clips are others, as {unknown[0]}"
-    return None
-
-
-def _counted_otherwise(folder: Path, job: Job, rejected: Counter[str]) -> str | None:
-    """Whether the marker counts other rejects; clips that were lost are none on both sides."""
-    marker = marker_of_store(folder)
-    if marker is None:
-        return None
-    before = Counter(marker["rejected"])
-    for shard in job.shards(folder):
-        labels = {row["filename"]: str(row["label"]) for row in job.rows(shard)}
-        before.subtract(labels[name] for name in lost_of(shard) if name in labels)
-    if +before != rejected:
-        now, then = by_class(rejected), by_class(+before)
-        return f"rejected are: {now or 'none'}; they were: {then or 'none'}"
+    elif unknown:
+        # Clips that come back were none when the marker was written.
+        back = {
+            plan.rows[p]["key"] for plan in plans.values() for p in plan.before if plan.was_lost(p)
+        }
+        records = [(key, r) for s in written for key, r in read_records(s.path) if key not in back]
+        records.sort(key=lambda entry: entry[0].encode())
+        if digest_of(records) != content:
+            return f"the pixels of some of {len(unknown)} clips are others, as {unknown[0]}"
     return None

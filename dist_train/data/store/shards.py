@@ -19,7 +19,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO
 
 import numpy as np
 
@@ -41,45 +41,45 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Volume, Record]]) -> No
 
     ``shape`` and ``crc32c`` are added to each record.
     """
-    with (
-        written_whole(path) as file,
-        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
-    ):
+    end = 0
+    with written_whole(path) as file:
         for key, clip, record in samples:
             pixels = np.ascontiguousarray(clip)
             full = record | {"shape": list(pixels.shape), "crc32c": crc32c(pixels)}
-            _add(tar, f"{key}.npy", _npy_header(pixels), pixels.data.cast("B"))
-            _add(tar, f"{key}.json", json.dumps(full, sort_keys=True).encode())
+            before, after = around_pixels(key, full)
+            # In three parts, so that a large clip is not copied.
+            end += sum(file.write(part) for part in (before, pixels.data, after))
+        file.write(bytes(archive_size(end) - end))
 
 
-def _npy_header(pixels: Volume) -> bytes:
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(pixels))
-    return header.getvalue()
+def around_pixels(key: str, record: Record) -> tuple[bytes, bytes]:
+    """The bytes of a sample before its first pixel, and after its last one."""
+    shape = tuple(record["shape"])
+    npy = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        npy, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
+    size = len(npy.getvalue()) + math.prod(shape)
+    own = {name: value for name, value in record.items() if name not in ("offset", "length")}
+    text = json.dumps(own, sort_keys=True).encode()
+    return (
+        _header(f"{key}.npy", size) + npy.getvalue(),
+        bytes(_padded(size) - size)
+        + _header(f"{key}.json", len(text))
+        + text.ljust(_padded(len(text)), b"\0"),
+    )
 
 
-def _add(tar: tarfile.TarFile, name: str, *parts: bytes | memoryview) -> None:
+def _header(name: str, size: int) -> bytes:
     header = tarfile.TarInfo(name)
-    header.size = sum(len(part) for part in parts)
-    # TarFile asks of a file no more than this.
-    tar.addfile(header, cast(IO[bytes], _Parts(parts)))
+    header.size = size
+    return header.tobuf(tarfile.USTAR_FORMAT)
 
 
-class _Parts:
-    """Reads several buffers as one file, so that a large clip is not copied to go into a shard."""
-
-    def __init__(self, parts: Iterable[bytes | memoryview]) -> None:
-        self.left = [memoryview(part) for part in parts]
-
-    def read(self, size: int) -> bytes:
-        taken: list[memoryview] = []
-        while size and self.left:
-            taken.append(self.left[0][:size])
-            size -= len(taken[-1])
-            self.left[0] = self.left[0][len(taken[-1]) :]
-            if not self.left[0]:
-                del self.left[0]
-        return b"".join(taken)
+def archive_size(end: int) -> int:
+    """Bytes of a shard whose last sample ends at ``end``: two empty blocks end an archive, which is
+    filled up to whole records of 20 blocks."""
+    return -(-(end + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Record]]:

@@ -7,27 +7,28 @@ has its own CRC-32C in ``store.json``; where it is sound, the shards' records ar
 
 from __future__ import annotations
 
-import io
-import json
-import tarfile
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-
-import numpy as np
 
 from dist_train.data.store.build import gather_rejects, marker_of, rejects_csv
 from dist_train.data.store.build_spec import Job, read_job, read_rejects
 from dist_train.data.store.index import content_digest, index_checksum, look_up
 from dist_train.data.store.reader import INDEX, MARKER, REJECTED, SHARDS, read_marker
 from dist_train.data.store.salvage import good_clips
-from dist_train.data.store.shards import Shard, read_records, to_record
+from dist_train.data.store.shards import (
+    Shard,
+    archive_size,
+    around_pixels,
+    read_records,
+    to_record,
+)
 from dist_train.data.types import Record
 from dist_train.errors import StoreError
 from dist_train.files import crc32c
 from dist_train.progress import Progress
-from dist_train.system.processes import each_done
+from dist_train.system.supervised_pool import each_done
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def _byte_faults(path: Path, clips: Mapping[str, Record]) -> Iterator[str]:
     end = 0
     with path.open("rb") as file:
         for key, record in clips.items():
-            before, after = _around_pixels(key, record)
+            before, after = around_pixels(key, record)
             offset, length = record["offset"], record["length"]
             if (
                 offset - len(before) != end
@@ -223,35 +224,9 @@ def _byte_faults(path: Path, clips: Mapping[str, Record]) -> Iterator[str]:
             elif crc32c(_read(file, offset, length)) != record["crc32c"]:
                 yield f"clip '{key}': its pixels are not those that were stored"
             end = offset + length + len(after)
-        # Two empty blocks end an archive, which is filled up to whole records of 20 blocks.
-        size = -(-(end + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+        size = archive_size(end)
         if path.stat().st_size != size or _read(file, end, size - end).strip(b"\0"):
             yield "the bytes after its last readable clip are damaged"
-
-
-def _around_pixels(key: str, record: Record) -> tuple[bytes, bytes]:
-    """The bytes of a sample from its start to its first pixel, and from its last to its end."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": "|u1", "fortran_order": False, "shape": tuple(record["shape"])}
-    )
-    size = len(header.getvalue()) + record["length"]
-    own = {name: value for name, value in record.items() if name not in ("offset", "length")}
-    text = json.dumps(own, sort_keys=True).encode()
-    return (
-        _tar_header(f"{key}.npy", size) + header.getvalue(),
-        _padding(size) + _tar_header(f"{key}.json", len(text)) + text + _padding(len(text)),
-    )
-
-
-def _tar_header(name: str, size: int) -> bytes:
-    header = tarfile.TarInfo(name)
-    header.size = size
-    return header.tobuf(tarfile.USTAR_FORMAT)
-
-
-def _padding(size: int) -> bytes:
-    return bytes(-size % tarfile.BLOCKSIZE)
 
 
 def _read(file: IO[bytes], offset: int, length: int) -> bytes:

@@ -52,7 +52,7 @@ from dist_train.data.synthetic.challenge_stats import (
 from dist_train.errors import ConfigError, FileError, StoreError
 from dist_train.files import is_plain, read_json, write_whole, written_whole
 from dist_train.progress import Progress
-from dist_train.system.processes import each_done
+from dist_train.system.supervised_pool import each_done
 
 # Written into synth.json: a folder made by another version of the drawing is refused.
 FORMAT: Final = 1

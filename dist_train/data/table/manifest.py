@@ -220,10 +220,7 @@ def _read_labels(path: Path) -> pd.DataFrame:
     if "label" not in labels:
         raise ManifestError("has no column 'label' or 'stalled'", where=path)
     labels["filename"] = labels["filename"].str.strip().map(_one_form)
-    if (labels["filename"] == "").any():
-        line = labels.index[int((labels["filename"] == "").to_numpy().argmax())]
-        raise ManifestError(f"line {line} has no filename", where=path)
-    _refuse_twice(labels["filename"], path)
+    _check_unique(labels["filename"], path)
     return labels
 
 
@@ -299,22 +296,18 @@ def _known_columns(table: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 
 def _check_filenames(names: pd.Series, path: Path, allow_local: bool) -> None:
-    if (names == "").any():
-        line = names.index[int((names == "").to_numpy().argmax())]
-        raise ManifestError(f"line {line} has no filename", where=path)
     # As Windows writes it, a path may also lead away by backslashes or a drive.
     away = names.str.contains(r"^(?:[\\/]|[A-Za-z]:[\\/])|(?:^|[\\/])\.\.(?:[\\/]|$)", regex=True)
     if away.any() and not allow_local:
-        row = int(away.to_numpy().argmax())
         raise ManifestError(
-            f"'{names.iloc[row]}' (line {names.index[row]}) may lead out of the source folder "
-            f"({away.sum()} such rows)",
+            f"'{names[away].iloc[0]}' (line {names.index[away][0]}) may lead out of the source "
+            f"folder ({away.sum()} such rows)",
             where=path,
             fix="Name files by their path inside --source, or allow this with --allow-local.",
         )
     if names.str.contains("\0", regex=False).any():
         raise ManifestError("a filename holds a byte 0", where=path)
-    _refuse_twice(names.map(_one_form), path)
+    _check_unique(names.map(_one_form), path)
 
 
 def _one_form(name: str) -> str:
@@ -324,7 +317,11 @@ def _one_form(name: str) -> str:
     return str(PurePosixPath(name)) if "/" in name else name
 
 
-def _refuse_twice(names: pd.Series, path: Path) -> None:
+def _check_unique(names: pd.Series, path: Path) -> None:
+    """Every row has a filename, and no two rows have the same one."""
+    if (names == "").any():
+        line = names.index[names == ""][0]
+        raise ManifestError(f"line {line} has no filename", where=path)
     if names.duplicated().any():
         name = names[names.duplicated()].iloc[0]
         lines = names.index[(names == name).to_numpy()][:2]

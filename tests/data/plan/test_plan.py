@@ -6,7 +6,7 @@ import hashlib
 import math
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_train.data.plan.depth_order import by_depth
-from dist_train.data.plan.plan import Plan, make_plan, plan_of
+from dist_train.data.plan.plan import Plan, make_plan
 from dist_train.errors import PlanError
 
 RATIOS = [(1, 3), (1, 1), (2, 3), (3, 1), (2, 5), (5, 2), (2, 4)]
@@ -443,20 +443,6 @@ def test_a_caller_cannot_change_the_order() -> None:
     plan.global_batch(3)[:] = -1
     plan.depths(3)[:] = -1
     np.testing.assert_array_equal(plan.global_batch(3), before)
-
-
-def test_small_numbers_of_a_file_give_the_order_of_large_ones() -> None:
-    """A cache keeps clips in 32 bits."""
-    plan = banded_plan(weights=None)
-    narrow = [
-        replace(clips, clips=clips.clips.astype("<u4"))
-        for clips in (plan.positives, plan.negatives)
-    ]
-    other = plan_of(*narrow, plan.rules)
-    assert other.fingerprint == plan.fingerprint
-    for step in range(20):
-        assert other.global_batch(step).dtype == np.int64
-        np.testing.assert_array_equal(other.global_batch(step), plan.global_batch(step))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dist_train.data.plan.bin_slices import epoch_slices
 from dist_train.data.plan.depth_bins import RESOLUTION, BinQuotas, Demand, depth_bins, least_clips
-from dist_train.data.plan.depth_order import ByDepth, by_depth
+from dist_train.data.plan.depth_order import by_depth
 from dist_train.data.plan.epochs import Epochs
 from dist_train.data.plan.negatives import NegativeStreams
 from dist_train.data.plan.plan import make_plan
@@ -348,4 +348,3 @@ def test_clips_are_sorted_by_depth_in_any_order_of_input() -> None:
     assert clips.depth_at(np.arange(5)).tolist() == [3, 3, 5, 5, 9]
     turned = by_depth(np.arange(5)[::-1], depths[::-1], "negatives")
     assert turned.digest == clips.digest
-    assert ByDepth(clips.clips, clips.depths, clips.starts, "known").digest == "known"

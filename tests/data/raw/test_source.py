@@ -21,13 +21,12 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from helpers import ROOT, contents, dist_train, environment, run_well, said
-from make_media import grey_frames, write_video
+from make_media import grey_frames, read_volume, write_video
 from moto.server import ThreadedMotoServer
 
 from dist_train.data.raw.remote import RemoteFolder, UrlTable, manifest_source, open_source
 from dist_train.data.raw.source import LocalFolder, Source
 from dist_train.data.raw.video import Video
-from dist_train.data.raw.volume_file import read_volume
 from dist_train.data.table.manifest import read_manifest
 from dist_train.errors import DecodeError, ManifestError, StoreError
 

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import tifffile
 from helpers import said
-from make_media import write_manifest
+from make_media import read_volume, write_manifest
 from tifffile import TiffWriter, imwrite
 
-from dist_train.data.raw.volume_file import read_volume
 from dist_train.errors import DecodeError
 
 STACK = np.random.default_rng(0).integers(0, 256, (6, 20, 24), dtype=np.uint8)

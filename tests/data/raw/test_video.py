@@ -22,6 +22,7 @@ from make_media import (
     drifting,
     grey_frames,
     outlined_frames,
+    read_volume,
     union_of,
     with_display_matrix,
     write_video,
@@ -29,7 +30,7 @@ from make_media import (
 
 from dist_train.data.raw.outline import Box, OutlineColour, crop_to_outline
 from dist_train.data.raw.video import Video
-from dist_train.data.raw.volume_file import read_volume, to_uint8_volume
+from dist_train.data.raw.volume_file import to_uint8_volume
 from dist_train.errors import DecodeError
 
 FRAMES = grey_frames()
@@ -664,7 +665,7 @@ UNDER_LIMIT = """
 import resource, sys
 from pathlib import Path
 from dist_train.data.raw.video import Video
-from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, read_volume
+from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, read_raw
 from dist_train.errors import DecodeError
 
 def taken(kind):
@@ -675,7 +676,7 @@ limit = taken("VmData") + (int(sys.argv[2]) << 20)
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 try:
     if path.suffix in VOLUME_SUFFIXES:
-        read_volume(path)
+        read_raw(path, path)
     else:
         print(sum(1 for _ in Video(path)))
 except DecodeError as error:

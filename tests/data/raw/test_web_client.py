@@ -19,8 +19,14 @@ from helpers import said
 
 from dist_train import cli
 from dist_train.data.raw import remote
-from dist_train.data.raw.remote import Access, RemoteFolder, UrlTable, manifest_source, open_source
-from dist_train.data.raw.web_client import is_private
+from dist_train.data.raw.remote import (
+    Access,
+    RemoteFolder,
+    UrlTable,
+    is_private,
+    manifest_source,
+    open_source,
+)
 from dist_train.data.store.build import PrepareSettings, prepare
 from dist_train.data.store.reader import REJECTED, Store
 from dist_train.data.table.manifest import read_manifest
@@ -209,7 +215,7 @@ def test_a_redirection_to_a_private_address(server: str, monkeypatch: pytest.Mon
         passed.append(address)
         return len(passed) > 1
 
-    monkeypatch.setattr("dist_train.data.raw.web_client.is_private", private_but_the_first)
+    monkeypatch.setattr("dist_train.data.raw.remote.is_private", private_but_the_first)
     # Another address of the same server, so that the open connection is of no use.
     port = server.rpartition(":")[2]
     monkeypatch.setattr(Handler, "elsewhere", f"http://localhost:{port}/good.npy")

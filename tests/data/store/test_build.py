@@ -27,6 +27,7 @@ from make_media import (
     drifting,
     grey_frames,
     outlined_frames,
+    read_volume,
     union_of,
     write_manifest,
     write_video,
@@ -39,7 +40,6 @@ from dist_train.data.raw.class_folders import manifest_from_folders
 from dist_train.data.raw.outline import Box, OutlineColour, crop_to_outline
 from dist_train.data.raw.remote import open_source
 from dist_train.data.raw.video import Video
-from dist_train.data.raw.volume_file import read_volume
 from dist_train.data.store.build import (
     PrepareSettings,
     finalize,

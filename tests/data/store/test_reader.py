@@ -13,9 +13,8 @@ from typing import Any
 import lmdb
 import numpy as np
 import pytest
-from make_media import write_manifest, write_volumes
+from make_media import read_volume, write_manifest, write_volumes
 
-from dist_train.data.raw.volume_file import read_volume
 from dist_train.data.store import reader as store_module
 from dist_train.data.store.build import PrepareSettings, finalize, prepare
 from dist_train.data.store.index import index_checksum, read_index
