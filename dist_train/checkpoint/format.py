@@ -79,17 +79,22 @@ def latest_valid(folder: Path, *, before: int | None = None) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a checkpoint, on the host, and its marker (``step``, ``facts``, ``files``).
+def load_checkpoint(
+    path: Path, rank: int = 0, world: int = 1
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a checkpoint, on the host, and its marker (``step``, ``facts``, ``files``).
 
     The files are read once for their checksums; the tensors are mapped, not read, until used.
+
+    Args:
+        rank, world: only the files that ``rank`` of so many ranks reads; all of them by default.
 
     Raises:
         CheckpointError: it is missing, torn or damaged.
     """
-    marker = _check(path)
+    marker = _check(path, rank, world)
     tensors: dict[str, Tensor] = {}
-    for entry in marker["files"]:
+    for entry in marker["files"][rank::world]:
         try:
             # safetensors says of any file that it cannot open that it is not there.
             with (path / entry["name"]).open("rb"):
@@ -139,8 +144,8 @@ def _unsealed(marker: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in marker.items() if name != "crc32c"}
 
 
-def _check(path: Path) -> dict[str, Any]:
-    """Every byte of a checkpoint; its marker."""
+def _check(path: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """Check which files there are, and every byte of those that ``rank`` reads; the marker."""
     marker = read_marker(path)
     expected = {entry["name"] for entry in marker["files"]} | {MARKER}
     try:
@@ -149,7 +154,7 @@ def _check(path: Path) -> dict[str, Any]:
         if there != expected:
             odd = ", ".join(sorted(there ^ expected))
             raise CheckpointError(f"the checkpoint is not whole ({odd})", where=path)
-        for entry in marker["files"]:
+        for entry in marker["files"][rank::world]:
             _check_file(path / entry["name"], entry)
     except (OSError, KeyError, TypeError) as error:
         blame_machine(error, path, but=DAMAGE)

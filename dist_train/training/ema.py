@@ -68,8 +68,10 @@ class Ema:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up what ``state`` gave, of any world size and backend; the weights, where it was
         saved without an average."""
-        for name, whole in averaged(state, self._averages).items():
-            self._averages[name].copy_(self._backend.local_shard(name, whole))
+        for name, average in self._averages.items():
+            # One at a time: under ZeRO and FSDP no rank has room for all of them whole.
+            whole = averaged(state, [name])[name]
+            average.copy_(self._backend.local_shard(name, whole))
 
     def _buffers(self) -> list[str]:
         return [name for name, _ in self._backend.module.named_buffers() if name in self._averages]

@@ -240,7 +240,8 @@ class Backend(ABC):
         """Put a whole training state in place, after ``wrap``.
 
         Args:
-            state: every tensor of ``state_names``, of any world size and backend.
+            state: every tensor of ``state_names``, of any world size and backend, on any device.
+                All ranks look the tensors up in the same order.
             updates: optimizer steps taken so far, for AdamW's bias correction.
         """
         with torch.no_grad():
@@ -305,6 +306,11 @@ class Backend(ABC):
         """Sum a tensor over the ranks, in place."""
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Give every rank the values of rank ``source``, in place."""
+        if self.world > 1:
+            torch.distributed.broadcast(tensor, src=source)
 
     def close(self) -> None:
         """Leave the process group. Another backend can be made in this process afterwards, also of

@@ -131,7 +131,11 @@ class FsdpBackend(Backend):
         for name, parameter in self.trained():
             self.optimizer.state[parameter] = {
                 "step": updates_done(self.optimizer, updates, parameter),
-                **{m: _spread(state[f"{m}/{name}"], parameter) for m in MOMENTS},
+                # A shard alone would keep the memory of the whole tensor.
+                **{
+                    m: torch.empty_like(parameter).copy_(_spread(state[f"{m}/{name}"], parameter))
+                    for m in MOMENTS
+                },
             }
 
 
@@ -141,6 +145,8 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _spread(whole: Tensor, like: Tensor) -> DTensor:
-    """This rank's shard of a tensor that every rank has."""
+    """This rank's shard, a view, of a tensor that every rank has."""
     assert isinstance(like, DTensor)
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+    return distribute_tensor(
+        whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
