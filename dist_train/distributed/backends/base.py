@@ -24,7 +24,7 @@ from dist_train.config import TrainSettings
 from dist_train.distributed.collectives import first_sentence
 from dist_train.distributed.device import chosen_cuda
 from dist_train.distributed.foreach import by_dtype
-from dist_train.distributed.hardware import check_pair, cudnn_version, lacks_bf16
+from dist_train.distributed.hardware import cudnn_version, cudnn_warnings, lacks_bf16
 from dist_train.errors import BackendError, LostProcessError
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Backend(ABC):
             )
         if cuda:
             # Of the build's own cuDNN or one installed beside it: the one that runs.
-            for warning in check_pair(settings, torch.__version__, cudnn_version() or 0):
+            for warning in cudnn_warnings(settings, cudnn_version() or 0):
                 log.log(logging.WARNING if self.is_main else logging.DEBUG, "%s", warning)
 
     @property
