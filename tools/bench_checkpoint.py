@@ -1,9 +1,10 @@
 """What a checkpoint costs the training that goes on beside it.
 
 Trains a 3D ResNet on small clips, and saves weights and AdamW's moments in the middle of it by the
-package's own writer, by `torch.save` and by `accelerator.save_state`, in turns. Of each: for how
-long a step waits, how much slower the steps after it are, when the checkpoint is on the disk, what
-memory it takes, and how long a resume is. benchmarks/checkpoint.md says how to read the figures.
+package's own writer, by torch's `distributed.checkpoint.async_save`, by `torch.save` and by
+`accelerator.save_state`, in turns. Of each: for how long a step waits, how much slower the steps
+after it are, when the checkpoint is on the disk, what memory it takes, and how long a resume is.
+benchmarks/checkpoint.md says how to read the figures.
 
     python tools/bench_checkpoint.py [--quick] [--folder DIR] [--json FILE]
 """
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +32,9 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
+from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.checkpoint.format import latest_valid
@@ -45,7 +50,9 @@ from dist_train.training.run_state import RunState
 CLIPS = (4, 1, 4, 32, 32)
 #: Steps before anything is timed, and least number of them after each save.
 WARM_UP, FEWEST_STEPS = 3, 3
-CONTENDERS = ("asynchronous", "torch_save", "accelerate")
+CONTENDERS = ("asynchronous", "dcp", "torch_save", "accelerate")
+#: These return while the checkpoint is still being written, and sync it themselves.
+IN_BACKGROUND = ("asynchronous", "dcp")
 KEPT = 1
 
 Seconds = float
@@ -148,6 +155,9 @@ class Training:
         self.frames = torch.full(CLIPS[:1], CLIPS[2], device=device)
         self.labels = torch.tensor([1.0, 0.0, 0.0, 0.0], device=device)
         self.done = 0
+        # It keeps its host copies for the next save, as the package does, but can on CUDA only.
+        self.dcp_writer = FileSystemWriter(folder / "dcp", cache_staged_state_dict=cuda)
+        self.dcp_save: Future[Any] | None = None
 
     def step(self) -> Seconds:
         """One step as training/trainer.py takes it, with what ranks tell each other after it."""
@@ -182,15 +192,26 @@ def save_asynchronously(training: Training) -> Path:
     return training.state.folder
 
 
+def save_by_dcp(training: Training) -> Path:
+    """Only begins it."""
+    saving = async_save(state_dicts(training), storage_writer=training.dcp_writer)
+    assert isinstance(saving, Future)
+    training.dcp_save = saving
+    return training.folder / "dcp"
+
+
 def save_by_torch(training: Training) -> Path:
     folder = training.folder / "torch_save"
     folder.mkdir(exist_ok=True)
-    state = {
+    torch.save(state_dicts(training), folder / "state.pt")
+    return folder
+
+
+def state_dicts(training: Training) -> dict[str, Any]:
+    return {
         "model": training.backend.module.state_dict(),
         "optimizer": training.backend.optimizer.state_dict(),
     }
-    torch.save(state, folder / "state.pt")
-    return folder
 
 
 def save_by_accelerate(training: Training) -> Path:
@@ -201,9 +222,23 @@ def save_by_accelerate(training: Training) -> Path:
 
 SAVE: dict[str, Callable[[Training], Path]] = {
     "asynchronous": save_asynchronously,
+    "dcp": save_by_dcp,
     "torch_save": save_by_torch,
     "accelerate": save_by_accelerate,
 }
+
+
+def is_written(training: Training) -> bool:
+    """Whether nothing but ``complete`` is left of a save in the background."""
+    save = training.dcp_save
+    return training.state.writer.ready or (save is not None and save.done())
+
+
+def complete(training: Training) -> None:
+    training.state.writer.commit()
+    save, training.dcp_save = training.dcp_save, None
+    if save is not None:
+        save.result()
 
 
 @dataclass(frozen=True)
@@ -233,16 +268,16 @@ def saved_beside(training: Training, name: str) -> Save:
     folder = SAVE[name](training)
     stall = time.perf_counter() - began
     sync = 0.0
-    if name != "asynchronous":
-        # The baselines leave their files to the system, which may lose them for half a minute.
+    if name not in IN_BACKGROUND:
+        # These leave their files to the system, which may lose them for half a minute.
         sync = seconds(lambda: sync_files(folder))
         durable = stall + sync
     later: list[Seconds] = []
-    pending = name == "asynchronous"
+    pending = name in IN_BACKGROUND
     while pending or len(later) < FEWEST_STEPS:
         later.append(training.step())
-        if pending and training.state.writer.ready:
-            stall += seconds(training.state.writer.commit)
+        if pending and is_written(training):
+            stall += seconds(lambda: complete(training))
             durable = time.perf_counter() - began
             pending = False
     plain += [training.step() for _ in range(FEWEST_STEPS)]
@@ -280,7 +315,7 @@ def first_save(training: Training, name: str) -> FirstSave:
     before = psutil.Process().memory_info().rss
     told = forget_peak()
     stall = seconds(lambda: SAVE[name](training))
-    training.state.writer.commit()
+    complete(training)
     return FirstSave(
         stall,
         peak_rss() - before if told else None,
@@ -310,6 +345,11 @@ def resume(training: Training, name: str) -> Seconds:
     backend = training.backend
     forget_files(training.folder / name)
 
+    def by_dcp() -> None:
+        state = state_dicts(training)
+        load_dcp(state, checkpoint_id=training.folder / "dcp")
+        backend.optimizer.load_state_dict(state["optimizer"])
+
     def by_torch() -> None:
         state = torch.load(
             training.folder / "torch_save" / "state.pt", map_location="cpu", weights_only=True
@@ -319,6 +359,7 @@ def resume(training: Training, name: str) -> Seconds:
 
     load: dict[str, Callable[[], object]] = {
         "asynchronous": training.state.restore,
+        "dcp": by_dcp,
         "torch_save": by_torch,
         "accelerate": lambda: backend.accelerator.load_state(str(training.folder / "accelerate")),
     }
@@ -352,16 +393,18 @@ def summarise(
     state_bytes: int,
 ) -> dict[str, float | None]:
     """Medians over the rounds, and ratios of them."""
-    own, by_torch, by_accelerate = (
+    own, by_dcp, by_torch, by_accelerate = (
         {what: statistics.median(values) for what, values in figures[name].items()}
         for name in CONTENDERS
     )
     resumes = {name: statistics.median(times) for name, times in loads.items()}
     peak = first["asynchronous"].peak
     cost = own["stall"] + own["slowdown"]
+    cost_of_dcp = by_dcp["stall"] + by_dcp["slowdown"]
     return {
         "stall_vs_torch_save": own["stall"] / by_torch["stall"],
         "stall_vs_accelerate": own["stall"] / by_accelerate["stall"],
+        "stall_vs_dcp": own["stall"] / by_dcp["stall"],
         "stall_vs_torch_save_synced": own["stall"] / by_torch["durable"],
         "stall_vs_accelerate_synced": own["stall"] / by_accelerate["durable"],
         "stall_s": own["stall"],
@@ -369,10 +412,13 @@ def summarise(
         "slowdown_s": own["slowdown"],
         "cost_vs_torch_save": cost / (by_torch["stall"] + by_torch["slowdown"]),
         "cost_vs_accelerate": cost / (by_accelerate["stall"] + by_accelerate["slowdown"]),
+        "cost_vs_dcp": cost / cost_of_dcp,
         "durable_s": own["durable"],
+        "durable_vs_dcp": own["durable"] / by_dcp["durable"],
         "verify_s": statistics.median(verify),
         "resume_s": resumes["asynchronous"],
         "resume_vs_torch_load": resumes["asynchronous"] / resumes["torch_save"],
+        "resume_vs_dcp": resumes["asynchronous"] / resumes["dcp"],
         "resume_vs_accelerate": resumes["asynchronous"] / resumes["accelerate"],
         "extra_memory_vs_state": None if peak is None else peak / state_bytes,
     }
@@ -383,7 +429,7 @@ def as_table(result: dict[str, Any]) -> Table:
     device = result["device"].partition(":")[0]
     size = result["model"]["state_bytes"] / 1e9
     table = Table(title=f"{size:.2f} GB of state, {device}; seconds, median (best)")
-    for heading in ("", "this package", "torch.save", "accelerate", "goal"):
+    for heading in ("", "this package", "async_save", "torch.save", "accelerate", "goal"):
         table.add_column(heading, justify="right" if heading else "left")
 
     def row(label: str, cells: Sequence[str], goal: str = "") -> None:
@@ -396,24 +442,36 @@ def as_table(result: dict[str, Any]) -> Table:
     row("  at the first save", [f"{first[name]['stall']:.3f}" for name in CONTENDERS])
     row("steps after it lose", measured("slowdown", *CONTENDERS))
     row("on the disk, synced, after", measured("durable", *CONTENDERS))
-    row("  of that, syncing by hand", measured("sync", *CONTENDERS[1:]))
+    row("  of that, syncing by hand", measured("sync", *CONTENDERS[2:]))
     row("a step, otherwise", measured("step", *CONTENDERS))
     row("resume", [spread(result["resume_s"][name]) for name in CONTENDERS])
-    row("  of that, choosing one that is whole", [spread(result["verify_s"]), "", ""])
+    row("  of that, choosing one that is whole", [spread(result["verify_s"]), "", "", ""])
     peaks = [first[name]["peak"] for name in CONTENDERS]
     row("peak memory, GB", ["?" if peak is None else f"{peak / 1e9:.2f}" for peak in peaks])
     row("  of it kept", [f"{max(0, first[name]['kept']) / 1e9:.2f}" for name in CONTENDERS])
     table.add_section()
     goal = "<= 0.05" if device == "cuda" else "<= 0.25"
     for label, names, aim in (
-        ("a step waits, over theirs", ("stall_vs_torch_save", "stall_vs_accelerate"), goal),
+        (
+            "a step waits, over theirs",
+            ("stall_vs_dcp", "stall_vs_torch_save", "stall_vs_accelerate"),
+            goal,
+        ),
         (
             "  over theirs and a sync",
-            ("stall_vs_torch_save_synced", "stall_vs_accelerate_synced"),
+            ("stall_vs_dcp", "stall_vs_torch_save_synced", "stall_vs_accelerate_synced"),
             "",
         ),
-        ("all it costs, over theirs", ("cost_vs_torch_save", "cost_vs_accelerate"), "< 1"),
-        ("resume, over theirs", ("resume_vs_torch_load", "resume_vs_accelerate"), ""),
+        (
+            "all it costs, over theirs",
+            ("cost_vs_dcp", "cost_vs_torch_save", "cost_vs_accelerate"),
+            "< 1",
+        ),
+        (
+            "resume, over theirs",
+            ("resume_vs_dcp", "resume_vs_torch_load", "resume_vs_accelerate"),
+            "",
+        ),
     ):
         row(label, ["", *(f"{summary[name]:.3f}" for name in names)], aim)
     return table

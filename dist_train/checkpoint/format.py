@@ -1,9 +1,9 @@
-"""Sharded checkpoints that are whole or not there: their form, and how they are read.
+"""The format of sharded checkpoints, which are complete or absent, and how they are read.
 
-``step-N/`` holds one ``rank-RRRRR.safetensors`` a rank, each with its share of the training state
-by parameter name, and ``checkpoint.json``: the facts of the run, name, size and crc32c of every
-file, and a crc32c of its own. As tensors are kept by name and whole, a checkpoint can be read at
-any world size and by any backend. ``writer.py`` writes them.
+``step-N/`` holds one ``rank-RRRRR.safetensors`` a rank, each with the tensors that are assigned to
+that rank, by parameter name, and ``checkpoint.json``: the facts of the run, name, size and crc32c
+of every file, and a crc32c of its own. As full tensors are kept by name, a checkpoint can be read
+at any world size and by any backend. ``writer.py`` writes them.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ log = logging.getLogger(__name__)
 
 
 def assign_tensors(sizes: Mapping[str, int], rank: int, world: int) -> Callable[[str], bool]:
-    """Which tensors ``rank`` writes, so that each is written once and all ranks write like much.
+    """Which tensors ``rank`` writes: each is written once, and all ranks write about as much.
 
     The largest goes first, to the rank that has least (Graham 1969).
 
     Args:
-        sizes: of each tensor by name, the same on every rank.
+        sizes: elements of each tensor by name, the same on every rank.
     """
     loads = [(0, other) for other in range(world)]
     mine = set()
@@ -79,17 +79,22 @@ def latest_valid(folder: Path, *, before: int | None = None) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a checkpoint, on the host, and its marker (``step``, ``facts``, ``files``).
+def load_checkpoint(
+    path: Path, rank: int = 0, world: int = 1
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a checkpoint, on the host, and its marker (``step``, ``facts``, ``files``).
 
     The files are read once for their checksums; the tensors are mapped, not read, until used.
+
+    Args:
+        rank, world: only the files that ``rank`` of so many ranks reads; all of them by default.
 
     Raises:
         CheckpointError: it is missing, torn or damaged.
     """
-    marker = _check(path)
+    marker = _check(path, rank, world)
     tensors: dict[str, Tensor] = {}
-    for entry in marker["files"]:
+    for entry in marker["files"][rank::world]:
         try:
             # safetensors says of any file that it cannot open that it is not there.
             with (path / entry["name"]).open("rb"):
@@ -120,7 +125,7 @@ def read_marker(path: Path) -> dict[str, Any]:
     try:
         text = read_plain(path / MARKER, most_bytes=MOST_OF_MARKER, but=DAMAGE).decode()
         marker = parse_object(text)
-        if sealed(_unsealed(marker)) != text:
+        if sealed(_without_checksum(marker)) != text:
             raise ValueError(f"{MARKER} is damaged, or not of this form")
         if path.name != f"step-{marker['step']}":
             raise ValueError(f"{MARKER} is of step {marker['step']}")
@@ -132,15 +137,15 @@ def read_marker(path: Path) -> dict[str, Any]:
     except (FileError, ValueError, KeyError, TypeError) as error:
         why = f"{MARKER} {error.what}" if isinstance(error, FileError) else error
         raise CheckpointError(f"the checkpoint is not whole ({why})", where=path) from None
-    return _unsealed(marker)
+    return _without_checksum(marker)
 
 
-def _unsealed(marker: Mapping[str, Any]) -> dict[str, Any]:
+def _without_checksum(marker: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in marker.items() if name != "crc32c"}
 
 
-def _check(path: Path) -> dict[str, Any]:
-    """Every byte of a checkpoint; its marker."""
+def _check(path: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """Check which files there are, and every byte of those that ``rank`` reads; the marker."""
     marker = read_marker(path)
     expected = {entry["name"] for entry in marker["files"]} | {MARKER}
     try:
@@ -149,7 +154,7 @@ def _check(path: Path) -> dict[str, Any]:
         if there != expected:
             odd = ", ".join(sorted(there ^ expected))
             raise CheckpointError(f"the checkpoint is not whole ({odd})", where=path)
-        for entry in marker["files"]:
+        for entry in marker["files"][rank::world]:
             _check_file(path / entry["name"], entry)
     except (OSError, KeyError, TypeError) as error:
         blame_machine(error, path, but=DAMAGE)

@@ -49,7 +49,7 @@ class CheckpointWriter:
     """Writes the checkpoints of a run, at most one at a time; used by every rank.
 
     Between ``save`` and ``commit`` the checkpoint does not exist: a killed run goes on from the one
-    before. Each rank holds host memory of the size of its largest share.
+    before. Each rank holds host memory of the size of the tensors that it writes.
 
     Args:
         folder: where ``step-N`` will be.
@@ -73,9 +73,9 @@ class CheckpointWriter:
         """Begin the checkpoint of step ``step``; a collective call, which commits the one before.
 
         Args:
-            tensors: this rank's share, on any device; they may change as soon as this returns.
+            tensors: those assigned to this rank, on any device; the caller may change them later.
             facts: JSON types, the same on every rank. ``facts["metrics"]``, by name, is what
-                ``Keep.best`` looks at.
+                ``RetentionPolicy.best`` looks at.
 
         Raises:
             CheckpointError: the one before could not be written; this one was not begun.
@@ -85,13 +85,13 @@ class CheckpointWriter:
         kept_facts = json.loads(json.dumps(dict(facts)))
         copies = self._buffers.copy(tensors)
         aside = self._folder / f"step-{step}{PARTIAL}"
-        entry = self._thread.submit(_write_share, aside, self._group.rank, copies)
+        entry = self._thread.submit(_write_file, aside, self._group.rank, copies)
         self._flight = _Flight(step, kept_facts, entry)
 
     @property
     def ready(self) -> bool:
-        """Whether a checkpoint waits for ``commit``, and this rank's share of it is written or has
-        failed."""
+        """Whether a checkpoint waits for ``commit``, and this rank has written its file or has
+        failed to."""
         return self._flight is not None and self._flight.entry.done()
 
     def commit(self) -> Path | None:
@@ -141,7 +141,7 @@ class CheckpointWriter:
         for entry in marker["files"]:
             _check_seen(aside / entry["name"], entry["size"])
         write_whole(aside / MARKER, sealed(marker))
-        # A killed session may have left shares of a larger world.
+        # A killed session may have left files of a larger world.
         for path in aside.iterdir():
             keep = {MARKER, *map(rank_file, range(self._group.world))}
             # File systems leave hidden files of their own (.nfs0001).
@@ -175,7 +175,7 @@ def _is_ours(path: Path) -> bool:
     return path.is_dir() and all(map(_is_own, path.iterdir()))
 
 
-def _write_share(aside: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _write_file(aside: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """This rank's file, and its entry in the marker."""
     aside.mkdir(parents=True, exist_ok=True)
     if aside.is_symlink():
@@ -250,21 +250,19 @@ class HostBuffers:
     _held: dict[str, tuple[object, Tensor]] = field(default_factory=dict)
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors of any device, each in its own memory format.
+        """Copy tensors of any device and memory format.
 
         Returns:
-            Host tensors by the same names, good until the next call. From CUDA they are in pinned
-            memory, and all there: it waits for the device once, after the last of them.
+            Contiguous host tensors by the same names, valid until the next call. From CUDA they are
+            in pinned memory; the call waits for the device once, after the last copy.
         """
         before, self._held = self._held, {}
         devices = set()
         for name, tensor in tensors.items():
-            form = (tensor.shape, tensor.stride(), tensor.dtype, tensor.is_cuda)
+            form = (tensor.shape, tensor.dtype, tensor.is_cuda)
             held_form, buffer = before.pop(name, (None, tensor))
             if held_form != form:
-                buffer = torch.empty_like(
-                    tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False
-                )
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._held[name] = form, buffer
             buffer.copy_(tensor.detach(), non_blocking=True)
             if tensor.is_cuda:

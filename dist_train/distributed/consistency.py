@@ -41,6 +41,8 @@ def check_weights(backend: Backend) -> None:
     Raises:
         BackendError: naming the first such weight and the ranks that are in the minority.
     """
+    if backend.world == 1:
+        return
     digests = {name: _digest(tensor) for name, tensor in backend.replicated()}
     whole = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
     # Of each weight only where they differ: there are hundreds, and there may be hundreds of ranks.

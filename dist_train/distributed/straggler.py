@@ -52,10 +52,10 @@ class StragglerDetector:
                     module.register_forward_hook(self._after)
 
     def begin(self) -> None:
-        """A step begins, which ends with ``shares``."""
+        """A step begins, which ends with ``own_seconds``."""
         self._in_step, self._own, self._used = True, 0.0, 0
 
-    def shares(self, waited: float) -> list[float]:
+    def own_seconds(self, waited: float) -> list[float]:
         """Seconds of own work in this step in this process's place of a list of all of them, and 0
         in the others, so that the sum over the processes is the list of each one's.
 

@@ -9,8 +9,8 @@ from importlib import metadata
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from dist_train.distributed.hardware import bad_pairs, cudnn_name
-from dist_train.doctor.finding import Finding, State
+from dist_train.distributed.hardware import cudnn_name, known_problems
+from dist_train.doctor.finding import Finding
 
 PACKAGE = "dist_train"
 # Packages that get a line of their own even if they are fine.
@@ -93,10 +93,9 @@ def judge_pair(torch: str, cudnn: int | None) -> Iterator[Finding]:
     if cudnn is None:
         yield Finding("torch and cuDNN", "ok", f"torch {torch} has no cuDNN: CPU only")
         return
-    pairs, found = bad_pairs(torch, cudnn), f"torch {torch}, cuDNN {cudnn_name(cudnn)}"
-    for pair in pairs:
-        state: State = "bad" if pair.wrong else "warn"
-        what = f"{found}: {pair.what} ({', '.join(sorted(pair.precisions))})"
-        yield Finding("torch and cuDNN", state, what, f"{pair.fix} {pair.source}")
-    if not pairs:
+    problems, found = known_problems(cudnn), f"torch {torch}, cuDNN {cudnn_name(cudnn)}"
+    for known in problems:
+        what = f"{found}: {known.what} ({', '.join(sorted(known.precisions))})"
+        yield Finding("torch and cuDNN", "warn", what, f"{known.fix} {known.source}")
+    if not problems:
         yield Finding("torch and cuDNN", "ok", found)

@@ -17,7 +17,7 @@ PREFIX = "ema/"
 class Ema:
     """The average of weights and BatchNorm statistics over steps, for validation and snapshots.
 
-    Each rank averages the parts of the weights that it has, so it takes as much memory as one of
+    Each rank averages its shards of the weights, so it takes as much memory as one of
     AdamW's moments. The average begins with the weights at construction, and its decay rises with
     the steps, or it would hold on to these for long.
 
@@ -30,14 +30,14 @@ class Ema:
         self._backend, self._decay = backend, decay
         self._averages: dict[str, Tensor] = {}
         if decay is not None:
-            self._averages = {name: part.clone() for name, part in backend.parts()}
+            self._averages = {name: part.clone() for name, part in backend.local_tensors()}
 
     def update(self, step: int) -> None:
         """Take in the weights after a step; ``step`` counts those before it."""
         if self._decay is None:
             return
         decay = min(self._decay, (1 + step) / (10 + step))
-        live = [part for _, part in self._backend.parts()]
+        live = [part for _, part in self._backend.local_tensors()]
         # It is without annotations.
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         average(list(self._averages.values()), live, step)
@@ -55,21 +55,23 @@ class Ema:
         return {PREFIX + name: self._backend.numels[name] for name in self._averages}
 
     def state(self, mine: Callable[[str], bool]) -> dict[str, Tensor]:
-        """The whole averages for which ``mine(name)``, as ``Backend.state``. A collective call."""
+        """The full averages for which ``mine(name)``, as ``Backend.state``. A collective call."""
         self._backend.sync(self._averages[name] for name in self._buffers())
         kept = {}
         for name, part in self._averages.items():
-            whole = self._backend.gather_full(name, part)
+            full = self._backend.gather_full(name, part)
             if mine(PREFIX + name):
-                kept[PREFIX + name] = whole
+                kept[PREFIX + name] = full
         return kept
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up what ``state`` gave, of any world size and backend; the weights, where it was
         saved without an average."""
-        for name, whole in averaged(state, self._averages).items():
-            self._averages[name].copy_(self._backend.local_shard(name, whole))
+        for name, average in self._averages.items():
+            # One at a time: under ZeRO-3 and FSDP a rank may have no room for all full tensors.
+            full = averaged(state, [name])[name]
+            average.copy_(self._backend.local_shard(name, full))
 
     def _buffers(self) -> list[str]:
         return [name for name, _ in self._backend.module.named_buffers() if name in self._averages]
@@ -78,11 +80,11 @@ class Ema:
     def _exchange(self) -> None:
         if self._decay is None:
             return
-        for name, live in self._backend.parts():
+        for name, live in self._backend.local_tensors():
             own = live.clone()
             live.copy_(self._averages[name])
             self._averages[name].copy_(own)
-        self._backend.parts_changed()
+        self._backend.local_tensors_changed()
         self._backend.sync_buffers()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dist_train.checkpoint.format import assign_tensors, latest_valid, load_checkpoint
 from dist_train.checkpoint.retention import RetentionPolicy
+from dist_train.checkpoint.shared_reader import SharedTensors
 from dist_train.checkpoint.writer import CheckpointWriter
 from dist_train.config import CheckpointSettings
 from dist_train.data.plan.plan import Plan
@@ -200,10 +201,11 @@ class RunState:
             self.backend.load_state(tensors, updates=step)
             self.ema.load(tensors)
             self.backend.load_scaler_state(marker["facts"].get("loss_scale"))
-            logits, labels = (
-                tensors[name].numpy() if self.backend.is_main else np.empty(0, np.float32)
-                for name in EPOCH
-            )
+            # A collective call, so every rank looks them up.
+            epoch = [tensors[name].cpu().numpy() for name in EPOCH]
+            if not self.backend.is_main:
+                epoch = [np.empty(0, np.float32) for _ in EPOCH]
+            logits, labels = epoch
             self._has_one = True
             return step, logits, labels
         if foreign is not None:
@@ -221,18 +223,24 @@ class RunState:
             raise
         return None if found is None else found.name
 
-    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """``load_checkpoint`` on every rank, or on none."""
+    def _read(self, path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+        """Each file is read and checked by one rank; a collective call."""
+        backend = self.backend
         read: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
+
+        def read_own() -> None:
+            read.append(load_checkpoint(path, backend.rank, backend.world))
+
         try:
-            run_on_all_ranks(self.backend, lambda: read.append(load_checkpoint(path)))
+            run_on_all_ranks(backend, read_own)
         except OfSomeRankError as error:
             raise CheckpointError(
                 f"process 0 chose this checkpoint, and another cannot read it ({error})",
                 where=path,
                 fix="Give 'out' on a disk that all machines share, and see that it is mounted.",
             ) from error.__cause__
-        return read[0]
+        own, marker = read[0]
+        return SharedTensors(backend, own), marker
 
     def begin_anew(self, model: nn.Module) -> None:
         """Put the weights of a fresh model in place, and moments of zero; a collective call."""

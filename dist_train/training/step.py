@@ -104,7 +104,7 @@ class OptimizerStep:
         # of the update. Several processes wait anyway, to exchange their losses.
         own_loss = float(total)
         norm = self._update()
-        sum_of_losses, *own_work = backend.sums([own_loss, *stragglers.shares(waited)])
+        sum_of_losses, *own_work = backend.sums([own_loss, *stragglers.own_seconds(waited)])
         mean_loss = sum_of_losses / backend.world
         # In fp16 a step whose gradients overflow is skipped, and the loss scale lowered.
         overflow_is_fine = self._config.train.precision == "fp16"

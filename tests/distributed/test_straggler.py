@@ -57,10 +57,10 @@ def test_own_work_is_data_and_convolutions(clock: list[float]) -> None:
     ranks.module(torch.zeros(1, 1, 2, 2, 2))
     measured.begin()
     ranks.module(torch.zeros(1, 1, 2, 2, 2))
-    assert measured.shares(waited=5) == [0, 0, 11, 0]
+    assert measured.own_seconds(waited=5) == [0, 0, 11, 0]
     ranks.module(torch.zeros(1, 1, 2, 2, 2))
     measured.begin()
-    assert measured.shares(waited=1) == [0, 0, 1, 0], "held-out clips do not count"
+    assert measured.own_seconds(waited=1) == [0, 0, 1, 0], "held-out clips do not count"
 
 
 def test_a_slow_one_is_named_after_a_while_and_not_again_soon(
@@ -91,7 +91,7 @@ def test_one_long_step_is_not_slowness(caplog: pytest.LogCaptureFixture) -> None
 
 def test_a_process_alone_is_compared_with_nobody() -> None:
     measured = StragglerDetector(Ranks(world=1), slow=1.5)
-    assert measured.shares(waited=5) == []
+    assert measured.own_seconds(waited=5) == []
     assert measured.compare([]) == {}
 
 
@@ -109,5 +109,5 @@ def test_on_cuda_the_devices_own_time_counts() -> None:
         measured.begin()
         for _ in range(repeats):
             ranks.module(clip)
-        times.append(measured.shares(waited=0)[0])
+        times.append(measured.own_seconds(waited=0)[0])
     assert 5 < times[1] / times[0] < 20

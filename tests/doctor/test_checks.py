@@ -63,7 +63,6 @@ def test_packages_that_some_commands_need() -> None:
         ("2.13.0+cpu", None, ["ok"]),
         ("2.12.0", 92000, ["ok"]),
         ("2.10.0", 91002, ["warn", "warn"]),
-        ("2.8.0+cu128", 91002, ["bad", "warn"]),
     ],
 )
 def test_pairs(

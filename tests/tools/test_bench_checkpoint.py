@@ -19,8 +19,10 @@ def test_it_measures_every_kind_of_save_and_leaves_nothing(tmp_path: Path) -> No
     printed = run_well([sys.executable, *map(str, [tool, *settings, "--json", figures])])
     assert "torch.save" in printed
     result = json.loads(figures.read_text())
-    assert {"stall_vs_torch_save", "stall_vs_accelerate"} <= result["summary"].keys()
-    for name in ("asynchronous", "torch_save", "accelerate"):
+    assert {"stall_vs_torch_save", "stall_vs_accelerate", "stall_vs_dcp"} <= result[
+        "summary"
+    ].keys()
+    for name in ("asynchronous", "dcp", "torch_save", "accelerate"):
         rounds = result["rounds"][name]
         assert len(rounds["stall"]) == 3
         pairs = zip(rounds["stall"], rounds["durable"], strict=True)

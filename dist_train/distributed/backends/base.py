@@ -24,7 +24,7 @@ from dist_train.config import TrainSettings
 from dist_train.distributed.collectives import first_sentence
 from dist_train.distributed.device import chosen_cuda
 from dist_train.distributed.foreach import by_dtype
-from dist_train.distributed.hardware import check_pair, cudnn_version, lacks_bf16
+from dist_train.distributed.hardware import cudnn_version, cudnn_warnings, lacks_bf16
 from dist_train.errors import BackendError, LostProcessError
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Backend(ABC):
     Attributes:
         module: the model itself, by whose names the state goes; to be called for held-out clips.
         model: what is called in training.
-        numels: elements of each weight and buffer by name, also where a rank has a part of it.
+        numels: elements of each full weight and buffer by name, also where they are sharded.
 
     Raises:
         BackendError: the machine cannot do what is asked, or another backend than the one asked
@@ -91,7 +91,7 @@ class Backend(ABC):
             )
         if cuda:
             # Of the build's own cuDNN or one installed beside it: the one that runs.
-            for warning in check_pair(settings, torch.__version__, cudnn_version() or 0):
+            for warning in cudnn_warnings(settings, cudnn_version() or 0):
                 log.log(logging.WARNING if self.is_main else logging.DEBUG, "%s", warning)
 
     @property
@@ -189,30 +189,34 @@ class Backend(ABC):
         return ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights that every rank has whole, and so alike."""
+        """The weights that are replicated, so that all ranks must have the same values."""
         return self.module.named_parameters()
 
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and live tensor of what this rank has of each weight, and of each statistic: to be
-        read, or written into if ``parts_changed`` follows. Not between a step's micro-batches."""
+    def local_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and live tensor of each weight's local shard, and of each statistic.
+
+        The caller may write into them, and then calls ``local_tensors_changed``. Not to be called
+        between the micro-batches of a step.
+        """
         for name, parameter in self.module.named_parameters():
-            yield name, self._part(parameter)
+            yield name, self._local(parameter)
         for name, buffer in self.module.named_buffers():
             if buffer.is_floating_point():
                 yield name, buffer
 
-    def parts_changed(self) -> None:  # noqa: B027  # most backends compute with the parts themselves
-        """Compute with what was written into ``parts``. A collective call."""
+    def local_tensors_changed(self) -> None:  # noqa: B027  # most backends compute with these tensors
+        """Compute with the values written into ``local_tensors``. A collective call."""
 
-    def gather_full(self, name: str, part: Tensor) -> Tensor:
-        """The whole of a tensor that is spread as weight ``name`` is. A collective call."""
-        return part
+    def gather_full(self, name: str, shard: Tensor) -> Tensor:
+        """The full tensor of which each rank has a shard as of weight ``name``. A collective
+        call."""
+        return shard
 
-    def local_shard(self, name: str, whole: Tensor) -> Tensor:
-        """What this rank has of a tensor, if it is spread as weight ``name`` is."""
-        return whole
+    def local_shard(self, name: str, full: Tensor) -> Tensor:
+        """This rank's shard of a full tensor that is sharded as weight ``name`` is."""
+        return full
 
-    def _part(self, parameter: nn.Parameter) -> Tensor:
+    def _local(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach()
 
     def state_names(self) -> list[str]:
@@ -227,20 +231,21 @@ class Backend(ABC):
         return {name: self.numels[name.partition("/")[2]] for name in self.state_names()}
 
     def state(self, mine: Callable[[str], bool]) -> dict[str, Tensor]:
-        """The whole tensors for which ``mine(name)``: live ones, to be copied before the next step.
-        A collective call."""
+        """The full tensors for which ``mine(name)``. They may be live: copy them before the next
+        step. A collective call."""
         self.sync_buffers()
         kept = {}
-        for name, tensor in self._whole_tensors():
+        for name, tensor in self._full_tensors():
             if mine(name):
                 kept[name] = tensor.detach()
         return kept
 
     def load_state(self, state: Mapping[str, Tensor], *, updates: int) -> None:
-        """Put a whole training state in place, after ``wrap``.
+        """Load a full training state, after ``wrap``.
 
         Args:
-            state: every tensor of ``state_names``, of any world size and backend.
+            state: every tensor of ``state_names``, of any world size and backend, on any device.
+                All ranks look the tensors up in the same order.
             updates: optimizer steps taken so far, for AdamW's bias correction.
         """
         with torch.no_grad():
@@ -248,21 +253,21 @@ class Backend(ABC):
                 buffer.copy_(state[f"model/{name}"])
             self._load(state, updates)
 
-    def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors of ``state_names``, one at a time, gathered where they are spread."""
+    def _full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of ``state_names``, one at a time, gathered where they are sharded."""
         for name, parameter in self.module.named_parameters():
-            yield f"model/{name}", self._whole_weight(parameter)
+            yield f"model/{name}", self._full_weight(parameter)
         for name, buffer in self.module.named_buffers():
             yield f"model/{name}", buffer
         for name, parameter in self.trained():
             for moment in MOMENTS:
-                yield f"{moment}/{name}", self._whole_moment(parameter, moment)
+                yield f"{moment}/{name}", self._full_moment(parameter, moment)
 
-    def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
+    def _full_weight(self, parameter: nn.Parameter) -> Tensor:
         return parameter
 
     @abstractmethod
-    def _whole_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
+    def _full_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         """A moment of a parameter; zeros before the first step."""
 
     @abstractmethod
@@ -305,6 +310,11 @@ class Backend(ABC):
         """Sum a tensor over the ranks, in place."""
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Give every rank the values of rank ``source``, in place."""
+        if self.world > 1:
+            torch.distributed.broadcast(tensor, src=source)
 
     def close(self) -> None:
         """Leave the process group. Another backend can be made in this process afterwards, also of

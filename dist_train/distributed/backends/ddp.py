@@ -72,7 +72,7 @@ class DdpBackend(Backend):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def _whole_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
+    def _full_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         held = self.optimizer.optimizer.state.get(parameter, {}).get(moment)
         return torch.zeros_like(parameter) if held is None else held
 

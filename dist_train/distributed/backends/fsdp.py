@@ -1,4 +1,4 @@
-"""Fully sharded data parallel (torch's FSDP2): weights, gradients and moments spread over ranks."""
+"""Fully sharded data parallel (torch's FSDP2): weights, gradients and moments are sharded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FsdpBackend(Backend):
     """``fully_shard`` for each residual block, and for what is left around them.
 
     Set up on the process group that Accelerate made: what its own plugin adds, wrapping by class
-    names and casts of whole models, is not wanted here.
+    names and casts of full models, is not wanted here.
     """
 
     def __init__(self, settings: TrainSettings, *, clip_norm: float | None) -> None:
@@ -81,29 +81,29 @@ class FsdpBackend(Backend):
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         return iter(())
 
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
+    def local_tensors(self) -> Iterator[tuple[str, Tensor]]:
         self._reshard()
-        return super().parts()
+        return super().local_tensors()
 
-    def gather_full(self, name: str, part: Tensor) -> Tensor:
+    def gather_full(self, name: str, shard: Tensor) -> Tensor:
         like = self._sharded(name)
         if like is None:
-            return part
-        spread = DTensor.from_local(
-            part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+            return shard
+        sharded = DTensor.from_local(
+            shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
         )
-        return _whole(spread)
+        return sharded.full_tensor()
 
-    def local_shard(self, name: str, whole: Tensor) -> Tensor:
+    def local_shard(self, name: str, full: Tensor) -> Tensor:
         like = self._sharded(name)
-        return whole if like is None else _spread(whole, like).to_local()
+        return full if like is None else _shard(full, like).to_local()
 
-    def _part(self, parameter: nn.Parameter) -> Tensor:
+    def _local(self, parameter: nn.Parameter) -> Tensor:
         assert isinstance(parameter, DTensor)
         return parameter.to_local().detach()
 
     def _sharded(self, name: str) -> DTensor | None:
-        """The weight of that name; None for a statistic, which every rank has whole."""
+        """The weight of that name; None for a statistic, which is replicated."""
         owner, _, last = name.rpartition(".")
         found = getattr(self.module.get_submodule(owner), last)
         return found if isinstance(found, DTensor) else None
@@ -114,33 +114,35 @@ class FsdpBackend(Backend):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def _full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         self._reshard()
-        return super()._whole_tensors()
+        return super()._full_tensors()
 
-    def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
-        return _whole(parameter)
+    def _full_weight(self, parameter: nn.Parameter) -> Tensor:
+        assert isinstance(parameter, DTensor)
+        return parameter.full_tensor()
 
-    def _whole_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
+    def _full_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         held = self.optimizer.state.get(parameter, {}).get(moment)
-        return torch.zeros(parameter.shape) if held is None else _whole(held)
+        return torch.zeros(parameter.shape) if held is None else held.full_tensor()
 
     def _load(self, state: Mapping[str, Tensor], updates: int) -> None:
         for name, parameter in self.module.named_parameters():
-            parameter.copy_(_spread(state[f"model/{name}"], parameter))
+            parameter.copy_(_shard(state[f"model/{name}"], parameter))
         for name, parameter in self.trained():
             self.optimizer.state[parameter] = {
                 "step": updates_done(self.optimizer, updates, parameter),
-                **{m: _spread(state[f"{m}/{name}"], parameter) for m in MOMENTS},
+                # A copy, as a view would keep the memory of the full tensor.
+                **{
+                    m: torch.empty_like(parameter).copy_(_shard(state[f"{m}/{name}"], parameter))
+                    for m in MOMENTS
+                },
             }
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    assert isinstance(tensor, DTensor)
-    return tensor.full_tensor()
-
-
-def _spread(whole: Tensor, like: Tensor) -> DTensor:
-    """This rank's shard of a tensor that every rank has."""
+def _shard(full: Tensor, like: Tensor) -> DTensor:
+    """This rank's shard of a full tensor that every rank has; it may be a view."""
     assert isinstance(like, DTensor)
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+    return distribute_tensor(
+        full.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO (Rajbhandari et al. 2020): moments, gradients and weights spread over ranks."""
+"""DeepSpeed's ZeRO (Rajbhandari et al. 2020): moments, gradients and weights are sharded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NEEDED = ("deepspeed", "transformers")
 
 
 class ZeroBackend(Backend):
-    """ZeRO stage 1 (moments are spread), 2 (gradients too) or 3 (weights too)."""
+    """ZeRO stage 1 (moments are sharded), 2 (gradients too) or 3 (weights too)."""
 
     runs_as = ("DEEPSPEED",)
 
@@ -123,7 +123,7 @@ class ZeroBackend(Backend):
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         return super().replicated() if self.stage < 3 else iter(())
 
-    def parts_changed(self) -> None:
+    def local_tensors_changed(self) -> None:
         if self.stage < 3:
             return
         self._partition_all()
@@ -131,56 +131,56 @@ class ZeroBackend(Backend):
         if persistent:
             persistent[0].all_gather(persistent)
 
-    def gather_full(self, name: str, part: Tensor) -> Tensor:
+    def gather_full(self, name: str, shard: Tensor) -> Tensor:
         shape = self._shapes.get(name)
         if self.stage < 3 or shape is None:
-            return part
-        padded = part.new_empty(part.numel() * self.world)
-        torch.distributed.all_gather_into_tensor(padded, part.contiguous())
+            return shard
+        padded = shard.new_empty(shard.numel() * self.world)
+        torch.distributed.all_gather_into_tensor(padded, shard.contiguous())
         return padded[: shape.numel()].view(shape)
 
-    def local_shard(self, name: str, whole: Tensor) -> Tensor:
-        return self._slice(whole) if self.stage == 3 and name in self._shapes else whole
+    def local_shard(self, name: str, full: Tensor) -> Tensor:
+        return self._slice(full) if self.stage == 3 and name in self._shapes else full
 
-    def _part(self, parameter: Any) -> Tensor:
+    def _local(self, parameter: Any) -> Tensor:
         mine: Tensor = parameter.ds_tensor if self.stage == 3 else parameter
         return mine.detach()
 
     def _partition_all(self) -> None:
-        """Drop the gathered copies of weights under stage 3, which new parts would not change."""
+        """Drop the gathered copies of weights under stage 3, which new values would not change."""
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
         parameters: list[Any] = list(self.module.parameters())
-        whole = [p for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
-        if whole:
-            whole[0].partition(whole)
+        gathered = [p for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE]
+        if gathered:
+            gathered[0].partition(gathered)
 
-    def _slice(self, whole: Tensor) -> Tensor:
-        """This rank's part: of the same size on all, padded at the end."""
-        size = -(-whole.numel() // self.world)
-        padded = F.pad(whole.reshape(-1), (0, size * self.world - whole.numel()))
+    def _slice(self, full: Tensor) -> Tensor:
+        """This rank's shard, flat: of the same size on all ranks, padded at the end."""
+        size = -(-full.numel() // self.world)
+        padded = F.pad(full.reshape(-1), (0, size * self.world - full.numel()))
         return padded.narrow(0, size * self.rank, size)
 
-    def _whole_weight(self, parameter: nn.Parameter) -> Tensor:
+    def _full_weight(self, parameter: nn.Parameter) -> Tensor:
         if self.stage < 3:
             return parameter
         from deepspeed.utils import safe_get_full_fp32_param
 
-        whole: Tensor = safe_get_full_fp32_param(parameter)
-        return whole
+        full: Tensor = safe_get_full_fp32_param(parameter)
+        return full
 
-    def _whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def _full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         if self.stage < 3:
             self._link_moments()
-        for name, tensor in super()._whole_tensors():
+        for name, tensor in super()._full_tensors():
             shape = self._shapes.get(name.partition("/")[2])
             yield name, tensor if shape is None else tensor.view(shape)
 
-    def _whole_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
+    def _full_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        whole: Tensor = safe_get_full_optimizer_state(parameter, moment)
-        return whole
+        full: Tensor = safe_get_full_optimizer_state(parameter, moment)
+        return full
 
     def _load(self, state: Mapping[str, Tensor], updates: int) -> None:
         zero = self.model.optimizer
@@ -204,17 +204,17 @@ class ZeroBackend(Backend):
             # What it computes with follows what was put into its float32 partitions.
             for number in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(number)
-            self.parts_changed()
+            self.local_tensors_changed()
 
-    def _set_master(self, parameter: Any, whole: Tensor, moment: str | None) -> None:
-        """Put this rank's part of a weight, or of a moment of it, into its float32 partition."""
+    def _set_master(self, parameter: Any, full: Tensor, moment: str | None) -> None:
+        """Put this rank's shard of a weight, or of its moment, into its float32 partition."""
         from deepspeed.utils import set_full_hp_param
 
         if self.stage < 3:
-            set_full_hp_param(parameter, whole, moment)
+            set_full_hp_param(parameter, full, moment)
             return
-        # DeepSpeed's own function for whole tensors forgets the padding (seen in 0.19.8).
-        self.model.optimizer.set_local_hp_param(self._slice(whole), parameter, moment)
+        # DeepSpeed's own function for full tensors forgets the padding (seen in 0.19.8).
+        self.model.optimizer.set_local_hp_param(self._slice(full), parameter, moment)
 
     def _partitions(self) -> list[Tensor]:
         """The flat float32 tensors that this rank's optimizer steps."""
