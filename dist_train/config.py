@@ -27,7 +27,9 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from dist_train.class_ratio import ClassRatio
 from dist_train.errors import ConfigError
+from dist_train.metrics import higher_is_better
 from dist_train.plain_yaml import parse_yaml, read_yaml, yaml_text
 
 COMMAND_LINE = "command line"
@@ -45,6 +47,14 @@ def _whole_size(size: object) -> object:
     if isinstance(size, str) and not re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*[A-Za-z]*\s*", size):
         raise ValueError("it must be a number of bytes, such as 8GiB")
     return size
+
+
+def _known_metric(name: str) -> str:
+    try:
+        higher_is_better(name)
+    except ConfigError as error:
+        raise ValueError(error.what) from None
+    return name
 
 
 # Bounds are far beyond any use, and near enough that a slip of the keyboard meets them here rather
@@ -66,16 +76,7 @@ Seconds = Annotated[float, Field(gt=0.0, le=4e7)]
 Place = Annotated[Path, AfterValidator(_usable)]
 
 #: What each checkpoint is judged by, as the log names it.
-HeldOutMetric = Literal[
-    "val/loss",
-    "val/mcc@0.4",
-    "val/mcc@0.5",
-    "val/mcc@0.6",
-    "val/mcc@0.7",
-    "val/accuracy",
-    "val/auc",
-    "val/ap",
-]
+HeldOutMetric = Annotated[str, AfterValidator(_known_metric)]
 
 
 class Section(BaseModel):
@@ -207,7 +208,7 @@ class PlanSettings(Section):
     """
 
     batch: Annotated[int, Field(ge=1, le=10**6)] = 32
-    ratio: tuple[Few, Few] = (1, 3)
+    ratio: ClassRatio = ClassRatio(1, 3)
     order: Literal["banded", "random"] = "banded"
     negatives: Literal["matched", "natural"] = "matched"
     max_voxels: Annotated[int, Field(ge=1, le=10**15)] | None = None
@@ -216,9 +217,10 @@ class PlanSettings(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> PlanSettings:
-        if self.batch % sum(self.ratio):
+        if self.batch % self.ratio.group:
             raise ValueError(
-                f"batch {self.batch} is not a multiple of positives + negatives = {sum(self.ratio)}"
+                f"batch {self.batch} is not a multiple of positives + negatives = "
+                f"{self.ratio.group}"
             )
         if self.max_voxels is not None and self.order == "random":
             raise ValueError("a voxel budget (max_voxels) needs order: banded")
@@ -529,7 +531,7 @@ def _reason(error: ErrorDetails) -> str:
     match error["type"]:
         case "bool_type":
             return "Input should be true or false"
-        case "tuple_type":
+        case "tuple_type" | "named_tuple_type":
             return "Input should be a list"
         case "model_type":
             return "Input should be a section of 'key: value' settings"

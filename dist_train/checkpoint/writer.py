@@ -75,7 +75,7 @@ class CheckpointWriter:
         Args:
             tensors: this rank's share, on any device; they may change as soon as this returns.
             facts: JSON types, the same on every rank. ``facts["metrics"]``, by name, is what
-                ``Keep.best`` looks at.
+                ``RetentionPolicy.best`` looks at.
 
         Raises:
             CheckpointError: the one before could not be written; this one was not begun.

@@ -53,7 +53,7 @@ def cuts(plan: Plan, world: int, accumulate: int) -> list[int]:
         PlanError: ``accumulate`` itself does not cut it so.
     """
     plan.check_cut(world, accumulate)
-    groups = plan.batch // sum(plan.ratio) // world
+    groups = plan.batch // plan.ratio.group // world
     found = [accumulate]
     for more in range(2 * accumulate, groups + 1):
         if groups % more == 0 and more >= 2 * found[-1]:
@@ -194,15 +194,16 @@ class MicroBatches:
     def _next(self, reason: str) -> int:
         if not self._is_smallest():
             return cuts(self.plan, self.backend.world, self.accumulate)[1]
-        p, q = self.plan.ratio
+        ratio = self.plan.ratio
         fix = "Set model.recompute or model.activation_memory, or lower clip.max_frames."
         if NO_ENGINE in reason:
             # Perhaps it never was memory; then a note of ever smaller sizes would be wrong.
             self.note.drop()
             fix += " If memory was left, cuDNN has no kernel for this: install another torch."
         raise RunError(
-            f"memory does not suffice for a micro-batch of {p} positives to {q} negatives of "
-            f"up to {self.frames} frames, and it cannot be halved ({reason})",
+            f"memory does not suffice for a micro-batch of {ratio.positives} positives to "
+            f"{ratio.negatives} negatives of up to {self.frames} frames, and it cannot be halved "
+            f"({reason})",
             where=self.config.out,
             fix=fix,
         )

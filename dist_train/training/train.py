@@ -178,13 +178,15 @@ def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | Non
     seen = _held_out_seen(trainer, resumed_from, init)
     set_snapshots_aside(config.out, after=trainer.done)
     trainer.micro.write_note()
-    p, q = config.plan.ratio
     begin_session(
         config.out,
         {
             "model": config.model.name,
             "parameters": sum(backend.numels[name] for name, _ in backend.trained()),
-            "positive_rate": {"train_batches": p / (p + q), "natural": data.natural_rate()},
+            "positive_rate": {
+                "train_batches": config.plan.ratio.positive_rate,
+                "natural": data.natural_rate(),
+            },
             "steps": trainer.steps,
             "checkpointed": resumed_from is not None,
             "settings": config.model_dump(mode="json"),

@@ -7,6 +7,7 @@ from math import gcd
 
 import numpy as np
 
+from dist_train.class_ratio import ClassRatio
 from dist_train.data.plan.depth_order import ByDepth
 from dist_train.data.plan.shuffle import Ints
 from dist_train.errors import PlanError
@@ -20,14 +21,14 @@ class Demand:
     """What training asks of all negatives together.
 
     Attributes:
-        ratio: p positives to q negatives.
+        ratio: positives to negatives.
         block: negatives in a block.
         run: the most negatives in a run of blocks.
         straddling: whether a block can reach over the end of a pass over the positives, and so take
             what a bin gives to two epochs.
     """
 
-    ratio: tuple[int, int]
+    ratio: ClassRatio
     block: int
     run: int
     straddling: bool
@@ -78,10 +79,9 @@ def depth_bins(
     Raises:
         PlanError: even one bin of all negatives is too small.
     """
-    p, q = demand.ratio
     depths = np.union1d(positives.depths, negatives.depths)
     clips = _below(negatives.starts, negatives.depths, depths)
-    cycle, total = p * RESOLUTION, len(positives) * RESOLUTION
+    cycle, total = demand.ratio.positives * RESOLUTION, len(positives) * RESOLUTION
     if natural is None:
         asked = RESOLUTION * _below(positives.starts, positives.depths, depths)
         # The tokens stand where the search below, from the deep end, has passed all the depths that
@@ -92,7 +92,7 @@ def depth_bins(
     else:
         summed = _below(np.append(0, np.cumsum(natural)), negatives.depths, depths)
         asked = np.rint(summed / max(summed[-1], 1) * total).astype(np.int64)
-    asked *= q
+    asked *= demand.ratio.negatives
 
     def enough(first: int, last: int) -> bool:
         share = int(asked[last] - asked[first])

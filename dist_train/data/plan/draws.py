@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dist_train.class_ratio import ClassRatio
 from dist_train.data.plan.depth_bins import BinQuotas
 from dist_train.data.plan.epochs import Epochs
 from dist_train.data.plan.shuffle import Ints
@@ -45,7 +46,7 @@ class Draws:
 
 
 def epoch_draws(
-    epoch: int, epochs: Epochs, shares: BinQuotas, visits: Ints, split: int, ratio: tuple[int, int]
+    epoch: int, epochs: Epochs, shares: BinQuotas, visits: Ints, split: int, ratio: ClassRatio
 ) -> Draws:
     """The draws of an epoch.
 
@@ -53,14 +54,13 @@ def epoch_draws(
         visits: the runs of the epoch, counted from the shallow end, as they are visited: int64
             [runs].
         split: runs on the shallow side of the tail and the head.
-        ratio: p positives to q negatives.
+        ratio: positives to negatives.
     """
-    p, q = ratio
-    block = epochs.take // p * q
+    block = ratio.negatives_of(epochs.take)
     # Whatever part of a block's positives the tail has, the head has the rest of its negatives.
-    tail = epochs.tail(epoch) * q // p
+    tail = ratio.negatives_of(epochs.tail(epoch))
     before = epochs.tail(epoch - 1) if epoch else 0
-    head = block - before * q // p if before else 0
+    head = block - ratio.negatives_of(before) if before else 0
     runs = np.diff(epochs.edges(epoch)) * block
     time_of_run = np.empty(len(visits), np.int64)
     time_of_run[visits] = np.arange(1, len(visits) + 1)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dist_train.class_ratio import ClassRatio
 from dist_train.data.plan.depth_bins import Demand, DepthBins, depth_bins
 from dist_train.data.plan.depth_order import ByDepth, by_depth, depth_order
 from dist_train.data.plan.draws import Draws, epoch_draws
@@ -38,7 +39,7 @@ VERSION = 2
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The global batches of a run, of exactly ``ratio`` = (p, q) positives to negatives.
+    """The global batches of a run, of exactly ``ratio`` = p:q positives to negatives.
 
     An epoch is one pass over the positives: epoch e begins at the first step that begins with a
     clip of pass e. Where a pass does not fill its last step, the next pass does, so epochs can
@@ -63,7 +64,7 @@ class Plan:
         return self.rules.batch
 
     @property
-    def ratio(self) -> tuple[int, int]:
+    def ratio(self) -> ClassRatio:
         return self.rules.ratio
 
     @property
@@ -125,12 +126,12 @@ class Plan:
 
     def check_cut(self, world: int, accumulate: int) -> None:
         """Raise ``PlanError`` unless every rank's every micro-batch can hold whole groups."""
-        group = sum(self.ratio)
+        group = self.ratio.group
         if self.batch % (world * accumulate * group):
             raise PlanError(
                 f"plan.batch {self.batch} cannot be cut into {world} processes x {accumulate} "
-                f"accumulation steps with {self.ratio[0]} positive to {self.ratio[1]} negatives "
-                f"in each",
+                f"accumulation steps with {self.ratio.positives} positive to "
+                f"{self.ratio.negatives} negatives in each",
                 fix=f"Use a multiple of {world * accumulate * group}.",
             )
 
@@ -184,7 +185,7 @@ class Plan:
             draws = list(_draws(self, place.epoch).of(place.piece))
         negatives = self.passes.take(*draws)
 
-        groups = len(positives) // self.ratio[0]
+        groups = len(positives) // self.ratio.positives
         turn = below(subkey(root_key(self.rules.seed, "turns"), step), groups)
         upward = np.arange(groups)
         ring = np.roll(np.concatenate([upward[::2], upward[1::2][::-1]]), turn)
@@ -257,7 +258,7 @@ def make_plan(
         PlanError: the batch is no multiple of p + q, a class holds too few clips for a batch of
             different ones, a clip is in both, or numbers, depths, weights or groups do not fit.
     """
-    rules = PlanRules(batch, ratio, seed, matching, max_voxels, frame_voxels)
+    rules = PlanRules(batch, ClassRatio(*ratio), seed, matching, max_voxels, frame_voxels)
     check_rules(rules, len(positives))
     both = np.intersect1d(positives, negatives)
     if len(both):
@@ -294,8 +295,8 @@ def plan_of(
         check_weights(weights, len(negatives))
         if len(weights) and weights.min() == 0:
             raise PlanError("a weight of a negative is 0", fix="Leave the clip out.")
-    p, q = rules.ratio
-    take, block = rules.batch // (p + q) * p, rules.batch // (p + q) * q
+    take = rules.batch // rules.ratio.group * rules.ratio.positives
+    block = rules.ratio.negatives_of(take)
     epochs = Epochs(len(positives), take)
     longest = 1 if rules.max_voxels is None else longest_run(positives, negatives, rules)
     demand = Demand(rules.ratio, block, longest * block, straddling=epochs.period > 1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Literal, get_args
 
+from dist_train.class_ratio import ClassRatio
 from dist_train.errors import PlanError
 
 #: "matched": the negatives have the depths of the positives. "natural": they have their own.
@@ -18,7 +19,7 @@ class PlanRules:
 
     Attributes:
         batch: clips of a block.
-        ratio: p positives to q negatives.
+        ratio: positives to negatives.
         seed: keys the order.
         matching: whose depths the negatives have.
         max_voxels: None makes each block a step. Otherwise a step is as many neighbouring blocks as
@@ -28,7 +29,7 @@ class PlanRules:
     """
 
     batch: int
-    ratio: tuple[int, int]
+    ratio: ClassRatio
     seed: int
     matching: Matching = "matched"
     max_voxels: int | None = None
@@ -37,12 +38,13 @@ class PlanRules:
 
 def check_rules(rules: PlanRules, positives: int) -> None:
     """Raise ``PlanError`` for rules that contradict themselves, or need more positives."""
-    p, q = rules.ratio
-    groups, rest = divmod(rules.batch, p + q)
+    ratio = rules.ratio
+    groups, rest = divmod(rules.batch, ratio.group)
     if rest or groups < 1:
         raise PlanError(
-            f"plan.batch {rules.batch} cannot hold {p} positive to {q} negatives",
-            fix=f"Use a multiple of {p + q}.",
+            f"plan.batch {rules.batch} cannot hold {ratio.positives} positive to "
+            f"{ratio.negatives} negatives",
+            fix=f"Use a multiple of {ratio.group}.",
         )
     if rules.matching not in get_args(Matching):
         raise PlanError(
@@ -53,7 +55,7 @@ def check_rules(rules: PlanRules, positives: int) -> None:
     if rules.frame_voxels < 1 or (rules.max_voxels is not None and rules.max_voxels < 1):
         raise PlanError("a voxel budget must be at least 1", where="plan.max_voxels")
     # A pass must have room for a block beside its own tail: positives.py says why.
-    take = groups * p
+    take = groups * ratio.positives
     needed = take + take - gcd(positives, take)
     if positives < needed:
         raise PlanError(

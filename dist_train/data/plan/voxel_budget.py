@@ -17,7 +17,7 @@ def longest_run(positives: ByDepth, negatives: ByDepth, rules: PlanRules) -> int
     shallowest = min(depths[0] for depths in (positives.depths, negatives.depths) if len(depths))
     assert rules.max_voxels is not None
     room = rules.max_voxels // (rules.batch * int(shallowest) * rules.frame_voxels)
-    block = rules.batch // sum(rules.ratio) * rules.ratio[1]
+    block = rules.batch // rules.ratio.group * rules.ratio.negatives
     return max(1, min(room, (len(negatives) // 2 + 1) // block))
 
 
@@ -30,12 +30,11 @@ def run_edges(
     is taken to be as deep as it can be in any epoch: its clips as far up as their window reaches,
     and the last bin that its slots can come to.
     """
-    p, q = rules.ratio
     epochs = bands.epochs
     number = np.arange(1, blocks + 1)
     before = np.where(number > bands.split, epochs.count - blocks * epochs.take, 0)
     last = np.minimum(number * epochs.take + before + bands.window - 2, epochs.count - 1)
-    slots = (number * epochs.take + before) * q // p
+    slots = rules.ratio.negatives_of(number * epochs.take + before)
     first_slots = bins.shares.ends // bins.shares.cycle
     bin_ = np.searchsorted(first_slots[:-1], slots, side="right") - 1
     deepest = np.maximum(bands.clips.depth_at(last), negatives.depth_at(bins.starts[bin_ + 1] - 1))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_train.class_ratio import ClassRatio
 from dist_train.data.plan import cache
 from dist_train.data.plan.cache import sorted_classes
 from dist_train.data.plan.depth_order import by_depth
@@ -93,7 +94,7 @@ def _ask(folder: Path, reads: Path, digests: multiprocessing.SimpleQueue) -> Non
         return columns()
 
     positives, negatives = sorted_classes(folder, "a", read)
-    rules = PlanRules(32, (1, 3), 0)
+    rules = PlanRules(32, ClassRatio(1, 3), 0)
     digests.put(plan_of(positives, negatives, rules).global_batch(5).tolist())
 
 
@@ -120,7 +121,7 @@ def test_a_class_without_clips(tmp_path: Path) -> None:
     assert (len(positives), len(negatives)) == (0, 4)
     positives, negatives = sorted_classes(tmp_path, "a", never)
     with pytest.raises(PlanError, match="holds 0 positives"):
-        plan_of(positives, negatives, PlanRules(4, (1, 3), 0))
+        plan_of(positives, negatives, PlanRules(4, ClassRatio(1, 3), 0))
 
 
 @pytest.mark.parametrize(
