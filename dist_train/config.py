@@ -22,6 +22,7 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    JsonValue,
     ValidationError,
     model_validator,
 )
@@ -74,6 +75,8 @@ Bytes = Annotated[ByteSize, BeforeValidator(_whole_size), Field(ge=1, le=2**60)]
 # A year and more.
 Seconds = Annotated[float, Field(gt=0.0, le=4e7)]
 Place = Annotated[Path, AfterValidator(_usable)]
+#: Of a function or class, by name, as YAML has them.
+Arguments = dict[str, JsonValue]
 
 #: What each checkpoint is judged by, as the log names it.
 HeldOutMetric = Annotated[str, AfterValidator(_known_metric)]
@@ -238,8 +241,11 @@ class LoaderSettings(Section):
 
 
 class ModelSettings(Section):
-    """The network; see ``models/registry.py`` for the names.
+    """The network.
 
+    ``name``: one of ``models/registry.py``, or the import path of a class, such as mylab.nets:Net
+    (docs/extending.md). ``args``: its arguments; resnet3d has settings of its own in their place,
+    ``width`` to ``dropout``, which no other model is given.
     ``stem_folded``: the stem is computed by space to depth, which is the same but for rounding.
     ``recompute``: what the backward pass makes again rather than keeps; docs/activations.md says
     what each mode keeps and costs. ``activation_memory``: bytes, such as 8GiB, that activations may
@@ -249,6 +255,7 @@ class ModelSettings(Section):
     """
 
     name: str = "resnet3d-101"
+    args: Arguments = {}
     init: Place | None = None
     width: Few = 64
     stem_stride: tuple[Stride, Stride, Stride] = (1, 2, 2)
@@ -266,6 +273,17 @@ class ModelSettings(Section):
                 f"{self.recompute}"
             )
         return self
+
+
+class LossSettings(Section):
+    """What is minimised.
+
+    ``name``: one of ``training/losses.py``, or the import path of a function or a class, such as
+    mylab.losses:Focal (docs/extending.md). ``args``: its arguments beside logits and labels.
+    """
+
+    name: str = "bce"
+    args: Arguments = {}
 
 
 class NormSettings(Section):
@@ -414,6 +432,7 @@ class Config(Section):
     plan: PlanSettings = PlanSettings()
     loader: LoaderSettings = LoaderSettings()
     model: ModelSettings = ModelSettings()
+    loss: LossSettings = LossSettings()
     norm: NormSettings = NormSettings()
     optim: OptimSettings = OptimSettings()
     schedule: ScheduleSettings = ScheduleSettings()
@@ -614,10 +633,16 @@ def _parse_override(override: str) -> tuple[str, Any]:
 
 
 def _check_known(key: str, known: set[str], where: object) -> None:
-    if key not in known:
+    if key not in known and not _is_argument(key):
         raise ConfigError(
             f"unknown setting '{_shortened(key)}'", where=where, fix=_nearest(key, known)
         )
+
+
+def _is_argument(key: str) -> bool:
+    """Whether it is one of ``Arguments``, whose names only the function or class knows."""
+    section, args, name = (*key.split(".", 2), "", "")[:3]
+    return (section, args) in {("model", "args"), ("loss", "args")} and bool(name)
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:

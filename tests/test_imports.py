@@ -18,7 +18,7 @@ PACKAGE = ROOT / "dist_train"
 LEVELS = [
     {"errors", "safe_text"},
     {"system"},
-    {"files", "plain_yaml", "progress", "quiet"},
+    {"files", "plain_yaml", "extensions", "progress", "quiet"},
     {"growing_file", "metrics", "class_ratio"},
     {"config"},
     {"models", "data.types", "data.orientation", "data.plan", "data.table"},

@@ -29,10 +29,9 @@ from dist_train.files import MIB, parse_object, read_plain, reason_of, write_who
 from dist_train.models.activation_budget import Choice, choose_plan, in_units, measure_parts
 from dist_train.models.largest_tensor import INDEXED_BY_32_BITS, largest_tensor
 from dist_train.models.norm import share_statistics
-from dist_train.models.registry import build_model
 from dist_train.models.resnet3d import PARTS, ResNet3D
 from dist_train.run.data import RunData
-from dist_train.run.model import as_input, make_model
+from dist_train.run.model import as_input, configured_model, make_model
 from dist_train.system.advice import first_line
 
 log = logging.getLogger(__name__)
@@ -112,8 +111,7 @@ def _elements_of_a_clip(config: Config, frames: int) -> int:
 
 def _plain_model(config: Config) -> nn.Module:
     """Without compiled loops, which can run on real data alone."""
-    settings = config.model.model_dump(exclude={"name", "init", "activation_memory"})
-    return build_model(config.model.name, **settings)
+    return configured_model(config.model)
 
 
 class MicroBatches:

@@ -31,10 +31,12 @@ from dist_train.run.folder import (
 )
 from dist_train.run.record import (
     begin_session,
+    code_from_outside,
     completed_checkpoint,
     read_record,
     read_settings,
     set_foreign_settings_aside,
+    warn_of_other_code,
 )
 from dist_train.run.seen_before import held_out_seen, held_out_seen_by_init
 from dist_train.run.snapshots import set_snapshots_aside
@@ -174,6 +176,9 @@ def _begin_with_given_weights(trainer: Trainer) -> Source:
 def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | None) -> None:
     """On rank 0."""
     config, backend, data = trainer.config, trainer.backend, trainer.data
+    if resumed_from is not None:
+        with suppress(RunError):
+            warn_of_other_code(config.out, config, read_record(config.out))
     changed = _changed_settings(config) if os.path.lexists(config.out / CONFIG) else []
     seen = _held_out_seen(trainer, resumed_from, init)
     set_snapshots_aside(config.out, after=trainer.done)
@@ -201,7 +206,8 @@ def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | Non
             "device": str(backend.device),
             "micro_batch": trainer.micro.facts(),
         }
-        | ({"changed": changed} if changed else {}),
+        | ({"changed": changed} if changed else {})
+        | ({"code_from_outside": code} if (code := code_from_outside(config)) else {}),
     )
     # Last: after a kill before this line, the next session finds the changes again.
     set_foreign_settings_aside(config.out)
