@@ -15,6 +15,7 @@ import typer
 
 from dist_train import __version__
 from dist_train.errors import ConfigError, DistTrainError, StoreError
+from dist_train.extensions import allow as allow_code
 from dist_train.progress import console, progress
 from dist_train.quiet import hush_libraries, is_told
 from dist_train.safe_text import printable
@@ -41,6 +42,10 @@ StorePath = Annotated[
 ]
 LeastOutline = Annotated[
     int, typer.Option(min=1, help="Least height and width of an outline, in pixels.")
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(help="Package whose code may be imported, such as mylab; docs/extending.md."),
 ]
 Colour = Annotated[
     str | None,
@@ -355,10 +360,12 @@ def train(
     resume: Annotated[
         Literal["never", "auto"], typer.Option(help="auto: go on from the newest checkpoint.")
     ] = "never",
+    allow: Allow = None,
 ) -> None:
     """Train a run; with many processes, by 'accelerate launch -m dist_train train ...'."""
     from dist_train.config import load_config
 
+    allow_code(allow or [])
     # Before torch is loaded: a mistyped setting is told at once.
     settings = load_config(config, overrides or [])
     from dist_train.training.train import train as fit
@@ -401,6 +408,7 @@ def predict(
         float | None,
         typer.Option(min=0.0, max=1.0, help="Calibrated threshold; fitted on val if unset."),
     ] = None,
+    allow: Allow = None,
 ) -> None:
     """Predict held-out or new clips, averaged over the run's snapshots.
 
@@ -408,6 +416,7 @@ def predict(
     """
     from dist_train.evaluation.predict import predict as write_predictions
 
+    allow_code(allow or [])
     with progress("predict") as report:
         written = write_predictions(
             run,
@@ -446,10 +455,12 @@ def export(
         int | None,
         typer.Option(min=1, help="Step of one snapshot or checkpoint; unset: all snapshots."),
     ] = None,
+    allow: Allow = None,
 ) -> None:
     """Write a run's model as one file: what 'predict' uses, all snapshots together."""
     from dist_train.evaluation.export import export_run
 
+    allow_code(allow or [])
     facts = export_run(run, out, onnx=onnx, step=step)
     steps = ", ".join(map(str, facts["steps"]))
     for written in filter(None, (out, onnx)):

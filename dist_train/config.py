@@ -23,12 +23,15 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    JsonValue,
     ValidationError,
     model_validator,
 )
 from pydantic_core import ErrorDetails
 
+from dist_train.class_ratio import ClassRatio
 from dist_train.errors import ConfigError
+from dist_train.metrics import higher_is_better
 from dist_train.plain_yaml import parse_yaml, read_yaml, yaml_text
 
 COMMAND_LINE = "command line"
@@ -48,6 +51,14 @@ def _whole_size(size: object) -> object:
     return size
 
 
+def _known_metric(name: str) -> str:
+    try:
+        higher_is_better(name)
+    except ConfigError as error:
+        raise ValueError(error.what) from None
+    return name
+
+
 # Bounds are far beyond any use, and near enough that a slip of the keyboard meets them here rather
 # than as a lack of memory, an overflow, or a run that never ends.
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -65,18 +76,11 @@ Bytes = Annotated[ByteSize, BeforeValidator(_whole_size), Field(ge=1, le=2**60)]
 # A year and more.
 Seconds = Annotated[float, Field(gt=0.0, le=4e7)]
 Place = Annotated[Path, AfterValidator(_usable)]
+#: Of a function or class, by name, as YAML has them.
+Arguments = dict[str, JsonValue]
 
 #: What each checkpoint is judged by, as the log names it.
-HeldOutMetric = Literal[
-    "val/loss",
-    "val/mcc@0.4",
-    "val/mcc@0.5",
-    "val/mcc@0.6",
-    "val/mcc@0.7",
-    "val/accuracy",
-    "val/auc",
-    "val/ap",
-]
+HeldOutMetric = Annotated[str, AfterValidator(_known_metric)]
 
 
 class Section(BaseModel):
@@ -206,7 +210,7 @@ class PlanSettings(Section):
 
     batch: Annotated[int, Field(ge=1, le=10**6)] = 32
     """Clips of a step, over all ranks."""
-    ratio: tuple[Few, Few] = (1, 3)
+    ratio: ClassRatio = ClassRatio(1, 3)
     """Positives to negatives, exact in every micro-batch."""
     order: Literal["banded", "random"] = "banded"
     """"banded" puts clips of like depth into one step; "random" does not look at depth."""
@@ -223,9 +227,10 @@ class PlanSettings(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> PlanSettings:
-        if self.batch % sum(self.ratio):
+        if self.batch % self.ratio.group:
             raise ValueError(
-                f"batch {self.batch} is not a multiple of positives + negatives = {sum(self.ratio)}"
+                f"batch {self.batch} is not a multiple of positives + negatives = "
+                f"{self.ratio.group}"
             )
         if self.max_voxels is not None and self.order == "random":
             raise ValueError("a voxel budget (max_voxels) needs order: banded")
@@ -248,7 +253,11 @@ class ModelSettings(Section):
     """The network."""
 
     name: str = "resnet3d-101"
-    """Architecture, such as resnet3d-10; an unknown name is refused with all that there are."""
+    """Architecture, such as resnet3d-10, or the import path of a class, such as mylab.nets:Net
+    (docs/extending.md); an unknown name is refused with all that there are."""
+    args: Arguments = {}
+    """Arguments of a model other than resnet3d, which has settings of its own in their place:
+    `model.width` to `model.dropout`."""
     init: Place | None = None
     """Weights that a new run begins with: a run's folder (its newest snapshot, or else checkpoint),
     one of its snapshots or checkpoints, or an export. The optimizer begins afresh."""
@@ -277,6 +286,16 @@ class ModelSettings(Section):
                 f"{self.recompute}"
             )
         return self
+
+
+class LossSettings(Section):
+    """The loss that training minimises."""
+
+    name: str = "bce"
+    """One of `training/losses.py`, or the import path of a function or class, such as
+    mylab.losses:Focal (docs/extending.md)."""
+    args: Arguments = {}
+    """Arguments of the loss besides logits and labels."""
 
 
 class NormSettings(Section):
@@ -434,6 +453,7 @@ class Config(Section):
     plan: PlanSettings = PlanSettings()
     loader: LoaderSettings = LoaderSettings()
     model: ModelSettings = ModelSettings()
+    loss: LossSettings = LossSettings()
     norm: NormSettings = NormSettings()
     optim: OptimSettings = OptimSettings()
     schedule: ScheduleSettings = ScheduleSettings()
@@ -551,7 +571,7 @@ def _reason(error: ErrorDetails) -> str:
     match error["type"]:
         case "bool_type":
             return "Input should be true or false"
-        case "tuple_type":
+        case "tuple_type" | "named_tuple_type":
             return "Input should be a list"
         case "model_type":
             return "Input should be a section of 'key: value' settings"
@@ -634,10 +654,16 @@ def _parse_override(override: str) -> tuple[str, Any]:
 
 
 def _check_known(key: str, known: set[str], where: object) -> None:
-    if key not in known:
+    if key not in known and not _is_argument(key):
         raise ConfigError(
             f"unknown setting '{_shortened(key)}'", where=where, fix=_nearest(key, known)
         )
+
+
+def _is_argument(key: str) -> bool:
+    """Whether it is one of ``Arguments``, whose names only the function or class knows."""
+    section, args, name = (*key.split(".", 2), "", "")[:3]
+    return (section, args) in {("model", "args"), ("loss", "args")} and bool(name)
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -6,6 +6,7 @@ strictly greater than the threshold.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -37,29 +38,37 @@ class Reliability(NamedTuple):
 
 
 def binary_metrics(probability: ArrayLike, label: ArrayLike) -> dict[str, float | None]:
-    """MCC at each of ``THRESHOLDS``, accuracy at 0.5, area under ROC, average precision.
-
-    Returns:
-        ``mcc@0.4`` .. ``mcc@0.7``, ``accuracy``, ``auc``, ``ap``. Where the labels hold one class
-        only, all but the accuracy are undefined, and None.
+    """Every metric of ``METRICS``, by name. None where it is undefined: with no clip, or, for most,
+    with labels of one class only.
 
     Raises:
         RunError: a probability is not a number in 0..1, as after a diverged step.
     """
     scores, truth = _checked(probability, label)
-    defined = 0 < truth.sum() < len(truth)
-    metrics: dict[str, float | None] = {
-        f"mcc@{threshold}": mcc(confusion(scores, truth, threshold)) if defined else None
-        for threshold in THRESHOLDS
+    both_classes = 0 < truth.sum() < len(truth)
+    return {
+        name: float(metric.function(scores, truth))
+        if len(truth) and (both_classes or not metric.needs_both_classes)
+        else None
+        for name, metric in METRICS.items()
     }
-    metrics["accuracy"] = float(np.mean((scores > 0.5) == truth)) if len(truth) else None
-    metrics["auc"] = metrics["ap"] = None
-    if defined:
-        false_rate, true_rate = roc_curve(scores, truth)
-        metrics["auc"] = float(np.trapezoid(true_rate, false_rate))
-        recall, precision = precision_recall_curve(scores, truth)
-        metrics["ap"] = float(np.diff(recall) @ precision[1:])
-    return metrics
+
+
+def higher_is_better(name: str) -> bool:
+    """Whether the higher value of a logged metric, such as val/auc, is the better one.
+
+    Raises:
+        ConfigError: there is no such metric; the message names those that there are.
+    """
+    split, _, metric = name.rpartition("/")
+    if split == "val" and metric == "loss":
+        return False
+    if split != "val" or metric not in METRICS:
+        raise ConfigError(
+            f"there is no metric {name!r}; there are "
+            f"{', '.join(['val/loss', *(f'val/{known}' for known in METRICS)])}"
+        )
+    return METRICS[metric].higher_is_better
 
 
 def roc_curve(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, Floats]:
@@ -299,3 +308,44 @@ def _mcc(tn: Labels, fp: Labels, fn: Labels, tp: Labels) -> Floats:
     a, b, c, d = (np.asarray(count, dtype=np.float64) for count in (tn, fp, fn, tp))
     scale = np.sqrt((d + b) * (d + c)) * np.sqrt((a + b) * (a + c))
     return np.asarray(np.divide(d * a - b * c, scale, out=np.zeros_like(scale), where=scale > 0))
+
+
+def _accuracy(scores: Floats, truth: Labels) -> float:
+    return float(np.mean((scores > 0.5) == truth))
+
+
+def _area_under_roc(scores: Floats, truth: Labels) -> float:
+    false_rate, true_rate = roc_curve(scores, truth)
+    return float(np.trapezoid(true_rate, false_rate))
+
+
+def _average_precision(scores: Floats, truth: Labels) -> float:
+    recall, precision = precision_recall_curve(scores, truth)
+    return float(np.diff(recall) @ precision[1:])
+
+
+def _mcc_at(threshold: float) -> Callable[[Floats, Labels], float]:
+    return lambda scores, truth: mcc(confusion(scores, truth, threshold))
+
+
+class Metric(NamedTuple):
+    """One figure of merit.
+
+    Attributes:
+        function: takes probabilities float64 [N] and labels int64 [N] in {0, 1}, N >= 1.
+        higher_is_better: the direction that ``checkpoint.best`` looks in.
+        needs_both_classes: undefined where the labels hold one class only.
+    """
+
+    function: Callable[[Floats, Labels], float]
+    higher_is_better: bool
+    needs_both_classes: bool = True
+
+
+#: What is logged of training and of held-out clips, by name, in the order of the log.
+METRICS: Mapping[str, Metric] = {
+    **{f"mcc@{t}": Metric(_mcc_at(t), higher_is_better=True) for t in THRESHOLDS},
+    "accuracy": Metric(_accuracy, higher_is_better=True, needs_both_classes=False),
+    "auc": Metric(_area_under_roc, higher_is_better=True),
+    "ap": Metric(_average_precision, higher_is_better=True),
+}

@@ -18,8 +18,9 @@ PACKAGE = ROOT / "dist_train"
 LEVELS = [
     {"errors", "safe_text"},
     {"system"},
-    {"files", "plain_yaml", "progress", "quiet", "shipped"},
-    {"growing_file", "config", "config_help", "metrics"},
+    {"files", "plain_yaml", "extensions", "progress", "quiet", "shipped"},
+    {"growing_file", "metrics", "class_ratio"},
+    {"config", "config_help"},
     {"models", "data.types", "data.orientation", "data.plan", "data.table"},
     {"data.raw", "data.augment"},
     {"data.store", "data.synthetic"},

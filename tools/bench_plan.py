@@ -24,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from dist_train.class_ratio import ClassRatio
 from dist_train.data.plan.depth_order import ByDepth, by_depth
 from dist_train.data.plan.plan import Plan, make_plan, plan_of
 from dist_train.data.plan.rules import PlanRules
@@ -32,7 +33,7 @@ from dist_train.data.plan.weights import Floats
 
 POSITIVES = 1_887
 #: The clips of a rank at a step, 1 to 3.
-RANK_BATCH, RATIO = 4, (1, 3)
+RANK_BATCH, RATIO = 4, ClassRatio(1, 3)
 #: Epochs and seeds that the figures are means of: enough that none moves in its third digit.
 EPOCHS, SEEDS = {8: 2, 64: 8, 512: 24}, 3
 RANKS, FAR_STEP = 1_024, 10**6

@@ -256,7 +256,7 @@ def cost_of(
         NotMeasuredError: a figure is missing that this takes.
     """
     devices, plan = nodes * per_node, recipe.config.plan
-    group = sum(plan.ratio)
+    group = plan.ratio.group
     if plan.batch % (devices * group):
         return devices, f"plan.batch {plan.batch} is no multiple of {devices * group}"
     bench = "tools/gpu.py bench --out DIR"

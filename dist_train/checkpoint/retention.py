@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dist_train.metrics import higher_is_better
+
 Metrics = Mapping[str, float | None]
 
 
@@ -16,8 +18,8 @@ class RetentionPolicy:
     Attributes:
         last: the newest so many, at least 1.
         every: those whose step is a multiple of it, for ever.
-        best: name of a metric; the one with its highest value, or the lowest if "loss" is in the
-            name. Of equals, the newest.
+        best: a metric as the log names it, such as val/auc; the one with its best value stays. Of
+            equals, the newest.
     """
 
     last: int
@@ -39,7 +41,7 @@ def to_remove(saved: Mapping[int, Metrics], newest: int, keep: RetentionPolicy) 
     if keep.every is not None:
         stay.update(step for step in steps if step % keep.every == 0)
     if keep.best is not None:
-        sign = -1.0 if "loss" in keep.best else 1.0
+        sign = 1.0 if higher_is_better(keep.best) else -1.0
         known = [
             (sign * value, step)
             for step in steps

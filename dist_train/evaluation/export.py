@@ -35,7 +35,7 @@ from dist_train.models.resnet3d import BasicBlock, Bottleneck, ConvNorm, ResNet3
 from dist_train.run.data import open_run_data
 from dist_train.run.folder import CHECKPOINTS, PREDICTIONS, SNAPSHOT, SNAPSHOTS, refuse_own_place
 from dist_train.run.model import make_model
-from dist_train.run.record import open_record, open_run
+from dist_train.run.record import code_from_outside, open_record, open_run, warn_of_other_code
 from dist_train.run.snapshots import (
     check_facts,
     check_finite,
@@ -117,6 +117,7 @@ def export_run(
             )
     found = _find(run, step)
     record = open_record(run)
+    warn_of_other_code(run, config, record)
     loaded = [_load(run, config, record, path, origin) for path, origin in found]
     models = [model for model, _ in loaded]
     steps = [at for _, at in loaded]
@@ -126,16 +127,20 @@ def export_run(
     if step is None and found[0][1] == "snapshot":
         calibration, threshold = _calibration(run, found)
     content = record["store"]["content"] if "store" in record else None
-    facts = snapshot_facts(config, steps[-1], content) | {
-        "steps": steps,
-        "from": "snapshots" if many else found[0][1],
-        "networks": prefixes,
-        "precision": config.train.precision,
-        "preprocessing": PREPROCESSING,
-        "positive_rate": record.get("positive_rate"),
-        "calibration": None if calibration is None else calibration.model_dump(mode="json"),
-        "threshold": threshold,
-    }
+    facts = (
+        snapshot_facts(config, steps[-1], content)
+        | {
+            "steps": steps,
+            "from": "snapshots" if many else found[0][1],
+            "networks": prefixes,
+            "precision": config.train.precision,
+            "preprocessing": PREPROCESSING,
+            "positive_rate": record.get("positive_rate"),
+            "calibration": None if calibration is None else calibration.model_dump(mode="json"),
+            "threshold": threshold,
+        }
+        | ({"code_from_outside": code} if (code := code_from_outside(config)) else {})
+    )
     for path in filter(None, (out, onnx)):
         path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dist_train.errors import RunError
 from dist_train.evaluation.calibration import Calibration
 from dist_train.files import reason_of
-from dist_train.models.registry import build_model
+from dist_train.run.model import model_of
 from dist_train.run.snapshots import load_snapshot
 
 
@@ -73,11 +73,9 @@ def load_exported(path: Path) -> ExportedModel:
     """
     try:
         tensors, facts, _ = load_snapshot(path)
-        settings = dict(facts["model"])
-        name = settings.pop("name")
         models = []
         for prefix in facts["networks"]:
-            model = build_model(name, **settings)
+            model = model_of(facts["model"])
             model.load_state_dict(
                 {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             )

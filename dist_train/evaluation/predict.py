@@ -32,7 +32,7 @@ from dist_train.files import check_replaceable, check_writable, is_plain, open_p
 from dist_train.progress import Progress
 from dist_train.run.data import RunData, open_run_data
 from dist_train.run.folder import CONFIG, PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
-from dist_train.run.record import open_run, read_record
+from dist_train.run.record import open_run, read_record, warn_of_other_code
 from dist_train.safe_text import for_spreadsheet
 from dist_train.training.micro_batch import most_clips, noted_clips
 
@@ -122,6 +122,8 @@ def predict(
         rates = record["positive_rate"]
         world = rates["natural"] if prior is None else prior
         on_main(group, lambda: _check_place(folder, run))
+        if group.is_main:
+            warn_of_other_code(run, config, record)
         probability = mean_probability(
             config,
             snapshots,

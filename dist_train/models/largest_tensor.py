@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_train.models.resnet3d import ResNet3D
+
+log = logging.getLogger(__name__)
 
 #: CUDA kernels index with 32 bits up to this many elements (torch's ``canUse32BitIndexMath``).
 #: Beyond it torch's convolutions leave cuDNN or split the batch; other kernels take slower paths.
@@ -26,15 +29,25 @@ def largest_tensor(make_model: Callable[[], nn.Module], shape: Sequence[int]) ->
     with torch.device("meta"), torch.no_grad():
         # Training mode makes the same tensors, but refuses statistics of a single voxel.
         model = make_model().eval()
-        assert isinstance(model, ResNet3D)
         x = torch.empty(tuple(shape))
-        parts, _ = model.parts()
         largest = _Largest()
+        largest.elements = x.numel()
         with largest:
-            for steps in parts:
-                for step in steps:
-                    x = step(x)
+            if isinstance(model, ResNet3D):
+                for steps in model.parts()[0]:
+                    for step in steps:
+                        x = step(x)
+            else:
+                _run_as_far_as_it_goes(model, x)
     return largest.elements
+
+
+def _run_as_far_as_it_goes(model: nn.Module, x: Tensor) -> None:
+    try:
+        model(x, None)
+    # Of a model from outside: it may need values, of which tensors of the meta device have none.
+    except (RuntimeError, NotImplementedError):
+        log.debug("the largest tensor is sought among the first ones only", exc_info=True)
 
 
 class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,20 +1,32 @@
-"""Logits of held-out clips."""
+"""The model of a run, what identifies it, and its logits of held-out clips."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from dist_train.config import Config
+from dist_train.config import Config, ModelSettings
 from dist_train.data.augment.gpu import augmented_batch
 from dist_train.data.augment.packed_clips import NativeClips
 from dist_train.data.loading.collate import Batch
-from dist_train.models.norm import fuse
-from dist_train.models.registry import build_model
+from dist_train.errors import ModelError
+from dist_train.extensions import is_import_path
+from dist_train.models.norm import BatchNorm3d, fuse
+from dist_train.models.registry import build_model, defaults_of, find_model
+
+log = logging.getLogger(__name__)
+
+#: Settings of ``model`` that are arguments of resnet3d; other models take ``model.args``.
+OF_RESNET3D = ("width", "stem_stride", "stem_pool", "stem_folded", "dropout")
+#: Models that were warned of.
+_warned: set[str] = set()
 
 
 @torch.no_grad()
@@ -47,12 +59,66 @@ def held_out_logits(
 def make_model(config: Config) -> nn.Module:
     """The config's model in its memory layout, with weights drawn from its seed."""
     torch.manual_seed(config.seed)
-    settings = config.model.model_dump(exclude={"name", "init", "activation_memory"})
-    model = build_model(config.model.name, **settings)
+    model = configured_model(config.model)
     if config.norm.fused:
         fuse(model)
-    # The stubs of nn.Module.to lack memory_format on its own.
-    return model.to(memory_format=_layout(config))  # type: ignore[call-overload, no-any-return]
+    layout = _layout(config)
+    for tensor in (*model.parameters(), *model.buffers()):
+        # A model from outside may have kernels in 2D, which have no layout of 3D.
+        if tensor.ndim == 5:
+            tensor.data = tensor.data.to(memory_format=layout)
+    return model
+
+
+def configured_model(settings: ModelSettings) -> nn.Module:
+    """The model that the settings name, which is given its own settings alone.
+
+    Raises:
+        ModelError: there is no such model, or a setting is given that it does not have.
+        ConfigError: an import path is not allowed or not importable.
+    """
+    name, args = settings.name, settings.args
+    own = settings.model_dump(include=set(OF_RESNET3D))
+    if _is_resnet3d(name):
+        if args:
+            raise ModelError(
+                f"{name} takes no model.args",
+                where=f"model.args.{next(iter(args))}",
+                fix=f"Its settings are {', '.join(f'model.{setting}' for setting in own)}.",
+            )
+        return build_model(name, **own, recompute=settings.recompute)
+    find_model(name)
+    standard = ModelSettings()
+    for setting in (*own, "recompute"):
+        if getattr(settings, setting) != getattr(standard, setting):
+            raise ModelError(
+                f"{name} has no such setting",
+                where=f"model.{setting}",
+                fix="It is of resnet3d; give a model's own by model.args.",
+            )
+    model = build_model(name, **args)
+    _warn_of_plain_norms(name, model)
+    return model
+
+
+def _is_resnet3d(name: str) -> bool:
+    return name.startswith("resnet3d-") and not is_import_path(name)
+
+
+def _warn_of_plain_norms(name: str, model: nn.Module) -> None:
+    plain = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and not isinstance(module, BatchNorm3d)
+    ]
+    if plain and name not in _warned and os.environ.get("RANK", "0") == "0":
+        _warned.add(name)
+        log.warning(
+            "%s has %d layers of torch's %s, whose statistics are over padded frames too, and over "
+            "the clips of one process: use dist_train.models.norm.BatchNorm3d, which is told the "
+            "real frames, or another normalisation",
+            name, len(plain), type(plain[0]).__name__,
+        )  # fmt: skip
 
 
 def as_input(volumes: Tensor | NativeClips, config: Config) -> Tensor:
@@ -69,6 +135,53 @@ def _layout(config: Config) -> torch.memory_format:
 
 def model_metadata(config: Config) -> dict[str, Any]:
     """What a checkpoint must agree with for its weights to mean the same: JSON types."""
-    only_how = {"init", "recompute", "activation_memory", "stem_folded"}
-    facts: dict[str, Any] = config.model.model_dump(mode="json", exclude=only_how)
+    settings = config.model
+    keys = set(OF_RESNET3D) - {"stem_folded"} if _is_resnet3d(settings.name) else {"args"}
+    facts: dict[str, Any] = settings.model_dump(mode="json", include={"name"} | keys)
     return facts
+
+
+def model_of(metadata: Mapping[str, Any]) -> nn.Module:
+    """A model with fresh weights by its metadata, as an export has them.
+
+    Raises:
+        ModelError, ConfigError: as ``configured_model``.
+    """
+    return configured_model(ModelSettings.model_validate(dict(metadata)))
+
+
+def metadata_differences(there: Any, here: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Settings of ``model_metadata`` that differ: name, value there, value here.
+
+    A setting that one side lacks has its default there: that side was written before the setting
+    was added, or while nobody had given it.
+    """
+    if not isinstance(there, dict):
+        return [("", there, here)]
+    before, now = _flat(there), _flat(here)
+    # Only then, as a model from outside has to be imported for its defaults.
+    if before.keys() != now.keys() and before.get("name") == now["name"]:
+        defaults = _defaults(now["name"])
+        before, now = defaults | before, defaults | now
+    return [
+        (name, before.get(name), now.get(name))
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _flat(metadata: dict[str, Any]) -> dict[str, Any]:
+    args = metadata.get("args")
+    if not isinstance(args, dict):
+        return metadata
+    given = {f"args.{name}": value for name, value in args.items()}
+    return {name: value for name, value in metadata.items() if name != "args"} | given
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    if _is_resnet3d(name):
+        keys = set(OF_RESNET3D) - {"stem_folded"}
+        return ModelSettings().model_dump(mode="json", include=keys)
+    # In JSON a tuple is a list.
+    plain = {n: list(v) if isinstance(v, tuple) else v for n, v in defaults_of(name).items()}
+    return {f"args.{n}": value for n, value in plain.items()}

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import socket
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from dist_train.checkpoint.superseded import set_aside
 from dist_train.config import Config, changes, config_text, load_config
 from dist_train.errors import ConfigError, FileError, RunError
+from dist_train.extensions import is_import_path, origin
 from dist_train.files import (
     MIB,
     check_plain,
@@ -81,6 +83,26 @@ def read_settings(run: Path) -> Config:
             where=path,
             fix="Restore them from a copy",
         ) from None
+
+
+def code_from_outside(config: Config) -> list[dict[str, str | None]]:
+    """``extensions.origin`` of the model and of the loss, as far as they are from outside."""
+    named = {"model.name": config.model.name, "loss.name": config.loss.name}
+    return [origin(path, setting) for setting, path in named.items() if is_import_path(path)]
+
+
+def warn_of_other_code(run: Path, config: Config, record: Mapping[str, Any]) -> None:
+    """Warn where the model from outside has other source than in the run's last session."""
+    path = config.model.name
+    for known in record.get("sessions", [{}])[-1].get("code_from_outside", []):
+        if is_import_path(path) and known["path"] == path:
+            here = origin(path, "model.name")
+            if here["sha256"] != known["sha256"]:
+                log.warning(
+                    "%s: the source of %s is not that which the run was trained with (version %s "
+                    "then, %s now): the same weights may give other numbers",
+                    run, path, known["version"], here["version"],
+                )  # fmt: skip
 
 
 def set_foreign_settings_aside(run: Path) -> None:

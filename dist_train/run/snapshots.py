@@ -27,7 +27,7 @@ from dist_train.config import Config
 from dist_train.errors import FileError, RunError
 from dist_train.files import open_plain, parse_object, reason_of, write_whole
 from dist_train.run.folder import SNAPSHOT, SNAPSHOTS
-from dist_train.run.model import model_metadata
+from dist_train.run.model import metadata_differences, model_metadata
 from dist_train.system.advice import blame_machine
 
 log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def check_facts(
     differing = {
         name: [
             f"{name}{part}: {there!r} in the file, {here!r} in the run"
-            for part, there, here in _differences(facts[name], expected[name])
+            for part, there, here in _differences(name, facts[name], expected[name])
         ]
         for name in ("step", "model", "clip", "store", "data")
         if name in facts
@@ -196,7 +196,10 @@ def _step_of(path: Path, facts: Mapping[str, Any]) -> Any:
     return named.get(path, facts.get("step"))
 
 
-def _differences(there: Any, here: Any) -> list[tuple[str, Any, Any]]:
+def _differences(name: str, there: Any, here: Any) -> list[tuple[str, Any, Any]]:
+    if name == "model":
+        apart = metadata_differences(there, here)
+        return [(f".{part}" if part else "", was, now) for part, was, now in apart]
     if not (isinstance(there, dict) and isinstance(here, dict)):
         return [] if there == here else [("", there, here)]
     names = sorted(there.keys() | here.keys())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dist_train.distributed.backends.base import Backend
 from dist_train.training.forward_backward import MicroStep, Outputs
+from dist_train.training.losses import LOSSES, Loss
 
 #: So often a shape is run before it is recorded: libraries choose their kernels then, and loops are
 #: compiled.
@@ -25,12 +26,14 @@ UNRECORDED = 2
 MOST = 256
 
 
-def make_micro_step(backend: Backend, *, device_knows_frames: bool) -> MicroStep:
+def make_micro_step(
+    backend: Backend, loss: Loss = LOSSES["bce"], *, device_knows_frames: bool
+) -> MicroStep:
     """As the backend's settings say. For the arguments see ``GraphedMicroStep``."""
     if not backend.settings.graphs:
-        return MicroStep(backend)
+        return MicroStep(backend, loss)
     recorder = Recorder(backend.device)
-    return GraphedMicroStep(backend, recorder, device_knows_frames=device_knows_frames)
+    return GraphedMicroStep(backend, recorder, loss, device_knows_frames=device_knows_frames)
 
 
 class Recorder:
@@ -87,8 +90,15 @@ class GraphedMicroStep(MicroStep):
             padded batches are not recorded.
     """
 
-    def __init__(self, backend: Backend, recorder: Recorder, *, device_knows_frames: bool) -> None:
-        super().__init__(backend)
+    def __init__(
+        self,
+        backend: Backend,
+        recorder: Recorder,
+        loss: Loss = LOSSES["bce"],
+        *,
+        device_knows_frames: bool,
+    ) -> None:
+        super().__init__(backend, loss)
         self._recorder, self._device_knows_frames = recorder, device_knows_frames
         self._weight = torch.zeros((), device=backend.device)
         self._room = torch.empty(0, device=backend.device)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.distributed.backends.base import Backend
+from dist_train.errors import ModelError
+from dist_train.training.losses import LOSSES, Loss
 
 #: Logits [B] and the mean loss of a micro-batch, without what the backward pass needed.
 Outputs = tuple[Tensor, Tensor]
@@ -20,13 +21,19 @@ class MicroStep:
         between: called between the passes.
     """
 
-    def __init__(self, backend: Backend, *, between: Callable[[], None] = lambda: None) -> None:
-        self._backend, self._between = backend, between
+    def __init__(
+        self,
+        backend: Backend,
+        loss: Loss = LOSSES["bce"],
+        *,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._backend, self._loss, self._between = backend, loss, between
 
     def __call__(
         self, x: Tensor, frames: Tensor | None, labels: Tensor, weight: float | Tensor
     ) -> Outputs:
-        """Run both passes, by binary cross-entropy.
+        """Run both passes.
 
         Args:
             x: float32 [B, 1, D, H, W] on the device.
@@ -35,10 +42,16 @@ class MicroStep:
             weight: of the micro-batch's mean loss in that of its step.
         """
         logits = self._backend.model(x, frames)
-        loss = binary_cross_entropy_with_logits(logits.float(), labels)
+        if logits.shape != labels.shape:
+            raise ModelError(
+                f"the model gives {list(logits.shape)} for {len(labels)} clips",
+                where="model.name",
+                fix="Give one logit a clip, [B].",
+            )
+        loss = self._loss(logits.float(), labels)
         self._between()
         self._backend.backward(loss * weight)
         return logits.detach(), loss.detach()
 
     def forget(self) -> None:
-        """Keep nothing that hangs on how the model was set, or takes memory."""
+        """Keep nothing that depends on how the model was set, or takes memory."""

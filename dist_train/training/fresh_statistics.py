@@ -13,6 +13,7 @@ from dist_train.data.loading.loader import Loader
 from dist_train.data.loading.sampler import PlanSampler
 from dist_train.data.plan.plan import Plan
 from dist_train.distributed.backends.base import autocast
+from dist_train.models.norm import norms
 from dist_train.models.norm_statistics import precise_statistics
 from dist_train.models.sync_norm import AllReduce
 from dist_train.run.data import RunData
@@ -39,6 +40,9 @@ def take_statistics(
         all_reduce: as ``precise_statistics``.
         beat: called after each batch.
     """
+    if not any(True for _ in norms(model)):
+        # A model from outside may normalise in another way.
+        return
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         autocast(config.train.precision, device),

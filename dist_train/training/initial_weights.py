@@ -15,7 +15,7 @@ from dist_train.config import Config
 from dist_train.errors import ConfigError, RunError
 from dist_train.files import reason_of
 from dist_train.run.folder import CHECKPOINTS, SNAPSHOT, SNAPSHOTS
-from dist_train.run.model import make_model, model_metadata
+from dist_train.run.model import make_model, metadata_differences, model_metadata
 from dist_train.run.snapshots import load_snapshot
 from dist_train.training.run_state import judged_weights
 
@@ -102,11 +102,10 @@ def _read(path: Path, names: list[str]) -> tuple[dict[str, Tensor], dict[str, An
     return weights, model, step
 
 
-def _check_facts(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def _check_facts(path: Path, there: Mapping[str, Any], here: dict[str, Any]) -> None:
     apart = [
-        f"model.{name} is {there.get(name)} there and {here.get(name)} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
+        f"model.{name} is {was} there and {now} here"
+        for name, was, now in metadata_differences(there, here)
     ]
     if apart:
         raise _refused(

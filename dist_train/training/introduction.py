@@ -22,15 +22,15 @@ def visits_of(config: Config, plan: Plan) -> int:
     if config.plan.max_voxels is None:
         return steps * plan.batch
     # The blocks of all epochs, however many of them a step takes.
-    p, q = plan.ratio
-    return config.train.epochs * len(plan.positives) * (p + q) // p
+    positives = config.train.epochs * len(plan.positives)
+    return positives + plan.ratio.negatives_of(positives)
 
 
 def opening(config: Config, backend: Backend, data: RunData, plan: Plan, done: int) -> list[str]:
     """Lines about the run that begins, or goes on after ``done`` steps."""
     train, steps = config.train, plan.first_step(config.train.epochs)
-    visits, (p, q) = visits_of(config, plan), plan.ratio
-    of_a_positive = visits * p / (p + q) / len(plan.positives)
+    visits = visits_of(config, plan)
+    of_a_positive = visits * plan.ratio.positive_rate / len(plan.positives)
     trained = sum(backend.numels[name] for name, _ in backend.trained())
     return [
         f"{config.model.name}, {trained:,} parameters, on {backend.world} x {backend.device.type}, "

@@ -29,10 +29,9 @@ from dist_train.files import MIB, parse_object, read_plain, reason_of, write_who
 from dist_train.models.activation_budget import Choice, choose_plan, in_units, measure_parts
 from dist_train.models.largest_tensor import INDEXED_BY_32_BITS, largest_tensor
 from dist_train.models.norm import share_statistics
-from dist_train.models.registry import build_model
 from dist_train.models.resnet3d import PARTS, ResNet3D
 from dist_train.run.data import RunData
-from dist_train.run.model import as_input, make_model
+from dist_train.run.model import as_input, configured_model, make_model
 from dist_train.system.advice import first_line
 
 log = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ def cuts(plan: Plan, world: int, accumulate: int) -> list[int]:
         PlanError: ``accumulate`` itself does not cut it so.
     """
     plan.check_cut(world, accumulate)
-    groups = plan.batch // sum(plan.ratio) // world
+    groups = plan.batch // plan.ratio.group // world
     found = [accumulate]
     for more in range(2 * accumulate, groups + 1):
         if groups % more == 0 and more >= 2 * found[-1]:
@@ -112,8 +111,7 @@ def _elements_of_a_clip(config: Config, frames: int) -> int:
 
 def _plain_model(config: Config) -> nn.Module:
     """Without compiled loops, which can run on real data alone."""
-    settings = config.model.model_dump(exclude={"name", "init", "activation_memory"})
-    return build_model(config.model.name, **settings)
+    return configured_model(config.model)
 
 
 class MicroBatches:
@@ -194,15 +192,16 @@ class MicroBatches:
     def _next(self, reason: str) -> int:
         if not self._is_smallest():
             return cuts(self.plan, self.backend.world, self.accumulate)[1]
-        p, q = self.plan.ratio
+        ratio = self.plan.ratio
         fix = "Set model.recompute or model.activation_memory, or lower clip.max_frames."
         if NO_ENGINE in reason:
             # Perhaps it never was memory; then a note of ever smaller sizes would be wrong.
             self.note.drop()
             fix += " If memory was left, cuDNN has no kernel for this: install another torch."
         raise RunError(
-            f"memory does not suffice for a micro-batch of {p} positives to {q} negatives of "
-            f"up to {self.frames} frames, and it cannot be halved ({reason})",
+            f"memory does not suffice for a micro-batch of {ratio.positives} positives to "
+            f"{ratio.negatives} negatives of up to {self.frames} frames, and it cannot be halved "
+            f"({reason})",
             where=self.config.out,
             fix=fix,
         )

@@ -26,6 +26,7 @@ from dist_train.data.plan.plan import Plan
 from dist_train.distributed.backends.base import Backend
 from dist_train.distributed.collectives import OfSomeRankError, on_main, run_on_all_ranks
 from dist_train.errors import CheckpointError
+from dist_train.run.model import metadata_differences
 from dist_train.training.ema import Ema, averaged
 
 log = logging.getLogger(__name__)
@@ -260,13 +261,11 @@ class RunState:
             ) from None
 
     def _check_same(self, path: Path, facts: dict[str, Any], plan: Plan) -> None:
-        if facts["model"] != self.model:
-            names = sorted(self.model.keys() | facts["model"].keys())
-            changed = [
-                f"model.{name} is {facts['model'].get(name)} there and {self.model.get(name)} here"
-                for name in names
-                if facts["model"].get(name) != self.model.get(name)
-            ]
+        changed = [
+            f"model.{name} is {was} there and {now} here"
+            for name, was, now in metadata_differences(facts["model"], self.model)
+        ]
+        if changed:
             raise CheckpointError(
                 f"this is a checkpoint of another model ({'; '.join(changed)})",
                 where=path,

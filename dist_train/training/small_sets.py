@@ -24,7 +24,7 @@ def with_batch_that_fits(data: RunData, *, world: int, tell: bool) -> RunData:
     plan, accumulate = data.config.plan, data.config.train.accumulate
     if "batch" in plan.model_fields_set:
         return data
-    group = sum(plan.ratio) * world * accumulate
+    group = plan.ratio.group * world * accumulate
     first: PlanError | None = None
     for batch in range(plan.batch, 0, -1):
         if first is not None and batch % group:

@@ -22,6 +22,7 @@ from dist_train.errors import RunError
 from dist_train.run.model import as_input
 from dist_train.system.advice import first_line
 from dist_train.training.cuda_graphs import make_micro_step
+from dist_train.training.losses import make_loss
 from dist_train.training.micro_batch import Buffers, MicroBatches
 from dist_train.training.optimizer import Schedule
 from dist_train.training.validation import EpochPredictions, Values
@@ -63,7 +64,9 @@ class OptimizerStep:
         self._config, self._backend, self._plan = config, backend, plan
         self._schedule, self._micro, self._config_at = schedule, micro, config_at
         self._predictions = predictions
-        self._forward_backward = make_micro_step(backend, device_knows_frames=config.norm.fused)
+        self._forward_backward = make_micro_step(
+            backend, make_loss(config.loss, backend.device), device_knows_frames=config.norm.fused
+        )
         self._buffers = Buffers(backend.module)
         self._stragglers = StragglerDetector(backend, config.train.straggler_ratio)
 

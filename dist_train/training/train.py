@@ -32,10 +32,12 @@ from dist_train.run.folder import (
 )
 from dist_train.run.record import (
     begin_session,
+    code_from_outside,
     completed_checkpoint,
     read_record,
     read_settings,
     set_foreign_settings_aside,
+    warn_of_other_code,
 )
 from dist_train.run.seen_before import held_out_seen, held_out_seen_by_init
 from dist_train.run.snapshots import set_snapshots_aside
@@ -175,17 +177,22 @@ def _begin_with_given_weights(trainer: Trainer) -> Source:
 def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | None) -> None:
     """On rank 0."""
     config, backend, data = trainer.config, trainer.backend, trainer.data
+    if resumed_from is not None:
+        with suppress(RunError):
+            warn_of_other_code(config.out, config, read_record(config.out))
     changed = _changed_settings(config) if os.path.lexists(config.out / CONFIG) else []
     seen = _held_out_seen(trainer, resumed_from, init)
     set_snapshots_aside(config.out, after=trainer.done)
     trainer.micro.write_note()
-    p, q = config.plan.ratio
     begin_session(
         config.out,
         {
             "model": config.model.name,
             "parameters": sum(backend.numels[name] for name, _ in backend.trained()),
-            "positive_rate": {"train_batches": p / (p + q), "natural": data.natural_rate()},
+            "positive_rate": {
+                "train_batches": config.plan.ratio.positive_rate,
+                "natural": data.natural_rate(),
+            },
             "steps": trainer.steps,
             "checkpointed": resumed_from is not None,
             "settings": config.model_dump(mode="json"),
@@ -200,7 +207,8 @@ def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | Non
             "device": str(backend.device),
             "micro_batch": trainer.micro.facts(),
         }
-        | ({"changed": changed} if changed else {}),
+        | ({"changed": changed} if changed else {})
+        | ({"code_from_outside": code} if (code := code_from_outside(config)) else {}),
     )
     # Last: after a kill before this line, the next session finds the changes again.
     set_foreign_settings_aside(config.out)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from scipy.special import expit
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.config import Config
 from dist_train.data.loading.collate import Batch
@@ -26,6 +25,7 @@ from dist_train.run.snapshots import save_snapshot, snapshot_facts
 from dist_train.training.batches import Batches
 from dist_train.training.ema import Ema
 from dist_train.training.fresh_statistics import take_statistics
+from dist_train.training.losses import make_loss
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class Validator:
         self._backend, self._ema, self._beat = backend, ema, beat
         self.statistics: dict[str, Tensor] = {}
         self._told = False
+        self._loss = make_loss(config.loss)
 
     @contextmanager
     def judged_weights(self, done: int) -> Iterator[None]:
@@ -95,7 +96,7 @@ class Validator:
         clips, places = np.unique(clips, return_index=True)
         logits = logits[places]
         labels = self._data.store.table["label"].to_numpy(np.float32)[clips]
-        loss = binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(labels))
+        loss = self._loss(torch.from_numpy(logits), torch.from_numpy(labels))
         metrics = binary_metrics(expit(logits), labels)
         return {"val/loss": float(loss)} | {f"val/{k}": v for k, v in metrics.items()}
 
@@ -106,7 +107,7 @@ class Validator:
         with self._backend.autocast():
             both = by_running_and_own_statistics(self._backend.module, volumes, batch.frames)
         running, own = self._backend.sums(
-            [float(binary_cross_entropy_with_logits(y.float(), batch.labels)) for y in both]
+            [float(self._loss(y.float().cpu(), batch.labels.cpu())) for y in both]
         )
         gap = (running - own) / self._backend.world
         if gap > LARGEST_GAP and not self._told and self._backend.is_main:

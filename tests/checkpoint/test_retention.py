@@ -11,13 +11,15 @@ from dist_train.checkpoint.retention import RetentionPolicy, to_remove
 
 values = st.none() | st.floats(allow_nan=True)
 saved = st.dictionaries(
-    st.integers(0, 60), st.dictionaries(st.sampled_from(["mcc", "loss"]), values), min_size=1
+    st.integers(0, 60),
+    st.dictionaries(st.sampled_from(["val/mcc@0.5", "val/loss"]), values),
+    min_size=1,
 )
 rules = st.builds(
     RetentionPolicy,
     last=st.integers(1, 5),
     every=st.none() | st.integers(1, 10),
-    best=st.sampled_from([None, "mcc", "loss", "unknown"]),
+    best=st.sampled_from([None, "val/mcc@0.5", "val/loss", "val/auc"]),
 )
 
 
@@ -47,15 +49,15 @@ def best(
         value = saved[step].get(keep.best or "")
         if step > newest or value is None or math.isnan(value):
             continue
-        better = value <= found_value if keep.best == "loss" else value >= found_value
+        better = value <= found_value if keep.best == "val/loss" else value >= found_value
         if found is None or better:
             found, found_value = step, value
     return found
 
 
 def test_a_loss_is_best_when_low_and_a_score_when_high() -> None:
-    steps = {1: {"val/loss": 0.1, "val/mcc": 0.9}, 2: {"val/loss": 0.5, "val/mcc": 0.1}, 3: {}}
+    steps = {1: {"val/loss": 0.1, "val/auc": 0.9}, 2: {"val/loss": 0.5, "val/auc": 0.1}, 3: {}}
     assert to_remove(steps, 3, RetentionPolicy(1, best="val/loss")) == [2]
-    assert to_remove(steps, 3, RetentionPolicy(1, best="val/mcc")) == [2]
+    assert to_remove(steps, 3, RetentionPolicy(1, best="val/auc")) == [2]
     worse = {1: {"val/loss": 0.9}, 2: {"val/loss": 0.2}, 3: {"val/loss": None}}
     assert to_remove(worse, 3, RetentionPolicy(1, best="val/loss")) == [1]

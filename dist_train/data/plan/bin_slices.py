@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dist_train.class_ratio import ClassRatio
 from dist_train.data.plan.depth_bins import BinQuotas
 from dist_train.data.plan.epochs import Epochs
 from dist_train.data.plan.shuffle import Ints
@@ -45,7 +46,7 @@ class BinSlices:
 
 
 def epoch_slices(
-    epoch: int, epochs: Epochs, quotas: BinQuotas, visits: Ints, split: int, ratio: tuple[int, int]
+    epoch: int, epochs: Epochs, quotas: BinQuotas, visits: Ints, split: int, ratio: ClassRatio
 ) -> BinSlices:
     """The slices of an epoch.
 
@@ -53,14 +54,13 @@ def epoch_slices(
         visits: the runs of the epoch, numbered from the shallow end, in order of time: int64
             [runs].
         split: number of runs on the shallow side of the tail and the head.
-        ratio: p positives to q negatives.
+        ratio: positives to negatives.
     """
-    p, q = ratio
-    block = epochs.per_block // p * q
+    block = ratio.negatives_of(epochs.per_block)
     # The tail takes its share of the block's negatives, rounded down; the head takes the rest.
-    tail = epochs.tail(epoch) * q // p
+    tail = ratio.negatives_of(epochs.tail(epoch))
     before = epochs.tail(epoch - 1) if epoch else 0
-    head = block - before * q // p if before else 0
+    head = block - ratio.negatives_of(before) if before else 0
     runs = np.diff(epochs.edges(epoch)) * block
     time_of_run = np.empty(len(visits), np.int64)
     time_of_run[visits] = np.arange(1, len(visits) + 1)

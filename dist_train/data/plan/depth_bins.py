@@ -7,6 +7,7 @@ from math import gcd
 
 import numpy as np
 
+from dist_train.class_ratio import ClassRatio
 from dist_train.data.plan.depth_order import ByDepth
 from dist_train.data.plan.shuffle import Ints
 from dist_train.errors import PlanError
@@ -20,14 +21,14 @@ class Demand:
     """The negatives that steps need.
 
     Attributes:
-        ratio: p positives to q negatives.
+        ratio: positives to negatives.
         block: negatives in a block.
         run: the most negatives in a run of blocks.
         straddling: whether a block can span the end of a pass over the positives, and so take the
             quotas of two epochs from a bin.
     """
 
-    ratio: tuple[int, int]
+    ratio: ClassRatio
     block: int
     run: int
     straddling: bool
@@ -77,10 +78,9 @@ def depth_bins(
     Raises:
         PlanError: even one bin of all negatives is too small.
     """
-    p, q = demand.ratio
     depths = np.union1d(positives.depths, negatives.depths)
     clips = _below(negatives.starts, negatives.depths, depths)
-    cycle, total = p * RESOLUTION, len(positives) * RESOLUTION
+    cycle, total = demand.ratio.positives * RESOLUTION, len(positives) * RESOLUTION
     if natural is None:
         asked = RESOLUTION * _below(positives.starts, positives.depths, depths)
         # The small quotas of 1 go to the shallowest depth below, and to the shallowest depth above
@@ -91,7 +91,7 @@ def depth_bins(
     else:
         summed = _below(np.append(0, np.cumsum(natural)), negatives.depths, depths)
         asked = np.rint(summed / max(summed[-1], 1) * total).astype(np.int64)
-    asked *= q
+    asked *= demand.ratio.negatives
 
     def enough(first: int, last: int) -> bool:
         quota = int(asked[last] - asked[first])

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dist_train.class_ratio import ClassRatio
 from dist_train.data.plan.bin_slices import BinSlices, epoch_slices
 from dist_train.data.plan.depth_bins import Demand, DepthBins, depth_bins
 from dist_train.data.plan.depth_order import ByDepth, by_depth, depth_order
@@ -41,7 +42,7 @@ VERSION = 2
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The global batches of a run, of exactly ``ratio`` = (p, q) positives to negatives.
+    """The global batches of a run, of exactly ``ratio`` = p:q positives to negatives.
 
     An epoch is one pass over the positives. Epoch e begins at the first step that begins with a
     clip of pass e. If a pass does not fill its last step, the next pass completes it, so epochs can
@@ -66,7 +67,7 @@ class Plan:
         return self.rules.batch
 
     @property
-    def ratio(self) -> tuple[int, int]:
+    def ratio(self) -> ClassRatio:
         return self.rules.ratio
 
     @property
@@ -130,12 +131,12 @@ class Plan:
 
     def check_cut(self, world: int, accumulate: int) -> None:
         """Raise ``PlanError`` unless each micro-batch of each rank can hold whole groups."""
-        group = sum(self.ratio)
+        group = self.ratio.group
         if self.batch % (world * accumulate * group):
             raise PlanError(
                 f"plan.batch {self.batch} cannot be cut into {world} processes x {accumulate} "
-                f"accumulation steps with {self.ratio[0]} positive to {self.ratio[1]} negatives "
-                f"in each",
+                f"accumulation steps with {self.ratio.positives} positive to "
+                f"{self.ratio.negatives} negatives in each",
                 fix=f"Use a multiple of {world * accumulate * group}.",
             )
 
@@ -186,7 +187,7 @@ class Plan:
             positives = self.order.blocks(epoch, *blocks)
             negatives = self.streams.take(*_slices(self, epoch).of(piece))
 
-        groups = len(positives) // self.ratio[0]
+        groups = len(positives) // self.ratio.positives
         turn = below(subkey(root_key(self.rules.seed, "turns"), step), groups)
         ascending = np.arange(groups)
         ring = np.roll(np.concatenate([ascending[::2], ascending[1::2][::-1]]), turn)
@@ -266,7 +267,7 @@ def make_plan(
             repetition; a clip is in both classes; or the shapes or values of numbers, depths,
             weights or groups are wrong.
     """
-    rules = PlanRules(batch, ratio, seed, matching, max_voxels, frame_voxels)
+    rules = PlanRules(batch, ClassRatio(*ratio), seed, matching, max_voxels, frame_voxels)
     check_rules(rules, len(positives))
     both = np.intersect1d(positives, negatives)
     if len(both):
@@ -303,9 +304,8 @@ def plan_of(
         check_weights(weights, len(negatives))
         if len(weights) and weights.min() == 0:
             raise PlanError("a weight of a negative is 0", fix="Leave the clip out.")
-    p, q = rules.ratio
-    groups = rules.batch // (p + q)
-    epochs, block = Epochs(len(positives), groups * p), groups * q
+    per_block = rules.batch // rules.ratio.group * rules.ratio.positives
+    epochs, block = Epochs(len(positives), per_block), rules.ratio.negatives_of(per_block)
     longest = 1 if rules.max_voxels is None else longest_run(positives, negatives, rules)
     demand = Demand(rules.ratio, block, longest * block, straddling=epochs.period > 1)
     natural = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Literal, get_args
 
+from dist_train.class_ratio import ClassRatio
 from dist_train.errors import PlanError
 
 #: Depths of the negatives. "matched": like those of the positives. "natural": as in the data.
@@ -18,7 +19,7 @@ class PlanRules:
 
     Attributes:
         batch: clips of a block.
-        ratio: p positives to q negatives.
+        ratio: positives to negatives.
         seed: seed of the order.
         matching: see ``Matching``.
         max_voxels: the most voxels of a step: clips x greatest depth x ``frame_voxels``. A step
@@ -27,7 +28,7 @@ class PlanRules:
     """
 
     batch: int
-    ratio: tuple[int, int]
+    ratio: ClassRatio
     seed: int
     matching: Matching = "matched"
     max_voxels: int | None = None
@@ -36,12 +37,13 @@ class PlanRules:
 
 def check_rules(rules: PlanRules, positives: int) -> None:
     """Raise ``PlanError`` if the rules contradict each other or need more positives."""
-    p, q = rules.ratio
-    groups, rest = divmod(rules.batch, p + q)
+    ratio = rules.ratio
+    groups, rest = divmod(rules.batch, ratio.group)
     if rest or groups < 1:
         raise PlanError(
-            f"plan.batch {rules.batch} cannot hold {p} positive to {q} negatives",
-            fix=f"Use a multiple of {p + q}.",
+            f"plan.batch {rules.batch} cannot hold {ratio.positives} positive to "
+            f"{ratio.negatives} negatives",
+            fix=f"Use a multiple of {ratio.group}.",
         )
     if rules.matching not in get_args(Matching):
         raise PlanError(
@@ -52,7 +54,7 @@ def check_rules(rules: PlanRules, positives: int) -> None:
     if rules.frame_voxels < 1 or (rules.max_voxels is not None and rules.max_voxels < 1):
         raise PlanError("a voxel budget must be at least 1", where="plan.max_voxels")
     # A pass must be longer than a block and its longest tail: see positives.py.
-    per_block = groups * p
+    per_block = groups * ratio.positives
     needed = 2 * per_block - gcd(positives, per_block)
     if positives < needed:
         raise PlanError(

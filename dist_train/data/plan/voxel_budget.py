@@ -19,7 +19,7 @@ def longest_run(positives: ByDepth, negatives: ByDepth, rules: PlanRules) -> int
     shallowest = min(depths[0] for depths in (positives.depths, negatives.depths) if len(depths))
     assert rules.max_voxels is not None
     room = rules.max_voxels // (rules.batch * int(shallowest) * rules.frame_voxels)
-    block = rules.batch // sum(rules.ratio) * rules.ratio[1]
+    block = rules.batch // rules.ratio.group * rules.ratio.negatives
     return max(1, min(room, (len(negatives) // 2 + 1) // block))
 
 
@@ -40,12 +40,11 @@ def run_edges(
     Args:
         longest: the most blocks of a run (``longest_run``).
     """
-    p, q = rules.ratio
     epochs = order.epochs
     number = np.arange(1, blocks + 1)
     before = np.where(number > order.split, epochs.count - blocks * epochs.per_block, 0)
     last = np.minimum(number * epochs.per_block + before + order.window - 2, epochs.count - 1)
-    slots = (number * epochs.per_block + before) * q // p
+    slots = rules.ratio.negatives_of(number * epochs.per_block + before)
     first_slots = bins.quotas.ends // bins.quotas.cycle
     bin_ = np.searchsorted(first_slots[:-1], slots, side="right") - 1
     deepest = np.maximum(order.clips.depth_at(last), negatives.depth_at(bins.starts[bin_ + 1] - 1))

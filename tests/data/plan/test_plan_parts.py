@@ -12,6 +12,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from dist_train.class_ratio import ClassRatio
 from dist_train.data.plan.bin_slices import epoch_slices
 from dist_train.data.plan.depth_bins import RESOLUTION, BinQuotas, Demand, depth_bins, least_clips
 from dist_train.data.plan.depth_order import by_depth
@@ -123,7 +124,7 @@ def test_bins_cover_all_negatives_and_have_enough(
 ) -> None:
     positives = by_depth(np.arange(len(positive)), np.array(positive), "positives")
     negatives = by_depth(np.arange(len(negative)), np.array(negative), "negatives")
-    demand = Demand(ratio, block=5, run=5, straddling=straddling)
+    demand = Demand(ClassRatio(*ratio), block=5, run=5, straddling=straddling)
     bins = depth_bins(positives, negatives, demand, np.diff(negatives.starts) if own else None)
     assert (bins.starts[0], bins.starts[-1]) == (0, len(negatives))
     assert (np.diff(bins.starts) >= [least_clips(int(most)) for most in bins.most]).all()
@@ -149,7 +150,7 @@ def test_a_depth_with_enough_negatives_is_a_bin_of_its_own() -> None:
     positives = by_depth(np.arange(60), np.repeat([50, 51, 90], 20), "positives")
     depths = np.repeat([20, 50, 51, 70, 90, 300], [5, 500, 500, 500, 300, 7])
     negatives = by_depth(np.arange(len(depths)), depths, "negatives")
-    bins = depth_bins(positives, negatives, Demand((1, 3), 48, 48, straddling=True), None)
+    bins = depth_bins(positives, negatives, Demand(ClassRatio(1, 3), 48, 48, straddling=True), None)
     edges = [
         negatives.depth_at(np.array([first, last - 1])).tolist()
         for first, last in pairwise(bins.starts)
@@ -278,7 +279,7 @@ def test_pieces_take_their_number_and_each_place_of_a_stream_once(
     for epoch in range(5):
         blocks = epochs.whole_blocks(epoch)
         visits = np.random.default_rng(epoch).permutation(blocks)
-        slices = epoch_slices(epoch, epochs, quotas, visits, blocks // 2, ratio)
+        slices = epoch_slices(epoch, epochs, quotas, visits, blocks // 2, ClassRatio(p, q))
         for piece in range(blocks + 2):
             bins, positions, number = slices.of(piece)
             assert (number > 0).all()
