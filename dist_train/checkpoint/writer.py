@@ -250,19 +250,21 @@ class HostBuffers:
     _held: dict[str, tuple[object, Tensor]] = field(default_factory=dict)
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors of any device and memory format.
+        """Copy tensors of any device, each in its own memory format.
 
         Returns:
-            Contiguous host tensors by the same names, valid until the next call. From CUDA they are
-            in pinned memory; the call waits for the device once, after the last copy.
+            Host tensors by the same names, good until the next call. From CUDA they are in pinned
+            memory, and all there: it waits for the device once, after the last of them.
         """
         before, self._held = self._held, {}
         devices = set()
         for name, tensor in tensors.items():
-            form = (tensor.shape, tensor.dtype, tensor.is_cuda)
+            form = (tensor.shape, tensor.stride(), tensor.dtype, tensor.is_cuda)
             held_form, buffer = before.pop(name, (None, tensor))
             if held_form != form:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                buffer = torch.empty_like(
+                    tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False
+                )
             self._held[name] = form, buffer
             buffer.copy_(tensor.detach(), non_blocking=True)
             if tensor.is_cuda:
