@@ -10,11 +10,8 @@ figures.
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
 import multiprocessing
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
+from measuring import finish, memory, options, say
 from rich.table import Table
 
 from dist_train.data.plan.cache import sorted_classes
@@ -43,21 +40,17 @@ STEPS = 200
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, "leave the 10^8 clips out")
     parser.add_argument(
         "--depths",
         type=Path,
         required=True,
         help="CSV of clips by num_frames, with the columns all and micro_stalled",
     )
-    parser.add_argument("--quick", action="store_true", help="leave the 10^8 clips out")
-    parser.add_argument("--json", type=Path, help="write the figures there, under 'summary'")
     arguments = parser.parse_args()
     clips = read_clips(arguments.depths)
     result = measure(clips, quick=arguments.quick)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    Console().print(as_table(result))
+    finish(arguments.json, result, as_table(result))
 
 
 def measure(clips: Clips, *, quick: bool) -> dict[str, Any]:
@@ -77,10 +70,6 @@ def measure(clips: Clips, *, quick: bool) -> dict[str, Any]:
         "means_of": {"epochs_by_ranks": EPOCHS, "seeds": SEEDS},
         "versions": {"numpy": np.__version__},
     }
-
-
-def say(what: str) -> None:
-    print(f"== {what}", file=sys.stderr, flush=True)
 
 
 # --- the clips ------------------------------------------------------------------------------------
@@ -213,7 +202,7 @@ def read_columns(folder: Path) -> tuple[Ints, Ints]:
 def build(folder: Path) -> dict[str, float]:
     began = time.perf_counter()
     sorted_classes(folder / "cache", "bench", lambda: read_columns(folder))
-    return {"build_s_1e8": time.perf_counter() - began, "rss_mb": peak_rss_mb()}
+    return {"build_s_1e8": time.perf_counter() - began, "rss_mb": memory("VmHWM") / 1e6}
 
 
 def take_steps(folder: Path) -> dict[str, float]:
@@ -232,7 +221,7 @@ def take_steps(folder: Path) -> dict[str, float]:
     for name, step in (("1", 1), ("1e6", FAR_STEP)):
         resumed = [milliseconds(open_plan(folder), step) for _ in range(5)]
         found[f"resume_ms_step_{name}"] = float(np.median(resumed))
-    return {**found, "rss_mb": peak_rss_mb()}
+    return {**found, "rss_mb": memory("VmHWM") / 1e6}
 
 
 def open_plan(folder: Path) -> Plan:
@@ -240,12 +229,6 @@ def open_plan(folder: Path) -> Plan:
     plan = plan_of(positives, negatives, PlanRules(RANKS * RANK_BATCH, RATIO, seed=0))
     assert len(plan.fingerprint) == 16
     return plan
-
-
-def peak_rss_mb() -> float:
-    """Of this process since it began, in 10^6 bytes; pages of mapped files are in it."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
 # --- the table ------------------------------------------------------------------------------------
