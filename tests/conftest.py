@@ -52,6 +52,27 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny store of most tests that train; not to be changed. Copy it to change it."""
+    # It imports the product, which many tests do not need.
+    from helpers import tiny_store
+
+    return tiny_store(tmp_path_factory.mktemp("tiny") / "store")
+
+
+@pytest.fixture(scope="session")
+def trained(store: Path) -> Path:
+    """A run of one epoch on ``store`` with one snapshot; not to be changed."""
+    from helpers import tiny_config
+
+    from dist_train.training.train import train
+
+    out = store.parent / "trained"
+    train(tiny_config(store, out, "train.epochs=1", "snapshots.at=[1]"))
+    return out
+
+
 #: Files of a single long test or so. They come first, so that two workers end at the same time.
 LONGEST = ("test_gpu.py", "test_same_numbers.py", "test_fused_norm.py", "test_prepare_kills.py")
 
@@ -75,7 +96,6 @@ def little_room() -> Iterator[LittleRoom]:
 
 @pytest.fixture(scope="session")
 def launcher() -> Iterator[Launcher]:
-    # It imports the product, which many tests do not need.
     from launcher import Launcher
 
     with Launcher() as launcher:

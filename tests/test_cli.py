@@ -11,24 +11,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from helpers import dist_train, fails, overrides, run, said, tiny_config, tiny_npz, tiny_store
+from helpers import dist_train, fails, overrides, run, said, tiny_npz
 
 from dist_train import cli
 from dist_train.data.store.reader import Store
 from dist_train.errors import StoreError
-from dist_train.training.train import train
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("cli") / "store")
-
-
-@pytest.fixture(scope="module")
-def trained(store: Path) -> Path:
-    out = store.parent / "run"
-    train(tiny_config(store, out, "train.epochs=1", "snapshots.at=[1]"))
-    return out
 
 
 def video(path: Path, *, outlined: bool = True) -> Path:

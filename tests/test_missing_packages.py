@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, dist_train, environment, metrics_of, overrides, run, tiny_store
+from helpers import ROOT, dist_train, environment, metrics_of, overrides, run
 
 # Read by Python before anything else: neither the modules nor their versions can be found.
 HIDE = """
@@ -36,11 +36,6 @@ sys.meta_path[:] = [Finder if finder is PathFinder else finder for finder in sys
 """
 # All that a training may have to do without.
 OPTIONAL = "deepspeed,transformers,tensorboard,av,tifffile,imagecodecs,webdataset,fsspec,ray,onnx"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("missing") / "store")
 
 
 @pytest.fixture

@@ -9,11 +9,8 @@ the figures.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +21,7 @@ import albumentations as A
 import cv2
 import numpy as np
 import torch
-from rich.console import Console
+from measuring import finish, options, say, synchronize
 from rich.table import Table
 
 from dist_train.config import AugmentSettings
@@ -67,10 +64,8 @@ Apply = Callable[[Volume, int], Volume]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, "one round, two rows, few draws")
     parser.add_argument("--rounds", type=int, default=3, help="times that all is timed")
-    parser.add_argument("--quick", action="store_true", help="one round, two rows, few draws")
-    parser.add_argument("--json", type=Path, help="write the figures there, under 'summary'")
     arguments = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
@@ -79,9 +74,7 @@ def main() -> None:
         if arguments.quick
         else measure(arguments.rounds, tuple(ROWS), DRAWS, CLIPS)
     )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    Console().print(as_table(result))
+    finish(arguments.json, result, as_table(result))
 
 
 def measure(rounds: int, names: Sequence[str], draws: int, clips: int) -> dict[str, Any]:
@@ -114,10 +107,6 @@ def measure(rounds: int, names: Sequence[str], draws: int, clips: int) -> dict[s
             "torch": torch.__version__,
         },
     }
-
-
-def say(what: str) -> None:
-    print(f"== {what}", file=sys.stderr, flush=True)
 
 
 def cells(shape: tuple[int, int, int]) -> Volume:
@@ -219,17 +208,12 @@ def device_milliseconds(augment: Augment, rounds: int, count: int) -> float:
     packed = pack(clips, draws).to(DEVICE)
     best = float("inf")
     for _ in range(rounds + 1):
-        wait()
+        synchronize(DEVICE)
         began = time.perf_counter()
         augmented_batch(packed, size)
-        wait()
+        synchronize(DEVICE)
         best = min(best, time.perf_counter() - began)
     return best / count * 1e3
-
-
-def wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 # --- one core of a loader -------------------------------------------------------------------------

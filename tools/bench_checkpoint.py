@@ -11,12 +11,9 @@ benchmarks/checkpoint.md says how to read the figures.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -28,9 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
-from rich.console import Console
+from measuring import finish, memory, options, reset_peak_memory, say
 from rich.table import Table
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
@@ -60,13 +56,11 @@ Figures = dict[str, list[float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, "3 rounds")
     parser.add_argument("--model", default="resnet3d-101", help="default resnet3d-101: 1.02 GB")
     parser.add_argument("--width", type=int, default=64, help="of the model (default 64)")
     parser.add_argument("--rounds", type=int, default=5, help="saves of each kind (default 5)")
-    parser.add_argument("--quick", action="store_true", help="3 rounds")
     parser.add_argument("--folder", type=Path, help="a folder on the disk to write to")
-    parser.add_argument("--json", type=Path, help="write the figures there, under 'summary'")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench_checkpoint.", dir=arguments.folder) as folder:
         result = measure(
@@ -75,9 +69,7 @@ def main() -> None:
             arguments.width,
             rounds=3 if arguments.quick else arguments.rounds,
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    Console().print(as_table(result))
+    finish(arguments.json, result, as_table(result))
 
 
 def measure(folder: Path, model: str, width: int, *, rounds: int) -> dict[str, Any]:
@@ -115,10 +107,6 @@ def measure(folder: Path, model: str, width: int, *, rounds: int) -> dict[str, A
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "accelerate", "safetensors")},
     }
-
-
-def say(what: str) -> None:
-    print(f"== {what}", file=sys.stderr, flush=True)
 
 
 # --- the training ---------------------------------------------------------------------------------
@@ -312,29 +300,15 @@ class FirstSave:
 
 def first_save(training: Training, name: str) -> FirstSave:
     """While no steps are taken."""
-    before = psutil.Process().memory_info().rss
-    told = forget_peak()
+    before = memory("VmRSS")
+    told = reset_peak_memory()
     stall = seconds(lambda: SAVE[name](training))
     complete(training)
     return FirstSave(
         stall,
-        peak_rss() - before if told else None,
-        psutil.Process().memory_info().rss - before,
+        memory("VmHWM") - before if told else None,
+        memory("VmRSS") - before,
     )
-
-
-def forget_peak() -> bool:
-    """Let ``peak_rss`` count from now (Linux: proc(5), clear_refs)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
-def peak_rss() -> int:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 # --- resuming -------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ benchmarks/loader.md says how to read the figures.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -27,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from loader_contenders import CONTENDERS, RATIO, WRITERS, Task
-from rich.console import Console
+from measuring import finish, options, say
 from rich.table import Table
 
 from dist_train.data.raw.clip import PrepareSettings
@@ -59,17 +58,15 @@ PATIENCE = 300
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, "one round, only some clips")
     parser.add_argument("--clips", type=int, default=3072, help="clips to make (default 3072)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (default 3)")
     parser.add_argument("--batches", type=int, default=24, help="of a run (default 24)")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"clips (default {BATCH})")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--quick", action="store_true", help="one round, only some clips")
     parser.add_argument("--no-peers", action="store_true", help="only ours: installs nothing")
     parser.add_argument("--peers-python", type=Path, help="has Streaming and LitData; else it is")
     parser.add_argument("--folder", type=Path, help="keeps the clips; used again if they are there")
-    parser.add_argument("--json", type=Path, help="write the figures there, under 'summary'")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.clips, arguments.rounds = min(arguments.clips, 256), 1
@@ -83,13 +80,7 @@ def main() -> None:
         bench.write(arguments.clips)
         task = Task(arguments.batch, arguments.workers, PREFETCH)
         result = bench.measure(task, arguments.batches, arguments.rounds)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    Console().print(as_table(result))
-
-
-def say(what: str) -> None:
-    print(f"== {what}", file=sys.stderr, flush=True)
+    finish(arguments.json, result, as_table(result))
 
 
 # --- the peers ------------------------------------------------------------------------------------

@@ -9,11 +9,8 @@ many clips in memory and takes steps. benchmarks/plan.md says how to read the fi
 
 from __future__ import annotations
 
-import argparse
 import csv
-import json
 import multiprocessing
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
+from measuring import finish, memory, options, say
 from rich.table import Table
 
 from dist_train.class_ratio import ClassRatio
@@ -42,7 +39,7 @@ STEPS = 200
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, "leave the large set out")
     parser.add_argument(
         "--depths",
         type=Path,
@@ -53,15 +50,12 @@ def main() -> None:
         "--clips",
         type=int,
         default=10**7,
-        help="of the large set: a million or more (75 bytes of memory each); 0: none",
+        help="of the large set, which --quick leaves out: a million or more (75 bytes each)",
     )
-    parser.add_argument("--json", type=Path, help="write the figures there, under 'summary'")
     arguments = parser.parse_args()
     clips = read_clips(arguments.depths)
-    result = measure(clips, large=arguments.clips)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    Console().print(as_table(result))
+    result = measure(clips, large=0 if arguments.quick else arguments.clips)
+    finish(arguments.json, result, as_table(result))
 
 
 def measure(clips: Clips, *, large: int) -> dict[str, Any]:
@@ -80,10 +74,6 @@ def measure(clips: Clips, *, large: int) -> dict[str, Any]:
         "means_of": {"epochs_by_ranks": EPOCHS, "seeds": SEEDS},
         "versions": {"numpy": np.__version__},
     }
-
-
-def say(what: str) -> None:
-    print(f"== {what}", file=sys.stderr, flush=True)
 
 
 # --- the clips ------------------------------------------------------------------------------------
@@ -214,19 +204,13 @@ def at_scale(clips: Clips, count: int) -> dict[str, float]:
     for name, step in (("1", 1), ("1e6", FAR_STEP)):
         resumed = [milliseconds(open_plan(*classes), step) for _ in range(5)]
         found[f"resume_ms_step_{name}"] = float(np.median(resumed))
-    return {**found, "rss_mb": peak_rss_mb()}
+    return {**found, "rss_mb": memory("VmHWM") / 1e6}
 
 
 def open_plan(positives: ByDepth, negatives: ByDepth) -> Plan:
     plan = plan_of(positives, negatives, PlanRules(RANKS * RANK_BATCH, RATIO, seed=0))
     assert len(plan.fingerprint) == 16
     return plan
-
-
-def peak_rss_mb() -> float:
-    """Of this process since it began, in 10^6 bytes."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
 # --- the table ------------------------------------------------------------------------------------

@@ -9,9 +9,7 @@ resident memory of its process tree. benchmarks/prepare.md says how to read the 
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import multiprocessing
 import os
 import pickle
@@ -32,7 +30,7 @@ import cv2
 import lmdb
 import numpy as np
 import psutil
-from rich.console import Console
+from measuring import finish, options, say
 from rich.table import Table
 
 from dist_train.data.raw.clip import PrepareSettings
@@ -61,7 +59,7 @@ Work = Callable[[Path, Path], None]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, "leave the growth of memory out")
     parser.add_argument("--clips", type=int, default=8, help="videos to make (default 8)")
     parser.add_argument(
         "--seconds",
@@ -69,16 +67,12 @@ def main() -> None:
         default=40,
         help="least time for the rounds on one core (default 40)",
     )
-    parser.add_argument("--quick", action="store_true", help="leave the growth of memory out")
-    parser.add_argument("--json", type=Path, help="write the figures there, under 'summary'")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench_prepare.") as folder:
         result = measure(
             Path(folder), arguments.clips, arguments.seconds, growth=not arguments.quick
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    Console().print(as_table(result))
+    finish(arguments.json, result, as_table(result))
 
 
 def measure(folder: Path, clips: int, seconds: float, *, growth: bool) -> dict[str, Any]:
@@ -131,10 +125,6 @@ def measure(folder: Path, clips: int, seconds: float, *, growth: bool) -> dict[s
         },
         "versions": {"av": av.__version__, "cv2": cv2.__version__, "numpy": np.__version__},
     }
-
-
-def say(what: str) -> None:
-    print(f"== {what}", flush=True)
 
 
 # --- the videos -------------------------------------------------------------------------------

@@ -11,17 +11,14 @@ says how to read the figures.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
+from measuring import finish, options, say, synchronize
 from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -36,7 +33,7 @@ MODES: tuple[Recompute, ...] = ("none", "cheap", "block", "stage")
 
 def main() -> None:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, "time 1 x 16 x 64 x 64, for 2 rounds")
     parser.add_argument("--depth", type=int, default=101, help="layers of the ResNet")
     axes = ("CLIPS", "FRAMES", "HEIGHT", "WIDTH")
     parser.add_argument("--shape", type=int, nargs=4, default=(4, 64, 160, 160), metavar=axes)
@@ -49,17 +46,13 @@ def main() -> None:
     )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16" if cuda else "fp32")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--quick", action="store_true", help="time 1 x 16 x 64 x 64, for 2 rounds")
-    parser.add_argument("--json", type=Path, help="write the figures there, under 'summary'")
     arguments = parser.parse_args()
     if arguments.timed is None:
         arguments.timed = arguments.shape if cuda else (1, 64, 160, 160)
     if arguments.quick:
         arguments.timed, arguments.rounds = (1, 16, 64, 64), 2
     result = measure(arguments, torch.device("cuda" if cuda else "cpu"))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    Console().print(as_table(result))
+    finish(arguments.json, result, as_table(result))
 
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -155,24 +148,16 @@ class Bench:
         return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in self.own)
 
     def seconds(self, mode: Recompute) -> float:
-        self.wait()
+        synchronize(self.clips.device)
         began = time.perf_counter()
         self.forward(mode).backward()  # type: ignore[no-untyped-call]
-        self.wait()
+        synchronize(self.clips.device)
         return time.perf_counter() - began
-
-    def wait(self) -> None:
-        if self.clips.device.type == "cuda":
-            torch.cuda.synchronize(self.clips.device)
 
 
 def place(tensor: Tensor) -> int:
     """Identity of the memory that a tensor is a view of, also of one without data."""
     return int(tensor.untyped_storage()._cdata)
-
-
-def say(what: str) -> None:
-    print(f"== {what}", file=sys.stderr, flush=True)
 
 
 def as_table(result: dict[str, Any]) -> Table:

@@ -10,12 +10,9 @@ benchmarks/step.md says how to read the figures.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import multiprocessing
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 from bench_plan import Clips, read_clips, spread
-from rich.console import Console
+from measuring import finish, memory, options, reset_peak_memory, say, synchronize, write_figures
 from rich.table import Table
-from roofline import Ceilings, count_step, measure_ceilings, synchronize
+from roofline import Ceilings, count_step, measure_ceilings
 from torch import Tensor
 
 from dist_train.config import Config, last_of_each, load_config
@@ -42,7 +39,6 @@ from dist_train.data.plan.plan import Plan, make_plan
 from dist_train.data.plan.shuffle import Ints
 from dist_train.data.synthetic.challenge_stats import BOX_HEIGHT, BOX_WIDTH, CLIPS_BY_DEPTH
 from dist_train.distributed.backends import make_backend
-from dist_train.files import write_whole
 from dist_train.models.registry import build_model
 from dist_train.run.model import as_input, make_model
 from dist_train.training.cuda_graphs import UNRECORDED, make_micro_step
@@ -160,15 +156,13 @@ ON_CUDA = tuple(variant.name for variant in ALL)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__, "original and fast, one step, shallow")
     parser.add_argument("--depths", type=Path, help="CSV of clips by depth, as bench_plan.py takes")
     parser.add_argument("--variants", help=f"of {', '.join(BY_NAME)}; 'all' for all of them")
     parser.add_argument("--model", default=MODEL, help=f"default {MODEL}")
     parser.add_argument("--scale", type=float, help="of depths; default 0.25 on a CPU, else 1")
     parser.add_argument("--rounds", type=int, help="turns of each row; default 3 on a CPU, else 5")
     parser.add_argument("--steps", type=int, help="a turn; default 1 on a CPU, else 8")
-    parser.add_argument("--quick", action="store_true", help="original and fast, one step, shallow")
-    parser.add_argument("--json", type=Path, help="write the figures there, under 'summary'")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
     names = tuple(ON_CUDA if cuda else ON_CPU)
@@ -193,17 +187,12 @@ def main() -> None:
     )
 
     def keep(result: dict[str, Any]) -> None:
-        if arguments.json:
-            write_whole(arguments.json, json.dumps(result, indent=2) + "\n")
+        write_figures(arguments.json, result)
 
     result = measure(load, names, "a table" if arguments.depths else "challenge_stats.py", keep)
-    Console(width=None if sys.stdout.isatty() else 150).print(as_table(result))
+    finish(arguments.json, result, as_table(result))
     if result["failed"]:
         raise SystemExit(f"error: {len(result['failed'])} rows failed, as told above")
-
-
-def say(what: str) -> None:
-    print(f"== {what}", file=sys.stderr, flush=True)
 
 
 # --- the clips ------------------------------------------------------------------------------------
@@ -435,16 +424,10 @@ def peak_memory(device: torch.device) -> Iterator[list[int]]:
         # CUDA graphs own memory that does not count as allocated.
         found.append(torch.cuda.max_memory_reserved(device))
         return
-    # 5 sets the kernel's high-water mark of this process back to what it holds now.
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _status("VmRSS")
+    reset_peak_memory()
+    before = memory("VmRSS")
     yield found
-    found.append(_status("VmHWM") - before)
-
-
-def _status(name: str) -> int:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split(f"{name}:")[1].split()[0]) * 1024
+    found.append(memory("VmHWM") - before)
 
 
 def serve(connection: Connection, variant: Variant, model: str, threads: int) -> None:

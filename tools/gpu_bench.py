@@ -21,7 +21,6 @@ from bench_step import (
     challenge_clips,
     figures_of,
     make_batch,
-    parameters_of,
     settings_of,
 )
 from gpu_check import model_of, row_of
@@ -130,6 +129,5 @@ def checkpoint(record: Record) -> None:
         first_stall_s=first.stall,
         **medians,
         state_bytes=training.state_bytes,
-        parameters=parameters_of(model_of(record)[0]),
     )
     training.close()

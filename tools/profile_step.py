@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from bench_step import Marks, Row, make_batch
+from measuring import synchronize
 from rich.console import Console
 from rich.table import Table
-from roofline import synchronize
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 

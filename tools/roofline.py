@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from measuring import synchronize
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import binary_cross_entropy_with_logits, conv3d
@@ -71,12 +72,6 @@ def best(work: Callable[[], object], device: torch.device) -> float:
         synchronize(device)
         found.append(time.perf_counter() - began)
     return min(found)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()

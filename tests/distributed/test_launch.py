@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from helpers import (
     LAUNCH,
     SUPPORT,
-    cut,
     launched,
     losses_of,
     metrics_of,
@@ -65,11 +63,6 @@ def assert_told(group: Group, error: str) -> None:
 
 def norms_of(run: Path) -> list[float]:
     return [line["train/grad_norm"] for line in metrics_of(run)]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("launch") / "store")
 
 
 @pytest.fixture(scope="module")
@@ -123,21 +116,6 @@ def test_logits_of_both_processes_are_in_the_checkpoint_of_mid_epoch(ddp: Path) 
     assert tensors["epoch/labels"].sum() == 8
 
 
-@pytest.mark.slow
-def test_a_checkpoint_of_two_processes_goes_on_in_one(
-    store: Path, ddp: Path, tmp_path: Path
-) -> None:
-    out = cut(ddp, tmp_path / "run", after=16)
-    train(tiny_config(store, out, *STEADY, "train.accumulate=2"), resume="auto")
-    assert losses_of(out) == pytest.approx(losses_of(ddp), rel=1e-5)
-    assert sessions_of(out)[1] == ("ddp", 1, 16)
-    mine, theirs = (load_checkpoint(r / "checkpoints" / "step-18")[0] for r in (out, ddp))
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        if "running" not in name and "tracked" not in name:
-            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-5, msg=name)
-
-
 Facts = Callable[[str], dict[str, Any]]
 
 
@@ -160,16 +138,6 @@ def test_bf16_is_autocast_and_not_a_cast(facts_of: Facts, backend: str) -> None:
     facts = facts_of(backend)
     assert facts["computed"] == ["torch.bfloat16"]
     assert facts["state"] == ["torch.float32", "torch.int64"]
-
-
-@pytest.mark.parametrize("backend", ["ddp", "zero2"])
-def test_processes_talk(facts_of: Facts, backend: str) -> None:
-    facts = facts_of(backend)
-    assert facts["world"] == 2
-    assert facts["ranks"] == [0, 1]
-    assert facts["sum"] == 1.0
-    first, second = facts["gathered_statistics"]
-    assert first == second, "a saved state has one set of statistics"
 
 
 @pytest.mark.slow

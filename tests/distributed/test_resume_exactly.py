@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import SUPPORT, board_of, cut, metrics_of, overrides, tiny_store
+from helpers import SUPPORT, board_of, cut, metrics_of, overrides
 from launcher import Launcher
 
 from dist_train.checkpoint.format import load_checkpoint
@@ -44,10 +46,23 @@ CASES = {
 }
 DEEPER = {"zero3, bf16": ("train.backend=zero3", "train.precision=bf16")}
 
+KEEP = "checkpoint.keep_last=9"
+Straight = Callable[[tuple[str, ...]], Path]
+
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("resume") / "store")
+def straight_of(
+    store: Path, launcher: Launcher, tmp_path_factory: pytest.TempPathFactory
+) -> Straight:
+    """The run of a case that nobody disturbs; made once, and not to be changed."""
+
+    @cache
+    def straight_of(more: tuple[str, ...]) -> Path:
+        out = tmp_path_factory.mktemp("straight") / "run"
+        launcher.program(WORLD, [TRAINED, *overrides(store, out, *SETTINGS, *more, KEEP)]).well()
+        return out
+
+    return straight_of
 
 
 @pytest.mark.parametrize(
@@ -56,13 +71,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=[*CASES, *DEEPER],
 )
 def test_a_resumed_run_equals_the_straight_one(
-    more: tuple[str, ...], store: Path, launcher: Launcher, tmp_path: Path
+    more: tuple[str, ...],
+    straight_of: Straight,
+    store: Path,
+    launcher: Launcher,
+    tmp_path: Path,
 ) -> None:
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    keep = "checkpoint.keep_last=9"
-    launcher.program(WORLD, [TRAINED, *overrides(store, straight, *SETTINGS, *more, keep)]).well()
-    cut(straight, resumed, after=LEFT_AT)
-    settings = overrides(store, resumed, *SETTINGS, *more, keep)
+    straight = straight_of(more)
+    resumed = cut(straight, tmp_path / "resumed", after=LEFT_AT)
+    settings = overrides(store, resumed, *SETTINGS, *more, KEEP)
     launcher.program(WORLD, [TRAINED, "--resume", "auto", *settings]).well()
     assert sessions_of(resumed) == [None, LEFT_AT]
     assert_equal(resumed, straight)
@@ -81,11 +98,13 @@ def test_a_resumed_run_equals_the_straight_one(
     ids=str,
 )
 def test_a_killed_and_resumed_run_equals_the_straight_one(
-    more: tuple[str, ...], store: Path, launcher: Launcher, tmp_path: Path
+    more: tuple[str, ...],
+    straight_of: Straight,
+    store: Path,
+    launcher: Launcher,
+    tmp_path: Path,
 ) -> None:
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    launcher.program(WORLD, [TRAINED, *overrides(store, straight, *SETTINGS, *more)]).well()
-
+    straight, killed = straight_of(more), tmp_path / "killed"
     settings = overrides(store, killed, *SETTINGS, *more)
     group = launcher.program(WORLD, [TRAINED, "--kill-in", KILLED_IN, *settings])
     assert -signal.SIGKILL in group.codes(), group.said()

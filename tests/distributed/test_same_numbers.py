@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+from compare_losses import compare
 from golden_run import GOLDEN, STEPS, golden_config, golden_overrides
-from helpers import SUPPORT, cut, metrics_of, tool
+from helpers import SUPPORT, cut, metrics_of
 from launcher import Launcher
 from safetensors.torch import load_file
 
@@ -30,7 +31,6 @@ from dist_train.training.train import train
 
 pytestmark = pytest.mark.slow
 
-compare = tool("compare_losses").compare
 TRAINED = SUPPORT / "trained.py"
 
 BACKENDS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import ROOT, environment, launched, metrics_of, overrides, tiny_store
+from helpers import ROOT, environment, launched, metrics_of, overrides
 
 EPOCHS, STEPS = 10, 60
 # Seconds that a process waits for the other one, and within which both must have ended then.
@@ -82,11 +82,6 @@ def hosts() -> Iterator[Hosts]:
         # With a namespace its end of the cable goes, and so the other.
         for name in names:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("hosts") / "store")
 
 
 def wait_until(reached: Callable[[], bool], processes: list[subprocess.Popen[str]]) -> None:

@@ -5,18 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import overrides, tiny_store
+from helpers import overrides
 from launcher import Launcher
-
-
-@pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("faults") / "store")
 
 
 @pytest.fixture(scope="session")
 def straight(launcher: Launcher, store: Path) -> Path:
     """18 steps on 2 ranks, with a checkpoint after each 4th; not to be changed."""
-    out = store.parent / "straight"
+    out = store.parent / "faults"
     launcher.run(2, overrides(store, out, "model.dropout=0.3")).well()
     return out

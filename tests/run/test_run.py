@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SPLITS, tiny_config, tiny_store
+from helpers import SPLITS, tiny_config
 
 from dist_train.config import dump_config
 from dist_train.errors import ConfigError, PlanError, RunError, StoreError
@@ -18,11 +18,6 @@ from dist_train.run.model import as_input, make_model, model_metadata
 from dist_train.run.record import begin_session, open_run, read_record
 
 RATES = {"train_batches": 0.25, "natural": 0.3}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("run") / "store")
 
 
 def test_the_splits_of_the_store_are_used(store: Path) -> None:

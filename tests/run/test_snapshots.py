@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import fails, tiny_config, tiny_store
+from helpers import fails, tiny_config
 from safetensors.torch import load_file, save_file
 
 from dist_train.errors import DistTrainError, RunError
@@ -26,11 +26,9 @@ STEP = 6
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with one snapshot and predictions; not to be changed."""
-    folder = tmp_path_factory.mktemp("snapshots")
-    out = folder / "run"
-    train(tiny_config(tiny_store(folder / "S"), out, "train.epochs=1", "snapshots.at=[1]"))
+    out = Path(shutil.copytree(trained, tmp_path_factory.mktemp("snapshots") / "run"))
     predict(out)
     return out
 
@@ -186,9 +184,8 @@ def test_settings_of_how_a_machine_works_may_be_edited(run: Path) -> None:
 
 
 def test_clips_cut_otherwise_after_a_resumption_are_told(
-    trained: Path, run: Path, caplog: pytest.LogCaptureFixture
+    store: Path, run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = trained.with_name("S")
     more = ("train.epochs=2", "snapshots.at=[1, 2]", "clip.max_frames=16")
     train(tiny_config(store, run, *more), resume="auto")
     assert "clip.max_frames: None before, 16 now" in str(read_record(run)["sessions"][-1])

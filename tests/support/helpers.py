@@ -11,9 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -35,17 +33,6 @@ SPLITS = {"train": (12, 28), "val": (4, 6), "test": (4, 6)}
 STEPS_PER_EPOCH = 6
 # What depends on the clock or the machine, not on the arithmetic.
 UNSTEADY = ("time", "speed/", "memory/", "crc32c")
-
-
-def tool(name: str) -> ModuleType:
-    """The module of ``tools/name.py``."""
-    spec = spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    # Where dataclasses look for the module that they are made in.
-    sys.modules[name] = module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def image_files() -> list[str]:

@@ -34,14 +34,8 @@ def main() -> None:
             backend.backward(output.float().square().mean())
         backend.update()
     facts = {
-        "world": backend.world,
         "computed": sorted(computed),
         "state": sorted({str(t.dtype) for t in backend.module.state_dict().values()}),
-        "ranks": backend.gather(backend.rank),
-        "sum": backend.sums([backend.rank])[0],
-        "gathered_statistics": backend.gather(
-            backend.state(lambda name: True)["model/1.running_mean"].tolist()
-        ),
     }
     if backend.is_main:
         print("FACTS", json.dumps(facts))

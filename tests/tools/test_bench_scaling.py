@@ -17,17 +17,11 @@ TINY = ["--width", "4", "--frames", "4", "--side", "32", "--quick"]
 def test_the_parts_of_a_step_are_all_of_it(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     settings = ["--worlds", "1", "2", "--model", "resnet3d-10", *TINY]
-    printed = run_well([*TOOL, *settings, "--json", str(figures)])
-    # On a busy machine parts may contradict each other, and nothing is projected.
-    refused = "No projection from 2x4: " in printed
-    assert ("drawn independently from" in printed) != refused
+    run_well([*TOOL, *settings, "--json", str(figures)])
     result = json.loads(figures.read_text())
     assert [line["case"] for line in result["lines"]] == ["1x4", "2x4", "1x8", "2x4"]
     summary = result["summary"]
     assert {"efficiency_weak_2", "efficiency_strong_2"} <= summary.keys()
-    assert ("projected_64" in summary) != refused
-    assert summary["link_gb_per_second"] > 0
-    assert summary["link_latency_us"] > 0
     for case, parts in result["parts"].items():
         named = ("data", "compute", "wait", "statistics", "gradients", "rest")
         assert parts["step_s"] == pytest.approx(sum(parts[f"{name}_s"] for name in named)), case

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
-import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
+import compare_losses
 import pytest
-from helpers import ROOT, tool
+from compare_losses import compare
 
-compare = tool("compare_losses").compare
 LOSSES = [0.9, 0.8, None, 0.7, 0.6]
 
 
@@ -22,9 +24,15 @@ def run_of(folder: Path, losses: list[float | None], **more: float) -> Path:
 
 
 def said(*arguments: object) -> tuple[int, str, str]:
-    command = [sys.executable, str(ROOT / "tools" / "compare_losses.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout, done.stderr
+    """Exit code, standard output and standard error of the tool, in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv = ["compare_losses.py", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", argv), redirect_stdout(out), redirect_stderr(err):
+        try:
+            compare_losses.main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture

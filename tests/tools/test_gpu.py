@@ -11,17 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import cost
 import gpu
-import gpu_bench
 import gpu_tests
 import psutil
 import pytest
 from demo import kill_tree
 from gpu_record import LOG, RESULTS, Record
 from helpers import ROOT, environment
-
-from dist_train.config import Config, load_config
 
 #: A stage whose steps go wrong in every way.
 FAKE = """
@@ -125,72 +121,6 @@ def test_runs_are_killed_resumed_and_predicted(
         assert resumed["val_mcc"] > 0.5
         # A bright middle is easy to see.
         assert by_name[f"{launcher}, predicted"]["auc"] > 0.9
-
-
-# --- what tools/cost.py makes of it --------------------------------------------------------------
-
-#: Settings of the rows of a tiny run of tools/gpu.py.
-TINY = ("model.name=resnet3d-10", "model.width=4", "clip.size=[32, 32]", "train.precision=fp32")
-FAST = ("model.stem_folded=true", "optim.fused=true")
-
-
-def config(*settings: str) -> Config:
-    return load_config(None, ["store=none", *settings])
-
-
-@pytest.mark.slow
-def test_the_figures_of_the_bench_are_found(
-    gpu_run: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
-    file = gpu_run[0] / RESULTS
-    known = cost.read_figures(file, "cpu")
-    on_cpu = set(gpu_bench.ROWS) - {"graphs"}
-    assert {row.name for row in known.rows} == on_cpu
-    assert all(row.clips_per_second > 0 for row in known.rows)
-    assert known.loader.keys() == {False, True}
-    assert known.stall is not None
-    assert known.stall > 0
-    for name, settings in {
-        "batch16": (*TINY, *FAST, "plan.batch=16"),
-        "fast": (*TINY, *FAST, "plan.batch=4"),
-        "fused_norm": (*TINY, *FAST, "plan.batch=4", "norm.fused=true"),
-        "original": (
-            *(*TINY, "plan.batch=4", "plan.order=random", "plan.negatives=natural"),
-            "train.channels_last=false",
-        ),
-    }.items():
-        assert known.row(config(*settings), config(*settings).plan.batch).name == name
-
-
-@pytest.mark.slow
-def test_the_command_prices_a_run(
-    gpu_run: tuple[Path, subprocess.CompletedProcess[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run, original, out = (tmp_path / name for name in ("run.yaml", "original.yaml", "cost.json"))
-    run.write_text(
-        "store: none\nmodel: {name: resnet3d-10, width: 4, stem_folded: true}\n"
-        "clip: {size: [32, 32]}\nplan: {batch: 16}\noptim: {fused: true}\n"
-        "train: {precision: fp32}\n"
-    )
-    original.write_text(
-        "store: none\nmodel: {name: resnet3d-10, width: 4}\nclip: {size: [32, 32]}\n"
-        "plan: {batch: 4, order: random, negatives: natural}\n"
-        "train: {precision: fp32, channels_last: false}\n"
-    )
-    monkeypatch.setattr(cost, "ORIGINAL", original)
-    results = gpu_run[0] / RESULTS
-    command = ["cost.py", str(run), "--device", "cpu", "--per-node", "1", "--figures", str(results)]
-    monkeypatch.setattr(sys, "argv", [*command, "--json", str(out)])
-    cost.main()
-    assert "clips on cpu" in capsys.readouterr().out
-    summary = json.loads(out.read_text())["summary"]
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
-    rate = next(line["clips_per_second"] for line in lines if line["name"] == "batch16")
-    assert summary["ours_hours_1"] >= cost.VISITS / rate / 3600
-    assert summary["original_hours_1"] > 0
 
 
 # --- failures -------------------------------------------------------------------------------------

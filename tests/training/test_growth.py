@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import InterruptedSessionError, interrupt_at, metrics_of, tiny_config, tiny_store
+from helpers import InterruptedSessionError, interrupt_at, metrics_of, tiny_config
 from torch import nn
 
 from dist_train.config import ClipSettings, Config
@@ -21,11 +21,6 @@ GROWTH = (
     "clip.growth=[{epochs: 1, size: [8, 8], max_frames: 4}, {epochs: 1, size: [12, 12]}]",
     "norm.precise_steps=2",
 )
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("growth") / "store")
 
 
 def test_what_holds_in_an_epoch() -> None:
@@ -60,7 +55,7 @@ def shapes_seen(config: Config) -> list[tuple[int, bool, tuple[int, ...]]]:
 @pytest.fixture(scope="module")
 def straight(store: Path) -> tuple[Path, list[tuple[int, bool, tuple[int, ...]]]]:
     """A run from its beginning to its end, and what was seen of it; not to be changed."""
-    out = store.parent / "straight"
+    out = store.parent / "growth"
     return out, shapes_seen(tiny_config(store, out, *GROWTH))
 
 

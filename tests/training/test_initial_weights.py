@@ -17,7 +17,6 @@ from helpers import (
     metrics_of,
     said,
     tiny_config,
-    tiny_store,
 )
 from safetensors.torch import load_file, save_file
 
@@ -30,11 +29,6 @@ from dist_train.errors import ConfigError, PlanError
 from dist_train.training.initial_weights import initial_model
 from dist_train.training.train import train
 from dist_train.training.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("init") / "store")
 
 
 @pytest.fixture(scope="module")

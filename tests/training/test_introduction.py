@@ -6,15 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import overrides, said, tiny_config, tiny_store
+from helpers import overrides, said, tiny_config
 
 from dist_train.system.cgroup import processes_at_once
 from dist_train.training.introduction import MEASURED, Speed, closing, idle_workers
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("introduction") / "store")
 
 
 def test_train_says_what_it_does_and_what_comes_next(store: Path, tmp_path: Path) -> None:

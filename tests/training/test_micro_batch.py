@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, InterruptedSessionError, interrupt_at, metrics_of, tiny_config, tiny_store
+from helpers import ROOT, InterruptedSessionError, interrupt_at, metrics_of, tiny_config
 from torch import nn
 
 from dist_train.config import Config, load_config
@@ -40,11 +40,6 @@ from dist_train.training.trainer import BeforeStep, Trainer
 # 4 groups of 1:3 a step, 3 steps an epoch, and a checkpoint after each 4th.
 SETTINGS = ("plan.batch=16", "model.dropout=0.3", "snapshots.at=[3]")
 LAST = "step-9.safetensors"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("memory") / "store")
 
 
 def config_of(store: Path, out: Path, *more: str) -> Config:

@@ -7,18 +7,12 @@ from pathlib import Path
 
 import pytest
 from golden_run import golden_store
-from helpers import overrides, tiny_store
+from helpers import overrides
 
 from dist_train.config import load_config
 from dist_train.errors import PlanError
 from dist_train.run.data import RunData, open_data
 from dist_train.training.small_sets import with_batch_that_fits
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With 12 training positives."""
-    return tiny_store(tmp_path_factory.mktemp("small") / "store")
 
 
 def data_of(store: Path, *more: str) -> RunData:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import STEPS_PER_EPOCH, losses_of, metrics_of, tiny_config, tiny_store
+from helpers import STEPS_PER_EPOCH, losses_of, metrics_of, tiny_config
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -28,11 +28,6 @@ from dist_train.run.model import as_input, make_model
 from dist_train.training.train import train
 
 SIDE = 8
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("order") / "store")
 
 
 @pytest.fixture(scope="module")

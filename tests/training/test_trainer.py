@@ -49,14 +49,9 @@ def weights_of(run: Path, step: int = STEPS) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_store(tmp_path_factory.mktemp("train") / "store")
-
-
-@pytest.fixture(scope="module")
 def straight(store: Path) -> Path:
     """A run from its beginning to its end, with dropout; not to be changed."""
-    out = store.parent / "straight"
+    out = store.parent / "trainer"
     train(tiny_config(store, out, "model.dropout=0.3"))
     return out
 
