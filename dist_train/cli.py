@@ -181,15 +181,23 @@ def prepare(
         str | None,
         typer.Option(help="i/N: write the i-th of N parts only; 'finalize' joins and judges them."),
     ] = None,
+    reader: Annotated[
+        str | None,
+        typer.Option(help="Own reader of a file format, as mylab.readers:read_dicom."),
+    ] = None,
+    allow: Allow = None,
     workers: Workers = None,
 ) -> None:
     """Decode videos or volumes, crop them, and write a store. Goes on where it was killed."""
-    from dist_train.data.raw.clip import PrepareSettings
+    from dist_train.data.raw.clip import PrepareSettings, suffixes_of
+    from dist_train.data.raw.outside_reader import OutsideReader
     from dist_train.data.raw.remote import Access, manifest_source, open_source
     from dist_train.data.store.build import prepare as write_store
     from dist_train.data.store.build import prepare_part
     from dist_train.data.store.build_spec import Part
 
+    allow_code(allow or [])
+    own_reader = None if reader is None else OutsideReader.named(reader)
     own = None if part is None else Part.parse(part)
     most_rejected = _share(max_rejected, "--max-rejected")
     if (manifest is None) == (from_folders is None) or (positive is None) != (from_folders is None):
@@ -211,7 +219,10 @@ def prepare(
                 "--labels, --unlabelled and --where"
             )
         assert from_folders is not None
-        table, source = manifest_from_folders(from_folders, positive or []), str(from_folders)
+        table, source = (
+            manifest_from_folders(from_folders, positive or [], suffixes_of(own_reader)),
+            str(from_folders),
+        )
     access = Access(local=allow_local, private=allow_private, most_bytes=fetch_mib << 20)
     files = manifest_source(table, access) if source is None else open_source(source, access)
     settings = PrepareSettings(
@@ -224,6 +235,7 @@ def prepare(
         clip_seconds=clip_seconds,
         clip_memory=clip_memory,
         bits=bits,
+        reader=own_reader,
     )
     with progress("prepare") as report:
         if own is not None:
@@ -282,9 +294,11 @@ def verify(
             "--salvage", help="Mend without the files that are gone: bad clips become rejects."
         ),
     ] = False,
+    allow: Allow = None,
     workers: Workers = None,
 ) -> None:
     """Check every byte of a store, name what is bad, and mend it if asked."""
+    allow_code(allow or [])
     from dist_train.data.store.repair import lost_files
     from dist_train.data.store.repair import repair as mend
     from dist_train.data.store.verify import verify as find_faults

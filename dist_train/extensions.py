@@ -40,11 +40,12 @@ def is_import_path(name: str) -> bool:
     return ":" in name
 
 
-def load(path: str, where: object) -> Any:
+def load(path: str, where: object, *, checked: bool = False) -> Any:
     """What an import path, such as "mylab.nets:Net", names.
 
     Args:
         where: the setting or option that names it.
+        checked: the process that started this one has loaded it, so the user allowed it there.
 
     Raises:
         ConfigError: the user has not allowed the module, or it cannot be imported, or what it names
@@ -55,7 +56,7 @@ def load(path: str, where: object) -> Any:
         raise ConfigError(
             f"{path!r} is no import path", where=where, fix="Write it as package.module:Name."
         )
-    if not _is_allowed(module):
+    if not (checked or _is_allowed(module)):
         word = module.partition(".")[0]
         raise ConfigError(
             f"{path} is code from outside, which runs when it is imported",
@@ -72,7 +73,7 @@ def load(path: str, where: object) -> Any:
             fix="Install it here, or put its folder into PYTHONPATH.",
         ) from None
     made_by = getattr(found, "__module__", None)
-    if not isinstance(made_by, str) or not _is_allowed(made_by):
+    if not (checked or (isinstance(made_by, str) and _is_allowed(made_by))):
         raise ConfigError(
             f"{path} is of the module {made_by}, which is not allowed",
             where=where,

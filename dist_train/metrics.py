@@ -6,7 +6,7 @@ strictly greater than the threshold.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -343,7 +343,7 @@ class Metric(NamedTuple):
 
 
 #: What is logged of training and of held-out clips, by name, in the order of the log.
-METRICS: Mapping[str, Metric] = {
+METRICS: dict[str, Metric] = {
     **{f"mcc@{t}": Metric(_mcc_at(t), higher_is_better=True) for t in THRESHOLDS},
     "accuracy": Metric(_accuracy, higher_is_better=True, needs_both_classes=False),
     "auc": Metric(_area_under_roc, higher_is_better=True),

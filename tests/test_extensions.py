@@ -1,4 +1,4 @@
-"""Models and losses from outside: used by every command, recorded, and imported only if allowed."""
+"""Code from outside: used by every command, recorded, and imported only if it is allowed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import overrides, refused, said, tiny_store
 
+from dist_train.data.store.reader import Store, read_marker
 from dist_train.errors import DistTrainError
 from dist_train.evaluation.exported import load_exported
 from dist_train.extensions import ALLOW
@@ -19,6 +20,7 @@ from dist_train.run.model import metadata_differences
 from dist_train.run.record import read_record
 
 SOURCE = """
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
@@ -49,6 +51,11 @@ class Focal(nn.Module):
 
 def each(logits, labels):
     return bce(logits, labels, reduction="none")
+
+def read_raw(path):
+    return np.fromfile(path, "<u2").reshape(-1, 16, 16)
+
+read_raw.suffixes = (".RAW",)
 
 def no_model():
     raise AssertionError("it must not be called")
@@ -183,3 +190,36 @@ def test_a_setting_that_was_added_since_has_its_default(monkeypatch: pytest.Monk
     bare = {"name": "mylab:Net", "args": {}}
     assert metadata_differences(bare, bare | {"args": {"channels": 4}}) == []
     assert metadata_differences(bare, bare | {"args": {"channels": 5}}) == [("args.channels", 4, 5)]
+
+
+def test_a_reader_makes_a_store_that_is_mended_by_it(
+    tmp_path: Path, lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "store"
+    values = np.random.default_rng(0).integers(0, 1 << 12, (4, 3, 16, 16), dtype="<u2")
+    values[0, 0, 0, 0] = (1 << 12) - 1
+    for number, clip in enumerate(values):
+        (raw / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        clip.tofile(raw / str(number % 2) / f"{number}.raw")
+    words = ["prepare", "--from-folders", raw, "--positive", "1", "--out", out, "--roi", "none",
+             "--workers", 1, "--reader"]  # fmt: skip
+    assert "add --allow mylab" in refused(*words, "mylab:read_raw")
+    told = refused(*words, "mylab:no_model", "--allow", "mylab")
+    assert "mylab:no_model is no reader: it has no suffixes" in told
+    said(*words, "mylab:read_raw", "--allow", "mylab")
+    # Twelve bits are what the values of all files need.
+    np.testing.assert_array_equal(Store(out).read(3), values[3] >> 4)
+    reader = read_marker(out)["settings"]["reader"]
+    assert (reader["path"], reader["suffixes"]) == ("mylab:read_raw", [".raw"])
+
+    (shard,) = (out / "shards").glob("*.tar")
+    whole = shard.read_bytes()
+    shard.unlink()
+    mend = ["verify", out, "--repair", raw, "--workers", 1]
+    monkeypatch.setenv(ALLOW, "")
+    assert "add --allow mylab" in refused(*mend)
+    lab.write_text(SOURCE + "\n# changed\n")
+    assert "its source is another one here" in refused(*mend, "--allow", "mylab")
+    lab.write_text(SOURCE)
+    said(*mend, "--allow", "mylab")
+    assert shard.read_bytes() == whole

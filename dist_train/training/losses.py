@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from types import FunctionType
 
@@ -19,7 +19,7 @@ from dist_train.errors import ConfigError
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 #: The functions that ``loss.name`` can name; ``loss.args`` are their further arguments.
-LOSSES: Mapping[str, Callable[..., Tensor]] = {"bce": binary_cross_entropy_with_logits}
+LOSSES: dict[str, Callable[..., Tensor]] = {"bce": binary_cross_entropy_with_logits}
 
 
 def make_loss(settings: LossSettings, device: torch.device | None = None) -> Loss:

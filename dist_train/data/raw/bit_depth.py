@@ -17,6 +17,7 @@ import numpy as np
 from dist_train.data.raw.container import open_container, video_stream
 from dist_train.data.raw.frame import deep_channels, is_deep_format
 from dist_train.data.raw.grey import depth_of
+from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.source import LocalFolder, Source
 from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, is_deep, read_raw, values_of
 from dist_train.data.types import Volume
@@ -37,6 +38,7 @@ class Look:
     source: Source
     names: Sequence[str]
     condemned: Mapping[int, str] = field(default_factory=dict)
+    reader: OutsideReader | None = None
 
     def without(self, position: int, reason: str) -> Look:
         return replace(self, condemned={**self.condemned, position: reason})
@@ -45,7 +47,9 @@ class Look:
 Run = Callable[[Callable[[Look, Steps], int | None], Iterable[Look], Callable[..., Look]], Any]
 
 
-def depth_of_files(source: Source, names: Sequence[str], run: Run) -> int | None:
+def depth_of_files(
+    source: Source, names: Sequence[str], run: Run, reader: OutsideReader | None = None
+) -> int | None:
     """Bits of the values of 16-bit files: the most that any of them tells or needs; None if there
     is no such file. Files that cannot be read do not count: they are rejected later.
 
@@ -55,12 +59,16 @@ def depth_of_files(source: Source, names: Sequence[str], run: Run) -> int | None
     Raises:
         StoreError: there are such files, and others are not here, so that it cannot be known.
     """
-    named = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES]
+    named = [
+        name
+        for name in names
+        if PurePosixPath(name).suffix.lower() in SUFFIXES or (reader and reader.reads(name))
+    ]
     names = [name for name in named if _may_be_deep(source, name)]
     if not names:
         return None
     parts = [names[first : first + FILES] for first in range(0, len(names), FILES)]
-    looks = (Look(source.narrowed(part), part) for part in parts)
+    looks = (Look(source.narrowed(part), part, reader=reader) for part in parts)
     found: list[int] = [bits for bits in run(look, looks, Look.without) if bits is not None]
     if not found:
         return None
@@ -91,7 +99,10 @@ def _bits(part: Look, steps: Steps) -> Iterator[int]:
             continue
         try:
             with part.source.fetched(name) as path, steps.at(position):
-                bits = file_bits(path, PurePosixPath(name).suffix.lower())
+                if part.reader is not None and part.reader.reads(name):
+                    bits = depth_of_arrays([part.reader.read(path)])
+                else:
+                    bits = file_bits(path, PurePosixPath(name).suffix.lower())
         except DecodeError:
             continue
         # That of the network or the machine, not of the file.

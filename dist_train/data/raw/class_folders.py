@@ -19,12 +19,15 @@ from dist_train.errors import ManifestError
 log = logging.getLogger(__name__)
 
 
-def manifest_from_folders(folder: Path, positive: Sequence[str]) -> Manifest:
+def manifest_from_folders(
+    folder: Path, positive: Sequence[str], suffixes: Sequence[str] = ()
+) -> Manifest:
     """The clips in ``folder/CLASS/**``, ordered by name.
 
     Args:
         positive: the folders of the positive class. The clips of all others are negatives, which is
             told.
+        suffixes: further endings of files that are read, in lower case.
 
     Raises:
         ManifestError: it is no such folder, or a class has no clips.
@@ -51,7 +54,7 @@ def manifest_from_folders(folder: Path, positive: Sequence[str]) -> Manifest:
             # Links to folders may lead in circles, and are not followed.
             left += [str(here / link) for link in folders if (folder / here / link).is_symlink()]
             for file in filter(_seen, files):
-                if Path(file).suffix.lower() in VIDEO_SUFFIXES | VOLUME_SUFFIXES:
+                if file.lower().endswith((*VIDEO_SUFFIXES, *VOLUME_SUFFIXES, *suffixes)):
                     rows.append((str(here / file), str(int(name in positive))))
                     counts[name] += 1
                 else:

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from dist_train.data.raw.outline import LEAST, Box, OutlineColour, crop_to_outline, stack_planes
+from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.video import VIDEO_SUFFIXES, Video
 from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, is_deep, read_raw, to_grey, too_large
 from dist_train.data.types import Record, Volume
@@ -31,6 +32,7 @@ class PrepareSettings:
     ``damaged``: the same for one with frames of which the decoder had to guess a part.
     ``bits``: depth of values that are kept in 16 bits, as in uint16 stacks and gray16 video; one
     for the whole store. None where there are none; such a file is then rejected.
+    ``reader``: reads files of its suffixes, before all others.
     ``clip_seconds``, ``clip_memory`` (MiB): what decoding one file may take before it is rejected.
     """
 
@@ -43,6 +45,7 @@ class PrepareSettings:
     clip_memory: int = 2048
     bits: int | None = None
     least_outline: int = LEAST
+    reader: OutsideReader | None = None
 
 
 # Kinds of files that people have clips in, and what to make of them.
@@ -80,7 +83,7 @@ def read_clip(
         RoiError: it has no outline.
     """
     try:
-        return _read(path, suffix_of(name), where, settings)
+        return _read(path, name, where, settings)
     except DistTrainError:
         raise
     except MemoryError:
@@ -91,23 +94,30 @@ def read_clip(
         raise DecodeError(f"cannot be decoded ({error!r})", where=where) from None
 
 
+def suffixes_of(reader: OutsideReader | None) -> tuple[str, ...]:
+    """The endings of a reader's files; none without one."""
+    return () if reader is None else reader.suffixes
+
+
 def suffix_of(name: str) -> str:
     name = name.lower()
     return ".nii.gz" if name.endswith(".nii.gz") else PurePosixPath(name).suffix
 
 
-def _read(path: Path, suffix: str, where: str, settings: PrepareSettings) -> tuple[Volume, Record]:
-    if suffix in VOLUME_SUFFIXES:
+def _read(path: Path, name: str, where: str, settings: PrepareSettings) -> tuple[Volume, Record]:
+    suffix, reader = suffix_of(name), settings.reader
+    own = reader is not None and reader.reads(name)
+    if own or suffix in VOLUME_SUFFIXES:
         if settings.roi == "outline":
             raise RoiError(
                 "a volume has no coloured outline", where=where, fix="Prepare it with --roi none."
             )
-        raw = read_raw(path, where, suffix)
+        raw = reader.read(path) if reader and own else read_raw(path, where, suffix)
         clip = to_grey(raw, where, settings.bits)
         facts: Record = {"frames_declared": clip.shape[0], "box": None}
         return clip, facts | (_few_levels(clip) if is_deep(raw.dtype) else {})
     if suffix not in VIDEO_SUFFIXES:
-        known = " ".join(sorted(VIDEO_SUFFIXES | VOLUME_SUFFIXES))
+        known = " ".join(sorted({*VIDEO_SUFFIXES, *VOLUME_SUFFIXES, *suffixes_of(reader)}))
         raise DecodeError(
             f"unknown kind of file '{suffix}'",
             where=where,

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 from dist_train.data.raw.bit_depth import depth_of_arrays, depth_of_files
 from dist_train.data.raw.clip import PIXELS_VERSION, PrepareSettings
 from dist_train.data.raw.medmnist import read_medmnist
+from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.remote import manifest_source, open_source
 from dist_train.data.raw.source import MISSING, UNFETCHED, LocalFolder, Source
 from dist_train.data.store.build_spec import (
@@ -179,6 +180,13 @@ def source_again(job: Job, place: Path | str) -> Source | Sequence[Volume]:
             f"this is version {PIXELS_VERSION}",
             fix="Use the release that made it, or prepare it anew in another folder.",
         )
+    reader = settings_of(job).reader
+    if reader is not None and OutsideReader.named(reader.path).sha256 != reader.sha256:
+        raise StoreError(
+            f"the store was made by version {reader.version} of {reader.path}, and its source is "
+            "another one here",
+            fix="Install the version that made it, or prepare the store anew in another folder.",
+        )
     if "npz" not in job.made_from:
         return open_source(place)
     path = Path(place)
@@ -266,12 +274,19 @@ def write_shards(
         OSError: the disk is full, or cannot be written.
     """
     settings = settings_of(job)
-    limits = Limits(settings.clip_seconds, settings.clip_memory << 20)
+    limits = _limits_of(settings)
     todo = map(amend, tasks(job, shards, source))
     if not isinstance(source, Source):
         # The volumes are in memory here: writing them takes less than handing them to processes.
         return (write_task(task, UNWATCHED) for task in todo)
     return _runner(engine)(write_task, todo, Task.without, limits, workers)
+
+
+def _limits_of(settings: PrepareSettings) -> Limits:
+    """What decoding a file may take in a worker, which may import the reader from now on."""
+    if settings.reader is not None:
+        settings.reader.check()
+    return Limits(settings.clip_seconds, settings.clip_memory << 20)
 
 
 def _runner(engine: Engine) -> Callable[..., Iterator[Any]]:
@@ -292,9 +307,9 @@ def _with_depth(out: Path, job: Job, source: Source, engine: Engine, workers: in
     if before is not None:
         bits = before.get("bits")
     else:
-        limits = Limits(settings.clip_seconds, settings.clip_memory << 20)
+        limits = _limits_of(settings)
         run = partial(_runner(engine), limits=limits, workers=workers)
-        bits = depth_of_files(source, list(job.table["filename"]), run)
+        bits = depth_of_files(source, list(job.table["filename"]), run, settings.reader)
     return _job(job.table, replace(settings, bits=bits))
 
 
@@ -345,7 +360,11 @@ def _tell_changed(stored: Sequence[Shard], job: Job, source: Source | Sequence[V
 
 
 def _job(table: pd.DataFrame, settings: PrepareSettings, **more: str) -> Job:
-    return Job.of(table, pixels_version=PIXELS_VERSION, settings=asdict(settings), **more)
+    given = asdict(settings)
+    if settings.reader is None:
+        # As in stores of earlier versions, whose fingerprint has to stay.
+        del given["reader"]
+    return Job.of(table, pixels_version=PIXELS_VERSION, settings=given, **more)
 
 
 def _source_of(manifest: Manifest, source: Source | Path | str | None) -> Source:
