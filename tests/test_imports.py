@@ -19,7 +19,7 @@ LEVELS = [
     {"errors", "safe_text"},
     {"system"},
     {"files", "plain_yaml", "progress", "quiet"},
-    {"growing_file", "config", "metrics"},
+    {"config", "metrics"},
     {"models", "data.types", "data.orientation", "data.plan", "data.table"},
     {"data.raw", "data.augment"},
     {"data.store", "data.synthetic"},
