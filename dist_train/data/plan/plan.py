@@ -55,7 +55,6 @@ class Plan:
     passes: Passes
     negatives: ByDepth
     weights_digest: str = ""
-    weights_lowered: int = 0
 
     @property
     def batch(self) -> int:
@@ -306,15 +305,15 @@ def plan_of(
             natural = np.add.reduceat(whole(weights), negatives.starts[:-1])
     bins = depth_bins(positives, negatives, demand, natural)
 
-    ends, lowered = None, 0
+    ends = None
     if weights is not None:
         # A pass of as few clips as it can have would come to the same ones again and again.
         needed = np.minimum(np.diff(bins.starts), np.maximum(1, 3 * (bins.most - 1)))
-        ends, lowered = arcs(weights, bins.starts, needed)
+        ends = arcs(weights, bins.starts, needed)
     passes = Passes(bins.starts, bins.most, rules.seed, ends, 1 if ends is None else UNIT)
     bands = Bands(positives, epochs, rules.seed)
     if rules.max_voxels is not None:
         runs = {n: run_edges(n, longest, bands, negatives, bins, rules) for n in set(epochs.wholes)}
         bands = replace(bands, epochs=replace(epochs, runs=runs))
     digest = "" if weights is None else hashlib.sha256(weights.astype("<f8").tobytes()).hexdigest()
-    return Plan(rules, bands, bins, passes, negatives, digest, lowered)
+    return Plan(rules, bands, bins, passes, negatives, digest)

@@ -49,7 +49,7 @@ def whole(weights: Floats) -> Ints:
     return units
 
 
-def arcs(weights: Floats, starts: Ints, needed: Ints) -> tuple[Ints, int]:
+def arcs(weights: Floats, starts: Ints, needed: Ints) -> Ints:
     """Running sums of the weights, in which each bin's greatest weight counts ``UNIT``.
 
     A bin's pass has sum / greatest clips. Where one weight is so great that this is less than
@@ -61,19 +61,18 @@ def arcs(weights: Floats, starts: Ints, needed: Ints) -> tuple[Ints, int]:
         needed: int64 [bins], at most the clips of the bin.
 
     Returns:
-        (int64 [count], how many weights were lowered).
+        int64 [count].
     """
     ends = np.empty(len(weights), np.int64)
-    lowered, total = 0, 0
+    total = 0
     for first, last, least in zip(
         starts[:-1].tolist(), starts[1:].tolist(), needed.tolist(), strict=True
     ):
         mine = weights[first:last]
         cap = _cap(mine, least)
-        lowered += int((mine > cap).sum())
         ends[first:last] = total + np.cumsum(whole(np.minimum(mine, cap)))
         total = int(ends[last - 1])
-    return ends, lowered
+    return ends
 
 
 def _cap(weights: Floats, needed: int) -> float:
