@@ -19,7 +19,7 @@ LEVELS = [
     {"errors", "safe_text"},
     {"system"},
     {"files", "plain_yaml", "extensions", "progress", "quiet", "shipped"},
-    {"growing_file", "metrics", "class_ratio"},
+    {"metrics", "class_ratio"},
     {"config", "config_help"},
     {"models", "data.types", "data.orientation", "data.plan", "data.table"},
     {"data.raw", "data.augment"},

@@ -67,7 +67,7 @@ def test_a_run_needs_none_of_them(store: Path, tmp_path: Path, without: dict[str
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "tensorboard is not installed, so figures go to" in done.stderr
+    assert "tensorboard is not installed, so metrics go to" in done.stderr
     assert len(metrics_of(out)) == 6
     assert (out / "predictions.csv").is_file()
     versions = json.loads((out / "run.json").read_text())["versions"]

@@ -12,8 +12,7 @@ from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 
-from dist_train.files import sync_folder
-from dist_train.growing_file import GrowingFile
+from dist_train.files import plain_descriptor, sync_folder
 
 SUPERSEDED = "superseded"
 
@@ -47,10 +46,9 @@ def append_aside(run: Path, name: str, lines: Iterable[bytes]) -> None:
         return
     folder = run / SUPERSEDED
     folder.mkdir(exist_ok=True)
-    file = GrowingFile(folder / name)
-    try:
-        file.append(content)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    with os.fdopen(plain_descriptor(folder / name, flags), "ab") as file:
+        file.write(content)
         file.flush()
-    finally:
-        file.close()
+        os.fsync(file.fileno())
     sync_folder(folder)

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import compress
 from operator import not_
@@ -16,10 +15,9 @@ from types import TracebackType
 from typing import Any
 
 from dist_train.checkpoint.superseded import SUPERSEDED, append_aside
-from dist_train.files import crc32c, parse_object, read_plain, write_whole
-from dist_train.growing_file import GrowingFile
+from dist_train.files import crc32c, parse_object, plain_descriptor, read_plain, write_whole
 from dist_train.run.folder import BOARD, METRICS
-from dist_train.training import board
+from dist_train.training.tensorboard_writer import TensorBoardWriter
 
 #: Some ten million steps.
 MOST_BYTES = 2**33
@@ -30,10 +28,14 @@ log = logging.getLogger(__name__)
 
 class EventWriter:
     """One object a step in ``metrics.jsonl``, with its checksum, and the same numbers under the
-    same names in ``tensorboard/``; not there where the tensorboard package is not installed.
+    same names in ``tensorboard/``.
+
+    Attributes:
+        tensorboard: for what TensorBoard shows beside the numbers.
 
     Args:
         run: the run's folder.
+        settings: of the run, of JSON types, for TensorBoard.
         after: steps done so far. What an earlier, killed session wrote of later steps is moved to
             ``superseded/metrics.jsonl``, so that every step is there once.
 
@@ -41,8 +43,8 @@ class EventWriter:
         OSError: the files cannot be written.
     """
 
-    def __init__(self, run: Path, *, after: int) -> None:
-        path = run / METRICS
+    def __init__(self, run: Path, settings: Mapping[str, Any], *, after: int) -> None:
+        self._path = path = run / METRICS
         if os.path.lexists(path):
             lines = read_plain(path, most_bytes=MOST_BYTES).splitlines(keepends=True)
             found = list(figures_of(lines))
@@ -58,17 +60,9 @@ class EventWriter:
                 # Aside first: a kill in between leaves them in both places.
                 append_aside(run, METRICS, compress(lines, map(not_, kept)))
                 write_whole(path, b"".join(compress(lines, kept)))
-        self._lines = GrowingFile(path)
-        self._board: GrowingFile | None = None
-        if board.is_available():
-            (run / BOARD).mkdir(exist_ok=True)
-            self._board = GrowingFile(board.next_file(run / BOARD))
-            self._board.append(board.opening(after + 1, time.time()))
-        else:
-            log.warning(
-                "tensorboard is not installed, so figures go to %s alone: pip install tensorboard",
-                path,
-            )
+        self._descriptor = plain_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._waiting = bytearray()
+        self.tensorboard = TensorBoardWriter(run / BOARD, after + 1, settings)
         self._told = False
 
     def write(self, step: int, epoch: int, at: float, values: Mapping[str, float | None]) -> None:
@@ -84,17 +78,15 @@ class EventWriter:
             for name, value in values.items()
         }
         line = {"step": step, "epoch": epoch, "time": at} | finite
+        self._waiting += _line(line)
+        try:
+            self._write()
+        except OSError as error:
+            if not self._told:
+                log.warning("metrics are kept in memory until they can be written: %s", error)
+            self._told = True
         known = {name: value for name, value in finite.items() if value is not None}
-        records = [(self._lines, _line(line))]
-        if self._board is not None:
-            records.append((self._board, board.scalars(step, at, known)))
-        for file, record in records:
-            try:
-                file.append(record)
-            except OSError as error:
-                if not self._told:
-                    log.warning("figures are kept in memory until they can be written: %s", error)
-                self._told = True
+        self.tensorboard.scalars(step, at, known)
 
     def flush(self) -> None:
         """Put all that was written on the disk. Called before each checkpoint, so that a session
@@ -103,9 +95,10 @@ class EventWriter:
         Raises:
             OSError: there is no room, or the disk fails.
         """
-        for file in self._files():
-            file.flush()
+        self._write()
+        os.fsync(self._descriptor)
         self._told = False
+        self.tensorboard.flush()
 
     def __enter__(self) -> EventWriter:
         return self
@@ -116,11 +109,17 @@ class EventWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for file in self._files():
-            file.close()
+        os.close(self._descriptor)
+        self.tensorboard.close()
 
-    def _files(self) -> list[GrowingFile]:
-        return [self._lines] if self._board is None else [self._lines, self._board]
+    def _write(self) -> None:
+        # A full disk takes part of a line, and later the rest of it.
+        try:
+            while self._waiting:
+                del self._waiting[: os.write(self._descriptor, self._waiting)]
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
 
 
 def figures_of(lines: Iterable[bytes]) -> Iterator[Figures | None]:

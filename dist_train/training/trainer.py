@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
+import torch
 from torch import nn
 
 from dist_train.config import Config
@@ -21,7 +22,7 @@ from dist_train.models.norm import set_momentum, share_statistics
 from dist_train.progress import Progress
 from dist_train.run.data import open_data
 from dist_train.run.folder import CHECKPOINTS
-from dist_train.run.model import model_metadata
+from dist_train.run.model import as_input, model_metadata
 from dist_train.run.record import note_checkpoint
 from dist_train.training.batches import Batches
 from dist_train.training.ema import Ema
@@ -33,6 +34,7 @@ from dist_train.training.recovery import Recovery
 from dist_train.training.run_state import RunState
 from dist_train.training.small_sets import with_batch_that_fits
 from dist_train.training.step import BadStepError, OptimizerStep, ShortMemoryError
+from dist_train.training.tensorboard_writer import TensorBoardWriter
 from dist_train.training.validation import EpochPredictions, Validator, Values
 
 BeforeStep = Callable[["Trainer", int], None]
@@ -113,7 +115,7 @@ class Trainer:
 
     def _train(self, progress: Progress | None, before_step: BeforeStep | None) -> None:
         """Train until the end of the run, or until a step has to be repeated."""
-        config, plan = self.config, self.plan
+        config, plan, began = self.config, self.plan, self.done
         batches, held_out = self._training_batches(), self.batches.held_out()
         self.backend.model.train()
         with self._events():
@@ -131,6 +133,8 @@ class Trainer:
                 validated = self._validate(held_out, epoch_ends=epoch_ends)
                 values |= validated
                 if self.events is not None:
+                    if step == began:
+                        self._show_clips(self.events.tensorboard)
                     # The clock is for display alone: it can jump.
                     self.events.write(self.done, plan.epoch_of(step), time.time(), values)
                 self._save_if_due(validated, epoch_ends=epoch_ends)
@@ -152,11 +156,24 @@ class Trainer:
                 assert self._last_batch is not None
                 values |= self.validator.of_training(self.predictions)
                 self.predictions.cut(0)
-                values |= self.validator.of_held_out(held_out)
+                metrics, labels, scores = self.validator.of_held_out(held_out)
+                values |= metrics
+                if self.events is not None and len(labels):
+                    self.events.tensorboard.pr_curve(self.done, labels, scores)
                 values |= self.validator.norm_gap(self._last_batch, self.done - 1)
             if is_snapshot:
                 self.validator.save_snapshot(self.done)
         return values
+
+    def _show_clips(self, tensorboard: TensorBoardWriter) -> None:
+        """The middle frames of the last micro-batch, as the model saw them."""
+        batch = self._last_batch
+        assert batch is not None
+        volumes = as_input(batch.volumes, self.batches.config_at(self.done - 1))
+        count, _, depth, *_ = volumes.shape
+        middle = torch.full((count,), depth) if batch.frames is None else batch.frames
+        frames = volumes[torch.arange(count), 0, (middle // 2).cpu()].mul(255).byte()
+        tensorboard.clips(self.done, frames.cpu().numpy(), batch.labels.cpu().numpy())
 
     def _report(self, values: Values, progress: Progress | None) -> None:
         """Tell the user of the step that was done."""
@@ -260,7 +277,8 @@ class Trainer:
         with ExitStack() as opened:
 
             def begin() -> None:
-                writer = EventWriter(self.config.out, after=self.done)
+                settings = self.config.model_dump(mode="json")
+                writer = EventWriter(self.config.out, settings, after=self.done)
                 self.events = opened.enter_context(writer)
 
             on_main(self.backend, begin)

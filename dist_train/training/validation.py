@@ -73,16 +73,19 @@ class Validator:
         logits, labels = outputs.gathered()
         return {f"train/{k}": v for k, v in binary_metrics(expit(logits), labels).items()}
 
-    def of_held_out(self, batches: Iterable[Batch]) -> Values:
-        """Of the val split, at its own natural class ratio, by ``judged_weights``; nothing where no
-        clip is held out.
+    def of_held_out(self, batches: Iterable[Batch]) -> tuple[Values, np.ndarray, np.ndarray]:
+        """Of the val split, at its own natural class ratio, by ``judged_weights``.
 
         Args:
             batches: this rank's share of it.
+
+        Returns:
+            Metrics, and the labels and probabilities that they are of, float32 [N]; nothing where
+            no clip is held out.
         """
         backend = self._backend
         if not len(self._data.numbers("val")):
-            return {}
+            return {}, np.empty(0, np.float32), np.empty(0, np.float32)
         with backend.autocast():
             mine = held_out_logits(
                 backend.module,
@@ -97,8 +100,9 @@ class Validator:
         logits = logits[places]
         labels = self._data.store.table["label"].to_numpy(np.float32)[clips]
         loss = self._loss(torch.from_numpy(logits), torch.from_numpy(labels))
-        metrics = binary_metrics(expit(logits), labels)
-        return {"val/loss": float(loss)} | {f"val/{k}": v for k, v in metrics.items()}
+        scores = expit(logits)
+        metrics = {f"val/{k}": v for k, v in binary_metrics(scores, labels).items()}
+        return {"val/loss": float(loss)} | metrics, labels, scores
 
     def norm_gap(self, batch: Batch, step: int) -> Values:
         """The loss in eval mode, less that by batch statistics, of a micro-batch of each rank of a

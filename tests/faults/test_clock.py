@@ -16,7 +16,6 @@ from run_files import assert_same
 DISPLAYS = {
     "doctor/links.py",
     "run/record.py",
-    "training/metrics_log.py",
     "training/trainer.py",
 }
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from helpers import board_of, environment
 from room import LittleRoom
+from syncs import Sync, record_syncs
 
 from dist_train.training.metrics_log import EventWriter, figures_of
 
 
 def write(run: Path, steps: range, *, after: int, value: float = 0.0) -> None:
-    with EventWriter(run, after=after) as events:
+    with EventWriter(run, {}, after=after) as events:
         for step in steps:
             events.write(step, 0, 1000.0 + step, {"a/loss": value + step, "a/gone": None})
 
@@ -35,7 +36,7 @@ def test_numbers_go_to_both_under_the_same_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_becomes_null(tmp_path: Path, value: float) -> None:
-    with EventWriter(tmp_path, after=0) as events:
+    with EventWriter(tmp_path, {}, after=0) as events:
         events.write(1, 0, 1.0, {"a": value, "b": 2.0})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["a"] is None
@@ -128,21 +129,32 @@ def test_lines_of_earlier_versions_come_before_those_with_a_checksum(tmp_path: P
     assert list(figures_of([*lines, old[0]]))[-1] is None
 
 
-def test_figures_of_older_runs_are_read_before(tmp_path: Path) -> None:
-    """TensorBoard's own writer names files by the second."""
-    board = tmp_path / "tensorboard"
-    board.mkdir()
+def test_sessions_are_in_order_though_the_clock_went_back(tmp_path: Path) -> None:
+    """SummaryWriter names files by the second, and TensorBoard reads them by name."""
     write(tmp_path, range(1, 4), after=0)
-    (fresh,) = board.iterdir()
-    fresh.rename(board / "events.out.tfevents.1764000000.host.77.0")
-    write(tmp_path, range(3, 5), after=2, value=100)
-    assert board_of(tmp_path, "a/loss") == [(1, 1.0), (2, 2.0), (3, 103.0), (4, 104.0)]
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    first.rename(first.with_name("events.out.tfevents.9999999999.host.77.0"))
+    write(tmp_path, range(3, 6), after=2, value=100)
+    write(tmp_path, range(5, 6), after=4, value=200)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 3
+    expected = [(1, 1.0), (2, 2.0), (3, 103.0), (4, 104.0), (5, 205.0)]
+    assert board_of(tmp_path, "a/loss") == expected
+
+
+def test_flush_puts_all_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint must not outlast the metrics of its steps."""
+    syncs = record_syncs(monkeypatch)
+    with EventWriter(tmp_path, {}, after=0) as events:
+        events.write(1, 0, 1.0, {"a": 1.0})
+        events.flush()
+        path = tmp_path / "metrics.jsonl"
+        assert syncs == [Sync(path, size=path.stat().st_size)]
 
 
 def test_figures_wait_until_there_is_room(
     tmp_path: Path, little_room: LittleRoom, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with EventWriter(tmp_path, after=0) as events:
+    with EventWriter(tmp_path, {}, after=0) as events:
         for step in range(1, 30):
             if step == 5:
                 little_room(400)
@@ -152,19 +164,24 @@ def test_figures_wait_until_there_is_room(
                 little_room(None)
             events.write(step, 0, 1000.0, {"a/loss": float(step)})
             if step == 24:
-                assert len(lines_of(tmp_path)) < 10, "half a line is none"
+                events.tensorboard.flush()
+                *whole, torn = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+                assert None not in figures_of(whole)
+                assert list(figures_of([torn])) == [None]
         events.flush()
     assert [line["step"] for line in lines_of(tmp_path)] == list(range(1, 30))
-    assert [step for step, _ in board_of(tmp_path, "a/loss")] == list(range(1, 30))
-    (warning,) = caplog.records
-    assert "kept in memory" in warning.getMessage()
+    said = [record.getMessage() for record in caplog.records]
+    assert [("in memory" in line, "TensorBoard gets nothing more" in line) for line in said] == [
+        (True, False),
+        (False, True),
+    ]
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from dist_train.training.metrics_log import EventWriter
-events = EventWriter(Path(sys.argv[1]), after=0)
+events = EventWriter(Path(sys.argv[1]), {}, after=0)
 for step in range(1, 6):
     events.write(step, 0, float(step), {"a/loss": step})
     if step == 3:

@@ -59,7 +59,6 @@ class Plan:
     streams: NegativeStreams
     negatives: ByDepth
     weights_digest: str = ""
-    weights_lowered: int = 0
 
     @property
     def batch(self) -> int:
@@ -315,11 +314,11 @@ def plan_of(
             natural = np.add.reduceat(as_integers(weights), negatives.starts[:-1])
     bins = depth_bins(positives, negatives, demand, natural)
 
-    ends, lowered = None, 0
+    ends = None
     if weights is not None:
         # A pass of the least possible length would repeat the same few clips.
         needed = np.minimum(np.diff(bins.starts), np.maximum(1, 3 * (bins.most - 1)))
-        ends, lowered = arcs(weights, bins.starts, needed)
+        ends = arcs(weights, bins.starts, needed)
     spacing = 1 if ends is None else UNIT
     streams = NegativeStreams(bins.starts, bins.most, rules.seed, ends, spacing)
     order = PositiveOrder(positives, epochs, rules.seed)
@@ -328,4 +327,4 @@ def plan_of(
         runs = {n: run_edges(n, longest, order, negatives, bins, rules) for n in counts}
         order = replace(order, epochs=replace(epochs, runs=runs))
     digest = "" if weights is None else hashlib.sha256(weights.astype("<f8").tobytes()).hexdigest()
-    return Plan(rules, order, bins, streams, negatives, digest, lowered)
+    return Plan(rules, order, bins, streams, negatives, digest)

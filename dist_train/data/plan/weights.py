@@ -49,7 +49,7 @@ def as_integers(weights: Floats) -> Ints:
     return integers
 
 
-def arcs(weights: Floats, starts: Ints, needed: Ints) -> tuple[Ints, int]:
+def arcs(weights: Floats, starts: Ints, needed: Ints) -> Ints:
     """Running sums of integer weights, scaled so that each bin's greatest weight is ``UNIT``.
 
     A pass over a bin has (sum / greatest weight) clips. If that is less than ``needed``, the bin's
@@ -61,19 +61,18 @@ def arcs(weights: Floats, starts: Ints, needed: Ints) -> tuple[Ints, int]:
         needed: least clips of a pass: int64 [bins], at most the clips of the bin.
 
     Returns:
-        (running sums, int64 [count]; number of weights that were lowered).
+        Running sums: int64 [count].
     """
     ends = np.empty(len(weights), np.int64)
-    lowered, total = 0, 0
+    total = 0
     for first, last, least in zip(
         starts[:-1].tolist(), starts[1:].tolist(), needed.tolist(), strict=True
     ):
         bin_weights = weights[first:last]
         cap = _cap(bin_weights, least)
-        lowered += int((bin_weights > cap).sum())
         ends[first:last] = total + np.cumsum(as_integers(np.minimum(bin_weights, cap)))
         total = int(ends[last - 1])
-    return ends, lowered
+    return ends
 
 
 def _cap(weights: Floats, needed: int) -> float:

@@ -1,0 +1,70 @@
+"""TensorBoard's files: what they show, and that their failure costs nothing else."""
+
+from __future__ import annotations
+
+import io
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import tiny_config, tiny_store
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from dist_train.training.tensorboard_writer import TensorBoardWriter
+from dist_train.training.train import train
+
+
+def shown(folder: Path) -> EventAccumulator:
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    return board
+
+
+def picture(board: EventAccumulator) -> np.ndarray:
+    (image,) = board.Images("training clips")
+    return np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("L"))
+
+
+def test_positives_are_left_of_the_line_and_negatives_right(tmp_path: Path) -> None:
+    frames = np.stack([np.full((2, 3), value, np.uint8) for value in (10, 90, 20, 80, 70)])
+    writer = TensorBoardWriter(tmp_path, 1, {})
+    writer.clips(1, frames, np.array([1, 0, 1, 0, 0]))
+    writer.close()
+    rows = np.array(
+        [[10] * 3 + [255] * 4 + [90] * 3 + [80] * 3, [20] * 3 + [255] * 4 + [70] * 3 + [0] * 3]
+    )
+    assert np.array_equal(picture(shown(tmp_path)), rows.repeat(2, axis=0))
+
+
+def test_a_run_shows_settings_clips_and_a_curve_each_epoch(tmp_path: Path) -> None:
+    config = tiny_config(
+        tiny_store(tmp_path / "store"), tmp_path / "run", "snapshots.at=[2]", "train.epochs=2"
+    )
+    train(config)
+    (file,) = (config.out / "tensorboard").iterdir()
+    board = shown(file.parent)
+    (settings,) = board.Tensors("settings/text_summary")
+    assert f"optim.lr: {config.optim.lr}" in settings.tensor_proto.string_val[0].decode()
+    start = HParamsPluginData.FromString(
+        board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    )
+    assert start.session_start_info.hparams["optim.lr"].number_value == config.optim.lr
+    val_steps = [event.step for event in board.Scalars("val/loss")]
+    assert [event.step for event in board.Tensors("val")] == val_steps
+    assert len(val_steps) == 2
+    assert picture(board).std() > 0
+
+
+def test_a_failure_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hook = threading.excepthook
+    (tmp_path / "file").touch()
+    writer = TensorBoardWriter(tmp_path / "file", 1, {"seed": 0})
+    writer.scalars(1, 1.0, {"a": 1.0})
+    writer.flush()
+    writer.close()
+    (warning,) = caplog.records
+    assert "TensorBoard gets nothing more of this session" in warning.getMessage()
+    assert threading.excepthook is hook
