@@ -83,7 +83,13 @@ def as_markdown() -> str:
 
 
 def _sections(section: type[Section], key: str) -> Iterator[SectionHelp]:
-    schema = section.model_json_schema()["properties"]
+    tree = section.model_json_schema()
+    # Named tuples are defined apart, as sections are.
+    tuples = {name: it for name, it in tree.get("$defs", {}).items() if "prefixItems" in it}
+    schema = {
+        name: tuples.get(it.get("$ref", "").rpartition("/")[2], {}) | it
+        for name, it in tree["properties"].items()
+    }
     prefix = f"{key}." if key else ""
     plain, inner = [], []
     for name, field in section.model_fields.items():
@@ -115,10 +121,10 @@ def _type_of(schema: dict[str, Any]) -> str:
     match schema:
         case {"const": value}:
             return _shown(value)
-        case {"$ref": _}:
-            return "section"
         case {"prefixItems": items}:
             return f"list of {len(items)}: {_type_of(items[0])}"
+        case {"$ref": _}:
+            return "section"
         case {"items": item}:
             return f"list of: {_type_of(item)}"
         case {"format": "path"}:
