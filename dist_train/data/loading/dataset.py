@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from dist_train.data.augment.cpu import Augment
 from dist_train.data.augment.original import OriginalAugment
@@ -18,20 +13,7 @@ from dist_train.data.store.reader import Store
 from dist_train.data.types import Volume
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One clip: ``volume`` uint8 [D, H, W], ``label`` (-1 if not known), ``clip`` its number.
-
-    ``draw`` is what the device is to do to it once it is resized, None if all is done.
-    """
-
-    volume: Tensor
-    label: int
-    clip: int
-    draw: Draw | None = None
-
-
-class ClipDataset(Dataset[Sample]):
+class ClipDataset:
     """Clips of a store, cut to ``max_frames``, resized to ``size`` and augmented.
 
     With ``augment`` None the cut is the middle of the clip; otherwise its place is random, keyed
@@ -53,16 +35,6 @@ class ClipDataset(Dataset[Sample]):
         frames = store.table["frames"].to_numpy(np.int64)
         self.depths = frames if max_frames is None else np.minimum(frames, max_frames)
         self._frames, self._sides = frames, store.table[["height", "width"]].to_numpy(np.int64)
-
-    def __getitem__(self, slot: Slot) -> Sample:
-        label = int(self.labels[slot.clip])
-        if self.on_device:
-            pixels = np.empty(self.native_shape(slot.clip), dtype=np.uint8)
-            draw = self.fill_native(pixels, slot)
-            return Sample(torch.from_numpy(pixels), label, slot.clip, draw)
-        pixels = np.empty((int(self.depths[slot.clip]), *self.size), dtype=np.uint8)
-        self.fill(pixels, slot)
-        return Sample(torch.from_numpy(pixels), label, slot.clip)
 
     def fill(self, out: Volume, slot: Slot) -> None:
         """Write the clip as the model sees it to ``out``, uint8 [depths[slot.clip], *size] in C

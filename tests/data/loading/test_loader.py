@@ -492,7 +492,7 @@ import signal
 import sys
 from pathlib import Path
 from dist_train.config import LoaderSettings
-from dist_train.data.loading.dataset import ClipDataset, Sample
+from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.loader import Loader
 from dist_train.data.loading.sampler import HeldOutSampler
 from dist_train.data.store.reader import Store
