@@ -91,6 +91,7 @@ def train(store: Path, run: Path, *more: str) -> list[str]:
 OUTSIDE = ("model.name=mylab:Net", "model.args.channels=6", "loss.name=mylab:Focal")
 
 
+@pytest.mark.slow
 def test_a_model_and_a_loss_go_through_every_command(
     store: Path, tmp_path: Path, lab: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -192,6 +193,7 @@ def test_a_setting_that_was_added_since_has_its_default(monkeypatch: pytest.Monk
     assert metadata_differences(bare, bare | {"args": {"channels": 5}}) == [("args.channels", 4, 5)]
 
 
+@pytest.mark.slow
 def test_a_reader_makes_a_store_that_is_mended_by_it(
     tmp_path: Path, lab: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
