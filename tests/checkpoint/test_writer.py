@@ -181,22 +181,22 @@ def test_only_the_last_are_kept(tmp_path: Path) -> None:
 
 
 def test_milestones_and_the_best_are_kept(tmp_path: Path) -> None:
-    writer = writer_in(tmp_path, last=1, every=4, best="val/mcc")
+    writer = writer_in(tmp_path, last=1, every=4, best="val/auc")
     for step, mcc in enumerate([0.1, 0.9, 0.3, 0.2, 0.8, None, 0.4], start=1):
-        writer.save(step, {"a": torch.zeros(1)}, {"metrics": {"val/mcc": mcc}})
+        writer.save(step, {"a": torch.zeros(1)}, {"metrics": {"val/auc": mcc}})
     writer.finish()
     assert names_in(tmp_path) == {"step-2", "step-4", "step-7"}
 
 
 def test_a_damaged_one_is_not_the_best(tmp_path: Path) -> None:
-    writer = writer_in(tmp_path, last=1, best="mcc")
+    writer = writer_in(tmp_path, last=1, best="val/auc")
     for step, mcc in ((1, 0.9), (2, 0.5)):
-        writer.save(step, {"a": torch.zeros(1)}, {"metrics": {"mcc": mcc}})
+        writer.save(step, {"a": torch.zeros(1)}, {"metrics": {"val/auc": mcc}})
     writer.finish()
     assert names_in(tmp_path) == {"step-1", "step-2"}
     marker = tmp_path / "step-1" / MARKER
     marker.write_text(marker.read_text()[:-5])
-    save(tmp_path, 3, last=1, best="mcc")
+    save(tmp_path, 3, last=1, best="val/auc")
     assert names_in(tmp_path) == {"step-2", "step-3"}
 
 

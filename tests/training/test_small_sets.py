@@ -50,5 +50,5 @@ def test_a_default_that_fits_stays(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_where_no_batch_fits_the_reason_is_told(store: Path) -> None:
-    with pytest.raises(PlanError, match="the selection holds 28 negatives"):
+    with pytest.raises(PlanError, match="the train split has 28 negatives"):
         with_batch_that_fits(data_of(store), world=64, tell=True)
