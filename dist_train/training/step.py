@@ -16,6 +16,7 @@ from dist_train.config import Config
 from dist_train.data.loading.collate import Batch
 from dist_train.data.plan.plan import Plan
 from dist_train.distributed.backends.base import Backend
+from dist_train.distributed.consistency import check_agreement, check_weights
 from dist_train.distributed.out_of_memory import is_out_of_memory
 from dist_train.distributed.straggler import StragglerDetector
 from dist_train.errors import RunError
@@ -74,12 +75,21 @@ class OptimizerStep:
         """Drop captured CUDA graphs, after the size of micro-batches has changed."""
         self._forward_backward.forget()
 
-    def take(self, step: int, batches: Iterator[Batch], *, skip: bool = False) -> Values:
+    def take(
+        self,
+        step: int,
+        batches: Iterator[Batch],
+        *,
+        skip: bool = False,
+        check_ranks: bool = False,
+    ) -> Values:
         """Train on the global batch of one step. A collective call.
 
         Args:
             batches: this rank's micro-batches, from the first one of the step.
             skip: read the step's batches, and do not train on them.
+            check_ranks: refuse to go on if the ranks are at different steps, or have different
+                weights afterwards.
 
         Returns:
             Metrics of the step, by name.
@@ -87,7 +97,7 @@ class OptimizerStep:
         Raises:
             ShortMemoryError: memory does not suffice for a micro-batch; the step can be repeated.
             BadStepError: the loss or the gradient norm is not finite; weights may be spoilt.
-            RunError: memory does not suffice for the update.
+            RunError: memory does not suffice for the update, or the ranks differ.
         """
         backend, stragglers = self._backend, self._stragglers
         # Dropout is keyed by seed, step and rank, so that no random state has to be saved.
@@ -115,6 +125,9 @@ class OptimizerStep:
             losses = backend.gather(own_loss)
             odd = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
             raise BadStepError(step, mean_loss, norm, odd)
+        if check_ranks:
+            check_agreement(backend, {"the step": step})
+            check_weights(backend)
         seconds = time.perf_counter() - began
         return {
             "train/loss": mean_loss,

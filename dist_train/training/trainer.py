@@ -15,7 +15,6 @@ from dist_train.data.loading.collate import Batch
 from dist_train.data.loading.prefetch import on_device
 from dist_train.distributed.backends.base import Backend
 from dist_train.distributed.collectives import on_main
-from dist_train.distributed.consistency import check_agreement, check_weights
 from dist_train.distributed.watchdog import Watchdog
 from dist_train.models.fused_norm import check_compiler
 from dist_train.models.norm import set_momentum, share_statistics
@@ -123,10 +122,10 @@ class Trainer:
                 if before_step is not None:
                     before_step(self, step)
                 skip = self.recovery.is_skipped(step)
-                values = self.step.take(step, batches, skip=skip)
+                is_checked = step < self.first_step + config.train.check_steps
+                values = self.step.take(step, batches, skip=skip, check_ranks=is_checked)
                 if not skip:
                     self.ema.update(step)
-                    self._check_ranks_agree(step)
                 self.done = step + 1
                 self.watchdog.beat()
                 epoch_ends = self.done == plan.first_step(plan.epoch_of(step) + 1)
@@ -247,12 +246,6 @@ class Trainer:
     def _set_momentum(self, model: nn.Module) -> None:
         # A step moves running statistics as far, however many micro-batches it is cut into.
         set_momentum(model, 1 - (1 - self.config.norm.momentum) ** (1 / self.micro.accumulate))
-
-    def _check_ranks_agree(self, step: int) -> None:
-        """In the first steps of a session. A collective call."""
-        if step < self.first_step + self.config.train.check_steps:
-            check_agreement(self.backend, {"the step": step})
-            check_weights(self.backend)
 
     def _training_batches(self) -> Iterator[Batch]:
         for batch in on_device(self.batches.from_step(self.done), self.backend.device):

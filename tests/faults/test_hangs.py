@@ -22,8 +22,8 @@ def test_a_rank_that_hangs_and_those_that_wait_for_it_tell_where(
         assert f"error (process {rank}): no step was finished in 3 s" in group.said(rank)
     assert "in strike" in group.said(1)
     assert "in strike" not in group.said(0)
-    assert "in _step" in group.said(0)
-    assert "in _step" not in group.said(1)
+    assert "in take" in group.said(0)
+    assert "in take" not in group.said(1)
     launcher.run(2, settings, resume=True).well()
     assert_same(tmp_path, straight)
 
