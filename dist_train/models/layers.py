@@ -12,33 +12,37 @@ from dist_train.models.padding import ValidFrames
 
 
 class Conv3d(nn.Conv3d):
-    """``torch.nn.Conv3d`` with extra depth padding on CPUs for clips shallower than the kernel.
+    """``torch.nn.Conv3d`` with extra zeros on CPUs for clips smaller than the kernel.
 
     For such clips oneDNN's weight gradient contains unwritten memory: values up to 1e36 that change
-    from run to run, in every memory layout. Seen in oneDNN 3.12 (torch 2.13, AVX512-BF16) in two
+    from run to run, in every memory layout. Seen in oneDNN 3.12 (torch 2.13, AVX512-BF16) in three
     cases: bfloat16 with fewer frames than the kernel is deep (layer 4 of a ResNet, clips of up to
-    32 frames), and float32 with a 7x7x7 kernel of stride 2 and at most 7 frames. The convolution
-    pads with zeros anyway, so more zero frames leave the kept outputs and all gradients unchanged.
+    32 frames); bfloat16 with a stride of 2 over a few rows or columns of pixels; and float32 with
+    a 7x7x7 kernel of stride 2 and at most 7 frames. The convolution pads with zeros anyway, so more
+    zeros leave the kept outputs and all gradients unchanged.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [B, C, D, H, W] to [B, C', D', H', W']."""
-        depth, stride = input.shape[2], self.stride[0]
-        least = self._least_depth(input)
-        if depth >= least:
+        size = input.shape[2:]
+        missing = [max(0, least - own) for least, own in zip(self._least(input), size, strict=True)]
+        if not any(missing):
             return super().forward(input)
-        padded = super().forward(F.pad(input, (0, 0, 0, 0, 0, least - depth)))
-        return padded[:, :, : (depth - 1) // stride + 1]
+        depth, height, width = missing
+        padded = super().forward(F.pad(input, (0, width, 0, height, 0, depth)))
+        d, h, w = ((own - 1) // stride + 1 for own, stride in zip(size, self.stride, strict=True))
+        return padded[:, :, :d, :h, :w]
 
-    def _least_depth(self, input: Tensor) -> int:
-        """The least depth for which the library's gradient is correct."""
-        kernel = self.kernel_size[0]
+    def _least(self, input: Tensor) -> tuple[int, int, int]:
+        """The least depth, height and width for which the library's gradient is correct."""
+        kernel, strided = self.kernel_size[0], max(self.stride) > 1
         if input.device.type != "cpu" or kernel == 1:
-            return 1
-        if kernel > 3 and self.stride[0] > 1:
-            return kernel + 1
+            return 1, 1, 1
         in_bfloat16 = input.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu")
-        return kernel if in_bfloat16 else 1
+        area = kernel // 2 + 1 if in_bfloat16 and strided else 1
+        if kernel > 3 and self.stride[0] > 1:
+            return kernel + 1, area, area
+        return kernel if in_bfloat16 else 1, area, area
 
 
 def global_average_pool(x: Tensor, valid: ValidFrames | None = None) -> Tensor:

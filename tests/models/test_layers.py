@@ -42,10 +42,28 @@ def by_hand(x: Tensor, weight: Tensor, stride: int) -> Tensor:
 def test_output_and_gradients_at_any_depth(
     depth: int, kernel: int, stride: int, precision: torch.dtype, layout: torch.memory_format
 ) -> None:
-    torch.manual_seed(depth * 10 + kernel)
+    check_output_and_gradients(kernel, stride, (depth, 4, 4), precision, layout)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 1, 5), (5, 3, 1), (9, 2, 1)], ids=str)
+def test_output_and_gradients_of_few_pixels(
+    size: tuple[int, int, int], precision: torch.dtype
+) -> None:
+    check_output_and_gradients(3, 2, size, precision, torch.channels_last_3d)
+
+
+def check_output_and_gradients(
+    kernel: int,
+    stride: int,
+    size: tuple[int, int, int],
+    precision: torch.dtype,
+    layout: torch.memory_format,
+) -> None:
+    torch.manual_seed(size[0] * 10 + kernel)
     conv = Conv3d(16, 16, kernel, stride, padding=kernel // 2, bias=False)
     conv = conv.to(memory_format=layout)  # type: ignore[call-overload]
-    x = torch.randn(2, 16, depth, 4, 4).to(memory_format=layout).requires_grad_()
+    x = torch.randn(2, 16, *size).to(memory_format=layout).requires_grad_()
     # What the library leaves unwritten shows best where memory held something before.
     for _ in range(4):
         torch.full((1 << 18,), float("nan"))
