@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint on every rank, where each file is read by one rank alone."""
+"""Broadcasts the tensors of a checkpoint, each of whose files is read by one rank only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dist_train.distributed.collectives import Group
 
 
 class Broadcasting(Group, Protocol):
-    """What it needs of the process group."""
+    """A process group that can broadcast tensors."""
 
     device: torch.device
 
@@ -20,13 +20,13 @@ class Broadcasting(Group, Protocol):
 
 
 class SharedTensors(Mapping[str, Tensor]):
-    """Broadcasts a tensor, from the rank that has it, when it is looked up.
+    """A mapping that broadcasts a tensor from its owner when it is looked up.
 
-    Making one and looking a tensor up are collective calls: all ranks look up the same names in
-    the same order. No rank holds more than the tensors it has and those it keeps.
+    Construction and lookup are collective calls: all ranks must look up the same names in the same
+    order. A rank holds the tensors that it owns, and those that its caller keeps.
 
     Args:
-        own: the tensors that this rank has, on the host; each name on one rank.
+        own: tensors of this rank, on the host. Each name is owned by one rank.
     """
 
     def __init__(self, group: Broadcasting, own: Mapping[str, Tensor]) -> None:

@@ -239,7 +239,7 @@ def _metrics(path: Path) -> Metrics:
     return metrics if isinstance(metrics, dict) else {}
 
 
-# Copies of tensors in host memory that is kept for the next time.
+# Host memory for copies of tensors, reused from one checkpoint to the next.
 
 
 @dataclass

@@ -94,7 +94,7 @@ def _reason(error: Exception) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else repr(error)
 
 
-# What is told where another process of the run is gone.
+# Errors of communication, translated for the user.
 
 
 #: gloo's errors have no type of their own. All but this one name the line of gloo they are from.

@@ -98,7 +98,7 @@ def cudnn_warnings(settings: TrainSettings, cudnn: int) -> list[str]:
     ]
 
 
-# Whether this CPU computes in bfloat16, or PyTorch has to imitate it.
+# CPUs without bfloat16 instructions, on which PyTorch emulates them.
 
 
 CPU_INFO = Path("/proc/cpuinfo")

@@ -16,15 +16,15 @@ log = logging.getLogger(__name__)
 
 
 def held_out_seen(data: RunData, earlier: Path) -> int | None:
-    """How many held-out clips have the name or the pixels of one that another run, or an earlier
-    session of this one, was trained on; told if there are any.
+    """Count the held-out clips that have the name or the pixels of a clip on which another run, or
+    an earlier session of this run, was trained. Warns if there are any.
 
     Args:
-        data: of the session that begins.
+        data: clips and splits of the session that begins.
         earlier: the other run's folder, or this run's before its table of splits is replaced.
 
     Returns:
-        None where the earlier run does not say what it was trained on.
+        The count, or None if the earlier run has no table of splits.
     """
     try:
         splits = read_splits(earlier, read_record(earlier)["splits"])
@@ -47,8 +47,8 @@ def held_out_seen(data: RunData, earlier: Path) -> int | None:
 
 
 def held_out_seen_by_init(data: RunData, weights: Path) -> int | None:
-    """As ``held_out_seen``, of the run in which the weights of ``model.init`` lie; it is told where
-    that is not known, as of an export.
+    """``held_out_seen`` for the run that holds the weights of ``model.init``. Warns if the training
+    clips are not known, as for an export.
 
     Args:
         weights: a snapshot, an export, or the folder of a checkpoint.

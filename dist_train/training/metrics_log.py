@@ -1,4 +1,4 @@
-"""The numbers of a run, to TensorBoard and to JSONL at once."""
+"""Writes the metrics of each step to ``metrics.jsonl`` and to TensorBoard."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ log = logging.getLogger(__name__)
 
 
 class EventWriter:
-    """One object a step in ``metrics.jsonl``, with its checksum, and the same numbers under the
-    same names in ``tensorboard/``.
+    """Writes one line per step to ``metrics.jsonl``, with its checksum, and the same metrics under
+    the same names to ``tensorboard/``.
 
     Attributes:
-        tensorboard: for what TensorBoard shows beside the numbers.
+        tensorboard: takes pictures and curves, which ``metrics.jsonl`` does not hold.
 
     Args:
         run: the run's folder.
-        settings: of the run, of JSON types, for TensorBoard.
-        after: steps done so far. What an earlier, killed session wrote of later steps is moved to
-            ``superseded/metrics.jsonl``, so that every step is there once.
+        settings: settings of the run, JSON types, shown by TensorBoard.
+        after: steps done so far. Lines of later steps, written by a session that was killed, are
+            moved to ``superseded/metrics.jsonl``, so that every step has one line.
 
     Raises:
         OSError: the files cannot be written.
@@ -89,8 +89,8 @@ class EventWriter:
         self.tensorboard.scalars(step, at, known)
 
     def flush(self) -> None:
-        """Put all that was written on the disk. Called before each checkpoint, so that a session
-        which goes on from there lacks nothing of the steps before.
+        """Sync all lines to the disk. Called before each checkpoint, so that a session that resumes
+        from it has the metrics of all earlier steps.
 
         Raises:
             OSError: there is no room, or the disk fails.

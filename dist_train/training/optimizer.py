@@ -26,7 +26,7 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Ada
     )
 
 
-# The learning rate as a pure function of the step.
+# Schedules of the learning rate.
 
 
 @dataclass(frozen=True)

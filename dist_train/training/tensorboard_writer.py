@@ -7,6 +7,7 @@ or after a write that failed, training goes on without them.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,13 +28,13 @@ log = logging.getLogger(__name__)
 
 
 class TensorBoardWriter:
-    """One file of events, of one session of a run. No method raises; the first failure is logged.
+    """Writes one event file per session of a run. No method raises; the first failure is logged.
 
     Args:
-        folder: of the event files of all sessions.
+        folder: holds the event files of all sessions.
         first_step: the first step of the session. TensorBoard then drops what an earlier, killed
             session wrote of this step and later ones.
-        settings: of the run, nested, of JSON types.
+        settings: settings of the run: a nested mapping of JSON types.
     """
 
     def __init__(self, folder: Path, first_step: int, settings: Mapping[str, Any]) -> None:
@@ -116,7 +117,7 @@ class TensorBoardWriter:
             failed, self._writer = self._writer, None
             if failed is not None:
                 with suppress(Exception):
-                    # Its thread has ended afterwards, under the quiet hook.
+                    # Closing ends the writer's thread while the quiet hook is in place.
                     failed.close()
             log.warning(
                 "TensorBoard gets nothing more of this session, and metrics.jsonl has all: %s",
@@ -136,7 +137,10 @@ def _number(folder: Path) -> None:
     second in which it was begun. After the clock went back, a resumed session would be read first.
     """
     for number, path in enumerate(sorted(folder.glob(f"{EVENTS}*")), 1):
-        path.rename(folder / f"{EVENTS}{number:010d}")
+        numbered = folder / f"{EVENTS}{number:010d}"
+        # A file that is not of this writer may have the name; rename would replace it.
+        if not os.path.lexists(numbered):
+            path.rename(numbered)
 
 
 def _flattened(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -146,7 +147,7 @@ class Trainer:
     def _validate(self, held_out: Iterable[Batch], *, epoch_ends: bool) -> Values:
         """At the end of an epoch, metrics of its training batches and of the val split; after the
         steps of ``snapshots.at``, a snapshot. A collective call."""
-        is_snapshot = self.done in self.snapshot_steps()
+        is_snapshot = self.done in self.snapshot_steps
         if not (epoch_ends or is_snapshot):
             return {}
         values: Values = {}
@@ -229,6 +230,7 @@ class Trainer:
         self.done = done
         self.predictions.begin(logits, labels)
 
+    @cached_property
     def snapshot_steps(self) -> set[int]:
         """Numbers of done steps after which the weights are kept for prediction."""
         at = self.config.snapshots.at
@@ -254,8 +256,8 @@ class Trainer:
 
     @contextmanager
     def _checkpoint_completed(self) -> Iterator[None]:
-        """At its end the checkpoint in flight is completed. After an error, only where there is no
-        other rank that may be missing."""
+        """On exit, complete the checkpoint in flight. After an error, do so only in a single
+        process: other ranks may be gone, and completing waits for them."""
         try:
             yield
         except Exception:

@@ -13,7 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from dist_train.training.tensorboard_writer import TensorBoardWriter
+from dist_train.training.tensorboard_writer import EVENTS, TensorBoardWriter
 from dist_train.training.train import train
 
 
@@ -68,3 +68,13 @@ def test_a_failure_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture
     (warning,) = caplog.records
     assert "TensorBoard gets nothing more of this session" in warning.getMessage()
     assert threading.excepthook is hook
+
+
+def test_no_file_of_another_writer_is_replaced(tmp_path: Path) -> None:
+    """Files of earlier sessions are numbered anew, but not over a file that has the number."""
+    names = ["0000000000", "0000000001", "1764000000.host.1.0"]
+    for name in names:
+        (tmp_path / f"{EVENTS}{name}").write_text(name)
+    TensorBoardWriter(tmp_path, 1, {}).close()
+    contents = sorted(path.read_bytes() for path in tmp_path.iterdir())
+    assert [name.encode() for name in names] == [text for text in contents if len(text) < 30]

@@ -477,7 +477,7 @@ def marker_of(
     return marker if content is None else marker | {"content": content}
 
 
-# Which shards of a job are still to be written, and the task of each.
+# Shards of a job that are still to be written.
 
 
 def finished(shard: Shard, source: Source | Sequence[Volume]) -> bool:
