@@ -592,7 +592,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _print_store(out: Path, store: dict[str, Any]) -> None:
     from dist_train.data.inspect import remarks
-    from dist_train.data.store.build import by_class
+    from dist_train.data.store.rejects import by_class
 
     rejected = store["rejected"]
     _echo(f"{store['clips']} clips in {out}")

@@ -13,8 +13,9 @@ from helpers import said, tiny_store
 
 from dist_train import cli
 from dist_train.data.store.build import prepare_npz
-from dist_train.data.store.build_spec import read_job, read_rejects
+from dist_train.data.store.build_spec import read_job
 from dist_train.data.store.reader import REJECTED
+from dist_train.data.store.rejects import read_rejects
 from dist_train.data.store.verify import verify
 from dist_train.errors import ManifestError
 from dist_train.safe_text import for_spreadsheet, printable, without_content

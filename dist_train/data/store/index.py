@@ -1,8 +1,8 @@
-"""LMDB index: key -> where the clip's pixels are and what is known of it.
+"""LMDB index: key -> place and metadata of a clip.
 
 A value is a JSON object: ``shard`` (int), ``offset`` and ``length`` (bytes), ``shape``, ``label``,
-``group``, ``weight``, ``split``, ``filename``, ``crc32c`` and more. It is derived from the shards
-alone, so it can be built again whenever it is lost.
+``group``, ``weight``, ``split``, ``filename``, ``crc32c`` and more. The index is derived from the
+shards alone, so it can be rebuilt whenever it is lost.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ import lmdb
 from dist_train.data.store.shards import read_records
 from dist_train.data.types import Record
 from dist_train.errors import FileError, StoreError
-from dist_train.files import crc32c_of_file, whole_aside
+from dist_train.files import crc32c_of_file, reason_of, whole_aside
 from dist_train.system.advice import blame_machine
 
-# Entries that are sorted at a time, and put in one transaction: tens of megabytes.
+# Number of entries that are sorted at a time, or written in one transaction: tens of megabytes.
 RUN = 1 << 15
-_FIX = "Run 'dist-train finalize'; it is rebuilt from the shards."
+_FIX = "Run 'dist-train finalize', which rebuilds it from the shards."
 
 
 def write_index(path: Path, shards: Sequence[Path]) -> int:
-    """Build the index of ``shards`` (whose position is their number); returns the clip count.
+    """Build the index of all shards, in order of their numbers; returns the number of clips.
 
-    Keys go in sorted, so equal shards give an equal file. Memory does not grow with their number:
-    sorted runs go to files without a name, and are merged from there.
+    Keys are inserted in order, so equal shards give an equal file. They are sorted on disk, in runs
+    that are merged, so memory does not grow with their number.
 
     Raises:
         StoreError: a key is in two shards, or a shard cannot be read.
@@ -88,7 +88,7 @@ def _put(env: lmdb.Environment, entries: Iterator[tuple[bytes, bytes]], path: Pa
 
 
 def read_index(path: Path) -> Iterator[tuple[str, Record]]:
-    """All (key, record) entries, ordered by key.
+    """Yield all (key, record) entries, ordered by key.
 
     Raises:
         StoreError: there is no index, or it is damaged.
@@ -99,7 +99,7 @@ def read_index(path: Path) -> Iterator[tuple[str, Record]]:
 
 
 def look_up(path: Path, keys: Iterable[str]) -> dict[str, Record]:
-    """The records of those of ``keys`` that are there.
+    """Return the records of the ``keys`` that the index has.
 
     Raises:
         StoreError: there is no index, or it is damaged.
@@ -111,12 +111,6 @@ def look_up(path: Path, keys: Iterable[str]) -> dict[str, Record]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[lmdb.Transaction]:
-    if not path.is_file():
-        raise StoreError(
-            "the store has no index",
-            where=path,
-            fix=_FIX,
-        )
     try:
         # LMDB must not be carried over a fork, and refuses to open a path twice in one process:
         # it is opened here for the length of one read, and closed again.
@@ -124,27 +118,15 @@ def _reading(path: Path) -> Iterator[lmdb.Transaction]:
             lmdb.open(os.fsencode(path), subdir=False, lock=False, readonly=True) as env,
             env.begin() as transaction,
         ):
-            # LMDB reads through a memory map, where a page that is not there kills the process.
-            if path.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
-                raise lmdb.CorruptedError("the file is cut short")
             yield transaction
-    except (lmdb.Error, ValueError, OSError) as error:
-        blame_machine(_as_os_error(error), path)
-        raise StoreError(
-            f"the index cannot be read ({error})",
-            where=path,
-            fix=_FIX,
-        ) from None
-
-
-def _as_os_error(error: Exception) -> Exception:
-    """LMDB's own errors have negative numbers; others are the operating system's."""
-    code = getattr(error, "code", None) or 0
-    return OSError(code, os.strerror(code)) if code > 0 else error
+    except (lmdb.Error, ValueError) as error:
+        # LMDB's own errors have negative numbers; others are the operating system's.
+        code = getattr(error, "code", None) or 0
+        raise _unreadable(path, OSError(code, os.strerror(code)) if code > 0 else error) from None
 
 
 def index_checksum(path: Path) -> int:
-    """CRC-32C of the file: LMDB has no checksums of its own.
+    """Return the CRC-32C of the file, as LMDB has no checksums of its own.
 
     Raises:
         StoreError: there is no index.
@@ -152,15 +134,29 @@ def index_checksum(path: Path) -> int:
     try:
         return crc32c_of_file(path)
     except (OSError, FileError) as error:
-        blame_machine(error, path)
-        what = error.what if isinstance(error, FileError) else error.strerror
-        raise StoreError(f"the index cannot be read ({what})", where=path, fix=_FIX) from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> StoreError:
+    blame_machine(error, path)
+    return StoreError(f"the index cannot be read ({reason_of(error)})", where=path, fix=_FIX)
+
+
+def check_index(path: Path, checksum: int) -> None:
+    """Check the CRC-32C of the index.
+
+    LMDB trusts what it maps: flipped bits would be trained on, or end the process. So each process
+    checks an index before it opens it, which takes less time than reading it.
+
+    Raises:
+        StoreError: the index is missing, or has another checksum.
+    """
+    if index_checksum(path) != checksum:
+        raise StoreError("the index is damaged: its checksum is wrong", where=path, fix=_FIX)
 
 
 def content_digest(path: Path) -> str:
     """Identity of the clips of an index: SHA-256, in hex, over key, label and CRC-32C of each.
-
-    The same as ``Store.content``, without a table in memory.
 
     Raises:
         StoreError: there is no index, or it is damaged.
@@ -169,20 +165,8 @@ def content_digest(path: Path) -> str:
 
 
 def digest_of(records: Iterable[tuple[str, Record]]) -> str:
-    """``content_digest`` of (key, record) entries in the order of an index: by the keys' bytes."""
+    """``content_digest`` of (key, record) entries, which are ordered by the keys' bytes."""
     digest = hashlib.sha256()
     for key, record in records:
         digest.update(f"{key},{record['label']},{record['crc32c']}\n".encode())
     return digest.hexdigest()
-
-
-def check_index(path: Path, checksum: int) -> None:
-    """Raise StoreError unless the index is there and has this CRC-32C.
-
-    LMDB reads what it is given: flipped bits would be trained on, or end the process. So an index
-    is checked before it is opened, by each process that opens it, as this takes less than reading.
-    """
-    if not os.path.lexists(path):
-        raise StoreError("the store has no index", where=path, fix=_FIX)
-    if index_checksum(path) != checksum:
-        raise StoreError("the index is damaged: its checksum is wrong", where=path, fix=_FIX)

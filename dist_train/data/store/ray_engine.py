@@ -1,6 +1,6 @@
-"""``supervised`` on a Ray cluster (https://docs.ray.io): each item is a task, on any node.
+"""``supervised`` on a Ray cluster (https://docs.ray.io): each item is a task on any node.
 
-A task of a node that is lost is run again on another one.
+Tasks of a lost node are run again on another node.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ def on_ray(
     limits: Limits,
     workers: int | None = None,
 ) -> Iterator[Result]:
-    """As ``supervised``, on the cluster that ``RAY_ADDRESS`` names or this machine is part of; one
-    of this machine alone is started if there is none.
+    """``supervised`` on the cluster that ``RAY_ADDRESS`` names or that this machine is part of.
+
+    If there is no cluster, one of this machine alone is started, which ends with the process.
 
     Args:
-        workers: tasks at a time; None takes one per core of the cluster, as it is at each moment.
+        workers: tasks at a time; None takes one per core that the cluster has at the moment.
 
     Raises:
         StoreError: Ray is not installed, or the cluster cannot be reached; or as ``supervised``.
@@ -39,26 +40,25 @@ def on_ray(
     except ImportError:
         raise StoreError("Ray is not installed", fix="Run: pip install 'dist_train[ray]'") from None
 
-    # A cluster of its own must not report to anybody.
+    # A cluster that is started here must not send usage reports.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ours = not ray.is_initialized()
+    options = {"logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
     try:
-        if ours:
-            ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+        ray.init(ignore_reinit_error=True, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise StoreError(
             f"the Ray cluster cannot be reached ({error})", fix="Check RAY_ADDRESS."
         ) from None
-    # What a task raises is final; a lost node or process is not the task's.
+    # Retry a task whose node or process is lost, but not one that raises.
     task: Any = ray.remote(num_cpus=1, max_retries=-1)(_run)
-    todo = iter(items)
+    pending = iter(items)
     running: list[Any] = []
     try:
         while True:
             size = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
             running += [
                 task.remote(function, item, without, limits)
-                for item in islice(todo, max(0, size - len(running)))
+                for item in islice(pending, max(0, size - len(running)))
             ]
             if not running:
                 return
@@ -67,11 +67,8 @@ def on_ray(
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     finally:
-        if ours:
-            ray.shutdown()
-        else:
-            for left in running:
-                ray.cancel(left, force=True)
+        for left in running:
+            ray.cancel(left, force=True)
 
 
 def _run(

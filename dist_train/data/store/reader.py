@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from dist_train.data.store.index import check_index, digest_of, read_index
-from dist_train.data.store.shards import shard_name
+from dist_train.data.store.shards import REPAIR, shard_name
 from dist_train.data.types import Volume
 from dist_train.errors import FileError, StoreError
 from dist_train.files import crc32c, is_sealed, plain_descriptor, read_json
@@ -35,8 +35,8 @@ MANIFEST = "manifest.csv"
 MOST_MARKER = 1 << 20
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
-# Shards that are kept open at once: a large store has more of them than a process may open files.
-# Of those it leaves three quarters to others: workers, connections, checkpoints.
+# Most shards that are kept open: a large store has more of them than a process may open files.
+# Three quarters of the files that it may open are left to workers, connections, checkpoints.
 OPEN_SHARDS = 256
 SHARE_OF_OPEN_FILES = 4
 
@@ -46,36 +46,31 @@ COLUMNS = ("filename", "label", "group", "weight", "split", "crowd_score", "tier
 class Store:
     """Read access to a store.
 
-    ``table`` has one row a clip, ordered by key, with a clip's position in it as its id: ``key``,
-    the manifest's columns, ``frames``, ``height``, ``width``, ``shard``, ``offset``, ``crc32c``.
-    ``info`` is the content of ``store.json``. Safe to pickle into, or fork into, worker processes:
-    a ``pread`` moves no shared file position, and a pickled store opens its own files. Not to be
-    shared by threads.
+    Workers may inherit it by a fork, as a ``pread`` moves no shared file position, or by pickling,
+    as the copy opens its own files. Threads must not share it.
+
+    Attributes:
+        table: one row per clip, ordered by key: ``key``, the manifest's columns, ``frames``,
+            ``height``, ``width``, ``shard``, ``offset``, ``crc32c``. The position of a row is the
+            number of the clip.
+        info: the content of ``store.json``.
 
     Raises:
-        StoreError: no store, or one that is not finished, or whose index does not match it.
+        StoreError: there is no store, or it is not finished, or its index is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.info = read_marker(folder)
         check_index(folder / INDEX, self.info["index_crc32c"])
-        rows = []
         try:
-            for key, record in read_index(folder / INDEX):
-                frames, height, width = record["shape"]
-                rows.append(
-                    {"key": key, "frames": frames, "height": height, "width": width}
-                    | {name: record[name] for name in (*COLUMNS, "shard", "offset", "crc32c")}
-                )
-        except (KeyError, TypeError, ValueError) as error:
-            raise _bad_index(folder, f"a record is not of this form ({error!r})") from None
-        if len(rows) != self.info["clips"]:
-            raise _bad_index(folder, f"it holds {len(rows)} clips, not {self.info['clips']}")
-        try:
-            self.table = _checked(pd.DataFrame(rows), self.info["shards"])
+            self.table = _read_table(folder / INDEX, self.info["clips"], self.info["shards"])
         except (KeyError, ValueError, TypeError, OverflowError) as error:
-            raise _bad_index(folder, str(error)) from None
+            raise StoreError(
+                f"the index is not that of the store ({error})",
+                where=folder / INDEX,
+                fix="Run 'dist-train verify' with --repair.",
+            ) from None
         self._shard = self.table["shard"].to_numpy(np.int64)
         self._offset = self.table["offset"].to_numpy(np.int64)
         self._shape = self.table[["frames", "height", "width"]].to_numpy(np.int64)
@@ -85,24 +80,23 @@ class Store:
 
     @property
     def fingerprint(self) -> str:
-        """Identity of what it was made from: names, settings and decoder path, not pixels."""
+        """Identity of what the store was made from: names, settings, decoder; not pixels."""
         return str(self.info["fingerprint"])
 
     @cached_property
     def content(self) -> str:
-        """Identity of what it holds: SHA-256, in hex, over key, label and checksum of each clip."""
+        """Identity of the content: SHA-256, in hex, over key, label and CRC-32C of each clip."""
         columns = (self.table[name] for name in ("key", "label", "crc32c"))
         return digest_of(
             (key, {"label": label, "crc32c": crc}) for key, label, crc in zip(*columns, strict=True)
         )
 
     def read(self, clip: int) -> Volume:
-        """The native crop of clip number ``clip``: uint8 [D, H, W], one ``pread``.
+        """Return the native crop of clip number ``clip``: uint8 [D, H, W], by one ``pread``.
 
         Raises:
-            StoreError: there is no such clip, the shard is gone, or the bytes are not those that
-                were written.
-            MachineError: it cannot be read now, for too many open files or a failing disk.
+            StoreError: there is no such clip, or its shard is missing or damaged.
+            MachineError: too many files are open, or the disk fails.
         """
         self._check(clip)
         pixels = np.empty(self._shape[clip], dtype=np.uint8)
@@ -110,7 +104,7 @@ class Store:
         return pixels
 
     def read_into(self, out: Volume, clip: int) -> None:
-        """The same, into ``out``: uint8, C order, as many pixels as the clip has."""
+        """Read a clip into ``out``: uint8, C order, as many pixels as the clip has."""
         self._check(clip)
         if out.dtype != np.uint8 or not out.flags.c_contiguous or out.size != self._length(clip):
             raise StoreError(
@@ -136,8 +130,8 @@ class Store:
         return int(found[0])
 
     def _check(self, clip: int) -> None:
-        # A number below 0 would be taken from the end.
-        if not 0 <= clip < len(self.table):
+        # An array would take a negative number from its end.
+        if not (isinstance(clip, int | np.integer) and 0 <= clip < len(self.table)):
             raise StoreError(
                 f"holds no clip {clip}; they are 0 to {len(self.table) - 1}", where=self.folder
             )
@@ -156,7 +150,7 @@ class Store:
             except OSError as error:
                 if error.errno != errno.EMFILE or not self._descriptors:
                     raise
-                # Others of this process have more open than they were left.
+                # This process has opened too many other files.
                 self._close_one()
                 descriptor = plain_descriptor(self._path(clip), os.O_RDONLY)
         self._descriptors[shard] = descriptor
@@ -173,7 +167,7 @@ class Store:
         return StoreError(
             f"clip '{self.table['key'].iloc[clip]}' cannot be read ({what})",
             where=self._path(clip),
-            fix="Run 'dist-train verify' with --repair, which rebuilds damaged shards.",
+            fix=REPAIR,
         )
 
     def __del__(self) -> None:
@@ -184,21 +178,31 @@ class Store:
         return self.__dict__ | {"_descriptors": {}}
 
 
-def _checked(table: pd.DataFrame, shards: int) -> pd.DataFrame:
-    """The table with its types, if its values are of them.
+def _read_table(index: Path, clips: int, shards: int) -> pd.DataFrame:
+    """Read ``Store.table``, and check that its values have the right types and bounds.
 
     Raises:
-        KeyError, ValueError, TypeError, OverflowError: they are not.
+        KeyError, ValueError, TypeError, OverflowError: they do not.
     """
+    rows = []
+    for key, record in read_index(index):
+        frames, height, width = record["shape"]
+        rows.append(
+            {"key": key, "frames": frames, "height": height, "width": width}
+            | {name: record[name] for name in (*COLUMNS, "shard", "offset", "crc32c")}
+        )
+    if len(rows) != clips:
+        raise ValueError(f"it holds {len(rows)} clips, not {clips}")
+    table = pd.DataFrame(rows)
     table = table.astype({"crowd_score": "float64", "weight": "float64"})
-    least = {"frames": 1, "height": 1, "width": 1, "label": -1, "shard": 0, "offset": 0}
-    most = {"label": 1, "shard": shards - 1, "crc32c": (1 << 32) - 1}
-    for name in (*least, "crc32c"):
-        column = table[name]
-        fits = column.dtype == np.int64 and (column >= least.get(name, 0)).all()
-        if not fits or (name in most and not (column <= most[name]).all()):
+    sizes = dict.fromkeys(("frames", "height", "width"), (1, np.inf))
+    places = {"shard": (0, shards - 1), "offset": (0, np.inf)}
+    for name, (least, most) in (
+        sizes | places | {"label": (-1, 1), "crc32c": (0, 2**32 - 1)}
+    ).items():
+        if table[name].dtype != np.int64 or not table[name].between(least, most).all():
             raise ValueError(f"a clip has no valid '{name}'")
-    if not np.isfinite(table["weight"]).all() or (table["weight"] < 0).any():
+    if not table["weight"].between(0, np.inf, inclusive="left").all():
         raise ValueError("a clip has no valid 'weight'")
     if table["tier1"].dtype != np.bool_:
         raise ValueError("a clip has no valid 'tier1'")
@@ -208,19 +212,11 @@ def _checked(table: pd.DataFrame, shards: int) -> pd.DataFrame:
     return table
 
 
-def _bad_index(folder: Path, why: str) -> StoreError:
-    return StoreError(
-        f"the index is not that of the store ({why})",
-        where=folder / INDEX,
-        fix="Run 'dist-train verify' with --repair.",
-    )
-
-
 def read_marker(folder: Path) -> dict[str, Any]:
-    """``store.json``, which ``prepare`` writes last.
+    """Read ``store.json``, which ``prepare`` writes last.
 
     Raises:
-        StoreError: it is missing (no store, or an unfinished one), or of another format.
+        StoreError: it is missing, as in an unfinished store, damaged, or of another format.
     """
     marker = folder / MARKER
     if not os.path.lexists(marker):
@@ -236,27 +232,27 @@ def read_marker(folder: Path) -> dict[str, Any]:
     try:
         content = read_json(marker, most_bytes=MOST_MARKER)
         if not isinstance(content, dict) or not isinstance(content.get("format"), str):
-            raise _no_marker(marker, "it has no format")
+            raise _bad_marker(marker, "it has no format")
         if content["format"] != FORMAT:
             raise StoreError(
                 f"the store has format '{content['format'][:99]}', this version reads '{FORMAT}'",
                 where=marker,
                 fix="Prepare the store anew in another folder.",
             )
-        # Older ones have neither.
+        # Stores of earlier versions have neither.
         if ("content" in content or "crc32c" in content) and not is_sealed(content):
-            raise _no_marker(marker, "its checksum is wrong")
+            raise _bad_marker(marker, "its checksum is wrong")
         content.pop("crc32c", None)
         _Marker.model_validate(content)
     except FileError as error:
-        raise _no_marker(marker, error.what) from None
+        raise _bad_marker(marker, error.what) from None
     except ValidationError as error:
         name = ".".join(map(str, error.errors()[0]["loc"]))
-        raise _no_marker(marker, f"its '{name}' is not of this form") from None
+        raise _bad_marker(marker, f"its '{name}' is not valid") from None
     return content
 
 
-def _no_marker(path: Path, why: str) -> StoreError:
+def _bad_marker(path: Path, why: str) -> StoreError:
     return StoreError(
         f"is not the marker of a store ({why})",
         where=path,
@@ -265,7 +261,7 @@ def _no_marker(path: Path, why: str) -> StoreError:
 
 
 class _Marker(BaseModel):
-    """The entries of ``store.json``, without those that a later version may add."""
+    """The entries of ``store.json``. A later version may add others."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 

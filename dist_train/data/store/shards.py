@@ -25,15 +25,50 @@ import numpy as np
 
 from dist_train.data.types import Record, Volume
 from dist_train.errors import FileError, StoreError
-from dist_train.files import crc32c, open_plain, parse_json, written_whole
+from dist_train.files import crc32c, open_plain, parse_json, reason_of, written_whole
 from dist_train.system.advice import blame_machine
 
-# Bytes of one record; those that are written have some hundreds.
+# Largest record in bytes. Real ones have some hundreds.
 MOST_RECORD = 1 << 20
+# Entries of a record that say where the clip is. They are not stored in the shard.
+PLACE = ("offset", "length", "shard")
+# The names of a shard's two files.
+SHARD_FILE = re.compile(r"shard-[0-9]{6,}\.(tar|rejected\.csv)")
+REPAIR = "Run 'dist-train verify' with --repair, which rebuilds damaged shards."
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The two files of a shard, which may not exist yet."""
+
+    number: int
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        return self.folder / shard_name(self.number)
+
+    @property
+    def rejects_path(self) -> Path:
+        return self.path.with_suffix(".rejected.csv")
+
+    def is_written(self) -> bool:
+        return self.path.is_file() and self.rejects_path.exists()
 
 
 def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
+
+
+def to_record(row: Record) -> Record:
+    """The part of a clip's record that comes from its row of the manifest."""
+    crowd = row["crowd_score"]
+    record = {name: value for name, value in row.items() if name != "key"}
+    return record | {"crowd_score": None if math.isnan(crowd) else crowd}
+
+
+def without_place(record: Record) -> Record:
+    return {name: value for name, value in record.items() if name not in PLACE}
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Volume, Record]]) -> None:
@@ -53,15 +88,14 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Volume, Record]]) -> No
 
 
 def around_pixels(key: str, record: Record) -> tuple[bytes, bytes]:
-    """The bytes of a sample before its first pixel, and after its last one."""
+    """Return the bytes of a sample before its first pixel, and after its last one."""
     shape = tuple(record["shape"])
     npy = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         npy, {"descr": "|u1", "fortran_order": False, "shape": shape}
     )
     size = len(npy.getvalue()) + math.prod(shape)
-    own = {name: value for name, value in record.items() if name not in ("offset", "length")}
-    text = json.dumps(own, sort_keys=True).encode()
+    text = json.dumps(without_place(record), sort_keys=True).encode()
     return (
         _header(f"{key}.npy", size) + npy.getvalue(),
         bytes(_padded(size) - size)
@@ -77,19 +111,21 @@ def _header(name: str, size: int) -> bytes:
 
 
 def archive_size(end: int) -> int:
-    """Bytes of a shard whose last sample ends at ``end``: two empty blocks end an archive, which is
-    filled up to whole records of 20 blocks."""
+    """Number of bytes of a shard whose last sample ends at ``end``.
+
+    Two empty blocks end an archive, which is padded to whole records of 20 blocks.
+    """
     return -(-(end + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Record]]:
-    """The samples of a shard without their pixels: (key, record).
+    """Yield (key, record) of each sample of a shard, without reading the pixels.
 
     ``offset`` (bytes from the start of the shard to the first pixel) and ``length`` (bytes of
     pixels) are added to each record.
 
     Raises:
-        StoreError: the shard is not a tar file in the form that ``write_shard`` gives.
+        StoreError: the shard is not a tar file of the form that ``write_shard`` gives.
     """
     try:
         with open_plain(path) as file:
@@ -99,30 +135,28 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
                 yield key, record
     except (FileError, OSError, tarfile.TarError, ValueError) as error:
         blame_machine(error, path)
-        what = error.what if isinstance(error, FileError) else str(error)
         raise StoreError(
-            f"is not a readable shard ({what})",
-            where=path,
-            fix="Run 'dist-train verify' with --repair, which rebuilds damaged shards.",
+            f"is not a readable shard ({reason_of(error)})", where=path, fix=REPAIR
         ) from None
 
 
 def read_sample(file: IO[bytes], at: int, size: int) -> tuple[str, Record, int] | None:
-    """The sample that begins at byte ``at`` of a shard of ``size`` bytes: key, record with offset
-    and length, and where the next one begins. None where the archive ends there.
+    """Read the sample that begins at byte ``at`` of a shard of ``size`` bytes.
+
+    Returns:
+        The key, the record with ``offset`` and ``length``, and where the next sample begins; None
+        at the end of the archive.
 
     Raises:
-        tarfile.TarError, ValueError: it is not such a sample.
+        tarfile.TarError, ValueError: there is no valid sample.
     """
-    if _is_end(file, at):
+    file.seek(at)
+    if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):
         return None
     name, begin, length = _member(file, at, size)
-    key = name.removesuffix(".npy")
+    key, end = name.removesuffix(".npy"), begin + length
     if key == name:
         raise ValueError(f"'{name}' is no array")
-    end = begin + length
-    if _is_end(file, _padded(end)):
-        raise ValueError(f"'{name}' has no record after it")
     record_name, record_begin, record_length = _member(file, _padded(end), size)
     if record_name != f"{key}.json":
         raise ValueError(f"'{name}' has no record after it")
@@ -146,12 +180,6 @@ def read_sample(file: IO[bytes], at: int, size: int) -> tuple[str, Record, int] 
     return key, record | place, _padded(record_begin + record_length)
 
 
-def _is_end(file: IO[bytes], at: int) -> bool:
-    """An empty block ends an archive."""
-    file.seek(at)
-    return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-
-
 def _member(file: IO[bytes], at: int, size: int) -> tuple[str, int, int]:
     """Name, begin and length in bytes of the file whose tar header is at ``at``."""
     file.seek(at)
@@ -166,36 +194,3 @@ def _member(file: IO[bytes], at: int, size: int) -> tuple[str, int, int]:
 
 def _padded(end: int) -> int:
     return -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
-# The files of one shard, and what a clip's record holds.
-
-
-# Names of a shard's files, of any store.
-SHARD_FILE = re.compile(r"shard-[0-9]{6,}\.(tar|rejected\.csv)")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The files of one shard of a store, written or not."""
-
-    number: int
-    folder: Path
-
-    @property
-    def path(self) -> Path:
-        return self.folder / shard_name(self.number)
-
-    @property
-    def rejects_path(self) -> Path:
-        return self.path.with_suffix(".rejected.csv")
-
-    def is_written(self) -> bool:
-        return self.path.is_file() and self.rejects_path.exists()
-
-
-def to_record(row: Record) -> Record:
-    """What a clip's record says of its row of the manifest."""
-    crowd = row["crowd_score"]
-    record = {name: value for name, value in row.items() if name != "key"}
-    return record | {"crowd_score": None if math.isnan(crowd) else crowd}

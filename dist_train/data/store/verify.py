@@ -1,29 +1,23 @@
-"""Every byte of a finished store: what is damaged.
+"""Check every byte of a finished store.
 
 The manifest in the store says which clips there must be. A shard is sound if it is, byte for byte,
 what ``write_shard`` gives for its records and pixels, and the pixels have their CRC-32C. The index
-has its own CRC-32C in ``store.json``; where it is sound, the shards' records are compared with it.
+has its own CRC-32C in ``store.json``; if it is sound, the shards' records are compared with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dist_train.data.store.build import gather_rejects, marker_of, rejects_csv
-from dist_train.data.store.build_spec import Job, read_job, read_rejects
+from dist_train.data.store.build_spec import Job, read_job
+from dist_train.data.store.finish import marker_of
 from dist_train.data.store.index import content_digest, index_checksum, look_up
 from dist_train.data.store.reader import INDEX, MARKER, REJECTED, SHARDS, read_marker
-from dist_train.data.store.salvage import good_clips
-from dist_train.data.store.shards import (
-    Shard,
-    archive_size,
-    around_pixels,
-    read_records,
-    to_record,
-)
+from dist_train.data.store.rejects import gather_rejects, read_rejects, rejects_csv
+from dist_train.data.store.shards import Shard, archive_size, around_pixels, read_records, to_record
 from dist_train.data.types import Record
 from dist_train.errors import StoreError
 from dist_train.files import crc32c
@@ -33,10 +27,7 @@ from dist_train.system.supervised_pool import each_done
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong in a store.
-
-    ``shard`` is the number of the shard that must be written again for it, if one must.
-    """
+    """A fault of a store. ``shard``: number of the shard that must be rewritten to mend it."""
 
     where: Path
     what: str
@@ -49,24 +40,30 @@ class Fault:
 def verify(
     folder: Path, *, workers: int | None = None, progress: Progress | None = None
 ) -> list[Fault]:
-    """Check every byte of a store; an empty list says that it is whole.
+    """Check every byte of a store, and return its faults; there are none in a sound store.
 
     Args:
         workers: processes; None takes one per available core.
         progress: called with (clips checked, clips in all).
 
     Raises:
-        StoreError: there is no store, or ``job.json`` or ``manifest.csv``, by which all else is
-            judged, is itself damaged.
+        StoreError: there is no store, or its ``job.json`` or ``manifest.csv`` is damaged.
     """
     job = read_job(folder)
     shards = job.shards(folder)
-    faults = [*_foreign_files(folder, shards)]
-    marker, index = marker_of_store(folder), sound_index(folder)
+    own = {path for shard in shards for path in (shard.path, shard.rejects_path)}
+    faults = [
+        Fault(path, "does not belong to the store; move it away")
+        for path in (folder / SHARDS).iterdir()
+        if path not in own
+    ]
+    marker = valid_marker(folder)
+    index = sound_index(folder, marker)
     if marker is not None and index is None:
         faults.append(Fault(folder / INDEX, "is not the index that was written"))
     done, total = 0, len(job.table)
-    for number, found in each_done(check_shard, _checks(job, shards, index), workers):
+    checks = ((shard, job.rows(shard), index) for shard in shards)
+    for number, found in each_done(check_shard, checks, workers):
         faults += found
         done += job.clips(shards[number])
         if progress:
@@ -78,29 +75,22 @@ def verify(
     return sorted(faults, key=lambda fault: (fault.where, fault.what))
 
 
-def marker_of_store(folder: Path) -> dict[str, Any] | None:
-    """The content of ``store.json``; None where it is missing, or no marker."""
+def valid_marker(folder: Path) -> dict[str, Any] | None:
+    """Return the content of ``store.json``; None if it is missing or damaged."""
     try:
         return read_marker(folder)
     except StoreError:
         return None
 
 
-def sound_index(folder: Path) -> Path | None:
-    """The index, or None if it is not, to the byte, the one that was written."""
-    marker, path = marker_of_store(folder), folder / INDEX
+def sound_index(folder: Path, marker: Mapping[str, Any] | None) -> Path | None:
+    """Return the index; None if it does not have the checksum in the marker."""
+    path = folder / INDEX
     try:
         sound = marker is not None and marker["index_crc32c"] == index_checksum(path)
     except StoreError:
         return None
     return path if sound else None
-
-
-def _foreign_files(folder: Path, shards: Sequence[Shard]) -> Iterator[Fault]:
-    own = {path for shard in shards for path in (shard.path, shard.rejects_path)}
-    for path in (folder / SHARDS).iterdir():
-        if path not in own:
-            yield Fault(path, "does not belong to the store; move it away")
 
 
 def _check_summaries(
@@ -110,7 +100,7 @@ def _check_summaries(
     marker: dict[str, Any],
     index: Path | None,
 ) -> Iterator[Fault]:
-    """``rejected.csv`` and ``store.json`` say what the shards do."""
+    """Compare ``rejected.csv`` and ``store.json`` with the shards."""
     rejects = gather_rejects(shards)
     path = folder / REJECTED
     if not path.is_file() or path.read_bytes() != rejects_csv(rejects).encode():
@@ -122,94 +112,63 @@ def _check_summaries(
         yield Fault(folder / MARKER, "does not say what the store holds")
 
 
-@dataclass(frozen=True)
-class Check:
-    """A shard, its rows of the manifest, and the index if that is sound."""
+def check_shard(check: tuple[Shard, Sequence[Record], Path | None]) -> tuple[int, list[Fault]]:
+    """Return the number of a shard, and its faults.
 
-    shard: Shard
-    rows: Sequence[Record]
-    index: Path | None
-
-
-def _checks(job: Job, shards: Sequence[Shard], index: Path | None) -> Iterator[Check]:
-    return (Check(shard, job.rows(shard), index) for shard in shards)
-
-
-def check_shard(check: Check) -> tuple[int, list[Fault]]:
-    """The shard's number, and all that is wrong with it."""
-    shard = check.shard
+    Args:
+        check: the shard, its rows of the manifest, and the index if that is sound.
+    """
+    shard, rows, index_path = check
     if not shard.path.is_file():
         return shard.number, [Fault(shard.path, "the shard is missing", shard.number)]
     try:
         rejects = read_rejects(shard)
     except StoreError as error:
         return shard.number, [Fault(shard.rejects_path, error.what, shard.number)]
-    labels = {row["filename"]: str(row["label"]) for row in check.rows}
+    labels = {row["filename"]: str(row["label"]) for row in rows}
     rejected = dict(zip(rejects["file"], rejects["class"], strict=True))
-    rows = {row["key"]: to_record(row) for row in check.rows if row["filename"] not in rejected}
-    clips, unreadable = _read_clips(shard.path)
-    index = None if check.index is None else look_up(check.index, [r["key"] for r in check.rows])
-    behind = good_clips(shard.path, check.rows, index) if unreadable else ()
-    whole = {check.rows[position]["key"] for position in behind}
-    found = [
-        Fault(shard.path, what, shard.number)
-        for what in (
-            *unreadable,
-            *_clip_faults(shard.number, rows, clips, index, whole),
-            *_byte_faults(shard.path, clips),
-        )
-    ]
+    expected = {row["key"]: to_record(row) for row in rows if row["filename"] not in rejected}
+    index = None if index_path is None else look_up(index_path, [row["key"] for row in rows])
+    clips: dict[str, Record] = {}
+    unreadable = None
+    try:
+        # On an error, the update keeps the clips before the damage.
+        clips.update(read_records(shard.path))
+    except StoreError as error:
+        unreadable = error.what
+    found = [unreadable] if unreadable else []
+    # Repair also finds good clips behind damaged headers.
+    absent = "is missing, or cannot be reached" if unreadable else "is missing"
+    found += [f"clip '{key}' {absent}" for key in expected.keys() - clips.keys()]
+    found += _record_faults(shard.number, expected, clips, index)
+    found += _byte_faults(shard.path, clips)
+    faults = [Fault(shard.path, what, shard.number) for what in found]
     if not rejected.items() <= labels.items():
         what = "the list names files that are not of this shard"
-        found.append(Fault(shard.rejects_path, what, shard.number))
-    return shard.number, found
+        faults.append(Fault(shard.rejects_path, what, shard.number))
+    return shard.number, faults
 
 
-def _read_clips(path: Path) -> tuple[dict[str, Record], list[str]]:
-    """The records up to where the shard cannot be read on, and why it cannot."""
-    clips: dict[str, Record] = {}
-    try:
-        # Up to the damage: an update keeps what came before the error.
-        clips.update(read_records(path))
-    except StoreError as error:
-        return clips, [error.what]
-    # What should be a record may be any JSON.
-    except (TypeError, AttributeError) as error:
-        return clips, [f"is not a readable shard ({error})"]
-    return clips, []
-
-
-def _clip_faults(
+def _record_faults(
     shard: int,
-    rows: Mapping[str, Record],
+    expected: Mapping[str, Record],
     clips: Mapping[str, Record],
     index: Mapping[str, Record] | None,
-    whole: Set[str],
 ) -> Iterator[str]:
-    """Whether manifest, shard and index agree, in both directions.
-
-    Args:
-        whole: keys of the clips that repair finds, also behind headers that cannot be read.
-    """
-    for key in rows.keys() - clips.keys():
-        if key in whole:
-            yield f"clip '{key}' is whole, but a header before it is damaged"
-        else:
-            yield f"clip '{key}' is missing"
+    """Compare the shard's records with manifest and index, and the index with the manifest."""
     for key, record in clips.items():
-        if key not in rows:
+        if key not in expected:
             yield f"clip '{key}' does not belong to the shard"
-        elif not rows[key].items() <= record.items():
+        elif not expected[key].items() <= record.items():
             yield f"clip '{key}': its record is not that of the manifest"
         elif index is not None and index.get(key) != record | {"shard": shard}:
             yield f"clip '{key}': its record is not that of the index"
-    if index is not None:
-        for key in index.keys() - rows.keys():
-            yield f"clip '{key}' is in the index, and should not be"
+    for key in (index or {}).keys() - expected.keys():
+        yield f"clip '{key}' is in the index, and should not be"
 
 
 def _byte_faults(path: Path, clips: Mapping[str, Record]) -> Iterator[str]:
-    """The pixels by their CRC; all other bytes must be those that ``write_shard`` gives."""
+    """Check the pixels by their CRC-32C; other bytes must be those that ``write_shard`` gives."""
     end = 0
     with path.open("rb") as file:
         for key, record in clips.items():

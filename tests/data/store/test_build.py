@@ -43,10 +43,10 @@ from dist_train.data.raw.video import Video
 from dist_train.data.store.build import (
     PrepareSettings,
     finalize,
+    new_task,
     prepare,
     prepare_npz,
     prepare_part,
-    tasks,
 )
 from dist_train.data.store.build_spec import JOB, Part, read_job
 from dist_train.data.store.reader import INDEX, MARKER, REJECTED, SHARDS, Store
@@ -1024,7 +1024,7 @@ def test_mended_file_is_not_lost_by_a_kill(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
         job, source = read_job(store), open_source(raw)
-        task = next(tasks(job, job.shards(store)[1:], source))
+        task = new_task(job, job.shards(store)[1], source)
         with pytest.raises(KeyboardInterrupt):
             write_task(task, UNWATCHED)
     make(tmp_path, names)

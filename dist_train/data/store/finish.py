@@ -1,0 +1,88 @@
+"""Written shards -> finished store: the list of rejects, the index, and the marker last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dist_train.data.store.build_spec import Job
+from dist_train.data.store.index import content_digest, index_checksum, write_index
+from dist_train.data.store.reader import FORMAT, INDEX, MARKER, REJECTED, read_marker
+from dist_train.data.store.rejects import by_class, count_classes, gather_rejects, rejects_csv
+from dist_train.data.store.shards import Shard
+from dist_train.errors import StoreError
+from dist_train.files import sealed, write_whole
+
+
+def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) -> dict[str, Any]:
+    """Gather and count the rejects, build the index, and write the marker last.
+
+    Returns:
+        The content of ``store.json``.
+
+    Raises:
+        StoreError: too many clips were rejected, or a shard does not hold what it should.
+    """
+    rejects = gather_rejects(shards)
+    write_whole(out / REJECTED, rejects_csv(rejects))
+    total = len(job.table)
+    if len(rejects) / total > max_rejected or len(rejects) == total:
+        # An existing marker stays: the store was finished with a larger --max-rejected.
+        raise StoreError(
+            f"{len(rejects)} of {total} clips were rejected "
+            f"({by_class(count_classes(rejects['class']))}), and --max-rejected is "
+            f"{max_rejected:g}; the first: {rejects['file'].iloc[0]}: "
+            f"{rejects['reason'].iloc[0].rstrip('.')}",
+            where=out / REJECTED,
+            fix="Mend or remove the files, or raise --max-rejected: finished work is kept.",
+        )
+    before = _valid_marker(out, job, shards, rejects)
+    if before is not None:
+        return before
+    clips = write_index(out / INDEX, [shard.path for shard in shards])
+    if clips != total - len(rejects):
+        raise StoreError(
+            f"the shards hold {clips} clips, not the {total - len(rejects)} that were written",
+            where=out,
+            fix="Run 'dist-train verify' with --repair, which rebuilds the damaged ones.",
+        )
+    content = content_digest(out / INDEX)
+    marker = marker_of(job, shards, rejects, index_checksum(out / INDEX), content)
+    write_whole(out / MARKER, sealed(marker))
+    return marker
+
+
+def _valid_marker(
+    out: Path, job: Job, shards: Sequence[Shard], rejects: pd.DataFrame
+) -> dict[str, Any] | None:
+    """Return the existing marker, if it and the index belong to these shards."""
+    try:
+        marker = read_marker(out)
+        checksum = index_checksum(out / INDEX)
+    except StoreError:
+        return None
+    expected = marker_of(job, shards, rejects, checksum, marker.get("content"))
+    return marker if marker == expected else None
+
+
+def marker_of(
+    job: Job,
+    shards: Sequence[Shard],
+    rejects: pd.DataFrame,
+    index_crc32c: int,
+    content: str | None,
+) -> dict[str, Any]:
+    """Return the content of ``store.json``; ``content`` is None in stores of earlier versions."""
+    marker = {
+        "format": FORMAT,
+        "fingerprint": job.fingerprint,
+        "settings": job.made_from["settings"],
+        "clips": len(job.table) - len(rejects),
+        "shards": len(shards),
+        "rejected": count_classes(rejects["class"]),
+        "index_crc32c": index_crc32c,
+    }
+    return marker if content is None else marker | {"content": content}

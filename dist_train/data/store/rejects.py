@@ -1,0 +1,86 @@
+"""Lists of rejects: the files that gave no clip, and why. Each shard has one, and the store."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from dist_train.data.store.shards import Shard
+from dist_train.errors import FileError, StoreError
+from dist_train.files import read_plain
+from dist_train.safe_text import for_spreadsheet
+
+# Longest list in bytes.
+MOST_REJECTS = 1 << 30
+# Begins the reason of a reject that was a clip once. The checksum of its pixels follows, if known.
+LOST = "lost: it was damaged in the store, and its raw file was not at hand"
+
+
+def read_rejects(shard: Shard) -> pd.DataFrame:
+    """Read a shard's list: columns ``file``, ``reason`` and ``class``, all text.
+
+    Raises:
+        StoreError: the list is missing or damaged.
+    """
+    try:
+        return read_reject_list(shard.rejects_path)
+    except FileError as error:
+        raise StoreError(
+            f"the list of rejects {error.what}",
+            where=shard.rejects_path,
+            fix="Run 'dist-train verify' with --repair.",
+        ) from None
+
+
+def read_reject_list(path: Path) -> pd.DataFrame:
+    """Read the list of a shard or of the store: columns ``file``, ``reason`` and ``class``.
+
+    Raises:
+        FileError: it is missing or damaged.
+    """
+    content = read_plain(path, most_bytes=MOST_REJECTS)
+    try:
+        rows = list(csv.reader(io.StringIO(content.decode(), newline=""), strict=True))
+        if not rows or rows[0] != ["file", "reason", "class"]:
+            raise ValueError("its columns are not file, reason, class")
+        if any(len(row) != 3 or row[2] not in ("-1", "0", "1") for row in rows[1:]):
+            raise ValueError("a row is not a file, a reason and a class")
+    except (ValueError, csv.Error) as error:
+        raise FileError(f"cannot be read ({error})", where=path) from None
+    return pd.DataFrame(rows[1:], columns=rows[0], dtype=str)
+
+
+def lost_in(shard: Shard) -> list[str]:
+    """Files of a shard's rejects that were clips once; none if the list cannot be read."""
+    try:
+        rejects = read_rejects(shard)
+    except StoreError:
+        return []
+    names: list[str] = rejects["file"][rejects["reason"].str.startswith(LOST)].tolist()
+    return names
+
+
+def gather_rejects(shards: Sequence[Shard]) -> pd.DataFrame:
+    """Join the lists of all shards, in the order of the manifest."""
+    return pd.concat([read_rejects(shard) for shard in shards])
+
+
+def rejects_csv(rejects: pd.DataFrame) -> str:
+    """Return the text of the store's list, whose names are safe to open in a spreadsheet."""
+    text: str = rejects.assign(file=rejects["file"].map(for_spreadsheet)).to_csv(index=False)
+    return text
+
+
+def count_classes(classes: pd.Series) -> dict[str, int]:
+    """Number of rows by class: "0", "1", or "-1" where it is not known."""
+    return {str(k): int(v) for k, v in classes.value_counts().items()}
+
+
+def by_class(counts: Mapping[str, int]) -> str:
+    """Counts by class, in words."""
+    names = {"0": "negative", "1": "positive", "-1": "unlabelled"}
+    return ", ".join(f"{counts[label]} {name}" for label, name in names.items() if label in counts)
