@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import contents
+from stores import small_medmnist
 
 from dist_train import cli
 from dist_train.data.raw.medmnist import read_medmnist
@@ -75,12 +76,7 @@ EDITS = (flip, cut, replace_piece, replace_value, repeat_piece, zero_page)
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of ten clips in three shards, and the file that it was made from."""
     folder = tmp_path_factory.mktemp("edits")
-    rng = np.random.default_rng(0)
-    arrays = {}
-    for split, count in (("train", 5), ("val", 3), ("test", 2)):
-        arrays[f"{split}_images"] = rng.integers(0, 256, (count, 4, 5, 6), dtype=np.uint8)
-        arrays[f"{split}_labels"] = (np.arange(count) % 2)[:, None]
-    np.savez(folder / "small.npz", **arrays)
+    small_medmnist(folder / "small.npz")
     prepare_npz(folder / "small.npz", folder / "store", shard_clips=4)
     return folder
 

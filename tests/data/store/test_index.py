@@ -52,11 +52,6 @@ def test_bytes_depend_on_the_shards_alone(tmp_path: Path) -> None:
     assert (tmp_path / "third").read_bytes() == first
 
 
-def test_no_clips(tmp_path: Path) -> None:
-    assert write_index(tmp_path / "index", make_shards(tmp_path, [[]])) == 0
-    assert list(read_index(tmp_path / "index")) == []
-
-
 def test_key_in_two_shards(tmp_path: Path) -> None:
     shards = make_shards(tmp_path, [["a", "b"], ["b"]])
     with pytest.raises(StoreError, match="clip 'b' is in two shards"):

@@ -1,0 +1,81 @@
+"""Names of raw files: found under other systems' spellings, and nearly right ones are told."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_media import write_volumes
+
+from dist_train.data.raw.source import LocalFolder
+from dist_train.errors import DecodeError, MachineError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two volumes, and two in a folder ``d``; one name is in Unicode's decomposed form."""
+    write_volumes(tmp_path, 2)
+    write_volumes(tmp_path / "d", 1)
+    np.save(tmp_path / "d" / "Ma\u0308us.npy", np.zeros((2, 4, 4), np.uint8))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["d/M\u00e4us.npy", "d\\Ma\u0308us.npy", "d\\M\u00e4us.npy"])
+def test_a_file_is_found_under_another_systems_name(folder: Path, name: str) -> None:
+    with LocalFolder(folder).fetched(name) as path:
+        assert path == folder / "d" / "Ma\u0308us.npy"
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("Clip001.npy", "clip001.npy"),
+        ("clip001", "clip001.npy"),
+        ("CLIP001.avi", "clip001.npy"),
+        ("D/M\u00e4us.npy", "d/Ma\u0308us.npy"),
+        ("d\\MA\u0308US", "d/Ma\u0308us.npy"),
+        ("raw/clip001.npy", "clip001.npy"),
+        (r"E:raw\CLIP001.avi", "clip001.npy"),
+    ],
+)
+def test_a_file_of_nearly_that_name_is_told_and_not_taken(
+    folder: Path, name: str, there: str
+) -> None:
+    source = LocalFolder(folder)
+    assert source.missing([name]) == [name]
+    with (
+        pytest.raises(DecodeError, match=f"the file is missing. It exists as '{there}'"),
+        source.fetched(name),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("how", ["symbolic link", "hard link", "way round"])
+def test_one_file_under_two_names(folder: Path, how: str) -> None:
+    if how == "symbolic link":
+        (folder / "other.npy").symlink_to("clip001.npy")
+    elif how == "hard link":
+        (folder / "other.npy").hardlink_to(folder / "clip001.npy")
+    other = "d/../clip001.npy" if how == "way round" else "other.npy"
+    names = ["clip000.npy", "clip001.npy", "gone.npy", other]
+    assert LocalFolder(folder).twice(names) == ("clip001.npy", other)
+    assert LocalFolder(folder).twice(names[:3]) is None
+
+
+def test_a_folder_that_may_not_be_entered_is_no_missing_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.stat
+
+    def refusing(path: Path, **how: bool) -> os.stat_result:
+        # Root may enter any folder.
+        if path.parent == folder / "d":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", refusing)
+    with pytest.raises(MachineError, match=r"d/a.npy: cannot be read \(Permission d"):
+        LocalFolder(folder).missing(["d/a.npy"])
