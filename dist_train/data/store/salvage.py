@@ -15,6 +15,7 @@ from dist_train.data.store.shards import read_sample, to_record, without_place
 from dist_train.data.types import Record, Volume
 from dist_train.errors import FileError, StoreError
 from dist_train.files import crc32c, open_plain
+from dist_train.system.advice import blame_machine
 
 
 def good_clips(
@@ -29,6 +30,9 @@ def good_clips(
     Args:
         rows: the shard's rows of the manifest.
         index: records by key, of an index that is sound.
+
+    Raises:
+        MachineError: the machine is at fault, such as a disk that fails.
     """
     positions = {row["key"]: position for position, row in enumerate(rows)}
     good: dict[int, Record] = {}
@@ -43,8 +47,8 @@ def good_clips(
                     agrees &= without_place(record) == without_place(index.get(key, {}))
                 if agrees and _pixels(file, record) is not None:
                     good[position] = record
-    except (OSError, FileError):
-        return good
+    except (OSError, FileError) as error:
+        blame_machine(error, path)
     return good
 
 

@@ -1,8 +1,8 @@
 """Check every byte of a finished store.
 
-The manifest in the store says which clips there must be. A shard is sound if it is, byte for byte,
-what ``write_shard`` gives for its records and pixels, and the pixels have their CRC-32C. The index
-has its own CRC-32C in ``store.json``; if it is sound, the shards' records are compared with it.
+The manifest and the lists of rejects say which clips there must be. A shard is sound if these clips
+are good (see ``good_clips``), and it is, byte for byte, what ``write_shard`` gives for them. The
+index has its own CRC-32C in ``store.json``; if it is sound, records must also agree with it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dist_train.data.store.finish import marker_of
 from dist_train.data.store.index import content_digest, index_checksum, look_up
 from dist_train.data.store.reader import INDEX, MARKER, REJECTED, SHARDS, read_marker
 from dist_train.data.store.rejects import gather_rejects, read_rejects, rejects_csv
-from dist_train.data.store.shards import Shard, archive_size, around_pixels, read_records, to_record
+from dist_train.data.store.salvage import good_clips
+from dist_train.data.store.shards import Shard, archive_size, around_pixels
 from dist_train.data.types import Record
 from dist_train.errors import StoreError
-from dist_train.files import crc32c
 from dist_train.progress import Progress
 from dist_train.system.supervised_pool import each_done
 
@@ -125,67 +125,42 @@ def check_shard(check: tuple[Shard, Sequence[Record], Path | None]) -> tuple[int
         rejects = read_rejects(shard)
     except StoreError as error:
         return shard.number, [Fault(shard.rejects_path, error.what, shard.number)]
-    labels = {row["filename"]: str(row["label"]) for row in rows}
-    rejected = dict(zip(rejects["file"], rejects["class"], strict=True))
-    expected = {row["key"]: to_record(row) for row in rows if row["filename"] not in rejected}
-    index = None if index_path is None else look_up(index_path, [row["key"] for row in rows])
-    clips: dict[str, Record] = {}
-    unreadable = None
-    try:
-        # On an error, the update keeps the clips before the damage.
-        clips.update(read_records(shard.path))
-    except StoreError as error:
-        unreadable = error.what
-    found = [unreadable] if unreadable else []
-    # Repair also finds good clips behind damaged headers.
-    absent = "is missing, or cannot be reached" if unreadable else "is missing"
-    found += [f"clip '{key}' {absent}" for key in expected.keys() - clips.keys()]
-    found += _record_faults(shard.number, expected, clips, index)
-    found += _byte_faults(shard.path, clips)
-    faults = [Fault(shard.path, what, shard.number) for what in found]
-    if not rejected.items() <= labels.items():
+    rejected = set(zip(rejects["file"], rejects["class"], strict=True))
+    listed = {(row["filename"], str(row["label"])) for row in rows}
+    if len(rejected) < len(rejects) or not rejected <= listed:
         what = "the list names files that are not of this shard"
-        faults.append(Fault(shard.rejects_path, what, shard.number))
-    return shard.number, faults
+        return shard.number, [Fault(shard.rejects_path, what, shard.number)]
+    index = None if index_path is None else look_up(index_path, [row["key"] for row in rows])
+    good = good_clips(shard.path, rows, index)
+    names = set(rejects["file"])
+    expected = {row["key"]: i for i, row in enumerate(rows) if row["filename"] not in names}
+    found = [f"clip '{k}' is missing or damaged" for k, i in expected.items() if i not in good]
+    found += [f"clip '{k}' is in the index and rejected" for k in index or () if k not in expected]
+    if not found:
+        clips = {key: good[position] for key, position in expected.items()}
+        if not _has_right_bytes(shard, clips, index):
+            found = ["its bytes are not those of its clips"]
+    return shard.number, [Fault(shard.path, what, shard.number) for what in found]
 
 
-def _record_faults(
-    shard: int,
-    expected: Mapping[str, Record],
-    clips: Mapping[str, Record],
-    index: Mapping[str, Record] | None,
-) -> Iterator[str]:
-    """Compare the shard's records with manifest and index, and the index with the manifest."""
-    for key, record in clips.items():
-        if key not in expected:
-            yield f"clip '{key}' does not belong to the shard"
-        elif not expected[key].items() <= record.items():
-            yield f"clip '{key}': its record is not that of the manifest"
-        elif index is not None and index.get(key) != record | {"shard": shard}:
-            yield f"clip '{key}': its record is not that of the index"
-    for key in (index or {}).keys() - expected.keys():
-        yield f"clip '{key}' is in the index, and should not be"
-
-
-def _byte_faults(path: Path, clips: Mapping[str, Record]) -> Iterator[str]:
-    """Check the pixels by their CRC-32C; other bytes must be those that ``write_shard`` gives."""
+def _has_right_bytes(
+    shard: Shard, clips: Mapping[str, Record], index: Mapping[str, Record] | None
+) -> bool:
+    """Whether the shard is what ``write_shard`` gives for its good clips, and the index says so."""
     end = 0
-    with path.open("rb") as file:
+    with shard.path.open("rb") as file:
         for key, record in clips.items():
             before, after = around_pixels(key, record)
-            offset, length = record["offset"], record["length"]
+            begin, end = end, record["offset"] + record["length"] + len(after)
             if (
-                offset - len(before) != end
-                or _read(file, end, len(before)) != before
-                or _read(file, offset + length, len(after)) != after
+                record["offset"] != begin + len(before)
+                or _read(file, begin, len(before)) != before
+                or _read(file, end - len(after), len(after)) != after
+                or (index is not None and index[key] != record | {"shard": shard.number})
             ):
-                yield f"clip '{key}': its headers are damaged"
-            elif crc32c(_read(file, offset, length)) != record["crc32c"]:
-                yield f"clip '{key}': its pixels are not those that were stored"
-            end = offset + length + len(after)
+                return False
         size = archive_size(end)
-        if path.stat().st_size != size or _read(file, end, size - end).strip(b"\0"):
-            yield "the bytes after its last readable clip are damaged"
+        return shard.path.stat().st_size == size and not _read(file, end, size).strip(b"\0")
 
 
 def _read(file: IO[bytes], offset: int, length: int) -> bytes:

@@ -115,7 +115,7 @@ def remove(store: Path) -> None:
 
 
 def garble_list(store: Path) -> None:
-    (store / LIST).write_bytes(b"\xff\x00nothing")
+    (store / LIST).write_bytes(b"nothing")
 
 
 def list_another_class(store: Path) -> None:
@@ -145,35 +145,27 @@ def double_clip(store: Path) -> None:
     rewrite(store, "clip003", "clip005", "clip005")
 
 
+THREE = f"{SHARD}: clip 'clip003' is missing or damaged"
+FIVE = f"{SHARD}: clip 'clip005' is missing or damaged"
+BYTES = f"{SHARD}: its bytes are not those of its clips"
 # What verify says, and which clips are lost if the raw files are gone: headers, records and lists
 # are also in the index and the manifest.
 DAMAGE: dict[Callable[[Path], None], tuple[list[str], list[str]]] = {
-    flip_pixel: (["clip 'clip005': its pixels are not those that were stored"], ["clip005.npy"]),
-    flip_header: (
-        [
-            "is not a readable shard (bad checksum)",
-            "clip 'clip003' is missing, or cannot be reached",
-            "clip 'clip005' is missing, or cannot be reached",
-            "the bytes after its last readable clip are damaged",
-        ],
+    flip_pixel: ([FIVE], ["clip005.npy"]),
+    flip_header: ([BYTES], []),
+    change_label: ([BYTES], []),
+    change_declared: ([BYTES], []),
+    truncate: ([FIVE], ["clip005.npy"]),
+    no_record: ([THREE, FIVE], ["clip003.npy", "clip005.npy"]),
+    remove: ([f"{SHARD}: the shard is missing"], ["clip003.npy", "clip005.npy"]),
+    garble_list: (
+        [f"{LIST}: the list of rejects cannot be read (its columns are not file, reason, class)"],
         [],
     ),
-    change_label: (["clip 'clip003': its record is not that of the manifest"], []),
-    change_declared: (["clip 'clip005': its record is not that of the index"], []),
-    truncate: (["clip 'clip005' is missing"], ["clip005.npy"]),
-    no_record: (
-        ["clip 'clip003' is missing", "clip 'clip005' is missing"],
-        ["clip003.npy", "clip005.npy"],
-    ),
-    remove: (["the shard is missing"], ["clip003.npy", "clip005.npy"]),
-    garble_list: ([f"{LIST}: the list of rejects cannot be read"], []),
     list_another_class: ([f"{LIST}: the list names files that are not of this shard"], []),
-    delete_clip: (
-        ["clip 'clip003' is missing", "clip 'clip005': its record is not that of the index"],
-        ["clip003.npy"],
-    ),
-    copy_clip: (["clip 'clip009' does not belong to the shard"], []),
-    double_clip: (["clip 'clip005': its headers are damaged"], []),
+    delete_clip: ([THREE], ["clip003.npy"]),
+    copy_clip: ([BYTES], []),
+    double_clip: ([BYTES], []),
 }
 
 
@@ -191,10 +183,7 @@ def test_damage_is_named_and_repaired(
     damage(store)
     messages, losses = DAMAGE[damage]
     assert {fault.shard for fault in verify(store, workers=1)} == {1}
-    lines = faults_of(store)
-    for expected in messages:
-        assert any(expected in line for line in lines), lines
-    assert all(line.startswith((SHARD, LIST)) for line in lines)
+    assert faults_of(store) == messages
     damaged = shutil.copytree(store, tmp_path / "damaged")
 
     mend(store, made / "raw")
@@ -497,7 +486,7 @@ def test_the_command(made: Path, store: Path) -> None:
     code, out, err = ended(*command)
     assert code == 1
     assert [line for line in out.splitlines() if line.startswith("bad: ")] == [
-        f"bad: {store / SHARD}: clip 'clip005': its pixels are not those that were stored",
+        f"bad: {store / SHARD}: clip 'clip005' is missing or damaged",
         f"bad: {store / SHARDS / shard_name(3)}: the shard is missing",
     ]
     assert err == (
