@@ -74,7 +74,7 @@ def trained(store: Path) -> Path:
 
 
 #: Files of a single long test or so. They come first, so that two workers end at the same time.
-LONGEST = ("test_gpu.py", "test_same_numbers.py", "test_fused_norm.py", "test_prepare_kills.py")
+LONGEST = ("test_gpu.py", "test_same_numbers.py", "test_fused_norm.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,7 +23,12 @@ USERS = (
     f"{SHARDS}/shard-000000.tar.partial",
     f"{SHARDS}/film.{TOKEN}.partial",
 )
-OWN = (f"store.json.{TOKEN}.partial", f"{SHARDS}/shard-000001.tar.{TOKEN}.partial", ".lock-1-of-2")
+OWN = (
+    f"store.json.{TOKEN}.partial",
+    f"{SHARDS}/shard-000001.tar.{TOKEN}.partial",
+    f"{SHARDS}/.repair-abcd_123/shard-000001.tar",
+    ".lock-1-of-2",
+)
 
 
 def put(folder: Path, names: tuple[str, ...]) -> None:
@@ -49,7 +54,18 @@ def prepare(raw: Path, out: Path, *more: object) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("part", [(), ("--part", "1/2")], ids=["whole", "part"])
-@pytest.mark.parametrize("names", [USERS[:1], USERS, ("manifest.csv",), ("job.json",), ("raw/x",)])
+@pytest.mark.parametrize(
+    "names",
+    [
+        USERS,
+        ("manifest.csv",),
+        ("raw/x",),
+        # WebDataset's own tools give such names.
+        (f"{SHARDS}/shard-000000.tar", f"{SHARDS}/shard-000001.tar"),
+        # A damaged job.json of a store may be deleted; this one is the user's.
+        ("job.json", f"{SHARDS}/part-1.tar"),
+    ],
+)
 def test_a_folder_that_is_no_store_is_refused_and_left_as_it_is(
     tmp_path: Path, raw: Path, names: tuple[str, ...], part: tuple[str, ...]
 ) -> None:
@@ -68,21 +84,7 @@ def test_another_command_and_a_file(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.npz"]
 
 
-def test_shards_of_another_program(tmp_path: Path, raw: Path) -> None:
-    """WebDataset's own tools give such names."""
-    put(tmp_path / "set", (f"{SHARDS}/shard-000000.tar", f"{SHARDS}/shard-000001.tar"))
-    before = contents(tmp_path / "set")
-    assert "('shards' is in it)" in refused(*prepare(raw, tmp_path / "set"))
-    assert contents(tmp_path / "set") == before
-
-
-def test_a_job_of_another_program(tmp_path: Path, raw: Path) -> None:
-    """A damaged one of a store is told as such, and may be deleted; this one is the user's."""
-    out = tmp_path / "work"
-    put(out, ("job.json", f"{SHARDS}/part-1.tar"))
-    before = contents(out)
-    assert "is not empty, and is no store ('job.json' is in it)" in refused(*prepare(raw, out))
-    assert contents(out) == before
+def test_a_damaged_job_of_a_store(tmp_path: Path, raw: Path) -> None:
     said(*prepare(raw, tmp_path / "store"))
     (tmp_path / "store" / JOB).write_text("{")
     assert f"{JOB}: is not valid JSON" in refused(*prepare(raw, tmp_path / "store"))
@@ -115,28 +117,19 @@ def test_the_folder_of_the_source(tmp_path: Path, raw: Path) -> None:
     assert "is whole" in said("verify", raw / "store", "--workers", 1)
 
 
-@pytest.mark.parametrize("parts", [False, True])
-def test_only_its_own_leavings_are_removed_from_a_store(
-    tmp_path: Path, raw: Path, parts: bool
-) -> None:
-    store = tmp_path / "store"
-    said(*prepare(raw, store, "--part", "1/1"))
-    put(store, USERS + OWN)
-    (store / f"index.lmdb.{TOKEN}.partial").symlink_to(raw.parent / "clips.csv")
-    before = contents(store)
-    said("finalize", store) if parts else said(*prepare(raw, store))
-    assert {name: contents(store)[name] for name in USERS} == {name: before[name] for name in USERS}
-    assert not any((store / name).exists() for name in OWN)
-    assert (store / f"index.lmdb.{TOKEN}.partial").is_symlink()
-
-
-def test_nothing_is_removed_by_a_command_that_is_refused(tmp_path: Path, raw: Path) -> None:
+def test_only_its_own_leavings_are_removed_from_a_store(tmp_path: Path, raw: Path) -> None:
+    """And nothing at all by a command that is refused."""
     store = tmp_path / "store"
     said(*prepare(raw, store))
     put(store, USERS + OWN)
+    (store / f"index.lmdb.{TOKEN}.partial").symlink_to(raw.parent / "clips.csv")
     before = contents(store)
     assert "other settings" in refused(*prepare(raw, store, "--truncated", "keep"))
     assert contents(store) == before
+    said("finalize", store)
+    assert {name: contents(store)[name] for name in USERS} == {name: before[name] for name in USERS}
+    assert not any((store / name).exists() for name in OWN)
+    assert (store / f"index.lmdb.{TOKEN}.partial").is_symlink()
 
 
 def test_an_empty_folder_and_what_a_killed_start_leaves(tmp_path: Path, raw: Path) -> None:

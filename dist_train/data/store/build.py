@@ -1,8 +1,7 @@
-"""Raw files -> store: decode, crop, write shards, and join them.
+"""Raw files -> store: decode, crop, and write shards.
 
 A shard depends on nothing but its rows of the manifest, the settings and the raw files. A finished
-shard is rewritten only if a file that it rejected was mended, so a killed run continues where it
-was.
+shard is rewritten only if a file that it rejected was mended, so a killed run continues.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from dist_train.system.supervised_pool import UNWATCHED, Limits, supervised
 log = logging.getLogger(__name__)
 
 
-# Who writes the shards: processes of this machine, or tasks of a Ray cluster whose nodes all see
+# Shards are written by processes of this machine, or by tasks of a Ray cluster whose nodes all see
 # the same folders.
 Engine = Literal["local", "ray"]
 # ``supervised``, with a number of workers, or the same on a Ray cluster.
@@ -91,14 +90,14 @@ def prepare_part(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write one part of the shards that ``prepare`` would; ``finalize`` joins the parts.
+    """Write one part of the shards of ``prepare``; ``finalize`` joins the parts.
 
     Part i of N has shards i - 1, i - 1 + N, ... Parts may run at the same time, on one machine or
     on many that share the folder.
 
     Raises:
-        StoreError: as for ``prepare``; or another process is writing the same part, the whole
-            store, or a part of another N.
+        StoreError: as for ``prepare``; or another process writes the same part, the whole store, or
+            a part of another N.
     """
     files, run = _as_source(manifest, source), _pool(engine, workers)
     # ``finalize`` counts the rejects.
@@ -180,9 +179,6 @@ def reopen_source(job: Job, place: Path | str) -> RawClips:
     if _digest(path) != job.made_from["npz"]:
         raise StoreError("is not the file that the store was made from", where=path)
     return volumes
-
-
-# Opening.
 
 
 def _as_source(manifest: Manifest, source: Source | Path | str | None) -> Source:
@@ -276,9 +272,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# Writing.
-
-
 def _write_unfinished(
     out: Path,
     job: Job,
@@ -287,16 +280,16 @@ def _write_unfinished(
     run: Pool,
     progress: Progress | None,
 ) -> None:
-    pending = [shard for shard in shards if not _is_finished(shard, raw)]
-    stored = sorted(set(shards) - set(pending), key=lambda shard: shard.number)
+    pending = {shard for shard in shards if not _is_finished(shard, raw)}
+    stored = [shard for shard in shards if shard not in pending]
     _warn_of_changed(stored, job, raw)
     if pending:
         # A store with a marker counts as finished.
         (out / MARKER).unlink(missing_ok=True)
-    total, done = sum(map(job.clips, shards)), sum(map(job.clips, stored))
+    total, done = (sum(len(job.filenames(shard)) for shard in some) for some in (shards, stored))
     if progress:
         progress(done, total)
-    tasks = (new_task(job, shard, raw) for shard in pending)
+    tasks = (new_task(job, shard, raw) for shard in shards if shard in pending)
     write_tasks(tasks, job, raw, run, progress, done, total)
 
 

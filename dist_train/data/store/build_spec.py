@@ -97,10 +97,6 @@ class Job:
         """The raw files of the shard's rows."""
         return list(self.table["filename"].iloc[self.span(shard)])
 
-    def clips(self, shard: Shard) -> int:
-        """Number of the shard's rows."""
-        return len(range(len(self.table))[self.span(shard)])
-
 
 def read_job(out: Path) -> Job:
     """Return what the store in ``out`` is made from.

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import IO
 
 import lmdb
 
@@ -41,17 +42,15 @@ def write_index(path: Path, shards: Sequence[Path]) -> int:
         StoreError: a key is in two shards, or a shard cannot be read.
         OSError: the disk is full.
     """
-    entries = _entries(shards)
-    runs: list[Iterator[tuple[bytes, bytes]]] = []
+    lines = _lines(shards)
+    runs: list[IO[bytes]] = []
     size = 0
     with ExitStack() as files:
-        while run := sorted(islice(entries, RUN)):
-            size += sum(len(key) + len(value) + 64 for key, value in run)
-            file = files.enter_context(TemporaryFile(dir=path.parent))
-            # Neither a key nor JSON holds a tab or the end of a line.
-            file.writelines(key + b"\t" + value + b"\n" for key, value in run)
-            file.seek(0)
-            runs.append(map(_entry, file))
+        while run := sorted(islice(lines, RUN)):
+            size += sum(len(line) + 64 for line in run)
+            runs.append(files.enter_context(TemporaryFile(dir=path.parent)))
+            runs[-1].writelines(run)
+            runs[-1].seek(0)
         # LMDB takes an empty file for a new one.
         aside = files.enter_context(whole_aside(path))
         try:
@@ -65,22 +64,19 @@ def write_index(path: Path, shards: Sequence[Path]) -> int:
     return clips
 
 
-def _entries(shards: Sequence[Path]) -> Iterator[tuple[bytes, bytes]]:
+def _lines(shards: Sequence[Path]) -> Iterator[bytes]:
+    """Yield key, tab and value of each entry. Keys have no tab, so lines sort like keys."""
     for number, shard in enumerate(shards):
         for key, record in read_records(shard):
-            yield key.encode(), json.dumps(record | {"shard": number}, sort_keys=True).encode()
+            yield f"{key}\t{json.dumps(record | {'shard': number}, sort_keys=True)}\n".encode()
 
 
-def _entry(line: bytes) -> tuple[bytes, bytes]:
-    key, _, value = line.rstrip(b"\n").partition(b"\t")
-    return key, value
-
-
-def _put(env: lmdb.Environment, entries: Iterator[tuple[bytes, bytes]], path: Path) -> int:
+def _put(env: lmdb.Environment, lines: Iterator[bytes], path: Path) -> int:
     clips = 0
-    while part := list(islice(entries, RUN)):
+    while part := list(islice(lines, RUN)):
         with env.begin(write=True) as transaction:
-            for key, value in part:
+            for line in part:
+                key, value = line.rstrip(b"\n").split(b"\t")
                 if not transaction.put(key, value, overwrite=False, append=True):
                     raise StoreError(f"clip '{key.decode()}' is in two shards", where=path.parent)
         clips += len(part)

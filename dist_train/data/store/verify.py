@@ -63,9 +63,9 @@ def verify(
         faults.append(Fault(folder / INDEX, "is not the index that was written"))
     done, total = 0, len(job.table)
     checks = ((shard, job.rows(shard), index) for shard in shards)
-    for number, found in each_done(check_shard, checks, workers):
+    for rows, found in each_done(check_shard, checks, workers):
         faults += found
-        done += job.clips(shards[number])
+        done += rows
         if progress:
             progress(done, total)
     if marker is None:
@@ -113,23 +113,23 @@ def _check_summaries(
 
 
 def check_shard(check: tuple[Shard, Sequence[Record], Path | None]) -> tuple[int, list[Fault]]:
-    """Return the number of a shard, and its faults.
+    """Return the number of a shard's rows, and its faults.
 
     Args:
         check: the shard, its rows of the manifest, and the index if that is sound.
     """
     shard, rows, index_path = check
     if not shard.path.is_file():
-        return shard.number, [Fault(shard.path, "the shard is missing", shard.number)]
+        return len(rows), [Fault(shard.path, "the shard is missing", shard.number)]
     try:
         rejects = read_rejects(shard)
     except StoreError as error:
-        return shard.number, [Fault(shard.rejects_path, error.what, shard.number)]
+        return len(rows), [Fault(shard.rejects_path, error.what, shard.number)]
     rejected = set(zip(rejects["file"], rejects["class"], strict=True))
     listed = {(row["filename"], str(row["label"])) for row in rows}
     if len(rejected) < len(rejects) or not rejected <= listed:
         what = "the list names files that are not of this shard"
-        return shard.number, [Fault(shard.rejects_path, what, shard.number)]
+        return len(rows), [Fault(shard.rejects_path, what, shard.number)]
     index = None if index_path is None else look_up(index_path, [row["key"] for row in rows])
     good = good_clips(shard.path, rows, index)
     names = set(rejects["file"])
@@ -140,7 +140,7 @@ def check_shard(check: tuple[Shard, Sequence[Record], Path | None]) -> tuple[int
         clips = {key: good[position] for key, position in expected.items()}
         if not _has_right_bytes(shard, clips, index):
             found = ["its bytes are not those of its clips"]
-    return shard.number, [Fault(shard.path, what, shard.number) for what in found]
+    return len(rows), [Fault(shard.path, what, shard.number) for what in found]
 
 
 def _has_right_bytes(

@@ -244,6 +244,34 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, raw: Path) -> No
     assert contents(store) == contents(make(tmp_path, names, "straight"))
 
 
+@pytest.mark.parametrize("renames", range(12))
+def test_a_kill_at_any_rename(tmp_path: Path, renames: int) -> None:
+    """Each file appears by a rename. A process that ends at one of them leaves what it wrote."""
+    npz, store = small_medmnist(tmp_path / "small.npz"), tmp_path / "store"
+    prepare_npz(npz, tmp_path / "straight", shard_clips=4)
+    rename, left = Path.replace, renames
+
+    def killed(path: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os._exit(9)
+        return rename(path, target)
+
+    child = os.fork()
+    if child == 0:
+        Path.replace = killed  # type: ignore[method-assign, assignment]
+        prepare_npz(npz, store, shard_clips=4)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    # The job, the manifest, two files for each of three shards, rejects, index, marker.
+    assert os.waitstatus_to_exitcode(status) == (9 if renames < 11 else 0)
+    kept = stamps(store)
+    prepare_npz(npz, store, shard_clips=4)
+    assert stamps(store).items() >= kept.items()
+    assert contents(store) == contents(tmp_path / "straight")
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_at_once_with_their_parent(tmp_path: Path, raw: Path, number: int) -> None:
     """Otherwise they would write the same shards as the next run, which finds the lock free."""
