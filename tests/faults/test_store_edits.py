@@ -11,18 +11,16 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import numpy as np
 import pytest
 from helpers import contents
 from stores import small_medmnist
 
 from dist_train import cli
-from dist_train.data.raw.medmnist import read_medmnist
 from dist_train.data.store.build import prepare_npz
 from dist_train.data.store.build_spec import JOB, Job, read_job
 from dist_train.data.store.reader import INDEX, MANIFEST, MARKER, REJECTED, SHARDS, Store
 from dist_train.data.store.shards import shard_name
-from dist_train.errors import DistTrainError, StoreError
+from dist_train.errors import DistTrainError
 
 SHARD = f"{SHARDS}/{shard_name(1)}"
 FILES = (MARKER, JOB, MANIFEST, REJECTED, INDEX, SHARD, SHARD.replace(".tar", ".rejected.csv"))
@@ -158,25 +156,6 @@ def test_edits(made: Path, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_many_edits(made: Path, tmp_path: Path, name: str) -> None:
     edited(made, tmp_path, name, 1000, seed=1)
-
-
-def test_edits_of_a_medmnist_file(made: Path, tmp_path: Path) -> None:
-    """It is refused, or gives what it gave; also where it is a FIFO."""
-    path, rng = tmp_path / "small.npz", random.Random(0)
-    whole = (made / "small.npz").read_bytes()
-    path.write_bytes(whole)
-    table, volumes = read_medmnist(path)
-    for number in range(60):
-        path.write_bytes(EDITS[number % len(EDITS)](rng, whole))
-        try:
-            found, read = read_medmnist(path)
-        except StoreError:
-            continue
-        assert found.equals(table), number
-        assert all(map(np.array_equal, read, volumes)), number
-    path.unlink()
-    os.mkfifo(path)
-    assert "is a FIFO" in str(outcome(cli.prepare_npz, path, out=tmp_path / "store"))
 
 
 @pytest.mark.parametrize("name", FILES)

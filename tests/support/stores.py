@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +16,44 @@ from dist_train.data.store.build import prepare
 from dist_train.data.store.reader import REJECTED, SHARDS
 
 WHOLE = PrepareSettings(roi="none", shard_clips=4)
+
+
+# ``prepare`` or one part of it. It tells each shard, and a part goes on when it is sent a line.
+SCRIPT = """
+import signal
+import sys
+from pathlib import Path
+from dist_train.data.store.build import PrepareSettings, prepare, prepare_part
+from dist_train.data.store.build_spec import Part
+from dist_train.data.table.manifest import read_manifest
+
+def tell(done, total):
+    print(done, flush=True)
+    if part:
+        sys.stdin.readline()
+
+if __name__ == "__main__":
+    # A shell starts what it runs in the background with Ctrl-C ignored, and that is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    folder, part = Path(sys.argv[1]), sys.argv[2:]
+    what = (
+        read_manifest(folder / "clips.csv"), folder / "raw", folder / "store",
+        PrepareSettings(roi="none", shard_clips=4), *map(Part.parse, part),
+    )
+    (prepare_part if part else prepare)(*what, workers=2, progress=tell)
+"""
+
+
+def start(folder: Path, *part: str) -> subprocess.Popen[str]:
+    """A process, in a group of its own, that prepares the files of ``clips.csv``, or a part."""
+    (folder / "script.py").write_text(SCRIPT)
+    return subprocess.Popen(
+        [sys.executable, str(folder / "script.py"), str(folder), *part],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def make(folder: Path, names: Sequence[str], out: str = "store", **how: object) -> Path:

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from make_media import (
     write_video,
     write_volumes,
 )
-from stores import WHOLE, make, small_medmnist, stamps
+from stores import WHOLE, make, small_medmnist, stamps, start
 
 from dist_train.data.raw.outline import Box, OutlineColour, crop_to_outline
 from dist_train.data.raw.video import Video
@@ -191,35 +190,10 @@ def test_what_is_lost_is_written_again(
     assert sum(stamps(store)[name] != stamp for name, stamp in shards.items()) == rewritten
 
 
-RUN = """
-import signal
-import sys
-from pathlib import Path
-from dist_train.data.table.manifest import read_manifest
-from dist_train.data.store.build import PrepareSettings, prepare
-
-if __name__ == "__main__":
-    # A shell starts what it runs in the background with Ctrl-C ignored, and that is inherited.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    folder = Path(sys.argv[1])
-    prepare(
-        read_manifest(folder / "clips.csv"), folder / "raw", folder / "store",
-        PrepareSettings(roi="none", shard_clips=4), workers=2,
-        progress=lambda done, total: print(done, flush=True),
-    )
-"""
-
-
 def started(folder: Path, names: Sequence[str]) -> subprocess.Popen[str]:
-    """A run of two workers, in a process group of its own, that has just finished a shard."""
+    """A run of two workers that has just finished a shard."""
     write_manifest(folder / "clips.csv", names)
-    (folder / "run.py").write_text(RUN)
-    process = subprocess.Popen(
-        [sys.executable, str(folder / "run.py"), str(folder)],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start(folder)
     assert process.stdout is not None
     for line in process.stdout:
         if int(line) > 0:

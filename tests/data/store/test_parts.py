@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import LAUNCH, contents, run_well, said
 from make_media import write_manifest, write_volumes
-from stores import WHOLE, make, stamps
+from stores import WHOLE, make, stamps, start
 
 from dist_train.data.store.build import finalize, prepare_part
 from dist_train.data.store.build_spec import Part
@@ -19,35 +19,10 @@ from dist_train.data.store.reader import INDEX, MARKER, REJECTED, SHARDS, Store
 from dist_train.data.store.shards import shard_name
 from dist_train.errors import ConfigError, StoreError
 
-PART = """
-import sys
-from pathlib import Path
-from dist_train.data.store.build_spec import Part
-from dist_train.data.table.manifest import read_manifest
-from dist_train.data.store.build import PrepareSettings, prepare_part
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    prepare_part(
-        read_manifest(folder / "clips.csv"), folder / "raw", folder / "store",
-        PrepareSettings(roi="none", shard_clips=4), Part.parse(sys.argv[2]), workers=1,
-        progress=lambda done, total: (print(done, flush=True), sys.stdin.readline()),
-    )
-"""
-
 
 def part_processes(folder: Path, *parts: str) -> list[subprocess.Popen[str]]:
     """Processes that have claimed their parts, and go on at each line that they are sent."""
-    (folder / "part.py").write_text(PART)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(folder / "part.py"), str(folder), part],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for part in parts
-    ]
+    processes = [start(folder, part) for part in parts]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "0\n"
