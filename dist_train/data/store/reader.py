@@ -123,7 +123,7 @@ class Store:
             raise self._damage(clip, "the bytes are not those that were stored")
 
     def clip_of(self, key: str) -> int:
-        """The number of the clip with this key."""
+        """Return the number of the clip with this key."""
         found = np.flatnonzero(self.table["key"].to_numpy() == key)
         if not len(found):
             raise StoreError(f"holds no clip '{key}'", where=self.folder)
@@ -195,11 +195,10 @@ def _read_table(index: Path, clips: int, shards: int) -> pd.DataFrame:
         raise ValueError(f"it holds {len(rows)} clips, not {clips}")
     table = pd.DataFrame(rows)
     table = table.astype({"crowd_score": "float64", "weight": "float64"})
-    sizes = dict.fromkeys(("frames", "height", "width"), (1, np.inf))
-    places = {"shard": (0, shards - 1), "offset": (0, np.inf)}
-    for name, (least, most) in (
-        sizes | places | {"label": (-1, 1), "crc32c": (0, 2**32 - 1)}
-    ).items():
+    bounds = {"frames": (1, np.inf), "height": (1, np.inf), "width": (1, np.inf)}
+    bounds |= {"offset": (0, np.inf), "shard": (0, shards - 1)}
+    bounds |= {"label": (-1, 1), "crc32c": (0, 2**32 - 1)}
+    for name, (least, most) in bounds.items():
         if table[name].dtype != np.int64 or not table[name].between(least, most).all():
             raise ValueError(f"a clip has no valid '{name}'")
     if not table["weight"].between(0, np.inf, inclusive="left").all():

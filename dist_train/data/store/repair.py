@@ -54,12 +54,11 @@ def repair(
 ) -> dict[str, Any]:
     """Rewrite the bad shards among ``faults``, and the index and summaries from all shards.
 
-    Files that do not belong to the store are left alone.
+    Clips of ``lost_files`` come back too. Files that do not belong to the store are left alone.
 
     Args:
         source: the folder or URL of the raw files, or the MedMNIST file, that the store was made
-            from; None if it is gone. It is opened only if a clip is needed from it. Clips of
-            ``lost_files`` come back too.
+            from; None if it is gone. It is opened only if a clip is needed from it.
         salvage: a bad clip whose raw file is missing becomes a reject. Without it that is an error.
 
     Returns:
@@ -119,7 +118,11 @@ def repair(
         # From here on, ``finish`` needs nothing but the shards.
         (folder / MARKER).unlink(missing_ok=True)
         for d in damaged:
-            _put_in_place(d.new, d.old)
+            # A kill leaves a shard without a list, which counts as not written.
+            d.old.rejects_path.unlink(missing_ok=True)
+            d.new.path.replace(d.old.path)
+            d.new.rejects_path.replace(d.old.rejects_path)
+            sync_folder(folder / SHARDS)
         return finish(folder, job, shards, max_rejected=1.0)
 
 
@@ -160,16 +163,16 @@ class _Damaged:
         kept = good_clips(old.path, rows, known)
         found = cls(old, Shard(old.number, scratch), rows, kept, {}, {}, set())
         for position, row in enumerate(rows):
-            reason = reasons.get(row["filename"])
+            reason = reasons.get(row["filename"], "")
             if position in kept:
                 continue
             if known is not None and row["key"] in known:
                 found.wanted[position] = without_place(known[row["key"]])
-            elif reason is not None and reason.startswith(LOST):
+            elif reason.startswith(LOST):
                 crc = _CRC.search(reason)
                 found.wanted[position] = {"crc32c": int(crc[1], 16)} if crc else {}
                 found.was_lost.add(position)
-            elif reason is not None or known is not None:
+            elif reason or known is not None:
                 found.rejected[position] = reason or "rejected before; the reason was damaged"
             else:
                 found.wanted[position] = None
@@ -263,11 +266,3 @@ def _difference(
         if digest_of((key, record) for key, record in entries if key not in returned) != content:
             return f"one or more of {len(unknown)} damaged clips differ"
     return None
-
-
-def _put_in_place(new: Shard, old: Shard) -> None:
-    # In this order, a kill leaves a shard without a list, which counts as not written.
-    old.rejects_path.unlink(missing_ok=True)
-    new.path.replace(old.path)
-    new.rejects_path.replace(old.rejects_path)
-    sync_folder(old.folder)

@@ -167,13 +167,12 @@ def read_sample(file: IO[bytes], at: int, size: int) -> tuple[str, Record, int] 
     if not isinstance(record, dict):
         raise ValueError(f"the record of '{name}' is no object")
     shape, crc = record.get("shape"), record.get("crc32c")
-    if not (
-        isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
-    ):
+    sizes = shape if isinstance(shape, list) else []
+    if len(sizes) != 3 or not all(type(n) is int and n > 0 for n in sizes):
         raise ValueError(f"the record of '{name}' has no shape [D, H, W]")
     if type(crc) is not int or not 0 <= crc < 1 << 32:
         raise ValueError(f"the record of '{name}' has no crc32c")
-    pixels = math.prod(shape)
+    pixels = math.prod(sizes)
     if pixels > length:
         raise ValueError(f"'{name}' is shorter than its shape")
     place = {"offset": end - pixels, "length": pixels}
