@@ -76,7 +76,7 @@ def test_hostile_names_through_the_command_line(
     assert rejects["file"].tolist() == ["'=cmd|calc.npy", "\\x1b[31mred.npy"]
     assert "SECRET" not in (out / REJECTED).read_text()
     # The shards' own lists name the files as they are, so that these can be looked for.
-    assert read_rejects(read_job(out).shards(out)[0])["file"].tolist() == names[:2]
+    assert read_rejects(read_job(out).shards(out)[0].rejects_path)["file"].tolist() == names[:2]
     assert verify(out) == []
     assert "\\x1b[2Jgroup" in said("info", out)
     monkeypatch.setattr(sys, "argv", ["dist-train", "info", f"{tmp_path}/\x1b[31m\udcff"])

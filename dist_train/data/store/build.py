@@ -20,7 +20,7 @@ from dist_train.data.raw.bit_depth import depth_of_arrays, depth_of_files
 from dist_train.data.raw.clip import PIXELS_VERSION, PrepareSettings
 from dist_train.data.raw.medmnist import read_medmnist
 from dist_train.data.raw.outside_reader import OutsideReader
-from dist_train.data.raw.remote import manifest_source, open_source
+from dist_train.data.raw.remote import open_source
 from dist_train.data.raw.source import MISSING, UNFETCHED, LocalFolder, Source
 from dist_train.data.store.build_spec import Job, Part, read_job, read_made_from
 from dist_train.data.store.finish import finish
@@ -48,7 +48,7 @@ Pool = Callable[..., Iterator[Any]]
 
 def prepare(
     manifest: Manifest,
-    source: Source | Path | str | None,
+    source: Source | Path | str,
     out: Path,
     settings: PrepareSettings,
     *,
@@ -60,7 +60,8 @@ def prepare(
     """Write, or continue, the store ``out`` from the files of ``manifest`` in ``source``.
 
     Args:
-        source: a folder, a URL that file names are added to, or None for the manifest's own URLs.
+        source: a folder, a URL that file names are added to, or a ``Source``, such as that of
+            ``manifest_source``.
         workers: processes, or tasks at a time; None takes one per available core.
         max_rejected: largest share of the clips that may be rejected.
         progress: called with (clips done, clips in all).
@@ -72,7 +73,8 @@ def prepare(
         StoreError: the folder belongs to other settings or another writer, a file is missing, or
             too many clips, or all of them, were rejected.
     """
-    files, run = _as_source(manifest, source), _pool(engine, workers)
+    files = source if isinstance(source, Source) else open_source(source)
+    run = _pool(engine, workers)
     job, shards = _plan(manifest, files, out, settings, None, max_rejected, run)
     with write_lock(out, job):
         _write_unfinished(out, job, shards, files, run, progress)
@@ -81,7 +83,7 @@ def prepare(
 
 def prepare_part(
     manifest: Manifest,
-    source: Source | Path | str | None,
+    source: Source | Path | str,
     out: Path,
     settings: PrepareSettings,
     part: Part,
@@ -99,7 +101,8 @@ def prepare_part(
         StoreError: as for ``prepare``; or another process writes the same part, the whole store, or
             a part of another N.
     """
-    files, run = _as_source(manifest, source), _pool(engine, workers)
+    files = source if isinstance(source, Source) else open_source(source)
+    run = _pool(engine, workers)
     # ``finalize`` counts the rejects.
     job, shards = _plan(manifest, files, out, settings, part, 1.0, run)
     with write_lock(out, job, part):
@@ -179,12 +182,6 @@ def reopen_source(job: Job, place: Path | str) -> RawClips:
     if _digest(path) != job.made_from["npz"]:
         raise StoreError("is not the file that the store was made from", where=path)
     return volumes
-
-
-def _as_source(manifest: Manifest, source: Source | Path | str | None) -> Source:
-    if source is None:
-        return manifest_source(manifest)
-    return source if isinstance(source, Source) else open_source(source)
 
 
 def _pool(engine: Engine, workers: int | None) -> Pool:
@@ -303,7 +300,7 @@ def _is_finished(shard: Shard, raw: RawClips) -> bool:
     lost = lost_in(shard)
     if not isinstance(raw, Source):
         return not lost
-    rejects = read_rejects(shard)
+    rejects = read_rejects(shard.rejects_path)
     if isinstance(raw, LocalFolder):
         # A mount or a renamed folder brings files whose own times do not change.
         lost = lost + list(rejects["file"][rejects["reason"].str.startswith(MISSING)])

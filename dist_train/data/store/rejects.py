@@ -20,44 +20,33 @@ MOST_REJECTS = 1 << 30
 LOST = "lost: it was damaged in the store, and its raw file was not at hand"
 
 
-def read_rejects(shard: Shard) -> pd.DataFrame:
-    """Read a shard's list: columns ``file``, ``reason`` and ``class``, all text.
+def read_rejects(path: Path) -> pd.DataFrame:
+    """Read the list of a shard or of the store: columns ``file``, ``reason``, ``class``, all text.
 
     Raises:
         StoreError: the list is missing or damaged.
     """
     try:
-        return read_reject_list(shard.rejects_path)
-    except FileError as error:
-        raise StoreError(
-            f"the list of rejects {error.what}",
-            where=shard.rejects_path,
-            fix="Run 'dist-train verify' with --repair.",
-        ) from None
-
-
-def read_reject_list(path: Path) -> pd.DataFrame:
-    """Read the list of a shard or of the store: columns ``file``, ``reason`` and ``class``.
-
-    Raises:
-        FileError: it is missing or damaged.
-    """
-    content = read_plain(path, most_bytes=MOST_REJECTS)
-    try:
+        content = read_plain(path, most_bytes=MOST_REJECTS)
         rows = list(csv.reader(io.StringIO(content.decode(), newline=""), strict=True))
         if not rows or rows[0] != ["file", "reason", "class"]:
             raise ValueError("its columns are not file, reason, class")
         if any(len(row) != 3 or row[2] not in ("-1", "0", "1") for row in rows[1:]):
             raise ValueError("a row is not a file, a reason and a class")
-    except (ValueError, csv.Error) as error:
-        raise FileError(f"cannot be read ({error})", where=path) from None
+    except (FileError, ValueError, csv.Error) as error:
+        what = error.what if isinstance(error, FileError) else f"cannot be read ({error})"
+        raise StoreError(
+            f"the list of rejects {what}",
+            where=path,
+            fix="Run 'dist-train verify' with --repair.",
+        ) from None
     return pd.DataFrame(rows[1:], columns=rows[0], dtype=str)
 
 
 def lost_in(shard: Shard) -> list[str]:
     """Files of a shard's rejects that were clips once; none if the list cannot be read."""
     try:
-        rejects = read_rejects(shard)
+        rejects = read_rejects(shard.rejects_path)
     except StoreError:
         return []
     names: list[str] = rejects["file"][rejects["reason"].str.startswith(LOST)].tolist()
@@ -66,7 +55,7 @@ def lost_in(shard: Shard) -> list[str]:
 
 def gather_rejects(shards: Sequence[Shard]) -> pd.DataFrame:
     """Join the lists of all shards, in the order of the manifest."""
-    return pd.concat([read_rejects(shard) for shard in shards])
+    return pd.concat([read_rejects(shard.rejects_path) for shard in shards])
 
 
 def rejects_csv(rejects: pd.DataFrame) -> str:

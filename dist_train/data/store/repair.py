@@ -26,14 +26,14 @@ from dist_train.data.store.build_spec import Job, read_job
 from dist_train.data.store.finish import finish
 from dist_train.data.store.index import digest_of, look_up
 from dist_train.data.store.reader import INDEX, MARKER, REJECTED, SHARDS
-from dist_train.data.store.rejects import LOST, gather_rejects, lost_in, read_reject_list
+from dist_train.data.store.rejects import LOST, gather_rejects, lost_in, read_rejects
 from dist_train.data.store.salvage import good_clips
 from dist_train.data.store.shard_task import RawClips, Task
 from dist_train.data.store.shards import Shard, read_records, without_place
 from dist_train.data.store.verify import Fault, check_shard, sound_index, valid_marker
 from dist_train.data.store.write_lock import SCRATCH, write_lock
 from dist_train.data.types import Record
-from dist_train.errors import FileError, StoreError
+from dist_train.errors import StoreError
 from dist_train.files import check_replaceable, sync_folder
 from dist_train.progress import Progress
 from dist_train.system.supervised_pool import supervised
@@ -200,8 +200,8 @@ def _known_reasons(shard: Shard) -> dict[str, str]:
     """Reasons of rejects, from the shard's list, or from the store's if that is damaged."""
     for path in (shard.rejects_path, shard.folder.parent / REJECTED):
         try:
-            rejects = read_reject_list(path)
-        except FileError:
+            rejects = read_rejects(path)
+        except StoreError:
             continue
         return dict(zip(rejects["file"], rejects["reason"], strict=True))
     return {}

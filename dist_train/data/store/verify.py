@@ -122,7 +122,7 @@ def check_shard(check: tuple[Shard, Sequence[Record], Path | None]) -> tuple[int
     if not shard.path.is_file():
         return len(rows), [Fault(shard.path, "the shard is missing", shard.number)]
     try:
-        rejects = read_rejects(shard)
+        rejects = read_rejects(shard.rejects_path)
     except StoreError as error:
         return len(rows), [Fault(shard.rejects_path, error.what, shard.number)]
     rejected = set(zip(rejects["file"], rejects["class"], strict=True))
