@@ -1,5 +1,8 @@
-"""What is recorded of a training step, and when. Without a GPU a recording is a function that is
-called again; that the passes can be recorded is seen from what they ask the device for."""
+"""What is captured of a training step, and when.
+
+Without a GPU a replay calls the captured function again. That the passes can be captured is seen
+from what they ask the device for.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,12 @@ from dist_train.distributed.backends import make_backend
 from dist_train.distributed.backends.base import Backend
 from dist_train.models.norm import fuse, share_statistics
 from dist_train.models.resnet3d import ResNet3D
-from dist_train.training import cuda_graphs
-from dist_train.training.cuda_graphs import UNRECORDED, GraphedMicroStep, make_micro_step
-from dist_train.training.forward_backward import MicroStep, Outputs
+from dist_train.training.cuda_graphs import (
+    UNRECORDED,
+    GraphedForwardBackward,
+    make_forward_backward,
+)
+from dist_train.training.forward_backward import ForwardBackward, Outputs
 
 Inputs = tuple[Tensor, Tensor | None, Tensor, float]
 
@@ -77,7 +83,7 @@ def state(backend: Backend) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors if tensor is not None]
 
 
-def run(backend: Backend, step: MicroStep) -> list[Tensor]:
+def run(backend: Backend, step: ForwardBackward) -> list[Tensor]:
     """All that comes of training on ``BATCHES``, with an update after every second one."""
     found = []
     for number, batch in enumerate(BATCHES):
@@ -87,9 +93,9 @@ def run(backend: Backend, step: MicroStep) -> list[Tensor]:
     return found
 
 
-def graphed(backend: Backend, *, frames: bool = True) -> tuple[GraphedMicroStep, CallAgain]:
+def graphed(backend: Backend, *, frames: bool = True) -> tuple[GraphedForwardBackward, CallAgain]:
     again = CallAgain()
-    return GraphedMicroStep(backend, again, device_knows_frames=frames), again  # type: ignore[arg-type]
+    return GraphedForwardBackward(backend, again, device_knows_frames=frames), again  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("device_knows_frames", [True, False])
@@ -97,7 +103,7 @@ def test_replays_are_the_passes_on_the_new_batch(
     backend: Backend, device_knows_frames: bool
 ) -> None:
     start = {name: tensor.clone() for name, tensor in backend.module.state_dict().items()}
-    expected = run(backend, MicroStep(backend))
+    expected = run(backend, ForwardBackward(backend))
     backend.module.load_state_dict(start)
     backend.drop_gradients()
     step, again = graphed(backend, frames=device_knows_frames)
@@ -123,7 +129,7 @@ def test_outputs_are_not_overwritten_by_the_next_replay(backend: Backend) -> Non
 
             return replay
 
-    step = GraphedMicroStep(backend, Same(), device_knows_frames=True)  # type: ignore[arg-type]
+    step = GraphedForwardBackward(backend, Same(), device_knows_frames=True)  # type: ignore[arg-type]
     outputs = [step(*inputs(4, seed=seed)) for seed in range(UNRECORDED + 2)]
     (first, first_loss), (second, second_loss) = outputs[-2:]
     assert torch.equal(second, kept[0])
@@ -146,48 +152,8 @@ def test_what_is_recorded_reads_where_it_was_recorded(backend: Backend) -> None:
     assert len(set(places[UNRECORDED:])) == 1
 
 
-def test_after_it_forgets_a_shape_is_new(backend: Backend) -> None:
-    step, again = graphed(backend)
-    for _ in range(UNRECORDED + 1):
-        step(*inputs(4))
-    step.forget()
-    for _ in range(UNRECORDED):
-        step(*inputs(4))
-    assert (again.recorded, again.replayed) == (1, 1)
-    step(*inputs(4))
-    assert again.recorded == 2
-
-
-def test_no_more_recordings_are_held_than_the_most(
-    backend: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda_graphs, "MOST", 1)
-    step, again = graphed(backend)
-    for depth in (4, 5, 4):
-        for _ in range(UNRECORDED + 1):
-            step(*inputs(depth))
-        assert len(step._recordings) == 1
-    assert again.recorded == 3
-
-
-def test_gradients_stay_where_they_are(backend: Backend) -> None:
-    backend.settings = backend.settings.model_copy(update={"graphs": True})
-    step = MicroStep(backend)
-    step(*inputs(4))
-    before = [p.grad.data_ptr() for p in backend.module.parameters() if p.grad is not None]
-    backend.update()
-    step(*inputs(5))
-    backend.drop_gradients()
-    after = [p.grad for p in backend.module.parameters() if p.grad is not None]
-    assert [grad.data_ptr() for grad in after] == before
-    assert not any(grad.any() for grad in after)
-
-
 def test_without_the_setting_nothing_is_recorded(backend: Backend) -> None:
-    assert type(make_micro_step(backend, device_knows_frames=True)) is MicroStep
-
-
-# --- what can be recorded -------------------------------------------------------------------------
+    assert type(make_forward_backward(backend, device_knows_frames=True)) is ForwardBackward
 
 
 class OnOneDevice(TorchDispatchMode):
@@ -219,15 +185,6 @@ class OnOneDevice(TorchDispatchMode):
         (True, False, False, True),
         (True, False, True, False),
         (True, True, True, True),
-        *(
-            pytest.param(*choice, marks=pytest.mark.soak)
-            for choice in (
-                (False, False, False, True),
-                (True, False, False, False),
-                (True, False, True, True),
-                (True, True, True, False),
-            )
-        ),
     ],
 )
 def test_the_passes_ask_the_device_for_nothing(
@@ -264,7 +221,7 @@ def recorded_on_meta(
         fuse(model)
     if shared:
         share_statistics(model, lambda sums: None)
-    step = MicroStep(_backend_of(model))
+    step = ForwardBackward(_backend_of(model))
     with torch.compiler.set_stance("force_eager"), OnOneDevice("meta") as mode:
         step(x, frames, labels, weight)
     assert all(parameter.grad is not None for parameter in model.parameters())

@@ -11,7 +11,7 @@ from dist_train.distributed.backends import make_backend
 from dist_train.distributed.backends.base import Backend, autocast
 from dist_train.models.norm import share_statistics
 from dist_train.run.model import as_input, make_model
-from dist_train.training.cuda_graphs import UNRECORDED, make_micro_step
+from dist_train.training.cuda_graphs import UNRECORDED, make_forward_backward
 from dist_train.training.optimizer import make_optimizer
 
 pytestmark = [
@@ -131,7 +131,7 @@ def test_recorded_passes_are_the_passes(fused: bool) -> None:
     def passes(*settings: str) -> list[list[torch.Tensor]]:
         settings = (f"norm.fused={str(fused).lower()}", *settings)
         config, backend = config_of(*settings), made(*settings)
-        step = make_micro_step(backend, device_knows_frames=fused)
+        step = make_forward_backward(backend, device_knows_frames=fused)
         labels, found = torch.tensor([1.0, 0, 0, 0], device=backend.device), []
         for clips, frames in batches:
             x = as_input(clips.to(backend.device), config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +14,16 @@ from helpers import (
     contents,
     interrupt_at,
     metrics_of,
+    refused,
     said,
     tiny_config,
 )
+from npy_store import npy_store
 from safetensors.torch import load_file, save_file
 
-from dist_train import cli
 from dist_train.checkpoint.format import load_checkpoint
-from dist_train.data.raw.clip import PrepareSettings
-from dist_train.data.store.build import prepare
-from dist_train.data.table.manifest import read_manifest
 from dist_train.errors import ConfigError, PlanError
+from dist_train.run.record import read_record
 from dist_train.training.initial_weights import initial_model
 from dist_train.training.train import train
 from dist_train.training.trainer import Trainer
@@ -67,7 +65,7 @@ def test_a_run_begins_with_the_weights_of_a_run_a_snapshot_a_checkpoint_or_an_ex
     moments = [seen[name] for name in seen if name.startswith(("exp_avg/", "exp_avg_sq/"))]
     assert moments
     assert not any(moment.any() for moment in moments)
-    noted = json.loads((tmp_path / "run" / "run.json").read_text())["init"]
+    noted = read_record(tmp_path / "run")["init"]
     assert noted["step"] == 6
     assert Path(noted["path"]).is_absolute()
 
@@ -83,13 +81,12 @@ def test_a_resumed_run_is_the_straight_one_and_does_not_read_them_again(
     Path(given).unlink()
     train(tiny_config(store, resumed, f"model.init={given}"), resume="auto")
     assert contents(resumed / "snapshots") == contents(straight / "snapshots")
-    sources = [json.loads((run / "run.json").read_text())["init"] for run in (straight, resumed)]
-    assert sources[0] == sources[1]
+    assert read_record(straight)["init"] == read_record(resumed)["init"]
 
 
 def changed(before: Path, to: Path, how: str) -> Path:
     weights = load_file(before / SNAPSHOT)
-    facts = json.dumps({"step": 6, "model": model_of(before)})
+    model = load_checkpoint(before / "checkpoints/step-6")[1]["facts"]["model"]
     name = next(name for name in weights if name.endswith("conv.weight"))
     match how:
         case "missing":
@@ -100,26 +97,22 @@ def changed(before: Path, to: Path, how: str) -> Path:
             weights[name] = torch.zeros(3)
         case "nan":
             weights[name].view(-1)[0] = np.nan
-        case "facts":
-            facts = json.dumps({"step": 6, "model": model_of(before) | {"width": 8}})
-    save_file(weights, to, metadata=None if how == "no facts" else {"facts": facts})
+        case "metadata":
+            model["width"] = 8
+    facts = {"facts": json.dumps({"step": 6, "model": model})}
+    save_file(weights, to, metadata=None if how == "no metadata" else facts)
     return to
-
-
-def model_of(run: Path) -> dict[str, object]:
-    facts: dict[str, object] = load_checkpoint(run / "checkpoints/step-6")[1]["facts"]["model"]
-    return facts
 
 
 @pytest.mark.parametrize(
     ("how", "part"),
     [
-        ("missing", "the weights lack "),
-        ("extra", "the weights have, unlike the model, other. Use other weights."),
-        ("shape", "the weights have in another shape or type "),
+        ("missing", "the weights do not fit (Error(s) in loading state_dict for ResNet3D: Missing"),
+        ("extra", 'Unexpected key(s) in state_dict: "other"'),
+        ("shape", "size mismatch for "),
         ("nan", "is not finite"),
-        ("facts", "of another model (model.width is 8 there and 4 here)"),
-        ("no facts", "it is no snapshot or export of dist-train, or is damaged"),
+        ("metadata", "of another model (model.width is 8 there and 4 here)"),
+        ("no metadata", "it is no snapshot or export of dist-train, or is damaged"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(
@@ -142,30 +135,20 @@ def test_a_path_without_weights_is_refused_before_anything_is_written(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_a_run_on_all_clips_holds_none_out(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_on_all_clips_holds_none_out(store: Path, tmp_path: Path) -> None:
     """Of a store without a split; one that holds clips out is refused."""
     with pytest.raises(PlanError, match="would train on 20 clips that the manifest's split column"):
         train(tiny_config(store, tmp_path / "run", "split.train_on_all=true"))
-    clips = tmp_path / "clips"
-    clips.mkdir()
     random = np.random.default_rng(0)
-    lines = ["filename,label"]
-    for number in range(32):
-        np.save(clips / f"{number}.npy", random.integers(0, 255, (8, 16, 16), np.uint8))
-        lines.append(f"{number}.npy,{int(number < 8)}")
-    (tmp_path / "clips.csv").write_text("\n".join(lines))
-    manifest = read_manifest(tmp_path / "clips.csv")
-    prepare(manifest, clips, tmp_path / "store", PrepareSettings(roi="none"), workers=1)
+    clips = [
+        (random.integers(0, 255, (8, 16, 16), np.uint8), {"label": int(number < 8)})
+        for number in range(32)
+    ]
     out = tmp_path / "all"
     settings = ["split.train_on_all=true", "train.epochs=1", "snapshots.at=[1]"]
-    train(tiny_config(tmp_path / "store", out, *settings))
+    train(tiny_config(npy_store(tmp_path, clips), out, *settings))
     lines_of_run = metrics_of(out)
     # 8 positives, 2 in each batch.
     assert len(lines_of_run) == 4
     assert not any(name.startswith("val/") for line in lines_of_run for name in line)
-    monkeypatch.setattr(sys, "argv", ["dist-train", "predict", str(out)])
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert "was trained on all clips (split.train_on_all)" in capsys.readouterr().err
+    assert "was trained on all clips (split.train_on_all)" in refused("predict", out)
