@@ -37,8 +37,6 @@ class Batches:
 
     def config_at(self, step: int) -> Config:
         """Return the run's settings, with ``clip`` of the growth stage of a step."""
-        if not self._config.clip.growth:
-            return self._config
         clip = self._config.clip.at(self._plan.epoch_of(step))
         return self._config.model_copy(update={"clip": clip})
 

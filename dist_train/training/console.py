@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from shlex import quote
 
@@ -10,7 +9,6 @@ from dist_train.config import Config
 from dist_train.data.plan.plan import Plan
 from dist_train.distributed.backends.base import Backend
 from dist_train.run.data import RunData
-from dist_train.system.cgroup import processes_at_once
 
 #: Speed is measured from the end of step ``WARM`` to the end of step ``MEASURED``.
 WARM, MEASURED = 4, 20
@@ -45,17 +43,6 @@ def opening(config: Config, backend: Backend, data: RunData, plan: Plan, done: i
         f"{visits:,} visits in all, {per_positive:,.0f} of each positive",
         f"run: {config.out.resolve()}" + (f", from step {done:,} of {steps:,}" if done else ""),
     ]
-
-
-def idle_workers(workers: int) -> str | None:
-    """Return a warning if ``workers`` per process are over twice this machine's CPUs."""
-    processes, cpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), processes_at_once()
-    if workers * processes <= 2 * cpus:
-        return None
-    return (
-        f"{workers * processes} loader workers on this machine share {cpus} CPUs and need memory "
-        f"each: loader.workers={max(1, cpus // processes)} is enough"
-    )
 
 
 def closing(config: Config) -> str:

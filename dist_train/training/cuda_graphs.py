@@ -28,11 +28,7 @@ MOST = 256
 def make_forward_backward(
     backend: Backend, loss: Loss = LOSSES["bce"], *, device_knows_frames: bool
 ) -> ForwardBackward:
-    """Return the passes, captured if the backend's settings say so.
-
-    Args:
-        device_knows_frames: see ``GraphedForwardBackward``.
-    """
+    """Return the passes; for ``train.graphs``, those of ``GraphedForwardBackward``."""
     if not backend.settings.graphs:
         return ForwardBackward(backend, loss)
     recorder = Recorder(backend.device)

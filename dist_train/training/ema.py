@@ -18,8 +18,8 @@ class Ema:
     """The average of weights and BatchNorm statistics over steps, for validation and snapshots.
 
     Each rank averages its shards of the weights, which takes as much memory as one of AdamW's
-    moments. The average begins with the weights at construction. Its decay rises with the steps, or
-    those first weights would count for long.
+    moments. The average begins with the weights at construction; its decay rises with the steps, or
+    those would count for long.
 
     Args:
         backend: after ``wrap``.
@@ -54,8 +54,7 @@ class Ema:
         return {PREFIX + name: self._backend.numels[name] for name in self._averages}
 
     def state(self, mine: Callable[[str], bool]) -> dict[str, Tensor]:
-        """Return the full averages for which ``mine(name)``, as ``Backend.state`` does. A
-        collective call."""
+        """Return the full averages for which ``mine(name)``. A collective call."""
         buffers = (name for name, _ in self._backend.module.named_buffers())
         self._backend.sync(self._averages[name] for name in buffers if name in self._averages)
         kept = {}
@@ -67,8 +66,7 @@ class Ema:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Load the averages of a training state from any world size and backend; its weights if it
-        was saved without averages."""
+        """Load the averages of a training state, or its weights if it has no averages."""
         for name, average in self._averages.items():
             # One at a time: under ZeRO-3 and FSDP a rank may have no room for all full tensors.
             full = averaged(state, [name])[name]

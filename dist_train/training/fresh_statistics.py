@@ -33,8 +33,7 @@ def take_statistics(
 ) -> None:
     """Replace the running statistics of ``model`` by those of all real values of some batches.
 
-    The model must be in training mode. torch's random state is left as it is, though dropout draws
-    numbers.
+    The model must be in training mode. torch's random state is restored afterwards.
 
     Args:
         config: settings with ``clip`` as in the training on these batches.
@@ -68,12 +67,10 @@ def statistics_of_run(
     Raises:
         DistTrainError: a clip cannot be read, or the plan no longer fits.
     """
-    config, plan = data.config, data.plan()
-    first = max(0, done - steps)
-    plan = _plan_of_training(data, plan, first)
-    if config.clip.growth:
-        clip = config.clip.at(plan.epoch_of(done - 1))
-        config = config.model_copy(update={"clip": clip})
+    config, first = data.config, max(0, done - steps)
+    plan = _plan_at(data, first)
+    clip = config.clip.at(plan.epoch_of(done - 1))
+    config = config.model_copy(update={"clip": clip})
     # If each process normalises by its own clips, a micro-batch here has the clips of one process.
     cuts = config.train.accumulate * (1 if config.norm.shared else processes)
     sampler = PlanSampler(plan, rank=0, world=1, accumulate=cuts, first=first, last=done)
@@ -84,11 +81,10 @@ def statistics_of_run(
     model.train(training)
 
 
-def _plan_of_training(data: RunData, plan: Plan, step: int) -> Plan:
+def _plan_at(data: RunData, step: int) -> Plan:
     """Return the plan that a step was made by, with the weights of negatives of its epoch."""
-    if data.config.plan.weights is None:
-        return plan
+    plan = data.plan()
     table = kept_table(data.config.out, plan.first_step(plan.epoch_of(step)))
-    if not table.exists():
+    if data.config.plan.weights is None or not table.exists():
         return plan
     return data.plan(read_weights(table.read_bytes(), data.store.table["filename"], table))

@@ -15,9 +15,9 @@ from dist_train.config import Config
 from dist_train.errors import ConfigError, RunError
 from dist_train.files import reason_of
 from dist_train.run.folder import CHECKPOINTS, SNAPSHOT, SNAPSHOTS
-from dist_train.run.model import make_model, metadata_differences, model_metadata
+from dist_train.run.model import make_model, model_metadata
 from dist_train.run.snapshots import load_snapshot
-from dist_train.training.run_state import judged_weights
+from dist_train.training.run_state import judged_weights, model_changes
 
 SETTING = "model.init"
 
@@ -48,7 +48,12 @@ def initial_model(config: Config) -> tuple[nn.Module, Source | None]:
         return model, None
     path = _find(config.model.init)
     weights, metadata, step = _read(path, list(model.state_dict()))
-    _check_metadata(path, metadata, model_metadata(config))
+    if changes := model_changes(metadata, model_metadata(config)):
+        raise _refused(
+            path,
+            f"the weights are of another model ({changes})",
+            "Use the same model settings, or other weights.",
+        )
     _load(path, weights, model)
     digest = hashlib.sha256()
     for name in sorted(weights):
@@ -74,10 +79,7 @@ def _find(path: Path) -> Path:
 
 def _read(path: Path, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any], int]:
     """Return weights by name, the metadata of their model, and the step that they come from.
-
-    Args:
-        names: weights of the model that will load them.
-    """
+    ``names`` are those of the model that loads them."""
     if path.is_dir():
         tensors, marker = load_checkpoint(path)
         weights = {
@@ -107,35 +109,18 @@ def _read(path: Path, names: list[str]) -> tuple[dict[str, Tensor], dict[str, An
     return weights, model, step
 
 
-def _check_metadata(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    differing = [
-        f"model.{name} is {was} there and {now} here"
-        for name, was, now in metadata_differences(there, here)
-    ]
-    if differing:
-        raise _refused(
-            path,
-            f"the weights are of another model ({'; '.join(differing)})",
-            "Use the same model settings, or other weights.",
-        )
-
-
 def _load(path: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        # torch names every weight of a model of hundreds, on lines of their own.
+        # torch may name hundreds of weights, each on a line.
         reason = textwrap.shorten(str(error), 300)
         raise _refused(path, f"the weights do not fit ({reason})", "Use other weights.") from None
-    wrong = [
-        name
-        for name, tensor in weights.items()
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
-    ]
-    if wrong:
-        raise _refused(
-            path, f"not all numbers of {wrong[0]} are finite", "Use an earlier snapshot."
-        )
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise _refused(
+                path, f"not all numbers of {name} are finite", "Use an earlier snapshot."
+            )
 
 
 def _refused(path: Path, what: str, fix: str) -> ConfigError:

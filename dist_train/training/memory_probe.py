@@ -15,20 +15,18 @@ from dist_train.system.advice import first_line
 
 #: Share of the device's memory that the trial leaves free, for fragments and communication buffers.
 MARGIN = 1 / 20
-#: Copies of the weights that training holds beside them and their gradients: AdamW's two moments,
-#: and the gradients in the buckets that are exchanged.
+#: Memory in sizes of the weights, besides weights and gradients: AdamW's two moments, and the
+#: buckets in which gradients are exchanged.
 COPIES = 3
 
 
 def find_shortage(
     make: Callable[[], nn.Module], clips: int, frames: int, config: Config, backend: Backend
 ) -> str | None:
-    """Run a forward and a backward pass of ``clips`` clips of ``frames`` frames on a new model.
-
-    Weights, statistics and random numbers of the run are not touched.
+    """Try both passes of ``clips`` clips of ``frames`` frames, without a trace in the run.
 
     Args:
-        make: makes the model, which must not communicate with other ranks.
+        make: makes a model that does not communicate with other ranks.
 
     Returns:
         The error if memory did not suffice, else None.

@@ -33,12 +33,6 @@ class EventWriter:
         settings: settings of the run, shown by TensorBoard; JSON types.
         after: steps done so far. Lines of later steps, from a session that was killed, are moved
             to ``superseded/metrics.jsonl``, so that every step has one line.
-
-    Attributes:
-        tensorboard: also takes pictures and curves.
-
-    Raises:
-        OSError: the files cannot be written.
     """
 
     def __init__(self, run: Path, settings: Mapping[str, Any], *, after: int) -> None:
@@ -51,12 +45,11 @@ class EventWriter:
         self.tensorboard = TensorBoardWriter(run / BOARD, after + 1, settings)
 
     def write(self, step: int, epoch: int, at: float, values: Mapping[str, float | None]) -> None:
-        """Write the metrics of a step; values that are not finite become null.
+        """Write the metrics of a step, counted from 1; values that are not finite become null.
 
         If the disk is full, lines are kept in memory until there is room, with one warning.
 
         Args:
-            step: from 1.
             at: seconds since 1970, for display only.
         """
         finite = {
@@ -77,11 +70,7 @@ class EventWriter:
 
     def flush(self) -> None:
         """Sync all lines to the disk. Called before each checkpoint, so that a session that resumes
-        from it has the metrics of all earlier steps.
-
-        Raises:
-            OSError: there is no room, or the disk fails.
-        """
+        from it has the metrics of all earlier steps. OSError if the disk is full or fails."""
         self._write()
         os.fsync(self._descriptor)
         self._has_warned = False
@@ -118,7 +107,7 @@ def parse_metrics(lines: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
             if is_summed and (match is None or crc32c(match["rest"] + b"}") != int(match["sum"])):
                 raise ValueError("its checksum is wrong")
             metrics.pop("crc32c", None)
-            if type(metrics["step"]) is not int or not all(map(_is_metric, metrics.values())):
+            if type(metrics["step"]) is not int or not all(map(_can_be_drawn, metrics.values())):
                 raise ValueError("a value is not a number")
         except (ValueError, KeyError):
             yield None
@@ -126,11 +115,8 @@ def parse_metrics(lines: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
             yield metrics if line.endswith(b"\n") else None
 
 
-def _is_metric(value: object) -> bool:
-    """Whether a value is null, or a number that can be drawn."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return value is None
-    return -1e300 < value < 1e300
+def _can_be_drawn(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < 1e300)
 
 
 def _set_aside_lines(run: Path, after: int) -> None:

@@ -43,12 +43,12 @@ def largest_step(plan: Plan, deepest: int) -> tuple[int, int]:
     """Return the clips and frames of the step that takes the most memory.
 
     Args:
-        deepest: frames of the deepest clip. Under a voxel budget a step of several blocks may be
-            only as deep as the budget allows.
+        deepest: frames of the deepest clip.
     """
     steps = [(plan.batch, deepest)]
     if plan.rules.max_voxels is not None:
         runs = {int(n) for edges in plan.epochs.runs.values() for n in edges[1:] - edges[:-1]}
+        # A step of several blocks is only as deep as the budget allows.
         for clips in (n * plan.batch for n in runs if n > 1):
             room = plan.rules.max_voxels // (clips * plan.rules.frame_voxels)
             steps.append((clips, min(room, deepest)))
@@ -74,12 +74,11 @@ class MicroBatches:
     """
 
     def __init__(self, config: Config, data: RunData, plan: Plan, backend: Backend) -> None:
-        """Find the size; a collective call, before the backend wraps the model.
+        """Find the size. A collective call, before the backend wraps the model.
 
         Raises:
             PlanError: ``train.accumulate`` cannot cut the steps.
-            RunError: memory does not suffice for the smallest micro-batch, or
-                ``model.activation_memory`` for the one that ``train.accumulate`` gives.
+            RunError: memory, or ``model.activation_memory``, does not suffice.
         """
         self.config, self.plan, self.backend = config, plan, backend
         self.step_clips, self.frames = largest_step(plan, data.deepest())
@@ -118,13 +117,10 @@ class MicroBatches:
         return metadata
 
     def halve(self, reason: str) -> None:
-        """Take the next smaller micro-batch. Not collective.
-
-        Args:
-            reason: the error by which memory ran out.
+        """Take the next smaller micro-batch, on this rank.
 
         Raises:
-            RunError: a micro-batch is one group of positives and negatives already.
+            RunError: a micro-batch is a single group already; names ``reason``.
         """
         smaller = next_cut(self.plan, self.backend.world, self.accumulate)
         if smaller is not None:
@@ -155,7 +151,7 @@ class MicroBatches:
         return self.step_clips // (self.backend.world * self.accumulate)
 
     def _cut_until(self, fits: Callable[[], bool]) -> None:
-        """Make micro-batches smaller until they fit, or are one group each."""
+        """Make micro-batches smaller until they fit, or are single groups."""
         while not fits() and (n := next_cut(self.plan, self.backend.world, self.accumulate)):
             self.accumulate = n
 

@@ -18,22 +18,23 @@ from dist_train.files import MIB, parse_object, read_plain, reason_of, write_who
 log = logging.getLogger(__name__)
 
 NOTE = "micro_batch.json"
+#: Settings that memory depends on.
+SETTINGS: dict[str, Any] = {
+    "model": True,
+    "clip": True,
+    "plan": {"max_voxels"},
+    "train": {"precision", "backend", "offload", "channels_last", "graphs"},
+    "norm": {"shared", "fused"},
+    "augment": {"device"},
+}
 
 
 def conditions(config: Config, device: torch.device) -> dict[str, Any]:
-    """Return all that decides how much memory a clip takes, and how much there is: JSON types."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """Return all that a micro-batch's memory and the device's depend on: JSON types."""
     return {
-        "model": config.model.model_dump(mode="json", exclude={"init"}),
-        "clip": config.clip.model_dump(mode="json"),
-        "max_voxels": config.plan.max_voxels,
-        "train": config.train.model_dump(
-            include={"precision", "backend", "offload", "channels_last", "graphs"}
-        ),
-        "norm": config.norm.model_dump(include={"shared", "fused"}),
-        "resized_on_device": config.augment.device,
-        "device": name,
-        # They choose the algorithms, and so the workspace, of convolutions.
+        "settings": config.model_dump(mode="json", include=SETTINGS, exclude={"model": {"init"}}),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        # They choose the algorithms of convolutions, and so their workspace.
         "torch": torch.__version__,
         "cudnn": cudnn_version(),
     }

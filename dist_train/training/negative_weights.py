@@ -53,11 +53,7 @@ class EpochWeights:
         on_main(self._backend, move)
 
     def _plan(self, first_step: int) -> Plan:
-        """Return the plan of the epoch that begins with ``first_step``. A collective call.
-
-        Raises:
-            PlanError: the table cannot be read.
-        """
+        """Return the plan of the epoch that begins with ``first_step``. A collective call."""
         content = on_main(self._backend, lambda: self._content(first_step))
         names = self._data.store.table["filename"]
         return self._data.plan(read_weights(content, names, self._table))
@@ -85,8 +81,7 @@ def read_weights(content: bytes, filenames: pd.Series, where: object) -> Floats:
         where: name of the table in messages.
 
     Raises:
-        PlanError: it is not such a table, a file is named twice or is not in the store, or a weight
-            is not a finite number of at least 0.
+        PlanError: a column, a file or a weight is wrong.
     """
     try:
         table = pd.read_csv(io.BytesIO(content), dtype={"filename": str}, keep_default_na=False)

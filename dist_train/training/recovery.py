@@ -43,8 +43,8 @@ class Recovery:
         return self.bad_steps[step] > 1
 
     def go_back(self, bad: BadStepError) -> Restored:
-        """Restore the last checkpoint, or the initial weights, to repeat a bad step. A step that is
-        bad twice is skipped. A collective call.
+        """Restore the last checkpoint, or the initial weights, to repeat a bad step, or to skip one
+        that is bad again. A collective call.
 
         Raises:
             RunError: more than ``train.max_skips`` steps would be skipped.
@@ -70,14 +70,11 @@ class Recovery:
         return restored
 
     def halve_micro_batches(self, shortage: str) -> None:
-        """Prepare to repeat a step with smaller micro-batches.
+        """Prepare to repeat a step with smaller micro-batches, after memory ran out.
 
-        One of several processes cannot repeat it: the others wait for it in a collective call. Nor
-        can it leave the process group in order, which may wait for them. So it exits at once, its
-        launcher ends the others, and the next session reads the note of the smaller size.
-
-        Args:
-            shortage: where and how memory ran out.
+        One of several processes cannot repeat it: the others wait for it in a collective call. It
+        exits at once, as leaving the process group may wait for them too. Its launcher ends the
+        others, and the next session reads the note of the smaller size.
 
         Raises:
             RunError: a micro-batch is a single group already.

@@ -46,7 +46,7 @@ class RunState:
         plan_at: gives the plan of a step.
         model: metadata that the weights depend on, as JSON types.
         store, content: fingerprint of the store, and digest of what it holds.
-        completed: called on rank 0 after each checkpoint until it has succeeded once.
+        completed: called on rank 0 once there is a checkpoint.
     """
 
     def __init__(
@@ -118,22 +118,15 @@ class RunState:
         self.saved_at = step
 
     def commit(self) -> None:
-        """Complete the checkpoint that ``save`` began. A collective call.
-
-        Raises:
-            CheckpointError: it cannot be written, and there is no older one, or this was the last
-                failure in a row that ``checkpoint.max_failures`` allows.
-        """
+        """Complete the checkpoint that ``save`` began, within ``failures_survived``. A collective
+        call."""
         with self.failures_survived():
             if self.writer.commit() is not None:
                 self._note_completed()
 
     def finish(self) -> None:
         """Complete the checkpoint that ``save`` began, and remove older ones. A collective call.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
+        CheckpointError if it cannot be written."""
         if self.writer.finish() is not None:
             self._note_completed()
 
@@ -150,8 +143,12 @@ class RunState:
 
     @contextmanager
     def failures_survived(self) -> Iterator[None]:
-        """Only warn of a failure to save in the block, which all ranks see alike: an end would lose
-        the steps since the last checkpoint, and by the next one there may be room again."""
+        """Only warn of a failure to save, as by the next checkpoint there may be room again.
+
+        Raises:
+            CheckpointError: there is no older checkpoint, or more than ``checkpoint.max_failures``
+                failed in a row.
+        """
         try:
             yield
         except (CheckpointError, OSError) as error:
@@ -163,10 +160,8 @@ class RunState:
                 log.warning(
                     "%s Training goes on; it ends if more than %d checkpoints in a row fail "
                     "(checkpoint.max_failures), and this is number %d.",
-                    error,
-                    self.settings.max_failures,
-                    self._failures,
-                )
+                    error, self.settings.max_failures, self._failures,
+                )  # fmt: skip
 
     def restore(self) -> Restored | None:
         """Load the newest valid checkpoint of this run. A collective call.
@@ -208,11 +203,8 @@ class RunState:
         return None
 
     def _latest(self, before: int | None, refused: CheckpointError | None) -> Path | None:
-        """Return the checkpoint that rank 0 chooses.
-
-        Args:
-            refused: why a later one was skipped, which says more than that all others are damaged.
-        """
+        """Return the checkpoint that rank 0 chooses, of steps before ``before``. Raise ``refused``,
+        why a later one was skipped, if all these are damaged."""
         try:
             chosen = on_main(self.backend, lambda: latest_valid(self.folder, before=before))
         except CheckpointError as error:
@@ -247,13 +239,9 @@ class RunState:
 
     def _check(self, path: Path, metadata: dict[str, Any], plan: Plan) -> None:
         """Raise unless a checkpoint is of this model, store and order."""
-        changed = [
-            f"model.{name} is {was} there and {now} here"
-            for name, was, now in metadata_differences(metadata["model"], self.model)
-        ]
-        if changed:
+        if changes := model_changes(metadata["model"], self.model):
             raise CheckpointError(
-                f"this is a checkpoint of another model ({'; '.join(changed)})",
+                f"this is a checkpoint of another model ({changes})",
                 where=path,
                 fix="Use the same model settings, or choose another 'out'.",
             )
@@ -273,6 +261,14 @@ class RunState:
                 "order.",
             )
         log.warning("%s was trained with another %s; accepted", path, what)
+
+
+def model_changes(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Return how the metadata of two models differs, in words; empty if it does not."""
+    return "; ".join(
+        f"model.{name} is {was} there and {now} here"
+        for name, was, now in metadata_differences(there, here)
+    )
 
 
 def judged_weights(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:

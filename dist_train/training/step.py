@@ -52,8 +52,7 @@ class OptimizerStep:
     """Takes the steps of a run.
 
     Args:
-        config_at: gives the settings of a step; ``clip`` changes with the stages of
-            ``clip.growth``.
+        config_at: gives the settings of a step, as ``clip`` may grow.
         predictions: collects the logits and labels of each step.
     """
 
@@ -94,11 +93,7 @@ class OptimizerStep:
         Args:
             batches: this rank's micro-batches, from the first one of the step.
             skip: read the step's batches, but do not train on them.
-            check_ranks: raise if the ranks are at different steps, or have different weights
-                after this one.
-
-        Returns:
-            Metrics of the step, by name.
+            check_ranks: compare the ranks' steps, and their weights after this step.
 
         Raises:
             ShortMemoryError: memory does not suffice for a micro-batch; the step can be repeated.
@@ -146,11 +141,8 @@ class OptimizerStep:
         }
 
     def _accumulate_gradients(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
-        """Add up the gradients of a step's micro-batches.
-
-        Returns:
-            The mean loss of this rank's clips, and the seconds of waiting for the clips.
-        """
+        """Add up the gradients of a step's micro-batches; return the mean loss of this rank's
+        clips, and the seconds of waiting for the clips."""
         backend, accumulate = self._backend, self._micro.accumulate
         total, waited = torch.zeros((), device=backend.device), 0.0
         config, weight = self._config_at(step), self._plan.weight(step) / accumulate
@@ -182,8 +174,8 @@ class OptimizerStep:
 
     @contextmanager
     def _repeatable(self, step: int) -> Iterator[None]:
-        """When memory runs out in the block, restore gradients, buffers and predictions to their
-        state before it, if the backend allows that, and raise ``ShortMemoryError``."""
+        """When memory runs out in the block, undo it if the backend allows that, and raise
+        ``ShortMemoryError``."""
         backend, predictions = self._backend, len(self._predictions)
         if backend.can_repeat:
             self._buffers.keep()

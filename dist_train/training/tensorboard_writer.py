@@ -73,12 +73,8 @@ class TensorBoardWriter:
         self._try(lambda writer: writer.add_pr_curve("val", labels, scores, step))
 
     def clips(self, step: int, frames: np.ndarray, labels: np.ndarray) -> None:
-        """Show training clips: a picture of positives, and one of negatives.
-
-        Args:
-            frames: uint8 [N, H, W], one frame of each clip.
-            labels: 0 or 1, [N].
-        """
+        """Show a picture of positives and one of negatives, from one frame of each clip, uint8
+        [N, H, W], and labels (0 or 1), [N]."""
 
         def add(writer: SummaryWriter) -> None:
             for label, name in enumerate(("negatives", "positives")):

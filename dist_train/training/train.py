@@ -40,7 +40,7 @@ from dist_train.run.record import (
 from dist_train.run.seen_before import held_out_seen, held_out_seen_by_init
 from dist_train.run.snapshots import set_snapshots_aside
 from dist_train.system.main_guard import end_if_run_again
-from dist_train.training.console import closing, idle_workers, opening
+from dist_train.training.console import closing, opening
 from dist_train.training.initial_weights import SETTING, Source, initial_model
 from dist_train.training.reporting import Say
 from dist_train.training.trainer import BeforeStep, Trainer
@@ -83,7 +83,10 @@ def train(
                 begin(trainer, resume)
                 if say is not None and backend.is_main:
                     trainer.reporter.say = say
-                    _introduce(trainer)
+                    for line in opening(
+                        trainer.config, backend, trainer.data, trainer.plan, trainer.done
+                    ):
+                        say(line)
                 trainer.fit(progress if backend.is_main else None, before_step)
                 trainer.reporter.say(closing(trainer.config))
         except BaseException as error:
@@ -93,14 +96,6 @@ def train(
                 backend.close()
             raise
         backend.close()
-
-
-def _introduce(trainer: Trainer) -> None:
-    if warning := idle_workers(trainer.config.loader.workers):
-        log.warning("%s", warning)
-    lines = opening(trainer.config, trainer.backend, trainer.data, trainer.plan, trainer.done)
-    for line in lines:
-        trainer.reporter.say(line)
 
 
 def begin(trainer: Trainer, resume: Resume) -> None:
@@ -118,14 +113,15 @@ def begin(trainer: Trainer, resume: Resume) -> None:
         if not config.checkpoint.accept_other_order:
             on_main(backend, lambda: check_same_data(out, data))
         restored = trainer.state.restore()
-        if restored is None:
-            on_main(
-                backend,
-                lambda: refuse_lost_checkpoints(out, checkpointed=completed_checkpoint(out)),
-            )
-    else:
-        on_main(backend, lambda: refuse_existing(out))
-    on_main(backend, lambda: check_folders(out))
+
+    def check_folder() -> None:
+        if resume == "never":
+            refuse_existing(out)
+        elif restored is None:
+            refuse_lost_checkpoints(out, checkpointed=completed_checkpoint(out))
+        check_folders(out)
+
+    on_main(backend, check_folder)
     if restored is not None:
         trainer.restore_progress(*restored)
     else:

@@ -30,8 +30,7 @@ from dist_train.training.step import Values
 
 log = logging.getLogger(__name__)
 
-#: Difference of losses above which validation metrics depend on the statistics more than on the
-#: weights.
+#: Loss above which the gap of the statistics makes validation metrics useless.
 LARGEST_GAP = 0.3
 
 
@@ -42,8 +41,8 @@ class Validator:
         beat: watchdog heartbeat, called after each validation batch.
 
     Attributes:
-        statistics: copies of the BatchNorm statistics by buffer name that the last
-            ``judged_weights`` had; empty if those were the running ones.
+        statistics: BatchNorm statistics by buffer name of the last ``judged_weights``; empty if
+            those were the running ones.
     """
 
     def __init__(
@@ -81,8 +80,7 @@ class Validator:
             batches: this rank's share of the split.
 
         Returns:
-            Metrics, and the labels and probabilities behind them, float32 [N]; all empty if no
-            clip is held out.
+            Metrics, labels and probabilities, float32 [N]; all empty if no clip is held out.
         """
         if not len(self._data.numbers("val")):
             return {}, np.empty(0, np.float32), np.empty(0, np.float32)
@@ -107,11 +105,7 @@ class Validator:
 
     def norm_gap(self, batch: Batch, step: int) -> Values:
         """Return the loss of ``judged_weights`` by their statistics, less the loss by the batch's
-        own statistics, without dropout.
-
-        Args:
-            batch: one micro-batch of each rank from ``step``, on the device.
-        """
+        own statistics, without dropout, of a micro-batch of ``step`` on the device."""
         volumes = as_input(batch.volumes, self._batches.config_at(step))
         with self._backend.autocast():
             both = by_running_and_own_statistics(self._backend.module, volumes, batch.frames)

@@ -21,8 +21,8 @@ def npy_store(folder: Path, clips: Iterable[tuple[np.ndarray, dict[str, Any]]]) 
     raw.mkdir()
     rows = []
     for number, (pixels, columns) in enumerate(clips):
-        np.save(raw / f"{number}.npy", pixels)
-        rows.append({"filename": f"{number}.npy"} | columns)
+        np.save(raw / f"{number:04d}.npy", pixels)
+        rows.append({"filename": f"{number:04d}.npy"} | columns)
     pd.DataFrame(rows).to_csv(folder / "clips.csv", index=False)
     manifest = read_manifest(folder / "clips.csv")
     prepare(manifest, raw, folder / "store", PrepareSettings(roi="none"), workers=1)

@@ -8,8 +8,7 @@ import pytest
 from helpers import overrides, said, tiny_config
 
 from dist_train.run.record import read_record
-from dist_train.system.cgroup import processes_at_once
-from dist_train.training.console import MEASURED, Speed, closing, duration, idle_workers
+from dist_train.training.console import MEASURED, Speed, closing, duration
 
 
 def test_train_says_what_it_does_and_what_comes_next(store: Path, tmp_path: Path) -> None:
@@ -33,16 +32,6 @@ def test_train_says_what_it_does_and_what_comes_next(store: Path, tmp_path: Path
 def test_a_run_on_all_clips_is_exported_next(store: Path) -> None:
     config = tiny_config(store, Path("my run"), "split.train_on_all=true")
     assert closing(config) == "next: dist-train export 'my run' --out 'my run.safetensors'"
-
-
-def test_far_more_workers_than_cpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpus = processes_at_once()
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    assert idle_workers(cpus + 1) is None
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    told = idle_workers(cpus + 1)
-    assert told is not None
-    assert told.startswith(f"{2 * cpus + 2} loader workers on this machine share {cpus} CPUs")
 
 
 def test_the_speed_is_told_once() -> None:

@@ -8,12 +8,9 @@ from typing import Any
 import pytest
 from helpers import (
     STEPS_PER_EPOCH,
-    InterruptedSessionError,
-    contents,
-    interrupt_at,
-    metrics_of,
     tiny_config,
 )
+from short_runs import assert_same_run, train_until
 from torch import nn
 
 from dist_train.config import ClipSettings, Config
@@ -96,11 +93,9 @@ def test_a_run_resumed_in_a_stage_equals_the_straight_one(
 ) -> None:
     expected, _ = straight
     resumed = tiny_config(store, tmp_path / "resumed", *GROWTH)
-    with pytest.raises(InterruptedSessionError):
-        train(resumed, progress=interrupt_at(9))
+    train_until(resumed, 9)
     train(resumed, resume="auto")
-    assert metrics_of(resumed.out) == metrics_of(expected)
-    assert contents(resumed.out / "snapshots") == contents(expected / "snapshots")
+    assert_same_run(resumed.out, expected)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    InterruptedSessionError,
-    contents,
-    interrupt_at,
     metrics_of,
     refused,
     said,
@@ -20,6 +17,7 @@ from helpers import (
 )
 from npy_store import npy_store
 from safetensors.torch import load_file, save_file
+from short_runs import assert_same_run, train_until
 
 from dist_train.checkpoint.format import load_checkpoint
 from dist_train.errors import ConfigError, PlanError
@@ -56,8 +54,7 @@ def test_a_run_begins_with_the_weights_of_a_run_a_snapshot_a_checkpoint_or_an_ex
             seen.update({name: tensor.clone() for name, tensor in state.items()})
 
     config = tiny_config(store, tmp_path / "run", f"model.init={path}", "optim.ema=0.9")
-    with pytest.raises(InterruptedSessionError):
-        train(config, before_step=look, progress=interrupt_at(1))
+    train_until(config, 1, before_step=look)
     for name, weights in expected.items():
         assert torch.equal(seen[f"model/{name}"], weights)
         if weights.is_floating_point():
@@ -76,11 +73,10 @@ def test_a_resumed_run_is_the_straight_one_and_does_not_read_them_again(
     given = shutil.copy(before / SNAPSHOT, tmp_path / "given.safetensors")
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     train(tiny_config(store, straight, f"model.init={given}"))
-    with pytest.raises(InterruptedSessionError):
-        train(tiny_config(store, resumed, f"model.init={given}"), progress=interrupt_at(5))
+    train_until(tiny_config(store, resumed, f"model.init={given}"), 5)
     Path(given).unlink()
     train(tiny_config(store, resumed, f"model.init={given}"), resume="auto")
-    assert contents(resumed / "snapshots") == contents(straight / "snapshots")
+    assert_same_run(resumed, straight)
     assert read_record(straight)["init"] == read_record(resumed)["init"]
 
 
@@ -119,9 +115,8 @@ def test_weights_that_do_not_fit_are_refused(
     store: Path, before: Path, tmp_path: Path, how: str, part: str
 ) -> None:
     path = changed(before, tmp_path / "given.safetensors", how)
-    config = tiny_config(store, tmp_path / "run", f"model.init={path}")
     with pytest.raises(ConfigError) as caught:
-        initial_model(config)
+        initial_model(tiny_config(store, tmp_path / "run", f"model.init={path}"))
     assert str(caught.value).startswith(f"model.init: {path}: ")
     assert part in str(caught.value)
 
@@ -147,8 +142,8 @@ def test_a_run_on_all_clips_holds_none_out(store: Path, tmp_path: Path) -> None:
     out = tmp_path / "all"
     settings = ["split.train_on_all=true", "train.epochs=1", "snapshots.at=[1]"]
     train(tiny_config(npy_store(tmp_path, clips), out, *settings))
-    lines_of_run = metrics_of(out)
+    lines = metrics_of(out)
     # 8 positives, 2 in each batch.
-    assert len(lines_of_run) == 4
-    assert not any(name.startswith("val/") for line in lines_of_run for name in line)
+    assert len(lines) == 4
+    assert not any(name.startswith("val/") for line in lines for name in line)
     assert "was trained on all clips (split.train_on_all)" in refused("predict", out)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import board_of, environment
+from helpers import board_of
 from room import LittleRoom
 from syncs import Sync, record_syncs
 
@@ -66,25 +64,12 @@ def test_lines_of_steps_that_are_done_again_are_moved_aside(tmp_path: Path) -> N
     assert aside == b"".join(before[4:]) + b'{"step": 7, "epo\n'
 
 
-@pytest.mark.parametrize(
-    "torn",
-    ['{"step": 4, "epoch": 0, "ti', '{"step": 4, "a/loss": 4.0}', "\0\0\0\0\n", "\0\0\0\0"],
-    ids=["half a line", "all but its end", "zeros and an end", "zeros"],
-)
-def test_a_line_torn_by_a_kill_is_dropped(tmp_path: Path, torn: str) -> None:
-    write(tmp_path, range(1, 4), after=0)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write(torn)
-    write(tmp_path, range(4, 6), after=3)
-    assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
-
-
 def edited(line: bytes) -> bytes:
     """Change a metric; the line stays valid JSON of the same form."""
     return line.replace(b'"a/loss": 2.0', b'"a/loss": 1.0')
 
 
-@pytest.mark.parametrize("bad", [b"[1]", b'{"step": null}', b"\xff\xfe", b"", None])
+@pytest.mark.parametrize("bad", [b"[1]", b'{"step": null}', b"\xff\xfe", b"\0\0\0\0", b"", None])
 def test_a_damaged_line_is_dropped_alone_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, bad: bytes | None
 ) -> None:
@@ -157,24 +142,3 @@ def test_metrics_wait_until_there_is_room(
     in_memory, given_up = caplog.messages
     assert "in memory" in in_memory
     assert "TensorBoard gets nothing more" in given_up
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from dist_train.training.metrics_log import EventWriter
-events = EventWriter(Path(sys.argv[1]), {}, after=0)
-for step in range(1, 6):
-    events.write(step, 0, float(step), {"a/loss": step})
-    if step == 3:
-        events.flush()
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_what_was_flushed_outlives_a_kill(tmp_path: Path) -> None:
-    """The session that continues from the checkpoint after step 3 writes the rest again."""
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment())
-    assert killed.returncode == -9
-    assert steps_of(tmp_path)[:3] == [1, 2, 3]
-    assert board_of(tmp_path, "a/loss")[:3] == [(1, 1.0), (2, 2.0), (3, 3.0)]

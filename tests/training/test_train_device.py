@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import InterruptedSessionError, contents, interrupt_at, metrics_of, tiny_config
+from helpers import tiny_config
 from npy_store import npy_store
+from short_runs import assert_same_run, train_until
 
 from dist_train.config import dump_config, load_config
 from dist_train.evaluation.evaluate import read_predictions
@@ -50,13 +51,9 @@ def test_a_resumed_run_with_a_worker_equals_the_straight_one_without(
     store: Path, straight: Path, tmp_path: Path
 ) -> None:
     config = tiny_config(store, tmp_path / "run", *SETTINGS)
-    with pytest.raises(InterruptedSessionError):
-        train(config, progress=interrupt_at(3))
+    train_until(config, 3)
     train(tiny_config(store, tmp_path / "run", *SETTINGS, "loader.workers=1"), resume="auto")
-    assert metrics_of(tmp_path / "run") == metrics_of(straight)
-    snapshots = contents(straight / "snapshots")
-    assert len(snapshots) == 2
-    assert contents(tmp_path / "run" / "snapshots") == snapshots
+    assert_same_run(config.out, straight)
 
 
 def test_predictions_are_those_of_clips_resized_on_the_host(straight: Path) -> None:

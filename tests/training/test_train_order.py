@@ -18,6 +18,7 @@ from helpers import (
     tiny_config,
 )
 from npy_store import npy_store
+from short_runs import train_until
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.config import Config
@@ -25,7 +26,7 @@ from dist_train.data.loading.collate import collate
 from dist_train.data.loading.sampler import Slot
 from dist_train.data.store.reader import Store
 from dist_train.errors import CheckpointError, PlanError
-from dist_train.run.data import RunData, open_data
+from dist_train.run.data import open_data
 from dist_train.run.model import as_input, make_model
 from dist_train.training.negative_weights import read_weights
 from dist_train.training.train import train
@@ -52,30 +53,14 @@ def deep_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Weights.
 
 
-def write_weights(path: Path, store: Path, weight: Callable[[int], float]) -> Path:
+def write_weights(path: Path, store: Path, weight: Callable[[int], float]) -> None:
     names = Store(store).table["filename"]
-    lines = [f"{name},{weight(number):g}" for number, name in enumerate(names)]
-    path.write_text("\n".join(["filename,weight", *lines]) + "\n")
-    return path
+    weights = [weight(number) for number in range(len(names))]
+    pd.DataFrame({"filename": names, "weight": weights}).to_csv(path, index=False)
 
 
-def trained_on(data: RunData, weights: np.ndarray) -> set[int]:
-    plan = data.plan(weights)
-    steps = range(plan.first_step(20))
-    return {int(clip) for step in steps for clip in plan.global_batch(step)}
-
-
-def test_negatives_without_weight_are_not_drawn(store: Path, tmp_path: Path) -> None:
-    data = open_data(tiny_config(store, tmp_path))
-    weights = np.arange(len(data.store.table)) % 2 * 1.0
-    negatives = set(data.numbers("train", 0).tolist())
-    drawn = trained_on(data, weights)
-    assert drawn & negatives == {clip for clip in negatives if clip % 2}
-    # The weight of a positive says nothing.
-    assert set(data.numbers("train", 1).tolist()) <= drawn
-
-
-def test_manifest_weights_count(tmp_path: Path) -> None:
+def test_only_negatives_with_weight_are_drawn(tmp_path: Path) -> None:
+    """Weights of the manifest and of the table are multiplied. Those of positives do not count."""
     clips = [
         (
             np.full((4, SIDE, SIDE), number, np.uint8),
@@ -84,9 +69,10 @@ def test_manifest_weights_count(tmp_path: Path) -> None:
         )
         for number in range(60)
     ]  # fmt: skip
-    config = tiny_config(npy_store(tmp_path, clips), tmp_path / "run", "plan.batch=4")
-    drawn = trained_on(open_data(config), np.ones(60))
-    assert {clip for clip in drawn if clip % 2 == 0} == set(range(8, 60, 4))
+    data = open_data(tiny_config(npy_store(tmp_path, clips), tmp_path / "run", "plan.batch=4"))
+    plan = data.plan(weights=(np.arange(60) < 40).astype(np.float64))
+    drawn = {int(clip) for step in range(plan.first_step(20)) for clip in plan.global_batch(step)}
+    assert drawn == {*range(9, 60, 2), *range(8, 40, 4)}
 
 
 def test_weights_are_read_anew_for_each_epoch_and_kept_for_a_resumed_one(
@@ -123,8 +109,7 @@ def test_weights_are_read_anew_for_each_epoch_and_kept_for_a_resumed_one(
     train(stopped, resume="auto", progress=lambda *_: table.write_text(before) and None)
     assert losses_of(stopped.out) == losses_of(tmp_path / "straight")
     plain = tiny_config(store, tmp_path / "plain")
-    with pytest.raises(InterruptedSessionError):
-        train(plain, progress=interrupt_at(3))
+    train_until(plain, 3)
     assert losses_of(plain.out) != losses_of(stopped.out)[:3]
 
 
@@ -173,8 +158,7 @@ def test_the_budget_is_of_clips_as_they_are_cut(deep_store: Path, tmp_path: Path
 def test_gradients_are_weighted_by_the_clips_of_a_step(deep_store: Path, tmp_path: Path) -> None:
     config = budgeted(deep_store, tmp_path / "run", "train.epochs=1", "snapshots.at=[1]")
 
-    with pytest.raises(InterruptedSessionError):
-        train(config, progress=interrupt_at(1))
+    train_until(config, 1)
     data = open_data(config)
     plan = data.plan()
     steps = range(plan.first_step(1))

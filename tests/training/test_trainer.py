@@ -10,10 +10,8 @@ import pytest
 import torch
 from helpers import (
     STEPS_PER_EPOCH,
-    InterruptedSessionError,
     contents,
     cut,
-    interrupt_at,
     losses_of,
     metrics_of,
     overrides,
@@ -21,6 +19,7 @@ from helpers import (
     tiny_config,
 )
 from safetensors.torch import load_file
+from short_runs import assert_same_run, train_until
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -53,14 +52,33 @@ def held_out_loss(config: Config, model: nn.Module) -> float:
     return float(binary_cross_entropy_with_logits(logits, labels))
 
 
+def micro_batch(config: Config, step: int, part: slice = slice(None)) -> tuple[Batch, Tensor]:
+    """Clips of a step as they are trained on, and their volumes as the model takes them."""
+    data = open_data(config)
+    dataset, epoch = data.dataset(training=True), data.plan().epoch_of(step)
+    clips = data.plan().global_batch(step)[part]
+    batch = collate(dataset, [Slot(int(clip), epoch) for clip in clips])
+    return batch, as_input(batch.volumes, config)
+
+
+def with_precise_statistics(
+    config: Config, weights: dict[str, Tensor], steps: range
+) -> dict[str, Tensor]:
+    """Weights, and the statistics that they have over the clips of some steps."""
+    model = make_model(config).train()
+    model.load_state_dict(weights)
+    # Dropout, if any, is behind all normalisation.
+    with torch.no_grad(), precise_statistics(model):
+        for step in steps:
+            batch, volumes = micro_batch(config, step)
+            model(volumes, batch.frames)
+    return model.state_dict()
+
+
 def assert_same(state: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert state.keys() == other.keys()
     for name, tensor in state.items():
         assert torch.equal(tensor, other[name]), name
-
-
-def weights_of(run: Path, step: int = STEPS) -> bytes:
-    return (run / "snapshots" / f"step-{step}.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -94,34 +112,39 @@ def test_it_learns(straight: Path) -> None:
 def test_the_logged_rate_is_the_schedule(store: Path, straight: Path) -> None:
     config = tiny_config(store, straight)
     schedule = Schedule(config.schedule, config.optim.lr, STEPS, config.train.epochs)
-    assert [line["train/lr"] for line in metrics_of(straight)] == list(
-        map(schedule.lr, range(STEPS))
-    )
+    assert [line["train/lr"] for line in metrics_of(straight)] == [
+        schedule.lr(step) for step in range(STEPS)
+    ]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_first_loss_and_gradient_are_those_of_the_planned_clips(
     store: Path, tmp_path: Path, accumulate: int
 ) -> None:
-    """Computed from plan, dataset and model alone. BatchNorm sees one micro-batch at a time."""
-    config = tiny_config(store, tmp_path / "run", f"train.accumulate={accumulate}")
-    data = open_data(config)
-    model, dataset = make_model(config), data.dataset(training=True)
-    losses = []
-    for clips in np.split(data.plan().global_batch(0), accumulate):
-        batch = collate(dataset, [Slot(int(clip), 0) for clip in clips])
-        logits = model(as_input(batch.volumes, config), batch.frames)
-        loss = binary_cross_entropy_with_logits(logits, batch.labels) / accumulate
-        loss.backward()
+    """As are the running statistics of the stem. All is computed from plan, dataset and model."""
+    out = tmp_path / "run"
+    config = tiny_config(store, out, f"train.accumulate={accumulate}", "checkpoint.every_steps=1")
+    train_until(config, 1)
+    model = make_model(config)
+    losses, running_mean = [], torch.zeros(4)
+    # A step moves statistics by 0.1, however it is cut.
+    kept = (1 - 0.1) ** (1 / accumulate)
+    for part in np.split(np.arange(8), accumulate):
+        batch, volumes = micro_batch(config, 0, slice(part[0], part[-1] + 1))
+        loss = binary_cross_entropy_with_logits(model(volumes, batch.frames), batch.labels)
+        (loss / accumulate).backward()
         losses.append(float(loss.detach()))
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = float(torch.linalg.vector_norm(torch.cat([g.reshape(-1) for g in gradients])))
-    with pytest.raises(InterruptedSessionError):
-        train(config, progress=interrupt_at(1))
-    (first,) = metrics_of(tmp_path / "run")
-    assert first["train/loss"] == pytest.approx(sum(losses), rel=1e-6)
+        mean = model.stem.conv(volumes).detach().mean(dim=(0, 2, 3, 4))
+        running_mean = kept * running_mean + (1 - kept) * mean
+    (first,) = metrics_of(out)
+    assert first["train/loss"] == pytest.approx(np.mean(losses), rel=1e-6)
     # AdamW hides a wrong scale of the gradient; clipping does not.
+    gradients = [p.grad.reshape(-1) for p in model.parameters() if p.grad is not None]
+    norm = float(torch.linalg.vector_norm(torch.cat(gradients)))
     assert first["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
+    tensors, _ = load_checkpoint(out / "checkpoints" / "step-1")
+    torch.testing.assert_close(tensors["model/stem.norm.running_mean"], running_mean)
+    assert tensors["model/stem.norm.num_batches_tracked"] == accumulate
 
 
 @pytest.mark.parametrize("more", [(), ("optim.ema=0.5",)], ids=["weights", "their average"])
@@ -131,8 +154,7 @@ def test_held_out_clips_are_judged_as_they_are_by_what_a_snapshot_holds(
     """Clip by clip, without augmentation and dropout."""
     config = tiny_config(store, tmp_path, "model.dropout=0.3", "snapshots.at=[1]", *more)
     assert config.augment.flip > 0
-    with pytest.raises(InterruptedSessionError):
-        train(config, progress=interrupt_at(STEPS_PER_EPOCH))
+    train_until(config, STEPS_PER_EPOCH)
     model = make_model(config)
     model.load_state_dict(load_file(tmp_path / "snapshots" / f"step-{STEPS_PER_EPOCH}.safetensors"))
     assert metrics_of(tmp_path)[-1]["val/loss"] == pytest.approx(held_out_loss(config, model))
@@ -144,12 +166,9 @@ def test_a_resumed_run_equals_the_straight_one(
 ) -> None:
     """Stopped before the first checkpoint, at the end of an epoch, and in an epoch."""
     config = tiny_config(store, tmp_path / "run", "model.dropout=0.3")
-    with pytest.raises(InterruptedSessionError):
-        train(config, progress=interrupt_at(step))
+    train_until(config, step)
     train(config, resume="auto")
-    assert metrics_of(tmp_path / "run") == metrics_of(straight)
-    for at in (12, 18):
-        assert weights_of(tmp_path / "run", at) == weights_of(straight, at)
+    assert_same_run(config.out, straight)
     sessions = read_record(tmp_path / "run")["sessions"]
     assert [s["resumed_from_step"] for s in sessions] == [None, step // 4 * 4 or None]
 
@@ -165,8 +184,7 @@ def test_a_run_that_is_begun_again_keeps_its_leavings_aside_and_tells_what_chang
 ) -> None:
     """Snapshots of the first attempt would be averaged into the predictions."""
     config = tiny_config(store, tmp_path, "checkpoint.every_steps=99", "snapshots.at=[1, 2, 3]")
-    with pytest.raises(InterruptedSessionError):
-        train(config, progress=interrupt_at(13))
+    train_until(config, 13)
     left = contents(tmp_path / "snapshots")
     assert left.keys() == {"step-6.safetensors", "step-12.safetensors"}
     lines = (tmp_path / "metrics.jsonl").read_bytes()
@@ -237,25 +255,17 @@ def test_a_checkpoint_of_other_settings_is_refused(
     assert part in str(caught.value)
 
 
-def test_settings_of_before_that_cannot_be_read_are_no_obstacle(
+def test_settings_that_the_user_wrote_are_not_replaced(
     store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = tiny_config(store, tmp_path / "run")
-    with pytest.raises(InterruptedSessionError):
-        train(config, progress=interrupt_at(5))
-    (tmp_path / "run" / "config.yaml").write_text("clip: 3")
-    train(config, resume="auto")
+    for name, mine in (("valid", "# why\nseed: 3\n"), ("invalid", "clip: 3")):
+        config = tiny_config(store, tmp_path / name)
+        config.out.mkdir()
+        (config.out / "config.yaml").write_text(mine)
+        train_until(config, 1, resume="auto")
+        assert (config.out / "superseded" / "config.yaml").read_text() == mine
+        assert open_run(config.out).seed == 0
     assert "the settings of the session before are not known" in caplog.text
-    assert (tmp_path / "run" / "superseded" / "config.yaml").read_text() == "clip: 3"
-
-
-def test_settings_that_the_user_wrote_are_not_replaced(store: Path, tmp_path: Path) -> None:
-    """Such as those that the run is started with, if they are in its folder."""
-    (tmp_path / "config.yaml").write_text("# why\nseed: 3\n")
-    with pytest.raises(InterruptedSessionError):
-        train(tiny_config(store, tmp_path), resume="auto", progress=interrupt_at(1))
-    assert (tmp_path / "superseded" / "config.yaml").read_text() == "# why\nseed: 3\n"
-    assert open_run(tmp_path).seed == 0
 
 
 def test_a_file_in_the_place_of_a_folder_is_told_before_the_first_step(
@@ -279,8 +289,7 @@ def test_dropout_is_drawn_anew_for_each_step_and_again_for_a_resumed_one(
             noted.append((step - 1, torch.initial_seed()))
 
     for resume, end in (("never", 7), ("auto", 12)):
-        with pytest.raises(InterruptedSessionError):
-            train(config, resume=resume, before_step=note, progress=interrupt_at(end))
+        train_until(config, end, resume=resume, before_step=note)
     assert [step for step, _ in noted] == [*range(6), *range(4, 11)]
     seeds = dict(noted)
     assert sorted(noted) == sorted([*seeds.items(), *((step, seeds[step]) for step in (4, 5))])
@@ -294,8 +303,7 @@ def test_the_average_is_of_the_weights_after_each_step_and_goes_on_when_resumed(
     settings = ("optim.ema=0.5", "checkpoint.every_steps=1", "checkpoint.keep_last=9")
     config = tiny_config(store, tmp_path / "run", *settings)
     for resume, end in (("never", 3), ("auto", 8)):
-        with pytest.raises(InterruptedSessionError):
-            train(config, resume=resume, progress=interrupt_at(end))
+        train_until(config, end, resume=resume)
     saved = dict(by_step(tmp_path / "run" / "checkpoints"))
     average = {n: t for n, t in make_model(config).state_dict().items() if t.is_floating_point()}
     for step, path in saved.items():
@@ -320,19 +328,9 @@ def test_a_run_that_begins_anew_after_a_bad_step_begins_with_a_new_average(
     states = []
     for name, before_step in (("straight", None), ("spoiled", spoil)):
         config = tiny_config(store, tmp_path / name, "optim.ema=0.5")
-        with pytest.raises(InterruptedSessionError):
-            train(config, before_step=before_step, progress=interrupt_at(4))
+        train_until(config, 4, before_step=before_step)
         states.append(load_checkpoint(tmp_path / name / "checkpoints" / "step-4")[0])
     assert_same(*states)
-
-
-def micro_batch(config: Config, step: int, part: slice = slice(None)) -> tuple[Batch, Tensor]:
-    """Clips of a step as they are trained on, and their volumes as the model takes them."""
-    data = open_data(config)
-    dataset, epoch = data.dataset(training=True), data.plan().epoch_of(step)
-    clips = data.plan().global_batch(step)[part]
-    batch = collate(dataset, [Slot(int(clip), epoch) for clip in clips])
-    return batch, as_input(batch.volumes, config)
 
 
 def test_the_gap_is_eval_loss_less_train_loss_of_the_same_clips(
@@ -357,31 +355,6 @@ def test_the_gap_is_eval_loss_less_train_loss_of_the_same_clips(
     assert abs(gaps[1][1]) > 1e-3
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_moves_running_statistics_as_far_however_it_is_cut(
-    store: Path, tmp_path: Path, accumulate: int
-) -> None:
-    """Those of the stem, which sees the first weights in the first step."""
-    config = tiny_config(
-        store, tmp_path / "run", f"train.accumulate={accumulate}", "checkpoint.every_steps=1"
-    )
-    with pytest.raises(InterruptedSessionError):
-        train(config, progress=interrupt_at(1))
-    tensors, _ = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-1")
-    stem = make_model(config).stem
-    means = []
-    for half in np.split(np.arange(8), accumulate):
-        _, volumes = micro_batch(config, 0, slice(half[0], half[-1] + 1))
-        means.append(stem.conv(volumes).detach().mean(dim=(0, 2, 3, 4)))
-    # The first of two micro-batches weighs a little less than the second one.
-    share = (1 - 0.1) ** (1 / accumulate)
-    expected = torch.zeros(4)
-    for mean in means:
-        expected = share * expected + (1 - share) * mean
-    torch.testing.assert_close(tensors["model/stem.norm.running_mean"], expected)
-    assert tensors["model/stem.norm.num_batches_tracked"] == accumulate
-
-
 def test_a_snapshot_has_precise_statistics_and_training_does_not_notice(
     store: Path, straight: Path, tmp_path: Path
 ) -> None:
@@ -401,16 +374,9 @@ def test_a_snapshot_has_precise_statistics_and_training_does_not_notice(
     )
     moved = {name for name in plain if not torch.equal(plain[name], precise[name])}
     assert moved == {name for name in plain if name.endswith(("running_mean", "running_var"))}
-    model = make_model(config)
-    model.load_state_dict(plain)
-    model.train()
-    with torch.no_grad(), precise_statistics(model):
-        # Only the head, behind all normalisation, has dropout.
-        for step in (8, 9, 10, 11):
-            batch, volumes = micro_batch(config, step)
-            model(volumes, batch.frames)
+    expected = with_precise_statistics(config, plain, range(8, 12))
     for name in moved:
-        torch.testing.assert_close(precise[name], model.state_dict()[name])
+        torch.testing.assert_close(precise[name], expected[name])
 
 
 def test_the_best_checkpoint_is_exported_as_it_was_judged(store: Path, tmp_path: Path) -> None:
@@ -437,14 +403,10 @@ def test_a_checkpoint_within_an_epoch_is_exported_with_statistics_of_its_weights
     config = tiny_config(store, straight)
     export_run(straight, tmp_path / "file", step=16)
     tensors, _ = load_checkpoint(straight / "checkpoints" / "step-16")
-    model = make_model(config)
-    model.load_state_dict({n: tensors[f"model/{n}"] for n in model.state_dict()})
-    with torch.no_grad(), precise_statistics(model.train()):
-        for step in (12, 13, 14, 15):
-            batch, volumes = micro_batch(config, step)
-            model(volumes, batch.frames)
+    weights = {n: tensors[f"model/{n}"] for n in make_model(config).state_dict()}
+    expected = with_precise_statistics(config, weights, range(12, 16))
     for name, tensor in load_file(tmp_path / "file").items():
-        torch.testing.assert_close(tensor, model.state_dict()[name])
+        torch.testing.assert_close(tensor, expected[name])
         if name.endswith("running_mean"):
             assert not torch.equal(tensor, tensors[f"model/{name}"])
 
@@ -484,6 +446,4 @@ def test_real_volumes_from_file_to_report(real_data: Path, tmp_path: Path) -> No
     assert "Area under ROC" in said("evaluate", out)
     said("report", out)
     assert (out / "report.html").stat().st_size > 10_000
-    val = [line["val/auc"] for line in metrics_of(out) if "val/auc" in line]
-    assert len(val) == 4
-    assert val[-1] > 0.6
+    assert metrics_of(out)[-1]["val/auc"] > 0.6
