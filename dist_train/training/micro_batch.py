@@ -82,14 +82,14 @@ class MicroBatches:
         """
         self.config, self.plan, self.backend = config, plan, backend
         self.step_clips, self.frames = largest_step(plan, data.deepest())
-        self.conditions = conditions(config, backend.device)
+        self._conditions = conditions(config, backend.device)
         self.accumulate = config.train.accumulate
         plan.check_cut(backend.world, self.accumulate)
         is_cuda = backend.device.type == "cuda"
         if is_cuda:
             self._cut_to_32_bits()
         self.chosen: Choice | None = on_main(backend, self._choose_recomputation)
-        noted = on_main(backend, lambda: noted_clips(config.out, self.conditions))
+        noted = on_main(backend, lambda: noted_clips(config.out, self._conditions))
         if noted is not None:
             self._cut_until(lambda: self.clips <= noted)
         if config.train.probe == "always" or (config.train.probe == "cuda" and is_cuda):
@@ -143,7 +143,7 @@ class MicroBatches:
     def write_note(self) -> None:
         """Note the size for later sessions, if it differs from the settings."""
         if self.accumulate != self.config.train.accumulate:
-            write_note(self.config.out, self.clips, self.conditions)
+            write_note(self.config.out, self.clips, self._conditions)
 
     @property
     def _largest(self) -> int:

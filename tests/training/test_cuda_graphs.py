@@ -91,7 +91,7 @@ def state(backend: Backend) -> list[Tensor]:
 
 
 def run(backend: Backend, step: ForwardBackward) -> list[Tensor]:
-    """All that comes of training on ``BATCHES``, with an update after every second one."""
+    """Train on ``BATCHES``, with an update after every second one; return all outputs."""
     found = []
     for number, batch in enumerate(BATCHES):
         found += [*step(*batch), *state(backend)]

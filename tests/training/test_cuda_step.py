@@ -81,11 +81,11 @@ def made(*settings: str) -> Backend:
 
 
 def update(backend: Backend) -> None:
-    """By gradients that are the same each time: those of CUDA's own convolutions are not."""
+    """Update by the same gradients each time. CUDA's convolutions would give different ones."""
     generator = torch.Generator(backend.device).manual_seed(1)
     for parameter in backend.module.parameters():
         random = torch.randn(parameter.shape, device=backend.device, generator=generator)
-        # The fused kernel takes the layout of weights and gradients to be the same, as it is.
+        # The fused kernel needs weights and gradients in the same layout, as training has them.
         parameter.grad = torch.empty_like(parameter).copy_(random)
     backend.update()
 
@@ -105,7 +105,7 @@ def test_the_fused_optimizer_makes_the_same_updates_and_goes_on_from_a_checkpoin
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_recorded_passes_are_the_passes(fused: bool) -> None:
-    """Shapes in turn, of which the second has padding, until each was replayed; weights stay."""
+    """Three shapes in turn, the second one padded, until each is replayed; weights stay."""
     generator = torch.Generator().manual_seed(1)
     shapes = [(20, None), (12, torch.tensor([12, 9, 12, 5])), (16, None)]
     batches = [

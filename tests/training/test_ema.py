@@ -54,8 +54,8 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def test_it_is_the_moving_average_whose_decay_rises(backend: Backend) -> None:
-    """By hand: the decays of the first steps are 1/10, 2/11, 3/12 and 4/13, that of a late one is
-    the setting."""
+    """By hand: the decays of the first steps are 1/10, 2/11, 3/12 and 4/13. Late steps have the
+    decay of the setting."""
     first = weights_of(backend)
     ema = Ema(backend, 0.999)
     value = 0.0
@@ -88,7 +88,7 @@ def test_within_it_the_module_has_the_averages_and_then_its_own(backend: Backend
 
 
 def test_a_loaded_state_gives_the_same_averages(backend: Backend) -> None:
-    """The weights themselves, if it has no averages."""
+    """A state without averages gives the weights."""
     ema = Ema(backend, DECAY)
     shift(backend)
     ema.update(0)

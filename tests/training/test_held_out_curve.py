@@ -43,7 +43,7 @@ FAST = ("optim.lr=0.03", "train.epochs=6", "snapshots.at=[6]", "checkpoint.every
 def test_the_curve_is_calm_by_precise_statistics_alone(
     faint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By statistics that lag behind fast weights it is not, which is warned of once."""
+    """Statistics that lag behind fast weights make it jump, and one warning says so."""
     calm, lagging = tmp_path / "calm", tmp_path / "lagging"
     train(tiny_config(faint, calm, *FAST))
     assert deepest_fall(curve(calm, "val/mcc@0.5")) <= 0.15

@@ -131,7 +131,7 @@ def test_a_path_without_weights_is_refused_before_anything_is_written(
 
 
 def test_a_run_on_all_clips_holds_none_out(store: Path, tmp_path: Path) -> None:
-    """Of a store without a split; one that holds clips out is refused."""
+    """A store without a split is needed; one that holds clips out is refused."""
     with pytest.raises(PlanError, match="would train on 20 clips that the manifest's split column"):
         train(tiny_config(store, tmp_path / "run", "split.train_on_all=true"))
     random = np.random.default_rng(0)

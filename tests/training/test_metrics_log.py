@@ -28,7 +28,7 @@ def steps_of(run: Path) -> list[int]:
 
 
 def losses_in(lines: list[bytes]) -> list[float | None]:
-    """The losses of lines; None for a line that is not as it was written."""
+    """The loss of each line; None for a damaged line."""
     return [metrics and metrics["a/loss"] for metrics in parse_metrics(lines)]
 
 
@@ -50,7 +50,7 @@ def test_what_is_not_finite_becomes_null(tmp_path: Path, value: float) -> None:
 
 
 def test_lines_of_steps_that_are_done_again_are_moved_aside(tmp_path: Path) -> None:
-    """As is a line that a kill has torn. TensorBoard shows the new values alone."""
+    """A line that a kill has torn is moved too. TensorBoard shows the new values only."""
     write(tmp_path, range(1, 8), after=0)
     before = raw_lines(tmp_path)
     write(tmp_path, range(5, 7), after=4, value=100)

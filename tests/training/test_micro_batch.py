@@ -227,7 +227,7 @@ def test_an_engine_that_is_missing_at_any_size_is_told_and_not_noted(
 
 
 def test_clips_of_a_batch_follow_from_the_largest_tensor_of_the_model() -> None:
-    """The stem's output, 64 channels of 60 x 80 x 80; without a pool, that of layer 1."""
+    """It is the stem's output, 64 channels of 60 x 80 x 80; without a pool, layer 1's output."""
     settings = ["store=s", "clip.size=[160, 160]", "model.name=resnet3d-50"]
     for more, elements in [
         ([], 64 * 60 * 80 * 80),

@@ -51,7 +51,7 @@ def test_the_first_step_is_that_of_the_paper() -> None:
 
 
 def test_the_fused_update_is_the_plain_one_but_for_rounding() -> None:
-    """Gradients are given: computed ones of 0 would be noise, which AdamW makes as large as any."""
+    """Gradients are random: AdamW would scale the rounding noise of zero gradients up."""
     runs = []
     for fused in (False, True):
         model = network()

@@ -147,7 +147,7 @@ def budgeted(store: Path, out: Path, *more: str) -> Config:
 
 
 def test_the_budget_is_of_clips_as_they_are_cut(deep_store: Path, tmp_path: Path) -> None:
-    """A plan that took deep clips for deeper than the model sees them would make small steps."""
+    """If the plan did not know that clips are cut, it would make smaller steps."""
     data = open_data(budgeted(deep_store, tmp_path, "clip.max_frames=16"))
     plan, depths = data.plan(), data.dataset(training=True).depths
     assert depths.max() == 16

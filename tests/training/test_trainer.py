@@ -53,7 +53,7 @@ def held_out_loss(config: Config, model: nn.Module) -> float:
 
 
 def micro_batch(config: Config, step: int, part: slice = slice(None)) -> tuple[Batch, Tensor]:
-    """Clips of a step as they are trained on, and their volumes as the model takes them."""
+    """Return a step's training batch, and its volumes as the model takes them."""
     data = open_data(config)
     dataset, epoch = data.dataset(training=True), data.plan().epoch_of(step)
     clips = data.plan().global_batch(step)[part]
@@ -121,7 +121,7 @@ def test_the_logged_rate_is_the_schedule(store: Path, straight: Path) -> None:
 def test_the_first_loss_and_gradient_are_those_of_the_planned_clips(
     store: Path, tmp_path: Path, accumulate: int
 ) -> None:
-    """As are the running statistics of the stem. All is computed from plan, dataset and model."""
+    """So are the running statistics of the stem. All is computed from plan, dataset and model."""
     out = tmp_path / "run"
     config = tiny_config(store, out, f"train.accumulate={accumulate}", "checkpoint.every_steps=1")
     train_until(config, 1)
@@ -280,7 +280,7 @@ def test_a_file_in_the_place_of_a_folder_is_told_before_the_first_step(
 def test_dropout_is_drawn_anew_for_each_step_and_again_for_a_resumed_one(
     store: Path, tmp_path: Path
 ) -> None:
-    """By the seed of torch's generator in each step, as it is found when the next one begins."""
+    """The seed of torch's generator is read when the next step begins."""
     config = tiny_config(store, tmp_path / "run", "model.dropout=0.3")
     noted: list[tuple[int, int]] = []
 
@@ -308,7 +308,7 @@ def test_the_average_is_of_the_weights_after_each_step_and_goes_on_when_resumed(
     average = {n: t for n, t in make_model(config).state_dict().items() if t.is_floating_point()}
     for step, path in saved.items():
         tensors, _ = load_checkpoint(path)
-        # The average after ``step`` steps has taken in so many weights.
+        # The decay rises with the number of averaged steps.
         decay = min(0.5, step / (9 + step))
         for name, value in average.items():
             average[name] = decay * value + (1 - decay) * tensors[f"model/{name}"]
@@ -336,8 +336,7 @@ def test_a_run_that_begins_anew_after_a_bad_step_begins_with_a_new_average(
 def test_the_gap_is_eval_loss_less_train_loss_of_the_same_clips(
     store: Path, straight: Path
 ) -> None:
-    """From the snapshot at the end of the epoch, in the second half of whose last step the model
-    is called without dropout."""
+    """By the snapshot at the end of an epoch, on the clips of its last step, without dropout."""
     config = tiny_config(store, straight, "model.dropout=0.3")
     model = make_model(config)
     model.load_state_dict(load_file(straight / "snapshots" / "step-12.safetensors"))
@@ -380,7 +379,7 @@ def test_a_snapshot_has_precise_statistics_and_training_does_not_notice(
 
 
 def test_the_best_checkpoint_is_exported_as_it_was_judged(store: Path, tmp_path: Path) -> None:
-    """And training does not go on from the statistics that it was judged by."""
+    """A resumed training does not continue from the statistics of the validation."""
     out = tmp_path / "run"
     best = ("checkpoint.best=val/loss", "optim.ema=0.5", "checkpoint.keep_last=9")
     config = tiny_config(store, out, *best, "snapshots.at=[3]")
@@ -399,7 +398,7 @@ def test_the_best_checkpoint_is_exported_as_it_was_judged(store: Path, tmp_path:
 def test_a_checkpoint_within_an_epoch_is_exported_with_statistics_of_its_weights(
     store: Path, straight: Path, tmp_path: Path
 ) -> None:
-    """They are taken then, of the clips before its step."""
+    """The export takes the statistics, over the clips before the checkpoint's step."""
     config = tiny_config(store, straight)
     export_run(straight, tmp_path / "file", step=16)
     tensors, _ = load_checkpoint(straight / "checkpoints" / "step-16")
@@ -412,7 +411,7 @@ def test_a_checkpoint_within_an_epoch_is_exported_with_statistics_of_its_weights
 
 
 def test_a_diverged_run_says_so_before_it_is_saved(store: Path, tmp_path: Path) -> None:
-    """At a rate that no settings file may give."""
+    """The learning rate is higher than a settings file may give."""
     config = tiny_config(store, tmp_path, "schedule.warmup_epochs=0", "checkpoint.every_steps=1")
     steep = config.optim.model_copy(update={"lr": 1e30})
     with pytest.raises(RunError, match=r"training diverged: at step \d+ the loss is") as caught:
