@@ -14,7 +14,7 @@ from helpers import ROOT
 from dist_train.config import Config, load_config
 from dist_train.data.plan.plan import Plan, make_plan
 from dist_train.data.splits import choose_clips
-from dist_train.training.optimizer import Schedule
+from dist_train.training.schedule import Schedule
 
 #: Stalled and flowing clips of tier 1; tier-2 clips that are stalled with a crowd score above 0.6.
 TIER1_STALLED, TIER1_FLOWING, TIER2_STALLED = 706, 539_536, 854

@@ -41,8 +41,8 @@ from dist_train.data.synthetic.challenge_stats import BOX_HEIGHT, BOX_WIDTH, CLI
 from dist_train.distributed.backends import make_backend
 from dist_train.models.registry import build_model
 from dist_train.run.model import as_input, make_model
-from dist_train.training.cuda_graphs import UNRECORDED, make_micro_step
-from dist_train.training.forward_backward import MicroStep
+from dist_train.training.cuda_graphs import UNRECORDED, make_forward_backward
+from dist_train.training.forward_backward import ForwardBackward
 from dist_train.training.optimizer import make_optimizer
 
 MODEL = "resnet3d-101"
@@ -334,9 +334,9 @@ class Row:
         self.device = self.backend.device
         # Nothing is called between passes that are recorded.
         self.passes = (
-            make_micro_step(self.backend, device_knows_frames=config.norm.fused)
+            make_forward_backward(self.backend, device_knows_frames=config.norm.fused)
             if config.train.graphs
-            else MicroStep(self.backend, between=lambda: self.marks.mark())
+            else ForwardBackward(self.backend, between=lambda: self.marks.mark())
         )
         self.marks = Marks(self.device)
 

@@ -31,7 +31,7 @@ from dist_train.run.data import clip_dataset
 from dist_train.run.model import held_out_logits, make_model
 from dist_train.run.snapshots import load_weights, refuse_not_finite
 from dist_train.system.advice import first_line
-from dist_train.training.micro_batch import free_cache
+from dist_train.training.memory_probe import free_cache
 
 log = logging.getLogger(__name__)
 

@@ -34,7 +34,8 @@ from dist_train.run.data import RunData, open_run_data
 from dist_train.run.folder import CONFIG, PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
 from dist_train.run.record import open_run, read_record, warn_of_other_code
 from dist_train.safe_text import for_spreadsheet
-from dist_train.training.micro_batch import most_clips, noted_clips
+from dist_train.training.micro_batch import most_clips
+from dist_train.training.micro_batch_note import noted_clips
 
 log = logging.getLogger(__name__)
 
@@ -244,7 +245,8 @@ def _clips_at_once(config: Config, run: Path, record: dict[str, Any], chosen: pd
     last digits.
     """
     deepest = min(int(chosen["frames"].max()), config.clip.max_frames or sys.maxsize)
-    found = [config.plan.batch, most_clips(config, deepest, MOST_ELEMENTS), noted_clips(run)]
+    most = most_clips(config.model, (deepest, *config.clip.size), MOST_ELEMENTS)
+    found = [config.plan.batch, most, noted_clips(run)]
     try:
         found.append(int(record["sessions"][-1]["micro_batch"]["clips"]))
     except (LookupError, TypeError, ValueError):

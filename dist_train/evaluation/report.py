@@ -38,7 +38,7 @@ from dist_train.run.data import open_run_data
 from dist_train.run.folder import CONFIG, EVALUATION, METRICS, PREDICTIONS
 from dist_train.run.record import open_record, open_run
 from dist_train.training.metrics_log import MOST_BYTES as MOST_OF_METRICS
-from dist_train.training.metrics_log import figures_of
+from dist_train.training.metrics_log import parse_metrics
 
 log = logging.getLogger(__name__)
 Strips = Callable[[str], NDArray[np.uint8]]
@@ -209,7 +209,7 @@ def _read_steps(path: Path) -> list[Record]:
         raise RunError("the run has no metrics", where=path, fix="Train it with `dist-train train`")
     lines = _read(path, MOST_OF_METRICS).splitlines(keepends=True)
     steps: dict[int, Record] = {}
-    for number, figures in enumerate(figures_of(lines), start=1):
+    for number, figures in enumerate(parse_metrics(lines), start=1):
         if figures is not None:
             steps[figures["step"]] = figures
         # The run may still be writing the last line.

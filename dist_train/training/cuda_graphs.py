@@ -1,8 +1,8 @@
-"""CUDA graphs: the passes of a batch shape are recorded once, and replayed by one launch.
+"""CUDA graphs: the passes of each batch shape are captured once, then replayed by one launch.
 
-Four clips keep a large GPU busy for some milliseconds, in which the host has to launch some
-thousand kernels. A recording holds them all, with the addresses that they read and write: so what
-goes in and out lies in the same place each time, the gradients too.
+A few clips keep a large GPU busy for milliseconds, in which the host must launch about a thousand
+kernels. A graph holds them all with the addresses that they read and write, so inputs, outputs and
+gradients must stay at the same addresses.
 """
 
 from __future__ import annotations
@@ -16,38 +16,37 @@ import torch
 from torch import Tensor
 
 from dist_train.distributed.backends.base import Backend
-from dist_train.training.forward_backward import MicroStep, Outputs
+from dist_train.training.forward_backward import ForwardBackward, Outputs
 from dist_train.training.losses import LOSSES, Loss
 
-#: So often a shape is run before it is recorded: libraries choose their kernels then, and loops are
-#: compiled.
+#: Runs of a shape before it is captured: libraries choose their kernels, and loops are compiled.
 UNRECORDED = 2
-#: Recordings that are held; the depths of clips are fewer.
+#: The most graphs that are kept. Depths of batches are usually fewer.
 MOST = 256
 
 
-def make_micro_step(
+def make_forward_backward(
     backend: Backend, loss: Loss = LOSSES["bce"], *, device_knows_frames: bool
-) -> MicroStep:
-    """As the backend's settings say. For the arguments see ``GraphedMicroStep``."""
+) -> ForwardBackward:
+    """Return the passes; for ``train.graphs``, those of ``GraphedForwardBackward``."""
     if not backend.settings.graphs:
-        return MicroStep(backend, loss)
+        return ForwardBackward(backend, loss)
     recorder = Recorder(backend.device)
-    return GraphedMicroStep(backend, recorder, loss, device_knows_frames=device_knows_frames)
+    return GraphedForwardBackward(backend, recorder, loss, device_knows_frames=device_knows_frames)
 
 
 class Recorder:
-    """Records what a CUDA device is given to do."""
+    """Captures work of a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
-        # Libraries keep handles for each stream, which must be there before they are recorded.
+        # Libraries keep handles for each stream, which must exist before the capture.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # One replay follows the other, so that all can use the same memory for what lies between.
+        # Graphs are replayed one after the other, so they share the memory of intermediate values.
         self._memory = torch.cuda.graph_pool_handle()
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
-        """Within it work is done in the stream that ``record`` uses."""
+        """Run the block in the stream that ``record`` captures, without capturing it."""
         around = torch.cuda.current_stream()
         self._stream.wait_stream(around)
         with torch.cuda.stream(self._stream):
@@ -55,10 +54,9 @@ class Recorder:
         around.wait_stream(self._stream)
 
     def record(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
-        """What does all that ``run`` gives the device to do, when it is called. ``run`` itself is
-        called once, and nothing is computed."""
+        """Capture ``run``, which computes nothing yet, and return a function that replays it."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads may copy in the meantime: loaders, and the writer of checkpoints.
+        # Other threads may copy meanwhile: loaders, and the writer of checkpoints.
         with torch.cuda.graph(
             graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"
         ):
@@ -72,7 +70,7 @@ class Recorder:
 
 
 class _Recording(NamedTuple):
-    """Where the inputs of a recording lie, and what replays it."""
+    """A captured graph, and the tensors that it reads its inputs from."""
 
     x: Tensor
     frames: Tensor | None
@@ -80,14 +78,14 @@ class _Recording(NamedTuple):
     replay: Callable[[], Outputs]
 
 
-class GraphedMicroStep(MicroStep):
-    """``MicroStep``, recorded for each shape of batch that comes a third time.
+class GraphedForwardBackward(ForwardBackward):
+    """``ForwardBackward``, captured for each batch shape when it comes the third time.
 
-    Gradients must be set to zero rather than dropped, as recordings add to where they lie.
+    Gradients must be set to zero and not dropped, as graphs add to their memory.
 
     Args:
-        device_knows_frames: the model needs the true depths on the device alone. Where it is False,
-            padded batches are not recorded.
+        device_knows_frames: whether the model needs the true depths on the device alone. If not,
+            padded batches are not captured.
     """
 
     def __init__(
@@ -101,7 +99,7 @@ class GraphedMicroStep(MicroStep):
         super().__init__(backend, loss)
         self._recorder, self._device_knows_frames = recorder, device_knows_frames
         self._weight = torch.zeros((), device=backend.device)
-        self._room = torch.empty(0, device=backend.device)
+        self._input = torch.empty(0, device=backend.device)
         self._seen: Counter[tuple[object, ...]] = Counter()
         self._recordings: dict[tuple[object, ...], _Recording] = {}
 
@@ -117,36 +115,26 @@ class GraphedMicroStep(MicroStep):
             if len(self._recordings) == MOST:
                 self._recordings.clear()
             self._recordings[key] = self._record(x, frames, labels)
-        inputs = self._recordings[key]
-        inputs.x.copy_(x)
-        inputs.labels.copy_(labels)
+        recording = self._recordings[key]
+        recording.x.copy_(x)
+        recording.labels.copy_(labels)
         if frames is not None:
-            assert inputs.frames is not None
-            inputs.frames.copy_(frames, non_blocking=True)
+            assert recording.frames is not None
+            recording.frames.copy_(frames, non_blocking=True)
         self._weight.fill_(weight)
-        logits, loss = inputs.replay()
+        logits, loss = recording.replay()
         return logits.clone(), loss.clone()
-
-    def forget(self) -> None:
-        self._recordings.clear()
-        self._seen.clear()
-        self._room = torch.empty(0, device=self._room.device)
 
     def _record(self, x: Tensor, frames: Tensor | None, labels: Tensor) -> _Recording:
         run = super().__call__
-        at = self._place(x)
+        x, labels = self._shared_input(x), labels.clone()
         depths = None if frames is None else frames.to(x.device, copy=True)
-        wanted = labels.clone()
-        return _Recording(
-            at,
-            depths,
-            wanted,
-            self._recorder.record(lambda: run(at, depths, wanted, self._weight)),
-        )
+        replay = self._recorder.record(lambda: run(x, depths, labels, self._weight))
+        return _Recording(x, depths, labels, replay)
 
-    def _place(self, x: Tensor) -> Tensor:
-        """Memory like that of ``x``, which all recordings share: one is in use at a time."""
-        if self._room.numel() < x.numel():
-            # Twice as large as before: recordings keep theirs, and shallow batches may come first.
-            self._room = x.new_empty(max(x.numel(), 2 * self._room.numel()))
-        return self._room[: x.numel()].as_strided(x.shape, x.stride())
+    def _shared_input(self, x: Tensor) -> Tensor:
+        """Return a tensor like ``x`` in memory that all graphs share."""
+        if self._input.numel() < x.numel():
+            # Doubled, as older graphs keep the smaller memory alive.
+            self._input = x.new_empty(max(x.numel(), 2 * self._input.numel()))
+        return self._input[: x.numel()].as_strided(x.shape, x.stride())

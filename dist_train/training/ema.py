@@ -17,64 +17,60 @@ PREFIX = "ema/"
 class Ema:
     """The average of weights and BatchNorm statistics over steps, for validation and snapshots.
 
-    Each rank averages its shards of the weights, so it takes as much memory as one of
-    AdamW's moments. The average begins with the weights at construction, and its decay rises with
-    the steps, or it would hold on to these for long.
+    Each rank averages its shards of the weights, which takes as much memory as one of AdamW's
+    moments. The average begins with the weights at construction; its decay rises with the steps, or
+    those would count for long.
 
     Args:
         backend: after ``wrap``.
-        decay: share of the average that a late step leaves; None for no average at all.
+        decay: share of the old average that a late step keeps; None for no average at all.
     """
 
     def __init__(self, backend: Backend, decay: float | None) -> None:
         self._backend, self._decay = backend, decay
         self._averages: dict[str, Tensor] = {}
         if decay is not None:
-            self._averages = {name: part.clone() for name, part in backend.local_tensors()}
+            self._averages = {name: shard.clone() for name, shard in backend.local_tensors()}
 
     def update(self, step: int) -> None:
-        """Take in the weights after a step; ``step`` counts those before it."""
+        """Include the weights after a step; ``step`` counts from 0."""
         if self._decay is None:
             return
         decay = min(self._decay, (1 + step) / (10 + step))
-        live = [part for _, part in self._backend.local_tensors()]
-        # It is without annotations.
+        live = [shard for _, shard in self._backend.local_tensors()]
         average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         average(list(self._averages.values()), live, step)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the module has the averages for its weights; afterwards its own again, to the
-        bit. A collective call."""
+        """In the block, the module has the averages as its weights; afterwards its own weights
+        again, to the bit. A collective call."""
         self._exchange()
         yield
         self._exchange()
 
     def sizes(self) -> dict[str, int]:
-        """Elements of each tensor of ``state``, on every rank."""
+        """Return the number of elements of each tensor of ``state``, on every rank."""
         return {PREFIX + name: self._backend.numels[name] for name in self._averages}
 
     def state(self, mine: Callable[[str], bool]) -> dict[str, Tensor]:
-        """The full averages for which ``mine(name)``, as ``Backend.state``. A collective call."""
-        self._backend.sync(self._averages[name] for name in self._buffers())
+        """Return the full averages for which ``mine(name)``. A collective call."""
+        buffers = (name for name, _ in self._backend.module.named_buffers())
+        self._backend.sync(self._averages[name] for name in buffers if name in self._averages)
         kept = {}
-        for name, part in self._averages.items():
-            full = self._backend.gather_full(name, part)
+        for name, shard in self._averages.items():
+            full = self._backend.gather_full(name, shard)
             if mine(PREFIX + name):
                 kept[PREFIX + name] = full
         return kept
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what ``state`` gave, of any world size and backend; the weights, where it was
-        saved without an average."""
+        """Load the averages of a training state, or its weights if it has no averages."""
         for name, average in self._averages.items():
             # One at a time: under ZeRO-3 and FSDP a rank may have no room for all full tensors.
             full = averaged(state, [name])[name]
             average.copy_(self._backend.local_shard(name, full))
-
-    def _buffers(self) -> list[str]:
-        return [name for name, _ in self._backend.module.named_buffers() if name in self._averages]
 
     @torch.no_grad()
     def _exchange(self) -> None:
@@ -89,6 +85,6 @@ class Ema:
 
 
 def averaged(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """The averages in a whole training state, or what has none itself, by parameter name."""
+    """Return the averages in a training state by parameter name; the weights of those without."""
     keys = ((name, PREFIX + name) for name in names)
     return {name: state[key if key in state else f"model/{name}"] for name, key in keys}

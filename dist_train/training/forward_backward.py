@@ -10,11 +10,11 @@ from dist_train.distributed.backends.base import Backend
 from dist_train.errors import ModelError
 from dist_train.training.losses import LOSSES, Loss
 
-#: Logits [B] and the mean loss of a micro-batch, without what the backward pass needed.
+#: Logits [B] and the mean loss of a micro-batch, detached.
 Outputs = tuple[Tensor, Tensor]
 
 
-class MicroStep:
+class ForwardBackward:
     """Adds a micro-batch's gradients to those of the backend's weights.
 
     Args:
@@ -37,9 +37,9 @@ class MicroStep:
 
         Args:
             x: float32 [B, 1, D, H, W] on the device.
-            frames: int64 [B], the true depths, best on the host; None where no clip is padded.
+            frames: int64 [B], the true depths, best on the host; None if no clip is padded.
             labels: float32 [B] on the device.
-            weight: of the micro-batch's mean loss in that of its step.
+            weight: factor of the micro-batch's mean loss in the loss of the step.
         """
         logits = self._backend.model(x, frames)
         if logits.shape != labels.shape:
@@ -52,6 +52,3 @@ class MicroStep:
         self._between()
         self._backend.backward(loss * weight)
         return logits.detach(), loss.detach()
-
-    def forget(self) -> None:
-        """Keep nothing that depends on how the model was set, or takes memory."""

@@ -1,4 +1,4 @@
-"""BatchNorm statistics that belong to the weights as they are, of the clips last trained on."""
+"""BatchNorm statistics of the present weights, over the clips that were last trained on."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def take_statistics(
     all_reduce: AllReduce | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> None:
-    """Put the statistics of all real values of some batches in place of ``model``'s running ones.
+    """Replace the running statistics of ``model`` by those of all real values of some batches.
 
-    The model must be in training mode. torch's random state is left as it is, though dropout draws.
+    The model must be in training mode. torch's random state is restored afterwards.
 
     Args:
-        config: with ``clip`` as it was in training on the batches.
-        all_reduce: as ``precise_statistics``.
+        config: settings with ``clip`` as in the training on these batches.
+        all_reduce: see ``precise_statistics``.
         beat: called after each batch.
     """
     if not any(True for _ in norms(model)):
-        # A model from outside may normalise in another way.
+        # A model from outside may have another normalisation.
         return
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -57,23 +57,21 @@ def take_statistics(
 def statistics_of_run(
     model: nn.Module, data: RunData, done: int, *, steps: int, processes: int, device: torch.device
 ) -> None:
-    """What a training in ``processes`` processes takes after ``done`` steps, in this process alone:
-    the same, but for rounding.
+    """Take the statistics that a training in ``processes`` processes takes after ``done`` steps, in
+    this process alone: the same but for rounding.
 
     Args:
-        model: with the weights after ``done`` steps, on ``device``.
-        steps: how many of the last steps' clips.
+        model: has the weights after ``done`` steps, on ``device``.
+        steps: number of last steps whose clips count.
 
     Raises:
         DistTrainError: a clip cannot be read, or the plan no longer fits.
     """
-    config, plan = data.config, data.plan()
-    first = max(0, done - steps)
-    plan = _as_trained(data, plan, first)
-    if config.clip.growth:
-        clip = config.clip.at(plan.epoch_of(done - 1))
-        config = config.model_copy(update={"clip": clip})
-    # Where each process normalises by its own clips, they are what this one has in a micro-batch.
+    config, first = data.config, max(0, done - steps)
+    plan = _plan_at(data, first)
+    clip = config.clip.at(plan.epoch_of(done - 1))
+    config = config.model_copy(update={"clip": clip})
+    # If each process normalises by its own clips, a micro-batch here has the clips of one process.
     cuts = config.train.accumulate * (1 if config.norm.shared else processes)
     sampler = PlanSampler(plan, rank=0, world=1, accumulate=cuts, first=first, last=done)
     loader = Loader(data.dataset(training=True, config=config), sampler, LoaderSettings(workers=0))
@@ -83,11 +81,10 @@ def statistics_of_run(
     model.train(training)
 
 
-def _as_trained(data: RunData, plan: Plan, step: int) -> Plan:
-    """The plan that a step was made by: with the negatives' weights that its epoch began with."""
-    if data.config.plan.weights is None:
-        return plan
+def _plan_at(data: RunData, step: int) -> Plan:
+    """Return the plan that a step was made by, with the weights of negatives of its epoch."""
+    plan = data.plan()
     table = kept_table(data.config.out, plan.first_step(plan.epoch_of(step)))
-    if not table.exists():
+    if data.config.plan.weights is None or not table.exists():
         return plan
     return data.plan(read_weights(table.read_bytes(), data.store.table["filename"], table))

@@ -15,7 +15,7 @@ from dist_train import extensions
 from dist_train.config import LossSettings
 from dist_train.errors import ConfigError
 
-#: Takes logits and labels, float32 [B] each, and gives the mean loss over the clips, a scalar.
+#: Takes logits and labels, float32 [B] each, and returns the mean loss over the clips, a scalar.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 #: The functions that ``loss.name`` can name; ``loss.args`` are their further arguments.
@@ -23,15 +23,15 @@ LOSSES: dict[str, Callable[..., Tensor]] = {"bce": binary_cross_entropy_with_log
 
 
 def make_loss(settings: LossSettings, device: torch.device | None = None) -> Loss:
-    """The loss that the settings name.
+    """Return the loss that the settings name.
 
     Args:
-        device: where it will compute, for the tensors that a loss may keep; None is the host.
+        device: where it will compute, for tensors of its own; None is the host.
 
     Raises:
-        ConfigError: there is no such loss, or not with these arguments, or it is no loss.
+        ConfigError: there is no such loss, it does not take these arguments, or it is not a loss.
     """
-    name = settings.name
+    name, device = settings.name, device or torch.device("cpu")
     if extensions.is_import_path(name):
         found = extensions.load(name, "loss.name")
     elif name in LOSSES:
@@ -47,13 +47,10 @@ def make_loss(settings: LossSettings, device: torch.device | None = None) -> Los
             where="loss.name",
             fix="Name a subclass of torch.nn.Module, or a function of logits and labels.",
         )
+    inputs = () if is_class else (None, None)
     try:
-        if is_class:
-            inspect.signature(found).bind(**settings.args)
-            loss: Loss = found(**settings.args)
-        else:
-            inspect.signature(found).bind(None, None, **settings.args)
-            loss = partial(found, **settings.args)
+        inspect.signature(found).bind(*inputs, **settings.args)
+        loss: Loss = found(**settings.args) if is_class else partial(found, **settings.args)
     except TypeError as error:
         raise ConfigError(f"{name} does not take these ({error})", where="loss.args") from None
     if isinstance(loss, nn.Module):
@@ -61,18 +58,19 @@ def make_loss(settings: LossSettings, device: torch.device | None = None) -> Los
             raise ConfigError(
                 f"{name} has weights of its own, which nothing would train", where="loss.name"
             )
-        loss.to(device or torch.device("cpu"))
-    _check(name, loss, device or torch.device("cpu"))
+        loss.to(device)
+    _check(name, loss, device)
     return loss
 
 
 def _check(name: str, loss: Loss, device: torch.device) -> None:
+    """Raise unless the loss of a small batch is a scalar with a gradient."""
     logits = torch.zeros(4, device=device, requires_grad=True)
     value = loss(logits, torch.tensor([0.0, 1.0, 0.0, 0.0], device=device))
     if not (isinstance(value, Tensor) and value.shape == () and value.requires_grad):
-        told = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ConfigError(
-            f"{name} is no loss: of 4 clips it gives {told}",
+            f"{name} is no loss: of 4 clips it gives {given}",
             where="loss.name",
             fix="Give the mean over the clips, a scalar with a gradient.",
         )

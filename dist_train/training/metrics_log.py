@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import compress
 from operator import not_
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from dist_train.checkpoint.superseded import SUPERSEDED, append_aside
@@ -21,138 +20,119 @@ from dist_train.training.tensorboard_writer import TensorBoardWriter
 
 #: Some ten million steps.
 MOST_BYTES = 2**33
-Figures = dict[str, Any]
 _SUMMED = re.compile(rb'(?P<rest>.*), "crc32c": (?P<sum>[0-9]{1,10})\}\n?', re.DOTALL)
 log = logging.getLogger(__name__)
 
 
 class EventWriter:
-    """Writes one line per step to ``metrics.jsonl``, with its checksum, and the same metrics under
-    the same names to ``tensorboard/``.
-
-    Attributes:
-        tensorboard: takes pictures and curves, which ``metrics.jsonl`` does not hold.
+    """Writes one line per step, with its checksum, to ``metrics.jsonl``, and the same metrics to
+    ``tensorboard/``.
 
     Args:
         run: the run's folder.
-        settings: settings of the run, JSON types, shown by TensorBoard.
-        after: steps done so far. Lines of later steps, written by a session that was killed, are
-            moved to ``superseded/metrics.jsonl``, so that every step has one line.
-
-    Raises:
-        OSError: the files cannot be written.
+        settings: settings of the run, shown by TensorBoard; JSON types.
+        after: steps done so far. Lines of later steps, from a session that was killed, are moved
+            to ``superseded/metrics.jsonl``, so that every step has one line.
     """
 
     def __init__(self, run: Path, settings: Mapping[str, Any], *, after: int) -> None:
-        self._path = path = run / METRICS
-        if os.path.lexists(path):
-            lines = read_plain(path, most_bytes=MOST_BYTES).splitlines(keepends=True)
-            found = list(figures_of(lines))
-            kept = [figures is not None and figures["step"] <= after for figures in found]
-            # A kill may tear the last line.
-            damaged = found[:-1].count(None)
-            if damaged:
-                log.warning(
-                    "%d lines of %s are not as they were written, and are moved to %s/",
-                    damaged, path, SUPERSEDED,
-                )  # fmt: skip
-            if not all(kept):
-                # Aside first: a kill in between leaves them in both places.
-                append_aside(run, METRICS, compress(lines, map(not_, kept)))
-                write_whole(path, b"".join(compress(lines, kept)))
-        self._descriptor = plain_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self._waiting = bytearray()
+        self._path = run / METRICS
+        if os.path.lexists(self._path):
+            _set_aside_lines(run, after)
+        self._descriptor = plain_descriptor(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._unwritten = bytearray()
+        self._has_warned = False
         self.tensorboard = TensorBoardWriter(run / BOARD, after + 1, settings)
-        self._told = False
 
     def write(self, step: int, epoch: int, at: float, values: Mapping[str, float | None]) -> None:
-        """Numbers of step ``step`` (1 is the first); what is not finite becomes null.
+        """Write the metrics of a step, counted from 1; values that are not finite become null.
 
-        Where the disk is full they are kept in memory, with a warning, until there is room.
+        If the disk is full, lines are kept in memory until there is room, with one warning.
 
         Args:
-            at: seconds since 1970, for display alone.
+            at: seconds since 1970, for display only.
         """
         finite = {
             name: value if value is not None and math.isfinite(value) else None
             for name, value in values.items()
         }
-        line = {"step": step, "epoch": epoch, "time": at} | finite
-        self._waiting += _line(line)
+        text = json.dumps({"step": step, "epoch": epoch, "time": at} | finite)
+        # The checksum is that of the line without it.
+        self._unwritten += f'{text[:-1]}, "crc32c": {crc32c(text.encode())}}}\n'.encode()
         try:
             self._write()
         except OSError as error:
-            if not self._told:
+            if not self._has_warned:
                 log.warning("metrics are kept in memory until they can be written: %s", error)
-            self._told = True
+            self._has_warned = True
         known = {name: value for name, value in finite.items() if value is not None}
         self.tensorboard.scalars(step, at, known)
 
     def flush(self) -> None:
         """Sync all lines to the disk. Called before each checkpoint, so that a session that resumes
-        from it has the metrics of all earlier steps.
-
-        Raises:
-            OSError: there is no room, or the disk fails.
-        """
+        from it has the metrics of all earlier steps. OSError if the disk is full or fails."""
         self._write()
         os.fsync(self._descriptor)
-        self._told = False
+        self._has_warned = False
         self.tensorboard.flush()
 
     def __enter__(self) -> EventWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
         self.tensorboard.close()
 
     def _write(self) -> None:
-        # A full disk takes part of a line, and later the rest of it.
         try:
-            while self._waiting:
-                del self._waiting[: os.write(self._descriptor, self._waiting)]
+            # A full disk may take a part of a line.
+            while self._unwritten:
+                del self._unwritten[: os.write(self._descriptor, self._unwritten)]
         except OSError as error:
             error.filename = str(self._path)
             raise
 
 
-def figures_of(lines: Iterable[bytes]) -> Iterator[Figures | None]:
-    """What each line of ``metrics.jsonl`` says; None for a line that is not as it was written.
+def parse_metrics(lines: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
+    """Parse the lines of ``metrics.jsonl``; None for a line that is not as it was written.
 
-    Lines of earlier versions have no checksum. A run that was resumed since then has some of them
-    at its beginning.
+    Lines of earlier versions have no checksum. They can only precede those that have one.
     """
-    summed = False
+    is_summed = False
     for line in lines:
         match = _SUMMED.fullmatch(line)
-        summed = summed or match is not None
+        is_summed = is_summed or match is not None
         try:
-            figures = parse_object(line)
-            if summed and (match is None or crc32c(match["rest"] + b"}") != int(match["sum"])):
+            metrics = parse_object(line)
+            if is_summed and (match is None or crc32c(match["rest"] + b"}") != int(match["sum"])):
                 raise ValueError("its checksum is wrong")
-            figures.pop("crc32c", None)
-            if type(figures["step"]) is not int or not all(map(_is_figure, figures.values())):
-                raise ValueError("it holds what is no number")
+            metrics.pop("crc32c", None)
+            if type(metrics["step"]) is not int or not all(map(_can_be_drawn, metrics.values())):
+                raise ValueError("a value is not a number")
         except (ValueError, KeyError):
             yield None
         else:
-            yield figures if line.endswith(b"\n") else None
+            yield metrics if line.endswith(b"\n") else None
 
 
-def _line(figures: Figures) -> bytes:
-    """With the CRC-32C of the line as it would be without it."""
-    text = json.dumps(figures)
-    return f'{text[:-1]}, "crc32c": {crc32c(text.encode())}}}\n'.encode()
+def _can_be_drawn(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < 1e300)
 
 
-def _is_figure(value: object) -> bool:
-    """A number that can be drawn, or null."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return value is None
-    return -1e300 < value < 1e300
+def _set_aside_lines(run: Path, after: int) -> None:
+    """Move damaged lines and lines of steps later than ``after`` to ``superseded/``."""
+    path = run / METRICS
+    lines = read_plain(path, most_bytes=MOST_BYTES).splitlines(keepends=True)
+    parsed = list(parse_metrics(lines))
+    # A kill may tear the last line.
+    damaged = parsed[:-1].count(None)
+    if damaged:
+        log.warning(
+            "%d lines of %s are not as they were written, and are moved to %s/",
+            damaged, path, SUPERSEDED,
+        )  # fmt: skip
+    kept = [metrics is not None and metrics["step"] <= after for metrics in parsed]
+    if not all(kept):
+        # First a copy: a kill in between leaves the lines in both files.
+        append_aside(run, METRICS, compress(lines, map(not_, kept)))
+        write_whole(path, b"".join(compress(lines, kept)))

@@ -1,9 +1,12 @@
-"""Sampling weights that change between epochs, kept beside the run so that it can be resumed."""
+"""Sampling weights of negatives that the user may change between epochs.
+
+The table of ``plan.weights`` is copied into the run's folder when an epoch begins, so that a
+resumed run completes the epoch with the same weights.
+"""
 
 from __future__ import annotations
 
 import io
-import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,80 +25,63 @@ from dist_train.run.data import RunData
 from dist_train.system.advice import blame_machine
 
 MOST_BYTES = 2**31
-#: The name of a table, by the first step of the epoch.
 FOLDER = "weights"
-KEPT = re.compile(r"step-[0-9]+\.csv")
+COLUMNS = ["filename", "weight"]
 
 
 def kept_table(run: Path, first_step: int) -> Path:
-    """The table of the epoch that begins with ``first_step``, in the run's folder."""
+    """Return the path of the run's copy of the table, for the epoch that begins with a step."""
     return run / FOLDER / f"step-{first_step}.csv"
 
 
 class EpochWeights:
-    """The plan of each epoch, by the table of ``plan.weights`` as it was when the epoch began.
-
-    The table is copied into the run's folder then: a resumed run goes on with what its epoch was
-    begun with, whatever the table says by now.
-    """
+    """The plan of each epoch, by the table as it was when the epoch began."""
 
     def __init__(self, config: Config, data: RunData, backend: Backend) -> None:
-        self.table = config.plan.weights
-        self.folder = config.out / FOLDER
-        self.data, self.backend = data, backend
-        # An epoch's plan is asked for when it begins, and when it is saved.
+        self._table, self._run = config.plan.weights, config.out
+        self._data, self._backend = data, backend
+        # An epoch's plan is needed when it begins, and for each checkpoint.
         self.plan = lru_cache(maxsize=2)(self._plan)
 
-    def forget(self) -> None:
-        """A new run begins: tables that an earlier one left are not its own, and are moved aside.
-        Others in a folder of that name are the user's. A collective call."""
-        on_main(self.backend, self._set_aside)
+    def set_tables_aside(self) -> None:
+        """Move the copies that an earlier run left out of the way. A collective call."""
 
-    def _set_aside(self) -> None:
-        for path in self.folder.glob("step-*.csv"):
-            if KEPT.fullmatch(path.name):
-                set_aside(self.folder.parent, path)
+        def move() -> None:
+            for path in (self._run / FOLDER).glob("step-*.csv"):
+                set_aside(self._run, path)
+
+        on_main(self._backend, move)
 
     def _plan(self, first_step: int) -> Plan:
-        """The plan of the epoch that begins with ``first_step``; a collective call.
-
-        Raises:
-            PlanError: the table cannot be read.
-        """
-        content = on_main(self.backend, lambda: self._content(first_step))
-        return self.data.plan(read_weights(content, self.data.store.table["filename"], self.table))
+        """Return the plan of the epoch that begins with ``first_step``. A collective call."""
+        content = on_main(self._backend, lambda: self._content(first_step))
+        names = self._data.store.table["filename"]
+        return self._data.plan(read_weights(content, names, self._table))
 
     def _content(self, first_step: int) -> bytes:
-        assert self.table is not None
-        kept = kept_table(self.folder.parent, first_step)
+        assert self._table is not None
+        kept = kept_table(self._run, first_step)
         try:
             if not kept.exists():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_whole(kept, self.table.read_bytes())
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(kept, self._table.read_bytes())
             return read_plain(kept, most_bytes=MOST_BYTES)
         except OSError as error:
-            where = error.filename or self.table
+            where = error.filename or self._table
             blame_machine(error, where)
             raise PlanError(f"cannot be read ({error.strerror})", where=where) from error
 
 
-# A CSV of sampling weights, as hard-negative mining writes one between epochs.
-
-
-COLUMNS = ["filename", "weight"]
-
-
 def read_weights(content: bytes, filenames: pd.Series, where: object) -> Floats:
-    """The weight of each file, float64 [count]; 1 for those that the table does not name.
+    """Return the weight of each file, float64 [N]; 1 for files that are not in the table.
 
     Args:
-        content: of a CSV with the columns ``filename`` and ``weight``.
-        filenames: of the clips that weights are wanted for.
-        where: how messages name the table.
+        content: a CSV file with the columns ``filename`` and ``weight``.
+        filenames: files of the store's clips, [N].
+        where: name of the table in messages.
 
     Raises:
-        PlanError: it is no such table, a file is named twice or is none of the clips, or a weight
-            is no finite number from 0 on.
+        PlanError: a column, a file or a weight is wrong.
     """
     try:
         table = pd.read_csv(io.BytesIO(content), dtype={"filename": str}, keep_default_na=False)
@@ -107,22 +93,22 @@ def read_weights(content: bytes, filenames: pd.Series, where: object) -> Floats:
             where=where,
             fix="It needs filename and weight.",
         )
-    twice = table["filename"][table["filename"].duplicated()]
+    names = table["filename"]
+    twice = names[names.duplicated()]
     if len(twice):
         raise PlanError(f"'{twice.iloc[0]}' has two weights", where=where)
     weights = pd.to_numeric(table["weight"], errors="coerce").to_numpy(np.float64)
     bad = ~np.isfinite(weights) | (weights < 0)
     if bad.any():
-        row = table[bad].iloc[0]
+        name, weight = table.loc[bad, COLUMNS].iloc[0]
         raise PlanError(
-            f"the weight of '{row['filename']}' is '{row['weight']}', not a number from 0 on",
+            f"the weight of '{name}' is '{weight}', not a number from 0 on", where=where
+        )
+    unknown = names[~names.isin(filenames)]
+    if len(unknown):
+        raise PlanError(
+            f"names '{unknown.iloc[0]}', which is no clip of the store ({len(unknown)} such)",
             where=where,
         )
-    given = pd.Series(weights, index=table["filename"])
-    strangers = given.index.difference(pd.Index(filenames))
-    if len(strangers):
-        raise PlanError(
-            f"names '{strangers[0]}', which is no clip of the store ({len(strangers)} such)",
-            where=where,
-        )
+    given = pd.Series(weights, index=names)
     return filenames.map(given).fillna(1.0).to_numpy(np.float64)

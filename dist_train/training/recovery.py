@@ -14,18 +14,16 @@ from dist_train.distributed.signals import INTERRUPTED, TRY_AGAIN, StopSignals, 
 from dist_train.errors import RunError, StoppedError
 from dist_train.run.snapshots import set_snapshots_aside
 from dist_train.training.initial_weights import initial_model
-from dist_train.training.micro_batch import MicroBatches, free_cache
-from dist_train.training.run_state import RunState
+from dist_train.training.memory_probe import free_cache
+from dist_train.training.micro_batch import MicroBatches
+from dist_train.training.run_state import Restored, RunState
 from dist_train.training.step import BadStepError
 
 log = logging.getLogger(__name__)
 
-#: Steps done, and the logits and labels of the epoch so far: float32 [N] each.
-Restored = tuple[int, np.ndarray, np.ndarray]
-
 
 class Recovery:
-    """Brings a run back to a state that it can go on from.
+    """Brings a run back to a state that it can continue from.
 
     Attributes:
         bad_steps: how often each step was bad.
@@ -45,8 +43,8 @@ class Recovery:
         return self.bad_steps[step] > 1
 
     def go_back(self, bad: BadStepError) -> Restored:
-        """Restore the last checkpoint, or the initial weights, and repeat the bad step from there.
-        A step that is bad twice is skipped. A collective call.
+        """Restore the last checkpoint, or the initial weights, to repeat a bad step, or to skip one
+        that is bad again. A collective call.
 
         Raises:
             RunError: more than ``train.max_skips`` steps would be skipped.
@@ -71,35 +69,32 @@ class Recovery:
             log.warning("%s; back to step %d, and %s", bad, done, then)
         return restored
 
-    def halve_micro_batches(self, short: str) -> None:
-        """Prepare to repeat the step with smaller micro-batches, after memory has run out.
+    def halve_micro_batches(self, shortage: str) -> None:
+        """Prepare to repeat a step with smaller micro-batches, after memory ran out.
 
-        With several processes the others wait for this one in a collective call, which it can not
-        rejoin; leaving the process group in order could wait for them too. So it exits at once, its
-        launcher ends the others, and the next session reads the note of the smaller size.
-
-        Args:
-            short: what ran out, in words.
+        One of several processes cannot repeat it: the others wait for it in a collective call. It
+        exits at once, as leaving the process group may wait for them too. Its launcher ends the
+        others, and the next session reads the note of the smaller size.
 
         Raises:
-            RunError: micro-batches of one clip do not fit.
+            RunError: a micro-batch is a single group already.
         """
-        backend = self._backend
+        backend, out = self._backend, self._config.out
         try:
-            self._micro.halve(short)
+            self._micro.halve(shortage)
         except RunError as error:
             if not backend.can_repeat:
                 exit_process(str(error), backend.rank, error.exit_code)
             raise
-        now = f"{short}; from now on micro-batches have {self._micro.clips} clips"
+        self._micro.write_note()
+        now = f"{shortage}; from now on micro-batches have {self._micro.clips} clips"
         if not backend.can_repeat:
-            where = self._config.out
-            exit_process(f"{where}: {now}. Go on by --resume auto.", backend.rank, TRY_AGAIN)
+            exit_process(f"{out}: {now}. Go on by --resume auto.", backend.rank, TRY_AGAIN)
         log.warning("%s", now)
         free_cache(backend.device)
 
     def stopped(self, *, interrupted: bool, done: int) -> StoppedError:
-        """The error that ends a run which was told to stop and is saved."""
+        """Return the error that ends a run after it was told to stop and is saved."""
         return StoppedError(
             f"stopped by {'SIGINT' if interrupted else 'SIGTERM'} after step {done}, "
             "which is saved",

@@ -1,7 +1,7 @@
-"""What a run must remember to go on after any interruption, and where it is kept.
+"""The state that a run continues from after any interruption, and how it is saved and restored.
 
 Augmentation and dropout are keyed by epoch and step, and the learning rate is a function of the
-step, so beside weights and moments the step itself is nearly all there is.
+step, so besides weights and moments little more than the step is saved.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +31,22 @@ from dist_train.training.ema import Ema, averaged
 log = logging.getLogger(__name__)
 
 VERSION = 1
-# The epoch's training outputs so far, which its metrics need at its end.
+#: Names of the epoch's training predictions so far, which its metrics need.
 EPOCH = ("epoch/logits", "epoch/labels")
-# BatchNorm statistics that held-out clips were judged by, beside the running ones.
+#: Prefix of BatchNorm statistics of the validation, if those are not the running ones.
 JUDGED = "judged/"
+#: Steps done, and the logits and labels of the epoch so far: float32 [N] each.
+Restored = tuple[int, np.ndarray, np.ndarray]
 
 
 class RunState:
     """Saves and restores one run's state under ``folder``.
 
     Args:
-        plan_at: the plan that a step was, or is to be, made by.
-        model: facts that the weights only mean the same with, as JSON types.
-        store, content: fingerprint of the store, and identity of what it holds.
-        completed: called on rank 0 after a checkpoint is in place, until it succeeds once.
+        plan_at: gives the plan of a step.
+        model: metadata that the weights depend on, as JSON types.
+        store, content: fingerprint of the store, and digest of what it holds.
+        completed: called on rank 0 once there is a checkpoint.
     """
 
     def __init__(
@@ -80,13 +81,13 @@ class RunState:
         metrics: Mapping[str, float | None],
         statistics: Mapping[str, Tensor],
     ) -> None:
-        """Begin the checkpoint after ``step`` steps; a collective call. ``commit`` completes it.
+        """Begin the checkpoint after ``step`` steps; ``commit`` completes it. A collective call.
 
         Args:
-            logits, labels: float32 [N], this epoch's training outputs, of all ranks.
-            metrics: of these weights, as far as they were judged.
-            statistics: BatchNorm's by buffer name, alike on all ranks, that they were judged by,
-                if those are not the running ones. Training does not go on from them.
+            logits, labels: this epoch's training predictions of all ranks, float32 [N].
+            metrics: metrics of these weights, if they were validated.
+            statistics: BatchNorm statistics of that validation by buffer name, if those are not the
+                running ones; the same on all ranks. Training does not continue from them.
         """
         self.commit()
         judged = {JUDGED + name: tensor for name, tensor in statistics.items()}
@@ -99,7 +100,7 @@ class RunState:
             if mine(name):
                 tensors[name] = torch.from_numpy(values.astype(np.float32))
         plan = self.plan_at(step - 1)
-        facts = {
+        metadata = {
             "model": self.model,
             "store": self.store,
             "content": self.content,
@@ -113,31 +114,19 @@ class RunState:
             "loss_scale": self.backend.scaler_state(),
             "metrics": dict(metrics),
         }
-        self.writer.save(step, tensors, facts)
+        self.writer.save(step, tensors, metadata)
         self.saved_at = step
 
-    @property
-    def ready(self) -> bool:
-        """Whether ``commit`` need not wait for this rank."""
-        return self.writer.ready
-
     def commit(self) -> None:
-        """Complete what ``save`` began; a collective call.
-
-        Raises:
-            CheckpointError: it cannot be written, and there is no older one, or this has happened
-                too many times in a row.
-        """
+        """Complete the checkpoint that ``save`` began, within ``failures_survived``. A collective
+        call."""
         with self.failures_survived():
             if self.writer.commit() is not None:
                 self._note_completed()
 
     def finish(self) -> None:
-        """Complete what ``save`` began, and the removal of older ones; a collective call.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
+        """Complete the checkpoint that ``save`` began, and remove older ones. A collective call.
+        CheckpointError if it cannot be written."""
         if self.writer.finish() is not None:
             self._note_completed()
 
@@ -154,8 +143,12 @@ class RunState:
 
     @contextmanager
     def failures_survived(self) -> Iterator[None]:
-        """Within it, a failure to save, which all ranks see alike, is warned of only: an end would
-        lose what was done since the last checkpoint, and by the next there may be room again."""
+        """Only warn of a failure to save, as by the next checkpoint there may be room again.
+
+        Raises:
+            CheckpointError: there is no older checkpoint, or more than ``checkpoint.max_failures``
+                failed in a row.
+        """
         try:
             yield
         except (CheckpointError, OSError) as error:
@@ -167,73 +160,65 @@ class RunState:
                 log.warning(
                     "%s Training goes on; it ends if more than %d checkpoints in a row fail "
                     "(checkpoint.max_failures), and this is number %d.",
-                    error,
-                    self.settings.max_failures,
-                    self._failures,
-                )
+                    error, self.settings.max_failures, self._failures,
+                )  # fmt: skip
 
-    def restore(self) -> tuple[int, np.ndarray, np.ndarray] | None:
-        """Take up the newest whole checkpoint of this run; a collective call. None where there is
-        no checkpoint.
+    def restore(self) -> Restored | None:
+        """Load the newest valid checkpoint of this run. A collective call.
 
-        Rank 0 chooses, and every rank follows, whatever it sees in the folder. Those of another
-        model, store or plan are skipped with a line in the log, and not removed.
+        Rank 0 chooses for all. Checkpoints of another model, store or plan are skipped with a
+        warning, and not removed.
 
         Returns:
-            Steps done, and the epoch's logits and labels so far (on rank 0; empty on the others).
+            Steps done, and the epoch's logits and labels so far (on rank 0; empty on the others);
+            None if there is no checkpoint.
 
         Raises:
-            CheckpointError: none is whole and of this run, or a rank cannot read the chosen one.
+            CheckpointError: none is valid and of this run, or a rank cannot read the chosen one.
         """
-        foreign: CheckpointError | None = None
+        refused: CheckpointError | None = None
         before: int | None = None
-        while (chosen := on_main(self.backend, partial(self._choose, before, foreign))) is not None:
-            path = self.folder / chosen
+        while (path := self._latest(before, refused)) is not None:
             tensors, marker = self._read(path)
-            step = int(marker["step"])
+            step, metadata = int(marker["step"]), marker["facts"]
             try:
-                self._check(path, marker["facts"], self.plan_at(step - 1))
+                self._check(path, metadata, self.plan_at(step - 1))
             except CheckpointError as error:
                 if self.backend.is_main:
                     log.warning("skipped a checkpoint: %s", error)
                 self.writer.spared.add(step)
-                before, foreign = step, foreign or error
+                before, refused = step, refused or error
                 continue
             self.backend.load_state(tensors, updates=step)
             self.ema.load(tensors)
-            self.backend.load_scaler_state(marker["facts"].get("loss_scale"))
+            self.backend.load_scaler_state(metadata.get("loss_scale"))
             # A collective call, so every rank looks them up.
-            epoch = [tensors[name].cpu().numpy() for name in EPOCH]
+            logits, labels = (tensors[name].cpu().numpy() for name in EPOCH)
             if not self.backend.is_main:
-                epoch = [np.empty(0, np.float32) for _ in EPOCH]
-            logits, labels = epoch
+                logits = labels = np.empty(0, np.float32)
             self._has_one = True
             return step, logits, labels
-        if foreign is not None:
-            raise foreign
+        if refused is not None:
+            raise refused
         return None
 
-    def _choose(self, before: int | None, foreign: CheckpointError | None) -> str | None:
-        """The name of the newest whole one; on rank 0."""
+    def _latest(self, before: int | None, refused: CheckpointError | None) -> Path | None:
+        """Return the checkpoint that rank 0 chooses, of steps before ``before``. Raise ``refused``,
+        why a later one was skipped, if all these are damaged."""
         try:
-            found = latest_valid(self.folder, before=before)
-        except CheckpointError:
-            # That those before it are damaged does not help: this one could be taken up.
-            if foreign is not None:
-                raise foreign from None
-            raise
-        return None if found is None else found.name
+            chosen = on_main(self.backend, lambda: latest_valid(self.folder, before=before))
+        except CheckpointError as error:
+            raise (refused or error) from None
+        return None if chosen is None else self.folder / chosen.name
 
     def _read(self, path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-        """Each file is read and checked by one rank; a collective call."""
+        """Read and check each file on one rank. A collective call."""
         backend = self.backend
         read: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
-
-        def read_own() -> None:
-            read.append(load_checkpoint(path, backend.rank, backend.world))
-
         try:
-            run_on_all_ranks(backend, read_own)
+            run_on_all_ranks(
+                backend, lambda: read.append(load_checkpoint(path, backend.rank, backend.world))
+            )
         except OfSomeRankError as error:
             raise CheckpointError(
                 f"process 0 chose this checkpoint, and another cannot read it ({error})",
@@ -244,7 +229,7 @@ class RunState:
         return SharedTensors(backend, own), marker
 
     def begin_anew(self, model: nn.Module) -> None:
-        """Put the weights of a fresh model in place, and moments of zero; a collective call."""
+        """Load the weights of a fresh model, and moments of zero. A collective call."""
         state = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
         for name in self.backend.state_names():
             if name not in state:
@@ -252,29 +237,18 @@ class RunState:
         self.backend.load_state(state, updates=0)
         self.ema.load(state)
 
-    def _check(self, path: Path, facts: dict[str, Any], plan: Plan) -> None:
-        try:
-            self._check_same(path, facts, plan)
-        except (KeyError, TypeError, AttributeError) as error:
+    def _check(self, path: Path, metadata: dict[str, Any], plan: Plan) -> None:
+        """Raise unless a checkpoint is of this model, store and order."""
+        if changes := model_changes(metadata["model"], self.model):
             raise CheckpointError(
-                f"its facts are not those of a run ({error!r})", where=path
-            ) from None
-
-    def _check_same(self, path: Path, facts: dict[str, Any], plan: Plan) -> None:
-        changed = [
-            f"model.{name} is {was} there and {now} here"
-            for name, was, now in metadata_differences(facts["model"], self.model)
-        ]
-        if changed:
-            raise CheckpointError(
-                f"this is a checkpoint of another model ({'; '.join(changed)})",
+                f"this is a checkpoint of another model ({changes})",
                 where=path,
                 fix="Use the same model settings, or choose another 'out'.",
             )
-        # Checkpoints of earlier versions do not know the content.
-        known = facts.get("content", self.content)
-        other_store = facts["store"] != self.store or known != self.content
-        if not other_store and facts["sampler"]["fingerprint"] == plan.fingerprint:
+        # Checkpoints of earlier versions do not say what the store held.
+        content = metadata.get("content", self.content)
+        other_store = metadata["store"] != self.store or content != self.content
+        if not other_store and metadata["sampler"]["fingerprint"] == plan.fingerprint:
             return
         what = "store" if other_store else "selection, split, plan or seed"
         if not self.settings.accept_other_order:
@@ -289,8 +263,16 @@ class RunState:
         log.warning("%s was trained with another %s; accepted", path, what)
 
 
+def model_changes(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Return how the metadata of two models differs, in words; empty if it does not."""
+    return "; ".join(
+        f"model.{name} is {was} there and {now} here"
+        for name, was, now in metadata_differences(there, here)
+    )
+
+
 def judged_weights(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """What a checkpoint was judged by: the average of the weights, where there is one, with the
-    statistics that were taken of it; the running ones, where none were."""
+    """Return the weights that a checkpoint was validated by: their average if there is one, with
+    the statistics of that validation if there were some, else the running ones."""
     weights = averaged(state, names)
     return {name: state.get(JUDGED + name, weights[name]) for name in weights}

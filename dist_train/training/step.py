@@ -10,23 +10,27 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_train.config import Config
 from dist_train.data.loading.collate import Batch
 from dist_train.data.plan.plan import Plan
 from dist_train.distributed.backends.base import Backend
 from dist_train.distributed.consistency import check_agreement, check_weights
+from dist_train.distributed.foreach import by_dtype
 from dist_train.distributed.out_of_memory import is_out_of_memory
 from dist_train.distributed.straggler import StragglerDetector
 from dist_train.errors import RunError
 from dist_train.run.model import as_input
 from dist_train.system.advice import first_line
-from dist_train.training.cuda_graphs import make_micro_step
+from dist_train.training.cuda_graphs import make_forward_backward
+from dist_train.training.epoch_predictions import EpochPredictions
 from dist_train.training.losses import make_loss
-from dist_train.training.micro_batch import Buffers, MicroBatches
-from dist_train.training.optimizer import Schedule
-from dist_train.training.validation import EpochPredictions, Values
+from dist_train.training.micro_batch import MicroBatches
+from dist_train.training.schedule import Schedule
+
+#: Metrics by name; None where a metric is not known.
+Values = dict[str, float | None]
 
 
 class ShortMemoryError(Exception):
@@ -48,7 +52,7 @@ class OptimizerStep:
     """Takes the steps of a run.
 
     Args:
-        config_at: the settings of a step; ``clip`` changes between the stages of ``clip.growth``.
+        config_at: gives the settings of a step, as ``clip`` may grow.
         predictions: collects the logits and labels of each step.
     """
 
@@ -65,15 +69,16 @@ class OptimizerStep:
         self._config, self._backend, self._plan = config, backend, plan
         self._schedule, self._micro, self._config_at = schedule, micro, config_at
         self._predictions = predictions
-        self._forward_backward = make_micro_step(
-            backend, make_loss(config.loss, backend.device), device_knows_frames=config.norm.fused
-        )
-        self._buffers = Buffers(backend.module)
+        self._loss = make_loss(config.loss, backend.device)
+        self.drop_graphs()
+        self._buffers = BufferCopy(backend.module)
         self._stragglers = StragglerDetector(backend, config.train.straggler_ratio)
 
-    def forget_graphs(self) -> None:
+    def drop_graphs(self) -> None:
         """Drop captured CUDA graphs, after the size of micro-batches has changed."""
-        self._forward_backward.forget()
+        self._forward_backward = make_forward_backward(
+            self._backend, self._loss, device_knows_frames=self._config.norm.fused
+        )
 
     def take(
         self,
@@ -87,12 +92,8 @@ class OptimizerStep:
 
         Args:
             batches: this rank's micro-batches, from the first one of the step.
-            skip: read the step's batches, and do not train on them.
-            check_ranks: refuse to go on if the ranks are at different steps, or have different
-                weights afterwards.
-
-        Returns:
-            Metrics of the step, by name.
+            skip: read the step's batches, but do not train on them.
+            check_ranks: compare the ranks' steps, and their weights after this step.
 
         Raises:
             ShortMemoryError: memory does not suffice for a micro-batch; the step can be repeated.
@@ -112,9 +113,9 @@ class OptimizerStep:
                 next(batches)
             return {"train/loss": None, "train/lr": lr}
         with self._repeatable(step):
-            total, waited = self._micro_steps(step, batches)
-        # A single process reads the loss before the update, so that it does not wait for the end
-        # of the update. Several processes wait anyway, to exchange their losses.
+            total, waited = self._accumulate_gradients(step, batches)
+        # Read before the update, so that a single process does not wait for the update's end.
+        # Several processes wait anyway, to exchange their losses.
         own_loss = float(total)
         norm = self._update()
         sum_of_losses, *own_work = backend.sums([own_loss, *stragglers.own_seconds(waited)])
@@ -136,34 +137,29 @@ class OptimizerStep:
             "speed/clips_per_second": self._plan.clips_at(step) / seconds,
             "speed/data_wait": waited / seconds,
             **stragglers.compare(own_work),
-        } | _memory(backend.device)
+            **_memory(backend.device),
+        }
 
-    def _micro_steps(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
-        """Add up the gradients of a step's micro-batches.
-
-        Returns:
-            The mean loss of this rank's clips, and the seconds that it waited for them.
-        """
+    def _accumulate_gradients(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
+        """Add up the gradients of a step's micro-batches; return the mean loss of this rank's
+        clips, and the seconds of waiting for the clips."""
         backend, accumulate = self._backend, self._micro.accumulate
         total, waited = torch.zeros((), device=backend.device), 0.0
-        config = self._config_at(step)
-        for micro in range(accumulate):
+        config, weight = self._config_at(step), self._plan.weight(step) / accumulate
+        for number in range(accumulate):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            with backend.micro_step(last=micro == accumulate - 1):
+            with backend.micro_step(last=number == accumulate - 1):
                 logits, loss = self._forward_backward(
-                    as_input(batch.volumes, config),
-                    batch.frames,
-                    batch.labels,
-                    self._plan.weight(step) / accumulate,
+                    as_input(batch.volumes, config), batch.frames, batch.labels, weight
                 )
             total += loss / accumulate
             self._predictions.add(logits, batch.labels)
         return total, waited
 
     def _update(self) -> float:
-        """Update the weights; the norm of the gradients."""
+        """Update the weights and return the norm of the gradients."""
         try:
             return self._backend.update()
         except RuntimeError as error:
@@ -178,8 +174,8 @@ class OptimizerStep:
 
     @contextmanager
     def _repeatable(self, step: int) -> Iterator[None]:
-        """Around forward and backward passes: when memory runs out, gradients, buffers and
-        predictions are put back as they were before the step, where the backend allows it."""
+        """When memory runs out in the block, undo it if the backend allows that, and raise
+        ``ShortMemoryError``."""
         backend, predictions = self._backend, len(self._predictions)
         if backend.can_repeat:
             self._buffers.keep()
@@ -197,9 +193,29 @@ class OptimizerStep:
             ) from None
 
 
+class BufferCopy:
+    """A copy of a model's buffers, to repeat a step from."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._live = by_dtype(module.buffers())
+        self._copies = [[buffer.clone() for buffer in same] for same in self._live]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Copy the buffers."""
+        for copies, live in zip(self._copies, self._live, strict=True):
+            torch._foreach_copy_(copies, live)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Restore the buffers from the copy."""
+        for copies, live in zip(self._copies, self._live, strict=True):
+            torch._foreach_copy_(live, copies)
+
+
 def _memory(device: torch.device) -> Values:
     values: Values = {"memory/host_mb": None}
-    # Without /proc it is not known.
+    # It is unknown without /proc.
     with suppress(psutil.Error, OSError):
         values["memory/host_mb"] = psutil.Process().memory_info().rss / 2**20
     if device.type == "cuda":

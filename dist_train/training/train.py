@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dist_train.config import Config, changes, config_text
 from dist_train.distributed.backends import make_backend
-from dist_train.distributed.backends.base import Backend
 from dist_train.distributed.collectives import (
     OfSomeRankError,
     on_main,
@@ -42,9 +40,10 @@ from dist_train.run.record import (
 from dist_train.run.seen_before import held_out_seen, held_out_seen_by_init
 from dist_train.run.snapshots import set_snapshots_aside
 from dist_train.system.main_guard import end_if_run_again
+from dist_train.training.console import closing, opening
 from dist_train.training.initial_weights import SETTING, Source, initial_model
-from dist_train.training.introduction import closing, idle_workers, opening
-from dist_train.training.trainer import BeforeStep, Say, Trainer
+from dist_train.training.reporting import Say
+from dist_train.training.trainer import BeforeStep, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -62,11 +61,10 @@ def train(
     """Train one run to its end, in ``config.out``. Call it in every process of the launch.
 
     Args:
-        resume: "auto" goes on from the newest valid checkpoint. It begins anew where there is no
-            run, or one that never completed a checkpoint. "never" refuses a folder that holds a
-            run.
+        resume: "auto" continues from the newest valid checkpoint, or begins anew if there is no
+            run, or one without a completed checkpoint. "never" refuses a folder that holds a run.
         progress: called on rank 0 with (steps done, steps in all, a line of metrics).
-        before_step: called on every rank with the trainer and the step that comes, from 0.
+        before_step: called on every rank with the trainer and the number of the next step, from 0.
         say: called on rank 0 with lines about the run, at its beginning and its end.
 
     Raises:
@@ -79,34 +77,25 @@ def train(
         backend = make_backend(config.train, clip_norm=config.optim.clip_norm)
         try:
             trainer = Trainer(config, backend)
-            with _only_session(config.out, backend), trainer.recovery.stop:
+            with ExitStack() as opened:
+                on_main(backend, lambda: opened.enter_context(only_session(config.out)))
+                opened.enter_context(trainer.recovery.stop)
                 begin(trainer, resume)
                 if say is not None and backend.is_main:
-                    trainer.say = say
-                    if warning := idle_workers(trainer.config):
-                        log.warning("%s", warning)
+                    trainer.reporter.say = say
                     for line in opening(
                         trainer.config, backend, trainer.data, trainer.plan, trainer.done
                     ):
                         say(line)
                 trainer.fit(progress if backend.is_main else None, before_step)
-                if say is not None and backend.is_main:
-                    say(closing(trainer.config))
+                trainer.reporter.say(closing(trainer.config))
         except BaseException as error:
-            # After an error other ranks may be in a collective call. NCCL would wait for it when
-            # the backend is closed, and nobody would see the error. A signal stops all ranks alike.
+            # After an error other ranks may be in a collective call. With NCCL, closing the backend
+            # would wait for it, and nobody would see the error. A signal stops all ranks alike.
             if backend.world == 1 or isinstance(error, StoppedError):
                 backend.close()
             raise
         backend.close()
-
-
-@contextmanager
-def _only_session(out: Path, backend: Backend) -> Iterator[None]:
-    """Rank 0 holds the lock of the folder."""
-    with ExitStack() as held:
-        on_main(backend, lambda: held.enter_context(only_session(out)))
-        yield
 
 
 def begin(trainer: Trainer, resume: Resume) -> None:
@@ -124,18 +113,19 @@ def begin(trainer: Trainer, resume: Resume) -> None:
         if not config.checkpoint.accept_other_order:
             on_main(backend, lambda: check_same_data(out, data))
         restored = trainer.state.restore()
-        if restored is None:
-            on_main(
-                backend,
-                lambda: refuse_lost_checkpoints(out, checkpointed=completed_checkpoint(out)),
-            )
-    else:
-        on_main(backend, lambda: refuse_existing(out))
-    on_main(backend, lambda: check_folders(out))
+
+    def check_folder() -> None:
+        if resume == "never":
+            refuse_existing(out)
+        elif restored is None:
+            refuse_lost_checkpoints(out, checkpointed=completed_checkpoint(out))
+        check_folders(out)
+
+    on_main(backend, check_folder)
     if restored is not None:
         trainer.restore_progress(*restored)
     else:
-        trainer.batches.forget()
+        trainer.batches.weights.set_tables_aside()
         if config.model.init is not None:
             init = _begin_with_given_weights(trainer)
     check_agreement(
@@ -153,13 +143,14 @@ def begin(trainer: Trainer, resume: Resume) -> None:
 
 
 def _begin_with_given_weights(trainer: Trainer) -> Source:
-    """Begin with the weights of ``model.init``, moments of zero and a new average."""
+    """Begin with the weights of ``model.init``, moments of zero and a new average. A collective
+    call."""
     backend, read = trainer.backend, []
 
     def load() -> str:
-        read.append(initial_model(trainer.config))
-        source = read[0][1]
+        model, source = initial_model(trainer.config)
         assert source is not None
+        read.append((model, source))
         return source.sha256
 
     try:
@@ -169,54 +160,55 @@ def _begin_with_given_weights(trainer: Trainer) -> Source:
         raise error.__cause__ or ConfigError(str(error), where=SETTING) from None
     check_agreement(backend, {"the weights of model.init": digests[backend.rank]})
     model, source = read[0]
-    assert source is not None
     trainer.state.begin_anew(model)
     return source
 
 
 def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | None) -> None:
-    """On rank 0."""
+    """Write the run's record, splits and settings. On rank 0."""
     config, backend, data = trainer.config, trainer.backend, trainer.data
+    out = config.out
     if resumed_from is not None:
         with suppress(RunError):
-            warn_of_other_code(config.out, config, read_record(config.out))
-    changed = _changed_settings(config) if os.path.lexists(config.out / CONFIG) else []
+            warn_of_other_code(out, config, read_record(out))
+    changed = _changed_settings(config) if os.path.lexists(out / CONFIG) else []
     seen = _held_out_seen(trainer, resumed_from, init)
-    set_snapshots_aside(config.out, after=trainer.done)
+    set_snapshots_aside(out, after=trainer.done)
     trainer.micro.write_note()
-    begin_session(
-        config.out,
-        {
-            "model": config.model.name,
-            "parameters": sum(backend.numels[name] for name, _ in backend.trained()),
-            "positive_rate": {
-                "train_batches": config.plan.ratio.positive_rate,
-                "natural": data.natural_rate(),
-            },
-            "steps": trainer.steps,
-            "checkpointed": resumed_from is not None,
-            "settings": config.model_dump(mode="json"),
-            "held_out_seen": seen,
-        }
-        | write_splits(config.out, data)
-        | ({} if init is None else {"init": init._asdict()}),
-        {
-            "resumed_from_step": resumed_from,
-            "world_size": backend.world,
-            "backend": config.train.backend,
-            "device": str(backend.device),
-            "micro_batch": trainer.micro.facts(),
-        }
-        | ({"changed": changed} if changed else {})
-        | ({"code_from_outside": code} if (code := code_from_outside(config)) else {}),
-    )
+    run: dict[str, Any] = {
+        "model": config.model.name,
+        "parameters": sum(backend.numels[name] for name, _ in backend.trained()),
+        "positive_rate": {
+            "train_batches": config.plan.ratio.positive_rate,
+            "natural": data.natural_rate(),
+        },
+        "steps": trainer.steps,
+        "checkpointed": resumed_from is not None,
+        "settings": config.model_dump(mode="json"),
+        "held_out_seen": seen,
+        **write_splits(out, data),
+    }
+    if init is not None:
+        run["init"] = init._asdict()
+    session: dict[str, Any] = {
+        "resumed_from_step": resumed_from,
+        "world_size": backend.world,
+        "backend": config.train.backend,
+        "device": str(backend.device),
+        "micro_batch": trainer.micro.metadata(),
+    }
+    if changed:
+        session["changed"] = changed
+    if code := code_from_outside(config):
+        session["code_from_outside"] = code
+    begin_session(out, run, session)
     # Last: after a kill before this line, the next session finds the changes again.
-    set_foreign_settings_aside(config.out)
-    write_whole(config.out / CONFIG, config_text(config))
+    set_foreign_settings_aside(out)
+    write_whole(out / CONFIG, config_text(config))
 
 
 def _held_out_seen(trainer: Trainer, resumed_from: int | None, init: Source | None) -> int:
-    """Held-out clips that the weights were trained on before, for the record."""
+    """Return how many held-out clips the weights were trained on before, for the record."""
     config, data = trainer.config, trainer.data
     if resumed_from is not None:
         with suppress(RunError):
@@ -228,7 +220,7 @@ def _held_out_seen(trainer: Trainer, resumed_from: int | None, init: Source | No
 
 
 def _changed_settings(config: Config) -> list[str]:
-    """How the settings differ from those of the session before, for the log and the record.
+    """Warn of settings that differ from those of the session before, and return them.
 
     Changes that are not allowed are refused when a checkpoint is restored.
     """

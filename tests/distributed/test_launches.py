@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_train.distributed.foreach import by_dtype, zero_gradients
-from dist_train.training.micro_batch import Buffers
+from dist_train.training.step import BufferCopy
 from dist_train.training.train import train
 from dist_train.training.trainer import Trainer
 
@@ -90,7 +90,7 @@ def test_a_step_launches_nothing_for_each_layer_but_its_own_work(tmp_path: Path)
 
 def test_buffers_are_kept_and_put_back_by_one_launch_for_each_dtype() -> None:
     module = nn.Sequential(*(nn.BatchNorm3d(2) for _ in range(5)))
-    buffers = Buffers(module)
+    buffers = BufferCopy(module)
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with Launches() as launches:
         buffers.keep()

@@ -16,7 +16,7 @@ from run_files import assert_same
 DISPLAYS = {
     "doctor/links.py",
     "run/record.py",
-    "training/trainer.py",
+    "training/reporting.py",
 }
 
 

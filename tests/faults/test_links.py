@@ -97,7 +97,7 @@ def test_only_files_of_a_checkpoint_are_cleared_from_its_folder(tmp_path: Path) 
     assert contents(tmp_path) == {"step-1.partial/notes.txt": b"mine"}
 
 
-def test_figures_of_a_run(tmp_path: Path, target: Path) -> None:
+def test_parse_metrics_a_run(tmp_path: Path, target: Path) -> None:
     target.write_text("")
     (tmp_path / "metrics.jsonl").symlink_to(target)
     with pytest.raises(FileError, match=r"metrics.jsonl: is a symbolic link"):

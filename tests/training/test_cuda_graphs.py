@@ -1,5 +1,8 @@
-"""What is recorded of a training step, and when. Without a GPU a recording is a function that is
-called again; that the passes can be recorded is seen from what they ask the device for."""
+"""What is captured of a training step, and when.
+
+Without a GPU a replay calls the captured function again. That the passes can be captured is seen
+from what they ask the device for.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,15 +22,19 @@ from dist_train.distributed.backends import make_backend
 from dist_train.distributed.backends.base import Backend
 from dist_train.models.norm import fuse, share_statistics
 from dist_train.models.resnet3d import ResNet3D
-from dist_train.training import cuda_graphs
-from dist_train.training.cuda_graphs import UNRECORDED, GraphedMicroStep, make_micro_step
-from dist_train.training.forward_backward import MicroStep, Outputs
+from dist_train.training.cuda_graphs import (
+    UNRECORDED,
+    GraphedForwardBackward,
+    make_forward_backward,
+)
+from dist_train.training.forward_backward import ForwardBackward, Outputs
 
 Inputs = tuple[Tensor, Tensor | None, Tensor, float]
 
 
 class CallAgain:
-    """``Recorder`` for a CPU: a recording runs what was recorded again."""
+    """``Recorder`` for a CPU: a replay calls the function again. As with a graph, its outputs are
+    always in the same memory."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
@@ -37,10 +44,16 @@ class CallAgain:
 
     def record(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
         self.recorded += 1
+        places: list[Tensor] = []
 
         def replay() -> Outputs:
             self.replayed += 1
-            return run()
+            outputs = run()
+            if not places:
+                places.extend(map(torch.empty_like, outputs))
+            for place, output in zip(places, outputs, strict=True):
+                place.copy_(output)
+            return places[0], places[1]
 
         return replay
 
@@ -77,8 +90,8 @@ def state(backend: Backend) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors if tensor is not None]
 
 
-def run(backend: Backend, step: MicroStep) -> list[Tensor]:
-    """All that comes of training on ``BATCHES``, with an update after every second one."""
+def run(backend: Backend, step: ForwardBackward) -> list[Tensor]:
+    """Train on ``BATCHES``, with an update after every second one; return all outputs."""
     found = []
     for number, batch in enumerate(BATCHES):
         found += [*step(*batch), *state(backend)]
@@ -87,116 +100,34 @@ def run(backend: Backend, step: MicroStep) -> list[Tensor]:
     return found
 
 
-def graphed(backend: Backend, *, frames: bool = True) -> tuple[GraphedMicroStep, CallAgain]:
-    again = CallAgain()
-    return GraphedMicroStep(backend, again, device_knows_frames=frames), again  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("device_knows_frames", [True, False])
 def test_replays_are_the_passes_on_the_new_batch(
     backend: Backend, device_knows_frames: bool
 ) -> None:
     start = {name: tensor.clone() for name, tensor in backend.module.state_dict().items()}
-    expected = run(backend, MicroStep(backend))
+    expected = run(backend, ForwardBackward(backend))
     backend.module.load_state_dict(start)
     backend.drop_gradients()
-    step, again = graphed(backend, frames=device_knows_frames)
-    found = run(backend, step)
-    assert len(found) == len(expected)
+    recorder: Any = CallAgain()
+    found = run(
+        backend,
+        GraphedForwardBackward(backend, recorder, device_knows_frames=device_knows_frames),
+    )
     for ours, plain in zip(found, expected, strict=True):
         assert torch.equal(ours, plain)
     shapes = 4 if device_knows_frames else 2
-    assert (again.recorded, again.replayed) == (shapes, 3 * shapes)
-
-
-def test_outputs_are_not_overwritten_by_the_next_replay(backend: Backend) -> None:
-    kept = torch.zeros(4), torch.zeros(())
-
-    class Same(CallAgain):
-        """As a graph does, gives the same memory each time."""
-
-        def record(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
-            def replay() -> Outputs:
-                for at, output in zip(kept, run(), strict=True):
-                    at.copy_(output)
-                return kept
-
-            return replay
-
-    step = GraphedMicroStep(backend, Same(), device_knows_frames=True)  # type: ignore[arg-type]
-    outputs = [step(*inputs(4, seed=seed)) for seed in range(UNRECORDED + 2)]
-    (first, first_loss), (second, second_loss) = outputs[-2:]
-    assert torch.equal(second, kept[0])
-    assert not torch.equal(first, second)
-    assert first_loss != second_loss
-
-
-def test_what_is_recorded_reads_where_it_was_recorded(backend: Backend) -> None:
-    places: list[int] = []
-    forward = backend.model.forward
-
-    def noted(x: Tensor, frames: Tensor | None) -> Tensor:
-        places.append(x.data_ptr())
-        return forward(x, frames)
-
-    backend.model.forward = noted
-    step, _ = graphed(backend)
-    for batch in (inputs(4, seed=seed) for seed in range(UNRECORDED + 3)):
-        step(*batch)
-    assert len(set(places[UNRECORDED:])) == 1
-
-
-def test_after_it_forgets_a_shape_is_new(backend: Backend) -> None:
-    step, again = graphed(backend)
-    for _ in range(UNRECORDED + 1):
-        step(*inputs(4))
-    step.forget()
-    for _ in range(UNRECORDED):
-        step(*inputs(4))
-    assert (again.recorded, again.replayed) == (1, 1)
-    step(*inputs(4))
-    assert again.recorded == 2
-
-
-def test_no_more_recordings_are_held_than_the_most(
-    backend: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda_graphs, "MOST", 1)
-    step, again = graphed(backend)
-    for depth in (4, 5, 4):
-        for _ in range(UNRECORDED + 1):
-            step(*inputs(depth))
-        assert len(step._recordings) == 1
-    assert again.recorded == 3
-
-
-def test_gradients_stay_where_they_are(backend: Backend) -> None:
-    backend.settings = backend.settings.model_copy(update={"graphs": True})
-    step = MicroStep(backend)
-    step(*inputs(4))
-    before = [p.grad.data_ptr() for p in backend.module.parameters() if p.grad is not None]
-    backend.update()
-    step(*inputs(5))
-    backend.drop_gradients()
-    after = [p.grad for p in backend.module.parameters() if p.grad is not None]
-    assert [grad.data_ptr() for grad in after] == before
-    assert not any(grad.any() for grad in after)
+    assert (recorder.recorded, recorder.replayed) == (shapes, 3 * shapes)
 
 
 def test_without_the_setting_nothing_is_recorded(backend: Backend) -> None:
-    assert type(make_micro_step(backend, device_knows_frames=True)) is MicroStep
+    assert type(make_forward_backward(backend, device_knows_frames=True)) is ForwardBackward
 
 
-# --- what can be recorded -------------------------------------------------------------------------
+class OnMeta(TorchDispatchMode):
+    """Notes operations on tensors of other devices, which a graph would not repeat."""
 
-
-class OnOneDevice(TorchDispatchMode):
-    """Notes operations that take or give a tensor of another device, which a recording would do
-    once and never again."""
-
-    def __init__(self, device: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.device = device
         self.seen = 0
         self.elsewhere: list[str] = []
 
@@ -206,7 +137,7 @@ class OnOneDevice(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
         self.seen += 1
-        if any(tensor.device.type != self.device for tensor in tensors):
+        if any(tensor.device.type != "meta" for tensor in tensors):
             self.elsewhere.append(str(func))
         return out
 
@@ -219,22 +150,13 @@ class OnOneDevice(TorchDispatchMode):
         (True, False, False, True),
         (True, False, True, False),
         (True, True, True, True),
-        *(
-            pytest.param(*choice, marks=pytest.mark.soak)
-            for choice in (
-                (False, False, False, True),
-                (True, False, False, False),
-                (True, False, True, True),
-                (True, True, True, False),
-            )
-        ),
     ],
 )
 def test_the_passes_ask_the_device_for_nothing(
     monkeypatch: pytest.MonkeyPatch, fused: bool, padded: bool, folded: bool, shared: bool
 ) -> None:
-    """On the meta device there are no values, so that reading one fails. What would be recorded is
-    also what the host need not wait for: among several processes too, where nothing is recorded."""
+    """On the meta device there are no values, so that reading one fails. So the host need not wait
+    for the device either."""
     mode = recorded_on_meta(monkeypatch, fused=fused, padded=padded, folded=folded, shared=shared)
     assert mode.seen > 300
     assert not mode.elsewhere
@@ -252,8 +174,8 @@ def recorded_on_meta(
     padded: bool = False,
     folded: bool = False,
     shared: bool = False,
-) -> OnOneDevice:
-    # It is not there for that device, and does nothing where parameters are float32.
+) -> OnMeta:
+    # The meta device has no autocast. In float32 it does nothing.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     with torch.device("meta"):
         model = ResNet3D(50, width=4, stem_folded=folded, dropout=0.1).train()
@@ -264,13 +186,9 @@ def recorded_on_meta(
         fuse(model)
     if shared:
         share_statistics(model, lambda sums: None)
-    step = MicroStep(_backend_of(model))
-    with torch.compiler.set_stance("force_eager"), OnOneDevice("meta") as mode:
+    backend: Any = SimpleNamespace(model=model, backward=lambda loss: loss.backward())
+    step = ForwardBackward(backend)
+    with torch.compiler.set_stance("force_eager"), OnMeta() as mode:
         step(x, frames, labels, weight)
     assert all(parameter.grad is not None for parameter in model.parameters())
     return mode
-
-
-def _backend_of(model: nn.Module) -> Any:
-    """For a device on which no process can train."""
-    return SimpleNamespace(model=model, backward=lambda loss: loss.backward())

@@ -27,24 +27,35 @@ def backend() -> Iterator[Backend]:
     made.close()
 
 
+def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def weights_of(backend: Backend) -> dict[str, Tensor]:
+    return copied(backend.module.state_dict())
+
+
 def shift(backend: Backend) -> dict[str, Tensor]:
-    """Change all weights and statistics; copies of what they are then."""
+    """Change all weights and statistics, and return copies of them."""
     with torch.no_grad():
         for tensor in backend.module.state_dict().values():
             tensor.add_(1)
     return weights_of(backend)
 
 
-def weights_of(backend: Backend) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in backend.module.state_dict().items()}
+def state_of(ema: Ema) -> dict[str, Tensor]:
+    return copied(ema.state(lambda name: True))
 
 
-def everything(_: str) -> bool:
-    return True
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_it_is_the_moving_average_whose_decay_rises(backend: Backend) -> None:
-    """By hand: the decays of the first four steps are 1/10, 2/11, 3/12 and 4/13."""
+    """By hand: the decays of the first steps are 1/10, 2/11, 3/12 and 4/13. Late steps have the
+    decay of the setting."""
     first = weights_of(backend)
     ema = Ema(backend, 0.999)
     value = 0.0
@@ -52,63 +63,44 @@ def test_it_is_the_moving_average_whose_decay_rises(backend: Backend) -> None:
         shift(backend)
         ema.update(step)
         value = decay * value + (1 - decay) * (step + 1)
-    averages = ema.state(everything)
+    averages = state_of(ema)
     assert averages.keys() == {f"ema/{n}" for n, t in first.items() if t.is_floating_point()}
     for name, average in averages.items():
         torch.testing.assert_close(average, first[name.removeprefix("ema/")] + value)
-
-
-def test_late_steps_decay_as_the_setting_says(backend: Backend) -> None:
-    first = weights_of(backend)
     ema = Ema(backend, DECAY)
+    before = weights_of(backend)["0.weight"]
     shift(backend)
     ema.update(1000)
-    torch.testing.assert_close(ema.state(everything)["ema/0.weight"], first["0.weight"] + 0.5)
+    torch.testing.assert_close(state_of(ema)["ema/0.weight"], before + 0.5)
 
 
 def test_within_it_the_module_has_the_averages_and_then_its_own(backend: Backend) -> None:
     ema = Ema(backend, DECAY)
     own = shift(backend)
     ema.update(0)
-    averages = averaged({f"model/{n}": t for n, t in own.items()} | ema.state(everything), own)
-    averages = {name: tensor.clone() for name, tensor in averages.items()}
+    before = state_of(ema)
+    averages = averaged({f"model/{n}": t for n, t in own.items()} | before, own)
     assert not torch.equal(averages["1.running_mean"], own["1.running_mean"])
     with ema.in_place():
-        for name, tensor in weights_of(backend).items():
-            assert torch.equal(tensor, averages[name]), name
-    for name, tensor in weights_of(backend).items():
-        assert torch.equal(tensor, own[name]), name
-    for name, tensor in ema.state(everything).items():
-        assert torch.equal(tensor, averages[name.removeprefix("ema/")]), name
+        assert_same(weights_of(backend), averages)
+    assert_same(weights_of(backend), own)
+    assert_same(state_of(ema), before)
 
 
-def test_a_state_taken_up_gives_the_same_averages(backend: Backend) -> None:
+def test_a_loaded_state_gives_the_same_averages(backend: Backend) -> None:
+    """A state without averages gives the weights."""
     ema = Ema(backend, DECAY)
     shift(backend)
     ema.update(0)
-    kept = {name: tensor.clone() for name, tensor in ema.state(everything).items()}
-    assert kept.keys() == ema.sizes().keys()
-    assert [tensor.numel() for tensor in kept.values()] == list(ema.sizes().values())
+    kept = state_of(ema)
+    assert ema.sizes() == {name: tensor.numel() for name, tensor in kept.items()}
+    assert ema.state(lambda name: name == "ema/0.bias").keys() == {"ema/0.bias"}
     weights = {f"model/{name}": tensor for name, tensor in weights_of(backend).items()}
     other = Ema(backend, DECAY)
     other.load(weights | kept)
-    for name, tensor in other.state(everything).items():
-        assert torch.equal(tensor, kept[name]), name
-
-
-def test_a_state_without_averages_gives_the_weights(backend: Backend) -> None:
-    ema = Ema(backend, DECAY)
-    first = weights_of(backend)
-    shift(backend)
-    ema.update(0)
-    ema.load({f"model/{name}": tensor for name, tensor in first.items()})
-    for name, tensor in ema.state(everything).items():
-        assert torch.equal(tensor, first[name.removeprefix("ema/")]), name
-
-
-def test_only_what_is_asked_for_is_given(backend: Backend) -> None:
-    ema = Ema(backend, DECAY)
-    assert ema.state(lambda name: name == "ema/0.bias").keys() == {"ema/0.bias"}
+    assert_same(state_of(other), kept)
+    other.load(weights)
+    assert_same(state_of(other), {name: weights[f"model/{name[4:]}"] for name in kept})
 
 
 def test_without_a_decay_there_is_nothing(backend: Backend) -> None:
@@ -116,5 +108,5 @@ def test_without_a_decay_there_is_nothing(backend: Backend) -> None:
     ema = Ema(backend, None)
     ema.update(0)
     with ema.in_place():
-        assert all(torch.equal(own[n], t) for n, t in weights_of(backend).items())
-    assert ema.sizes() == ema.state(everything) == {}
+        assert_same(weights_of(backend), own)
+    assert ema.sizes() == ema.state(lambda name: True) == {}

@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import InterruptedSessionError, interrupt_at, metrics_of, tiny_config
+from helpers import (
+    STEPS_PER_EPOCH,
+    tiny_config,
+)
+from short_runs import assert_same_run, train_until
 from torch import nn
 
 from dist_train.config import ClipSettings, Config
@@ -15,7 +19,6 @@ from dist_train.run.data import open_data
 from dist_train.training.train import train
 from dist_train.training.trainer import Trainer
 
-STEPS_PER_EPOCH = 6
 GROWTH = (
     "clip.max_frames=7",
     "clip.growth=[{epochs: 1, size: [8, 8], max_frames: 4}, {epochs: 1, size: [12, 12]}]",
@@ -37,8 +40,12 @@ def test_what_holds_in_an_epoch() -> None:
     assert shapes[4:] == [((16, 16), 20)] * 2
 
 
-def shapes_seen(config: Config) -> list[tuple[int, bool, tuple[int, ...]]]:
-    """Train; of every pass the number of steps done, whether in training mode, and D, H, W."""
+#: Of each forward pass: steps done, whether in training mode, and D, H, W.
+Passes = list[tuple[int, bool, tuple[int, ...]]]
+
+
+def shapes_seen(config: Config) -> Passes:
+    """Train, and return the forward passes."""
     seen = []
 
     def before_step(trainer: Trainer, step: int) -> None:
@@ -53,8 +60,8 @@ def shapes_seen(config: Config) -> list[tuple[int, bool, tuple[int, ...]]]:
 
 
 @pytest.fixture(scope="module")
-def straight(store: Path) -> tuple[Path, list[tuple[int, bool, tuple[int, ...]]]]:
-    """A run from its beginning to its end, and what was seen of it; not to be changed."""
+def straight(store: Path) -> tuple[Path, Passes]:
+    """A run and its forward passes; not to be changed."""
     out = store.parent / "growth"
     return out, shapes_seen(tiny_config(store, out, *GROWTH))
 
@@ -72,34 +79,23 @@ def test_clips_grow_in_training_and_are_whole_where_they_are_judged(
         epoch, within = divmod(done, STEPS_PER_EPOCH)
         if training and within:
             assert shape == shapes[epoch]
-    # The first passes of an epoch are its first step; passes before it judge the epoch that ends.
-    starts = [next(s for d, t, s in seen if d == 0 and t)]
-    assert starts == [shapes[0]]
-    evaluated = {shape for done, training, shape in seen if not training and done}
-    # Held-out clips, and the gap of normalisation on the last batch of each epoch.
-    assert evaluated == {*shapes}
-    assert {shape for d, t, shape in seen if d == 2 * STEPS_PER_EPOCH and t} == {
-        shapes[1],  # statistics that epoch 2 is judged by
-        shapes[2],  # the step after it
-    }
-    # Two for the figures and the snapshot together, and one for the step.
-    assert sum(d == 2 * STEPS_PER_EPOCH and t for d, t, _ in seen) == 3
+    # Whole held-out clips; and, for the gap of normalisation, the last batch of each epoch.
+    assert {shape for done, training, shape in seen if not training and done} == {*shapes}
+    # At the end of an epoch: two steps for the statistics of its weights, and the next step.
+    turn = [shape for done, training, shape in seen if done == 2 * STEPS_PER_EPOCH and training]
+    assert turn == [shapes[1], shapes[1], shapes[2]]
 
 
 def test_a_run_resumed_in_a_stage_equals_the_straight_one(
     store: Path,
-    straight: tuple[Path, list[tuple[int, bool, tuple[int, ...]]]],
+    straight: tuple[Path, Passes],
     tmp_path: Path,
 ) -> None:
     expected, _ = straight
     resumed = tiny_config(store, tmp_path / "resumed", *GROWTH)
-    with pytest.raises(InterruptedSessionError):
-        train(resumed, progress=interrupt_at(9))
+    train_until(resumed, 9)
     train(resumed, resume="auto")
-    assert metrics_of(resumed.out) == metrics_of(expected)
-    for step in (12, 18):
-        name = f"snapshots/step-{step}.safetensors"
-        assert (resumed.out / name).read_bytes() == (expected / name).read_bytes()
+    assert_same_run(resumed.out, expected)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from golden_run import golden_store
@@ -15,9 +16,10 @@ from dist_train.run.data import RunData, open_data
 from dist_train.training.small_sets import with_batch_that_fits
 
 
-def data_of(store: Path, *more: str) -> RunData:
+def fitted(store: Path, *more: str, world: int = 1) -> RunData:
     settings = [s for s in overrides(store, Path("run")) if not s.startswith("plan.batch")]
-    return open_data(load_config(None, [*settings, *more]))
+    backend: Any = SimpleNamespace(world=world, is_main=True)
+    return with_batch_that_fits(open_data(load_config(None, [*settings, *more])), backend)
 
 
 @pytest.mark.parametrize(
@@ -28,27 +30,23 @@ def data_of(store: Path, *more: str) -> RunData:
 def test_the_largest_batch_that_can_be_filled_and_cut_is_taken_and_told(
     store: Path, caplog: pytest.LogCaptureFixture, world: int, more: tuple[str, ...], batch: int
 ) -> None:
-    with caplog.at_level(logging.WARNING):
-        fitted = with_batch_that_fits(data_of(store, *more), world=world, tell=True)
-    assert fitted.config.plan.batch == batch
-    fitted.plan().check_cut(world, fitted.config.train.accumulate)
+    data = fitted(store, *more, world=world)
+    assert data.config.plan.batch == batch
+    data.plan().check_cut(world, data.config.train.accumulate)
     (told,) = caplog.messages
     assert told.startswith(f"plan.batch is {batch} rather than 32: ")
 
 
 def test_a_batch_that_was_given_is_not_changed(store: Path) -> None:
-    data = data_of(store, "plan.batch=32")
-    assert with_batch_that_fits(data, world=1, tell=True) is data
     with pytest.raises(PlanError, match=r"Lower plan\.batch"):
-        data.plan()
+        fitted(store, "plan.batch=32").plan()
 
 
 def test_a_default_that_fits_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fitted = with_batch_that_fits(data_of(golden_store(tmp_path)), world=1, tell=True)
-    assert fitted.config.plan.batch == 32
+    assert fitted(golden_store(tmp_path)).config.plan.batch == 32
     assert not caplog.messages
 
 
 def test_where_no_batch_fits_the_reason_is_told(store: Path) -> None:
     with pytest.raises(PlanError, match="the train split has 28 negatives"):
-        with_batch_that_fits(data_of(store), world=64, tell=True)
+        fitted(store, world=64)

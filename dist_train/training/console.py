@@ -1,8 +1,7 @@
-"""What a training says of itself: at its beginning, once its speed is known, and at its end."""
+"""Lines that a training prints: at its beginning, when its speed is known, and at its end."""
 
 from __future__ import annotations
 
-import os
 import time
 from shlex import quote
 
@@ -10,27 +9,26 @@ from dist_train.config import Config
 from dist_train.data.plan.plan import Plan
 from dist_train.distributed.backends.base import Backend
 from dist_train.run.data import RunData
-from dist_train.system.cgroup import processes_at_once
 
-#: The speed is measured from the end of the one step to the end of the other.
+#: Speed is measured from the end of step ``WARM`` to the end of step ``MEASURED``.
 WARM, MEASURED = 4, 20
+UNITS = (("days", 86_400), ("hours", 3_600), ("minutes", 60), ("seconds", 1))
 
 
 def visits_of(config: Config, plan: Plan) -> int:
-    """Clips that the whole run trains on, each as often as it comes."""
-    steps = plan.first_step(config.train.epochs)
+    """Return the clips of all steps of the run; a clip counts each time."""
     if config.plan.max_voxels is None:
-        return steps * plan.batch
-    # The blocks of all epochs, however many of them a step takes.
+        return plan.first_step(config.train.epochs) * plan.batch
+    # Steps differ in size, but an epoch has all positives.
     positives = config.train.epochs * len(plan.positives)
     return positives + plan.ratio.negatives_of(positives)
 
 
 def opening(config: Config, backend: Backend, data: RunData, plan: Plan, done: int) -> list[str]:
-    """Lines about the run that begins, or goes on after ``done`` steps."""
+    """Return lines about a run that begins, or continues after ``done`` steps."""
     train, steps = config.train, plan.first_step(config.train.epochs)
     visits = visits_of(config, plan)
-    of_a_positive = visits * plan.ratio.positive_rate / len(plan.positives)
+    per_positive = visits * plan.ratio.positive_rate / len(plan.positives)
     trained = sum(backend.numels[name] for name, _ in backend.trained())
     return [
         f"{config.model.name}, {trained:,} parameters, on {backend.world} x {backend.device.type}, "
@@ -42,25 +40,13 @@ def opening(config: Config, backend: Backend, data: RunData, plan: Plan, done: i
             for split in ("train", "val", "test")
         ),
         f"{train.epochs:,} epochs of {steps / train.epochs:,.0f} steps of {plan.batch} clips: "
-        f"{visits:,} visits in all, {of_a_positive:,.0f} of each positive",
+        f"{visits:,} visits in all, {per_positive:,.0f} of each positive",
         f"run: {config.out.resolve()}" + (f", from step {done:,} of {steps:,}" if done else ""),
     ]
 
 
-def idle_workers(config: Config) -> str | None:
-    """A warning where loader workers are many more than this machine's CPUs."""
-    processes, cpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), processes_at_once()
-    workers = config.loader.workers * processes
-    if workers <= 2 * cpus:
-        return None
-    return (
-        f"{workers} loader workers on this machine share {cpus} CPUs and need memory each: "
-        f"loader.workers={max(1, cpus // processes)} is enough"
-    )
-
-
 def closing(config: Config) -> str:
-    """What to type next."""
+    """Return the command to type next."""
     out = quote(str(config.out))
     if config.split.train_on_all:
         file = quote(f"{config.out.name}.safetensors")
@@ -69,11 +55,7 @@ def closing(config: Config) -> str:
 
 
 class Speed:
-    """How long the run takes at the speed of a session's first steps.
-
-    Args:
-        visits: clips of the whole run.
-    """
+    """Estimates from a session's first steps how long a run of ``visits`` clips takes."""
 
     def __init__(self, visits: int) -> None:
         self._visits = visits
@@ -81,7 +63,7 @@ class Speed:
         self._began = 0.0
 
     def after_step(self, clips: int) -> str | None:
-        """A line, once ``MEASURED`` steps are done."""
+        """Count a step of ``clips`` clips, and return a line after step ``MEASURED``."""
         self._steps += 1
         if self._steps == WARM:
             self._began = time.monotonic()
@@ -90,9 +72,13 @@ class Speed:
         if self._steps != MEASURED:
             return None
         rate = self._clips / (time.monotonic() - self._began)
-        days = self._visits / rate / 86_400
-        lasts = f"{days:,.2g} days" if days >= 1 else f"{24 * days:.2f} hours ({days:.2g} days)"
         return (
             f"{rate:,.1f} clips/s in steps {WARM + 1} to {MEASURED}: at that rate "
-            f"{self._visits:,} visits take {lasts}"
+            f"{self._visits:,} visits take {duration(self._visits / rate)}"
         )
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in its largest unit, such as "2.5 hours"."""
+    name, size = next((unit for unit in UNITS if seconds >= unit[1]), UNITS[-1])
+    return f"{seconds / size:,.1f} {name}"

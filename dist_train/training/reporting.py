@@ -1,0 +1,93 @@
+"""What a session reports after each step: metrics, TensorBoard, the progress bar, its speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+
+from dist_train.config import Config
+from dist_train.data.loading.collate import Batch
+from dist_train.data.plan.plan import Plan
+from dist_train.distributed.backends.base import Backend
+from dist_train.distributed.collectives import on_main
+from dist_train.progress import Progress
+from dist_train.run.model import as_input
+from dist_train.training.console import Speed, visits_of
+from dist_train.training.metrics_log import EventWriter
+from dist_train.training.step import Values
+
+Say = Callable[[str], None]
+
+
+class Reporter:
+    """Reports on rank 0, and does nothing on the others.
+
+    Attributes:
+        say: prints a line.
+    """
+
+    def __init__(self, config: Config, backend: Backend, plan: Plan) -> None:
+        self._config, self._backend, self._plan = config, backend, plan
+        self._events: EventWriter | None = None
+        self._speed = Speed(visits_of(config, plan))
+        self.say: Say = lambda line: None
+
+    @contextmanager
+    def open_files(self, done: int) -> Iterator[None]:
+        """In the block, metrics of steps later than ``done`` are written. A collective call."""
+        with ExitStack() as opened:
+
+            def begin() -> None:
+                settings = self._config.model_dump(mode="json")
+                writer = EventWriter(self._config.out, settings, after=done)
+                self._events = opened.enter_context(writer)
+
+            on_main(self._backend, begin)
+            yield
+
+    def write(self, done: int, values: Values) -> None:
+        """Write the metrics of the step that was just done."""
+        if self._events is not None:
+            # The clock can jump, so its time is for display only.
+            self._events.write(done, self._plan.epoch_of(done - 1), time.time(), values)
+
+    def flush(self) -> None:
+        """Sync the metrics to the disk. A collective call."""
+        on_main(self._backend, lambda: None if self._events is None else self._events.flush())
+
+    def show_clips(self, done: int, batch: Batch, config: Config) -> None:
+        """Show the middle frames of a micro-batch, as the model saw them, in TensorBoard."""
+        if self._events is None:
+            return
+        volumes = as_input(batch.volumes, config)
+        count, _, depth, *_ = volumes.shape
+        depths = torch.full((count,), depth) if batch.frames is None else batch.frames
+        frames = volumes[torch.arange(count), 0, (depths // 2).cpu()].mul(255).byte()
+        self._events.tensorboard.clips(done, frames.cpu().numpy(), batch.labels.cpu().numpy())
+
+    def show_curve(self, done: int, labels: np.ndarray, scores: np.ndarray) -> None:
+        """Show precision against recall of the val split, if it has clips, in TensorBoard."""
+        if self._events is not None and len(labels):
+            self._events.tensorboard.pr_curve(done, labels, scores)
+
+    def tell(self, done: int, values: Values, progress: Progress | None) -> None:
+        """Advance the progress bar, and print the speed once it is known."""
+        if progress is not None:
+            steps = self._plan.first_step(self._config.train.epochs)
+            progress(done, steps, self._headline(done, values))
+        line = self._speed.after_step(self._plan.clips_at(done - 1))
+        if line is not None:
+            self.say(line)
+
+    def _headline(self, done: int, values: Values) -> str:
+        epoch = self._plan.epoch_of(done - 1) + 1
+        text = (
+            f"epoch {epoch}/{self._config.train.epochs}  loss {values['train/loss'] or 0:.3f}  "
+            f"{values.get('speed/clips_per_second') or 0:.1f} clips/s"
+        )
+        mcc = values.get("val/mcc@0.5")
+        return text if mcc is None else f"{text}  val MCC {mcc:.3f}"
