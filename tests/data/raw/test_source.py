@@ -150,7 +150,7 @@ def gateway(gateway_before_s3: Gateway, monkeypatch: pytest.MonkeyPatch) -> Gate
     """What fsspec takes for S3 in this test: a server with a bucket that holds ``FILES``."""
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("dist_train.data.raw.remote._in_a_row", set())
+    monkeypatch.setattr("dist_train.data.raw.remote._failed", set())
     monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": gateway_before_s3.url})
     gateway_before_s3.faults.clear()
     gateway_before_s3.half_sent.clear()

@@ -19,11 +19,11 @@ from helpers import said
 
 from dist_train import cli
 from dist_train.data.raw import remote
+from dist_train.data.raw.public_address import is_private
 from dist_train.data.raw.remote import (
     Access,
     RemoteFolder,
     UrlTable,
-    is_private,
     manifest_source,
     open_source,
 )
@@ -130,7 +130,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     thread.start()
     place = f"http://127.0.0.1:{server.server_address[1]}"
     monkeypatch.setattr(Handler, "elsewhere", f"{place}/good.npy")
-    monkeypatch.setattr(remote, "_in_a_row", set())
+    monkeypatch.setattr(remote, "_failed", set())
     yield place
     server.shutdown()
     server.server_close()
@@ -149,7 +149,7 @@ REASONS = {
     "refused": r"the server refuses it \(HTTP 410\)$",
     "declared": r"it is larger than 1 MiB. --fetch-mib sets the limit",
     "endless": r"it is larger than 1 MiB",
-    "loop": r"its URL redirects without an end",
+    "loop": r"cannot be fetched, after 2 tries \(HTTP 302\)$",
     "to_a_file": r"cannot be fetched, after 2 tries \(NonHttpUrlRedirectClientError\)$",
     "silent": r"cannot be fetched, after 2 tries \(\w*Timeout\w*\)$",
     "drip": r"cannot be fetched, after 2 tries \(less than 64 KiB came in 0.2 s\)$",
@@ -204,7 +204,7 @@ def test_an_address_is_looked_at_when_it_is_connected_to(server: str, host: str)
     port = server.rpartition(":")[2]
     with pytest.raises(DecodeError, match=r"leads to \S*127\S*1, which is no public"):
         fetched(f"http://{host}:{port}/good", private=False)
-    assert not remote._in_a_row
+    assert not remote._failed
 
 
 def test_a_redirection_to_a_private_address(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +215,7 @@ def test_a_redirection_to_a_private_address(server: str, monkeypatch: pytest.Mon
         passed.append(address)
         return len(passed) > 1
 
-    monkeypatch.setattr("dist_train.data.raw.remote.is_private", private_but_the_first)
+    monkeypatch.setattr("dist_train.data.raw.public_address.is_private", private_but_the_first)
     # Another address of the same server, so that the open connection is of no use.
     port = server.rpartition(":")[2]
     monkeypatch.setattr(Handler, "elsewhere", f"http://localhost:{port}/good.npy")
