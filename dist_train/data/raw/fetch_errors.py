@@ -103,7 +103,7 @@ def shown(url: str) -> str:
 def reason(error: Exception) -> str:
     """Describe an error by its status, its code or its type, never by a server's own words."""
     status, code, name = getattr(error, "status", None), _s3_code(error), type(error).__name__
-    if isinstance(status, int):
+    if isinstance(status, int) and status:
         return f"HTTP {status}"
     if isinstance(code, str) and re.fullmatch(r"[A-Za-z0-9]{1,64}", code):
         return code
