@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -12,8 +11,8 @@ from typing import Literal
 from urllib.parse import unquote
 
 # How an answer ends: whole; not sent at all; after half of the body the connection is closed, or
-# nothing more comes; a byte now and then, or 64 KiB at a time, without an end.
-End = Literal["whole", "refuse", "cut", "hang", "drip", "endless"]
+# nothing more comes; 64 KiB at a time, without an end.
+End = Literal["whole", "refuse", "cut", "hang", "endless"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def web_server() -> Iterator[WebServer]:
                 return
             self.send_response(answer.status)
             length = {"Content-Length": str(len(answer.body))}
-            if answer.end in ("drip", "endless"):
+            if answer.end == "endless":
                 length = {"Connection": "close"}
             modified = {"Last-Modified": "Sat, 03 Jan 1970 00:00:00 GMT"}
             for name, value in (length | modified | dict(answer.headers)).items():
@@ -104,9 +103,6 @@ def web_server() -> Iterator[WebServer]:
                 self.rfile.read(1)
             while answer.end == "endless":
                 self.wfile.write(bytes(1 << 16))
-            while answer.end == "drip":
-                self.wfile.write(b"x")
-                time.sleep(0.02)
 
         def log_message(self, *_: object) -> None:
             pass

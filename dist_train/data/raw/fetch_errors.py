@@ -32,7 +32,7 @@ class TooLargeError(Exception):
 
 
 class ShortFileError(Exception):
-    """A file has another size than the server declared, or comes too slowly."""
+    """A file has another size than the server declared."""
 
 
 def permanent_error(error: Exception, url: str, *, one_server: bool) -> DistTrainError | None:

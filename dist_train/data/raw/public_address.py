@@ -10,6 +10,9 @@ import ipaddress
 import socket
 from typing import Any
 
+# Seconds without a byte after which a request fails.
+STALLED = 60.0
+
 
 class PrivateAddressError(Exception):
     """A URL, or a redirection, leads to an address outside the public internet."""
@@ -31,27 +34,26 @@ def private_address_of(host: str) -> str | None:
     return next((str(a[4][0]) for a in found if is_private(str(a[4][0]))), None)
 
 
-async def any_client(*, stalled: float, **options: Any) -> Any:
+async def any_client(**options: Any) -> Any:
     """Return the session of fsspec's HTTP file system, without a time limit for a whole file.
 
     Args:
-        stalled: seconds without a byte after which a request fails.
         options: of ``aiohttp.ClientSession``.
     """
     import aiohttp
 
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=stalled, sock_read=stalled)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED)
     # Decompressed here, a small answer could become a large one.
     defaults: dict[str, Any] = {"timeout": timeout, "auto_decompress": False}
     return aiohttp.ClientSession(**(defaults | options))
 
 
-async def public_client(*, stalled: float, **options: Any) -> Any:
+async def public_client(**options: Any) -> Any:
     """Like ``any_client``; a connection to a private address raises PrivateAddressError."""
     import aiohttp
 
     connector = aiohttp.TCPConnector(socket_factory=_public_socket)
-    return await any_client(stalled=stalled, **options, connector=connector)
+    return await any_client(**options, connector=connector)
 
 
 def _public_socket(info: Any) -> socket.socket:

@@ -67,13 +67,11 @@ class Access:
         local: URLs that read this machine's own files.
         private: addresses outside the public internet, such as loopback.
         most_bytes: the largest size of a file.
-        stalled: seconds in which at least 64 KiB of a file must come.
     """
 
     local: bool = False
     private: bool = False
     most_bytes: int = 8 << 30
-    stalled: float = 60.0
 
 
 def open_source(place: str | Path, access: Access | None = None) -> Source:
@@ -296,7 +294,6 @@ def _file_system(url: str, access: Access) -> tuple[Any, str]:
         # A compressed answer would not have the size of the file.
         options["headers"] = {"Accept-Encoding": "identity"} | given.get("headers", {})
         options["get_client"] = any_client if access.private else public_client
-        options["client_kwargs"] = {"stalled": access.stalled} | given.get("client_kwargs", {})
     elif protocol in _NAMES_HOST and not access.private:
         private = private_address_of(urlsplit(url).hostname or "")
         if private is not None:
@@ -308,32 +305,16 @@ def _file_system(url: str, access: Access) -> tuple[Any, str]:
 
 
 def _download(system: Any, at: str, to: Path, access: Access) -> None:
-    limits = _TransferLimits(access)
-    system.get_file(at, str(to), callback=limits)
+    def check_size(declared: int | None, received: int, **_: object) -> None:
+        if max(declared or 0, received) > access.most_bytes:
+            raise TooLargeError(access.most_bytes)
+
+    progress = Callback(hooks={"size": check_size})
+    system.get_file(at, str(to), callback=progress)
     received = to.stat().st_size
-    if received > access.most_bytes:
-        raise TooLargeError(access.most_bytes)
-    if limits.size is not None and received != limits.size:
-        raise ShortFileError(f"{received} of {limits.size} bytes came")
-
-
-class _TransferLimits(Callback):  # type: ignore[misc]
-    """Stop a transfer that brings too many bytes, or hardly any."""
-
-    def __init__(self, access: Access) -> None:
-        super().__init__()
-        self.access = access
-        self.counted, self.since = 0, time.monotonic()
-
-    def call(self, *_: object, **__: object) -> None:
-        """Check the limits. fsspec calls this when ``size`` is known, and for each piece."""
-        if max(self.size or 0, self.value) > self.access.most_bytes:
-            raise TooLargeError(self.access.most_bytes)
-        now = time.monotonic()
-        if self.value - self.counted >= 1 << 16:
-            self.counted, self.since = self.value, now
-        elif now - self.since > self.access.stalled:
-            raise ShortFileError(f"less than 64 KiB came in {self.access.stalled:g} s")
+    check_size(progress.size, received)
+    if progress.size is not None and received != progress.size:
+        raise ShortFileError(f"{received} of {progress.size} bytes came")
 
 
 @contextmanager

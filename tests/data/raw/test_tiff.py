@@ -166,19 +166,6 @@ def several(path: Path, *stacks: np.ndarray, **how: object) -> None:
             tif.write(stack, **GREY, **how)
 
 
-def ome_set(path: Path) -> None:
-    """The first of two files, each of which holds half."""
-    imwrite(path, STACK[:3], ome=True, metadata={"axes": "ZYX"})
-    text = tifffile.tiffcomment(path).replace('SizeZ="3"', 'SizeZ="6"')
-    own, other = (
-        f'<TiffData FirstZ="{first}" PlaneCount="3"><UUID FileName="{name}">urn:uuid:{name}</UUID>'
-        "</TiffData>"
-        for first, name in ((0, path.name), (3, "b.tif"))
-    )
-    start, end = text.index("<TiffData"), text.index("</Pixels>")
-    tifffile.tiffcomment(path, text[:start] + own + other + text[end:])
-
-
 def micro_manager(path: Path, frames: int) -> None:
     """A file of 6 frames of a set of so many, as Micro-Manager writes it: a directory of 13 tags
     before each picture, and an index of all at the end."""
@@ -237,7 +224,6 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         r"4 samples a pixel \(QYXS, SEPARATED\)",
     ),
     "Micro-Manager set": (lambda path: micro_manager(path, 12), "MMStack series is missing files"),
-    "OME set": (ome_set, "one file of an OME set"),
     "OME, of two images": (
         lambda path: [several(path, STACK, STACK, metadata={"axes": "ZYX"})],
         "2 series",
