@@ -48,14 +48,11 @@ def sound_files(folder: Path) -> list[Path]:
 
 
 def flip_bits(content: bytes, rng: np.random.Generator) -> bytes:
+    """In the header, or anywhere."""
     damaged = bytearray(content)
-    for place in rng.integers(0, len(content), rng.integers(1, 9)):
+    for place in rng.integers(0, rng.choice([256, len(content)]), rng.integers(1, 9)):
         damaged[place] ^= 1 << rng.integers(8)
     return bytes(damaged)
-
-
-def flip_early_bits(content: bytes, rng: np.random.Generator) -> bytes:
-    return flip_bits(content[:256], rng) + content[256:]
 
 
 def truncate(content: bytes, rng: np.random.Generator) -> bytes:
@@ -74,24 +71,16 @@ def repeat_a_part(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def huge_numbers(content: bytes, rng: np.random.Generator) -> bytes:
-    """Fields of 16 and 32 bits with all that they can say, in either byte order."""
+    """Write large numbers into fields of 16 and 32 bits of the header."""
     damaged = bytearray(content)
     for _ in range(int(rng.integers(1, 4))):
-        width = int(rng.choice([2, 4]))
-        start = int(rng.integers(0, max(1, min(len(content), 800) - width)))
-        number = int(rng.choice([0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 0x10000])) & (2 ** (8 * width) - 1)
-        damaged[start : start + width] = number.to_bytes(width, rng.choice(["little", "big"]))
+        number = rng.choice([b"\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\1\0"])
+        start = int(rng.integers(0, min(len(content), 800) - len(number)))
+        damaged[start : start + len(number)] = number
     return bytes(damaged)
 
 
-CHANGES: tuple[Change, ...] = (
-    flip_bits,
-    flip_early_bits,
-    truncate,
-    overwrite,
-    repeat_a_part,
-    huge_numbers,
-)
+CHANGES = (flip_bits, truncate, overwrite, repeat_a_part, huge_numbers)
 
 
 @pytest.mark.slow

@@ -14,16 +14,14 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-import tifffile
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from helpers import ROOT, contents, dist_train, environment, run_well, said
-from make_media import grey_frames, read_volume, write_video
+from make_media import grey_frames, write_video
 from web_server import Answer, WebServer, s3_error, web_server
 
 from dist_train.data.raw import remote
 from dist_train.data.raw.remote import RemoteFolder, UrlTable, manifest_source, open_source
 from dist_train.data.raw.source import LocalFolder, Source
-from dist_train.data.raw.video import Video
 from dist_train.data.table.manifest import read_manifest
 from dist_train.errors import DecodeError, ManifestError, StoreError
 
@@ -244,14 +242,6 @@ def test_no_room_for_the_copy(s3: WebServer, temporary: Path) -> None:
     assert len(s3.seen) == 1
 
 
-def test_any_file_system_of_fsspec(memory: MemoryFileSystem) -> None:
-    source = open_source("memory://place")
-    for name, content in FILES.items():
-        assert content_of(source, name) == content
-    with pytest.raises(DecodeError, match=r"memory://place/x\.mp4: the file is missing"):
-        content_of(source, "x.mp4")
-
-
 @pytest.mark.parametrize(
     "name", ["../place/b.bin", "/place/b.bin", "sub/../../place/b.bin", "b.bin::memory://place"]
 )
@@ -312,7 +302,9 @@ def test_urls_of_the_manifest(s3: WebServer, memory: MemoryFileSystem, tmp_path:
     assert source.where("a.bin") == urls["a.bin"]
     assert content_of(source, "a.bin") == FILES["sub/c.bin"]
     assert content_of(source, "b.bin") == FILES["b.bin"]
-    assert source.missing(["a.bin"]) == []
+    memory.rm("/place/b.bin")
+    with pytest.raises(DecodeError, match=r"memory://place/b\.bin: the file is missing"):
+        content_of(source, "b.bin")
 
 
 def test_manifest_without_usable_urls(tmp_path: Path) -> None:
@@ -336,31 +328,6 @@ def test_every_source_travels_small() -> None:
     assert [narrow.where(name) for name in names[5:9]] == [table.where(name) for name in names[5:9]]
     with pytest.raises(KeyError):
         narrow.where(names[0])
-
-
-@pytest.mark.parametrize("kind", ["mp4", "npz", "tif"])
-def test_a_copy_without_a_name_decodes_alike(
-    memory: MemoryFileSystem, tmp_path: Path, kind: str
-) -> None:
-    path, frames = tmp_path / f"clip.{kind}", grey_frames()
-    if kind == "mp4":
-        write_video(path, frames)
-    elif kind == "tif":
-        tifffile.imwrite(path, frames[..., 0], photometric="minisblack")
-    else:
-        np.savez_compressed(path, frames[..., 0])
-    memory.pipe(f"/place/{path.name}", path.read_bytes())
-    with open_source("memory://place").fetched(path.name) as copy:
-        assert copy.suffix == ""
-        if kind == "mp4":
-            # Twice, as the search for an outline may decode a file again.
-            video = Video(copy, path.name)
-            for _ in range(2):
-                for frame, expected in zip(video, Video(path), strict=True):
-                    np.testing.assert_array_equal(frame.luma, expected.luma)
-        else:
-            volume = read_volume(copy, where=path.name, suffix=path.suffix)
-            np.testing.assert_array_equal(volume, read_volume(path))
 
 
 def test_a_store_from_s3_is_that_of_the_files(

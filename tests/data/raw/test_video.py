@@ -33,10 +33,6 @@ ENCODINGS = {
     "mp4": ({"options": {"qp": "0"}}, 1),
     "mp4, 4:4:4": ({"options": {"qp": "0"}, "pix_fmt": "yuv444p"}, 1),
     "mp4, full range": ({"options": {"qp": "0"}, "full_range": True}, 1),
-    "mp4, 4:4:4, full range": (
-        {"options": {"qp": "0"}, "pix_fmt": "yuv444p", "full_range": True},
-        1,
-    ),
     "mp4, 10 bits": ({"options": {"qp": "0"}, "pix_fmt": "yuv420p10le"}, 2),
     "mp4, HEVC, 10 bits": (
         {
@@ -47,14 +43,10 @@ ENCODINGS = {
         2,
     ),
     "mov, ProRes, 10 bits": ({"codec": "prores_ks", "pix_fmt": "yuv422p10le"}, 4),
-    "mkv, 10 bits": ({"codec": "ffv1", "pix_fmt": "yuv420p10le"}, 2),
-    "mkv, 16 bits of grey": ({"codec": "ffv1", "pix_fmt": "gray16le", "full_range": True}, 2),
-    "mp4, grey": ({"options": {"qp": "0"}, "pix_fmt": "gray", "full_range": True}, 2),
-    "mov": ({"options": {"qp": "0"}}, 1),
     "avi": ({"codec": "mpeg4", "options": {"qscale": "2", "flags": "+qscale"}}, 8),
     "avi, motion JPEG": ({"codec": "mjpeg", "pix_fmt": "yuvj420p", "full_range": True}, 8),
-    "avi, RGB": ({"codec": "rawvideo", "pix_fmt": "bgr24"}, 1),
     "mkv": ({"codec": "ffv1"}, 1),
+    "mkv, 10 bits": ({"codec": "ffv1", "pix_fmt": "yuv420p10le"}, 2),
     "webm": ({"codec": "libvpx-vp9", "options": {"lossless": "1", "cpu-used": "8"}}, 1),
     "gif": ({"codec": "gif", "pix_fmt": "gray"}, 1),
     "gif, colour": ({"codec": "gif", "pix_fmt": "rgb8"}, 48),
