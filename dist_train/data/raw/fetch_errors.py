@@ -48,14 +48,17 @@ def permanent_error(error: Exception, url: str, *, one_server: bool) -> DistTrai
     status, code = getattr(error, "status", None), _s3_code(error)
     number = error.errno if isinstance(error, OSError) else None
     denied = isinstance(error, PermissionError)
+
+    def of_one_file(what: str, fix: str | None = None) -> DecodeError:
+        return DecodeError(what, where=where, fix=fix)
+
     if isinstance(error, PrivateAddressError):
-        return DecodeError(
+        return of_one_file(
             f"leads to {error}, which is no public address",
-            where=where,
-            fix="If you trust the clip table, allow it with --allow-private.",
+            "If you trust the clip table, allow it with --allow-private.",
         )
     if isinstance(error, TooLargeError):
-        return DecodeError(str(error), where=where, fix="--fetch-mib sets the limit.")
+        return of_one_file(str(error), "--fetch-mib sets the limit.")
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StoreError(
             f"no room for a copy of {where}",
@@ -64,26 +67,22 @@ def permanent_error(error: Exception, url: str, *, one_server: bool) -> DistTrai
         )
     if code == "NoSuchBucket":
         return StoreError("there is no such bucket", where=where)
-    if (
-        (denied and code not in _ONE_OBJECT)
-        or (status == 401 and one_server)
-        or name == "NoCredentialsError"
-    ):
+    is_key_wrong = denied and code not in _ONE_OBJECT
+    if is_key_wrong or (status == 401 and one_server) or name == "NoCredentialsError":
         return StoreError(
             f"the credentials are missing or wrong ({reason(error)})",
             where=where,
             fix="Set the right ones; for a public S3 bucket, FSSPEC_S3_ANON=true.",
         )
     if denied or status in (401, 403):
-        return DecodeError(
+        return of_one_file(
             "access is denied",
-            where=where,
-            fix="Check the credentials; for a public S3 bucket, set FSSPEC_S3_ANON=true.",
+            "Check the credentials; for a public S3 bucket, set FSSPEC_S3_ANON=true.",
         )
     if isinstance(status, int) and 400 <= status < 500 and status not in (404, 408, 425, 429):
-        return DecodeError(f"the server refuses it (HTTP {status})", where=where)
+        return of_one_file(f"the server refuses it (HTTP {status})")
     if isinstance(error, FileNotFoundError | IsADirectoryError) or number == errno.ENAMETOOLONG:
-        return DecodeError(MISSING, where=where)
+        return of_one_file(MISSING)
     return None
 
 

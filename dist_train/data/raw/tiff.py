@@ -45,36 +45,36 @@ def read_tiff(file: IO[bytes], where: object) -> np.ndarray:
     messages = _GraveMessages()
     _LOG.addHandler(messages)
     try:
-        array = _read(file, where)
+        # OME-TIFF refers to its pages by the file's name.
+        array = _read(file, PurePath(str(where)).name)
+        if messages.last:
+            raise DecodeError(
+                f"cannot be read as it is meant ({messages.last})",
+                fix="Replace the file, or save all of it anew as one stack.",
+            )
+    except DecodeError as error:
+        raise DecodeError(error.what, where=where, fix=error.fix) from None
     finally:
         _LOG.removeHandler(messages)
-    if messages.last:
-        raise DecodeError(
-            f"cannot be read as it is meant ({messages.last})",
-            where=where,
-            fix="Replace the file, or save all of it anew as one stack.",
-        )
     return array
 
 
-def _read(file: IO[bytes], where: object) -> np.ndarray:
-    # OME-TIFF refers to its pages by the file's name.
-    name = PurePath(str(where)).name
+def _read(file: IO[bytes], name: str) -> np.ndarray:
     with TiffFile(_OnlyFile(file), name=name, _multifile=False) as tif:
         # Follows the chain of pages to its end: tifffile logs an error if it is broken.
         len(tif.pages)
-        _check_alone(tif, where)
+        _check_alone(tif)
         series = tif.series
         if not series:
-            raise DecodeError("holds no picture", where=where)
+            raise DecodeError("holds no picture")
         if tif.is_ome and series[0].kind != "ome":
-            raise DecodeError("its OME metadata do not fit its pages", where=where, fix=_PLAIN)
+            raise DecodeError("its OME metadata do not fit its pages", fix=_PLAIN)
         for one in series:
-            _check_whole(tif, one, where)
+            _check_whole(tif, one)
         page = series[0].keyframe
-        stacks = [_stack(one, where) for one in _one_stack(series, where)]
+        stacks = [_stack(one) for one in _one_stack(series)]
         array = stacks[0] if len(stacks) == 1 else np.concatenate(stacks)
-        return _upright(_positive(array, page, where), page)
+        return _upright(_positive(array, page), page)
 
 
 def tiff_values(file: IO[bytes]) -> tuple[np.dtype[Any] | None, int | None]:
@@ -113,7 +113,7 @@ class _OnlyFile:
         return len(data)
 
 
-def _one_stack(series: Sequence[TiffPageSeries], where: object) -> Sequence[TiffPageSeries]:
+def _one_stack(series: Sequence[TiffPageSeries]) -> Sequence[TiffPageSeries]:
     """Return the series if there is one, or if all are single pictures of one kind."""
     if len(series) == 1:
         return series
@@ -125,7 +125,6 @@ def _one_stack(series: Sequence[TiffPageSeries], where: object) -> Sequence[Tiff
         more = ", ..." if len(series) > 3 else ""
         raise DecodeError(
             f"holds {len(series)} series of pictures ({told}{more})",
-            where=where,
             fix="Save the one that you need as a separate file.",
         )
     return series
@@ -136,7 +135,7 @@ def _frames(series: TiffPageSeries) -> int:
     return int(math.prod(size for axis, size in sizes if axis not in "YXS"))
 
 
-def _stack(series: TiffPageSeries, where: object) -> np.ndarray:
+def _stack(series: TiffPageSeries) -> np.ndarray:
     """Return a series as [D, H, W], or [D, H, W, S] with the samples of colour."""
     axes, shape = series.axes, series.shape
     kept = [
@@ -150,7 +149,6 @@ def _stack(series: TiffPageSeries, where: object) -> np.ndarray:
         raise DecodeError(
             f"has the axes {names} of {[shape[n] for n in kept]}"
             f"{_explained(rest)}, not depth, row and column",
-            where=where,
             fix=_PLAIN,
         )
     array: np.ndarray = series.asarray().reshape([shape[n] for n in kept])
@@ -164,7 +162,6 @@ def _stack(series: TiffPageSeries, where: object) -> np.ndarray:
         if not is_rgb or samples not in (3, 4):
             raise DecodeError(
                 f"has {samples} samples a pixel ({names}, {colours.name}), which are no RGB",
-                where=where,
                 fix=_PLAIN,
             )
         array = np.moveaxis(array, names.index("S"), -1)
@@ -176,7 +173,7 @@ def _explained(axes: str) -> str:
     return f" ({', '.join(known)})" if known else ""
 
 
-def _positive(array: np.ndarray, page: TiffPage, where: object) -> np.ndarray:
+def _positive(array: np.ndarray, page: TiffPage) -> np.ndarray:
     """Return the stack with black at 0, fewer than 8 bits spread, and a palette applied."""
     photometric = page.photometric
     if array.dtype == np.uint8 and page.bitspersample < 8 and photometric != PHOTOMETRIC.PALETTE:
@@ -191,12 +188,12 @@ def _positive(array: np.ndarray, page: TiffPage, where: object) -> np.ndarray:
     elif photometric == PHOTOMETRIC.PALETTE:
         palette = page.colormap
         if palette is None or array.ndim != 3:
-            raise DecodeError("has no palette for its colours", where=where, fix=_PLAIN)
+            raise DecodeError("has no palette for its colours", fix=_PLAIN)
         # Its values have 16 bits. Some writers fill only 8, which libtiff also accepts.
         palette = (palette >> 8 if palette.max() > 255 else palette).astype(np.uint8)
         return np.asarray(palette.T[array])
     elif array.ndim == 3 and photometric not in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB):
-        raise DecodeError(f"its colours are {photometric.name}", where=where, fix=_PLAIN)
+        raise DecodeError(f"its colours are {photometric.name}", fix=_PLAIN)
     return array
 
 
@@ -220,7 +217,7 @@ def _bits(tif: TiffFile, page: TiffPage) -> int | None:
     return max((bits for bits in declared if 8 < bits < 16), default=None)
 
 
-def _check_alone(tif: TiffFile, where: object) -> None:
+def _check_alone(tif: TiffFile) -> None:
     if not tif.is_ome or not tif.ome_metadata:
         return
     text = tif.ome_metadata
@@ -228,26 +225,25 @@ def _check_alone(tif: TiffFile, where: object) -> None:
     if len(files) > 1 or re.search(r"<(?:\w+:)?BinaryOnly\b", text):
         raise DecodeError(
             "is one file of an OME set, whose metadata are for all of them",
-            where=where,
             fix="Save the whole set as one stack.",
         )
 
 
-def _check_whole(tif: TiffFile, series: TiffPageSeries, where: object) -> None:
+def _check_whole(tif: TiffFile, series: TiffPageSeries) -> None:
     """Raise DecodeError unless the file has all pixels that the series declares."""
     size, frames = tif.filehandle.size, _frames(series)
     start, declared = series.dataoffset, _declared(tif, series)
     if start is not None and start + series.nbytes > size:
         held = max(0, size - start) // max(1, series.nbytes // max(1, frames))
-        raise _cut(f"{frames} frames are declared, {held} are there", where)
+        raise _cut(f"{frames} frames are declared, {held} are there")
     if declared > frames:
-        raise _cut(f"{declared} frames are declared, {frames} are there", where)
+        raise _cut(f"{declared} frames are declared, {frames} are there")
     for number, page in enumerate(series.pages if start is None else ()):
         if page is None:
-            raise _cut(f"{frames} frames are declared, page {number} is not there", where)
+            raise _cut(f"{frames} frames are declared, page {number} is not there")
         ends = zip(page.dataoffsets, page.databytecounts, strict=True)
         if any(count == 0 or offset + count > size for offset, count in ends):
-            raise _cut(f"pixels of page {number} of {frames} are not there", where)
+            raise _cut(f"pixels of page {number} of {frames} are not there")
 
 
 def _declared(tif: TiffFile, series: TiffPageSeries) -> int:
@@ -262,5 +258,5 @@ def _declared(tif: TiffFile, series: TiffPageSeries) -> int:
     return int(_frames(series) * math.prod(shape) // max(1, series.size))
 
 
-def _cut(what: str, where: object) -> DecodeError:
-    return DecodeError(f"is cut short: {what}", where=where, fix="Replace the file.")
+def _cut(what: str) -> DecodeError:
+    return DecodeError(f"is cut short: {what}", fix="Replace the file.")

@@ -106,34 +106,23 @@ def test_synthetic_clips_with_blobs_near_and_far(tmp_path: Path, crf: int, clips
     assert np.mean(np.array(off) <= 2) >= 0.99, f"{sorted(off)[-5:]} are the worst"
 
 
-def scatter_blobs(frames: np.ndarray, rng: np.random.Generator) -> None:
-    """Draw bright blobs of the outline's red or one like it: 4 beside it, 1 inside, 6 far away.
+REDS = np.array([(224, 107, 34), (255, 70, 40), (235, 120, 60), (200, 70, 50)])
 
-    Discs with a soft edge and a radius of 2 to 10 pixels, the same in all frames, each at least 3
-    pixels from the line. Every third has a core that is too bright for the outline's colour.
-    """
+
+def scatter_blobs(frames: np.ndarray, rng: np.random.Generator) -> None:
+    """Draw eleven bright discs of the outline's red or one like it, 3 to 12 pixels from the line or
+    further away; every third has a core that is too bright for the outline's colour."""
     line = (frames[..., 0].astype(np.int16) - frames[..., 2] > 40).any(axis=0)
-    inside = ndimage.binary_fill_holes(line) & ~line
     distance = ndimage.distance_transform_edt(~line)
     for number in range(11):
         radius, gap = rng.uniform(2, 10), rng.uniform(3, 12)
-        if number < 4:
-            places = ~inside & (abs(distance - radius - gap) < 1)
-        elif number < 5:
-            radius = max(min(radius, distance[inside].max() - 4), 1)
-            places = inside & (distance >= radius + 3)
-        else:
-            places = ~inside & (distance > radius + 20)
-        if not places.any():
-            continue
+        is_near = abs(distance - radius - gap) < 1
+        places = is_near if number < 5 and is_near.any() else distance > radius + 3
         middle = rng.choice(np.argwhere(places))
         colour = REDS[rng.integers(len(REDS))] + rng.integers(-12, 13, 3)
         paint(frames, middle, radius, colour.clip(0, 255))
         if number % 3 == 0:
             paint(frames, middle, radius / 2, (255, 235, 200))
-
-
-REDS = np.array([(224, 107, 34), (255, 70, 40), (235, 120, 60), (200, 70, 50)])
 
 
 def paint(
