@@ -130,8 +130,8 @@ def file_bits(path: Path, suffix: str) -> int | None:
 
 
 def _video_bits(path: Path) -> int | None:
-    with open_plain(path) as file, open_container(file, path) as container:
-        stream = video_stream(container, path)
+    with open_plain(path) as file, open_container(file) as container:
+        stream = video_stream(container)
         if not has_any_depth(stream.codec_context.pix_fmt or ""):
             return None
         converter = VideoReformatter()

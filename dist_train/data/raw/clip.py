@@ -84,6 +84,8 @@ def read_clip(
     """
     try:
         return _read(path, name, where, settings)
+    except (DecodeError, RoiError) as error:
+        raise type(error)(error.what, where=where, fix=error.fix) from None
     except DistTrainError:
         raise
     except MemoryError:
@@ -108,18 +110,15 @@ def _read(path: Path, name: str, where: str, settings: PrepareSettings) -> tuple
     own = reader is not None and reader.reads(name)
     if own or suffix in VOLUME_SUFFIXES:
         if settings.roi == "outline":
-            raise RoiError(
-                "a volume has no coloured outline", where=where, fix="Prepare it with --roi none."
-            )
+            raise RoiError("a volume has no coloured outline", fix="Prepare it with --roi none.")
         raw = reader.read(path) if reader and own else read_raw(path, where, suffix)
-        clip = to_grey(raw, where, settings.bits)
+        clip = to_grey(raw, settings.bits)
         record: Record = {"frames_declared": clip.shape[0], "box": None}
         return clip, record | (_few_levels(clip) if is_deep(raw.dtype) else {})
     if suffix not in VIDEO_SUFFIXES:
         known = " ".join(sorted({*VIDEO_SUFFIXES, *VOLUME_SUFFIXES, *suffixes_of(reader)}))
         raise DecodeError(
             f"unknown kind of file '{suffix}'",
-            where=where,
             fix=f"{CONVERT.get(suffix, '')} Known: {known}.".lstrip(),
         )
     video = Video(path, where, settings.bits)
@@ -130,28 +129,26 @@ def _read(path: Path, name: str, where: str, settings: PrepareSettings) -> tuple
     else:
         planes = [frame.luma for frame in video]
         clip = stack_planes(planes, Box(0, 0, *planes[0].shape))
-    _refuse_faulty(video, where, settings)
+    _refuse_faulty(video, settings)
     record = {"frames_declared": video.frames_declared, "box": box}
     if video.frames_damaged:
         record["frames_damaged"] = video.frames_damaged
     return clip, record | (_few_levels(clip) if video.is_deep else {})
 
 
-def _refuse_faulty(video: Video, where: str, settings: PrepareSettings) -> None:
+def _refuse_faulty(video: Video, settings: PrepareSettings) -> None:
     """Raise DecodeError for a truncated or damaged video, unless the settings keep it."""
     if video.truncated and settings.truncated == "reject":
         because = f": {video.stopped_by}" if video.stopped_by else ""
         of = f" of {video.frames_declared} declared" if video.frames_declared else ""
         raise DecodeError(
             f"the video stops after {video.frames_decoded}{of} frames{because}",
-            where=where,
             fix="Replace the file, or prepare with --truncated keep.",
         )
     if video.frames_damaged and settings.damaged == "reject":
         raise DecodeError(
             f"{video.frames_damaged} of {video.frames_decoded} frames are damaged, and those that "
             "build on them",
-            where=where,
             fix="Replace the file, or prepare with --damaged keep.",
         )
 

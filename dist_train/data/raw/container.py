@@ -21,7 +21,7 @@ _BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"uuid"
 _TS_PACKET = 188
 
 
-def open_container(file: IO[bytes], where: object) -> av.container.InputContainer:
+def open_container(file: IO[bytes]) -> av.container.InputContainer:
     """Open a video file as the container that its first bytes show.
 
     Raises:
@@ -36,7 +36,6 @@ def open_container(file: IO[bytes], where: object) -> av.container.InputContaine
             "cannot be opened (its first bytes are those of no video file)"
             if first
             else "cannot be opened (it is empty)",
-            where=where,
             fix=_KNOWN,
         )
     return av.open(
@@ -49,7 +48,7 @@ def open_container(file: IO[bytes], where: object) -> av.container.InputContaine
     )
 
 
-def video_stream(container: av.container.InputContainer, where: object) -> av.VideoStream:
+def video_stream(container: av.container.InputContainer) -> av.VideoStream:
     """Return the only video stream. A cover picture does not count as one.
 
     Raises:
@@ -58,15 +57,14 @@ def video_stream(container: av.container.InputContainer, where: object) -> av.Vi
     picture = av.stream.Disposition.attached_pic
     streams = [one for one in container.streams.video if not one.disposition & picture]
     if not streams:
-        raise DecodeError("holds no video stream", where=where)
+        raise DecodeError("holds no video stream")
     if len(streams) > 1:
         raise DecodeError(
             f"holds {len(streams)} video streams",
-            where=where,
             fix="Save the one that you need as a separate file.",
         )
     if streams[0].codec_context is None:
-        raise DecodeError("is in a form that has no decoder here", where=where)
+        raise DecodeError("is in a form that has no decoder here")
     # Files are decoded in parallel, by processes.
     streams[0].codec_context.thread_count = 1
     return streams[0]

@@ -56,9 +56,7 @@ class Frame:
         return part.copy() if self.full_range else np.asarray(cv2.LUT(part, FULL_RANGE))
 
 
-def read_frame(
-    frame: av.VideoFrame, converter: VideoReformatter, bits: int | None, where: object
-) -> Frame:
+def read_frame(frame: av.VideoFrame, converter: VideoReformatter, bits: int | None) -> Frame:
     """Return the planes of a decoded picture.
 
     - 8-bit 4:2:0 is taken as it is.
@@ -76,13 +74,12 @@ def read_frame(
     if _FLOAT.fullmatch(name):
         raise DecodeError(
             f"holds floating-point values ({name})",
-            where=where,
             fix="Encode it anew with integers, such as gray16le.",
         )
     if _GREY.fullmatch(name) or frame.format.is_rgb or frame.format.has_palette:
         values = unpacked(frame, converter)
         if has_any_depth(name):
-            values = to_8_bits(values, bits, where)
+            values = to_8_bits(values, bits)
         elif values.dtype == np.uint16:
             # FFmpeg fills the lower bits.
             values = (values >> 8).astype(np.uint8)

@@ -37,7 +37,7 @@ def depth_of(largest: int) -> int:
     return next(bits for bits in DEPTHS if largest < 1 << bits)
 
 
-def to_8_bits(values: np.ndarray, bits: int | None, where: object) -> np.ndarray:
+def to_8_bits(values: np.ndarray, bits: int | None) -> np.ndarray:
     """Keep the 8 highest of ``bits`` bits of uint16 values, as uint8 (see ``levels``).
 
     Raises:
@@ -48,13 +48,11 @@ def to_8_bits(values: np.ndarray, bits: int | None, where: object) -> np.ndarray
         raise DecodeError(
             f"holds values of 16 bits (up to {largest}), and how many of the bits are in use is "
             "not known",
-            where=where,
             fix=f"Prepare with --bits, such as --bits {depth_of(largest)}.",
         )
     if largest >> bits:
         raise DecodeError(
             f"holds the value {largest}, and {bits} bits end at {(1 << bits) - 1}",
-            where=where,
             fix=f"Remove it, or prepare anew with --bits {depth_of(largest)}.",
         )
     return np.asarray(values >> (bits - 8), np.uint8)

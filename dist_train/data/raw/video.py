@@ -81,8 +81,8 @@ class Video:
     def __iter__(self) -> Iterator[Frame]:
         self.frames_decoded, self.frames_damaged, self.stopped_by = 0, 0, None
         try:
-            with open_plain(self.path) as file, open_container(file, self.where) as container:
-                stream = video_stream(container, self.where)
+            with open_plain(self.path) as file, open_container(file) as container:
+                stream = video_stream(container)
                 self.frames_declared = shown_frames(container, stream)
                 try:
                     yield from self._frames(container, stream)
@@ -93,14 +93,16 @@ class Video:
                     if isinstance(error, MemoryError) or _memory_is_short(stream):
                         raise MemoryError from None
                     self.stopped_by = reason_of(error)
+            if self.frames_decoded == 0:
+                because = f" ({self.stopped_by})" if self.stopped_by else ""
+                raise DecodeError(f"holds no frame that decodes{because}")
+        except DecodeError as error:
+            raise DecodeError(error.what, where=self.where, fix=error.fix) from None
         except MemoryError:
             raise too_large(self.where) from None
         except (av.error.FFmpegError, OSError) as error:
             blame_machine(error, self.where, but=OF_A_VIDEO)
             raise DecodeError(f"cannot be opened ({reason_of(error)})", where=self.where) from None
-        if self.frames_decoded == 0:
-            because = f" ({self.stopped_by})" if self.stopped_by else ""
-            raise DecodeError(f"holds no frame that decodes{because}", where=self.where)
 
     def _frames(
         self, container: av.container.InputContainer, stream: av.VideoStream
@@ -126,8 +128,13 @@ class Video:
                     size = frame.width, frame.height
                     turn = _turn(frame)
                     self.is_deep = frame.format.components[0].bits > 8
-                self._check_size(size, frame)
-                planes = read_frame(frame, converter, self.bits, self.where)
+                if (frame.width, frame.height) != size:
+                    raise DecodeError(
+                        f"changes size at frame {self.frames_decoded}, from {size[0]}x{size[1]} to "
+                        f"{frame.width}x{frame.height}",
+                        fix="Cut it there, or encode it anew at one size.",
+                    )
+                planes = read_frame(frame, converter, self.bits)
                 yield _upright(planes, turn) if turn else planes
                 self.frames_decoded += 1
         self.stopped_by = self._missing(container, stream, end, lasts)
@@ -159,15 +166,6 @@ class Video:
             if self.frames_decoded < listed:
                 return f"its last fragments declare {listed} frames"
         return None
-
-    def _check_size(self, size: tuple[int, int], frame: av.VideoFrame) -> None:
-        if (frame.width, frame.height) != size:
-            raise DecodeError(
-                f"changes size at frame {self.frames_decoded}, from {size[0]}x{size[1]} to "
-                f"{frame.width}x{frame.height}",
-                where=self.where,
-                fix="Cut it there, or encode it anew at one size.",
-            )
 
 
 def _errors(stream: av.VideoStream) -> int:

@@ -74,10 +74,13 @@ def to_uint8_volume(array: np.ndarray, where: object, bits: int | None = None) -
     Raises:
         DecodeError: see ``to_grey``.
     """
-    return to_grey(_as_stack(array), where, bits)
+    try:
+        return to_grey(_as_stack(array), bits)
+    except DecodeError as error:
+        raise DecodeError(error.what, where=where, fix=error.fix) from None
 
 
-def to_grey(array: np.ndarray, where: object, bits: int | None) -> Volume:
+def to_grey(array: np.ndarray, bits: int | None) -> Volume:
     """Bring a stack, [D, H, W] or [D, H, W, 3 or 4] in colour, to uint8 [D, H, W].
 
     uint8 is kept; uint16 keeps the 8 highest of ``bits`` bits; bool becomes 0 and 255; RGB becomes
@@ -88,18 +91,16 @@ def to_grey(array: np.ndarray, where: object, bits: int | None) -> Volume:
             few.
     """
     if is_deep(array.dtype):
-        array = to_8_bits(array, bits, where)
+        array = to_8_bits(array, bits)
     elif array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
     if array.dtype != np.uint8:
-        raise DecodeError(
-            f"holds {array.dtype} values", where=where, fix="Use uint8, uint16 or bool."
-        )
+        raise DecodeError(f"holds {array.dtype} values", fix="Use uint8, uint16 or bool.")
     if array.ndim == 4 and array.shape[-1] in (3, 4):
         weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)
         array = np.rint(array[..., :3] @ weights).astype(np.uint8)
     if array.ndim != 3 or 0 in array.shape:
-        raise DecodeError(f"has shape {list(array.shape)}, not [depth, height, width]", where=where)
+        raise DecodeError(f"has shape {list(array.shape)}, not [depth, height, width]")
     return np.ascontiguousarray(array)
 
 
