@@ -121,10 +121,10 @@ def _one_stack(series: Sequence[TiffPageSeries]) -> Sequence[TiffPageSeries]:
     pictures = all(_frames(one) == 1 for one in series)
     alike = {(one.dtype, one.keyframe.photometric, one.get_axes(squeeze=True)) for one in series}
     if not pictures or len(shapes) > 1 or len(alike) > 1:
-        told = ", ".join(f"{one.axes} {list(one.shape)}" for one in series[:3])
+        first = ", ".join(f"{one.axes} {list(one.shape)}" for one in series[:3])
         more = ", ..." if len(series) > 3 else ""
         raise DecodeError(
-            f"holds {len(series)} series of pictures ({told}{more})",
+            f"holds {len(series)} series of pictures ({first}{more})",
             fix="Save the one that you need as a separate file.",
         )
     return series

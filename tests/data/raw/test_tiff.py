@@ -167,7 +167,7 @@ def several(path: Path, *stacks: np.ndarray, **how: object) -> None:
 
 
 def micro_manager(path: Path, frames: int) -> None:
-    """A file of 6 frames of a set of so many, as Micro-Manager writes it: a directory of 13 tags
+    """Write 6 of a set's ``frames`` as Micro-Manager does: a directory of 13 tags
     before each picture, and an index of all at the end."""
     depth, height, width = STACK.shape
     summary = {"Channels": 1, "Slices": 1, "Frames": frames, "Positions": 1}
