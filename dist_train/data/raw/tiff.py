@@ -61,8 +61,6 @@ def read_tiff(file: IO[bytes], where: object) -> np.ndarray:
 
 def _read(file: IO[bytes], name: str) -> np.ndarray:
     with TiffFile(_OnlyFile(file), name=name, _multifile=False) as tif:
-        # Follows the chain of pages to its end: tifffile logs an error if it is broken.
-        len(tif.pages)
         _check_alone(tif)
         series = tif.series
         if not series:
