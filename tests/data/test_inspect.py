@@ -209,8 +209,3 @@ def test_colour_from_text(text: str, colour: OutlineColour) -> None:
 def test_text_that_is_no_colour(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--colour: .* is no part of a colour.*red=100:255"):
         OutlineColour.parse(text)
-
-
-def test_a_mistyped_name_is_told_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"'geen=0:5' .* Did you mean 'green'\?"):
-        OutlineColour.parse("red=0:9,geen=0:5")

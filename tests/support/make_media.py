@@ -154,6 +154,5 @@ def write_volumes(folder: Path, count: int, *, seed: int = 0) -> list[str]:
 def read_volume(
     path: Path, where: object | None = None, suffix: str | None = None, bits: int | None = None
 ) -> np.ndarray:
-    """A volume file as ``prepare`` reads it: uint8 [D, H, W]."""
-    where = path if where is None else where
-    return to_grey(read_raw(path, where, suffix), where, bits)
+    """Read a volume file as ``prepare`` does: uint8 [D, H, W]."""
+    return to_grey(read_raw(path, path if where is None else where, suffix), bits)

@@ -1,8 +1,8 @@
-"""How many bits the 16-bit values of a whole set of files have: one number for the store.
+"""Number of bits in use in the 16-bit values of all files: one number for the store.
 
-A camera of 12 bits writes its values into 16. Which bits are in use is told by the metadata, or by
-the largest value of all files; never by that of one file alone, or equal values of two files would
-get different grey.
+A camera of 12 bits writes its values into 16. The bits in use are known from metadata, or from the
+largest value of all files. If each file had its own number, equal values of two files would get
+different grey.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from dist_train.data.raw.container import open_container, video_stream
-from dist_train.data.raw.frame import deep_channels, is_deep_format
+from dist_train.data.raw.frame import has_any_depth, unpacked
 from dist_train.data.raw.grey import depth_of
 from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.source import LocalFolder, Source
@@ -25,15 +25,15 @@ from dist_train.errors import DecodeError, DistTrainError, StoreError
 from dist_train.files import open_plain
 from dist_train.system.supervised_pool import Steps
 
-# In other videos no camera's raw values are found, and to open half a million of them takes hours.
+# Other containers hold no raw values of cameras, and opening half a million of them takes hours.
 SUFFIXES = VOLUME_SUFFIXES | {".avi", ".mkv", ".mov"}
-# Files that a process looks at before it tells what it found.
+# Number of files that a process examines before it reports.
 FILES = 64
 
 
 @dataclass(frozen=True)
 class Look:
-    """Files to look at; ``condemned``: those whose decoding took its process along."""
+    """Files to examine. ``condemned``: those that crashed their process, by position, and how."""
 
     source: Source
     names: Sequence[str]
@@ -50,14 +50,15 @@ Run = Callable[[Callable[[Look, Steps], int | None], Iterable[Look], Callable[..
 def depth_of_files(
     source: Source, names: Sequence[str], run: Run, reader: OutsideReader | None = None
 ) -> int | None:
-    """Bits of the values of 16-bit files: the most that any of them tells or needs; None if there
-    is no such file. Files that cannot be read do not count: they are rejected later.
+    """Return the most bits that a file of 16-bit values declares or needs, None without such files.
+
+    Files that cannot be read are passed over; they are rejected later.
 
     Args:
-        run: (function, items, without) -> results in any order, as ``supervise.supervised``.
+        run: (function, items, without) -> results in any order, see ``supervised``.
 
     Raises:
-        StoreError: there are such files, and others are not here, so that it cannot be known.
+        StoreError: there are such files, and others are missing, so the number is not known.
     """
     named = [
         name
@@ -83,13 +84,13 @@ def depth_of_files(
 
 
 def depth_of_arrays(volumes: Sequence[Volume]) -> int | None:
-    """The same for arrays at hand."""
+    """Return the bits that the uint16 arrays need, None without such arrays."""
     deep = [int(volume.max(initial=0)) for volume in volumes if volume.dtype.itemsize == 2]
     return depth_of(max(deep)) if deep else None
 
 
 def look(part: Look, steps: Steps) -> int | None:
-    """The most bits that values of these files have; None if none has 16-bit values."""
+    """Return the most bits of these files' values, None if none has 16-bit values."""
     return max(_bits(part, steps), default=None)
 
 
@@ -105,10 +106,10 @@ def _bits(part: Look, steps: Steps) -> Iterator[int]:
                     bits = file_bits(path, PurePosixPath(name).suffix.lower())
         except DecodeError:
             continue
-        # That of the network or the machine, not of the file.
+        # The network or the machine is at fault.
         except DistTrainError:
             raise
-        # Whatever is wrong with the file is told when it is decoded to be stored.
+        # The file is at fault, which is reported when it is decoded for the store.
         except Exception:
             continue
         if bits is not None:
@@ -116,9 +117,9 @@ def _bits(part: Look, steps: Steps) -> Iterator[int]:
 
 
 def file_bits(path: Path, suffix: str) -> int | None:
-    """Bits that 16-bit values of a file have by its metadata, else by its largest value.
+    """Return the bits in use by a file's metadata, else by its largest value.
 
-    None if it has none of 16 bits. Raises what the decoders raise.
+    None if its values do not have 16 bits. Raises what the decoders raise.
     """
     if suffix not in VOLUME_SUFFIXES:
         return _video_bits(path)
@@ -129,22 +130,22 @@ def file_bits(path: Path, suffix: str) -> int | None:
 
 
 def _video_bits(path: Path) -> int | None:
-    with open_plain(path) as file, open_container(file, path) as container:
-        stream = video_stream(container, path)
-        if not is_deep_format(stream.codec_context.pix_fmt or ""):
+    with open_plain(path) as file, open_container(file) as container:
+        stream = video_stream(container)
+        if not has_any_depth(stream.codec_context.pix_fmt or ""):
             return None
+        converter = VideoReformatter()
         largest = (
-            int(np.max(channel))
+            int(unpacked(frame, converter).max())
             for frame in container.decode(stream)
-            if is_deep_format(frame.format.name)
-            for channel in deep_channels(frame)
+            if has_any_depth(frame.format.name)
         )
         return depth_of(max(largest, default=0))
 
 
 def _may_be_deep(source: Source, name: str) -> bool:
-    """False for files of this machine that are not there, or are npy files of other values: seen
-    here, no process need be started."""
+    """Whether a file may have 16-bit values: False for missing local files, and for npy files of
+    other types, which need no process to examine them."""
     if not isinstance(source, LocalFolder):
         return True
     path = source.folder / name
@@ -154,6 +155,6 @@ def _may_be_deep(source: Source, name: str) -> bool:
         return True
     try:
         return is_deep(values_of(path, ".npy")[0])
-    # On damaged bytes NumPy raises whatever its parser does.
+    # NumPy's parser raises anything on damaged bytes.
     except Exception:
         return False

@@ -1,4 +1,4 @@
-"""A clip table from a folder that has one folder for each class."""
+"""A clip table from a folder with one folder for each class."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ log = logging.getLogger(__name__)
 def manifest_from_folders(
     folder: Path, positive: Sequence[str], suffixes: Sequence[str] = ()
 ) -> Manifest:
-    """The clips in ``folder/CLASS/**``, ordered by name.
+    """Return the clips in ``folder/CLASS/**``, ordered by name, and log which class is which.
 
     Args:
-        positive: the folders of the positive class. The clips of all others are negatives, which is
-            told.
-        suffixes: further endings of files that are read, in lower case.
+        positive: the folders of positive clips. All other clips are negative.
+        suffixes: further suffixes of files that are read, in lower case.
 
     Raises:
-        ManifestError: it is no such folder, or a class has no clips.
-        OSError: a folder cannot be looked into.
+        ManifestError: a folder does not exist, or a class has no clips.
+        OSError: a folder cannot be listed.
     """
     if not folder.is_dir():
         raise ManifestError("is not a folder", where=folder)
@@ -44,21 +43,17 @@ def manifest_from_folders(
                 where=folder,
                 fix=f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(classes)}.",
             )
-    rows: list[tuple[str, str]] = []
+    clips: dict[str, list[str]] = {name: [] for name in classes}
     left = [path.name for path in folder.iterdir() if _seen(path.name) and not path.is_dir()]
-    counts = dict.fromkeys(classes, 0)
     for name in classes:
         for inner, folders, files in os.walk(folder / name, onerror=_raise):
             folders[:] = filter(_seen, folders)
             here = Path(inner).relative_to(folder)
-            # Links to folders may lead in circles, and are not followed.
+            # Links to folders may form circles, and are not followed.
             left += [str(here / link) for link in folders if (folder / here / link).is_symlink()]
             for file in filter(_seen, files):
-                if file.lower().endswith((*VIDEO_SUFFIXES, *VOLUME_SUFFIXES, *suffixes)):
-                    rows.append((str(here / file), str(int(name in positive))))
-                    counts[name] += 1
-                else:
-                    left.append(str(here / file))
+                is_clip = file.lower().endswith((*VIDEO_SUFFIXES, *VOLUME_SUFFIXES, *suffixes))
+                (clips[name] if is_clip else left).append(str(here / file))
     if left:
         first = min(left)
         log.warning(
@@ -66,18 +61,18 @@ def manifest_from_folders(
             "folder. The first is %s. %s",
             folder, len(left), first, CONVERT.get(suffix_of(first), ""),
         )  # fmt: skip
-    for title, names in (
-        ("positive", [name for name in classes if name in positive]),
-        ("negative", [name for name in classes if name not in positive]),
-    ):
-        told = ", ".join(f"{name} ({counts[name]})" for name in names)
-        if not sum(counts[name] for name in names):
+    rows: list[tuple[str, str]] = []
+    for label, title in (("1", "positive"), ("0", "negative")):
+        of_class = {name: clips[name] for name in classes if (name in positive) == (label == "1")}
+        counts = ", ".join(f"{name} ({len(names)})" for name, names in of_class.items())
+        if not any(of_class.values()):
             raise ManifestError(
-                f"there are no {title} clips ({told or 'no such folder'})",
+                f"there are no {title} clips ({counts or 'no such folder'})",
                 where=folder,
                 fix="It needs one folder for each class, which --positive names or does not name.",
             )
-        log.warning("%s: %s clips are those of %s", folder, title, told)
+        log.warning("%s: %s clips are those of %s", folder, title, counts)
+        rows += [(name, label) for names in of_class.values() for name in names]
     for name, _ in rows:
         check_text(name, folder)
     table = pd.DataFrame(sorted(rows), columns=["filename", "label"], dtype=str)
@@ -85,7 +80,7 @@ def manifest_from_folders(
 
 
 def _raise(error: OSError) -> None:
-    """A folder that cannot be looked into is not one without clips."""
+    """Raise: a folder that cannot be listed may have clips."""
     raise error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -15,25 +15,25 @@ from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, is_deep, read_raw, 
 from dist_train.data.types import Record, Volume
 from dist_train.errors import DecodeError, DistTrainError, RoiError
 
-# A clip with fewer grey levels than these has lost most of what its file tells, or is nearly black.
+# Fewer grey levels in a clip of more than 8 bits are reported: --bits may be wrong.
 FEW_LEVELS = 32
 
-# Raised whenever the same file and settings would give other pixels.
+# Raised whenever the same file and settings give other pixels.
 PIXELS_VERSION = 4
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What the bytes of a store depend on, beside the files themselves.
+    """The settings that the bytes of a store depend on.
 
-    ``roi``: "outline" crops to the union of the outline's boxes; "none" keeps whole frames.
-    ``least_outline``: pixels that an outline is high and wide, at least.
-    ``truncated``: whether a video with fewer frames than it declares is rejected or kept.
-    ``damaged``: the same for one with frames of which the decoder had to guess a part.
-    ``bits``: depth of values that are kept in 16 bits, as in uint16 stacks and gray16 video; one
-    for the whole store. None where there are none; such a file is then rejected.
-    ``reader``: reads files of its suffixes, before all others.
-    ``clip_seconds``, ``clip_memory`` (MiB): what decoding one file may take before it is rejected.
+    Attributes:
+        roi: "outline" crops to the union of the outline's boxes; "none" keeps whole frames.
+        truncated: what to do with a video of fewer frames than it declares.
+        damaged: what to do with a video in which the decoder guessed parts of frames.
+        clip_seconds, clip_memory (MiB): limits for decoding one file; beyond them it is rejected.
+        bits: bits in use in the 16-bit values of all files. If None, such files are rejected.
+        least_outline: least height and width of an outline in pixels.
+        reader: reads the files of its suffixes, before all other readers.
     """
 
     roi: Literal["outline", "none"] = "outline"
@@ -48,7 +48,7 @@ class PrepareSettings:
     reader: OutsideReader | None = None
 
 
-# Kinds of files that people have clips in, and what to make of them.
+# What to do with files in formats that are not read.
 _ARRAY = "Convert it to uint8 or uint16, as an npy array [frames, height, width] or multi-page TIFF"
 CONVERT = {
     ".nii.gz": f"{_ARRAY}: a = nibabel.load(file).get_fdata().transpose(2, 1, 0), then "
@@ -71,31 +71,32 @@ CONVERT |= {
 def read_clip(
     path: Path, name: str, where: str, settings: PrepareSettings
 ) -> tuple[Volume, Record]:
-    """The clip in a file, uint8 [D, H, W], and what its record says of how it was read.
+    """Return the clip in a file, uint8 [D, H, W], and what its record says of the decoding.
 
     Args:
-        path: where the bytes are.
-        name: the file's name, whose ending tells its kind.
-        where: how messages name it.
+        path: the place of the bytes.
+        name: the file's name, whose suffix tells the format.
+        where: the file's name in messages.
 
     Raises:
-        DecodeError: it does not decode, or not within the memory that it may take.
-        RoiError: it has no outline.
+        DecodeError: the file does not decode, or not within the memory limit.
+        RoiError: the clip has no outline.
     """
     try:
         return _read(path, name, where, settings)
+    except (DecodeError, RoiError) as error:
+        raise type(error)(error.what, where=where, fix=error.fix) from None
     except DistTrainError:
         raise
     except MemoryError:
         raise too_large(where) from None
-    # A damaged file leads a decoder to where nobody was before. It costs the file, not the run, and
-    # it is in the list of rejects for all to see.
+    # Corrupt files reach untested decoder paths. The file is rejected, and the run goes on.
     except Exception as error:
         raise DecodeError(f"cannot be decoded ({error!r})", where=where) from None
 
 
 def suffixes_of(reader: OutsideReader | None) -> tuple[str, ...]:
-    """The endings of a reader's files; none without one."""
+    """The suffixes of a reader's files, none without a reader."""
     return () if reader is None else reader.suffixes
 
 
@@ -109,55 +110,50 @@ def _read(path: Path, name: str, where: str, settings: PrepareSettings) -> tuple
     own = reader is not None and reader.reads(name)
     if own or suffix in VOLUME_SUFFIXES:
         if settings.roi == "outline":
-            raise RoiError(
-                "a volume has no coloured outline", where=where, fix="Prepare it with --roi none."
-            )
+            raise RoiError("a volume has no coloured outline", fix="Prepare it with --roi none.")
         raw = reader.read(path) if reader and own else read_raw(path, where, suffix)
-        clip = to_grey(raw, where, settings.bits)
-        facts: Record = {"frames_declared": clip.shape[0], "box": None}
-        return clip, facts | (_few_levels(clip) if is_deep(raw.dtype) else {})
+        clip = to_grey(raw, settings.bits)
+        record: Record = {"frames_declared": clip.shape[0], "box": None}
+        return clip, record | (_few_levels(clip) if is_deep(raw.dtype) else {})
     if suffix not in VIDEO_SUFFIXES:
         known = " ".join(sorted({*VIDEO_SUFFIXES, *VOLUME_SUFFIXES, *suffixes_of(reader)}))
         raise DecodeError(
             f"unknown kind of file '{suffix}'",
-            where=where,
             fix=f"{CONVERT.get(suffix, '')} Known: {known}.".lstrip(),
         )
     video = Video(path, where, settings.bits)
     box = None
     if settings.roi == "outline":
         clip, found = crop_to_outline(video, settings.colour, settings.least_outline)
-        box = [found.top, found.left, found.bottom, found.right]
+        box = list(astuple(found))
     else:
         planes = [frame.luma for frame in video]
         clip = stack_planes(planes, Box(0, 0, *planes[0].shape))
-    _judge(video, where, settings)
-    facts = {"frames_declared": video.frames_declared, "box": box}
+    _refuse_faulty(video, settings)
+    record = {"frames_declared": video.frames_declared, "box": box}
     if video.frames_damaged:
-        facts["frames_damaged"] = video.frames_damaged
-    return clip, facts | (_few_levels(clip) if video.is_deep else {})
+        record["frames_damaged"] = video.frames_damaged
+    return clip, record | (_few_levels(clip) if video.is_deep else {})
 
 
-def _judge(video: Video, where: str, settings: PrepareSettings) -> None:
-    """Raises DecodeError if a decoded video is not as it should be, and may not be kept so."""
+def _refuse_faulty(video: Video, settings: PrepareSettings) -> None:
+    """Raise DecodeError for a truncated or damaged video, unless the settings keep it."""
     if video.truncated and settings.truncated == "reject":
         because = f": {video.stopped_by}" if video.stopped_by else ""
         of = f" of {video.frames_declared} declared" if video.frames_declared else ""
         raise DecodeError(
             f"the video stops after {video.frames_decoded}{of} frames{because}",
-            where=where,
             fix="Replace the file, or prepare with --truncated keep.",
         )
     if video.frames_damaged and settings.damaged == "reject":
         raise DecodeError(
             f"{video.frames_damaged} of {video.frames_decoded} frames are damaged, and those that "
             "build on them",
-            where=where,
             fix="Replace the file, or prepare with --damaged keep.",
         )
 
 
 def _few_levels(clip: Volume) -> Record:
-    """What the record says of a clip that was brought to 8 bits and keeps few grey levels."""
+    """The record's entry for a clip with few grey levels."""
     levels = np.count_nonzero(np.bincount(clip.reshape(-1), minlength=256))
     return {"grey_levels": int(levels)} if levels < FEW_LEVELS else {}

@@ -1,7 +1,7 @@
-"""Opens a video file for FFmpeg, which sees one open file, and reads it as one known container.
+"""A video file, opened for FFmpeg as one known container, and what its header declares.
 
-Left to itself, FFmpeg takes a file for whatever it looks like, a playlist or a script of other
-files among them, and a name for whatever it looks like, a protocol among them.
+By itself FFmpeg would guess the format of a file, which may be a playlist or a script of other
+files, and take a part of its name for a protocol. So it gets the open file and the format.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import av
 
 from dist_train.errors import DecodeError
 
-# No protocol at all: the container is in the file that is open, or it is nowhere.
+# No protocol is allowed.
 _NO_OTHER_FILE = {"protocol_whitelist": "none"}
 _KNOWN = "Known: MP4 and MOV, AVI, Matroska and WebM, GIF, MPEG-1 and MPEG-2."
 # ISO/IEC 14496-12 and QuickTime: what may come first in the file.
@@ -21,12 +21,12 @@ _BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"uuid"
 _TS_PACKET = 188
 
 
-def open_container(file: IO[bytes], where: object) -> av.container.InputContainer:
-    """A video file that is open, as a container.
+def open_container(file: IO[bytes]) -> av.container.InputContainer:
+    """Open a video file as the container that its first bytes show.
 
     Raises:
-        DecodeError: its first bytes are those of no container that is known here.
-        av.error.FFmpegError: it cannot be read.
+        DecodeError: the first bytes belong to no known container.
+        av.error.FFmpegError: the file cannot be read.
     """
     first = file.read(_TS_PACKET + 1)
     file.seek(0)
@@ -36,7 +36,6 @@ def open_container(file: IO[bytes], where: object) -> av.container.InputContaine
             "cannot be opened (its first bytes are those of no video file)"
             if first
             else "cannot be opened (it is empty)",
-            where=where,
             fix=_KNOWN,
         )
     return av.open(
@@ -49,25 +48,24 @@ def open_container(file: IO[bytes], where: object) -> av.container.InputContaine
     )
 
 
-def video_stream(container: av.container.InputContainer, where: object) -> av.VideoStream:
-    """The one video stream of a file; pictures that belong to it, such as a cover, do not count.
+def video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """Return the only video stream. A cover picture does not count as one.
 
     Raises:
-        DecodeError: there is none, there are several, or it has no decoder.
+        DecodeError: there is no stream or several, or no decoder for it.
     """
     picture = av.stream.Disposition.attached_pic
     streams = [one for one in container.streams.video if not one.disposition & picture]
     if not streams:
-        raise DecodeError("holds no video stream", where=where)
+        raise DecodeError("holds no video stream")
     if len(streams) > 1:
         raise DecodeError(
             f"holds {len(streams)} video streams",
-            where=where,
-            fix="Save the one that is meant as a file of its own.",
+            fix="Save the one that you need as a separate file.",
         )
     if streams[0].codec_context is None:
-        raise DecodeError("is in a form that has no decoder here", where=where)
-    # Parallelism is over files, in processes.
+        raise DecodeError("is in a form that has no decoder here")
+    # Files are decoded in parallel, by processes.
     streams[0].codec_context.thread_count = 1
     return streams[0]
 
@@ -91,13 +89,13 @@ def _format(first: bytes) -> str | None:
 
 
 def shown_frames(container: av.container.InputContainer, stream: av.VideoStream) -> int:
-    """Number of frames that the header says are shown, 0 if it does not say.
+    """Return the number of shown frames that the header declares, 0 if it declares none.
 
-    AVI counts frames that a recorder dropped, too: they are there as empty chunks. Where the index,
-    which comes last in the file, is whole, the number of its entries is that of true frames.
+    AVI also counts frames that a recorder dropped, stored as empty chunks. A complete index, which
+    comes last in the file, has one entry for each true frame.
 
-    MP4 and MOV count frames that an edit list hides, as after a trim without encoding anew. In the
-    index they are missing, or marked.
+    MP4 and MOV also count frames that an edit list hides, as after a trim without encoding. They
+    are absent from the index, or marked there.
     """
     entries = stream.index_entries
     if len(entries) == 0:
@@ -111,15 +109,17 @@ def shown_frames(container: av.container.InputContainer, stream: av.VideoStream)
 
 
 def listed_frames(stream: av.VideoStream) -> int:
-    """Number of frames in the index, as far as it is read, without those that are hidden."""
+    """Number of frames in the part of the index that was read, without hidden ones."""
     return sum(not entry.is_discard for entry in stream.index_entries)
 
 
 def declared_seconds(
     container: av.container.InputContainer, stream: av.VideoStream
 ) -> tuple[float, bool]:
-    """When the last frame ends, counted from 0, as Matroska and WebM declare, else 0; and whether
-    that is said of this stream alone: sound may last longer."""
+    """Return the end of the last frame, in seconds, that Matroska and WebM declare, else 0.
+
+    The second value tells whether it is declared for this stream alone: sound may last longer.
+    """
     if not container.format.name.startswith("matroska"):
         return 0.0, True
     try:
@@ -130,12 +130,12 @@ def declared_seconds(
 
 
 def lacks_end(container: av.container.InputContainer, file: IO[bytes]) -> bool:
-    """Whether bytes are missing at the end of a GIF, or of a Matroska file that has its size."""
+    """Whether the end of a GIF is missing, or that of a Matroska file that declares its size."""
     place, size = file.tell(), file.seek(0, os.SEEK_END)
     try:
         if container.format.name == "gif":
             file.seek(max(0, size - 4096))
-            # Behind the trailer there may be bytes of 0.
+            # Zeros may follow the trailer.
             return not file.read().rstrip(b"\0").endswith(b";")
         if container.format.name.startswith("matroska"):
             file.seek(0)
@@ -146,10 +146,10 @@ def lacks_end(container: av.container.InputContainer, file: IO[bytes]) -> bool:
 
 
 def _matroska_size(first: bytes) -> int:
-    """Bytes of a file by the size of its segment (RFC 8794, RFC 9559), 0 if it has none."""
+    """Size of a file by the size of its segment (RFC 8794, RFC 9559), 0 if it declares none."""
 
     def number(at: int) -> tuple[int, int]:
-        """The number coded there, -1 if it says that it is not known, and where it ends."""
+        """Return the number coded at ``at``, -1 for "unknown", and the place after it."""
         length = 9 - first[at].bit_length()
         value = int.from_bytes(first[at : at + length]) & ((1 << 7 * length) - 1)
         return -1 if value == (1 << 7 * length) - 1 else value, at + length

@@ -8,14 +8,17 @@ import numpy as np
 
 from dist_train.errors import DecodeError
 
+# Depths that cameras have.
+DEPTHS = (8, 10, 12, 14, 16)
+
 
 @cache
 def levels(bits: int, *, full_range: bool) -> np.ndarray:
     """The grey of each coded value: uint8 [2 ** bits].
 
-    Full range keeps the 8 highest bits, which gives back every grey level that was written with
-    more bits, whether the writer filled up with zeros or repeated the highest ones. Limited range
-    (ITU-R BT.601 and BT.709) has black at 16 and white at 235 of 8 bits, and is stretched.
+    Full range keeps the 8 highest bits. This restores each grey level whether the writer filled the
+    other bits with zeros or with the highest bits. Limited range (ITU-R BT.601 and BT.709) has
+    black at 16 and white at 235 of 8 bits, and is stretched.
     """
     values = np.arange(1 << bits)
     if full_range:
@@ -25,37 +28,31 @@ def levels(bits: int, *, full_range: bool) -> np.ndarray:
     return np.asarray(np.clip(stretched, 0, 255), np.uint8)
 
 
-#: Limited range of 8 bits, stretched.
+#: Limited range of 8 bits -> full range.
 FULL_RANGE = levels(8, full_range=False)
 
 
-# Depths that cameras have.
-DEPTHS = (8, 10, 12, 14, 16)
-
-
 def depth_of(largest: int) -> int:
-    """The least of ``DEPTHS`` whose values reach as far."""
+    """The least of ``DEPTHS`` that holds a value."""
     return next(bits for bits in DEPTHS if largest < 1 << bits)
 
 
-def to_8_bits(values: np.ndarray, bits: int | None, where: object) -> np.ndarray:
-    """uint16 values, 0 to ``2 ** bits - 1``, as uint8: their 8 highest bits (see ``levels``).
+def to_8_bits(values: np.ndarray, bits: int | None) -> np.ndarray:
+    """Keep the 8 highest of ``bits`` bits of uint16 values, as uint8 (see ``levels``).
 
     Raises:
-        DecodeError: a value has more bits, or ``bits`` is None: how many they have is not known.
+        DecodeError: ``bits`` is None, or a value has more bits.
     """
     largest = int(values.max(initial=0))
     if bits is None:
         raise DecodeError(
             f"holds values of 16 bits (up to {largest}), and how many of the bits are in use is "
             "not known",
-            where=where,
             fix=f"Prepare with --bits, such as --bits {depth_of(largest)}.",
         )
     if largest >> bits:
         raise DecodeError(
             f"holds the value {largest}, and {bits} bits end at {(1 << bits) - 1}",
-            where=where,
             fix=f"Remove it, or prepare anew with --bits {depth_of(largest)}.",
         )
     return np.asarray(values >> (bits - 8), np.uint8)

@@ -1,7 +1,7 @@
 """MedMNIST 3D files (Yang et al., Scientific Data 2023) -> manifest rows and volumes.
 
-The form: ``{train,val,test}_images`` uint8 [N, D, H, W] and ``{train,val,test}_labels`` [N, 1] of
-0 and 1.
+A file holds ``{train,val,test}_images`` uint8 [N, D, H, W] and ``{train,val,test}_labels`` [N, 1]
+of 0 and 1.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dist_train.system.cgroup import usable_memory
 
 
 def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
-    """The clip table, as of ``Manifest``, with the official split; and a volume for each row.
+    """Return the clip table (see ``Manifest``), with the official split, and a volume for each row.
 
     Raises:
-        StoreError: the file is not of this form.
-        ManifestError: its name, which is in the clips' names, is no UTF-8.
+        StoreError: the file has another form.
+        ManifestError: the file's name, which becomes a part of the clips' names, is not UTF-8.
     """
     check_text(path.name, path)
     rows: list[dict[str, Any]] = []
@@ -37,7 +37,10 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
             if not zipfile.is_zipfile(file):
                 raise ValueError("not an npz archive")
             archive = zipfile.ZipFile(file)
-            _check_room(archive)
+            # A small archive may unpack to a thousand times its size.
+            needed = sum(member.file_size for member in archive.infolist())
+            if needed > usable_memory():
+                raise ValueError(f"it unpacks to {needed} bytes, more than there is memory")
             for split in SPLITS:
                 labels = _array(archive, f"{split}_labels").reshape(-1)
                 images = _array(archive, f"{split}_images")
@@ -57,7 +60,7 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
             raise ValueError("it holds no images")
     except MemoryError:
         raise
-    # On damaged bytes the parsers raise whatever they stumble over.
+    # The parsers raise anything on damaged bytes.
     except Exception as error:
         blame_machine(error, path)
         raise StoreError(
@@ -68,20 +71,12 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
     return pd.DataFrame(rows), volumes
 
 
-def _check_room(archive: zipfile.ZipFile) -> None:
-    """Refuse what would not fit into memory, where all arrays are at once, before any is unpacked:
-    an archive may be a thousandth of what it unpacks to."""
-    needed = sum(member.file_size for member in archive.infolist())
-    if needed > usable_memory():
-        raise ValueError(f"it unpacks to {needed} bytes, more than there is memory")
-
-
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """An array of the archive, which is read by this process: no more than it holds is allocated.
+    """Read an array. No more memory is taken than the archive declares.
 
     Raises:
-        ValueError: it is damaged.
-        KeyError: it is not there.
+        ValueError: the array is damaged.
+        KeyError: the array is missing.
     """
     member = archive.getinfo(f"{name}.npy")
     try:
@@ -89,7 +84,6 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
             return read_npy(file, member.file_size)
     except MemoryError:
         raise
-    # On damaged bytes the parsers raise whatever they stumble over.
     except Exception as error:
         raise ValueError(f"{name}: {reason_of(error)}") from None
 

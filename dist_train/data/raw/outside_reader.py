@@ -17,14 +17,14 @@ OPTION = "--reader"
 
 @dataclass(frozen=True)
 class OutsideReader:
-    """What a store remembers of a reader; its pixels depend on the source.
+    """A reader as the store records it.
 
     Attributes:
-        path: import path of a function that takes the path of a file and gives uint8 or uint16
-            [D, H, W]. Its attribute ``suffixes`` has the endings of its files, such as (".dcm",).
-        suffixes: those, in lower case.
-        version: of its package; None where it has none.
-        sha256: over the Python files of its package.
+        path: import path of a function: path of a file -> uint8 or uint16 [D, H, W]. Its attribute
+            ``suffixes`` has the suffixes of its files, such as (".dcm",).
+        suffixes: the same, in lower case.
+        version: of the reader's package, None without one.
+        sha256: of the Python files of the reader's package.
     """
 
     path: str
@@ -34,10 +34,10 @@ class OutsideReader:
 
     @classmethod
     def named(cls, path: str) -> OutsideReader:
-        """The reader of an import path.
+        """Return the reader at an import path.
 
         Raises:
-            ConfigError: it is not allowed, cannot be imported, or is no reader.
+            ConfigError: the reader is not allowed, cannot be imported, or is no reader.
         """
         suffixes = getattr(_function(path), "suffixes", None)
         if not (
@@ -50,22 +50,21 @@ class OutsideReader:
                 where=OPTION,
                 fix='Give the function an attribute such as suffixes = (".dcm",).',
             )
-        facts = origin(path, OPTION)
-        sha256 = facts["sha256"]
-        assert sha256 is not None
-        return cls(path, tuple(s.lower() for s in suffixes), facts["version"], sha256)
+        source = origin(path, OPTION)
+        return cls(
+            path, tuple(s.lower() for s in suffixes), source["version"], str(source["sha256"])
+        )
 
     def reads(self, name: str) -> bool:
-        """Whether a file of this name is one of its own."""
+        """Whether the name has one of the reader's suffixes."""
         return name.lower().endswith(self.suffixes)
 
     def read(self, path: Path) -> np.ndarray:
-        """What the function makes of a file, in a process that was given the reader: ``check`` was
-        called in the one that gave it."""
+        """Read a file, in a process whose parent called ``check``."""
         return np.asarray(load(self.path, OPTION, checked=True)(path))
 
     def check(self) -> None:
-        """Raise ConfigError unless the user allows this process to import it."""
+        """Raise ConfigError unless the user allows this process to import the reader."""
         _function(self.path)
 
 

@@ -1,7 +1,4 @@
-"""Where raw files come from.
-
-What worker processes import, and so without the libraries of remote places.
-"""
+"""Where raw files come from; without the libraries of remote places, for worker processes."""
 
 from __future__ import annotations
 
@@ -18,57 +15,57 @@ from dist_train.errors import DecodeError
 from dist_train.system.advice import blame_machine
 
 MISSING = "the file is missing"
-# How the reason of a reject begins that another run may well not have: it is tried again.
+# The reasons of rejects that the next run tries again begin so.
 UNFETCHED = "cannot be fetched"
 
 
 class Source(ABC):
     """Raw files by their names in the manifest.
 
-    It can be pickled; a connection is opened by the process that uses it, when it does.
+    It can be pickled; each process opens its own connection when it needs one.
     """
 
     @abstractmethod
     def fetched(self, name: str) -> AbstractContextManager[Path]:
-        """A complete local copy of a file, which lasts as long as the context.
+        """Give the path of a complete local copy of a file, valid within the context.
 
         Raises:
-            DecodeError: this one file is not there, or may not be read.
-            StoreError: nothing can be had: the network or the server is down, or the credentials
-                are wrong.
+            DecodeError: the file is missing, or may not be read.
+            StoreError: no file can be fetched: the network or the server is down, or the
+                credentials are wrong.
         """
 
     @abstractmethod
     def where(self, name: str) -> str:
-        """How messages name the file."""
+        """The file's name in messages."""
 
-    @abstractmethod
     def missing(self, names: Sequence[str]) -> list[str]:
-        """Those of the files that are known not to be there."""
+        """Files known to be missing. A network is not asked, which would take hours."""
+        return []
 
     def twice(self, names: Sequence[str]) -> tuple[str, str] | None:
-        """Two of the names that are known to lead to one file, if there are such."""
+        """Two names known to lead to one file, None if there are none."""
         return None
 
     def hint(self, name: str) -> str | None:
-        """Under which name a missing file is there after all, if that is known."""
+        """Advice about a missing file, None if there is none."""
         return None
 
     @abstractmethod
     def changed_since(self, name: str, time: float) -> bool:
-        """Whether the file is there and was put there, or changed, after a time (s since 1970)."""
+        """Whether the file exists and was changed or put there after ``time`` (s since 1970)."""
 
     def narrowed(self, names: Sequence[str]) -> Source:
-        """The same source for these files alone, to be sent to another process."""
+        """The same source with these files alone, to be sent to another process."""
         return self
 
 
 @dataclass(frozen=True)
 class LocalFolder(Source):
-    """Files under a folder of this machine, used where they are.
+    """Files under a local folder, used in place.
 
-    A name is also found with its backslashes turned to slashes, and in Unicode's other form: macOS
-    and Windows write tables whose names lead nowhere elsewhere.
+    A name is also tried with slashes for backslashes, and in both Unicode forms: macOS and Windows
+    write tables whose names are found nowhere else.
     """
 
     folder: Path
@@ -98,12 +95,10 @@ class LocalFolder(Source):
     def twice(self, names: Sequence[str]) -> tuple[str, str] | None:
         seen: dict[tuple[int, int], str] = {}
         for name in names:
+            # Links, '..' and file systems that ignore case give one file several names.
             path = self._path(name)
-            if path is None:
-                continue
-            # One file may have several names: by links, by '..', or where case does not count.
-            file = path.stat()
-            if stat.S_ISREG(file.st_mode):
+            file = path.stat() if path else None
+            if file and stat.S_ISREG(file.st_mode):
                 other = seen.setdefault((file.st_dev, file.st_ino), name)
                 if other != name:
                     return other, name
@@ -111,22 +106,22 @@ class LocalFolder(Source):
 
     def hint(self, name: str) -> str | None:
         parts = PurePosixPath(name.replace("\\", "/")).parts
-        # The folder that is the source may also be in the table's names.
-        found = self._nearly(parts) or self._nearly(parts[-1:])
+        # Names in the table may begin with the source folder.
+        found = self._similar(parts) or self._similar(parts[-1:])
         if found is None:
             return None
         if not _exists(self.folder / found):
             return "It is a link that leads nowhere."
         return f"It exists as '{found}'."
 
-    def _nearly(self, parts: Sequence[str]) -> Path | None:
-        """The one file whose path is these, but for case, Unicode's form and suffix."""
+    def _similar(self, parts: Sequence[str]) -> Path | None:
+        """The file at a path that differs in case, Unicode form or suffix alone."""
         found = Path()
         for number, part in enumerate(parts, 1):
-            there = _names_in(self.folder / found)
-            name = there.get(_loose(part))
+            names = _names_in(self.folder / found)
+            name = names.get(_loose(part))
             if name is None and number == len(parts):
-                name = there.get(_loose(Path(part).stem))
+                name = names.get(_loose(Path(part).stem))
             if name is None:
                 return None
             found /= name
@@ -134,25 +129,22 @@ class LocalFolder(Source):
 
     def changed_since(self, name: str, time: float) -> bool:
         path = self._path(name)
-        # The time of the inode: a good copy that is moved or unpacked into place may well carry
-        # an old modification time.
+        # The inode's time: a good copy that was moved here may have an old modification time.
         return path is not None and path.stat().st_ctime > time
 
     def _path(self, name: str) -> Path | None:
-        """Where the file, or whatever has this name, is."""
         slashes = name.replace("\\", "/")
         forms = (name, unicodedata.normalize("NFC", slashes), unicodedata.normalize("NFD", slashes))
-        paths = (self.folder / form for form in dict.fromkeys(forms))
-        return next((path for path in paths if _exists(path)), None)
+        return next((self.folder / form for form in forms if _exists(self.folder / form)), None)
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except OSError as error:
-        # A folder that may not be entered, or a disk that fails, says nothing of the file.
+        # A folder without permission, or a failing disk, says nothing of the file.
         blame_machine(error, path)
-        # As of a name that is too long.
+        # The name is too long, for example.
         return False
 
 
@@ -162,7 +154,7 @@ def _loose(name: str) -> str:
 
 @lru_cache(maxsize=16)
 def _names_in(folder: Path) -> dict[str, str]:
-    """Names in a folder by what is left of them without case, and without case and suffix."""
+    """Names in a folder by their loose form, with and without suffix."""
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError:

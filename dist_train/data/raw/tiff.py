@@ -1,6 +1,6 @@
-"""TIFF files -> one stack, by what they say of themselves: series, axes, photometric, depth.
+"""TIFF files -> one stack, by the series, axes, photometric and depth that they declare.
 
-What is no plain stack of pictures, or is not all there, is refused.
+A file that is not a plain stack of pictures, or is incomplete, is refused.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import PurePath
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 import tifffile
@@ -18,76 +18,74 @@ from tifffile import COMPRESSION, PHOTOMETRIC, TiffFile, TiffPage, TiffPageSerie
 
 from dist_train.errors import DecodeError
 
-# Depth, time, images, and what tifffile calls an axis without a name; each of them may be depth.
+# Axes that may be depth: depth, time, images, and tifffile's Q for an axis without a name.
 _DEPTH = "ZTIQ"
 _NAMES = {"Z": "depth", "T": "time", "C": "channel", "S": "sample", "Y": "row", "X": "column"}
 _PLAIN = "Save it as one stack of grey or RGB pictures, with the axes ZYX or TYX."
-# Tags of sizes, colours, where the pixels are, and what describes them.
+# Tags of sizes, colours, the places of the pixels, and descriptions.
 _NEEDED = {254, *range(256, 260), 262, 266, 270, 273, 274, *range(277, 280), 284, 317, 320}
 _NEEDED |= {*range(322, 326), 338, 339}
 _RGB_JPEG = (COMPRESSION.JPEG, COMPRESSION.OJPEG)
 
-# What it tells is judged here, and not shown.
+# tifffile's messages are judged here, and not shown.
 _LOG = logging.getLogger("tifffile")
 _LOG.propagate = False
 _LOG.addHandler(logging.NullHandler())
 
 
 def read_tiff(file: IO[bytes], where: object) -> np.ndarray:
-    """The stack in a TIFF file, as its values lie there: [D, H, W], or [D, H, W, 3 or 4] in colour.
+    """Return the stack in a TIFF file: [D, H, W], or [D, H, W, 3 or 4] in colour.
 
-    Pages that were appended one by one make one stack. White-is-zero is turned, a palette applied.
+    Single pages make one stack. White-is-zero is inverted, and a palette is applied.
 
     Raises:
-        DecodeError: there are several stacks, or axes beside depth, row and column; the file is one
-            of a set; pages, or tags that matter, are missing; or the colours are none that are
-            known here.
+        DecodeError: the file has several stacks, other axes than depth, row and column, or unknown
+            colours; it is one of a set; or pages or needed tags are missing.
     """
-    told = _Told()
-    _LOG.addHandler(told)
+    messages = _GraveMessages()
+    _LOG.addHandler(messages)
     try:
-        array = _read(file, where)
+        # OME-TIFF refers to its pages by the file's name.
+        array = _read(file, PurePath(str(where)).name)
+        if messages.last:
+            raise DecodeError(
+                f"cannot be read as it is meant ({messages.last})",
+                fix="Replace the file, or save all of it anew as one stack.",
+            )
+    except DecodeError as error:
+        raise DecodeError(error.what, where=where, fix=error.fix) from None
     finally:
-        _LOG.removeHandler(told)
-    if told.grave:
-        raise DecodeError(
-            f"cannot be read as it is meant ({told.grave})",
-            where=where,
-            fix="Replace the file, or save all of it anew as one stack.",
-        )
+        _LOG.removeHandler(messages)
     return array
 
 
-def _read(file: IO[bytes], where: object) -> np.ndarray:
-    # OME-TIFF says by name which file a page is in: this one is known by its own.
-    name = PurePath(str(where)).name
+def _read(file: IO[bytes], name: str) -> np.ndarray:
     with TiffFile(_OnlyFile(file), name=name, _multifile=False) as tif:
-        _check_chain(tif, where)
-        _check_alone(tif, where)
+        _check_alone(tif)
         series = tif.series
         if not series:
-            raise DecodeError("holds no picture", where=where)
+            raise DecodeError("holds no picture")
         if tif.is_ome and series[0].kind != "ome":
-            raise DecodeError("its OME metadata do not fit its pages", where=where, fix=_PLAIN)
+            raise DecodeError("its OME metadata do not fit its pages", fix=_PLAIN)
         for one in series:
-            _check_whole(tif, one, where)
+            _check_whole(tif, one)
         page = series[0].keyframe
-        stacks = [_laid(one, where) for one in _one_stack(series, where)]
+        stacks = [_stack(one) for one in _one_stack(series)]
         array = stacks[0] if len(stacks) == 1 else np.concatenate(stacks)
-        return _upright(_positive(array, page, where), page)
+        return _upright(_positive(array, page), page)
 
 
 def tiff_values(file: IO[bytes]) -> tuple[np.dtype[Any] | None, int | None]:
-    """Type of a TIFF file's values, and their depth where metadata tell it; no pixel is read."""
+    """Return the type of a TIFF file's values, and their depth by its metadata, without pixels."""
     with TiffFile(_OnlyFile(file), name="", _multifile=False) as tif:
         page = tif.pages.first
         return page.dtype, _bits(tif, page)
 
 
-class _Told(logging.Handler):
-    """What tifffile tells of a file that it then reads in part, or otherwise than it is meant."""
+class _GraveMessages(logging.Handler):
+    """Keeps the last message about a file that tifffile reads in part, or wrongly."""
 
-    grave = ""
+    last = ""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
@@ -96,11 +94,11 @@ class _Told(logging.Handler):
         else:
             is_grave = record.levelno >= logging.ERROR or " series " in text
         if is_grave:
-            self.grave = re.sub(r"^<tifffile\.\w+ .*?> ", "", text)
+            self.last = re.sub(r"^<tifffile\.\w+ .*?> ", "", text)
 
 
 class _OnlyFile:
-    """A file without a descriptor: tifffile then looks for none that belong to it."""
+    """A file without a descriptor, so that tifffile looks for no other files of a set."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.name = ""
@@ -113,20 +111,19 @@ class _OnlyFile:
         return len(data)
 
 
-def _one_stack(series: Sequence[TiffPageSeries], where: object) -> Sequence[TiffPageSeries]:
-    """The series themselves, if there is one, or each is a single picture of one kind."""
+def _one_stack(series: Sequence[TiffPageSeries]) -> Sequence[TiffPageSeries]:
+    """Return the series if there is one, or if all are single pictures of one kind."""
     if len(series) == 1:
         return series
     shapes = {one.get_shape(squeeze=True) for one in series}
     pictures = all(_frames(one) == 1 for one in series)
     alike = {(one.dtype, one.keyframe.photometric, one.get_axes(squeeze=True)) for one in series}
     if not pictures or len(shapes) > 1 or len(alike) > 1:
-        told = ", ".join(f"{one.axes} {list(one.shape)}" for one in series[:3])
+        first = ", ".join(f"{one.axes} {list(one.shape)}" for one in series[:3])
         more = ", ..." if len(series) > 3 else ""
         raise DecodeError(
-            f"holds {len(series)} series of pictures ({told}{more})",
-            where=where,
-            fix="Save the one that is meant as a file of its own.",
+            f"holds {len(series)} series of pictures ({first}{more})",
+            fix="Save the one that you need as a separate file.",
         )
     return series
 
@@ -136,8 +133,8 @@ def _frames(series: TiffPageSeries) -> int:
     return int(math.prod(size for axis, size in sizes if axis not in "YXS"))
 
 
-def _laid(series: TiffPageSeries, where: object) -> np.ndarray:
-    """[D, H, W], or [D, H, W, S] where the samples of a pixel are its colour."""
+def _stack(series: TiffPageSeries) -> np.ndarray:
+    """Return a series as [D, H, W], or [D, H, W, S] with the samples of colour."""
     axes, shape = series.axes, series.shape
     kept = [
         n
@@ -150,7 +147,6 @@ def _laid(series: TiffPageSeries, where: object) -> np.ndarray:
         raise DecodeError(
             f"has the axes {names} of {[shape[n] for n in kept]}"
             f"{_explained(rest)}, not depth, row and column",
-            where=where,
             fix=_PLAIN,
         )
     array: np.ndarray = series.asarray().reshape([shape[n] for n in kept])
@@ -164,7 +160,6 @@ def _laid(series: TiffPageSeries, where: object) -> np.ndarray:
         if not is_rgb or samples not in (3, 4):
             raise DecodeError(
                 f"has {samples} samples a pixel ({names}, {colours.name}), which are no RGB",
-                where=where,
                 fix=_PLAIN,
             )
         array = np.moveaxis(array, names.index("S"), -1)
@@ -176,8 +171,8 @@ def _explained(axes: str) -> str:
     return f" ({', '.join(known)})" if known else ""
 
 
-def _positive(array: np.ndarray, page: TiffPage, where: object) -> np.ndarray:
-    """With black at 0, and without a palette."""
+def _positive(array: np.ndarray, page: TiffPage) -> np.ndarray:
+    """Return the stack with black at 0, fewer than 8 bits spread, and a palette applied."""
     photometric = page.photometric
     if array.dtype == np.uint8 and page.bitspersample < 8 and photometric != PHOTOMETRIC.PALETTE:
         most = (1 << page.bitspersample) - 1
@@ -191,37 +186,36 @@ def _positive(array: np.ndarray, page: TiffPage, where: object) -> np.ndarray:
     elif photometric == PHOTOMETRIC.PALETTE:
         palette = page.colormap
         if palette is None or array.ndim != 3:
-            raise DecodeError("has no palette for its colours", where=where, fix=_PLAIN)
-        # Its values have 16 bits, but some writers fill 8 only, as libtiff knows.
+            raise DecodeError("has no palette for its colours", fix=_PLAIN)
+        # Its values have 16 bits. Some writers fill only 8, which libtiff also accepts.
         palette = (palette >> 8 if palette.max() > 255 else palette).astype(np.uint8)
         return np.asarray(palette.T[array])
     elif array.ndim == 3 and photometric not in (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB):
-        raise DecodeError(f"its colours are {photometric.name}", where=where, fix=_PLAIN)
+        raise DecodeError(f"its colours are {photometric.name}", fix=_PLAIN)
     return array
 
 
 def _upright(array: np.ndarray, page: TiffPage) -> np.ndarray:
-    """With the first row on top and the first column on the left (TIFF 6.0, Orientation)."""
-    laid = page.tags.valueof("Orientation", 1)
-    if laid in (5, 6, 7, 8):
+    """Turn the pictures upright (TIFF 6.0, Orientation)."""
+    orientation = page.tags.valueof("Orientation", 1)
+    if orientation in (5, 6, 7, 8):
         array = array.swapaxes(1, 2)
-    if laid in (3, 4, 7, 8):
+    if orientation in (3, 4, 7, 8):
         array = array[:, ::-1]
-    if laid in (2, 3, 6, 7):
+    if orientation in (2, 3, 6, 7):
         array = array[:, :, ::-1]
     return array
 
 
 def _bits(tif: TiffFile, page: TiffPage) -> int | None:
-    """Depth of the values, where it is less than what they are kept in."""
-    told = [page.bitspersample]
+    """Depth of the values by the metadata, None if it is 8 or 16 bits."""
+    declared = [page.bitspersample]
     if tif.ome_metadata:
-        told += map(int, re.findall(r'\bSignificantBits="(\d{1,2})"', tif.ome_metadata))
-    less = [bits for bits in told if 8 < bits < 16]
-    return max(less, default=None)
+        declared += map(int, re.findall(r'\bSignificantBits="(\d{1,2})"', tif.ome_metadata))
+    return max((bits for bits in declared if 8 < bits < 16), default=None)
 
 
-def _check_alone(tif: TiffFile, where: object) -> None:
+def _check_alone(tif: TiffFile) -> None:
     if not tif.is_ome or not tif.ome_metadata:
         return
     text = tif.ome_metadata
@@ -229,59 +223,29 @@ def _check_alone(tif: TiffFile, where: object) -> None:
     if len(files) > 1 or re.search(r"<(?:\w+:)?BinaryOnly\b", text):
         raise DecodeError(
             "is one file of an OME set, whose metadata are for all of them",
-            where=where,
             fix="Save the whole set as one stack.",
         )
 
 
-def _check_chain(tif: TiffFile, where: object) -> None:
-    """Follow the pages' directories: tifffile takes one that cannot be read for the end."""
-    form, size = tif.tiff, tif.filehandle.size
-    count_size, tag_size, offset_size = form.tagnosize, form.tagsize, form.offsetsize
-    order: Literal["little", "big"] = "little" if form.byteorder == "<" else "big"
-
-    def number(at: int, length: int) -> int:
-        if at + length > size:
-            raise _cut(f"page {len(seen)} is not there", where)
-        tif.filehandle.seek(at)
-        return int.from_bytes(tif.filehandle.read(length), order)
-
-    seen: set[int] = set()
-    at = number(form.offsetsize if form.offsetsize == 8 else 4, offset_size)
-    while at and at not in seen:
-        if at < 8:
-            raise _cut(f"page {len(seen)} is not there", where)
-        tags = number(at, count_size)
-        seen.add(at)
-        at = number(at + count_size + tags * tag_size, offset_size)
-    if len(tif.pages) < len(seen):
-        raise _cut(f"{len(seen)} pages are declared, {len(tif.pages)} can be read", where)
-
-
-def _check_whole(tif: TiffFile, series: TiffPageSeries, where: object) -> None:
-    """All pixels that the series declares must be in the file."""
-    size = tif.filehandle.size
+def _check_whole(tif: TiffFile, series: TiffPageSeries) -> None:
+    """Raise DecodeError unless the file has all pixels that the series declares."""
+    size, frames = tif.filehandle.size, _frames(series)
     start, declared = series.dataoffset, _declared(tif, series)
     if start is not None and start + series.nbytes > size:
-        held = max(0, size - start) // max(1, series.nbytes // max(1, _frames(series)))
-        raise _cut(f"{_frames(series)} frames are declared, {held} are there", where)
-    if declared > _frames(series):
-        raise _cut(f"{declared} frames are declared, {_frames(series)} are there", where)
-    for number, page in enumerate(_pages(series)):
+        held = max(0, size - start) // max(1, series.nbytes // max(1, frames))
+        raise _cut(f"{frames} frames are declared, {held} are there")
+    if declared > frames:
+        raise _cut(f"{declared} frames are declared, {frames} are there")
+    for number, page in enumerate(series.pages if start is None else ()):
         if page is None:
-            raise _cut(f"{_frames(series)} frames are declared, page {number} is not there", where)
+            raise _cut(f"{frames} frames are declared, page {number} is not there")
         ends = zip(page.dataoffsets, page.databytecounts, strict=True)
         if any(count == 0 or offset + count > size for offset, count in ends):
-            raise _cut(f"pixels of page {number} of {len(series.pages)} are not there", where)
-
-
-def _pages(series: TiffPageSeries) -> Iterator[tifffile.TiffPage | tifffile.TiffFrame | None]:
-    if series.dataoffset is None:
-        yield from series.pages
+            raise _cut(f"pixels of page {number} of {frames} are not there")
 
 
 def _declared(tif: TiffFile, series: TiffPageSeries) -> int:
-    """Frames that ImageJ's or tifffile's own description declares; 0 if there is none."""
+    """Number of frames by ImageJ's or tifffile's description, 0 without one."""
     if tif.is_imagej and tif.imagej_metadata:
         sizes = [tif.imagej_metadata.get(name, 1) for name in ("channels", "slices", "frames")]
         return max(int(tif.imagej_metadata.get("images", 1)), int(math.prod(sizes)))
@@ -292,5 +256,5 @@ def _declared(tif: TiffFile, series: TiffPageSeries) -> int:
     return int(_frames(series) * math.prod(shape) // max(1, series.size))
 
 
-def _cut(what: str, where: object) -> DecodeError:
-    return DecodeError(f"is cut short: {what}", where=where, fix="Replace the file.")
+def _cut(what: str) -> DecodeError:
+    return DecodeError(f"is cut short: {what}", fix="Replace the file.")

@@ -28,50 +28,48 @@ from dist_train.system.advice import ADVICE, blame_machine
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpeg", ".mpg"}
 
-# Of errors that tell of the machine, those that a single file may be the cause of. FFmpeg uses most
-# numbers for purposes of its own.
+# Errors of the machine that a single file may cause. FFmpeg uses most numbers with other meanings.
 OF_A_VIDEO = ADVICE.keys() - {errno.EMFILE, errno.ENFILE, errno.ESTALE}
 
-# Its errors are counted, not shown.
+# FFmpeg's errors are counted, not shown.
 av.logging.set_level(av.logging.PANIC)
-# These also call errors what harms no frame; H.264 marks those that it had to guess a part of.
+# These decoders report errors that harm no frame. H.264 marks the frames that it guessed.
 _ERRORS_SAY_LITTLE = {"h264", "hevc"}
 
-# FFmpeg knows more kinds of side data than PyAV, which fails at one that it does not know. None but
-# the display matrix is asked for here.
+# PyAV fails at FFmpeg's newer kinds of side data. Only the display matrix is used here.
 Type._missing_ = classmethod(lambda cls, _: cls.PANSCAN)  # type: ignore[method-assign, assignment]
 
 
 class Video:
-    """The frames of a video file. It can be iterated again; each time the file is decoded anew.
+    """The frames of a video file. Each iteration decodes the file anew.
 
-    Every coded frame comes once, whatever its time stamp says. Where the file says that a player
-    must turn the picture by a multiple of 90 degrees, or mirror it (its display matrix, ISO/IEC
-    14496-12), this is done; other angles are ignored.
+    Each coded frame comes once, whatever its time stamp. Frames are turned by multiples of 90
+    degrees and mirrored as the file's display matrix says (ISO/IEC 14496-12); other angles are
+    ignored.
 
     Args:
-        path: where the bytes are.
-        where: how messages name the file; None takes ``path``.
-        bits: of values that are kept in 16 bits; None refuses these.
+        path: the place of the bytes.
+        where: the file's name in messages; None takes ``path``.
+        bits: bits in use in 16-bit values; None refuses such values.
 
-    After an iteration ``frames_decoded`` is the number of frames that truly decoded,
-    ``frames_declared`` what the container's header says (0 where it says nothing, as in mkv, webm
-    and mpeg; what an edit list hides is not counted), ``frames_damaged`` those of which the decoder
-    had to guess a part, ``stopped_by`` what is missing if the stream broke off, and ``is_deep``
-    whether a value has more than 8 bits.
+    Attributes, valid after an iteration:
+        frames_decoded: number of decoded frames.
+        frames_declared: number in the container's header, without frames that an edit list hides;
+            0 if it has none, as in mkv, webm and mpeg.
+        frames_damaged: number of frames in which the decoder guessed a part.
+        stopped_by: what is missing if the stream broke off, else None.
+        is_deep: whether values have more than 8 bits.
 
     Raises:
-        DecodeError: while iterating: not one video, no frame decodes, frames differ in size, or
-            memory does not suffice.
-        FileError: while iterating: it is no plain file.
+        DecodeError: while iterating: the file has no or several videos, no frame decodes, frames
+            differ in size, or memory does not suffice.
+        FileError: while iterating: the path is not a plain file.
     """
 
     def __init__(self, path: Path, where: object | None = None, bits: int | None = None) -> None:
         self.path, self.bits = path, bits
         self.where = path if where is None else where
-        self.frames_declared = 0
-        self.frames_decoded = 0
-        self.frames_damaged = 0
+        self.frames_declared = self.frames_decoded = self.frames_damaged = 0
         self.stopped_by: str | None = None
         self.is_deep = False
 
@@ -83,26 +81,28 @@ class Video:
     def __iter__(self) -> Iterator[Frame]:
         self.frames_decoded, self.frames_damaged, self.stopped_by = 0, 0, None
         try:
-            with open_plain(self.path) as file, open_container(file, self.where) as container:
-                stream = video_stream(container, self.where)
+            with open_plain(self.path) as file, open_container(file) as container:
+                stream = video_stream(container)
                 self.frames_declared = shown_frames(container, stream)
                 try:
                     yield from self._frames(container, stream)
                     if self.stopped_by is None and lacks_end(container, file):
                         self.stopped_by = "its end is missing"
                 except av.error.FFmpegError as error:
-                    # Else a file would count as damaged for what the machine lacks.
+                    # A lack of memory is no damage.
                     if isinstance(error, MemoryError) or _memory_is_short(stream):
                         raise MemoryError from None
                     self.stopped_by = reason_of(error)
+            if self.frames_decoded == 0:
+                because = f" ({self.stopped_by})" if self.stopped_by else ""
+                raise DecodeError(f"holds no frame that decodes{because}")
+        except DecodeError as error:
+            raise DecodeError(error.what, where=self.where, fix=error.fix) from None
         except MemoryError:
             raise too_large(self.where) from None
         except (av.error.FFmpegError, OSError) as error:
             blame_machine(error, self.where, but=OF_A_VIDEO)
             raise DecodeError(f"cannot be opened ({reason_of(error)})", where=self.where) from None
-        if self.frames_decoded == 0:
-            because = f" ({self.stopped_by})" if self.stopped_by else ""
-            raise DecodeError(f"holds no frame that decodes{because}", where=self.where)
 
     def _frames(
         self, container: av.container.InputContainer, stream: av.VideoStream
@@ -113,23 +113,28 @@ class Video:
         is_cut = False
         converter = VideoReformatter()
         for packet in container.demux(stream):
-            # The demuxer got less than the packet's size.
+            # The file has fewer bytes than the packet's size.
             is_cut |= packet.is_corrupt
             if packet.pts is not None:
                 lasts = float(packet.duration * packet.time_base)
                 end = max(end, float(packet.pts * packet.time_base) + lasts)
             before = _errors(stream)
             frames = packet.decode()
-            # FFV1 finds wrong checksums, and tells of them, but marks no frame.
-            is_told = _errors(stream) > before
-            self.frames_damaged += max(is_told, sum(frame.is_corrupt for frame in frames))
+            # FFV1 reports wrong checksums, but marks no frame.
+            is_reported = _errors(stream) > before
+            self.frames_damaged += max(is_reported, sum(frame.is_corrupt for frame in frames))
             for frame in frames:
                 if size is None:
                     size = frame.width, frame.height
                     turn = _turn(frame)
                     self.is_deep = frame.format.components[0].bits > 8
-                self._check_size(size, frame)
-                planes = read_frame(frame, converter, self.bits, self.where)
+                if (frame.width, frame.height) != size:
+                    raise DecodeError(
+                        f"changes size at frame {self.frames_decoded}, from {size[0]}x{size[1]} to "
+                        f"{frame.width}x{frame.height}",
+                        fix="Cut it there, or encode it anew at one size.",
+                    )
+                planes = read_frame(frame, converter, self.bits)
                 yield _upright(planes, turn) if turn else planes
                 self.frames_decoded += 1
         self.stopped_by = self._missing(container, stream, end, lasts)
@@ -143,11 +148,11 @@ class Video:
         end: float,
         lasts: float,
     ) -> str | None:
-        """What the container declares beside a number of frames, and did not give.
+        """Say what is missing by the declared duration or the index, None if nothing is.
 
         Args:
-            end: when the last frame ends; ``lasts``: how long a frame lasts; 0 if that is not
-                known. Both in seconds.
+            end: end of the last frame, in seconds.
+            lasts: duration of a frame, in seconds; 0 if it is not known.
         """
         declared, is_own = declared_seconds(container, stream)
         slack = lasts / 2 or 1.5 / float(stream.average_rate or 10)
@@ -156,29 +161,20 @@ class Video:
         if end + slack < declared:
             return f"it ends after {end:.2f} of {declared:.2f} declared seconds"
         if container.format.name.startswith("mov") and not self.frames_declared:
-            # In fragments, which are told one by one.
+            # Fragments declare their frames one by one.
             listed = listed_frames(stream)
             if self.frames_decoded < listed:
                 return f"its last fragments declare {listed} frames"
         return None
 
-    def _check_size(self, size: tuple[int, int], frame: av.VideoFrame) -> None:
-        if (frame.width, frame.height) != size:
-            raise DecodeError(
-                f"changes size at frame {self.frames_decoded}, from {size[0]}x{size[1]} to "
-                f"{frame.width}x{frame.height}",
-                where=self.where,
-                fix="Cut it there, or encode it anew at one size.",
-            )
-
 
 def _errors(stream: av.VideoStream) -> int:
-    """How many errors the decoder has told of, where they are of frames."""
+    """Number of errors that the decoder reported, 0 for decoders whose errors say little."""
     return 0 if stream.codec_context.name in _ERRORS_SAY_LITTLE else av.logging.get_last_error()[0]
 
 
 def _memory_is_short(stream: av.VideoStream) -> bool:
-    """Whether no more frames fit into memory: the H.264 decoder calls that invalid data."""
+    """Whether no other frame fits into memory, which H.264's decoder reports as invalid data."""
     try:
         # No format has more than 8 bytes a pixel.
         np.empty((stream.height, stream.width, 8), dtype=np.uint8)
@@ -188,8 +184,7 @@ def _memory_is_short(stream: av.VideoStream) -> bool:
 
 
 def _upright(frame: Frame, turn: Orientation) -> Frame:
-    """With an odd size, reversed chroma is off by one luma pixel, as it is in FFmpeg's filters: a
-    plane of half the size has no place for half a chroma pixel."""
+    """Turn a frame. With an odd size, reversed chroma is off by one luma pixel, as in FFmpeg."""
     y, cb, cr = map(turn.apply, (frame.y, frame.cb, frame.cr))
     for plane in (y, cb, cr):
         plane.flags.writeable = False
@@ -197,10 +192,10 @@ def _upright(frame: Frame, turn: Orientation) -> Frame:
 
 
 def _turn(frame: av.VideoFrame) -> Orientation | None:
-    """What the frame's display matrix asks for, None if nothing.
+    """Return the orientation in the frame's display matrix, None if the frame is upright.
 
-    The matrix takes a coded column p and row q to the shown column a p + c q + x and row
-    b p + d q + y. It is stored as a b u c d v x y w, in 16.16 fixed point where it matters here.
+    The matrix maps the coded column p and row q to the shown column a p + c q + x and row
+    b p + d q + y. It is stored as a b u c d v x y w; a, b, c and d in 16.16 fixed point.
     """
     stored = frame.side_data.get("DISPLAYMATRIX")
     if stored is None:

@@ -6,6 +6,8 @@ import errno
 import math
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,87 +20,87 @@ from dist_train.errors import DecodeError, DistTrainError
 from dist_train.files import open_plain, reason_of
 from dist_train.system.advice import blame_machine
 
-VOLUME_SUFFIXES = {".npy", ".npz", ".tif", ".tiff"}
+_TIFF_SUFFIXES = {".tif", ".tiff"}
+VOLUME_SUFFIXES = {".npy", ".npz"} | _TIFF_SUFFIXES
 
-# Of errors that tell of the machine, those that a single file may be the cause of.
+# Errors of the machine that a single file may cause.
 OF_A_FILE = {errno.EACCES, errno.EPERM, errno.ENOMEM}
 
 
 def read_raw(path: Path, where: object, suffix: str | None = None) -> np.ndarray:
-    """The stack in ``.npy`` and ``.npz`` (with a single array) and ``.tif``, as its values lie
-    there: [D, H, W], or [D, H, W, 3 or 4] in colour.
+    """Return the stack in a TIFF, npy, or npz file of one array, with the values of the file.
+
+    Returns:
+        [D, H, W], or [D, H, W, 3 or 4] in colour.
 
     Raises:
-        DecodeError: naming the file and what is wrong with it.
+        DecodeError: the file cannot be read.
     """
-    suffix = path.suffix if suffix is None else suffix
+    suffix = (path.suffix if suffix is None else suffix).lower()
     try:
         with open_plain(path) as file:
-            if suffix.lower() in (".tif", ".tiff"):
+            if suffix in _TIFF_SUFFIXES:
                 return read_tiff(file, where)
-            return _as_stack(_load_numpy(file))
+            with _npy_inside(file) as (member, size):
+                return _as_stack(read_npy(member, size))
     except DistTrainError:
         raise
     except MemoryError:
         raise too_large(where) from None
-    except OSError as error:
+    # On damaged bytes the parsers raise anything: struct, zlib, zipfile, index and type errors.
+    except Exception as error:
         blame_machine(error, where, but=OF_A_FILE)
         raise DecodeError(f"cannot be read ({reason_of(error)})", where=where) from None
-    # On damaged bytes the parsers raise whatever they stumble over: struct, zlib, zipfile, index
-    # and type errors have all been seen.
-    except Exception as error:
-        raise DecodeError(f"cannot be read ({reason_of(error)})", where=where) from None
+
+
+def values_of(path: Path, suffix: str) -> tuple[np.dtype[Any] | None, int | None]:
+    """Return the type of a file's values by its header, and their depth by its metadata.
+
+    Raises what the parsers raise on damaged bytes.
+    """
+    with open_plain(path) as file:
+        if suffix in _TIFF_SUFFIXES:
+            return tiff_values(file)
+        with _npy_inside(file) as (member, _):
+            return _npy_header(member)[1], None
 
 
 def to_uint8_volume(array: np.ndarray, where: object, bits: int | None = None) -> Volume:
-    """Bring an array without a description, as of npy, to uint8 [D, H, W].
+    """Bring an array without metadata to uint8 [D, H, W].
 
-    A last axis of 3 or 4, of a picture or of more than three axes, is colour, and a last axis of 1
-    after three others is dropped. A single picture, [H, W] or [H, W, 3], is a volume of depth 1.
+    A last axis of 3 or 4 is colour in a single picture and in more than three axes; a last axis of
+    1 after three others is dropped. A picture is a volume of depth 1.
 
     Raises:
-        DecodeError: as ``to_grey``.
+        DecodeError: see ``to_grey``.
     """
-    return to_grey(_as_stack(array), where, bits)
+    try:
+        return to_grey(_as_stack(array), bits)
+    except DecodeError as error:
+        raise DecodeError(error.what, where=where, fix=error.fix) from None
 
 
-def too_large(where: object) -> DecodeError:
-    """What is said of a file, of any kind, that a decoder has not enough memory for."""
-    return DecodeError(
-        "takes more memory to decode than it may",
-        where=where,
-        fix="Cut it into shorter clips, or prepare anew with a larger --clip-memory.",
-    )
-
-
-def _as_stack(array: np.ndarray) -> np.ndarray:
-    if array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4)):
-        array = array[None]
-    return array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
-
-
-def to_grey(array: np.ndarray, where: object, bits: int | None) -> Volume:
+def to_grey(array: np.ndarray, bits: int | None) -> Volume:
     """Bring a stack, [D, H, W] or [D, H, W, 3 or 4] in colour, to uint8 [D, H, W].
 
-    uint8 is kept; of uint16 the 8 highest of ``bits`` bits are kept; bool becomes 0 and 255. RGB
-    becomes BT.601 luma.
+    uint8 is kept; uint16 keeps the 8 highest of ``bits`` bits; bool becomes 0 and 255; RGB becomes
+    BT.601 luma.
 
     Raises:
-        DecodeError: another dtype or shape, values beyond ``bits``, or uint16 where that is None.
+        DecodeError: the array has another dtype or shape, or is uint16 and ``bits`` is None or too
+            few.
     """
-    if array.dtype.newbyteorder("=") == np.uint16:
-        array = to_8_bits(array, bits, where)
+    if is_deep(array.dtype):
+        array = to_8_bits(array, bits)
     elif array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
     if array.dtype != np.uint8:
-        raise DecodeError(
-            f"holds {array.dtype} values", where=where, fix="Use uint8, uint16 or bool."
-        )
+        raise DecodeError(f"holds {array.dtype} values", fix="Use uint8, uint16 or bool.")
     if array.ndim == 4 and array.shape[-1] in (3, 4):
         weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)
         array = np.rint(array[..., :3] @ weights).astype(np.uint8)
     if array.ndim != 3 or 0 in array.shape:
-        raise DecodeError(f"has shape {list(array.shape)}, not [depth, height, width]", where=where)
+        raise DecodeError(f"has shape {list(array.shape)}, not [depth, height, width]")
     return np.ascontiguousarray(array)
 
 
@@ -107,50 +109,54 @@ def is_deep(dtype: np.dtype[Any] | None) -> bool:
     return dtype is not None and dtype.newbyteorder("=") == np.uint16
 
 
-def _load_numpy(file: IO[bytes]) -> np.ndarray:
+def too_large(where: object) -> DecodeError:
+    """The error for a file whose decoding ran out of memory."""
+    return DecodeError(
+        "takes more memory to decode than it may",
+        where=where,
+        fix="Cut it into shorter clips, or prepare anew with a larger --clip-memory.",
+    )
+
+
+def read_npy(file: IO[bytes], size: int) -> np.ndarray:
+    """Read the one array in a file of NumPy's format (NEP 1).
+
+    Memory is taken only after the header was compared with ``size``.
+
+    Args:
+        file: at its start, and able to go back there.
+        size: number of bytes in ``file``.
+    """
+    shape, dtype = _npy_header(file)
+    declared, held = math.prod(shape) * dtype.itemsize, size - file.tell()
+    # A second np.save to the same file would leave more.
+    if declared != held and not dtype.hasobject:
+        raise ValueError(f"declares {declared} bytes of values, holds {held}")
+    file.seek(0)
+    return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+
+
+def _as_stack(array: np.ndarray) -> np.ndarray:
+    if array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4)):
+        array = array[None]
+    return array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
+
+
+@contextmanager
+def _npy_inside(file: IO[bytes]) -> Iterator[tuple[IO[bytes], int]]:
+    """Give an npy file, or the only one in an npz archive, and its size in bytes."""
     is_zip = file.read(2) == b"PK"
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if not is_zip:
-        return read_npy(file, size)
+        yield file, size
+        return
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if len(members) != 1:
             raise ValueError(f"holds {len(members)} arrays, one is needed")
         with archive.open(members[0]) as member:
-            return read_npy(member, members[0].file_size)
-
-
-def values_of(path: Path, suffix: str) -> tuple[np.dtype[Any] | None, int | None]:
-    """Type of a file's values by its header, and their depth where metadata tell it.
-
-    Raises what the parsers raise on damaged bytes.
-    """
-    with open_plain(path) as file:
-        if suffix in (".tif", ".tiff"):
-            return tiff_values(file)
-        is_zip = file.read(2) == b"PK"
-        file.seek(0)
-        if not is_zip:
-            return _npy_header(file)[1], None
-        with zipfile.ZipFile(file) as archive, archive.open(archive.infolist()[0]) as member:
-            return _npy_header(member)[1], None
-
-
-def read_npy(file: IO[bytes], size: int) -> np.ndarray:
-    """The one array in a file of NumPy's format (NEP 1), refused before memory is taken for more.
-
-    Args:
-        file: at its start, and able to go back there.
-        size: bytes that ``file`` holds.
-    """
-    shape, dtype = _npy_header(file)
-    declared, held = math.prod(shape) * dtype.itemsize, size - file.tell()
-    # More, where it was saved to twice.
-    if declared != held and not dtype.hasobject:
-        raise ValueError(f"declares {declared} bytes of values, holds {held}")
-    file.seek(0)
-    return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+            yield member, members[0].file_size
 
 
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:

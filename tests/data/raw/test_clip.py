@@ -36,9 +36,9 @@ def test_pixels_of_this_version(
 
 
 def test_what_the_record_says() -> None:
-    _, facts = read_clip(GOLDEN / "outlined.mp4", "outlined.mp4", "here", CROPPED)
-    assert facts["frames_declared"] == 5
-    top, left, bottom, right = facts["box"]
+    _, record = read_clip(GOLDEN / "outlined.mp4", "outlined.mp4", "here", CROPPED)
+    assert record["frames_declared"] == 5
+    top, left, bottom, right = record["box"]
     # Drawn from (10, 14) to (44, 50), and moved by a pixel to the right in each of five frames.
     assert max(abs(top - 10), abs(left - 14), abs(bottom - 44), abs(right - 54)) <= 2
 

@@ -1,4 +1,4 @@
-"""Video that is cut, damaged, trimmed without encoding anew, or no video: told apart."""
+"""Videos that are cut, damaged, or trimmed by an edit list, and files in disguise."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def read(path: Path, **settings: str) -> tuple[np.ndarray, dict[str, object]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_cut_video_is_rejected(tmp_path: Path, kind: str) -> None:
     path = write_video(tmp_path / f"a.{kind.split(',')[0]}", FRAMES, **KINDS[kind])
-    whole, facts = read(path)
+    whole, record = read(path)
     assert len(whole) == 30
-    assert "frames_damaged" not in facts
+    assert "frames_damaged" not in record
     content = path.read_bytes()
     for part in (10, 25, 41, 50, 66, 83):
         path.write_bytes(content[: len(content) * part // 100])
@@ -64,7 +64,7 @@ def test_cut_video_is_rejected(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["mkv, frames out of order", "webm", "gif"])
 def test_the_last_bytes_are_missed(tmp_path: Path, kind: str) -> None:
-    """The frame that is coded last is not the one that is shown last, whose end is declared."""
+    """The frame coded last is not the one shown last, whose end is declared."""
     path = write_video(tmp_path / f"a.{kind.split(',')[0]}", FRAMES, **KINDS[kind])
     content = path.read_bytes()
     for fewer in (1, 100):
@@ -73,15 +73,19 @@ def test_the_last_bytes_are_missed(tmp_path: Path, kind: str) -> None:
             read(path)
 
 
-def with_noise(path: Path, packet: int, seed: int) -> None:
-    """Write random bytes into the middle of a coded frame."""
+def packet_of(path: Path, number: int) -> tuple[int, int]:
+    """The place and the size of a coded frame."""
     with av.open(str(path)) as container:
-        packets = [one for one in container.demux(video=0) if one.size]
-        at, size = packets[packet].pos, packets[packet].size
+        packet = [one for one in container.demux(video=0) if one.size][number]
+        return packet.pos, packet.size
+
+
+def with_noise(path: Path) -> None:
+    """Write random bytes into the middle of the ninth coded frame."""
+    at, size = packet_of(path, 8)
     content = bytearray(path.read_bytes())
-    content[at + size // 4 : at + 3 * size // 4] = np.random.default_rng(seed).bytes(
-        3 * size // 4 - size // 4
-    )
+    first, last = at + size // 4, at + 3 * size // 4
+    content[first:last] = np.random.default_rng(1).bytes(last - first)
     path.write_bytes(content)
 
 
@@ -98,22 +102,21 @@ def test_a_damaged_frame_is_seen(tmp_path: Path, kind: str) -> None:
     """The decoder guesses the rest of it, and others may build on it."""
     path = write_video(tmp_path / f"a.{kind.split(',')[0]}", NOISE, **DAMAGED[kind])
     whole, _ = read(path)
-    with_noise(path, 8, 1)
+    with_noise(path)
     with pytest.raises(DecodeError, match=r"[1-9] of 12 frames are damaged.*--damaged keep"):
         read(path)
-    clip, facts = read(path, damaged="keep")
-    assert facts["frames_damaged"] >= 1
+    clip, record = read(path, damaged="keep")
+    assert record["frames_damaged"] >= 1
     assert clip.shape == whole.shape
     assert (clip != whole).any(axis=(1, 2)).tolist()[:9] == [False] * 8 + [True]
 
 
 def test_one_wrong_bit_of_ffv1_is_seen(tmp_path: Path) -> None:
-    """Its checksum is wrong; the decoder says so, and marks no frame."""
+    """Its checksum is wrong; the decoder reports it, and marks no frame."""
     path = write_video(tmp_path / "a.mkv", NOISE, codec="ffv1", pix_fmt="gray")
-    with av.open(str(path)) as container:
-        packet = [one for one in container.demux(video=0) if one.size][8]
+    at, size = packet_of(path, 8)
     content = bytearray(path.read_bytes())
-    content[packet.pos + packet.size // 2] ^= 1
+    content[at + size // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(DecodeError, match="1 of 12 frames are damaged"):
         read(path)
@@ -122,7 +125,7 @@ def test_one_wrong_bit_of_ffv1_is_seen(tmp_path: Path) -> None:
 def test_damaged_frames_are_counted_and_told(tmp_path: Path) -> None:
     for name in ("a.mkv", "b.mkv"):
         write_video(tmp_path / name, NOISE, options={"bf": "0"})
-    with_noise(tmp_path / "b.mkv", 8, 1)
+    with_noise(tmp_path / "b.mkv")
     write_manifest(tmp_path / "t.csv", ["a.mkv", "b.mkv"])
     common = ("prepare", "--manifest", tmp_path / "t.csv", "--source", tmp_path, "--roi", "none")
     assert "kept" not in said(*common, "--out", tmp_path / "s", "--max-rejected", "50%")
@@ -151,27 +154,28 @@ def trimmed(source: Path, path: Path, first: int, last: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mov"])
-@pytest.mark.parametrize(("first", "last"), [(5, 30), (0, 11), (3, 14), (12, 29)])
-@pytest.mark.parametrize("frames_out_of_order", [False, True])
+@pytest.mark.parametrize(
+    ("first", "last", "suffix"), [(5, 30, "mov"), (0, 11, "mp4"), (12, 29, "mp4")]
+)
+@pytest.mark.parametrize("b_frames", ["0", "2"])
 def test_what_an_edit_list_hides_is_not_missed(
-    tmp_path: Path, suffix: str, first: int, last: int, frames_out_of_order: bool
+    tmp_path: Path, suffix: str, first: int, last: int, b_frames: str
 ) -> None:
-    options = {"g": "10", "qp": "0", "bf": "2" if frames_out_of_order else "0"}
+    options = {"g": "10", "qp": "0", "bf": b_frames}
     source = write_video(tmp_path / f"whole.{suffix}", FRAMES, options=options)
     whole, _ = read(source)
     path = trimmed(source, tmp_path / f"a.{suffix}", first, last)
     with av.open(str(path)) as container:
         shown = sum(1 for _ in container.decode(video=0))
     assert shown < 30
-    clip, facts = read(path)
-    assert facts["frames_declared"] == len(clip) == shown
-    # The first frame that is shown; a player shows, or not, one more at the rim.
+    clip, record = read(path)
+    assert record["frames_declared"] == len(clip) == shown
+    # Players differ by one frame at the rim.
     assert min(abs(shown - (last - first)), 2) < 2
     start = next(t for t in range(30) if (whole[t] == clip[0]).all())
     assert abs(start - first) < 2
     np.testing.assert_array_equal(clip, whole[start : start + shown])
-    # And what is cut from the file is missed as before.
+    # What is cut from the file is missed as before.
     content = path.read_bytes()
     if suffix == "mp4":
         with av.open(str(path)) as container:
@@ -185,15 +189,12 @@ def test_what_an_edit_list_hides_is_not_missed(
 IN_DISGUISE = {
     "a script of files": "ffconcat version 1.0\nfile b.mkv\n",
     "a playlist": "#EXTM3U\n#EXTINF:1,\nb.mkv\n#EXT-X-ENDLIST\n",
-    "a list of pictures": "b.mkv\n",
-    "descriptors": "ffconcat version 1.0\nfile /proc/self/fd/3\n",
     "a manifest": '<?xml version="1.0"?><MPD><BaseURL>b.mkv</BaseURL></MPD>',
-    "subtitles": "1\n00:00:00,000 --> 00:00:01,000\nb\n",
 }
 
 
 @pytest.mark.parametrize("kind", IN_DISGUISE)
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".gif", ".mpg"])
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
 def test_no_other_file_is_opened(tmp_path: Path, kind: str, suffix: str) -> None:
     write_video(tmp_path / "b.mkv", FRAMES[:2])
     path = tmp_path / f"a{suffix}"
@@ -213,7 +214,6 @@ def test_a_name_is_never_a_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_container_by_another_name(tmp_path: Path) -> None:
-    """Which container it is, its first bytes say; the name is often wrong."""
     path = write_video(tmp_path / "a.mkv", FRAMES[:3]).rename(tmp_path / "a.mp4")
     assert len(list(Video(path))) == 3
 
@@ -234,14 +234,10 @@ def of_two_streams(path: Path, *, cover: bool) -> None:
             output.mux(stream.encode())
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
-def test_two_videos_in_one_file(tmp_path: Path, suffix: str) -> None:
-    of_two_streams(path := tmp_path / f"a.{suffix}", cover=False)
+def test_two_videos_in_one_file(tmp_path: Path) -> None:
+    """A cover is no video."""
+    of_two_streams(path := tmp_path / "a.mp4", cover=False)
     with pytest.raises(DecodeError, match="holds 2 video streams"):
         read(path)
-
-
-def test_a_cover_is_no_video(tmp_path: Path) -> None:
-    of_two_streams(path := tmp_path / "a.mp4", cover=True)
-    clip, _ = read(path)
-    assert len(clip) == 4
+    of_two_streams(path, cover=True)
+    assert len(read(path)[0]) == 4

@@ -1,14 +1,9 @@
-"""Damaged and hostile files through `prepare`: each is stored or rejected, in bounded time
-and memory, and the run goes on."""
+"""Damaged files through `prepare`: each is stored or rejected, in bounded time and memory."""
 
 from __future__ import annotations
 
-import io
-import struct
 import subprocess
 import time
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,18 +47,12 @@ def sound_files(folder: Path) -> list[Path]:
     return files + [folder / name for name in ("v.npy", "v.npz", "v.tif", "z.tif", "w.tif")]
 
 
-# What is done to them.
-
-
 def flip_bits(content: bytes, rng: np.random.Generator) -> bytes:
+    """In the header, or anywhere."""
     damaged = bytearray(content)
-    for place in rng.integers(0, len(content), rng.integers(1, 9)):
+    for place in rng.integers(0, rng.choice([256, len(content)]), rng.integers(1, 9)):
         damaged[place] ^= 1 << rng.integers(8)
     return bytes(damaged)
-
-
-def flip_early_bits(content: bytes, rng: np.random.Generator) -> bytes:
-    return flip_bits(content[:256], rng) + content[256:]
 
 
 def truncate(content: bytes, rng: np.random.Generator) -> bytes:
@@ -82,87 +71,16 @@ def repeat_a_part(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def huge_numbers(content: bytes, rng: np.random.Generator) -> bytes:
-    """Fields of 16 and 32 bits with all that they can say, in either byte order."""
+    """Write large numbers into fields of 16 and 32 bits of the header."""
     damaged = bytearray(content)
     for _ in range(int(rng.integers(1, 4))):
-        width = int(rng.choice([2, 4]))
-        start = int(rng.integers(0, max(1, min(len(content), 800) - width)))
-        number = int(rng.choice([0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 0x10000])) & (2 ** (8 * width) - 1)
-        damaged[start : start + width] = number.to_bytes(width, rng.choice(["little", "big"]))
+        number = rng.choice([b"\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\1\0"])
+        start = int(rng.integers(0, min(len(content), 800) - len(number)))
+        damaged[start : start + len(number)] = number
     return bytes(damaged)
 
 
-CHANGES: tuple[Change, ...] = (
-    flip_bits,
-    flip_early_bits,
-    truncate,
-    overwrite,
-    repeat_a_part,
-    huge_numbers,
-)
-
-
-def hostile_files() -> dict[str, bytes]:
-    """Small files that ask for much."""
-    bomb = io.BytesIO()
-    with (
-        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("a.npy", "w", force_zip64=True) as member,
-    ):
-        np.lib.format.write_array_header_1_0(
-            member, {"descr": "|u1", "fortran_order": False, "shape": (4096, 1024, 1024)}
-        )
-        for _ in range(1024):
-            member.write(bytes(1 << 20))
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": "|u1", "fortran_order": False, "shape": (65535, 65535, 65535)}
-    )
-    objects = io.BytesIO()
-    np.save(objects, np.array([print], dtype=object), allow_pickle=True)
-    return {
-        "bomb.npz": bomb.getvalue(),
-        "huge.npy": header.getvalue() + bytes(1000),
-        "pickle.npy": objects.getvalue(),
-        "huge.tif": huge_tiff(),
-        "huge.gif": b"GIF89a"
-        + struct.pack("<HHBBB", 65535, 65535, 0x80, 0, 0)
-        + bytes(6)
-        + b","
-        + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0)
-        + b"\x02\x02\x4c\x01\x00;",
-        "huge.avi": huge_avi(),
-        "empty.mp4": b"",
-        "playlist.mp4": b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n",
-        "concat.avi": b"ffconcat version 1.0\nfile /etc/passwd\n",
-    }
-
-
-def huge_tiff() -> bytes:
-    """65,535 x 65,535 pixels in one strip of a few compressed zeros."""
-    strip = zlib.compress(bytes(1 << 20))
-    tags = [
-        (256, 4, 65535), (257, 4, 65535), (258, 3, 8), (259, 3, 8), (262, 3, 1),
-        (273, 4, 8 + 2 + 9 * 12 + 4), (277, 3, 1), (278, 4, 65535), (279, 4, len(strip)),
-    ]  # fmt: skip
-    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
-    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + strip
-
-
-def huge_avi() -> bytes:
-    """A raw video whose header declares frames of 65,535 x 65,535."""
-    stream = struct.pack("<4s4sIHHIIIIIIIIHHHH", b"vids", b"DIB ", 0, 0, 0, 0, 1, 20, 0, 100,
-                         0, 0, 0, 0, 0, 65535, 65535)  # fmt: skip
-    bitmap = struct.pack("<IiiHHIIiiII", 40, 65535, 65535, 1, 24, 0, 0, 0, 0, 0, 0)
-    main = struct.pack("<14I", 50000, 0, 0, 0x10, 100, 0, 1, 0, 65535, 65535, 0, 0, 0, 0)
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return name + struct.pack("<I", len(content)) + content
-
-    streams = chunk(b"LIST", b"strl" + chunk(b"strh", stream) + chunk(b"strf", bitmap))
-    headers = chunk(b"LIST", b"hdrl" + chunk(b"avih", main) + streams)
-    movie = chunk(b"LIST", b"movi" + chunk(b"00db", bytes(4096)))
-    return chunk(b"RIFF", b"AVI " + headers + movie)
+CHANGES = (flip_bits, truncate, overwrite, repeat_a_part, huge_numbers)
 
 
 @pytest.mark.slow
@@ -172,12 +90,9 @@ def test_mutated_files(tmp_path: Path, files: int) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     rng = np.random.default_rng(11)
-    hostile = hostile_files()
-    for name, content in hostile.items():
-        (raw / name).write_bytes(content)
     sound = sound_files(tmp_path / "sound")
-    names = list(hostile)
-    for number in range(files - len(hostile)):
+    names: list[str] = []
+    for number in range(files):
         path = sound[number % len(sound)]
         change = CHANGES[number // len(sound) % len(CHANGES)]
         names.append(f"m{number:04d}-{change.__name__}{path.suffix}")
@@ -198,7 +113,6 @@ def test_mutated_files(tmp_path: Path, files: int) -> None:
     rejected = pd.read_csv(store / REJECTED, dtype=str, keep_default_na=False)
     stored = Store(store).table
     assert sorted([*rejected["file"], *stored["filename"]]) == sorted(names)
-    assert set(hostile) <= set(rejected["file"])
     assert (rejected["reason"].str.len() > 10).all()
     # Some survive a flipped bit, and most do not survive a lost end.
     assert 0.1 * files < len(rejected) < 0.95 * files

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -45,41 +47,46 @@ OPTIONS = {
 }
 
 
-def coded(pix_fmt: str, pictures: np.ndarray) -> list[av.VideoFrame]:
-    """Frames of these grey levels, uint8 [D, H, W], without a conversion by FFmpeg."""
-    frames = []
-    for picture in pictures:
-        height, width = picture.shape
-        frame = av.VideoFrame(width, height, pix_fmt)
-        components = frame.format.components
-        bits = components[0].bits
-        values = picture.astype(np.uint16)
-        # Filled up by their own highest bits, as the whole range needs it.
-        values = values if bits == 8 else (values << (bits - 8)) | (values >> (16 - bits))
-        dtype = "<u2" if bits > 8 else np.uint8
-        for number, plane in enumerate(frame.planes):
-            repeats = sum(component.plane == number for component in components)
-            repeats = 4 if pix_fmt == "bgr0" else repeats
-            row = np.repeat(values, repeats, axis=1).astype(dtype)
-            rows = np.zeros((height, plane.line_size), np.uint8)
-            rows[:, : row.shape[1] * row.itemsize] = row.view(np.uint8)
-            plane.update(rows.tobytes())
-        frames.append(frame)
-    return frames
+def frame_of(pix_fmt: str, planes: Sequence[np.ndarray], colour_range: int) -> av.VideoFrame:
+    """A frame of coded values, [H, W * samples] for each plane, without conversion by FFmpeg."""
+    height, width = planes[0].shape
+    samples = sum(c.plane == 0 for c in av.VideoFormat(pix_fmt, 16, 16).components)
+    frame = av.VideoFrame(width // (4 if pix_fmt == "bgr0" else samples), height, pix_fmt)
+    frame.color_range = colour_range
+    dtype = np.dtype("<u2" if frame.format.components[0].bits > 8 else np.uint8)
+    for plane, values in zip(frame.planes, planes, strict=True):
+        rows = np.zeros((plane.height, plane.line_size // dtype.itemsize), dtype)
+        rows[:, : values.shape[1]] = values
+        plane.update(rows.tobytes())
+    return frame
 
 
-def write(
-    path: Path, codec: str, pix_fmt: str, pictures: np.ndarray, colour_range: int, **how: str
-) -> None:
+def grey_frame(pix_fmt: str, picture: np.ndarray, colour_range: int) -> av.VideoFrame:
+    """Equal values of all samples, filled up with their own highest bits, as full range needs."""
+    components = av.VideoFormat(pix_fmt, 16, 16).components
+    bits = components[0].bits
+    values = picture.astype(np.uint16)
+    values = values if bits == 8 else (values << (bits - 8)) | (values >> (16 - bits))
+    samples = Counter(component.plane for component in components)
+    samples = Counter({0: 4}) if pix_fmt == "bgr0" else samples
+    planes = [np.repeat(values, samples[plane], axis=1) for plane in sorted(samples)]
+    return frame_of(pix_fmt, planes, colour_range)
+
+
+def write(path: Path, codec: str, frames: Sequence[av.VideoFrame], **how: str) -> Path:
     with av.open(str(path), "w", options=how) as output:
         stream = output.add_stream(codec, rate=20, options=OPTIONS.get(codec, {}))
-        stream.height, stream.width = pictures.shape[1:]
-        stream.pix_fmt = pix_fmt
-        stream.codec_context.color_range = colour_range
-        for frame in coded(pix_fmt, pictures):
-            frame.color_range = colour_range
+        stream.height, stream.width = frames[0].height, frames[0].width
+        stream.pix_fmt = frames[0].format.name
+        stream.codec_context.color_range = frames[0].color_range
+        for frame in frames:
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
+    return path
+
+
+def luma_of(path: Path) -> np.ndarray:
+    return np.stack([frame.luma for frame in Video(path)])
 
 
 # Odd and even sizes, for what is split in halves, and no two pictures alike.
@@ -101,39 +108,25 @@ def test_every_level_is_kept(tmp_path: Path, codec: str) -> None:
         pictures = np.tile(pictures, (1, 4, 4))
     for pix_fmt in formats:
         for colour_range in ranges:
-            path = tmp_path / f"{pix_fmt}{colour_range}.{suffix}"
-            write(path, name, pix_fmt, pictures, colour_range)
-            luma = np.stack([frame.luma for frame in Video(path)])
+            frames = [grey_frame(pix_fmt, picture, colour_range) for picture in pictures]
+            luma = luma_of(write(tmp_path / f"{pix_fmt}{colour_range}.{suffix}", name, frames))
             np.testing.assert_array_equal(luma, pictures, err_msg=f"{pix_fmt} {colour_range}")
 
 
 @pytest.mark.parametrize("pix_fmt", ["yuv444p", "yuv422p", "yuv420p10le", "yuv444p12le"])
 @pytest.mark.parametrize("colour_range", [LIMITED, FULL])
 def test_luma_of_other_chroma_and_depth(tmp_path: Path, pix_fmt: str, colour_range: int) -> None:
-    """Luma is stretched from what is coded, in one rounding; 10 bits of limited range hold all."""
-    path = tmp_path / "a.mkv"
+    """Luma is stretched from the coded values, in one rounding; 10 bits of limited range hold all
+    levels."""
     levels = PICTURES[:, :16, :16].astype(int)
     bits = av.VideoFormat(pix_fmt, 16, 16).components[0].bits
     black, white = (16, 235) if colour_range == LIMITED else (0, 255 + (1 - 2.0 ** (8 - bits)))
     unit = 1 << (bits - 8)
     codes = np.rint(unit * (black + levels * ((white - black) / 255))).astype(np.uint16)
     shown = np.rint((codes / unit - black) * (255 / (white - black)))
-    with av.open(str(path), "w") as output:
-        stream = output.add_stream("ffv1", rate=20)
-        stream.height, stream.width, stream.pix_fmt = 16, 16, pix_fmt
-        stream.codec_context.color_range = colour_range
-        for picture in codes:
-            frame = av.VideoFrame(16, 16, pix_fmt)
-            frame.color_range = colour_range
-            for number, plane in enumerate(frame.planes):
-                rows = np.zeros((plane.height, plane.line_size), np.uint8)
-                values = np.full((plane.height, plane.width), 128 * unit) if number else picture
-                row = values.astype(np.uint8 if bits == 8 else "<u2").view(np.uint8)
-                rows[:, : row.shape[1]] = row
-                plane.update(rows.tobytes())
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode())
-    luma = np.stack([frame.luma for frame in Video(path)])
+    chroma = np.full((8 if "420" in pix_fmt else 16, 16 if "444" in pix_fmt else 8), 128 * unit)
+    frames = [frame_of(pix_fmt, [code, chroma, chroma], colour_range) for code in codes]
+    luma = luma_of(write(tmp_path / "a.mkv", "ffv1", frames))
     np.testing.assert_array_equal(luma, shown)
     if bits > 8 or colour_range == FULL:
         np.testing.assert_array_equal(luma, levels)
@@ -142,37 +135,25 @@ def test_luma_of_other_chroma_and_depth(tmp_path: Path, pix_fmt: str, colour_ran
 @pytest.mark.parametrize("pix_fmt", ["bgr24", "bgra"])
 def test_rows_that_lie_from_the_last_to_the_first(tmp_path: Path, pix_fmt: str) -> None:
     """AVI without compression, as Windows programs write it."""
-    path = tmp_path / "a.avi"
-    write(path, "rawvideo", pix_fmt, PICTURES[:, ::-1], FULL, flipped_raw_rgb="1")
+    frames = [grey_frame(pix_fmt, picture[::-1], FULL) for picture in PICTURES]
+    path = write(tmp_path / "a.avi", "rawvideo", frames, flipped_raw_rgb="1")
     with av.open(str(path)) as container:
         assert next(container.decode(video=0)).planes[0].line_size < 0
-    np.testing.assert_array_equal(np.stack([frame.luma for frame in Video(path)]), PICTURES)
+    np.testing.assert_array_equal(luma_of(path), PICTURES)
 
 
 def test_packed_luma_of_ten_bits_is_stretched_in_one_rounding(tmp_path: Path) -> None:
-    codes = np.arange(64, 64 + 28 * 32, dtype="<u2").reshape(28, 32)
-    frame = av.VideoFrame(32, 28, "yuv444p10le")
-    for number, plane in enumerate(frame.planes):
-        rows = np.full((28, plane.line_size // 2), 512, "<u2")
-        rows[:, :32] = rows[:, :32] if number else codes
-        plane.update(rows.tobytes())
-    with av.open(str(tmp_path / "a.mov"), "w") as output:
-        stream = output.add_stream("v410", rate=20)
-        stream.height, stream.width, stream.pix_fmt = 28, 32, "yuv444p10le"
-        output.mux(stream.encode(frame))
-        output.mux(stream.encode())
-    (read,) = Video(tmp_path / "a.mov")
+    codes = np.arange(64, 64 + 28 * 32).reshape(28, 32)
+    chroma = np.full((28, 32), 512)
+    frame = frame_of("yuv444p10le", [codes, chroma, chroma], LIMITED)
     expected = np.rint((codes.astype(float) - 64) * 255 / 876).clip(0, 255)
-    np.testing.assert_array_equal(read.luma, expected)
+    luma = luma_of(write(tmp_path / "a.mov", "v410", [frame]))
+    np.testing.assert_array_equal(luma, expected[None])
 
 
 def test_floating_point_is_refused(tmp_path: Path) -> None:
     frame = av.VideoFrame(32, 16, "grayf32le")
     frame.planes[0].update(np.ones(frame.planes[0].buffer_size // 4, "<f4").tobytes())
-    with av.open(str(tmp_path / "a.mov"), "w") as output:
-        stream = output.add_stream("exr", rate=20)
-        stream.height, stream.width, stream.pix_fmt = 16, 32, "grayf32le"
-        output.mux(stream.encode(frame))
-        output.mux(stream.encode())
+    path = write(tmp_path / "a.mov", "exr", [frame])
     with pytest.raises(DecodeError, match=r"floating-point values \(grayf32le\)"):
-        list(Video(tmp_path / "a.mov"))
+        list(Video(path))

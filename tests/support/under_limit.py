@@ -1,0 +1,48 @@
+"""A raw file that is read by a process with little memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from helpers import ROOT, environment
+
+# Reads a file under a limit of memory, and prints what was said and how much was taken (MiB).
+UNDER_LIMIT = """
+import resource, sys
+import av.subtitles.stream
+from pathlib import Path
+from dist_train.data.raw.video import Video
+from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, read_raw
+from dist_train.errors import DecodeError
+
+def taken(kind):
+    return int(Path("/proc/self/status").read_text().split(kind + ":")[1].split()[0]) << 10
+
+path, before = Path(sys.argv[1]), taken("VmHWM")
+limit = taken("VmData") + (int(sys.argv[2]) << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+try:
+    if path.suffix in VOLUME_SUFFIXES:
+        read_raw(path, path)
+    else:
+        print(sum(1 for _ in Video(path)))
+except DecodeError as error:
+    print(error)
+print(taken("VmHWM") - before >> 20)
+"""
+
+
+def read_under_limit(path: Path, limit: int) -> tuple[str, int]:
+    """What reading says in a process that may take ``limit`` MiB more, and how many it took."""
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER_LIMIT, str(path), str(limit)],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    said, took = done.stdout.splitlines()
+    return said, int(took)
