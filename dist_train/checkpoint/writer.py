@@ -26,7 +26,8 @@ from dist_train.checkpoint.format import MARKER, by_step, rank_file, read_marker
 from dist_train.checkpoint.retention import Metrics, RetentionPolicy, to_remove
 from dist_train.checkpoint.superseded import set_aside
 from dist_train.checkpoint.tensor_file import write_tensors
-from dist_train.distributed.collectives import Group, OfSomeRankError, run_on_all_ranks
+from dist_train.distributed.collectives import OfSomeRankError, run_on_all_ranks
+from dist_train.distributed.process_group import ProcessGroup
 from dist_train.errors import CheckpointError
 from dist_train.files import PARTIAL, aside_for, sealed, sync_folder, write_whole
 
@@ -59,7 +60,7 @@ class CheckpointWriter:
         spared: steps of checkpoints of other runs, which stay too.
     """
 
-    def __init__(self, folder: Path, group: Group, *, keep: RetentionPolicy) -> None:
+    def __init__(self, folder: Path, group: ProcessGroup, *, keep: RetentionPolicy) -> None:
         self._folder, self._group, self._keep = folder, group, keep
         self._buffers = HostBuffers()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
