@@ -1,8 +1,4 @@
-"""One process's backend: arithmetic, state by name, and what it refuses.
-
-Accelerate keeps one state a process, so backends of other settings are started by launchers, in
-tests/distributed.
-"""
+"""One process's backend: arithmetic, state by name, and what it refuses."""
 
 from __future__ import annotations
 
@@ -24,23 +20,21 @@ FP32 = TrainSettings(precision="fp32")
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(1)
+        nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1)
     )
 
 
-def built() -> nn.Module:
-    model = network()
-    model(torch.zeros(2, 1, 4, 4, 4))
-    return model
+def made() -> Backend:
+    backend = make_backend(FP32, clip_norm=0.5)
+    backend.wrap(network(), lambda model: make_optimizer(model, OptimSettings(lr=0.1)))
+    return backend
 
 
 @pytest.fixture
 def backend() -> Iterator[Backend]:
-    made = make_backend(FP32, clip_norm=0.5)
-    model = built()
-    made.wrap(model, lambda m: make_optimizer(m, OptimSettings(lr=0.1)))
-    yield made
-    made.close()
+    backend = made()
+    yield backend
+    backend.close()
 
 
 def step(backend: Backend, seed: int) -> float:
@@ -50,15 +44,9 @@ def step(backend: Backend, seed: int) -> float:
     return backend.update()
 
 
-def test_alone_it_is_rank_0_of_1(backend: Backend) -> None:
-    assert (backend.rank, backend.world, backend.is_main) == (0, 1, True)
-    assert backend.gather("x") == ["x"]
-    assert backend.sums([3.0]) == [3.0]
-
-
 def test_the_norm_is_that_before_clipping_and_the_step_that_after(backend: Backend) -> None:
     """Against torch's own AdamW and clipping."""
-    twin = built()
+    twin = network()
     optimizer = make_optimizer(twin, OptimSettings(lr=0.1))
     inputs = torch.randn(4, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     twin(inputs).square().mean().backward()
@@ -103,9 +91,7 @@ def test_a_restored_state_goes_on_bit_for_bit(backend: Backend) -> None:
     norms = [step(backend, seed) for seed in range(3, 6)]
     straight = copied(backend)
 
-    model = built()
-    other = make_backend(FP32, clip_norm=0.5)
-    other.wrap(model, lambda m: make_optimizer(m, OptimSettings(lr=0.1)))
+    other = made()
     other.load_state(state, updates=3)
     assert [step(other, seed) for seed in range(3, 6)] == norms
     resumed = copied(other)

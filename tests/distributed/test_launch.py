@@ -1,7 +1,6 @@
-"""Several processes on CPUs, over gloo: started by ``accelerate launch``, as a user starts them;
-what they make of each other, and of settings that do not fit.
+"""Several processes on CPUs, over gloo, by ``accelerate launch``; and settings that do not fit.
 
-What the backends compute is tested in test_same_numbers.py and test_resume_exactly.py.
+test_same_numbers.py and test_resume_exactly.py test what the backends compute.
 """
 
 from __future__ import annotations
@@ -9,10 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -89,7 +85,7 @@ def test_two_processes_equal_one_that_accumulates_two_micro_batches(
     """The same micro-batches, each with its own BatchNorm statistics, and gradients averaged.
 
     Not so for the running statistics, which follow rank 0 alone on two processes, nor, therefore,
-    for the val figures.
+    for the val metrics.
     """
     train(tiny_config(store, tmp_path, *STEADY, "train.accumulate=2"))
     assert losses_of(tmp_path) == pytest.approx(losses_of(ddp), rel=1e-5)
@@ -100,44 +96,23 @@ def test_two_processes_equal_one_that_accumulates_two_micro_batches(
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_writing_of_a_checkpoint(ddp: Path) -> None:
+def test_two_processes_share_a_checkpoint_of_the_logits_of_both(ddp: Path) -> None:
+    """Step 16 is the 4th of its epoch: 4 steps of 8 clips, 2 of them positive."""
     assert sessions_of(ddp) == [("ddp", 2, None)]
-    tensors, marker = load_checkpoint(ddp / "checkpoints" / "step-18")
+    tensors, marker = load_checkpoint(ddp / "checkpoints" / "step-16")
     first, second = marker["files"]
     assert 0.5 < first["size"] / second["size"] < 2
-    assert "epoch/logits" in tensors
-
-
-@pytest.mark.slow
-def test_logits_of_both_processes_are_in_the_checkpoint_of_mid_epoch(ddp: Path) -> None:
-    """Step 16 is the 4th of its epoch: 4 steps of 8 clips, 2 of them positive."""
-    tensors, _ = load_checkpoint(ddp / "checkpoints" / "step-16")
     assert tensors["epoch/logits"].shape == (32,)
     assert tensors["epoch/labels"].sum() == 8
 
 
-Facts = Callable[[str], dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def facts_of(launcher: Launcher) -> Facts:
-    """What probe.py says of a backend."""
-
-    @cache
-    def facts_of(backend: str) -> dict[str, Any]:
-        said = launcher.program(2, [PROBE, backend]).well().said(0)
-        (line,) = [line for line in said.splitlines() if line.startswith("FACTS ")]
-        facts: dict[str, Any] = json.loads(line.removeprefix("FACTS "))
-        return facts
-
-    return facts_of
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bf16_is_autocast_and_not_a_cast(facts_of: Facts, backend: str) -> None:
-    facts = facts_of(backend)
-    assert facts["computed"] == ["torch.bfloat16"]
-    assert facts["state"] == ["torch.float32", "torch.int64"]
+def test_bf16_is_autocast_and_not_a_cast(launcher: Launcher, backend: str) -> None:
+    said = launcher.program(2, [PROBE, backend]).well().said(0)
+    (line,) = [line for line in said.splitlines() if line.startswith("DTYPES ")]
+    dtypes = json.loads(line.removeprefix("DTYPES "))
+    assert dtypes["computed"] == ["torch.bfloat16"]
+    assert dtypes["state"] == ["torch.float32", "torch.int64"]
 
 
 @pytest.mark.slow

@@ -25,8 +25,6 @@ from launcher import Launcher
 from safetensors.torch import load_file
 
 from dist_train.checkpoint.format import load_checkpoint
-from dist_train.evaluation.export import export_run
-from dist_train.run.model import make_model
 from dist_train.training.train import train
 
 pytestmark = pytest.mark.slow
@@ -271,23 +269,3 @@ def test_one_process_takes_over_from_four(
     out = cut(made(launch), tmp_path / "run", after=HANDED_OVER_AT)
     train(golden_config(golden, out), resume="auto")
     assert_goes_on(out, made(launch))
-
-
-def test_export_of_a_checkpoint_under_zero_3(
-    golden: Path, one: dict[int, Path], made: Made, tmp_path: Path
-) -> None:
-    """Its weights were spread over several processes."""
-    (zero3,) = [launch for launch in COVERING if launch.backend == "zero3"]
-    shutil.copytree(made(zero3), tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "snapshots")
-    assert export_run(tmp_path / "run", tmp_path / "file")["from"] == "checkpoint"
-    assert export_run(one[zero3.accumulate], tmp_path / "one", step=STEPS)["from"] == "snapshot"
-    generator = torch.Generator().manual_seed(0)
-    clips = torch.rand(3, 1, 9, 16, 16, generator=generator), torch.tensor([9, 4, 1])
-    logits = []
-    for file in ("file", "one"):
-        model = make_model(golden_config(golden, tmp_path))
-        model.load_state_dict(load_file(tmp_path / file))
-        with torch.no_grad():
-            logits.append(model.eval()(*clips))
-    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
