@@ -15,11 +15,10 @@ from rich.console import Console
 from dist_train.distributed.hardware import cudnn_version
 from dist_train.distributed.process_group import ProcessGroup, process_group
 from dist_train.doctor import links
-from dist_train.doctor.cpus import check_cpus
 from dist_train.doctor.devices import check_devices
 from dist_train.doctor.disk import check_disk
 from dist_train.doctor.finding import Finding, table
-from dist_train.doctor.limits import check_limits
+from dist_train.doctor.limits import check_cpus, check_limits
 from dist_train.doctor.versions import check_versions, judge_pair
 from dist_train.system.cgroup import usable_cpus
 

@@ -1,4 +1,4 @@
-"""Check the limits of a process: open files, shared memory, locked memory, processes."""
+"""Check the limits of a process: CPUs, open files, shared and locked memory, processes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,23 @@ from dist_train.doctor.finding import Finding, graded
 from dist_train.system.cgroup import group_values
 
 INFINIBAND = Path("/sys/class/infiniband")
+
+
+def check_cpus(cpus: float, processes: int, threads: int) -> Finding:
+    """Compare the usable CPUs of this machine with its training processes and their threads.
+
+    Args:
+        processes: processes of the launch on this machine.
+        threads: threads of each process (torch.get_num_threads()).
+    """
+    found = f"{cpus:g} for {processes} processes x {threads} threads"
+    if cpus < processes:
+        fix = f"Start at most {max(1, int(cpus))} processes here, or give them more CPUs."
+        return Finding("CPUs", "warn", found, fix)
+    if processes * threads > cpus:
+        fix = f"Set OMP_NUM_THREADS={int(cpus) // processes} before the launch."
+        return Finding("CPUs", "warn", found, fix)
+    return Finding("CPUs", "ok", found)
 
 
 def check_limits(shared_memory: Path = Path("/dev/shm")) -> Iterator[Finding]:

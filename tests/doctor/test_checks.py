@@ -17,12 +17,11 @@ from helpers import environment
 from rich.console import Console
 from thread_group import Threads, on_each_rank
 
-from dist_train.doctor.cpus import check_cpus
 from dist_train.doctor.devices import check_devices, judge_absence, judge_device
 from dist_train.doctor.disk import check_disk
 from dist_train.doctor.examine import joined
 from dist_train.doctor.finding import Finding, table
-from dist_train.doctor.limits import check_limits
+from dist_train.doctor.limits import check_cpus, check_limits
 from dist_train.doctor.links import (
     Rate,
     check_shared,

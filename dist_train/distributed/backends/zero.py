@@ -80,6 +80,10 @@ class ZeroBackend(Backend):
         # ZeRO keeps parameters as views of one flat buffer, and broadcasts their bytes.
         model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.module = model.to(self.device)
+        # Imported late, as DeepSpeed picks its device at its first import.
+        from deepspeed import utils
+
+        self._utils: Any = utils
         # Stage 3 leaves parameters without a shape.
         self._shapes = {name: p.shape for name, p in model.named_parameters()}
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
@@ -130,7 +134,7 @@ class ZeroBackend(Backend):
         return mine.detach()
 
     def _partition_all(self) -> None:
-        """Drop the gathered copies of weights under stage 3, which new values would not change."""
+        """Drop the gathered copies of weights under stage 3: new shards do not change them."""
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
         parameters: list[Any] = list(self.module.parameters())
@@ -147,9 +151,7 @@ class ZeroBackend(Backend):
     def _full_weight(self, parameter: nn.Parameter) -> Tensor:
         if self.stage < 3:
             return parameter
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        full: Tensor = safe_get_full_fp32_param(parameter)
+        full: Tensor = self._utils.safe_get_full_fp32_param(parameter)
         return full
 
     def _full_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -160,9 +162,7 @@ class ZeroBackend(Backend):
             yield name, tensor if shape is None else tensor.view(shape)
 
     def _full_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        full: Tensor = safe_get_full_optimizer_state(parameter, moment)
+        full: Tensor = self._utils.safe_get_full_optimizer_state(parameter, moment)
         return full
 
     def _load(self, state: Mapping[str, Tensor], updates: int) -> None:
@@ -190,24 +190,19 @@ class ZeroBackend(Backend):
             self.local_tensors_changed()
 
     def _set_master(self, parameter: Any, full: Tensor, moment: str | None) -> None:
-        """Put this rank's shard of a weight, or of its moment, into its float32 partition."""
-        from deepspeed.utils import set_full_hp_param
-
+        """Copy this rank's shard of a weight, or of its moment, to its float32 partition."""
         if self.stage < 3:
-            set_full_hp_param(parameter, full, moment)
-            return
-        # DeepSpeed's own function for full tensors forgets the padding (seen in 0.19.8).
-        self.model.optimizer.set_local_hp_param(self._slice(full), parameter, moment)
+            self._utils.set_full_hp_param(parameter, full, moment)
+        else:
+            # DeepSpeed's own function for full tensors forgets the padding (seen in 0.19.8).
+            self.model.optimizer.set_local_hp_param(self._slice(full), parameter, moment)
 
     def _partitions(self) -> list[Tensor]:
         """The flat float32 tensors that this rank's optimizer steps."""
-        zero = self.model.optimizer
-        flat = (
-            zero.fp32_partitioned_groups_flat
-            if self.stage == 3
-            else zero.single_partition_of_fp32_groups
+        name = (
+            "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
         )
-        return list(flat)
+        return list(getattr(self.model.optimizer, name))
 
     def _link_moments(self) -> None:
         """Let DeepSpeed find each parameter's moments in its flat partitions.
@@ -215,8 +210,6 @@ class ZeroBackend(Backend):
         DeepSpeed does so once, after the step of the first parameter group, when the moments of the
         other groups do not exist yet (seen in 0.19.8).
         """
-        from deepspeed.utils import lazy_init_hp_params_optimizer_state
-
-        zero = self.model.optimizer
+        zero, link = self.model.optimizer, self._utils.lazy_init_hp_params_optimizer_state
         for parameters, partition in zip(zero.bit16_groups, self._partitions(), strict=True):
-            lazy_init_hp_params_optimizer_state(parameters, partition, zero.optimizer.state)
+            link(parameters, partition, zero.optimizer.state)
