@@ -7,6 +7,7 @@ however the tensors are spread over the ranks.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -148,19 +149,26 @@ class Backend(ProcessGroup, ABC):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss that is already divided by the number of micro-batches."""
 
-    @abstractmethod
     def update(self) -> float:
         """Clip, step and clear the gradients, after the last micro-batch.
 
-        A norm that is not finite may spoil the weights.
+        A norm that is not finite may spoil the weights under ZeRO, and nowhere else.
 
         Returns:
             The global gradient norm before clipping.
         """
+        limit = math.inf if self.clip_norm is None else self.clip_norm
+        clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        norm = float(self._gathered(clipped))
+        # fp16's scaler skips a step that is not finite itself, and lowers its scale.
+        if self.accelerator.scaler is not None or norm < math.inf:
+            self.optimizer.step()
+        self.drop_gradients()
+        return norm
 
-    @abstractmethod
     def drop_gradients(self) -> None:
         """Clear the gradients without a step."""
+        self.module.zero_grad(set_to_none=True)
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the coming step, before its first micro-batch."""

@@ -49,19 +49,9 @@ class DdpBackend(Backend):
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def update(self) -> float:
-        """A norm that is not finite leaves the weights as they are."""
-        limit = float("inf") if self.clip_norm is None else self.clip_norm
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
-        # fp16's scaler skips such a step itself, and lowers its scale.
-        if self.accelerator.scaler is not None or norm < float("inf"):
-            self.optimizer.step()
-        self.drop_gradients()
-        return norm
-
     def drop_gradients(self) -> None:
         # CUDA graphs add to gradients at fixed addresses.
         if self.settings.graphs:
             zero_gradients(self.module)
         else:
-            self.module.zero_grad(set_to_none=True)
+            super().drop_gradients()

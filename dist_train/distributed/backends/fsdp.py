@@ -49,19 +49,6 @@ class FsdpBackend(Backend):
         with torch.autocast(self.device.type, enabled=False):
             loss.backward()  # type: ignore[no-untyped-call]
 
-    def update(self) -> float:
-        """A norm that is not finite leaves the weights as they are."""
-        limit = float("inf") if self.clip_norm is None else self.clip_norm
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if value < float("inf"):
-            self.optimizer.step()
-        self.drop_gradients()
-        return value
-
-    def drop_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         return iter(())
 

@@ -100,7 +100,7 @@ class ZeroBackend(Backend):
         self.model.backward(loss, scale_wrt_gas=False)
 
     def update(self) -> float:
-        """DeepSpeed clips and steps at once: a norm that is not finite spoils the weights."""
+        # DeepSpeed clips and steps at once: a norm that is not finite spoils the weights.
         self.model.step()
         return float(self.model.get_global_grad_norm() or 0.0)
 
