@@ -106,25 +106,26 @@ def test_autocast_is_the_precision_of_the_run(precision: str, dtype: torch.dtype
         assert nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is offered on CUDA devices")
-def test_fp16_is_refused_without_a_gpu() -> None:
-    with pytest.raises(BackendError, match="fp16 needs a CUDA device"):
-        make_backend(TrainSettings(precision="fp16"), clip_norm=None)
+on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="graphs are offered on CUDA devices")
-def test_graphs_are_refused_without_a_gpu() -> None:
-    with pytest.raises(BackendError, match="there are 1 on cpu"):
-        make_backend(TrainSettings(precision="fp32", graphs=True), clip_norm=None)
-
-
-@pytest.mark.parametrize(("backend", "name"), [("zero2", "ZeRO"), ("fsdp2", "FSDP")])
-def test_what_spreads_weights_is_refused_without_a_launcher(
-    monkeypatch: pytest.MonkeyPatch, backend: str, name: str
+@on_a_cpu
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"precision": "fp16"}, "fp16 needs a CUDA device"),
+        ({"precision": "fp16", "backend": "fsdp2"}, "fp16 is not offered under FSDP"),
+        ({"graphs": True}, "there are 1 on cpu"),
+        ({"backend": "zero2"}, "ZeRO needs a launcher"),
+        ({"backend": "fsdp2"}, "FSDP needs a launcher"),
+    ],
+)
+def test_refused_for_one_process_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, object], message: str
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    settings = TrainSettings.model_validate({"precision": "fp32", "backend": backend})
-    with pytest.raises(BackendError, match=f"{name} needs a launcher"):
+    settings = TrainSettings.model_validate({"precision": "fp32"} | given)
+    with pytest.raises(BackendError, match=message):
         make_backend(settings, clip_norm=None)
 
 
@@ -136,7 +137,7 @@ def test_ddp_is_refused_where_the_launcher_asks_for_deepspeed(
         make_backend(FP32, clip_norm=None)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="graphs are offered on CUDA devices")
+@on_a_cpu
 def test_a_process_can_train_in_one_precision_after_another() -> None:
     """Also after a backend that was refused."""
     for precision in ("bf16", "fp32", "bf16"):
