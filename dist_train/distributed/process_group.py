@@ -41,6 +41,9 @@ class ProcessGroup:
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """The sum over the ranks of each of a few numbers, in float64, on every rank."""
+        if self.world == 1:
+            # Without a tensor, for which this process would wait for its device.
+            return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         self.all_reduce(total)
         return [float(value) for value in total.tolist()]

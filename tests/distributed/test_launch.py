@@ -30,16 +30,15 @@ from dist_train.training.train import train
 FILE = "cpu_2proc.yaml"
 BACKENDS = ["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 PROBE = SUPPORT / "probe.py"
-# Two backends add up in different orders, and AdamW makes steps of full size of small differences,
-# so that they part sooner the higher the rate.
+# Backends add in different orders, and AdamW turns small differences into steps of full size: the
+# higher the learning rate, the sooner two runs differ.
 STEADY = ("optim.lr=3e-4", "checkpoint.keep_last=9", "norm.shared=false")
 
 
-def train_two(store: Path, out: Path, backend: str, *more: str) -> Path:
+def train_two(store: Path, out: Path, backend: str) -> Path:
     """Two processes, started as a user starts them."""
-    run_well(
-        launched(FILE, "train", *overrides(store, out, *STEADY, f"train.backend={backend}", *more))
-    )
+    settings = overrides(store, out, *STEADY, f"train.backend={backend}")
+    run_well(launched(FILE, "train", *settings))
     return out
 
 
