@@ -1,9 +1,9 @@
 """The format of sharded checkpoints, which are complete or absent, and how they are read.
 
-``step-N/`` holds one ``rank-RRRRR.safetensors`` a rank, each with the tensors that are assigned to
-that rank, by parameter name, and ``checkpoint.json``: the facts of the run, name, size and crc32c
-of every file, and a crc32c of its own. As full tensors are kept by name, a checkpoint can be read
-at any world size and by any backend. ``writer.py`` writes them.
+``step-N/`` holds one ``rank-RRRRR.safetensors`` a rank with the tensors assigned to that rank, and
+``checkpoint.json``, the marker: the facts of the run, name, size and crc32c of every file, and its
+own crc32c. Tensors are full and stored by name, so a checkpoint can be read at any world size and
+by any backend. ``writer.py`` writes them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import errno
 import heapq
 import logging
 import re
-import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,22 +20,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dist_train.checkpoint.tensor_file import sum_of_file
 from dist_train.errors import CheckpointError, FileError
-from dist_train.files import MIB, parse_object, read_plain, sealed
+from dist_train.files import MOST_JSON, crc32c_of_file, parse_object, read_plain, sealed
 from dist_train.system.advice import blame_machine
 
 MARKER = "checkpoint.json"
-#: A disk that cannot read one checkpoint may well read an older one.
+#: A disk that cannot read one checkpoint may be able to read an older one.
 DAMAGE = (errno.EIO,)
-MOST_OF_MARKER = 64 * MIB
 log = logging.getLogger(__name__)
 
 
 def assign_tensors(sizes: Mapping[str, int], rank: int, world: int) -> Callable[[str], bool]:
-    """Which tensors ``rank`` writes: each is written once, and all ranks write about as much.
+    """Whether ``rank`` writes a tensor, by name: each is written once, and loads are balanced.
 
-    The largest goes first, to the rank that has least (Graham 1969).
+    The largest goes first, to the rank with the least load (Graham 1969).
 
     Args:
         sizes: elements of each tensor by name, the same on every rank.
@@ -52,15 +49,15 @@ def assign_tensors(sizes: Mapping[str, int], rank: int, world: int) -> Callable[
 
 
 def latest_valid(folder: Path, *, before: int | None = None) -> Path | None:
-    """The last checkpoint whose files are all there and unharmed; None where there is none at all.
+    """The last checkpoint with all its files undamaged; None if there are no checkpoints.
 
-    Others are skipped with a line in the log.
+    Damaged ones are skipped with a line in the log.
 
     Args:
-        before: of the checkpoints of earlier steps than this.
+        before: consider earlier steps than this only.
 
     Raises:
-        CheckpointError: there are checkpoints, and none of them is whole.
+        CheckpointError: there are checkpoints, and all are damaged.
     """
     found = [path for step, path in by_step(folder) if before is None or step < before]
     for path in reversed(found):
@@ -87,7 +84,7 @@ def load_checkpoint(
     The files are read once for their checksums; the tensors are mapped, not read, until used.
 
     Args:
-        rank, world: only the files that ``rank`` of so many ranks reads; all of them by default.
+        rank, world: load only the files that ``rank`` of ``world`` ranks reads; by default all.
 
     Raises:
         CheckpointError: it is missing, torn or damaged.
@@ -95,13 +92,14 @@ def load_checkpoint(
     marker = _check(path, rank, world)
     tensors: dict[str, Tensor] = {}
     for entry in marker["files"][rank::world]:
+        file = path / entry["name"]
         try:
-            # safetensors says of any file that it cannot open that it is not there.
-            with (path / entry["name"]).open("rb"):
-                tensors |= load_file(path / entry["name"])
+            # safetensors reports every file that it cannot open as missing.
+            with file.open("rb"):
+                tensors |= load_file(file)
         except (OSError, SafetensorError) as error:
-            blame_machine(error, path / entry["name"])
-            raise CheckpointError(f"cannot be read ({error})", where=path / entry["name"]) from None
+            blame_machine(error, file)
+            raise CheckpointError(f"cannot be read ({error})", where=file) from None
     return tensors, marker
 
 
@@ -117,15 +115,16 @@ def rank_file(rank: int) -> str:
 
 
 def read_marker(path: Path) -> dict[str, Any]:
-    """The marker of a checkpoint, whose files are not looked at.
+    """The marker of a checkpoint, without its checksum. Other files are not looked at.
 
     Raises:
         CheckpointError: it is missing, damaged or foreign.
     """
     try:
-        text = read_plain(path / MARKER, most_bytes=MOST_OF_MARKER, but=DAMAGE).decode()
+        text = read_plain(path / MARKER, most_bytes=MOST_JSON, but=DAMAGE).decode()
         marker = parse_object(text)
-        if sealed(_without_checksum(marker)) != text:
+        marker.pop("crc32c", None)
+        if sealed(marker) != text:
             raise ValueError(f"{MARKER} is damaged, or not of this form")
         if path.name != f"step-{marker['step']}":
             raise ValueError(f"{MARKER} is of step {marker['step']}")
@@ -137,15 +136,11 @@ def read_marker(path: Path) -> dict[str, Any]:
     except (FileError, ValueError, KeyError, TypeError) as error:
         why = f"{MARKER} {error.what}" if isinstance(error, FileError) else error
         raise CheckpointError(f"the checkpoint is not whole ({why})", where=path) from None
-    return _without_checksum(marker)
-
-
-def _without_checksum(marker: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in marker.items() if name != "crc32c"}
+    return marker
 
 
 def _check(path: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
-    """Check which files there are, and every byte of those that ``rank`` reads; the marker."""
+    """Check that all files are there, and every byte of those that ``rank`` reads; the marker."""
     marker = read_marker(path)
     expected = {entry["name"] for entry in marker["files"]} | {MARKER}
     try:
@@ -155,16 +150,11 @@ def _check(path: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
             odd = ", ".join(sorted(there ^ expected))
             raise CheckpointError(f"the checkpoint is not whole ({odd})", where=path)
         for entry in marker["files"][rank::world]:
-            _check_file(path / entry["name"], entry)
-    except (OSError, KeyError, TypeError) as error:
+            file = path / entry["name"]
+            # The size first: a torn file is known without reading it.
+            if file.stat().st_size != entry["size"] or crc32c_of_file(file) != entry["crc32c"]:
+                raise CheckpointError("the file is damaged", where=file)
+    except (OSError, FileError, KeyError, TypeError) as error:
         blame_machine(error, path, but=DAMAGE)
         raise CheckpointError(f"the checkpoint is not whole ({error})", where=path) from None
     return marker
-
-
-def _check_file(file: Path, entry: Mapping[str, Any]) -> None:
-    facts = file.stat()
-    # The size first: a torn file is known without reading it.
-    fine = stat.S_ISREG(facts.st_mode) and facts.st_size == entry["size"]
-    if not fine or sum_of_file(file) != (entry["size"], entry["crc32c"]):
-        raise CheckpointError("the file is damaged", where=file)

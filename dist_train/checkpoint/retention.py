@@ -13,13 +13,13 @@ Metrics = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class RetentionPolicy:
-    """A checkpoint stays if any of these says so.
+    """A checkpoint stays if one of these says so.
 
     Attributes:
-        last: the newest so many, at least 1.
-        every: those whose step is a multiple of it, for ever.
-        best: a metric as the log names it, such as val/auc; the one with its best value stays. Of
-            equals, the newest.
+        last: the number of newest checkpoints, at least 1.
+        every: steps that are multiples of this number.
+        best: a metric by its name in the log, such as val/auc: the checkpoint with the best value,
+            of equals the newest.
     """
 
     last: int
@@ -28,13 +28,13 @@ class RetentionPolicy:
 
 
 def to_remove(saved: Mapping[int, Metrics], newest: int, keep: RetentionPolicy) -> list[int]:
-    """Steps of the checkpoints that go, ascending.
+    """Steps of the checkpoints to remove, ascending.
 
-    Those after ``newest``, the one just written, go too: they are damaged, or the run would have
-    resumed from them.
+    They include all after ``newest``, the one just written: these are damaged, or the run would
+    have resumed from them.
 
     Args:
-        saved: the metrics of each checkpoint there is, by step.
+        saved: the metrics of each existing checkpoint, by step.
     """
     steps = sorted(step for step in saved if step <= newest)
     stay = set(steps[-keep.last :])

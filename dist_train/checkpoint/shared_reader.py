@@ -1,22 +1,13 @@
-"""Broadcasts the tensors of a checkpoint, each of whose files is read by one rank only."""
+"""Read each file of a checkpoint on one rank only, and broadcast its tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dist_train.distributed.collectives import Group
-
-
-class Broadcasting(Group, Protocol):
-    """A process group that can broadcast tensors."""
-
-    device: torch.device
-
-    def broadcast(self, tensor: Tensor, source: int) -> None: ...
+from dist_train.distributed.process_group import ProcessGroup
 
 
 class SharedTensors(Mapping[str, Tensor]):
@@ -29,7 +20,7 @@ class SharedTensors(Mapping[str, Tensor]):
         own: tensors of this rank, on the host. Each name is owned by one rank.
     """
 
-    def __init__(self, group: Broadcasting, own: Mapping[str, Tensor]) -> None:
+    def __init__(self, group: ProcessGroup, own: Mapping[str, Tensor]) -> None:
         self._group, self._own = group, own
         forms = {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}
         self._where = {
@@ -50,7 +41,7 @@ class SharedTensors(Mapping[str, Tensor]):
         return tensor
 
     def __contains__(self, name: object) -> bool:
-        """No collective call."""
+        """Whether some rank has it. No collective call, unlike ``Mapping.__contains__``."""
         return name in self._where
 
     def __iter__(self) -> Iterator[str]:

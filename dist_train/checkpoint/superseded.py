@@ -1,8 +1,7 @@
-"""What a run leaves behind when it goes back to an earlier step: moved aside, never deleted.
+"""Move what a run no longer needs to ``superseded/`` in its folder, rather than delete it.
 
-``superseded/`` in the run's folder holds it: the lines of ``metrics.jsonl``, snapshots, and
-checkpoints of another run whose name was needed. Nothing reads that folder again; the user may
-delete it.
+When a run goes back to an earlier step, these are lines of ``metrics.jsonl`` and snapshots; also
+checkpoints of another run whose name is needed. Nothing reads that folder; the user may delete it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def set_aside(run: Path, path: Path) -> Path:
     folder.mkdir(exist_ok=True)
     name, dot, suffix = path.name.partition(".")
     names = (f"{name}{f'-{number}' if number > 1 else ''}{dot}{suffix}" for number in count(1))
-    # Only one training is at work in the folder, so a name that is free stays free.
+    # Only one training works in the folder, so a free name stays free.
     free = next(folder / name for name in names if not os.path.lexists(folder / name))
     path.rename(free)
     sync_folder(folder)

@@ -1,9 +1,9 @@
-"""Tensors streamed to a safetensors file, and checksums of files of any size.
+"""Stream tensors to a safetensors file, with its checksum.
 
 The format (https://github.com/huggingface/safetensors#format): the length of the header as uint64,
-little-endian; the header, JSON with dtype, shape and place of each tensor; then their bytes in C
-order, without gaps. The library's own writer takes all tensors as contiguous bytes at once, a
-second copy of a whole checkpoint, and gives no checksum.
+little-endian; the header, JSON with dtype, shape and offsets of each tensor; then their bytes in C
+order, without gaps. The library's own writer needs a second, contiguous copy of all tensors, and
+gives no checksum.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-#: Integers of each size, as which numpy can see the bits of every dtype.
+#: Integers by size in bytes: numpy lacks some of the dtypes, but can read their bits.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-#: The checksum holds Python's lock, so the writing thread's pieces take a tenth of a millisecond.
+#: Bytes of one checksum, which holds Python's lock: a tenth of a millisecond.
 CHUNK = 2**20
-#: Bytes of one write; a multiple of what any device asks of writes that pass the system's cache by.
+#: Bytes of one write, and the alignment that writes past the system's cache need on any device.
 STAGE, ALIGNED = 8 * 2**20, 4096
-#: The flag for such writes; not every system has it.
+#: The flag for writes past the cache; not every system has it.
 DIRECT = getattr(os, "O_DIRECT", 0)
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 
 class Sum(NamedTuple):
-    """Length in bytes, and crc32c."""
+    """Length in bytes and crc32c of a file."""
 
     size: int
     crc32c: int
@@ -57,7 +57,7 @@ class Sum(NamedTuple):
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Sum:
     """Write host tensors of any memory format to ``path``, and sync it.
 
-    Works on one thread, and holds little memory of its own.
+    Uses one thread and little memory.
 
     Raises:
         OSError: the file cannot be written.
@@ -72,14 +72,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Sum:
 
 
 class _Stage:
-    """A file that is written in large aligned pieces, past the system's cache where that can be.
+    """Writes a file in large aligned pieces, past the system's cache if possible.
 
-    The cache would cost a core more time than all else here, and push out clips that the training
-    reads again, for pages that nobody reads.
+    Copying into the cache would take more time than all else here, and push out clips that the
+    training reads again, for pages that nobody reads.
     """
 
     def __init__(self, path: Path) -> None:
-        # What a killed session left there, or a link: neither is written into.
+        # A killed session's file, or a link, is not written into.
         path.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         try:
@@ -87,9 +87,9 @@ class _Stage:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            # The file system has no such writes.
+            # The file system has no writes past the cache.
             self._file = os.open(path, flags, 0o666)
-        # Begins at a page, as such writes ask.
+        # A memory map begins at a page, as such writes require.
         self._memory = mmap.mmap(-1, STAGE)
         self._bytes: Bytes = np.frombuffer(self._memory, np.uint8)
         self._used = self._written = self._crc = 0
@@ -120,13 +120,13 @@ class _Stage:
             try:
                 begin += os.write(self._file, self._bytes[begin:end].data)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._to_the_cache():
+                if error.errno != errno.EINVAL or not self._use_cache():
                     raise
         self._written += end
         self._used = 0
 
-    def _to_the_cache(self) -> bool:
-        """Write through the system's cache from here on; False where that is so already."""
+    def _use_cache(self) -> bool:
+        """Write through the system's cache from now on; False if it is used already."""
         flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
         fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~DIRECT)
         return bool(flags & DIRECT)
@@ -138,45 +138,30 @@ class _Stage:
         os.close(self._file)
 
 
-def sum_of_file(path: Path) -> Sum:
-    """Read a file once, a piece at a time.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    size = crc = 0
-    held = np.empty(CHUNK, np.uint8)
-    with path.open("rb", buffering=0) as file:
-        while read := file.readinto(held.data):
-            crc = google_crc32c.extend(crc, held[:read])
-            size += read
-    return Sum(size, crc)
-
-
 def _header(ordered: list[tuple[str, Tensor]]) -> Bytes:
-    places: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     end = 0
     for name, tensor in ordered:
         begin, end = end, end + tensor.nbytes
-        places[name] = {
+        entries[name] = {
             "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
-    text = json.dumps(places, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     # The tensors begin at a multiple of 8.
     text += b" " * (-len(text) % 8)
     return np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8)
 
 
 def _c_order(tensor: Tensor) -> Iterator[Bytes]:
-    """The bytes of a tensor in C order, piece by piece. numpy rearranges them on this thread alone,
-    where torch would take cores from the training."""
+    """The bytes of a tensor in C order, piece by piece, rearranged by numpy on this thread: torch
+    would take cores from the training."""
     bits = tensor.detach().view(BITS[tensor.element_size()]).numpy()
     if bits.flags.c_contiguous:
         yield bits.reshape(-1).view(np.uint8)
         return
-    # Rows that stay in a core's cache, and in memory that is used again.
+    # Pieces that stay in a core's cache, in memory that is reused.
     rows = max(1, CHUNK // max(1, bits[0].nbytes))
     for first in range(0, len(bits), rows):
         yield _contiguous(bits[first : first + rows]).reshape(-1).view(np.uint8)
@@ -185,7 +170,7 @@ def _c_order(tensor: Tensor) -> Iterator[Bytes]:
 def _contiguous(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """A copy in C order."""
     if rows.ndim == 5 and rows.transpose(0, 2, 3, 4, 1).flags.c_contiguous:
-        # Channels last: the axes of the kernel are one in memory, which numpy does not see.
+        # Channels last: the kernel's axes are one axis in memory, which numpy does not notice.
         count, channels = rows.shape[:2]
         last = rows.transpose(0, 2, 3, 4, 1).reshape(count, -1, channels)
         return np.ascontiguousarray(last.transpose(0, 2, 1))

@@ -1,35 +1,29 @@
-"""Work of which all ranks hear how it went: where one fails all raise, rather than wait for it."""
+"""Work whose outcome all ranks learn, and errors of communication: no rank waits for a dead one."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch.distributed import DistError
 
+from dist_train.distributed.process_group import ProcessGroup
 from dist_train.errors import DistTrainError, LostProcessError
 from dist_train.system.advice import advice
 
 Result = TypeVar("Result")
 
-
-class Group(Protocol):
-    """What it needs of the process group."""
-
-    rank: int
-    world: int
-
-    def gather(self, value: Any) -> list[Any]: ...
+#: gloo's errors have no type of their own. All but the second name a source file of gloo.
+OF_GLOO = ("/gloo/", "Application timeout caused pair closure")
 
 
 class OfSomeRankError(Exception):
-    """A rank failed; its cause is known on that rank alone.
+    """A rank failed; only that rank has the error as ``__cause__``.
 
     Attributes:
-        fix: what the user can do, where the operating system's error tells.
+        fix: what the user can do; None if the operating system's error does not tell.
     """
 
     def __init__(self, reason: str, fix: str | None) -> None:
@@ -37,14 +31,13 @@ class OfSomeRankError(Exception):
         self.fix = fix
 
 
-@dataclass(frozen=True)
-class _Failure:
+class _Failure(NamedTuple):
     reason: str
     fix: str | None
 
 
-def run_on_all_ranks(group: Group, act: Callable[[], Result]) -> list[Result]:
-    """What ``act`` returns on each rank, on every rank; a collective call.
+def run_on_all_ranks(group: ProcessGroup, act: Callable[[], Result]) -> list[Result]:
+    """The results of ``act`` on each rank, on every rank; a collective call.
 
     Raises:
         OfSomeRankError: naming the first rank where it failed, and why.
@@ -59,15 +52,14 @@ def run_on_all_ranks(group: Group, act: Callable[[], Result]) -> list[Result]:
     outcomes = group.gather(outcome)
     for failed in outcomes:
         if isinstance(failed, _Failure):
-            raise OfSomeRankError(failed.reason, failed.fix) from cause
+            raise OfSomeRankError(*failed) from cause
     return outcomes
 
 
-def on_main(group: Group, act: Callable[[], Result]) -> Result:
-    """What ``act`` returns on rank 0, where alone it is called, on every rank; a collective call.
+def on_main(group: ProcessGroup, act: Callable[[], Result]) -> Result:
+    """The result of ``act`` on rank 0, which alone calls it, on every rank; a collective call.
 
-    What it raises there is raised everywhere; an error that the user has no part in, as a
-    ``RuntimeError``.
+    An error is raised on every rank; on the other ranks a bug is a ``RuntimeError``.
     """
     result: Result | None = None
     cause: Exception | None = None
@@ -76,7 +68,7 @@ def on_main(group: Group, act: Callable[[], Result]) -> Result:
             result = act()
         except Exception as error:
             cause = error
-    # Other errors may be of a kind that cannot be sent.
+    # Other errors may not be picklable.
     sent = (
         cause if isinstance(cause, DistTrainError | OSError | None) else RuntimeError(repr(cause))
     )
@@ -94,22 +86,15 @@ def _reason(error: Exception) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else repr(error)
 
 
-# Errors of communication, translated for the user.
-
-
-#: gloo's errors have no type of their own. All but this one name the line of gloo they are from.
-OF_GLOO = ("/gloo/", "Application timeout caused pair closure")
-
-
 @contextmanager
 def translate_peer_loss(then: str = "Go on by --resume auto.") -> Iterator[None]:
-    """Within it, what torch raises where another process does not answer is a user's error.
+    """Turn torch's errors about processes that do not answer into errors for the user.
 
     Args:
-        then: what the user does once the cause is mended.
+        then: what the user does once the cause is removed.
 
     Raises:
-        LostProcessError: in place of that.
+        LostProcessError: in place of such an error.
     """
     try:
         yield
@@ -123,6 +108,6 @@ def translate_peer_loss(then: str = "Go on by --resume auto.") -> Iterator[None]
 
 
 def first_sentence(error: Exception) -> str:
-    """The first sentence of its message, without the line of torch's code that it is from."""
+    """The first sentence of the error's message, without torch's source file and line."""
     first_line = str(error).partition("\n")[0]
     return re.sub(r"\[\S*\.cc:\d+\] ", "", first_line).partition(". ")[0]

@@ -1,5 +1,7 @@
-"""Checks that all ranks are in the same state: what differs is a bug, a bad card or a bad network,
-and is told before it spoils a run."""
+"""Checks that all ranks are in the same state.
+
+A difference is a bug, a faulty GPU or a faulty network, and is reported before it spoils a run.
+"""
 
 from __future__ import annotations
 
@@ -11,43 +13,46 @@ import numpy as np
 import torch
 
 from dist_train.distributed.backends.base import Backend
+from dist_train.distributed.process_group import ProcessGroup
 from dist_train.errors import BackendError
 
 
-def check_agreement(backend: Backend, facts: Mapping[str, object]) -> None:
-    """Raise if a fact is not the same on all ranks; a collective call.
+def check_agreement(group: ProcessGroup, values: Mapping[str, object]) -> None:
+    """Raise if a value is not the same on all ranks; a collective call.
+
+    Args:
+        values: by a name for messages.
 
     Raises:
-        BackendError: naming the fact and the ranks that are in the minority.
+        BackendError: naming the value and the ranks in the minority.
     """
-    mine = {name: str(value) for name, value in facts.items()}
-    everyone = backend.gather(mine)
-    for name in mine:
-        values = [of_rank.get(name) for of_rank in everyone]
-        (common, _), *others = Counter(values).most_common()
+    own = {name: str(value) for name, value in values.items()}
+    gathered = group.gather(own)
+    for name in own:
+        found = [of_rank.get(name) for of_rank in gathered]
+        (common, _), *others = Counter(found).most_common()
         if others:
-            odd = [rank for rank, value in enumerate(values) if value != common]
+            odd = [rank for rank, value in enumerate(found) if value != common]
             raise BackendError(
-                f"{name} differs between processes: {values[odd[0]]} on process "
+                f"{name} differs between processes: {found[odd[0]]} on process "
                 f"{', '.join(map(str, odd))}, {common} on the others",
                 fix="Check that all run the same code on the same store, and their devices.",
             )
 
 
 def check_weights(backend: Backend) -> None:
-    """Raise if a weight that every rank has whole is not the same, bit for bit, on all of them; a
-    collective call.
+    """Raise if a replicated weight differs by any bit between ranks; a collective call.
 
     Raises:
-        BackendError: naming the first such weight and the ranks that are in the minority.
+        BackendError: naming the first such weight and the ranks in the minority.
     """
     if backend.world == 1:
         return
-    digests = {name: _digest(tensor) for name, tensor in backend.replicated()}
-    whole = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
-    # Of each weight only where they differ: there are hundreds, and there may be hundreds of ranks.
-    if len(set(backend.gather(whole))) > 1:
-        check_agreement(backend, {f"the weight {name}": of for name, of in digests.items()})
+    digests = {f"the weight {name}": _digest(weight) for name, weight in backend.replicated()}
+    all_weights = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
+    # Each weight's digest is sent only if they differ: hundreds, perhaps from hundreds of ranks.
+    if len(set(backend.gather(all_weights))) > 1:
+        check_agreement(backend, digests)
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -1,4 +1,4 @@
-"""Whether a process trains on a CUDA device, and the refusal where that is not what was asked."""
+"""Whether a process trains on a CUDA device, and the refusal if that is not what was asked."""
 
 from __future__ import annotations
 
@@ -19,28 +19,25 @@ def chosen_cuda(settings: TrainSettings) -> bool:
     there, launched = torch.cuda.is_available(), "WORLD_SIZE" in os.environ
     if settings.device == "cpu":
         if there and settings.backend.startswith("zero"):
-            raise BackendError(
-                "ZeRO takes the CUDA devices that it sees",
-                where="train.device",
-                fix="Hide them by CUDA_VISIBLE_DEVICES='', or choose ddp or fsdp2.",
-            )
+            fix = "Hide them by CUDA_VISIBLE_DEVICES='', or choose ddp or fsdp2."
+            raise _refusal("ZeRO takes the CUDA devices that it sees", fix)
         return False
     if there:
-        processes, cards = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        if launched and processes > cards:
-            raise BackendError(
-                f"the launcher started {processes} processes here, and there are {cards} CUDA "
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if launched and processes > gpus:
+            raise _refusal(
+                f"the launcher started {processes} processes here, and there are {gpus} CUDA "
                 "devices",
-                where="train.device",
-                fix=f"Start {cards} on this machine.",
+                f"Start {gpus} on this machine.",
             )
         return True
     if settings.device == "cuda" or launched:
         # Hours on a CPU are a dear way to learn that a driver is missing.
-        who = "it asks for one" if settings.device == "cuda" else "a launcher started this process"
-        raise BackendError(
-            f"there is no CUDA device here, and {who}",
-            where="train.device",
-            fix="See 'dist-train doctor', or set train.device=cpu to train on CPUs.",
-        )
+        why = "it asks for one" if settings.device == "cuda" else "a launcher started this process"
+        fix = "See 'dist-train doctor', or set train.device=cpu to train on CPUs."
+        raise _refusal(f"there is no CUDA device here, and {why}", fix)
     return False
+
+
+def _refusal(what: str, fix: str) -> BackendError:
+    return BackendError(what, where="train.device", fix=fix)

@@ -1,4 +1,4 @@
-"""Lists of tensors for torch's foreach operations, which are one launch where dtypes are equal."""
+"""Lists of tensors for torch's foreach operations: one kernel launch if all dtypes are equal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 
 def by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """The tensors in a list for each dtype, in their order. Of lists of mixed dtypes torch makes
-    one launch a tensor."""
+    """Group tensors by dtype, in their order: of mixed dtypes torch launches a kernel a tensor."""
     lists: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         lists.setdefault(tensor.dtype, []).append(tensor)
@@ -19,7 +18,7 @@ def by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 @torch.no_grad()
 def zero_gradients(module: nn.Module) -> None:
-    """Set all gradients there are to zero, where they lie."""
+    """Set all existing gradients to zero, in place."""
     gradients = (p.grad for p in module.parameters() if p.grad is not None)
     for same in by_dtype(gradients):
         torch._foreach_zero_(same)

@@ -14,13 +14,17 @@ from dist_train.config import TrainSettings
 
 LATER_CUDNN = "Install a later one: pip install 'nvidia-cudnn-cu13>=9.16' (or -cu12), or a newer "
 LATER_CUDNN += "torch."
+CPU_INFO = Path("/proc/cpuinfo")
+#: Flags of CPUs with bfloat16 instructions: Linux names them so on x86 and, without prefix, on ARM.
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 @dataclass(frozen=True)
 class CudnnProblem:
-    """Versions of cuDNN, from the first (included) to the last (excluded), and when they matter.
+    """A problem of some versions of cuDNN.
 
     Attributes:
+        first, last: versions that have it, without the last.
         precisions: values of ``train.precision`` that meet it.
         any_layout: it is met in the channels-last layout too.
         source: where it is reported.
@@ -28,7 +32,7 @@ class CudnnProblem:
 
     first: str
     last: str
-    precisions: frozenset[str]
+    precisions: tuple[str, ...]
     any_layout: bool
     what: str
     fix: str
@@ -40,7 +44,7 @@ KNOWN = (
     CudnnProblem(
         first="9.8",
         last="9.15",
-        precisions=frozenset({"bf16", "fp16"}),
+        precisions=("bf16", "fp16"),
         any_layout=False,
         what="half-precision Conv3d is done without cuDNN: several times the time and memory",
         fix=f"Keep train.channels_last=true, which is spared. {LATER_CUDNN}",
@@ -49,7 +53,7 @@ KNOWN = (
     CudnnProblem(
         first="9.10.2",
         last="9.16",
-        precisions=frozenset({"fp32"}),
+        precisions=("fp32",),
         any_layout=True,
         what="a kernel for float32 Conv3d in TF32 is reported as broken",
         fix=f"Set NVIDIA_TF32_OVERRIDE=0, which turns TF32 off. {LATER_CUDNN}",
@@ -64,17 +68,17 @@ def known_problems(cudnn: int) -> list[CudnnProblem]:
     Args:
         cudnn: as ``torch.backends.cudnn.version()``, such as 91002 for 9.10.2.
     """
-    version = Version(cudnn_name(cudnn))
+    version, tf32_is_off = cudnn_name(cudnn), os.environ.get("NVIDIA_TF32_OVERRIDE") == "0"
     return [
         known
         for known in KNOWN
-        if Version(known.first) <= version < Version(known.last)
-        and not ("fp32" in known.precisions and os.environ.get("NVIDIA_TF32_OVERRIDE") == "0")
+        if Version(known.first) <= Version(version) < Version(known.last)
+        and not (tf32_is_off and "fp32" in known.precisions)
     ]
 
 
 def cudnn_version() -> int | None:
-    """Of the cuDNN that runs here, such as 91002 for 9.10.2; None without one."""
+    """The version of the cuDNN that runs here, such as 91002 for 9.10.2; None without one."""
     # ROCm answers with the version of its own library.
     if torch.version.cuda is None:
         return None
@@ -98,19 +102,11 @@ def cudnn_warnings(settings: TrainSettings, cudnn: int) -> list[str]:
     ]
 
 
-# CPUs without bfloat16 instructions, on which PyTorch emulates them.
-
-
-CPU_INFO = Path("/proc/cpuinfo")
-#: As Linux calls them on x86 and, without a prefix, on ARM.
-BF16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-
-
 def lacks_bf16(cpu_info: Path = CPU_INFO) -> bool:
-    """Whether no core has instructions for bfloat16; False where that cannot be known."""
+    """Whether PyTorch emulates bfloat16, as no core has instructions for it; False if unknown."""
     try:
         content = cpu_info.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
     flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", content, re.MULTILINE)
-    return bool(flags) and not any(BF16 & set(line.split()) for line in flags)
+    return bool(flags) and not any(BF16_FLAGS & set(line.split()) for line in flags)

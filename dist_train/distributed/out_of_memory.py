@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-#: What torch says when no plan of cuDNN ran. It tries one after the other, and drops the reason why
-#: each failed; nearly always that is memory for the workspace. Rarely cuDNN has no kernel at all.
+#: torch's words after no plan of cuDNN ran. It drops the reasons, of which nearly all are a lack of
+#: memory for the workspace; rarely cuDNN has no kernel at all.
 NO_ENGINE = "unable to find an engine to execute this computation"
-#: Parts of other errors than ``torch.OutOfMemoryError``. CUDNN_STATUS_NOT_SUPPORTED is none of
-#: them: it says that a layout or a shape is not supported, which fewer clips do not change.
+#: Parts of other errors than ``torch.OutOfMemoryError``. CUDNN_STATUS_NOT_SUPPORTED is not among
+#: them: it refuses a layout or a shape, which fewer clips do not change.
 SIGNS = (
     NO_ENGINE,
     "Unable to find a valid cuDNN algorithm to run convolution",
@@ -26,9 +26,8 @@ SIGNS = (
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether fewer clips at once may help.
 
-    It is also true where cuDNN has no kernel for a convolution, which torch reports in the same
-    words (``NO_ENGINE``). So the caller must end, and tell the error, where it cannot go on with
-    fewer clips.
+    True also if cuDNN has no kernel for a convolution, which torch reports in the same words
+    (``NO_ENGINE``). So a caller that cannot use fewer clips must end with the error.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True

@@ -1,4 +1,4 @@
-"""Being told to stop: finish the step, save, and leave with a code that says why."""
+"""Signals to stop: note them, so that the run finishes its step, saves, and exits with a code."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import os
 import signal
 import sys
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn
 
 #: "Temporary failure, try again" (sysexits.h): a scheduler may put the job back into its queue.
 TRY_AGAIN = os.EX_TEMPFAIL
-#: What shells report for a program that Ctrl-C ended.
+#: The exit code that shells report for a program that Ctrl-C ended.
 INTERRUPTED = 130
 
 
 def exit_process(message: str, rank: int, code: int) -> NoReturn:
-    """End this process at once, without a word to the others of its group, and say why."""
+    """Print the message and end this process at once, without leaving its process group."""
     print(f"error (process {rank}): {message}", file=sys.stderr, flush=True)
     os._exit(code)
 
 
 class StopSignals:
-    """Within it, SIGTERM and the first SIGINT are noted; a second SIGINT ends the process at once.
+    """Context in which SIGTERM and the first SIGINT are noted; a second SIGINT ends the process.
 
-    Python's handlers wait while the main thread is inside a library, as it is when another process
-    hangs, so the second SIGINT is heard by a thread of its own. To be used in the main thread.
+    A thread waits for the second SIGINT: Python's handlers do not run while the main thread is
+    inside a library, for example while another process hangs. To be used in the main thread.
 
     Attributes:
         terminate: SIGTERM came, as from a scheduler before a time limit.
@@ -42,26 +42,20 @@ class StopSignals:
         os.set_blocking(self._pipe[1], False)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
-        self._before = {
-            number: signal.signal(number, handler)
-            for number, handler in (
-                (signal.SIGTERM, self._on_terminate),
-                (signal.SIGINT, self._on_interrupt),
-            )
-        }
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
-        # It ends the thread, which closes the other end.
+        # This ends the thread, which closes the other end.
         os.close(self._pipe[1])
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.terminate |= number == signal.SIGTERM
+        self.interrupt |= number == signal.SIGINT
 
     def _listen(self) -> None:
         interrupts = 0
@@ -71,9 +65,3 @@ class StopSignals:
                 os.write(2, b"error: interrupted twice: ended at once. Go on by --resume auto.\n")
                 os._exit(INTERRUPTED)
         os.close(self._pipe[0])
-
-    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
-        self.terminate = True
-
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        self.interrupt = True

@@ -1,4 +1,4 @@
-"""A run that hangs ends, and says where."""
+"""End a run that hangs, with the stacks of all threads."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ import os
 import sys
 import threading
 import time
-from types import TracebackType
 
 from dist_train.distributed.signals import TRY_AGAIN
 
-#: Seconds, at most, after which a hung process ends when it has told where it is, and after which
-#: the C library tells. Launchers wait at least 30 s before they kill what is left of a run.
-OTHERS_TELL, C_TELLS = 5.0, 10.0
-#: Stacks go to the system's own: in a notebook, sys.stderr is no file.
+#: Most seconds from a hang until the process ends, and until the C library's timer ends it.
+#: Launchers wait at least 30 s before they kill the rest of a run.
+GRACE, C_GRACE = 5.0, 10.0
+#: File descriptor for stacks: in a notebook, sys.stderr is no file.
 STDERR = 2
 
 
 class Watchdog:
     """Ends the process if nobody calls ``beat`` for a while, with the stacks of all its threads.
 
-    Where one rank hangs, the others wait for it, so every rank's own watchdog tells where it is. It
-    ends its process a little later, when those of the others, which would break off when this one
-    is gone, have told too. A thread does it, and says why; where that cannot run, because a library
-    hangs without releasing Python's lock, a timer of the C library does it a little later still. A
-    process that was stopped from outside tells nothing, but its launcher ends it when the others
-    are gone.
+    If one rank hangs, the others wait for it, and each rank's watchdog prints where its own rank
+    is. It ends its process ``GRACE`` later, after the others have printed too: they would fail as
+    soon as this process is gone. A thread does this. If a library hangs with Python's lock held,
+    the thread cannot run, and a timer of the C library prints the stacks and ends the process. A
+    process that was stopped from outside prints nothing; its launcher ends it after the others.
 
     Args:
         seconds: the longest time between two beats; None watches nothing.
@@ -37,38 +35,32 @@ class Watchdog:
         self.seconds, self.rank = seconds, rank
         self._last = time.monotonic()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self) -> None:
-        """Something was done."""
+        """Note that the process makes progress."""
         self._last = time.monotonic()
         if self.seconds is not None:
-            later = self.seconds + min(self.seconds, C_TELLS)
+            later = self.seconds + min(self.seconds, C_GRACE)
             faulthandler.dump_traceback_later(later, exit=True, file=STDERR)
 
     def __enter__(self) -> Watchdog:
         if self.seconds is not None:
             self.beat()
-            self._thread.start()
+            watch = threading.Thread(target=self._watch, args=(self.seconds,), daemon=True)
+            watch.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         if self.seconds is not None:
             faulthandler.cancel_dump_traceback_later()
 
-    def _watch(self) -> None:
-        assert self.seconds is not None
-        while not self._ended.wait(max(0.05, self._last + self.seconds - time.monotonic())):
-            if time.monotonic() - self._last < self.seconds:
+    def _watch(self, seconds: float) -> None:
+        while not self._ended.wait(max(0.05, self._last + seconds - time.monotonic())):
+            if time.monotonic() - self._last < seconds:
                 continue
             print(
-                f"error (process {self.rank}): no step was finished in {self.seconds:g} s "
+                f"error (process {self.rank}): no step was finished in {seconds:g} s "
                 "(train.hang_timeout). A process hangs, or the network between them is gone. The "
                 "stack of each thread follows here or in the log of its process. Go on by "
                 "--resume auto.",
@@ -76,5 +68,5 @@ class Watchdog:
                 flush=True,
             )
             faulthandler.dump_traceback(file=STDERR, all_threads=True)
-            time.sleep(min(self.seconds / 2, OTHERS_TELL))
+            time.sleep(min(seconds / 2, GRACE))
             os._exit(TRY_AGAIN)

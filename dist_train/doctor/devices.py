@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Iterator
 
@@ -17,18 +16,17 @@ def check_devices(processes: int) -> Iterator[Finding]:
     Args:
         processes: processes of the launch on this machine; each needs a GPU of its own.
     """
-    driver = _drivers()
+    drivers = _drivers()
     if not torch.cuda.is_available():
-        yield judge_absence(driver, torch.version.cuda)
+        yield judge_absence(drivers, torch.version.cuda)
         return
-    yield Finding("driver", "ok", f"{driver[0] if driver else '?'}, CUDA {torch.version.cuda}")
-    cards = torch.cuda.device_count()
-    if processes > cards:
-        fix = f"Start at most {cards} processes here (--num_processes, PET_NPROC_PER_NODE)."
-        yield Finding("devices", "bad", f"{cards} for {processes} processes", fix)
-    else:
-        yield Finding("devices", "ok", f"{cards} for {processes} processes")
-    for number in range(cards):
+    yield Finding("driver", "ok", f"{drivers[0] if drivers else '?'}, CUDA {torch.version.cuda}")
+    gpus = torch.cuda.device_count()
+    found = f"{gpus} for {processes} processes"
+    fix = f"Start at most {gpus} processes here (--num_processes, PET_NPROC_PER_NODE)."
+    enough = Finding("devices", "ok", found)
+    yield enough if processes <= gpus else Finding("devices", "bad", found, fix)
+    for number in range(gpus):
         properties = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
         yield judge_device(
@@ -43,14 +41,12 @@ def check_devices(processes: int) -> Iterator[Finding]:
 
 def _drivers() -> list[str]:
     """The driver version of each GPU, from nvidia-smi; empty if it finds no GPU."""
-    if shutil.which("nvidia-smi") is None:
-        return []
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
         return []
-    return said.stdout.split() if said.returncode == 0 else []
+    return said.stdout.split()
 
 
 def judge_absence(drivers: list[str], cuda: str | None) -> Finding:
@@ -61,8 +57,8 @@ def judge_absence(drivers: list[str], cuda: str | None) -> Finding:
         cuda: the CUDA version that torch was built for, if any.
     """
     if not drivers:
-        return Finding("devices", "ok", "no graphics card: training runs on CPUs")
-    found = f"{len(drivers)} cards under driver {drivers[0]}"
+        return Finding("devices", "ok", "no GPU: training runs on CPUs")
+    found = f"{len(drivers)} GPUs under driver {drivers[0]}"
     if cuda is None:
         fix = "Install torch by its CUDA build: https://pytorch.org/get-started/locally/"
         return Finding("devices", "bad", f"{found}, but torch is built without CUDA", fix)

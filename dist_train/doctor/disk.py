@@ -23,34 +23,20 @@ CLIP, READS = 256 * 2**10, 200
 def check_disk(folder: Path) -> Iterator[Finding]:
     """Findings on free space, writing with fsync, and random reads past the page cache."""
     name = f"disk of {folder}"
-    path = folder / f".dist_train-doctor-{os.getpid()}-{secrets.token_hex(8)}"
+    path = folder / f".dist_train-doctor-{secrets.token_hex(8)}"
     try:
         free = shutil.disk_usage(folder).free
-        yield graded(
-            f"{name}: room",
-            free,
-            f"{free / 2**30:.1f} GiB free",
-            "Make room: a checkpoint of a ResNet-101 takes 1 GB, and up to three exist at a time.",
-            bad=4 * 10**9,
-            warn=20 * 10**9,
-        )
+        found = f"{free / 2**30:.1f} GiB free"
+        fix = "Make room: a checkpoint of a ResNet-101 takes 1 GB, and up to three exist at a time."
+        yield graded(f"{name}: room", free, found, fix, bad=4 * 10**9, warn=20 * 10**9)
         rate = _write(path)
-        yield graded(
-            f"{name}: write + fsync",
-            rate,
-            f"{rate / 1e6:.0f} MB/s",
-            "Give runs a faster disk (out=), or save less often (checkpoint.every_steps).",
-            warn=100e6,
-        )
-        latencies = _read(path)
-        median, worst = (1e3 * float(q) for q in np.quantile(latencies, [0.5, 0.99]))
-        yield graded(
-            f"{name}: random reads",
-            -median,
-            f"{CLIP // 2**10} KiB in {median:.1f} ms, 1 % over {worst:.1f} ms",
-            "Copy the store to a local disk, or raise loader.workers and loader.prefetch.",
-            warn=-20.0,
-        )
+        found = f"{rate / 1e6:.0f} MB/s"
+        fix = "Give runs a faster disk (out=), or save less often (checkpoint.every_steps)."
+        yield graded(f"{name}: write + fsync", rate, found, fix, warn=100e6)
+        median, worst = (1e3 * float(q) for q in np.quantile(_read(path), [0.5, 0.99]))
+        found = f"{CLIP // 2**10} KiB in {median:.1f} ms, 1 % over {worst:.1f} ms"
+        fix = "Copy the store to a local disk, or raise loader.workers and loader.prefetch."
+        yield graded(f"{name}: random reads", -median, found, fix, warn=-20.0)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         fix = "Make room." if full else "Give a folder that exists and may be written: --folder."

@@ -1,16 +1,34 @@
-"""Check the limits of a process: open files, shared memory, locked memory, processes."""
+"""Check the limits of a process: CPUs, open files, shared and locked memory, processes."""
 
 from __future__ import annotations
 
+import math
 import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from dist_train.doctor.finding import Finding, graded
-from dist_train.system.cgroup import own_groups
+from dist_train.system.cgroup import group_values
 
 INFINIBAND = Path("/sys/class/infiniband")
+
+
+def check_cpus(cpus: float, processes: int, threads: int) -> Finding:
+    """Compare the usable CPUs of this machine with its training processes and their threads.
+
+    Args:
+        processes: processes of the launch on this machine.
+        threads: threads of each process (torch.get_num_threads()).
+    """
+    found = f"{cpus:g} for {processes} processes x {threads} threads"
+    if cpus < processes:
+        fix = f"Start at most {max(1, int(cpus))} processes here, or give them more CPUs."
+        return Finding("CPUs", "warn", found, fix)
+    if processes * threads > cpus:
+        fix = f"Set OMP_NUM_THREADS={int(cpus) // processes} before the launch."
+        return Finding("CPUs", "warn", found, fix)
+    return Finding("CPUs", "ok", found)
 
 
 def check_limits(shared_memory: Path = Path("/dev/shm")) -> Iterator[Finding]:
@@ -20,17 +38,13 @@ def check_limits(shared_memory: Path = Path("/dev/shm")) -> Iterator[Finding]:
         shared_memory: the folder through which NCCL's processes of a machine communicate, and
             batches are passed if the system has no anonymous shared memory.
     """
-    yield _open_files()
+    # Shards, workers and connections are open files; without a shared buffer, batches too.
+    files = _soft_limit(resource.RLIMIT_NOFILE)
+    fix = "Run 'ulimit -n 65536' before the launch, or raise LimitNOFILE of the service."
+    yield graded("open files", files, _shown(files), fix, bad=512, warn=4096)
     yield _shared_memory(shared_memory)
     yield _locked_memory(rdma=INFINIBAND.is_dir() and any(INFINIBAND.iterdir()))
     yield _processes()
-
-
-def _open_files() -> Finding:
-    """Shards, workers and connections are open files; without a shared buffer, batches too."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    fix = "Run 'ulimit -n 65536' before the launch, or raise LimitNOFILE of the service."
-    return graded("open files", _endless(soft), _named(soft), fix, bad=512, warn=4096)
 
 
 def _shared_memory(folder: Path) -> Finding:
@@ -47,38 +61,43 @@ def _shared_memory(folder: Path) -> Finding:
 
 def _locked_memory(*, rdma: bool) -> Finding:
     """RDMA registers its send buffers, which count as locked memory."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    limit = _soft_limit(resource.RLIMIT_MEMLOCK)
+    found = _shown(limit, " bytes")
     if not rdma:
-        return Finding("locked memory", "ok", f"{_named(soft, 'bytes')}, but no RDMA to need it")
+        return Finding("locked memory", "ok", f"{found}, but no RDMA to need it")
     fix = "Run 'ulimit -l unlimited' before the launch, or set LimitMEMLOCK=infinity."
-    return graded(
-        "locked memory", _endless(soft), _named(soft, "bytes"), fix, warn=64 * 2**30, bad=2**26
-    )
+    return graded("locked memory", limit, found, fix, warn=64 * 2**30, bad=2**26)
 
 
 def _processes() -> Finding:
     """Loader workers and the threads of all libraries count as processes."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    group = free_in_cgroups()
+    limit = _soft_limit(resource.RLIMIT_NPROC)
+    free = _free_in_cgroups()
     fix = "Raise 'ulimit -u', or the container's limit: docker run --pids-limit, podPidsLimit."
-    if group is not None and group < _endless(soft):
-        return graded("processes", group, f"{group} more in its cgroup", fix, bad=128, warn=2048)
-    return graded("processes", _endless(soft), _named(soft), fix, bad=256, warn=2048)
+    if free < limit:
+        return graded("processes", free, f"{free:.0f} more in its cgroup", fix, bad=128, warn=2048)
+    return graded("processes", limit, _shown(limit), fix, bad=256, warn=2048)
 
 
-def free_in_cgroups() -> int | None:
-    """The number of further processes that the control groups allow; None without a limit."""
-    free = []
-    for group in (*own_groups(), *own_groups(controller="pids")):
-        limit = group / "pids.max"
-        if limit.is_file() and (most := limit.read_text().strip()) != "max":
-            free.append(int(most) - int((group / "pids.current").read_text()))
-    return min(free, default=None)
+def _free_in_cgroups() -> float:
+    """The number of further processes that the control groups allow."""
+    free = [
+        float(most) - int(current)
+        for controller in ("", "pids")
+        for most, current in zip(
+            group_values("pids.max", controller),
+            group_values("pids.current", controller),
+            strict=False,
+        )
+        if most != "max"
+    ]
+    return min(free, default=math.inf)
 
 
-def _endless(limit: int) -> float:
-    return float("inf") if limit == resource.RLIM_INFINITY else limit
+def _soft_limit(kind: int) -> float:
+    soft, _ = resource.getrlimit(kind)
+    return math.inf if soft == resource.RLIM_INFINITY else soft
 
 
-def _named(limit: int, unit: str = "") -> str:
-    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit} {unit}".strip()
+def _shown(limit: float, unit: str = "") -> str:
+    return "unlimited" if limit == math.inf else f"{limit:.0f}{unit}"

@@ -1,21 +1,27 @@
-"""Check the network between the processes of a launch, their clocks and their shared disk."""
+"""Check the network between the processes of a launch, their clocks and their shared disk.
+
+All functions that take the group are collective calls.
+"""
 
 from __future__ import annotations
 
 import secrets
-import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.table import Table
 
+from dist_train.distributed.collectives import OfSomeRankError, on_main, run_on_all_ranks
+from dist_train.distributed.process_group import ProcessGroup
 from dist_train.doctor.finding import Finding, graded
 
 #: Message sizes in bytes: a flag, a layer, a DDP bucket, the gradients of a small network.
@@ -47,54 +53,48 @@ class Rate:
     bus: float
 
 
-def everyone(value: Any) -> list[Any]:
-    """The values of all processes, in rank order."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def measure_collectives(device: torch.device, sizes: Sequence[int] = SIZES) -> list[Rate]:
-    """Measure all-reduce and all-gather at each size. All functions here are collective calls."""
-    world, rates = dist.get_world_size(), []
-    for size in sizes:
+def measure_collectives(group: ProcessGroup) -> list[Rate]:
+    """Measure all-reduce and all-gather at each of ``SIZES``."""
+    world, rates = group.world, []
+    for size in SIZES:
         elements = max(1, size // 4 // world) * world
-        whole = torch.zeros(elements, device=device)
-        part = torch.zeros(elements // world, device=device)
-        shares = list(whole.chunk(world))
+        full = torch.zeros(elements, device=group.device)
+        shard = torch.zeros(elements // world, device=group.device)
         calls: dict[str, tuple[Callable[[], Any], float]] = {
-            "all-reduce": (partial(dist.all_reduce, whole), 2 * (world - 1) / world),
-            "all-gather": (partial(dist.all_gather, shares, part), (world - 1) / world),
+            "all-reduce": (partial(dist.all_reduce, full), 2 * (world - 1) / world),
+            "all-gather": (
+                partial(dist.all_gather, list(full.chunk(world)), shard),
+                (world - 1) / world,
+            ),
         }
         for name, (call, travelled) in calls.items():
-            seconds = _time(call, device)
+            seconds = _time(call, group)
             rates.append(Rate(name, 4 * elements, seconds, travelled * 4 * elements / seconds))
     return rates
 
 
-def _time(call: Callable[[], Any], device: torch.device) -> float:
+def _time(call: Callable[[], Any], group: ProcessGroup) -> float:
     """Median seconds of a collective call on the slowest process."""
 
     def once() -> float:
         dist.barrier()
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
+        return _seconds(call, group)
 
     once()  # The first call makes the connections.
-    first = _slowest(once())
+    first = max(group.gather(once()))
     durations = [once() for _ in range(min(50, max(3, int(SPAN / first))))]
-    return _slowest(statistics.median(durations))
+    return float(max(group.gather(median(durations))))
 
 
-def _slowest(seconds: float) -> float:
-    """The greatest value of all processes."""
-    return float(max(everyone(seconds)))
+def _seconds(call: Callable[[], Any], group: ProcessGroup) -> float:
+    began = time.perf_counter()
+    call()
+    if group.device.type == "cuda":
+        torch.cuda.synchronize(group.device)
+    return time.perf_counter() - began
 
 
-def measure_pairs(device: torch.device, hosts: Sequence[str]) -> dict[tuple[int, int], float]:
+def measure_pairs(group: ProcessGroup, hosts: Sequence[str]) -> dict[tuple[int, int], float]:
     """Bytes per second between each two machines; on one machine, between each two processes.
 
     One pair at a time. Empty if there are more than ``MOST_ENDS`` ends.
@@ -105,54 +105,48 @@ def measure_pairs(device: torch.device, hosts: Sequence[str]) -> dict[tuple[int,
     Returns:
         Rates by pair of ranks.
     """
-    firsts = list({host: rank for rank, host in reversed(list(enumerate(hosts)))}.values())
-    ends = sorted(firsts) if len(firsts) > 1 else list(range(len(hosts)))
+    firsts = sorted({hosts.index(host) for host in hosts})
+    ends = firsts if len(firsts) > 1 else range(len(hosts))
     if len(ends) > MOST_ENDS:
         return {}
-    rank, rates = dist.get_rank(), {}
-    data = torch.zeros(PAIR_BYTES // 4, device=device)
+    rates = {}
+    data = torch.zeros(PAIR_BYTES // 4, device=group.device)
     for pair in combinations(ends, 2):
-        seconds = _round_trip(data, pair, device) if rank in pair else 0.0
-        rates[pair] = 2 * PAIR_BYTES / _slowest(seconds)
+        seconds = 0.0
+        if group.rank in pair:
+            round_trip = partial(_round_trip, data, pair, is_first=group.rank == pair[0])
+            seconds = min(_seconds(round_trip, group) for _ in range(4))
+        rates[pair] = 2 * PAIR_BYTES / max(group.gather(seconds))
     return rates
 
 
-def _round_trip(data: torch.Tensor, pair: tuple[int, int], device: torch.device) -> float:
-    """The least seconds of a few round trips between a pair of ranks."""
-    first, second = pair
-    durations = []
-    for _ in range(4):
-        began = time.perf_counter()
-        if dist.get_rank() == first:
-            dist.send(data, second)
-            dist.recv(data, second)
-        else:
-            dist.recv(data, first)
-            dist.send(data, first)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        durations.append(time.perf_counter() - began)
-    return min(durations)
+def _round_trip(data: torch.Tensor, pair: tuple[int, int], *, is_first: bool) -> None:
+    if is_first:
+        dist.send(data, pair[1])
+        dist.recv(data, pair[1])
+    else:
+        dist.recv(data, pair[0])
+        dist.send(data, pair[0])
 
 
-def judge_collectives(rates: Sequence[Rate], *, world: int, cards: bool) -> Finding:
+def judge_collectives(rates: Sequence[Rate], *, world: int, gpus: bool) -> Finding:
     """The finding on the time to all-reduce the gradients of a large network."""
     largest = max((r for r in rates if r.name == "all-reduce"), key=lambda rate: rate.size)
     step = 2 * (world - 1) / world * GRADIENTS / largest.bus
     found = f"{largest.bus / 1e9:.2f} GB/s; gradients of a ResNet-101 take {step:.2f} s"
     fix = (
         "NCCL_DEBUG=INFO shows the network in use; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose it."
-        if cards
+        if gpus
         else "GLOO_SOCKET_IFNAME chooses the network. Raise train.accumulate to exchange less."
     )
-    return graded("all-reduce", largest.bus, found, fix, warn=4e9 if cards else 0.2e9)
+    return graded("all-reduce", largest.bus, found, fix, warn=4e9 if gpus else 0.2e9)
 
 
 def judge_pairs(rates: dict[tuple[int, int], float], hosts: Sequence[str]) -> Finding | None:
     """The finding on the slowest pair against the median. None if no pair was measured."""
     if not rates:
         return None
-    usual = statistics.median(rates.values())
+    usual = median(rates.values())
     pair = min(rates, key=lambda pair: rates[pair])
     ends = " and ".join(f"{rank} ({hosts[rank]})" for rank in pair)
     found = f"{rates[pair] / 1e9:.2f} GB/s between ranks {ends}; the median is {usual / 1e9:.2f}"
@@ -160,14 +154,14 @@ def judge_pairs(rates: dict[tuple[int, int], float], hosts: Sequence[str]) -> Fi
     return graded("slowest pair", rates[pair] / usual, found, fix, warn=0.5)
 
 
-def measure_clocks() -> list[float]:
+def measure_clocks(group: ProcessGroup) -> list[float]:
     """Seconds by which each rank's clock is ahead of rank 0's, accurate to milliseconds."""
     rounds = []
     for _ in range(5):
         dist.barrier()
-        times = everyone(time.time())
+        times = group.gather(time.time())
         rounds.append([t - times[0] for t in times])
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+    return [median(column) for column in zip(*rounds, strict=True)]
 
 
 def judge_clocks(ahead: Sequence[float]) -> Finding:
@@ -179,22 +173,21 @@ def judge_clocks(ahead: Sequence[float]) -> Finding:
     return graded("clocks", -difference, found, fix, warn=-1.0)
 
 
-def check_shared(folder: Path, hosts: Sequence[str]) -> Finding | None:
+def check_shared(group: ProcessGroup, folder: Path, hosts: Sequence[str]) -> Finding | None:
     """Whether all machines see a file that rank 0 writes. None on one machine."""
     if len(set(hosts)) == 1:
         return None
-    mark = everyone(folder / f".dist_train-doctor-{secrets.token_hex(8)}")[0]
-    is_main = dist.get_rank() == 0
-    # Errors are exchanged as values, so that every rank takes part in each exchange.
-    written = everyone(_tried(mark.touch) if is_main else None)[0]
     # The name is new, so no cache of a network file system reports it as missing.
-    answers = everyone(_tried(mark.exists))
-    if is_main:
-        _tried(lambda: mark.unlink(missing_ok=True))
-    errors = [answer for answer in (written, *answers) if isinstance(answer, OSError)]
-    if errors:
-        return Finding("shared disk", "bad", str(errors[0]), "Give a folder that may be written.")
-    seen = [answer is True for answer in answers]
+    mark = group.gather(folder / f".dist_train-doctor-{secrets.token_hex(8)}")[0]
+    try:
+        on_main(group, mark.touch)
+        seen = run_on_all_ranks(group, mark.exists)
+    except (OSError, OfSomeRankError) as error:
+        return Finding("shared disk", "bad", str(error), "Give a folder that may be written.")
+    finally:
+        if group.rank == 0:
+            with suppress(OSError):
+                mark.unlink(missing_ok=True)
     blind = sorted({host for host, sees in zip(hosts, seen, strict=True) if not sees})
     if blind:
         fix = "Give runs (out=) and this check (--folder) a disk that all machines share."
@@ -202,17 +195,9 @@ def check_shared(folder: Path, hosts: Sequence[str]) -> Finding | None:
     return Finding("shared disk", "ok", f"{folder} is the same on {len(set(hosts))} machines")
 
 
-def _tried(action: Callable[[], object]) -> object:
-    """The result of ``action``, or its OSError."""
-    try:
-        return action()
-    except OSError as error:
-        return error
-
-
-def table(rates: Sequence[Rate], backend: str, world: int) -> Table:
+def table(rates: Sequence[Rate], world: int) -> Table:
     """A table of the rates for the terminal."""
-    view = Table(title=f"{backend}, {world} processes", title_justify="left")
+    view = Table(title=f"{dist.get_backend()}, {world} processes", title_justify="left")
     view.add_column("")
     for name in ("size", "time", "GB/s", "GB/s of a link"):
         view.add_column(name, justify="right")

@@ -40,15 +40,14 @@ def check_versions() -> Iterator[Finding]:
             "Run 'pip install -e .' in the repository.",
         )
         return
-    yield _python(platform.python_version(), own["Requires-Python"])
+    python, needed_python = platform.python_version(), own["Requires-Python"]
+    if python in SpecifierSet(needed_python):
+        yield Finding("python", "ok", python)
+    else:
+        found = f"{python}, needed {needed_python}"
+        yield Finding("python", "bad", found, "Install a newer Python.")
     installed = {_key(d.metadata["Name"]): d.version for d in metadata.distributions()}
     yield from judge_packages(needed, installed)
-
-
-def _python(version: str, needed: str) -> Finding:
-    if version in SpecifierSet(needed):
-        return Finding("python", "ok", version)
-    return Finding("python", "bad", f"{version}, needed {needed}", "Install a newer Python.")
 
 
 def _key(name: str) -> str:
@@ -95,7 +94,7 @@ def judge_pair(torch: str, cudnn: int | None) -> Iterator[Finding]:
         return
     problems, found = known_problems(cudnn), f"torch {torch}, cuDNN {cudnn_name(cudnn)}"
     for known in problems:
-        what = f"{found}: {known.what} ({', '.join(sorted(known.precisions))})"
+        what = f"{found}: {known.what} ({', '.join(known.precisions)})"
         yield Finding("torch and cuDNN", "warn", what, f"{known.fix} {known.source}")
     if not problems:
         yield Finding("torch and cuDNN", "ok", found)

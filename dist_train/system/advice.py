@@ -9,6 +9,7 @@ import errno
 import re
 import resource
 from collections.abc import Container
+from contextlib import suppress
 
 from dist_train.errors import MachineError
 
@@ -17,6 +18,7 @@ _DISK = "The disk or its server fails: look at the system's log (dmesg), and run
 _MEMORY = (
     "Close other programs, use fewer workers or smaller batches, or raise the container's limit."
 )
+_ROOM = "Make room and run the command again: what is finished is kept."
 #: What the user can do, by errno.
 ADVICE = {
     errno.EMFILE: "Raise the limit of open files (ulimit -n), or use fewer workers.",
@@ -30,11 +32,9 @@ ADVICE = {
     "file system anew if that does not help.",
     errno.ENOTCONN: _DISK,
     errno.ETIMEDOUT: _DISK,
-    errno.ENOSPC: "Make room and run the command again: what is finished is kept.",
-    errno.EDQUOT: "Your quota of the disk is used up. Make room and run the command again: what is "
-    "finished is kept.",
-    errno.EFBIG: "Make room and run the command again: what is finished is kept. The limit may be "
-    "the shell's, of a file's size (ulimit -f).",
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: f"Your quota of the disk is used up. {_ROOM}",
+    errno.EFBIG: f"{_ROOM} The shell may limit the size of a file (ulimit -f).",
     errno.ENOMEM: _MEMORY,
     errno.EAGAIN: "Raise the limit of processes (ulimit -u, or the container's), or use fewer "
     "workers.",
@@ -56,24 +56,20 @@ def blame_machine(error: BaseException, where: object, *, but: Container[int] = 
 
     Args:
         where: the file that was read.
-        but: errno values for which the file counts as the cause all the same.
+        but: errno values for which the file is at fault.
 
     Raises:
         MachineError: the error's errno is in ``ADVICE``.
     """
-    if not isinstance(error, OSError) or error.errno not in ADVICE or error.errno in but:
-        return
-    raise MachineError(
-        f"cannot be read ({error.strerror})", where=where, fix=ADVICE[error.errno]
-    ) from None
+    if isinstance(error, OSError) and error.errno in ADVICE and error.errno not in but:
+        what, fix = f"cannot be read ({error.strerror})", ADVICE[error.errno]
+        raise MachineError(what, where=where, fix=fix) from None
 
 
 def lack_of_memory(error: BaseException) -> str | None:
     """The message for exhausted host memory; None for any other error."""
-    text = str(error)
-    if not isinstance(error, MemoryError) and not (
-        isinstance(error, RuntimeError) and any(sign in text for sign in _NO_HOST_MEMORY)
-    ):
+    of_torch = isinstance(error, RuntimeError) and any(s in str(error) for s in _NO_HOST_MEMORY)
+    if not (of_torch or isinstance(error, MemoryError)):
         return None
     said = first_line(error)
     return f"memory ran out{f' ({said})' if said else ''}. {_MEMORY}"
@@ -90,11 +86,9 @@ def raise_open_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        try:
+        # A sandbox may forbid it; then the soft limit stays.
+        with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (OSError, ValueError):
-            # A sandbox may forbid it; then the soft limit stays.
-            return
 
 
 def open_files() -> int:

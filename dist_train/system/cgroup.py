@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
-ROOT = Path("/sys/fs/cgroup")
-MEMBERSHIP = Path("/proc/self/cgroup")
+#: Mount point of the cgroup trees, and the file that names this process's group in each tree.
+ROOT, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-def own_groups(
-    root: Path = ROOT, membership: Path = MEMBERSHIP, controller: str = ""
-) -> Iterator[Path]:
-    """Folders of this process's group and of all its ancestors, the innermost first.
+def group_values(file: str, controller: str = "") -> Iterator[str]:
+    """The text of ``file`` in this process's group and in each ancestor that has it, inner first.
 
     Args:
-        root: mount point of the cgroup trees.
-        membership: the file that names this process's group in each tree.
         controller: of version 1; "" means version 2, whose controllers share a tree.
     """
+    for group in _own_groups(controller):
+        try:
+            yield (group / file).read_text().strip()
+        except OSError:
+            continue
+
+
+def _own_groups(controller: str) -> Iterator[Path]:
     try:
-        lines = membership.read_text().splitlines()
+        lines = MEMBERSHIP.read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, names, place = line.split(":", 2)
         if controller not in names.split(","):
             continue
-        for mount in (root / "unified", root) if not names else (root / names, root / controller):
+        for mount in (ROOT / names, ROOT / controller) if names else (ROOT / "unified", ROOT):
             group = mount / place.lstrip("/")
             # In another namespace the group may lie above the mount point.
             if mount.is_dir() and ".." not in group.parts:
@@ -36,44 +41,19 @@ def own_groups(
                 break
 
 
-def group_values(
-    file: str, root: Path = ROOT, membership: Path = MEMBERSHIP, controller: str = ""
-) -> Iterator[str]:
-    """The text of ``file`` in each group that has it."""
-    for group in own_groups(root, membership, controller):
-        try:
-            yield (group / file).read_text().strip()
-        except OSError:
-            continue
-
-
-def usable_cpus(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float:
+def usable_cpus() -> float:
     """CPUs of this process: its affinity, limited by the CPU quotas of its groups."""
-    quotas = []
-    for text in group_values("cpu.max", root, membership):
-        quota, _, period = text.partition(" ")
-        if quota != "max":
-            quotas.append(int(quota) / int(period or 100_000))
-    for group in own_groups(root, membership, "cpu"):
-        try:
-            given, every = (
-                int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
-            )
-        except OSError:
-            continue
-        if given > 0:
-            quotas.append(given / every)
-    return min([float(len(os.sched_getaffinity(0))), *quotas])
+    version_1 = (group_values(f"cpu.cfs_{name}_us", "cpu") for name in ("quota", "period"))
+    quotas = chain(map(str.split, group_values("cpu.max")), zip(*version_1, strict=False))
+    limits = [int(quota) / int(period) for quota, period in quotas if quota not in ("max", "-1")]
+    return min([float(len(os.sched_getaffinity(0))), *limits])
 
 
-def usable_memory(root: Path = ROOT, membership: Path = MEMBERSHIP) -> int:
+def usable_memory() -> int:
     """Bytes of this machine's memory, limited by the groups of this process."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    values = (
-        *group_values("memory.max", root, membership),
-        *group_values("memory.limit_in_bytes", root, membership, "memory"),
-    )
-    return min([*limits, *(int(value) for value in values if value != "max")])
+    limits = chain(group_values("memory.max"), group_values("memory.limit_in_bytes", "memory"))
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([machine, *(int(limit) for limit in limits if limit != "max")])
 
 
 def processes_at_once() -> int:

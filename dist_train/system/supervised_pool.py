@@ -11,10 +11,10 @@ import resource
 import signal
 import time
 import traceback
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 # Files that this process has open for each worker.
 OPEN_FILES = 3
-# Retry a step once, as a crash may have a passing cause. A second crash leaves the step out.
+# A crash may have a passing cause, so a step is left out after its second crash only.
 CRASHES = 2
 
 
@@ -96,17 +96,15 @@ def supervised(
         Exception: an error of ``function``. The other processes are ended.
     """
     end_if_run_again()
-    todo = (_Run(item) for item in items)
-    again: deque[_Run[Item]] = deque()
+    pending = iter(items)
     idle: list[_Worker[Item, Result]] = []
     busy: list[_Worker[Item, Result]] = []
     size = within_open_files(workers or processes_at_once(), OPEN_FILES)
     try:
         while True:
-            while len(busy) < size and (run := again.popleft() if again else next(todo, None)):
-                worker = idle.pop() if idle else _Worker(function, limits)
-                busy.append(worker)
-                worker.give(run)
+            for item in islice(pending, size - len(busy)):
+                busy.append(idle.pop() if idle else _Worker(function, limits))
+                busy[-1].give(item, Counter())
             if not busy:
                 return
             left = min(worker.time_left() for worker in busy)
@@ -114,10 +112,11 @@ def supervised(
             for worker in list(busy):
                 try:
                     results = worker.hear()
-                except _EndedError as ended:
+                except _FailedStepError as failed:
                     busy.remove(worker)
                     worker.end()
-                    again.append(worker.run.after(ended, without))
+                    busy.append(_Worker(function, limits))
+                    busy[-1].give(worker.item_after(failed, without), worker.crashes)
                     continue
                 if results:
                     busy.remove(worker)
@@ -138,13 +137,13 @@ def each_done(
         StoreError: a process died.
     """
     end_if_run_again()
-    todo = iter(items)
-    first = list(islice(todo, 2))
+    pending = iter(items)
+    first = list(islice(pending, 2))
     if len(first) < 2 or (workers or processes_at_once()) < 2:
-        return map(function, chain(first, todo))
+        return map(function, chain(first, pending))
     no_limits = Limits(math.inf, None)
     return supervised(
-        partial(_unwatched, function), chain(first, todo), _unchanged, no_limits, workers
+        partial(_unwatched, function), chain(first, pending), _unchanged, no_limits, workers
     )
 
 
@@ -156,30 +155,19 @@ def _unchanged(item: Item, step: int, reason: str) -> Item:
     return item
 
 
-class _EndedError(Exception):
-    """A process ended at ``step`` of its item. ``final``: do not retry the step."""
+class _FailedStepError(Exception):
+    """A process ended in ``step`` of its item. ``final``: do not retry the step."""
 
     def __init__(self, step: int, reason: str, *, final: bool) -> None:
         super().__init__(reason)
         self.step, self.reason, self.final = step, reason, final
 
 
-@dataclass
-class _Run(Generic[Item]):
-    item: Item
-    crashes: Counter[int] = field(default_factory=Counter)
-
-    def after(self, ended: _EndedError, without: Callable[[Item, int, str], Item]) -> _Run[Item]:
-        self.crashes[ended.step] += 1
-        if ended.final or self.crashes[ended.step] >= CRASHES:
-            self.item = without(self.item, ended.step, ended.reason)
-        return self
-
-
 class _Worker(Generic[Item, Result]):
-    """A process, its item, and the step that it last reported."""
+    """A process, its item, the crashes of the item by step, and the step reported last."""
 
-    run: _Run[Item]
+    item: Item
+    crashes: Counter[int]
 
     def __init__(self, function: Callable[[Item, Steps], Result], limits: Limits) -> None:
         context = worker_context(getattr(function, "__module__", __name__))
@@ -192,10 +180,19 @@ class _Worker(Generic[Item, Result]):
         self.step: int | None = None
         self.since = 0.0
 
-    def give(self, run: _Run[Item]) -> None:
-        self.run, self.step = run, None
+    def give(self, item: Item, crashes: Counter[int]) -> None:
+        self.item, self.crashes, self.step = item, crashes, None
         with suppress(BrokenPipeError):
-            self.connection.send(run.item)
+            self.connection.send(item)
+
+    def item_after(
+        self, failed: _FailedStepError, without: Callable[[Item, int, str], Item]
+    ) -> Item:
+        """The item to repeat after ``failed``."""
+        self.crashes[failed.step] += 1
+        if failed.final or self.crashes[failed.step] >= CRASHES:
+            return without(self.item, failed.step, failed.reason)
+        return self.item
 
     def time_left(self) -> float:
         if self.step is None:
@@ -206,7 +203,7 @@ class _Worker(Generic[Item, Result]):
         """[result] if the item is done, else [].
 
         Raises:
-            _EndedError: the process crashed in a step, or exceeded the time of the step.
+            _FailedStepError: the process crashed in a step, or exceeded the time of the step.
             StoreError: the process died outside of its steps.
             Exception: an error of the function.
         """
@@ -223,7 +220,7 @@ class _Worker(Generic[Item, Result]):
             raise self._death() from None
         if self.step is not None and not self.time_left():
             reason = f"takes longer than {self.limits.seconds:g} s to decode"
-            raise _EndedError(self.step, reason, final=True)
+            raise _FailedStepError(self.step, reason, final=True)
         return []
 
     def _death(self) -> Exception:
@@ -239,7 +236,7 @@ class _Worker(Generic[Item, Result]):
                 fix="Run the command again, with fewer --workers if memory ran out: "
                 "finished shards are kept.",
             )
-        return _EndedError(self.step, f"crashes the decoder ({how})", final=False)
+        return _FailedStepError(self.step, f"crashes the decoder ({how})", final=False)
 
     def end(self) -> None:
         self.process.kill()

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, readable at any world size."""
+"""Checkpoints: complete or absent, readable at any world size."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from dist_train.checkpoint.retention import RetentionPolicy
 from dist_train.checkpoint.writer import CheckpointWriter
 from dist_train.errors import CheckpointError
 from dist_train.files import sealed
+
+FIRST, SECOND = (f"rank-0000{rank}.safetensors" for rank in range(2))
 
 
 def state(step: int) -> dict[str, Tensor]:
@@ -63,7 +66,7 @@ def test_each_tensor_is_written_by_one_rank_and_ranks_differ_by_one_tensor(
     assert max(loads) - min(loads) <= max(sizes.values())
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("world", [1, 3])
 def test_round_trip_at_any_world_size(tmp_path: Path, world: int) -> None:
     path = save(tmp_path, 7, world=world)
     tensors, marker = load_checkpoint(path)
@@ -72,78 +75,56 @@ def test_round_trip_at_any_world_size(tmp_path: Path, world: int) -> None:
     for name, tensor in tensors.items():
         assert tensor.dtype == expected[name].dtype
         assert torch.equal(tensor, expected[name])
-    assert (marker["step"], marker["facts"]) == (7, {"k": 7})
-    assert len(marker["files"]) == world
-    assert [p.name for p in tmp_path.iterdir()] == ["step-7"]
-
-
-def test_what_is_loaded_may_be_changed_without_changing_the_files(tmp_path: Path) -> None:
-    path = save(tmp_path, 7)
-    for tensor in load_checkpoint(path)[0].values():
         tensor.zero_()
-    assert torch.equal(load_checkpoint(path)[0]["model/a.weight"], state(7)["model/a.weight"])
-
-
-def test_no_checkpoint_at_all_is_none(tmp_path: Path) -> None:
-    assert latest_valid(tmp_path) is None
-    assert latest_valid(tmp_path / "missing") is None
+    assert torch.equal(load_checkpoint(path)[0]["model/a.weight"], expected["model/a.weight"])
+    assert (marker["step"], marker["facts"]) == (7, {"k": 7})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-7"]
+    # The marker can be read without this package.
+    plain = json.loads((path / MARKER).read_text())
+    assert plain.keys() == {"step", "facts", "files", "crc32c"}
+    assert [(path / e["name"]).stat().st_size for e in plain["files"]] == [
+        entry["size"] for entry in marker["files"]
+    ]
+    assert len(marker["files"]) == world
 
 
 def test_the_newest_is_the_highest_step_not_the_last_in_the_alphabet(tmp_path: Path) -> None:
-    for step in (9, 100, 20):
-        save(tmp_path / str(step), step)
-        (tmp_path / str(step) / f"step-{step}").rename(tmp_path / f"step-{step}")
+    assert latest_valid(tmp_path / "missing") is None
+    save(tmp_path, 200).rename(tmp_path / "step-200.partial")
+    assert latest_valid(tmp_path) is None, "an unfinished one is no checkpoint"
+    for step in (9, 20, 100):
+        path = save(tmp_path, step)
+        # Hidden files of file systems do no harm.
+        (path / ".nfs000001").write_bytes(b"")
     assert latest_valid(tmp_path) == tmp_path / "step-100"
+    assert latest_valid(tmp_path, before=100) == tmp_path / "step-20"
 
 
 def truncate(path: Path) -> None:
-    file = path / "rank-00001.safetensors"
-    os.truncate(file, file.stat().st_size - 1)
+    os.truncate(path / SECOND, (path / SECOND).stat().st_size - 1)
 
 
 def flip_a_bit(path: Path) -> None:
-    file = path / "rank-00000.safetensors"
-    content = bytearray(file.read_bytes())
+    content = bytearray((path / FIRST).read_bytes())
     content[-1] ^= 1
-    file.write_bytes(content)
+    (path / FIRST).write_bytes(content)
 
 
 def lose_a_file(path: Path) -> None:
-    (path / "rank-00001.safetensors").unlink()
+    (path / SECOND).unlink()
 
 
 def a_folder_for_a_file(path: Path) -> None:
     lose_a_file(path)
-    (path / "rank-00001.safetensors").mkdir()
+    (path / SECOND).mkdir()
 
 
 def add_a_file(path: Path) -> None:
-    shutil.copy(path / "rank-00001.safetensors", path / "rank-00002.safetensors")
+    shutil.copy(path / SECOND, path / "rank-00002.safetensors")
 
 
 def lose_the_marker(path: Path) -> None:
     (path / MARKER).unlink()
-
-
-def tear_the_marker(path: Path) -> None:
-    text = (path / MARKER).read_text()
-    (path / MARKER).write_text(text[: len(text) // 2])
-
-
-def empty_the_marker(path: Path) -> None:
-    (path / MARKER).write_text("{}")
-
-
-def make_the_marker_a_list(path: Path) -> None:
-    (path / MARKER).write_text("[]")
-
-
-def make_the_marker_deep(path: Path) -> None:
-    (path / MARKER).write_text("[" * 100_000)
-
-
-def make_the_marker_no_text(path: Path) -> None:
-    (path / MARKER).write_bytes(b"\xff\xfe")
 
 
 def change_a_fact(path: Path) -> None:
@@ -152,54 +133,54 @@ def change_a_fact(path: Path) -> None:
     (path / MARKER).write_text(text.replace('"k": 8', '"k": 9'))
 
 
+def tear_the_marker(path: Path) -> None:
+    text = (path / MARKER).read_text()
+    (path / MARKER).write_text(text[: len(text) // 2])
+
+
+def entries(path: Path) -> list[dict[str, Any]]:
+    return json.loads((path / MARKER).read_text())["files"]
+
+
 def reseal(path: Path, **changes: object) -> None:
     content = json.loads((path / MARKER).read_text())
     del content["crc32c"]
     (path / MARKER).write_text(sealed({**content, **changes}))
 
 
-def lose_the_facts(path: Path) -> None:
-    reseal(path, facts=None)
-
-
-def another_step(path: Path) -> None:
-    reseal(path, step=9)
-
-
 def forget_a_rank(path: Path) -> None:
     lose_a_file(path)
-    reseal(path, files=json.loads((path / MARKER).read_text())["files"][:1])
-    (path / "rank-00000.safetensors").rename(path / "rank-00001.safetensors")
-
-
-def name_no_files(path: Path) -> None:
-    reseal(path, files=[])
+    reseal(path, files=entries(path)[:1])
+    (path / FIRST).rename(path / SECOND)
 
 
 def name_files_elsewhere(path: Path) -> None:
-    files = json.loads((path / MARKER).read_text())["files"]
-    reseal(path, files=[{**entry, "name": f"../step-4/{entry['name']}"} for entry in files])
+    reseal(path, files=[{**e, "name": f"../step-4/{e['name']}"} for e in entries(path)])
 
 
-def files_of_another_form(path: Path) -> None:
-    reseal(path, files=[1, 2])
-
-
-DAMAGES = [
+DAMAGES: list[Callable[[Path], None] | bytes | dict[str, object]] = [
     truncate, flip_a_bit, lose_a_file, a_folder_for_a_file, add_a_file, lose_the_marker,
-    tear_the_marker, empty_the_marker, make_the_marker_a_list, make_the_marker_deep,
-    make_the_marker_no_text, change_a_fact, lose_the_facts, another_step, forget_a_rank,
-    name_no_files, name_files_elsewhere, files_of_another_form,
+    change_a_fact, tear_the_marker, forget_a_rank, name_files_elsewhere,
+    # In place of the marker.
+    b"{}", b"[]", b"\xff\xfe", b"[" * 100_000,
+    # Changes of a marker whose checksum is right.
+    {"facts": None}, {"step": 9}, {"files": []}, {"files": [1, 2]},
 ]  # fmt: skip
-damaged = pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 
 
-@damaged
-def test_a_damaged_one_is_skipped_with_a_line_in_the_log(
-    tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: getattr(d, "__name__", str(d)[:20]))
+def test_a_damaged_one_is_skipped_and_without_another_the_run_does_not_start_anew(
+    tmp_path: Path,
+    damage: Callable[[Path], None] | bytes | dict[str, object],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     before, last = save(tmp_path, 4, world=2), save(tmp_path, 8, world=2)
-    damage(last)
+    if isinstance(damage, bytes):
+        (last / MARKER).write_bytes(damage)
+    elif isinstance(damage, dict):
+        reseal(last, **damage)
+    else:
+        damage(last)
     with caplog.at_level(logging.WARNING):
         assert latest_valid(tmp_path) == before
     (record,) = caplog.records
@@ -207,13 +188,7 @@ def test_a_damaged_one_is_skipped_with_a_line_in_the_log(
     assert str(last) in record.getMessage()
     with pytest.raises(CheckpointError):
         load_checkpoint(last)
-
-
-@damaged
-def test_where_all_are_damaged_the_run_does_not_start_anew(
-    tmp_path: Path, damage: Callable[[Path], None]
-) -> None:
-    damage(save(tmp_path, 8, world=2))
+    shutil.rmtree(before)
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints is whole"):
         latest_valid(tmp_path)
 
@@ -243,23 +218,3 @@ def test_a_random_harm_to_any_file_is_never_accepted(tmp_path: Path, harms: int)
             latest_valid(tmp_path)
         (path / name).write_bytes(whole[name])
     assert latest_valid(tmp_path) == path
-
-
-def test_hidden_files_of_the_file_system_do_no_harm(tmp_path: Path) -> None:
-    path = save(tmp_path, 8)
-    (path / ".nfs000001").write_bytes(b"")
-    assert latest_valid(tmp_path) == path
-
-
-def test_an_unfinished_one_is_no_checkpoint(tmp_path: Path) -> None:
-    save(tmp_path, 8).rename(tmp_path / "step-8.partial")
-    assert latest_valid(tmp_path) is None
-    whole = save(tmp_path, 4)
-    assert latest_valid(tmp_path) == whole
-
-
-def test_the_marker_can_be_read_without_this_package(tmp_path: Path) -> None:
-    marker = json.loads((save(tmp_path, 4, world=2) / MARKER).read_text())
-    assert marker.keys() == {"step", "facts", "files", "crc32c"}
-    for entry in marker["files"]:
-        assert (tmp_path / "step-4" / entry["name"]).stat().st_size == entry["size"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,30 +15,14 @@ from dist_train.checkpoint import format as checkpoint_format
 from dist_train.checkpoint.format import load_checkpoint, rank_file
 from dist_train.checkpoint.retention import RetentionPolicy
 from dist_train.checkpoint.shared_reader import SharedTensors
-from dist_train.checkpoint.tensor_file import Sum, sum_of_file
 from dist_train.checkpoint.writer import CheckpointWriter
+from dist_train.files import crc32c_of_file
 
 NAMES = ("a", "b", "c", "number")
 
 
 def tensor_of(name: str) -> Tensor:
     return torch.tensor(7) if name == "number" else torch.full((2, 3), float(ord(name)))
-
-
-@dataclass
-class Talking:
-    """A rank of a group of threads that can broadcast."""
-
-    group: Threads
-    device = torch.device("cpu")
-
-    def __post_init__(self) -> None:
-        self.rank, self.world, self.gather = self.group.rank, self.group.world, self.group.gather
-
-    def broadcast(self, tensor: Tensor, source: int) -> None:
-        sent = self.gather(tensor)[source]
-        if self.rank != source:
-            tensor.copy_(sent)
 
 
 @pytest.mark.parametrize("readers", [1, 2, 4])
@@ -55,20 +38,20 @@ def test_each_file_is_read_by_one_rank_and_every_rank_has_all_tensors(
     read: Counter[str] = Counter()
     lock = threading.Lock()
 
-    def counted(path: Path) -> Sum:
+    def counted(path: Path) -> int:
         with lock:
             read[path.name] += 1
-        return sum_of_file(path)
+        return crc32c_of_file(path)
 
-    monkeypatch.setattr(checkpoint_format, "sum_of_file", counted)
+    monkeypatch.setattr(checkpoint_format, "crc32c_of_file", counted)
 
-    def take_up(group: Threads) -> None:
+    def load(group: Threads) -> None:
         own, _ = load_checkpoint(tmp_path / "step-1", group.rank, group.world)
-        shared = SharedTensors(Talking(group), own)
+        shared = SharedTensors(group, own)
         assert shared.keys() == set(NAMES)
         assert "missing" not in shared
         for name in NAMES:
             assert torch.equal(shared[name], tensor_of(name)), name
 
-    assert on_each_rank(readers, take_up) == []
+    assert on_each_rank(readers, load) == []
     assert read == {rank_file(rank): 1 for rank in range(3)}

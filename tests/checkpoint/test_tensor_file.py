@@ -14,7 +14,7 @@ from syncs import Sync, record_syncs
 from torch import Tensor
 
 from dist_train.checkpoint import tensor_file
-from dist_train.checkpoint.tensor_file import CHUNK, DTYPES, STAGE, sum_of_file, write_tensors
+from dist_train.checkpoint.tensor_file import CHUNK, DTYPES, STAGE, Sum, write_tensors
 
 
 def tensors() -> dict[str, Tensor]:
@@ -33,34 +33,32 @@ def tensors() -> dict[str, Tensor]:
     } | {str(dtype): weight.mul(50).to(dtype) for dtype in DTYPES}
 
 
-def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
+def sum_of(path: Path) -> Sum:
+    data = path.read_bytes()
+    return Sum(len(data), google_crc32c.value(data))
+
+
+def test_what_is_written_is_on_the_disk_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the safetensors library reads it."""
     path = tmp_path / "a.safetensors"
-    write_tensors(path, tensors())
-    read = load_file(path)
-    expected = tensors()
+    # A longer file of an earlier session.
+    path.write_bytes(bytes(10_000_000))
+    syncs = record_syncs(monkeypatch)
+    written = write_tensors(path, tensors())
+    assert syncs == [Sync(path, size=written.size)]
+    assert written == sum_of(path)
+    read, expected = load_file(path), tensors()
     assert read.keys() == expected.keys()
     for name, tensor in expected.items():
         assert read[name].dtype == tensor.dtype
         assert torch.equal(read[name], tensor), name
 
 
-@pytest.mark.parametrize("content", [{}, tensors()], ids=["none", "many"])
-def test_size_and_checksum_are_those_of_the_file(
-    tmp_path: Path, content: dict[str, Tensor]
-) -> None:
-    path = tmp_path / "a.safetensors"
-    written = write_tensors(path, content)
-    data = path.read_bytes()
-    assert written == (len(data), google_crc32c.value(data)) == sum_of_file(path)
-
-
-def test_what_is_written_is_on_the_disk_at_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    syncs = record_syncs(monkeypatch)
-    path = tmp_path / "a.safetensors"
-    written = write_tensors(path, tensors())
-    assert syncs == [Sync(path, size=written.size)]
+def test_no_tensors(tmp_path: Path) -> None:
+    assert write_tensors(tmp_path / "a", {}) == sum_of(tmp_path / "a")
+    assert load_file(tmp_path / "a") == {}
 
 
 def test_the_file_is_as_long_as_the_library_makes_it(tmp_path: Path) -> None:
@@ -90,7 +88,7 @@ def assert_written_well(path: Path) -> None:
     """More than one write, and a rest that fills none."""
     content = {"a": torch.arange(STAGE // 2 + 1001)}
     written = write_tensors(path, content)
-    assert written == sum_of_file(path)
+    assert written == sum_of(path)
     assert written.size == path.stat().st_size
     assert torch.equal(load_file(path)["a"], content["a"])
 
@@ -109,10 +107,3 @@ def test_a_write_that_the_device_refuses_goes_through_the_cache(
     """As one of odd length is by most."""
     monkeypatch.setattr(tensor_file, "ALIGNED", 1)
     assert_written_well(tmp_path / "a.safetensors")
-
-
-def test_what_was_there_before_is_gone(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    write_tensors(path, {"a": torch.zeros(100_000)})
-    written = write_tensors(path, {"a": torch.zeros(10)})
-    assert written == sum_of_file(path)

@@ -1,8 +1,4 @@
-"""One process's backend: arithmetic, state by name, and what it refuses.
-
-Accelerate keeps one state a process, so backends of other settings are started by launchers, in
-tests/distributed.
-"""
+"""One process's backend: arithmetic, state by name, and what it refuses."""
 
 from __future__ import annotations
 
@@ -24,23 +20,21 @@ FP32 = TrainSettings(precision="fp32")
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(1)
+        nn.Conv3d(1, 2, 3), nn.BatchNorm3d(2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1)
     )
 
 
-def built() -> nn.Module:
-    model = network()
-    model(torch.zeros(2, 1, 4, 4, 4))
-    return model
+def made() -> Backend:
+    backend = make_backend(FP32, clip_norm=0.5)
+    backend.wrap(network(), lambda model: make_optimizer(model, OptimSettings(lr=0.1)))
+    return backend
 
 
 @pytest.fixture
 def backend() -> Iterator[Backend]:
-    made = make_backend(FP32, clip_norm=0.5)
-    model = built()
-    made.wrap(model, lambda m: make_optimizer(m, OptimSettings(lr=0.1)))
-    yield made
-    made.close()
+    backend = made()
+    yield backend
+    backend.close()
 
 
 def step(backend: Backend, seed: int) -> float:
@@ -50,15 +44,9 @@ def step(backend: Backend, seed: int) -> float:
     return backend.update()
 
 
-def test_alone_it_is_rank_0_of_1(backend: Backend) -> None:
-    assert (backend.rank, backend.world, backend.is_main) == (0, 1, True)
-    assert backend.gather("x") == ["x"]
-    assert backend.sums([3.0]) == [3.0]
-
-
 def test_the_norm_is_that_before_clipping_and_the_step_that_after(backend: Backend) -> None:
     """Against torch's own AdamW and clipping."""
-    twin = built()
+    twin = network()
     optimizer = make_optimizer(twin, OptimSettings(lr=0.1))
     inputs = torch.randn(4, 1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     twin(inputs).square().mean().backward()
@@ -103,9 +91,7 @@ def test_a_restored_state_goes_on_bit_for_bit(backend: Backend) -> None:
     norms = [step(backend, seed) for seed in range(3, 6)]
     straight = copied(backend)
 
-    model = built()
-    other = make_backend(FP32, clip_norm=0.5)
-    other.wrap(model, lambda m: make_optimizer(m, OptimSettings(lr=0.1)))
+    other = made()
     other.load_state(state, updates=3)
     assert [step(other, seed) for seed in range(3, 6)] == norms
     resumed = copied(other)
@@ -120,25 +106,26 @@ def test_autocast_is_the_precision_of_the_run(precision: str, dtype: torch.dtype
         assert nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is offered on CUDA devices")
-def test_fp16_is_refused_without_a_gpu() -> None:
-    with pytest.raises(BackendError, match="fp16 needs a CUDA device"):
-        make_backend(TrainSettings(precision="fp16"), clip_norm=None)
+on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="graphs are offered on CUDA devices")
-def test_graphs_are_refused_without_a_gpu() -> None:
-    with pytest.raises(BackendError, match="there are 1 on cpu"):
-        make_backend(TrainSettings(precision="fp32", graphs=True), clip_norm=None)
-
-
-@pytest.mark.parametrize(("backend", "name"), [("zero2", "ZeRO"), ("fsdp2", "FSDP")])
-def test_what_spreads_weights_is_refused_without_a_launcher(
-    monkeypatch: pytest.MonkeyPatch, backend: str, name: str
+@on_a_cpu
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"precision": "fp16"}, "fp16 needs a CUDA device"),
+        ({"precision": "fp16", "backend": "fsdp2"}, "fp16 is not offered under FSDP"),
+        ({"graphs": True}, "there are 1 on cpu"),
+        ({"backend": "zero2"}, "ZeRO needs a launcher"),
+        ({"backend": "fsdp2"}, "FSDP needs a launcher"),
+    ],
+)
+def test_refused_for_one_process_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, object], message: str
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    settings = TrainSettings.model_validate({"precision": "fp32", "backend": backend})
-    with pytest.raises(BackendError, match=f"{name} needs a launcher"):
+    settings = TrainSettings.model_validate({"precision": "fp32"} | given)
+    with pytest.raises(BackendError, match=message):
         make_backend(settings, clip_norm=None)
 
 
@@ -150,7 +137,7 @@ def test_ddp_is_refused_where_the_launcher_asks_for_deepspeed(
         make_backend(FP32, clip_norm=None)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="graphs are offered on CUDA devices")
+@on_a_cpu
 def test_a_process_can_train_in_one_precision_after_another() -> None:
     """Also after a backend that was refused."""
     for precision in ("bf16", "fp32", "bf16"):

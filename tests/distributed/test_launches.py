@@ -1,4 +1,4 @@
-"""What a step asks of the device: nothing once for each layer but what computes it."""
+"""Kernel launches of a step: for each layer only those that compute it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_train.distributed.foreach import by_dtype, zero_gradients
+from dist_train.distributed.foreach import zero_gradients
 from dist_train.training.step import BufferCopy
 from dist_train.training.train import train
 from dist_train.training.trainer import Trainer
@@ -56,8 +56,8 @@ class Launches(TorchDispatchMode):
 
 
 def test_a_step_launches_nothing_for_each_layer_but_its_own_work(tmp_path: Path) -> None:
-    """A step of the whole trainer: to keep the buffers, both passes, clipping, the update, the
-    average of weights, and gradients that are let go of."""
+    """A step of the whole trainer: copies of the buffers, both passes, clipping, the update, the
+    average of weights, and the release of gradients."""
     launches = Launches()
     of_steps: list[Counter[str]] = []
 
@@ -77,8 +77,7 @@ def test_a_step_launches_nothing_for_each_layer_but_its_own_work(tmp_path: Path)
     )
     with launches:
         train(config, before_step=before_step)
-    # Neither the first steps, after which weights are compared, nor the last, after which the
-    # epoch is judged.
+    # After the first steps weights are compared, and after the last the epoch is validated.
     counts = of_steps[4]
     many = {name: number for name, number in counts.items() if number >= BLOCKS}
     sums = many.pop("add")
@@ -111,10 +110,3 @@ def test_gradients_are_zeroed_where_they_lie_by_one_launch_for_each_dtype() -> N
     assert [p.grad.data_ptr() for p in module[:2].parameters() if p.grad is not None] == places
     assert not any(p.grad.any() for p in module[:2].parameters() if p.grad is not None)
     assert module[2].weight.grad is None
-
-
-def test_tensors_are_sorted_by_dtype_in_their_order() -> None:
-    a, b, c = torch.zeros(2), torch.zeros((), dtype=torch.int64), torch.ones(3)
-    found = by_dtype([a, b, c])
-    assert [[id(t) for t in same] for same in found] == [[id(a), id(c)], [id(b)]]
-    assert by_dtype([]) == []

@@ -15,16 +15,21 @@ import pytest
 import torch
 from helpers import environment
 from rich.console import Console
+from thread_group import Threads, on_each_rank
 
-from dist_train.doctor.cpus import check_cpus
 from dist_train.doctor.devices import check_devices, judge_absence, judge_device
 from dist_train.doctor.disk import check_disk
 from dist_train.doctor.examine import joined
 from dist_train.doctor.finding import Finding, table
-from dist_train.doctor.limits import check_limits
-from dist_train.doctor.links import Rate, judge_clocks, judge_collectives, judge_pairs
+from dist_train.doctor.limits import check_cpus, check_limits
+from dist_train.doctor.links import (
+    Rate,
+    check_shared,
+    judge_clocks,
+    judge_collectives,
+    judge_pairs,
+)
 from dist_train.doctor.versions import check_versions, judge_packages, judge_pair
-from dist_train.system.cgroup import group_values, usable_cpus, usable_memory
 
 
 def states(findings: Iterator[Finding]) -> dict[str, str]:
@@ -131,57 +136,7 @@ def test_few_open_files(files: int, state: str) -> None:
     assert done.stdout == f"['{state}']\n", done.stderr
 
 
-def test_what_control_groups_say(tmp_path: Path) -> None:
-    group = tmp_path / "fs" / "a" / "b"
-    group.mkdir(parents=True)
-    (group / "cpu.max").write_text("150000 100000\n")
-    (tmp_path / "fs" / "cpu.max").write_text("max 100000\n")
-    member = tmp_path / "cgroup"
-    member.write_text("1:name=old:/elsewhere\n0::/a/b\n")
-    assert list(group_values("cpu.max", tmp_path / "fs", member)) == [
-        "150000 100000",
-        "max 100000",
-    ]
-    # Seen from another namespace.
-    member.write_text("0::/../../elsewhere\n")
-    assert list(group_values("cpu.max", tmp_path / "fs", member)) == []
-    assert list(group_values("cpu.max", tmp_path / "fs", tmp_path / "none")) == []
-
-
-@pytest.mark.parametrize("version", ["1", "2", "hybrid"])
-def test_a_quota_of_a_container_is_cpus(tmp_path: Path, version: str) -> None:
-    """Also if only the container's own group is mounted, as the root."""
-    root, member = tmp_path / "fs", tmp_path / "member"
-    own = {"1": root / "cpu,cpuacct", "2": root, "hybrid": root / "unified"}[version]
-    own.mkdir(parents=True)
-    if version == "1":
-        member.write_text("5:cpu,cpuacct:/docker/ab12\n3:memory:/docker/ab12\n0::/docker/ab12\n")
-        (own / "cpu.cfs_period_us").write_text("100000\n")
-        (own / "cpu.cfs_quota_us").write_text("-1\n")
-    else:
-        member.write_text("0::/docker/ab12\n")
-        (own / "cpu.max").write_text("max 100000\n")
-    free = usable_cpus(root, member)
-    assert free == len(os.sched_getaffinity(0))
-    if version == "1":
-        (own / "cpu.cfs_quota_us").write_text("50000\n")
-    else:
-        (own / "cpu.max").write_text("50000 100000\n")
-    assert usable_cpus(root, member) == 0.5
-    memory = {"1": "memory/memory.limit_in_bytes"}.get(version, f"{own.name}/memory.max")
-    limit = (root if version == "1" else own.parent) / memory
-    limit.parent.mkdir(exist_ok=True)
-    limit.write_text("123456789\n")
-    assert usable_memory(root, member) == 123456789
-    # That of the group itself, if it is seen, holds beside it.
-    (own / "docker" / "ab12").mkdir(parents=True)
-    if version != "1":
-        (own / "docker" / "ab12" / "cpu.max").write_text("25000 100000\n")
-        assert usable_cpus(root, member) == 0.25
-
-
 def test_cpus() -> None:
-    assert 0 < usable_cpus() <= (os.cpu_count() or 1)
     assert check_cpus(8.0, 2, 4).state == "ok"
     crowded = check_cpus(8.0, 2, 8)
     assert (crowded.state, crowded.fix) == ("warn", "Set OMP_NUM_THREADS=4 before the launch.")
@@ -231,16 +186,27 @@ def test_a_slow_pair_is_named() -> None:
     assert judge_pairs({}, hosts) is None
 
 
-@pytest.mark.parametrize(("bus", "cards", "state"), [(1e9, False, "ok"), (1e9, True, "warn")])
-def test_slow_links(bus: float, cards: bool, state: str) -> None:
+@pytest.mark.parametrize(("bus", "gpus", "state"), [(1e9, False, "ok"), (1e9, True, "warn")])
+def test_slow_links(bus: float, gpus: bool, state: str) -> None:
     rates = [Rate("all-reduce", 1024, 1.0, 1.0), Rate("all-reduce", 10**8, 0.1, bus)]
-    assert judge_collectives(rates, world=2, cards=cards).state == state
+    assert judge_collectives(rates, world=2, gpus=gpus).state == state
 
 
 def test_clocks_apart() -> None:
     assert judge_clocks([0.0, 0.004, -0.002]).state == "ok"
     found = judge_clocks([0.0, 0.004, -61.0])
     assert (found.state, found.found) == ("warn", "at most 61.000 s apart (rank 2 from rank 0)")
+
+
+@pytest.mark.parametrize(("folder", "state"), [(".", "ok"), ("none", "bad")])
+def test_a_disk_that_machines_share(tmp_path: Path, folder: str, state: str) -> None:
+    def act(group: Threads) -> None:
+        found = check_shared(group, tmp_path / folder, ["a", "b"])
+        assert found is not None
+        assert found.state == state
+
+    assert on_each_rank(2, act) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_machines_that_differ_are_named() -> None:

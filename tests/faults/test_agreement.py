@@ -1,4 +1,4 @@
-"""Ranks that are not in the same state: found in a session's first steps, and named."""
+"""Ranks in different states: found in a session's first steps, and named."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from faults import Fault, OtherStep, OtherWeights
 from helpers import overrides, tiny_store
 from launcher import Launcher
+from run_files import DROPOUT
 
 WEIGHT = "head.weight"
 
@@ -39,7 +40,7 @@ def test_also_in_the_first_steps_after_a_resumption(
     out = tmp_path / "run"
     shutil.copytree(straight, out)
     shutil.rmtree(out / "checkpoints" / "step-18")
-    settings = overrides(store, out, "model.dropout=0.3")
+    settings = overrides(store, out, DROPOUT)
     fault = OtherWeights(0, 16, weight=WEIGHT)
     assert f"the weight {WEIGHT} differs" in said(launcher, settings, fault, resume=True)
     # As a setting says.

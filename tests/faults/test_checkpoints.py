@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 from helpers import overrides, tiny_config
 from launcher import Launcher
-from run_files import assert_same, checkpoints_of, sessions_of
+from run_files import DROPOUT, assert_same, checkpoints_of, sessions_of
 
 from dist_train.training.train import train
-
-DROPOUT = "model.dropout=0.3"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The wall clock jumps: nothing but what is shown depends on it."""
+"""The wall clock jumps: only displayed times depend on it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from faults import ClockJump, NotANumber, Signal
 from helpers import ROOT, overrides
 from launcher import Launcher
-from run_files import assert_same
+from run_files import DROPOUT, assert_same
 
-#: These show the wall clock to users, or compare those of machines; nothing else is done by it.
+#: Modules that show the wall clock to users, or compare the clocks of machines.
 DISPLAYS = {
     "doctor/links.py",
     "run/record.py",
@@ -23,8 +23,8 @@ DISPLAYS = {
 def test_hours_forth_and_back(
     launcher: Launcher, store: Path, straight: Path, tmp_path: Path
 ) -> None:
-    """Files of figures are begun after a jump forth (the run goes back to a checkpoint), and then
-    by a session whose clock is right again, and by one whose clock is behind."""
+    """TensorBoard's files are begun after a jump ahead (the run goes back to a checkpoint), then by
+    a session whose clock is right again, and by one whose clock is behind."""
     faults = [
         ClockJump(None, 3, "forth", hours=5),
         NotANumber(0, 5, "nan"),
@@ -32,7 +32,7 @@ def test_hours_forth_and_back(
         ClockJump(None, 10, "back", hours=-9),
         NotANumber(0, 13, "nan again"),
     ]
-    group = launcher.elastic(overrides(store, tmp_path, "model.dropout=0.3"), faults=faults)
+    group = launcher.elastic(overrides(store, tmp_path, DROPOUT), faults=faults)
     group.well()
     assert_same(tmp_path, straight)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -7,9 +7,7 @@ from pathlib import Path
 from faults import Hang
 from helpers import overrides
 from launcher import Launcher
-from run_files import assert_same
-
-DROPOUT = "model.dropout=0.3"
+from run_files import DROPOUT, assert_same
 
 
 def test_a_rank_that_hangs_and_those_that_wait_for_it_tell_where(

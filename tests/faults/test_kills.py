@@ -12,11 +12,9 @@ import pytest
 from faults import KilledPublishing, KilledWriting, Runs, Signal
 from helpers import LAUNCH, ROOT, environment, losses_of, metrics_of, overrides, tiny_config
 from launcher import Group, Launcher
-from run_files import assert_same, sessions_of
+from run_files import DROPOUT, assert_same, sessions_of
 
 from dist_train.training.train import train
-
-DROPOUT = "model.dropout=0.3"
 
 
 def test_each_rank_is_killed_and_the_launcher_goes_on(
@@ -46,12 +44,9 @@ def test_killed_while_a_checkpoint_is_written(
     assert not list((out / "checkpoints").glob("*.partial"))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_process_without_a_launcher(
-    launcher: Launcher, store: Path, tmp_path: Path, precision: str
-) -> None:
+def test_a_process_without_a_launcher(launcher: Launcher, store: Path, tmp_path: Path) -> None:
     straight, out = tmp_path / "straight", tmp_path / "run"
-    more = (DROPOUT, f"train.precision={precision}", "optim.lr=3e-3", "norm.precise_steps=2")
+    more = (DROPOUT, "train.precision=bf16", "optim.lr=3e-3", "norm.precise_steps=2")
     launcher.run(1, overrides(store, straight, *more)).well()
     group = launcher.run(1, overrides(store, out, *more), faults=[Signal(0, 9)])
     assert group.codes() == [-9], group.said()
@@ -64,12 +59,9 @@ def test_a_process_without_a_launcher(
 def test_fewer_ranks_go_on_where_the_batch_can_be_cut(
     launcher: Launcher, store: Path, tmp_path: Path
 ) -> None:
-    """4 ranks, of which one dies: 3 are refused, 2 go on. A step's clips and statistics are the
-    same at any number of ranks, so that one process alone shows what is to come out."""
-    settings = ("plan.batch=16", "train.epochs=6", "optim.lr=3e-4")
-    straight, out = tmp_path / "straight", tmp_path / "run"
-    train(tiny_config(store, straight, *settings))
-
+    """One of 4 ranks dies: 3 are refused, and 2 go on."""
+    settings = ("plan.batch=16", "train.epochs=3", "optim.lr=3e-4")
+    out = tmp_path / "run"
     group = launcher.run(4, overrides(store, out, *settings), faults=[Signal(2, 6)])
     assert group.codes() == [75, 75, -9, 75], group.said()
     for rank in (0, 1, 3):
@@ -81,13 +73,13 @@ def test_fewer_ranks_go_on_where_the_batch_can_be_cut(
     assert "error: plan.batch 16 cannot be cut into 3 processes" in three.said(0)
     launcher.run(2, overrides(store, out, *settings), resume=True).well()
     assert sessions_of(out) == [(4, None), (2, 4)]
-    assert losses_of(out) == pytest.approx(losses_of(straight), rel=1e-4)
 
 
 def test_a_node_is_lost_and_the_launcher_of_the_other_goes_on(
     launcher: Launcher, store: Path, tmp_path: Path
 ) -> None:
-    """Two nodes of 2 ranks. The second goes, with its launcher, while all are at step 6."""
+    """Two nodes of 2 ranks. The second goes, with its launcher, while all are at step 6. At any
+    number of ranks the losses are those of one process."""
     settings = ("plan.batch=16", "train.epochs=6", "optim.lr=3e-4")
     straight, out, go = tmp_path / "straight", tmp_path / "run", tmp_path / "go"
     train(tiny_config(store, straight, *settings))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import contents, ended, overrides, refused, tiny_npz, tiny_store
 from make_media import drifting, outlined_frames, write_video, write_volumes
+from thread_group import ALONE
 
 from dist_train.checkpoint.retention import RetentionPolicy
 from dist_train.checkpoint.writer import CheckpointWriter
@@ -15,15 +16,6 @@ from dist_train.data.raw.outline import Box
 from dist_train.data.synthetic.render import synthesize
 from dist_train.errors import CheckpointError, FileError, StoreError
 from dist_train.training.metrics_log import EventWriter
-
-
-class Alone:
-    """A group of one."""
-
-    rank, world = 0, 1
-
-    def gather(self, value: object) -> list[object]:
-        return [value]
 
 
 @pytest.fixture
@@ -73,7 +65,7 @@ def test_files_of_a_store(tmp_path: Path, target: Path) -> None:
 def test_files_of_a_checkpoint(tmp_path: Path, target: Path) -> None:
     (tmp_path / "step-1.partial").mkdir()
     (tmp_path / "step-1.partial" / "rank-00000.safetensors").symlink_to(target)
-    writer = CheckpointWriter(tmp_path, Alone(), keep=RetentionPolicy(9))
+    writer = CheckpointWriter(tmp_path, ALONE, keep=RetentionPolicy(9))
     writer.save(1, {"a": torch.zeros(3)}, {})
     assert writer.finish() == tmp_path / "step-1"
     assert target.read_text() == "ten years"
@@ -90,7 +82,7 @@ def test_only_files_of_a_checkpoint_are_cleared_from_its_folder(tmp_path: Path) 
     aside.mkdir()
     for name in ("rank-00007.safetensors", "notes.txt"):
         (aside / name).write_text("mine")
-    writer = CheckpointWriter(tmp_path, Alone(), keep=RetentionPolicy(9))
+    writer = CheckpointWriter(tmp_path, ALONE, keep=RetentionPolicy(9))
     writer.save(1, {"a": torch.zeros(3)}, {})
     with pytest.raises(CheckpointError, match=r"notes.txt is no file of a checkpoint"):
         writer.finish()

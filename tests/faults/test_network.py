@@ -9,11 +9,10 @@ import pytest
 from faults import Runs
 from helpers import overrides
 from launcher import Launcher
-from run_files import assert_same, sessions_of
+from run_files import DROPOUT, assert_same, sessions_of
 from test_disk_full import UNSHARE
 
 pytestmark = pytest.mark.slow
-DROPOUT = "model.dropout=0.3"
 
 
 @pytest.fixture

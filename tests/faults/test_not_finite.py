@@ -9,9 +9,7 @@ import pytest
 from faults import InfiniteGradient, NotANumber
 from helpers import losses_of, metrics_of, overrides
 from launcher import Launcher
-from run_files import STEPS, assert_same
-
-DROPOUT = "model.dropout=0.3"
+from run_files import DROPOUT, STEPS, assert_same
 
 
 def test_a_fault_that_does_not_come_again_leaves_no_trace(

@@ -9,9 +9,7 @@ import pytest
 from faults import Hang, Signal
 from helpers import metrics_of, overrides
 from launcher import Launcher
-from run_files import assert_same, checkpoints_of, sessions_of
-
-DROPOUT = "model.dropout=0.3"
+from run_files import DROPOUT, assert_same, checkpoints_of, sessions_of
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])

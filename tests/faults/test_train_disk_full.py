@@ -1,4 +1,4 @@
-"""The disk fills up while a run trains: it goes on, or ends with its place kept."""
+"""The disk fills up while a run trains: it goes on, or ends and can be resumed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import pytest
 from faults import Runs
 from helpers import overrides
 from launcher import Launcher
-from run_files import assert_same, checkpoints_of, sessions_of
+from run_files import DROPOUT, assert_same, checkpoints_of, sessions_of
 from test_disk_full import UNSHARE
 
 from dist_train.config import last_of_each
-
-DROPOUT = "model.dropout=0.3"
 
 
 @pytest.fixture(scope="module")

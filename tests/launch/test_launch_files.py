@@ -46,16 +46,13 @@ def test_scripts_are_clean(path: Path) -> None:
     assert os.access(path, os.X_OK), "sbatch and people start it"
 
 
-def test_an_unclean_script_is_seen() -> None:
-    assert shellcheck("#!/bin/bash\ncd $1\n").returncode == 1
-
-
 def test_the_dockerfile_is_clean() -> None:
     said = hadolint((ROOT / "Dockerfile").read_text())
     assert said.returncode == 0, said.stdout
 
 
-def test_an_unclean_dockerfile_is_seen() -> None:
+def test_the_linters_see_faults() -> None:
+    assert shellcheck("#!/bin/bash\ncd $1\n").returncode == 1
     assert "DL3042" in hadolint("FROM python:3.11\nRUN pip install torch==2.13.0\n").stdout
 
 
@@ -76,14 +73,9 @@ def test_kubernetes_knows_every_field(version: str) -> None:
     """By the OpenAPI schemas of Kubernetes itself, in their strict form: no unknown field."""
     for document in documents():
         kubernetes_validate.validate(document, version, strict=True)
-
-
-@pytest.mark.parametrize("wrong", [{"completionmode": "Indexed"}, {"parallelism": "four"}])
-def test_a_wrong_field_is_seen(wrong: dict[str, str]) -> None:
-    _, job = documents()
-    job["spec"] |= wrong
+    document["spec"] |= {"completionmode": "Indexed"}
     with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(job, VERSIONS[0], strict=True)
+        kubernetes_validate.validate(document, version, strict=True)
 
 
 def container() -> tuple[dict[str, Any], dict[str, str]]:
@@ -154,4 +146,3 @@ def test_the_first_pod_is_the_host(tmp_path: Path) -> None:
         ).stdout.split()
         assert said[0].split(",")[0] == f"is_host={first}"
         assert said[1] == "4"
-        assert (ROOT / said[said.index("--config") + 1]).is_file()

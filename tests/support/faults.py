@@ -1,4 +1,4 @@
-"""Faults as objects, each of which strikes one rank at one step, once in a run's life."""
+"""Faults as objects. Each strikes one rank at one step, once in a run's life."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from dist_train.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Fault:
-    """Attributes:
-    rank: where it strikes; None is everywhere.
-    step: before the forward pass of this step, 0 the first.
-    name: of a file that says that it has struck; None strikes each time.
+    """A fault.
+
+    Attributes:
+        rank: where it strikes; None is everywhere.
+        step: it strikes before the forward pass of this step, from 0.
+        name: the name of a file that notes that it struck; None strikes each time.
     """
 
     rank: int | None
@@ -74,7 +76,7 @@ class NotANumber(Fault):
 
 @dataclass(frozen=True)
 class InfiniteGradient(Fault):
-    """One weight's gradient of this step is inf on this rank, and the loss is as it should be."""
+    """One weight's gradient of this step is inf on this rank; the loss is right."""
 
     def strike(self, trainer: Trainer) -> None:
         def spoil(gradient: torch.Tensor) -> torch.Tensor:
@@ -86,7 +88,7 @@ class InfiniteGradient(Fault):
 
 @dataclass(frozen=True)
 class ShortMemory(Fault):
-    """From this step on, the rank has no memory for more than so many clips at once."""
+    """From this step on, the rank has memory for at most ``clips`` clips at once."""
 
     clips: int = 4
 
@@ -101,7 +103,7 @@ class ShortMemory(Fault):
 
 @dataclass(frozen=True)
 class KilledWriting(Fault):
-    """The process is killed when half of its share of the next checkpoint is written."""
+    """The process is killed after writing half of its file of the next checkpoint."""
 
     def strike(self, trainer: Trainer) -> None:
         def half(path: Path, tensors: Any) -> Any:
@@ -114,7 +116,7 @@ class KilledWriting(Fault):
 
 @dataclass(frozen=True)
 class KilledPublishing(Fault):
-    """The process is killed when the next checkpoint lacks nothing but its name."""
+    """The process is killed just before the next checkpoint is renamed."""
 
     def strike(self, trainer: Trainer) -> None:
         def kill(final: Path, *, foreign: bool) -> None:
@@ -125,7 +127,7 @@ class KilledPublishing(Fault):
 
 @dataclass(frozen=True)
 class Hang(Fault):
-    """The process does nothing any more; with ``lock``, nor does any other thread of Python's."""
+    """The process hangs; with ``lock``, it holds Python's lock, so that all its threads hang."""
 
     lock: bool = False
 
@@ -138,7 +140,7 @@ class Hang(Fault):
 
 @dataclass(frozen=True)
 class Slow(Fault):
-    """From this step on, the rank's first convolution takes longer by so many seconds."""
+    """From this step on, the rank's first convolution takes ``seconds`` longer."""
 
     seconds: float = 0.02
 
@@ -168,7 +170,7 @@ class OtherWeights(Fault):
 
 @dataclass(frozen=True)
 class OtherStep(Fault):
-    """This rank believes to be at another step."""
+    """This rank takes another step."""
 
     def strike(self, trainer: Trainer) -> None:
         take = trainer.step.take
@@ -177,8 +179,8 @@ class OtherStep(Fault):
 
 @dataclass(frozen=True)
 class Torn(Fault):
-    """The newest checkpoint loses the end of a file, and the process is killed: what was written
-    last did not reach the disk when the power went."""
+    """The newest checkpoint loses the end of a file, and the process is killed, as if power had
+    been lost before the last bytes reached the disk."""
 
     def strike(self, trainer: Trainer) -> None:
         found = by_step(trainer.config.out / "checkpoints")
@@ -190,7 +192,7 @@ class Torn(Fault):
 
 @dataclass(frozen=True)
 class ClockJump(Fault):
-    """The wall clock goes forth or back by so many hours."""
+    """The wall clock jumps by ``hours``."""
 
     hours: float = 0.0
 
@@ -201,7 +203,7 @@ class ClockJump(Fault):
 
 @dataclass(frozen=True)
 class Runs(Fault):
-    """A shell command, as root of what the test has made for it."""
+    """A shell command, which must succeed."""
 
     command: str = ""
 
@@ -209,13 +211,7 @@ class Runs(Fault):
         assert os.system(self.command) == 0
 
 
-KINDS = {
-    kind.__name__: kind
-    for kind in (
-        Signal, NotANumber, InfiniteGradient, ShortMemory, KilledWriting, KilledPublishing, Hang,
-        Slow, OtherWeights, OtherStep, Torn, ClockJump, Runs,
-    )
-}  # fmt: skip
+KINDS = {kind.__name__: kind for kind in Fault.__subclasses__()}
 
 
 def as_json(fault: Fault) -> dict[str, Any]:
@@ -229,7 +225,7 @@ def from_json(content: Mapping[str, Any]) -> Fault:
 
 @dataclass
 class Injector:
-    """What ``train`` calls before each step."""
+    """A ``before_step`` of ``train``."""
 
     faults: Sequence[Fault]
     struck: Path

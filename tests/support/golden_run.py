@@ -1,5 +1,5 @@
-"""One small run that every backend and every number of processes must repeat: 8 steps of 32 clips
-of unequal depth, two epochs, on one process or any of 2, 4 and 8.
+"""A small run that every backend must repeat at 1, 2, 4 and 8 processes: 8 steps of 32 clips of
+unequal depth, in two epochs.
 
 ``python tests/support/golden_run.py`` writes its losses anew.
 """
@@ -30,7 +30,7 @@ def golden_store(folder: Path) -> Path:
     """A store of clips of 4 to 12 frames of 16x16, the positives with a bright middle."""
     source = folder / "clips"
     source.mkdir(parents=True)
-    # Of the generators of numpy the one whose numbers never change.
+    # The numbers of this generator are the same in every version of numpy.
     random = np.random.RandomState(0)
     lines = ["filename,label,split"]
     for split, classes in SPLITS.items():
@@ -52,10 +52,10 @@ def golden_store(folder: Path) -> Path:
 def golden_overrides(store: Path, out: Path, *more: str) -> list[str]:
     """Its settings. A checkpoint comes every 2 steps, so that some fall inside an epoch.
 
-    Of its millions of activations one may be so near to zero that rounding decides whether it is
-    rectified, which moves gradients by up to a thousandth. At this rate such a one moves the loss
-    by little more than rounding does itself; yet the training moves it by a thousandth, so that
-    1e-6 shows an error of a thousandth in that.
+    An activation may be so near to zero that rounding decides whether it is rectified, which moves
+    gradients by up to a thousandth. At this learning rate that moves the loss by little more than
+    rounding does; yet training moves the loss by a thousandth, so a tolerance of 1e-6 shows an
+    error of a thousandth in the training.
     """
     settings = [
         f"store={store}",

@@ -70,8 +70,8 @@ def tiny_store(folder: Path, *, seed: int = 0) -> Path:
 
 
 def overrides(store: Path, out: Path, *more: str) -> list[str]:
-    """Settings of a run that takes a second: 3 epochs of 6 steps, with a checkpoint after each 4th
-    step, which falls inside the epochs. Of those that are given twice the last counts."""
+    """Settings of a run that takes a second: 3 epochs of 6 steps, with a checkpoint every 4 steps,
+    inside the epochs. The last of two values of a setting counts."""
     settings = [
         f"store={store}",
         f"out={out}",
@@ -97,7 +97,7 @@ def tiny_config(store: Path, out: Path, *more: str) -> Config:
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl``, without the unsteady figures."""
+    """The lines of ``metrics.jsonl``, without what differs between equal runs."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in line.items() if not k.startswith(UNSTEADY)} for line in lines]
 
@@ -118,9 +118,9 @@ class InterruptedSessionError(Exception):
 
 
 def interrupt_at(step: int) -> Progress:
-    """``progress`` for ``train``: the session ends after so many steps."""
+    """``progress`` for ``train``: the session ends after ``step`` steps."""
 
-    def progress(done: int, total: int, figures: str = "", /) -> None:
+    def progress(done: int, total: int, metrics: str = "", /) -> None:
         if done == step:
             raise InterruptedSessionError
 
@@ -128,14 +128,14 @@ def interrupt_at(step: int) -> Progress:
 
 
 def trained_so(run: Path, *changed: str) -> None:
-    """Make the run one that was trained with other settings, as its settings and its record say."""
+    """Change the settings of a run, in its settings and in its record."""
     config = load_config(run / "config.yaml", changed)
     dump_config(config, run / "config.yaml")
     _write_record(run, read_record(run) | {"settings": config.model_dump(mode="json")})
 
 
 def cut(run: Path, to: Path, *, after: int) -> Path:
-    """A copy of a run as a kill soon after step ``after`` would have left it."""
+    """A copy of a run as a kill soon after step ``after`` leaves it."""
     shutil.copytree(run, to)
     for path in (to / "checkpoints").iterdir():
         if int(path.name.removeprefix("step-")) > after:
@@ -151,20 +151,13 @@ def free_port() -> int:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For a command of its own: one thread, and no launcher's settings of this process."""
+    """The environment of a command: one thread, and no launcher's settings of this process."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "DS_"))}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         inherited.pop(name, None)
-    return (
-        inherited
-        | {
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            # Where a process crashes, its Python stack is in what a failed test shows.
-            "PYTHONFAULTHANDLER": "1",
-        }
-        | more
-    )
+    # A process that crashes prints its Python stack, which a failed test shows.
+    fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
+    return inherited | fixed | more
 
 
 def dist_train(*arguments: object) -> list[str]:
@@ -179,10 +172,10 @@ def launched(file: str, *arguments: object) -> list[str]:
 
 
 def ended(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of ``dist-train``, in this process: one of its
-    own takes seconds to import PyTorch.
+    """Exit code, standard output and standard error of ``dist-train``, run in this process: a new
+    process would import PyTorch for seconds.
 
-    An exception that the command line does not turn into a message comes through.
+    Exceptions that the command line does not turn into a message are raised.
     """
     out, err = io.StringIO(), io.StringIO()
     argv = ["dist-train", *map(str, arguments)]
@@ -206,8 +199,7 @@ def said(*arguments: object) -> str:
 
 
 def fails(*arguments: object) -> str:
-    """The message, without "error: ", of ``dist-train`` with these arguments; it must fail with
-    that one line and say nothing else on standard error."""
+    """The message, without "error: ", of ``dist-train``, which must fail with that line alone."""
     code, _, err = ended(*arguments)
     assert code == 1
     (line,) = err.splitlines()
@@ -216,7 +208,7 @@ def fails(*arguments: object) -> str:
 
 
 def refused(*arguments: object) -> str:
-    """The line, with "error: ", that a command is refused with, perhaps beside warnings."""
+    """The message, with "error: ", of ``dist-train``, which must fail; it may warn too."""
     code, _, err = ended(*arguments)
     lines = [line for line in err.splitlines() if line.startswith("error")]
     assert code != 0

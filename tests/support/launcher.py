@@ -1,4 +1,4 @@
-"""Starts launches of several ranks by the server ``warm.py``, and tells what became of them."""
+"""Start launches of several ranks through the server ``warm.py``, and wait for their ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -22,7 +21,7 @@ from helpers import ROOT, environment, free_port
 HERE = Path(__file__).parent
 #: ``dist-train train`` with faults, as a program.
 TRAIN = str(HERE / "faulty_train.py")
-#: Longest that a launch may take. Its processes are killed then.
+#: After this time the processes of a launch are killed.
 SECONDS = 120
 
 
@@ -35,7 +34,7 @@ class Group:
     logs: list[Path]
 
     def codes(self, seconds: float = SECONDS) -> list[int]:
-        """How each has ended: its exit code, or the negative of the signal that killed it."""
+        """Exit code of each process; the negative of the signal that killed it."""
         ended = self.launcher.ask({"wait": self.pids, "seconds": seconds})
         left = [pid for pid in self.pids if str(pid) not in ended]
         if left:
@@ -44,12 +43,12 @@ class Group:
         return [ended[str(pid)] for pid in self.pids]
 
     def well(self) -> Group:
-        """Wait until all have ended, which they must do well."""
+        """Wait until all have ended, all with code 0."""
         assert self.codes() == [0] * len(self.pids), self.said()
         return self
 
     def said(self, rank: int | None = None) -> str:
-        """Standard output and error, of one or of all."""
+        """Standard output and error of one process, or of all."""
         logs = self.logs if rank is None else [self.logs[rank]]
         return "\n".join(log.read_text() for log in logs if log.exists())
 
@@ -81,10 +80,10 @@ class Group:
 
 
 class Launcher:
-    """Starts them. One server is used by all tests of a session.
+    """Client of one server, used by all tests of a session.
 
     Args:
-        around: a command that the server is started by, as one that makes it a namespace.
+        around: a command that starts the server, such as one that makes a namespace.
     """
 
     def __init__(self, around: Sequence[str] = ()) -> None:
@@ -107,12 +106,7 @@ class Launcher:
     def pid(self) -> int:
         return self._process.pid
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait(30)
@@ -133,14 +127,7 @@ class Launcher:
         networks: bool = False,
         **more: str,
     ) -> Group:
-        """Start the ranks of a run, with no launcher that would start them again; one alone as
-        without any.
-
-        Args:
-            settings: of all ranks, or of each.
-            networks: rank 1 is on a host of its own, joined to rank 0's by a cable.
-            more: environment variables.
-        """
+        """``program`` with ``faulty_train.py`` and settings: of all ranks, or by rank."""
         options = ("--resume", "auto") if resume else ()
 
         def argv(rank: int) -> list[str]:
@@ -158,12 +145,13 @@ class Launcher:
         networks: bool = False,
         **more: str,
     ) -> Group:
-        """Start ``python argv...`` on each rank, with the environment that launchers give.
+        """Start ``python argv...`` on each rank with the environment of a launcher, which would not
+        start it again; a rank alone without.
 
         Args:
-            argv: of all ranks, or of each.
+            argv: of all ranks, or by rank.
             faults: for ``faulty_train.py``.
-            networks: as in ``run``.
+            networks: rank 1 is on a host of its own, joined to rank 0's by a cable.
             more: environment variables.
         """
         folder, env = self._place(faults)
@@ -202,26 +190,22 @@ class Launcher:
         settings: Sequence[str],
         *,
         faults: Sequence[Fault] = (),
-        processes: int = 2,
         nodes: int = 1,
-        least: int = 1,
         restarts: int = 10,
         struck: Path | None = None,
         grace: int = 30,
     ) -> Group:
-        """Start launch/elastic.py, on one node or as so many on this machine, the first of which
-        is where the others meet.
+        """Start launch/elastic.py, once for each node, all on this machine.
 
         Args:
-            struck: folder of ``faults``, so that those that struck under an earlier launcher do
-                not come again.
+            struck: folder that notes which faults struck, to share it with an earlier launcher.
         """
         folder, env = self._place(faults, struck)
         endpoint = f"127.0.0.1:{free_port()}"
         options = {
-            "min_nodes": least,
+            "min_nodes": 1,
             "max_nodes": nodes,
-            "nproc_per_node": processes,
+            "nproc_per_node": 2,
             "run_id": "test",
             "rdzv_backend": "c10d",
             "rdzv_endpoint": endpoint,

@@ -1,4 +1,4 @@
-"""Started as a rank: runs the command line, and notes what it does to the model, store and disk.
+"""A rank's program: runs the command line, and records its use of model, store and disk.
 
     predicted.py NOTES predict RUN ...
 

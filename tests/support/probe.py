@@ -1,7 +1,4 @@
-"""Started as a rank, with a backend's name: takes two bf16 steps and prints what they were made of.
-
-Printed by rank 0, as JSON.
-"""
+"""A rank's program, with a backend's name: takes two bf16 steps; rank 0 prints their dtypes."""
 
 from __future__ import annotations
 
@@ -33,12 +30,9 @@ def main() -> None:
             output = backend.model(torch.randn(4, 1, 4, 4, 4))
             backend.backward(output.float().square().mean())
         backend.update()
-    facts = {
-        "computed": sorted(computed),
-        "state": sorted({str(t.dtype) for t in backend.module.state_dict().values()}),
-    }
+    state = {str(tensor.dtype) for tensor in backend.module.state_dict().values()}
     if backend.is_main:
-        print("FACTS", json.dumps(facts))
+        print("DTYPES", json.dumps({"computed": sorted(computed), "state": sorted(state)}))
     backend.close()
     # As the train command does.
     _leave_launch()

@@ -1,5 +1,4 @@
-"""Files that cannot grow, as on a full disk, and files that cannot be opened, as there are too
-many."""
+"""Files that cannot grow, as on a full disk, and processes that cannot open more files."""
 
 from __future__ import annotations
 
@@ -16,9 +15,9 @@ LittleRoom = Callable[[int | None], None]
 
 @contextmanager
 def limited() -> Iterator[LittleRoom]:
-    """Within it, the size in bytes that no file of this process may pass can be set; None is any.
+    """Yield a function that limits the size in bytes of this process's files; None is no limit.
 
-    A write that would pass it writes a part, and the next one fails, as on a full disk.
+    A write beyond the limit writes a part, and the next one fails, as on a full disk.
     """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -36,8 +35,8 @@ def limited() -> Iterator[LittleRoom]:
 
 @contextmanager
 def files_all_open(spare: int = 0) -> Iterator[None]:
-    """Within it, this process can open no more than so many files."""
-    # Garbage of other tests, collected within, would give descriptors back.
+    """Context in which this process can open only ``spare`` more files."""
+    # Collecting garbage of other tests would release descriptors.
     gc.collect()
     gc.disable()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,13 +1,14 @@
-"""What a run's folder shows of what it went through."""
+"""What a run's folder shows: its metrics, snapshots, sessions and checkpoints."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from helpers import board_of, metrics_of
+from helpers import board_of, contents, metrics_of
 
-STEPS = 18
+#: Of the run that nobody disturbs (``straight`` of tests/faults).
+DROPOUT, STEPS = "model.dropout=0.3", 18
 
 
 def assert_same(run: Path, straight: Path, steps: int = STEPS, *, tensorboard: bool = True) -> None:
@@ -16,21 +17,16 @@ def assert_same(run: Path, straight: Path, steps: int = STEPS, *, tensorboard: b
     assert metrics_of(run) == metrics_of(straight)
     for name in ("train/loss", "val/loss") if tensorboard else ():
         assert board_of(run, name) == board_of(straight, name)
-    names = sorted(path.name for path in (straight / "snapshots").iterdir())
-    assert sorted(path.name for path in (run / "snapshots").iterdir()) == names
-    for name in names:
-        assert (run / "snapshots" / name).read_bytes() == (
-            straight / "snapshots" / name
-        ).read_bytes()
+    assert contents(run / "snapshots") == contents(straight / "snapshots")
 
 
 def sessions_of(run: Path) -> list[tuple[int, int | None]]:
-    """World size, and step it went on from, of each."""
+    """World size, and the step that was resumed, of each session."""
     sessions = json.loads((run / "run.json").read_text())["sessions"]
     return [(s["world_size"], s["resumed_from_step"]) for s in sessions]
 
 
 def checkpoints_of(run: Path) -> list[int]:
-    """Steps of those that are there, ascending."""
+    """Steps of the checkpoints, ascending."""
     found = (run / "checkpoints").glob("step-*[0-9]")
     return sorted(int(path.name.removeprefix("step-")) for path in found)

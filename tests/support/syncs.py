@@ -1,4 +1,4 @@
-"""What a test's process asks the system to put on the disk, and when."""
+"""Record the fsyncs of this process."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ import pytest
 
 @dataclass(frozen=True)
 class Sync:
-    """An fsync: the path that the file or folder had at that time, and what was in it.
-
-    ``size`` is of a file in bytes, ``names`` are of a folder.
-    """
+    """An fsync: the path at that time, the size of a file in bytes, and the names in a folder."""
 
     path: Path
     size: int | None = None
@@ -22,8 +19,8 @@ class Sync:
 
 
 def record_syncs(monkeypatch: pytest.MonkeyPatch) -> list[Sync]:
-    """A list that grows by each later fsync of this process. A killed process loses nothing that it
-    wrote, so only this shows what would outlast a loss of power."""
+    """A list that grows by each later fsync. Only this shows what would survive a loss of power: a
+    killed process loses nothing that it wrote."""
     syncs: list[Sync] = []
     fsync = os.fsync
 

@@ -1,4 +1,4 @@
-"""A process group of threads, so that ranks really meet in a test."""
+"""A process group of threads, so that ranks really meet in a test, and one of a single rank."""
 
 from __future__ import annotations
 
@@ -7,15 +7,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from dist_train.distributed.process_group import ProcessGroup
+
+#: A process alone.
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
+
 
 @dataclass
 class Threads:
-    """One rank of it."""
+    """One rank of the group."""
 
     rank: int
     world: int
     barrier: threading.Barrier
     board: list[Any]
+    device = torch.device("cpu")
 
     def gather(self, value: Any) -> list[Any]:
         self.board[self.rank] = value
@@ -23,6 +32,11 @@ class Threads:
         gathered = list(self.board)
         self.barrier.wait(30)
         return gathered
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        sent = self.gather(tensor)[source]
+        if self.rank != source:
+            tensor.copy_(sent)
 
 
 def on_each_rank(world: int, act: Callable[[Threads], None]) -> list[Exception]:

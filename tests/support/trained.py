@@ -1,10 +1,10 @@
-"""Started as a rank: trains as the command does, and notes what really runs.
+"""A rank's program: trains like the command, and records what really runs.
 
     trained.py [--resume auto] [--kill-in STEP] key=value...
 
-Before the last step each rank writes ``rank-R.json`` beside the run: what the backend is made of,
-and which part of weights and moments this rank has. With ``--kill-in`` every rank is killed by
-SIGKILL in the forward pass of the last micro-batch of that step (1 is the first).
+Before the last step each rank writes ``rank-R.json`` beside the run: the backend's engine, and how
+much of weights and moments this rank has. With ``--kill-in`` SIGKILL ends every rank in the forward
+pass of the last micro-batch of that step (1 is the first).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def kill_in_micro_batch(module: nn.Module, number: int) -> None:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank has of it."""
+    """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

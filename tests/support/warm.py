@@ -1,16 +1,15 @@
-"""A server that starts processes of a run in tenths of a second each.
+"""A server that starts a process of a run in tenths of a second.
 
-It imports everything once, and forks each process before any thread is started. A forked process is
-like any other: it has its own rank, and can be killed by its own id. ``launcher.py`` is the client.
+It imports everything once, and forks each process before any thread starts. A forked process has
+its own rank and process id. ``launcher.py`` is the client.
 
 Requests are lines of JSON on standard input; each is answered by one line on standard output:
 
 - ``{"start": [process, ...]}``: starts ``python argv...`` for each process; answers with their ids.
-  A process is ``{"argv": [...], "env": {...}, "log": path}``, with ``"own_network": true`` if it is
-  to have a network of its own, and with ``"elastic": {...}`` if launch/elastic.py is to start
-  ``argv`` with these options.
-- ``{"wait": [pid, ...], "seconds": s}``: answers with the exit codes of those that ended within so
-  many seconds, negative for a signal.
+  A process is ``{"argv": [...], "env": {...}, "log": path}``; ``"own_network": true`` gives it a
+  network of its own; ``"elastic": {...}`` are options by which launch/elastic.py starts ``argv``.
+- ``{"wait": [pid, ...], "seconds": s}``: answers with the exit codes of those that ended within
+  ``s`` seconds, negative for a signal.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    # What a process imports for seconds, at its start or for its first optimizer or figure.
+    # Imports that take seconds, at the start or for the first optimizer.
     for module in (
         "accelerate",
         "deepspeed.module_inject.auto_ep_layer",
@@ -67,19 +66,19 @@ def become(argv: list[str]) -> None:
 
 
 def become_worker(argv: list[str]) -> None:
-    """``become``, of a process that torch's elastic agent has forked, which is to return."""
+    """``become`` in a process that torch's elastic agent forked, and that must return."""
     cli._leave_launch = lambda code=0: None
     become(argv)
 
 
 def launch(options: dict[str, Any], argv: list[str]) -> int:
-    """launch/elastic.py, whose workers are forked too; the code it ends with."""
+    """Run launch/elastic.py with forked workers; its exit code."""
     config = LaunchConfig(**options, start_method="fork")
     return elastic.run(lambda: elastic_launch(config, become_worker)(argv))
 
 
 def started(process: dict[str, Any]) -> int:
-    """Fork; the child's id. Standard output and error of the child go to its log."""
+    """Fork a process, whose output goes to its log; its id."""
     # A thread, and the locks that it holds, would be lost in the child.
     assert len(list(Path("/proc/self/task").iterdir())) == 1
     pid = os.fork()
@@ -117,7 +116,7 @@ def leave_network() -> None:
     new_network = 0x40000000  # CLONE_NEWNET of sched.h; os.unshare came with Python 3.12
     assert ctypes.CDLL(None, use_errno=True).unshare(new_network) == 0, ctypes.get_errno()
     there = f"nsenter --net=/proc/{os.getppid()}/ns/net"
-    # The kernel takes its time to remove that of a process that has ended.
+    # The kernel may not yet have removed the interface of a process that has ended.
     subprocess.run(f"{there} ip link delete near".split(), stderr=subprocess.DEVNULL)
     for command in (
         f"{there} ip link add name near type veth peer name far netns {os.getpid()}",
@@ -131,7 +130,7 @@ def leave_network() -> None:
 
 
 def ended(pids: list[int], seconds: float) -> dict[int, int]:
-    """The exit codes of those that end within so many seconds; of a signal, its negative."""
+    """Exit codes of the processes that end within ``seconds``; the negative of a signal."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + seconds
     while len(codes) < len(pids) and time.monotonic() < deadline:
@@ -158,5 +157,5 @@ def main() -> None:
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
         main()
-    # All that was imported takes seconds to be torn down.
+    # A regular exit takes seconds, for all the imported modules.
     os._exit(0)

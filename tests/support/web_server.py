@@ -11,8 +11,8 @@ from typing import Literal
 from urllib.parse import unquote
 
 # How an answer ends: whole; not sent at all; after half of the body the connection is closed, or
-# nothing more comes; 64 KiB at a time, without an end.
-End = Literal["whole", "refuse", "cut", "hang", "endless"]
+# nothing more comes; 64 KiB at a time, or a byte at a time, without an end.
+End = Literal["whole", "refuse", "cut", "hang", "endless", "drip"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def web_server() -> Iterator[WebServer]:
                 return
             self.send_response(answer.status)
             length = {"Content-Length": str(len(answer.body))}
-            if answer.end == "endless":
+            if answer.end in ("endless", "drip"):
                 length = {"Connection": "close"}
             modified = {"Last-Modified": "Sat, 03 Jan 1970 00:00:00 GMT"}
             for name, value in (length | modified | dict(answer.headers)).items():
@@ -101,8 +101,8 @@ def web_server() -> Iterator[WebServer]:
             if answer.end == "hang":
                 web.half_sent.set()
                 self.rfile.read(1)
-            while answer.end == "endless":
-                self.wfile.write(bytes(1 << 16))
+            while answer.end in ("endless", "drip"):
+                self.wfile.write(bytes(1 << 16 if answer.end == "endless" else 1))
 
         def log_message(self, *_: object) -> None:
             pass

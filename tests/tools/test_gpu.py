@@ -260,9 +260,8 @@ def test_files_without_cuda_tests_are_not_imported() -> None:
 def test_the_cuda_tests_need_neither_hypothesis_nor_decoders(
     tmp_path: Path, lacks: str, said: str
 ) -> None:
-    file = (
-        "tests/data/loading/test_collate.py" if lacks == "av" else "tests/checkpoint/test_writer.py"
-    )
+    name = "data/loading/test_collate.py" if lacks == "av" else "checkpoint/test_host_buffers.py"
+    file = f"tests/{name}"
     program = f"""
 import sys, time
 sys.modules[{lacks!r}] = None

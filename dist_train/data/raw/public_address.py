@@ -10,9 +10,6 @@ import ipaddress
 import socket
 from typing import Any
 
-# Seconds without a byte after which a request fails.
-STALLED = 60.0
-
 
 class PrivateAddressError(Exception):
     """A URL, or a redirection, leads to an address outside the public internet."""
@@ -34,15 +31,16 @@ def private_address_of(host: str) -> str | None:
     return next((str(a[4][0]) for a in found if is_private(str(a[4][0]))), None)
 
 
-async def any_client(**options: Any) -> Any:
+async def any_client(*, stalled: float, **options: Any) -> Any:
     """Return the session of fsspec's HTTP file system, without a time limit for a whole file.
 
     Args:
+        stalled: seconds without a byte after which a request fails.
         options: of ``aiohttp.ClientSession``.
     """
     import aiohttp
 
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALLED, sock_read=STALLED)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=stalled, sock_read=stalled)
     # Decompressed here, a small answer could become a large one.
     defaults: dict[str, Any] = {"timeout": timeout, "auto_decompress": False}
     return aiohttp.ClientSession(**(defaults | options))

@@ -67,11 +67,13 @@ class Access:
         local: URLs that read this machine's own files.
         private: addresses outside the public internet, such as loopback.
         most_bytes: the largest size of a file.
+        stalled: seconds in which a transfer must bring 64 KiB, or its request has failed.
     """
 
     local: bool = False
     private: bool = False
     most_bytes: int = 8 << 30
+    stalled: float = 60.0
 
 
 def open_source(place: str | Path, access: Access | None = None) -> Source:
@@ -294,6 +296,7 @@ def _file_system(url: str, access: Access) -> tuple[Any, str]:
         # A compressed answer would not have the size of the file.
         options["headers"] = {"Accept-Encoding": "identity"} | given.get("headers", {})
         options["get_client"] = any_client if access.private else public_client
+        options["client_kwargs"] = {"stalled": access.stalled} | given.get("client_kwargs", {})
     elif protocol in _NAMES_HOST and not access.private:
         private = private_address_of(urlsplit(url).hostname or "")
         if private is not None:
@@ -305,16 +308,38 @@ def _file_system(url: str, access: Access) -> tuple[Any, str]:
 
 
 def _download(system: Any, at: str, to: Path, access: Access) -> None:
-    def check_size(declared: int | None, received: int, **_: object) -> None:
-        if max(declared or 0, received) > access.most_bytes:
-            raise TooLargeError(access.most_bytes)
-
-    progress = Callback(hooks={"size": check_size})
-    system.get_file(at, str(to), callback=progress)
+    transfer = _Transfer(access)
+    system.get_file(at, str(to), callback=transfer)
     received = to.stat().st_size
-    check_size(progress.size, received)
-    if progress.size is not None and received != progress.size:
-        raise ShortFileError(f"{received} of {progress.size} bytes came")
+    transfer.check_size(received)
+    if transfer.size is not None and received != transfer.size:
+        raise ShortFileError(f"{received} of {transfer.size} bytes came")
+
+
+class _Transfer(Callback):  # type: ignore[misc]
+    """End a transfer that brings too much, or next to nothing."""
+
+    def __init__(self, access: Access) -> None:
+        super().__init__()
+        self._access = access
+        self._counted, self._since = 0, time.monotonic()
+
+    def check_size(self, size: int) -> None:
+        if size > self._access.most_bytes:
+            raise TooLargeError(self._access.most_bytes)
+
+    def set_size(self, size: int | None) -> None:
+        super().set_size(size)
+        self.check_size(size or 0)
+
+    def relative_update(self, inc: int = 1) -> None:
+        super().relative_update(inc)
+        self.check_size(self.value)
+        now = time.monotonic()
+        if self.value - self._counted >= 1 << 16:
+            self._counted, self._since = self.value, now
+        elif now - self._since > self._access.stalled and inc:
+            raise ShortFileError(f"less than 64 KiB came in {self._access.stalled:g} s")
 
 
 @contextmanager

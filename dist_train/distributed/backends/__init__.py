@@ -1,4 +1,4 @@
-"""How one step runs on many devices. Only here are accelerate and deepspeed imported."""
+"""Backends: how one step runs on many devices. No other room imports accelerate or deepspeed."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
-"""What every backend is to the rest of the package: one process's view of a training on many.
+"""The interface of all backends: one process's view of a training on many.
 
-Its rank, its device, a model to call, and a training state by parameter name that looks the same
+It has a rank, a device, a model to call, and a training state by parameter name that looks the same
 however the tensors are spread over the ranks.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
@@ -23,8 +24,8 @@ from torch.distributed import DistError
 from dist_train.config import TrainSettings
 from dist_train.distributed.collectives import first_sentence
 from dist_train.distributed.device import chosen_cuda
-from dist_train.distributed.foreach import by_dtype
 from dist_train.distributed.hardware import cudnn_version, cudnn_warnings, lacks_bf16
+from dist_train.distributed.process_group import ProcessGroup
 from dist_train.errors import BackendError, LostProcessError
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
-class Backend(ABC):
+class Backend(ProcessGroup, ABC):
     """The process group, the wrapped model and its optimizer.
 
     Args:
@@ -43,8 +44,9 @@ class Backend(ABC):
         clip_norm: largest global gradient norm, or None.
 
     Attributes:
-        module: the model itself, by whose names the state goes; to be called for held-out clips.
-        model: what is called in training.
+        module: the model itself, whose parameter names the state has; called for held-out clips.
+        model: the wrapped model, called in training.
+        optimizer: as Accelerate or torch made it.
         numels: elements of each full weight and buffer by name, also where they are sharded.
 
     Raises:
@@ -52,75 +54,76 @@ class Backend(ABC):
             for would run.
     """
 
-    #: What ``accelerator.distributed_type`` says of it when it really runs.
+    #: Values of ``accelerator.distributed_type`` when this backend really runs.
     runs_as: tuple[str, ...] = ("NO", "MULTI_GPU", "MULTI_CPU")
+    #: The name, in messages, of a backend that needs a launcher and offers no fp16.
+    sharding: str | None = None
     module: nn.Module
     model: Any
+    optimizer: Any
     numels: dict[str, int]
 
     def __init__(self, settings: TrainSettings, *, clip_norm: float | None) -> None:
         self.settings, self.clip_norm = settings, clip_norm
         cuda = chosen_cuda(settings)
-        if settings.precision == "fp16" and not cuda:
-            raise BackendError(
-                "fp16 needs a CUDA device", where="train.precision", fix="Use bf16 or fp32."
-            )
         launched = "WORLD_SIZE" in os.environ
+        self._check_settings(cuda, launched)
         handlers = [
             InitProcessGroupKwargs(
                 backend="nccl" if cuda else "gloo", timeout=timedelta(seconds=settings.timeout)
             ),
-            # Running statistics are read where ``sync_buffers`` was called, and only there.
-            # Gradients lie in the buckets that are exchanged, rather than be copied there and back.
+            # Running statistics are read only after a call of ``sync_buffers``.
+            # Gradients live in the buckets that are exchanged, which saves copies.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ]
         try:
             self.accelerator = self._accelerator(cuda, handlers if launched else [])
         except DistError as error:
-            raise _not_met(error) from error
-        self.rank = int(self.accelerator.process_index)
-        self.world = int(self.accelerator.num_processes)
-        self.device: torch.device = self.accelerator.device
-        self._check_world()
-        self._check_active()
-        if not cuda and settings.precision == "bf16" and lacks_bf16():
-            log.log(
-                logging.WARNING if self.is_main else logging.DEBUG,
-                "this CPU has no instructions for bf16, in which steps take many times as long as "
-                "in float32: set train.precision=fp32",
-            )
-        if cuda:
-            # Of the build's own cuDNN or one installed beside it: the one that runs.
-            for warning in cudnn_warnings(settings, cudnn_version() or 0):
-                log.log(logging.WARNING if self.is_main else logging.DEBUG, "%s", warning)
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
+            raise _not_connected(error) from error
+        super().__init__(
+            int(self.accelerator.process_index),
+            int(self.accelerator.num_processes),
+            self.accelerator.device,
+        )
+        self._check_running()
+        for warning in _warnings(settings, cuda):
+            log.log(logging.WARNING if self.is_main else logging.DEBUG, "%s", warning)
 
     @property
     def can_repeat(self) -> bool:
-        """Whether a step whose forward or backward pass failed can be begun again, after
-        ``drop_gradients``. Not where hooks exchange gradients or weights on the way."""
+        """Whether a step whose forward or backward pass failed can be repeated after
+        ``drop_gradients``. False where hooks exchange gradients or weights meanwhile."""
         return False
 
     def _accelerator(self, cuda: bool, handlers: list[Any]) -> Accelerator:
+        precision = self.settings.precision
         return Accelerator(
             cpu=not cuda,
-            mixed_precision=_accelerate_name(self.settings.precision),
+            mixed_precision="no" if precision == "fp32" else precision,
             kwargs_handlers=handlers,
         )
 
-    def _check_world(self) -> None:
-        """Launchers may start processes that do not find each other; each would train alone."""
+    def _check_settings(self, cuda: bool, launched: bool) -> None:
+        if self.settings.precision == "fp16" and (self.sharding or not cuda):
+            what = (
+                f"is not offered under {self.sharding}" if self.sharding else "needs a CUDA device"
+            )
+            raise BackendError(f"fp16 {what}", where="train.precision", fix="Use bf16 or fp32.")
+        if self.sharding is not None and not launched:
+            raise BackendError(
+                f"{self.sharding} needs a launcher, also for one process",
+                where="train.backend",
+                fix="Start with 'accelerate launch' and a file of launch/.",
+            )
+
+    def _check_running(self) -> None:
+        """Refuse processes that did not find each other, as each would train alone, and another
+        backend than the one asked for, which Accelerate may choose without a word."""
         promised = int(os.environ.get("WORLD_SIZE", "1"))
         if promised != self.world:
             raise BackendError(
                 f"the launcher started {promised} processes, but only {self.world} found each other"
             )
-
-    def _check_active(self) -> None:
-        """Accelerate may fall back to another backend in silence."""
         running = str(self.accelerator.distributed_type.value)
         if running not in self.runs_as:
             raise BackendError(
@@ -144,25 +147,33 @@ class Backend(ABC):
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss, which is divided by the number of micro-batches already."""
+        """Add the gradients of a loss that is already divided by the number of micro-batches."""
 
-    @abstractmethod
     def update(self) -> float:
         """Clip, step and clear the gradients, after the last micro-batch.
 
-        Where the norm is not finite, weights may be spoiled.
+        A norm that is not finite may spoil the weights under ZeRO, and nowhere else.
 
         Returns:
             The global gradient norm before clipping.
         """
+        limit = math.inf if self.clip_norm is None else self.clip_norm
+        clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        norm = float(self._gathered(clipped))
+        # fp16's scaler skips a step that is not finite itself, and lowers its scale.
+        if self.accelerator.scaler is not None or norm < math.inf:
+            self.optimizer.step()
+        self.drop_gradients()
+        return norm
 
-    @abstractmethod
     def drop_gradients(self) -> None:
         """Clear the gradients without a step."""
+        self.module.zero_grad(set_to_none=True)
 
-    @abstractmethod
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the coming step, to be set before its first micro-batch."""
+        """Set the learning rate of the coming step, before its first micro-batch."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     # Training state by parameter name.
 
@@ -170,33 +181,19 @@ class Backend(ABC):
         """Give every rank rank 0's BatchNorm statistics."""
         self.sync(self.module.buffers())
 
-    def sync(self, tensors: Iterable[Tensor]) -> None:
-        """Give every rank rank 0's values, in place, by one broadcast for each dtype: for many
-        small tensors. A collective call."""
-        if self.world == 1:
-            return
-        for same in by_dtype(tensors):
-            together = torch.cat([tensor.detach().reshape(-1) for tensor in same])
-            torch.distributed.broadcast(together, src=0)
-            pieces = torch.split(together, [tensor.numel() for tensor in same])
-            with torch.no_grad():
-                torch._foreach_copy_(
-                    same, [piece.view(t.shape) for piece, t in zip(pieces, same, strict=True)]
-                )
-
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and parameter, as this rank has it, of all that is trained."""
         return ((n, p) for n, p in self.module.named_parameters() if p.requires_grad)
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights that are replicated, so that all ranks must have the same values."""
+        """The weights that must have the same values on all ranks."""
         return self.module.named_parameters()
 
     def local_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and live tensor of each weight's local shard, and of each statistic.
 
-        The caller may write into them, and then calls ``local_tensors_changed``. Not to be called
-        between the micro-batches of a step.
+        After writing into them, call ``local_tensors_changed``. Not to be called between the
+        micro-batches of a step.
         """
         for name, parameter in self.module.named_parameters():
             yield name, self._local(parameter)
@@ -204,16 +201,15 @@ class Backend(ABC):
             if buffer.is_floating_point():
                 yield name, buffer
 
-    def local_tensors_changed(self) -> None:  # noqa: B027  # most backends compute with these tensors
+    def local_tensors_changed(self) -> None:
         """Compute with the values written into ``local_tensors``. A collective call."""
 
     def gather_full(self, name: str, shard: Tensor) -> Tensor:
-        """The full tensor of which each rank has a shard as of weight ``name``. A collective
-        call."""
+        """Gather a full tensor that is sharded like weight ``name``. A collective call."""
         return shard
 
     def local_shard(self, name: str, full: Tensor) -> Tensor:
-        """This rank's shard of a full tensor that is sharded as weight ``name`` is."""
+        """This rank's shard of a full tensor, sharded like weight ``name``."""
         return full
 
     def _local(self, parameter: nn.Parameter) -> Tensor:
@@ -231,14 +227,13 @@ class Backend(ABC):
         return {name: self.numels[name.partition("/")[2]] for name in self.state_names()}
 
     def state(self, mine: Callable[[str], bool]) -> dict[str, Tensor]:
-        """The full tensors for which ``mine(name)``. They may be live: copy them before the next
-        step. A collective call."""
+        """The full tensors for which ``mine(name)``. A collective call.
+
+        They may be live: copy them before the next step. Sharded tensors are gathered one at a
+        time, and freed at once on the ranks that do not keep them.
+        """
         self.sync_buffers()
-        kept = {}
-        for name, tensor in self._full_tensors():
-            if mine(name):
-                kept[name] = tensor.detach()
-        return kept
+        return {name: full.detach() for name, full in self._full_tensors() if mine(name)}
 
     def load_state(self, state: Mapping[str, Tensor], *, updates: int) -> None:
         """Load a full training state, after ``wrap``.
@@ -264,15 +259,36 @@ class Backend(ABC):
                 yield f"{moment}/{name}", self._full_moment(parameter, moment)
 
     def _full_weight(self, parameter: nn.Parameter) -> Tensor:
-        return parameter
+        return self._gathered(parameter)
 
-    @abstractmethod
     def _full_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         """A moment of a parameter; zeros before the first step."""
+        held = self.optimizer.state.get(parameter, {}).get(moment)
+        return torch.zeros(parameter.shape) if held is None else self._gathered(held)
 
-    @abstractmethod
     def _load(self, state: Mapping[str, Tensor], updates: int) -> None:
         """Put weights and moments in place."""
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(self._sharded(state[f"model/{name}"], parameter))
+        for name, parameter in self.trained():
+            self.optimizer.state[parameter] = {
+                "step": updates_done(self.optimizer, updates, parameter),
+                # Copies: a view of a shard would keep the full tensor's memory.
+                **{
+                    moment: torch.empty_like(parameter).copy_(
+                        self._sharded(state[f"{moment}/{name}"], parameter)
+                    )
+                    for moment in MOMENTS
+                },
+            }
+
+    def _gathered(self, tensor: Tensor) -> Tensor:
+        """The full tensor of a weight or moment."""
+        return tensor
+
+    def _sharded(self, full: Tensor, like: Tensor) -> Tensor:
+        """This rank's part of a full tensor, sharded as ``like`` is; it may be a view."""
+        return full
 
     def scaler_state(self) -> dict[str, Any] | None:
         """The state of fp16's loss scale, as JSON types; None without one."""
@@ -280,7 +296,7 @@ class Backend(ABC):
         return None if scaler is None else dict(scaler.state_dict())
 
     def load_scaler_state(self, state: dict[str, Any] | None) -> None:
-        """Take up what ``scaler_state`` gave; nothing where either run has no loss scale."""
+        """Restore ``scaler_state``, if both runs have a loss scale."""
         if state is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state)
 
@@ -288,42 +304,26 @@ class Backend(ABC):
         """The arithmetic of the run, for calling ``module`` itself (held-out clips)."""
         return autocast(self.settings.precision, self.device)
 
-    # Talk between ranks.
-
-    def gather(self, value: Any) -> list[Any]:
-        """One picklable value from every rank, in rank order, on every rank."""
-        if self.world == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(gathered, value)
-        return gathered
-
-    def sums(self, values: Sequence[float]) -> list[float]:
-        """The sum over the ranks of each of a few numbers, in float64, on every rank."""
-        if self.world == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(total)
-        return [float(value) for value in total.tolist()]
-
-    def all_reduce(self, tensor: Tensor) -> None:
-        """Sum a tensor over the ranks, in place."""
-        if self.world > 1:
-            torch.distributed.all_reduce(tensor)
-
-    def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Give every rank the values of rank ``source``, in place."""
-        if self.world > 1:
-            torch.distributed.broadcast(tensor, src=source)
-
     def close(self) -> None:
-        """Leave the process group. Another backend can be made in this process afterwards, also of
-        another precision."""
+        """Leave the process group. Another backend, also of another precision, can be made in this
+        process afterwards."""
         self.accelerator.end_training()
         forget_settings()
 
 
-def _not_met(error: DistError) -> LostProcessError:
+def _warnings(settings: TrainSettings, cuda: bool) -> list[str]:
+    if cuda:
+        # Of the cuDNN that runs: torch's own, or one installed beside it.
+        return cudnn_warnings(settings, cudnn_version() or 0)
+    if settings.precision == "bf16" and lacks_bf16():
+        return [
+            "this CPU has no instructions for bf16, in which steps take many times as long as "
+            "in float32: set train.precision=fp32"
+        ]
+    return []
+
+
+def _not_connected(error: DistError) -> LostProcessError:
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     reason = first_sentence(error)
     if "EADDRINUSE" in str(error) or "failed to listen" in str(error):
@@ -338,8 +338,8 @@ def _not_met(error: DistError) -> LostProcessError:
 
 
 def forget_settings() -> None:
-    """Let another backend be made in this process: Accelerate keeps the first precision and device
-    of a process, and refuses others."""
+    """Reset Accelerate, which keeps the first precision and device of a process and refuses
+    others."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -349,12 +349,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=kind, enabled=kind is not None)
 
 
-def _accelerate_name(precision: str) -> str:
-    return "no" if precision == "fp32" else precision
-
-
 def updates_done(optimizer: torch.optim.Optimizer, updates: int, parameter: Tensor) -> Tensor:
-    """AdamW's ``step`` of a parameter, float32 []: the fused kernel reads it on the device, and the
-    others on the host."""
+    """AdamW's ``step`` of a parameter, float32 []: on the device for the fused kernel, which reads
+    it there, else on the host."""
     where = parameter.device if optimizer.defaults["fused"] else "cpu"
     return torch.tensor(float(updates), device=where)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dist_train.config import TrainSettings
-from dist_train.distributed.backends.base import MOMENTS, Backend, MakeOptimizer, updates_done
+from dist_train.distributed.backends.base import Backend, MakeOptimizer
 from dist_train.distributed.foreach import zero_gradients
 from dist_train.errors import BackendError
 
@@ -51,37 +49,9 @@ class DdpBackend(Backend):
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def update(self) -> float:
-        """A norm that is not finite leaves the weights as they are."""
-        limit = float("inf") if self.clip_norm is None else self.clip_norm
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit))
-        # fp16's scaler skips such a step itself, and lowers its scale.
-        if self.accelerator.scaler is not None or norm < float("inf"):
-            self.optimizer.step()
-        self.drop_gradients()
-        return norm
-
     def drop_gradients(self) -> None:
-        # Recordings add to gradients where they lie.
+        # CUDA graphs add to gradients at fixed addresses.
         if self.settings.graphs:
             zero_gradients(self.module)
         else:
-            self.module.zero_grad(set_to_none=True)
-
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-
-    def _full_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
-        held = self.optimizer.optimizer.state.get(parameter, {}).get(moment)
-        return torch.zeros_like(parameter) if held is None else held
-
-    def _load(self, state: Mapping[str, Tensor], updates: int) -> None:
-        for name, parameter in self.module.named_parameters():
-            parameter.copy_(state[f"model/{name}"])
-        for name, parameter in self.trained():
-            self.optimizer.optimizer.state[parameter] = {
-                "step": updates_done(self.optimizer.optimizer, updates, parameter),
-                # In the parameter's own memory layout.
-                **{m: torch.empty_like(parameter).copy_(state[f"{m}/{name}"]) for m in MOMENTS},
-            }
+            super().drop_gradients()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,6 +25,7 @@ class ZeroBackend(Backend):
     """ZeRO stage 1 (moments are sharded), 2 (gradients too) or 3 (weights too)."""
 
     runs_as = ("DEEPSPEED",)
+    sharding = "ZeRO"
 
     def __init__(self, settings: TrainSettings, *, clip_norm: float | None) -> None:
         self.stage = int(settings.backend.removeprefix("zero"))
@@ -35,27 +36,17 @@ class ZeroBackend(Backend):
                 where="train.backend",
                 fix=f"Run 'pip install {' '.join(missing)}', or choose ddp or fsdp2.",
             )
-        if settings.precision == "fp16":
-            raise BackendError(
-                "fp16 is not offered under ZeRO", where="train.precision", fix="Use bf16 or fp32."
-            )
         super().__init__(settings, clip_norm=clip_norm)
 
     def _accelerator(self, cuda: bool, handlers: list[Any]) -> Accelerator:
-        if not handlers:
-            raise BackendError(
-                "ZeRO needs a launcher, also for one process",
-                where="train.backend",
-                fix="Start with 'accelerate launch' and a file of launch/.",
-            )
-        # Else Accelerate quietly ignores the plugin.
+        # Without it Accelerate ignores the plugin.
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         if not cuda:
             # DeepSpeed picks its device when it is first imported.
             os.environ["DS_ACCELERATOR"] = "cpu"
             import deepspeed
 
-            # It would compile a C++ module for shared memory; gloo does the same work.
+            # DeepSpeed would compile a C++ module for shared memory; gloo does the same work.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(cuda))
         # Autocast is DeepSpeed's own here, and cpu=True would train without DeepSpeed.
@@ -66,8 +57,8 @@ class ZeroBackend(Backend):
         if self.settings.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
         config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,  # the loader decides; it only wants a number
-            "gradient_accumulation_steps": 1,  # ``micro_step`` tells it which one is the last
+            "train_micro_batch_size_per_gpu": 1,  # unused: the loader makes the batches
+            "gradient_accumulation_steps": 1,  # unused: ``micro_step`` marks the last one
             "gradient_clipping": self.clip_norm or 0.0,
             "zero_optimization": zero,
             # torch's AdamW, for the same numbers as under DDP.
@@ -79,17 +70,21 @@ class ZeroBackend(Backend):
             config["torch_autocast"] = {
                 "enabled": True,
                 "dtype": "bfloat16",
-                # Of these (by default of linear layers) DeepSpeed reduces gradients in bf16, and
-                # stage 3 gathers weights so: logits would be rounded to 8 bits.
+                # DeepSpeed would reduce the gradients of these modules (by default linear layers)
+                # and gather their weights in bf16: logits would be rounded to 8 bits.
                 "lower_precision_safe_modules": [],
             }
         return config
 
     def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
-        # ZeRO keeps parameters as views of one flat buffer, and broadcasts them as plain bytes.
+        # ZeRO keeps parameters as views of one flat buffer, and broadcasts their bytes.
         model = model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.module = model.to(self.device)
-        # By name, as stage 3 leaves parameters without a shape.
+        # Imported late, as DeepSpeed picks its device at its first import.
+        from deepspeed import utils
+
+        self._utils: Any = utils
+        # Stage 3 leaves parameters without a shape.
         self._shapes = {name: p.shape for name, p in model.named_parameters()}
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
         if self.model.zero_optimization_stage() != self.stage:
@@ -98,27 +93,19 @@ class ZeroBackend(Backend):
             )
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
-        return self._boundary(last)
-
-    @contextmanager
-    def _boundary(self, last: bool) -> Iterator[None]:
         self.model.set_gradient_accumulation_boundary(last)
-        yield
+        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         self.model.backward(loss, scale_wrt_gas=False)
 
     def update(self) -> float:
-        """DeepSpeed clips and steps at once: a norm that is not finite spoils the weights."""
+        # DeepSpeed clips and steps at once: a norm that is not finite spoils the weights.
         self.model.step()
         return float(self.model.get_global_grad_norm() or 0.0)
 
     def drop_gradients(self) -> None:
         self.model.optimizer.zero_grad()
-
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
 
     def replicated(self) -> Iterator[tuple[str, Tensor]]:
         return super().replicated() if self.stage < 3 else iter(())
@@ -147,7 +134,7 @@ class ZeroBackend(Backend):
         return mine.detach()
 
     def _partition_all(self) -> None:
-        """Drop the gathered copies of weights under stage 3, which new values would not change."""
+        """Drop the gathered copies of weights under stage 3: new shards do not change them."""
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
         parameters: list[Any] = list(self.module.parameters())
@@ -164,9 +151,7 @@ class ZeroBackend(Backend):
     def _full_weight(self, parameter: nn.Parameter) -> Tensor:
         if self.stage < 3:
             return parameter
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        full: Tensor = safe_get_full_fp32_param(parameter)
+        full: Tensor = self._utils.safe_get_full_fp32_param(parameter)
         return full
 
     def _full_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -177,9 +162,7 @@ class ZeroBackend(Backend):
             yield name, tensor if shape is None else tensor.view(shape)
 
     def _full_moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        full: Tensor = safe_get_full_optimizer_state(parameter, moment)
+        full: Tensor = self._utils.safe_get_full_optimizer_state(parameter, moment)
         return full
 
     def _load(self, state: Mapping[str, Tensor], updates: int) -> None:
@@ -191,49 +174,42 @@ class ZeroBackend(Backend):
             }
         if self.stage < 3:
             self._link_moments()
-        if self.stage == 3:
+        else:
             self._partition_all()
         for name, parameter in self.trained():
             self._set_master(parameter, state[f"model/{name}"], None)
             for moment in MOMENTS:
                 self._set_master(parameter, state[f"{moment}/{name}"], moment)
             if self.stage < 3:
-                # What it computes with until the first step, which makes it from the partitions.
+                # Before the first step nothing else copies the partitions into the parameters.
                 parameter.copy_(state[f"model/{name}"])
         if self.stage == 3:
-            # What it computes with follows what was put into its float32 partitions.
+            # Copy the float32 partitions into the weights that the model computes with.
             for number in range(len(zero.fp16_groups)):
                 zero._reassign_or_swap_out_partitioned_parameters(number)
             self.local_tensors_changed()
 
     def _set_master(self, parameter: Any, full: Tensor, moment: str | None) -> None:
-        """Put this rank's shard of a weight, or of its moment, into its float32 partition."""
-        from deepspeed.utils import set_full_hp_param
-
+        """Copy this rank's shard of a weight, or of its moment, to its float32 partition."""
         if self.stage < 3:
-            set_full_hp_param(parameter, full, moment)
-            return
-        # DeepSpeed's own function for full tensors forgets the padding (seen in 0.19.8).
-        self.model.optimizer.set_local_hp_param(self._slice(full), parameter, moment)
+            self._utils.set_full_hp_param(parameter, full, moment)
+        else:
+            # DeepSpeed's own function for full tensors forgets the padding (seen in 0.19.8).
+            self.model.optimizer.set_local_hp_param(self._slice(full), parameter, moment)
 
     def _partitions(self) -> list[Tensor]:
         """The flat float32 tensors that this rank's optimizer steps."""
-        zero = self.model.optimizer
-        flat = (
-            zero.fp32_partitioned_groups_flat
-            if self.stage == 3
-            else zero.single_partition_of_fp32_groups
+        name = (
+            "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
         )
-        return list(flat)
+        return list(getattr(self.model.optimizer, name))
 
     def _link_moments(self) -> None:
         """Let DeepSpeed find each parameter's moments in its flat partitions.
 
-        It does so itself once, but after the step of the first parameter group, when the moments of
-        the others do not exist yet (seen in 0.19.8).
+        DeepSpeed does so once, after the step of the first parameter group, when the moments of the
+        other groups do not exist yet (seen in 0.19.8).
         """
-        from deepspeed.utils import lazy_init_hp_params_optimizer_state
-
-        zero = self.model.optimizer
+        zero, link = self.model.optimizer, self._utils.lazy_init_hp_params_optimizer_state
         for parameters, partition in zip(zero.bit16_groups, self._partitions(), strict=True):
-            lazy_init_hp_params_optimizer_state(parameters, partition, zero.optimizer.state)
+            link(parameters, partition, zero.optimizer.state)

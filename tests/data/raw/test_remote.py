@@ -17,6 +17,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from helpers import ROOT, contents, dist_train, environment, run_well, said
 from make_media import grey_frames, write_video
+from moto.server import ThreadedMotoServer
 from web_server import Answer, WebServer, s3_error, web_server
 
 from dist_train.data.raw import remote
@@ -367,3 +368,23 @@ def test_a_store_from_s3_is_that_of_the_files(
     repair = dist_train("verify", repaired, "--repair", "s3://bucket/clips")
     run_well(repair, FSSPEC_S3_ENDPOINT_URL=s3.url, **settings)
     assert contents(repaired) == here
+
+
+@pytest.mark.slow
+def test_another_makers_s3_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        for name, value in KEYS.items():
+            monkeypatch.setenv(name, value)
+        url = "http://{}:{}".format(*server.get_host_and_port())
+        monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": url})
+        bucket = fsspec.filesystem("s3", endpoint_url=url)
+        bucket.mkdir("lab")
+        bucket.pipe({f"lab/train/{name}": content for name, content in FILES.items()})
+        source = open_source("s3://lab/train")
+        assert {name: content_of(source, name) for name in FILES} == FILES
+        with pytest.raises(DecodeError, match="the file is missing"):
+            content_of(source, "absent.bin")
+    finally:
+        server.stop()

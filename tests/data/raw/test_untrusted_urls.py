@@ -58,12 +58,13 @@ def server(started: WebServer, monkeypatch: pytest.MonkeyPatch) -> WebServer:
         "text": SECRET * 10,
         "endless": Answer(end="endless"),
         "silent": Answer(bytes(100), end="hang"),
+        "drip": Answer(end="drip"),
     }
     return started
 
 
 def fetched(url: str, **access: Any) -> bytes:
-    allowed = {"private": True, "most_bytes": LIMIT} | access
+    allowed = {"private": True, "most_bytes": LIMIT, "stalled": 0.2} | access
     source = UrlTable({"a": url}, first_wait=0.001, tries=2, access=Access(**allowed))
     with source.fetched("a") as path:
         return path.read_bytes()
@@ -77,14 +78,12 @@ REASONS = {
     "loop": r"cannot be fetched, after 2 tries \(TooManyRedirects\)$",
     "to_a_file": r"cannot be fetched, after 2 tries \(NonHttpUrlRedirectClientError\)$",
     "silent": r"cannot be fetched, after 2 tries \(\w*Timeout\w*\)$",
+    "drip": r"cannot be fetched, after 2 tries \(less than 64 KiB came in 0.2 s\)$",
 }
 
 
 @pytest.mark.parametrize("kind", REASONS)
-def test_a_file_that_cannot_be_fetched_is_a_reject(
-    server: WebServer, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(public_address, "STALLED", 0.2)
+def test_a_file_that_cannot_be_fetched_is_a_reject(server: WebServer, kind: str) -> None:
     with pytest.raises(DecodeError, match=REASONS[kind]) as raised:
         fetched(f"{server.url}/{kind}")
     assert "root" not in str(raised.value), "words of the server"
