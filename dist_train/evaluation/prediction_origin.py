@@ -18,7 +18,7 @@ from dist_train.checkpoint.format import by_step
 from dist_train.errors import FileError, RunError
 from dist_train.files import MIB, crc32c, parse_object, read_plain, reason_of, write_whole
 from dist_train.run.folder import PREDICTIONS, SNAPSHOT, SNAPSHOTS
-from dist_train.run.snapshots import sum_in_header
+from dist_train.run.snapshots import stored_checksum
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def write_origin(predictions: Path, table: str, snapshots: Sequence[Path], conte
     """
     origin = {
         "table": crc32c(table.encode()),
-        "snapshots": {path.stem: sum_in_header(path) for path in snapshots},
+        "snapshots": {path.stem: stored_checksum(path) for path in snapshots},
         "store": content,
     }
     write_whole(origin_file(predictions), json.dumps(origin, indent=2) + "\n")
@@ -80,7 +80,7 @@ def check_origin(run: Path) -> None:
         log.warning("%s: it is not known which snapshots these were made from. %s", predictions,
                     AGAIN)  # fmt: skip
         return
-    now = {path.stem: sum_in_header(path) for _, path in by_step(run / SNAPSHOTS, SNAPSHOT)}
+    now = {path.stem: stored_checksum(path) for _, path in by_step(run / SNAPSHOTS, SNAPSHOT)}
     then = origin["snapshots"]
     other = [name for name in then if name not in now or now[name] != then[name]]
     if other:
