@@ -455,7 +455,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Judge a run's predictions."""
-    from dist_train.evaluation.evaluate import evaluate_run, table
+    from dist_train.evaluation.evaluate import evaluate_run
+    from dist_train.evaluation.evaluation_text import table
 
     console.print(table(evaluate_run(run, threshold=threshold)))
 

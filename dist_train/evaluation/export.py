@@ -15,15 +15,10 @@ from dist_train.checkpoint.format import by_step, latest_valid, load_checkpoint
 from dist_train.config import Config
 from dist_train.errors import DistTrainError, RunError
 from dist_train.evaluation.calibration import Calibration
-from dist_train.evaluation.evaluate import (
-    CALIBRATION,
-    calibration_of,
-    read_predictions,
-    val_clips,
-    val_threshold,
-)
+from dist_train.evaluation.evaluate import val_threshold
 from dist_train.evaluation.onnx_model import check_packages, onnx_bytes
 from dist_train.evaluation.prediction_origin import check_origin
+from dist_train.evaluation.prediction_table import read_calibration, read_predictions, val_clips
 from dist_train.files import check_replaceable, write_whole
 from dist_train.run.data import open_run_data
 from dist_train.run.folder import CHECKPOINTS, PREDICTIONS, SNAPSHOT, SNAPSHOTS, refuse_own_place
@@ -232,7 +227,7 @@ def _calibration(
     calibration = None
     if os.path.lexists(run / PREDICTIONS):
         predictions = read_predictions(run / PREDICTIONS)
-        calibration = calibration_of(predictions, run / CALIBRATION)
+        calibration = read_calibration(run / PREDICTIONS, predictions)
     if calibration is None:
         if config.split.train_on_all:
             reason = "holds out no clips (split.train_on_all)"

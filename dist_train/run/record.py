@@ -35,7 +35,14 @@ log = logging.getLogger(__name__)
 
 MOST_OF_RECORD, MOST_OF_CONFIG = 64 * MIB, MIB
 #: Settings of a trained run that may be edited: they say how a machine works, not what comes out.
-FREE = ("out:", "loader.", "augment.device:", "model.recompute:", "model.activation_memory:")
+FREE = (
+    "out:",
+    "loader.",
+    "augment.device:",
+    "model.recompute:",
+    "model.activation_memory:",
+    "train.device:",
+)
 VERSIONS_OF = ("torch", "accelerate", "deepspeed", "numpy", "av", "albumentations", "lmdb")
 
 

@@ -17,15 +17,16 @@ from safetensors.torch import load_file
 from scipy.special import expit, logit
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from dist_train.config import dump_config
+from dist_train.config import dump_config, load_config
 from dist_train.data.store.build import PrepareSettings, prepare
 from dist_train.data.store.reader import Store
 from dist_train.data.table.manifest import read_manifest
-from dist_train.errors import ConfigError, RunError, StoreError
+from dist_train.errors import BackendError, ConfigError, RunError, StoreError
 from dist_train.evaluation import ensemble
 from dist_train.evaluation.calibration import Calibration
-from dist_train.evaluation.evaluate import COLUMNS, evaluate, read_predictions
+from dist_train.evaluation.evaluate import evaluate
 from dist_train.evaluation.predict import find_snapshots, predict
+from dist_train.evaluation.prediction_table import COLUMNS, read_predictions
 from dist_train.metrics import prior_correct
 from dist_train.models.resnet3d import ResNet3D
 from dist_train.run.data import open_data
@@ -388,7 +389,7 @@ def test_predictions_that_are_older_than_a_snapshot_are_told(
     (run / "predictions.json").unlink()
     with caplog.at_level(logging.WARNING):
         said("evaluate", run)
-    assert "it is not known which snapshots these were made from" in caplog.text
+    assert "the snapshots that these were made from are not known" in caplog.text
 
 
 def form_of(folder: Path, rows: str) -> Path:
@@ -473,3 +474,16 @@ def test_names_of_predictions_are_no_formulas(predicted: Path, tmp_path: Path) -
     table = pd.read_csv(out)
     assert table[["filename", "group"]].to_numpy().tolist() == [["'=cmd.npy", "'@x"]]
     assert pd.read_csv(tmp_path / "out" / "submission.csv")["filename"].tolist() == ["=cmd.npy"]
+
+
+def test_under_a_launcher_the_cpu_must_be_asked_for(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in training. ``train.device`` may be edited after it."""
+    trained_so(run, "train.device=auto")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match="no CUDA device here, and a launcher started"):
+        predict(run)
+    dump_config(load_config(run / "config.yaml", ["train.device=cpu"]), run / "config.yaml")
+    predict(run)

@@ -19,7 +19,7 @@ from dist_train.evaluation.evaluate import Evaluation, evaluate
 from dist_train.evaluation.export import export_run
 from dist_train.evaluation.predict import predict
 from dist_train.evaluation.prediction_origin import check_origin
-from dist_train.evaluation.report import read_run
+from dist_train.evaluation.report_run import read_run
 from dist_train.run.record import open_run
 from dist_train.run.snapshots import load_snapshot
 from dist_train.training.train import train

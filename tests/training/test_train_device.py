@@ -11,8 +11,9 @@ from helpers import InterruptedSessionError, interrupt_at, metrics_of, tiny_conf
 from dist_train.config import dump_config, load_config
 from dist_train.data.store.build import PrepareSettings, prepare
 from dist_train.data.table.manifest import read_manifest
-from dist_train.evaluation.evaluate import evaluate, read_predictions
+from dist_train.evaluation.evaluate import evaluate
 from dist_train.evaluation.predict import predict
+from dist_train.evaluation.prediction_table import read_predictions
 from dist_train.run.folder import CONFIG
 from dist_train.training.train import train
 
