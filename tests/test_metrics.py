@@ -239,11 +239,3 @@ def test_bootstrap_counts_ties_half() -> None:
 def test_bootstrap_needs_both_classes() -> None:
     with pytest.raises(RunError, match="both classes"):
         stratified_bootstrap([0.1, 0.2], [0, 0], 0.5)
-
-
-@pytest.mark.parametrize("threshold", [float("nan"), float("inf")])
-def test_a_threshold_that_is_no_number(threshold: float) -> None:
-    with pytest.raises(ConfigError, match=r"threshold: .* is not a probability"):
-        confusion([0.1, 0.9], [0, 1], threshold)
-    with pytest.raises(ConfigError, match=r"threshold: .* is not a probability"):
-        stratified_bootstrap([0.1, 0.9], [0, 1], threshold)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dist_train.checkpoint.format import by_step
 from dist_train.errors import FileError, RunError
-from dist_train.files import MIB, crc32c, read_plain, reason_of, write_whole
+from dist_train.files import MIB, crc32c, read_plain, write_whole
 from dist_train.run.folder import PREDICTIONS, SNAPSHOT, SNAPSHOTS
 from dist_train.run.snapshots import stored_checksum
 
@@ -69,7 +69,10 @@ def read_origin(predictions: Path) -> Origin | None:
     try:
         return Origin.model_validate_json(read_plain(path, most_bytes=MIB))
     except (FileError, ValidationError) as error:
-        raise RunError(f"cannot be read ({reason_of(error)})", where=path, fix=AGAIN) from None
+        reason = "it does not say what the predictions were made from"
+        if isinstance(error, FileError):
+            reason = error.what
+        raise RunError(f"cannot be read ({reason})", where=path, fix=AGAIN) from None
 
 
 def check_origin(run: Path) -> None:
