@@ -172,9 +172,8 @@ def _folds(y: Floats) -> np.ndarray:
 def _simplest(held_out: dict[Method, Floats], y: Floats) -> Method:
     """The simplest method that is about as good as the best; "none" if none was tried."""
     losses = {method: _losses(p, y) for method, p in held_out.items()}
-    least = min(losses.values(), key=np.mean, default=None)
     for method, loss in losses.items():
-        excess = loss - least
+        excess = loss - min(losses.values(), key=np.mean)
         if excess.mean() <= excess.std() / np.sqrt(len(y)):
             return method
     return "none"

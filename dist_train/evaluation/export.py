@@ -23,7 +23,7 @@ from dist_train.files import check_replaceable, write_whole
 from dist_train.run.data import open_run_data
 from dist_train.run.folder import CHECKPOINTS, PREDICTIONS, SNAPSHOT, SNAPSHOTS, refuse_own_place
 from dist_train.run.model import model_metadata, model_of
-from dist_train.run.record import code_from_outside, open_record, open_run, warn_of_other_code
+from dist_train.run.record import code_from_outside, open_run, read_record, warn_of_other_code
 from dist_train.run.snapshots import (
     check_finite,
     fit_weights,
@@ -113,7 +113,7 @@ def export_run(
                 fix="Give --out and --onnx different ones.",
             )
     sources = _find_weights(run, step)
-    record = open_record(run)
+    record = read_record(run)
     warn_of_other_code(run, config, record)
     models = [_load(run, config, record, source, store_path) for source in sources]
     calibration, threshold = None, None
@@ -121,14 +121,13 @@ def export_run(
         calibration, threshold = _calibration(run, config, sources)
     many = len(sources) > 1
     prefixes = [f"step-{source.step}/" for source in sources] if many else [""]
-    content = record["store"]["content"] if "store" in record else None
-    facts = snapshot_facts(config, sources[-1].step, content) | {
+    facts = snapshot_facts(config, sources[-1].step, record["store"]["content"]) | {
         "steps": [source.step for source in sources],
         "from": "snapshots" if many else sources[0].kind,
         "networks": prefixes,
         "precision": config.train.precision,
         "preprocessing": PREPROCESSING,
-        "positive_rate": record.get("positive_rate"),
+        "positive_rate": record["positive_rate"],
         "calibration": None if calibration is None else calibration.model_dump(mode="json"),
         "threshold": threshold,
     }

@@ -27,8 +27,8 @@ class Origin(BaseModel):
 
     table: int
     """CRC-32C of ``predictions.csv``."""
-    snapshots: dict[str, int | None]
-    """Checksum of each snapshot by name; None for one of an earlier version."""
+    snapshots: dict[str, int]
+    """Checksum of each snapshot by name."""
     store: str
     """``Store.content`` of the store whose clips were predicted."""
 

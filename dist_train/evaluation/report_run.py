@@ -19,7 +19,7 @@ from dist_train.evaluation.prediction_origin import check_origin
 from dist_train.evaluation.prediction_table import read_predictions
 from dist_train.files import MIB, read_plain
 from dist_train.run.folder import CONFIG, EVALUATION, METRICS, PREDICTIONS, SNAPSHOT, SNAPSHOTS
-from dist_train.run.record import open_record
+from dist_train.run.record import read_record
 from dist_train.training.metrics_log import MOST_BYTES, figures_of
 
 log = logging.getLogger(__name__)
@@ -50,15 +50,13 @@ class Run:
 
     @property
     def holds_out_clips(self) -> bool:
-        settings = self.info.get("settings") or {}
-        return not settings.get("split", {}).get("train_on_all", False)
+        return not self.info["settings"]["split"]["train_on_all"]
 
     @property
     def resumed_from(self) -> list[int]:
         """The last step before each resume."""
-        sessions = self.info.get("sessions") or []
-        points = [session.get("resumed_from_step") for session in sessions]
-        return [point for point in points if point is not None]
+        steps = [session["resumed_from_step"] for session in self.info["sessions"]]
+        return [step for step in steps if step is not None]
 
     def series(self, name: str) -> pd.Series[float]:
         """Values of a metric by step, where it is defined."""
@@ -101,7 +99,7 @@ def read_run(run: Path) -> Run:
     return Run(
         path=run,
         steps=_read_steps(run / METRICS),
-        info=open_record(run),
+        info=read_record(run),
         settings=_read_settings(run / CONFIG),
         predictions=predictions,
         evaluation=evaluation,

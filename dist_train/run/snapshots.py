@@ -37,19 +37,17 @@ MOST_TOLD = 200
 
 
 class Snapshot(NamedTuple):
-    """Content of a snapshot. ``facts`` lacks ``crc32c``, which is None in files of earlier
-    versions."""
+    """Content of a snapshot; ``facts`` is without ``crc32c``."""
 
     weights: dict[str, Tensor]
     facts: dict[str, Any]
-    crc32c: int | None
 
 
-def snapshot_facts(config: Config, step: int, content: str | None) -> dict[str, Any]:
+def snapshot_facts(config: Config, step: int, content: str) -> dict[str, Any]:
     """What the weights after ``step`` steps were trained on, as JSON types.
 
     Args:
-        content: ``Store.content`` of the run's store; None if unknown.
+        content: ``Store.content`` of the run's store.
     """
     return {
         "step": step,
@@ -91,15 +89,10 @@ def load_snapshot(path: Path) -> Snapshot:
     with _opened(path) as file:
         facts, crc = _read_metadata(file)
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if crc is not None and crc != _checksum(weights, facts):
+        if crc != _checksum(weights, facts):
             raise ValueError("the weights are not as they were written")
         check_finite(weights)
-    if crc is None:
-        log.warning(
-            "%s has no checksum, because an earlier version wrote it: damage would go unnoticed",
-            path,
-        )
-    return Snapshot(weights, facts, crc)
+    return Snapshot(weights, facts)
 
 
 def load_into(model: nn.Module, path: Path, config: Config, record: Mapping[str, Any]) -> None:
@@ -131,7 +124,7 @@ def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> 
         raise RunError(f"the weights do not fit the run ({reason})", where=path) from None
 
 
-def stored_checksum(path: Path) -> int | None:
+def stored_checksum(path: Path) -> int:
     """The checksum in a snapshot's header; the weights are not read.
 
     Raises:
@@ -158,17 +151,12 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from None
 
 
-def _read_metadata(file: Any) -> tuple[dict[str, Any], int | None]:
+def _read_metadata(file: Any) -> tuple[dict[str, Any], int]:
     """The facts, and the checksum, which is removed from them."""
-    metadata = file.metadata() or {}
-    if metadata.keys() != {"facts"}:
-        raise ValueError("its metadata are not those of a snapshot")
-    facts = parse_object(metadata["facts"])
-    crc = facts.pop("crc32c", None)
-    # Files of earlier versions have none of these.
-    if not isinstance(crc, int) and (crc is not None or facts.keys() & {"clip", "store", "data"}):
+    facts = parse_object((file.metadata() or {}).get("facts", "{}"))
+    if type(facts.get("crc32c")) is not int:
         raise ValueError("its checksum is gone")
-    return facts, crc
+    return facts, facts.pop("crc32c")
 
 
 def check_finite(weights: Mapping[str, Tensor]) -> None:
@@ -181,12 +169,10 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
 def _check_facts(
     path: Path, facts: Mapping[str, Any], config: Config, record: Mapping[str, Any]
 ) -> None:
-    """Refuse weights that were not trained as the run was. Facts that an earlier version did not
-    write are not compared."""
-    content = record["store"]["content"] if "store" in record else facts.get("store")
+    """Refuse weights that were not trained as the run was."""
     step = int(path.name.removeprefix("step-").removesuffix(SNAPSHOT))
-    for name, expected in snapshot_facts(config, step, content).items():
-        changes = _differences(name, facts[name], expected) if name in facts else []
+    for name, expected in snapshot_facts(config, step, record["store"]["content"]).items():
+        changes = _differences(name, facts.get(name), expected)
         if not changes:
             continue
         what = f"the snapshot does not fit the run ({'; '.join(changes)})"
@@ -214,8 +200,8 @@ def _differences(name: str, there: Any, here: Any) -> list[str]:
 def _changed_on_purpose(name: str, config: Config, record: Mapping[str, Any]) -> bool:
     if name in ("clip", "store", "data") and config.checkpoint.accept_other_order:
         return True
-    changed = [change for one in record.get("sessions", []) for change in one.get("changed", [])]
-    return name == "clip" and any(str(change).startswith("clip.") for change in changed)
+    changed = [change for session in record["sessions"] for change in session.get("changed", [])]
+    return name == "clip" and any(change.startswith("clip.") for change in changed)
 
 
 def set_snapshots_aside(run: Path, *, after: int) -> None:

@@ -83,7 +83,7 @@ def _read(path: Path, names: list[str]) -> tuple[dict[str, Tensor], dict[str, An
         extra = {name.removeprefix("model/"): tensors[name] for name in kept}
         return extra | own, marker["facts"]["model"], int(marker["step"])
     try:
-        weights, facts, _ = load_snapshot(path)
+        weights, facts = load_snapshot(path)
         model, step = facts["model"], int(facts["step"])
         if not isinstance(model, dict):
             raise TypeError("its model is no list of settings")

@@ -220,7 +220,7 @@ def test_a_calibration_of_other_weights_or_predictions_is_not_exported(
     file.write_text(json.dumps(content))
     # Other weights under the same name.
     path = copy / "snapshots" / "step-6.safetensors"
-    weights, facts, _ = load_snapshot(path)
+    weights, facts = load_snapshot(path)
     weights["head.bias"] = weights["head.bias"] + 1
     save_snapshot(path, weights, facts)
     with pytest.raises(RunError, match=r"that the run does not have now \(step-6\)"):

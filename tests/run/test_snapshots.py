@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import fails, tiny_config
-from safetensors.torch import load_file, save_file
 
 from dist_train.errors import DistTrainError, RunError
 from dist_train.evaluation.export import export_run
 from dist_train.evaluation.predict import predict
+from dist_train.run.model import make_model
 from dist_train.run.record import open_run, read_record
-from dist_train.run.snapshots import load_snapshot, save_snapshot, snapshot_facts
+from dist_train.run.snapshots import load_into, load_snapshot, save_snapshot, snapshot_facts
 from dist_train.training.train import train
 
 STEP = 6
@@ -43,42 +41,30 @@ def snapshot_of(run: Path) -> Path:
 
 
 def test_a_snapshot_says_what_its_weights_were_trained_on(trained: Path) -> None:
-    _, facts, crc = load_snapshot(snapshot_of(trained))
+    facts = load_snapshot(snapshot_of(trained)).facts
     record = read_record(trained)
     assert facts == snapshot_facts(open_run(trained), STEP, record["store"]["content"])
     assert facts["clip"] == {"size": [16, 16], "max_frames": None}
-    assert crc is not None
 
 
-def flipped_everywhere(trained: Path, path: Path, flips: int) -> list[int]:
-    """Places where a flipped bit was not noticed."""
+def test_a_flipped_bit_is_noticed(trained: Path, tmp_path: Path) -> None:
+    """Half of the bits in the header, which is a small part of the file."""
+    path = tmp_path / "step-6.safetensors"
     content = bytearray(snapshot_of(trained).read_bytes())
     header = 8 + int.from_bytes(content[:8], "little")
     rng = random.Random(0)
-    silent = []
-    for number in range(flips):
-        # Half of them in the header, which is a small part of the file.
-        place = rng.randrange(header if number % 2 else len(content))
-        bit = 1 << rng.randrange(8)
+    for number in range(100):
+        place, bit = rng.randrange(header if number % 2 else len(content)), 1 << rng.randrange(8)
         content[place] ^= bit
         path.write_bytes(content)
         content[place] ^= bit
-        with suppress(RunError):
+        with pytest.raises(RunError, match=r"step-6\.safetensors: the snapshot cannot be used"):
             load_snapshot(path)
-            silent.append(place)
-    return silent
-
-
-@pytest.mark.parametrize(
-    "flips", [100, pytest.param(1000, marks=pytest.mark.soak)], ids=["100", "1000"]
-)
-def test_a_flipped_bit_is_noticed(trained: Path, tmp_path: Path, flips: int) -> None:
-    assert flipped_everywhere(trained, tmp_path / "step-6.safetensors", flips) == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_replace_nothing(run: Path, value: float) -> None:
-    weights, facts, _ = load_snapshot(snapshot_of(run))
+    weights, facts = load_snapshot(snapshot_of(run))
     weights["head.weight"][0, 0] = value
     save_snapshot(snapshot_of(run), weights, facts)
     before = {name: (run / name).read_bytes() for name in ("predictions.csv", "submission.csv")}
@@ -91,7 +77,7 @@ def test_weights_that_are_not_finite_replace_nothing(run: Path, value: float) ->
 
 def test_finite_weights_with_infinite_outputs_replace_nothing(run: Path) -> None:
     """Both terms of the head are finite, and their sum is not."""
-    weights, facts, _ = load_snapshot(snapshot_of(run))
+    weights, facts = load_snapshot(snapshot_of(run))
     weights["head.bias"].fill_(torch.finfo(torch.float32).max)
     weights["head.weight"].fill_(torch.finfo(torch.float32).max)
     save_snapshot(snapshot_of(run), weights, facts)
@@ -116,34 +102,11 @@ def test_finite_weights_with_infinite_outputs_replace_nothing(run: Path) -> None
 def test_a_snapshot_of_another_run_is_refused(
     run: Path, name: str, value: object, told: str
 ) -> None:
-    weights, facts, _ = load_snapshot(snapshot_of(run))
+    weights, facts = load_snapshot(snapshot_of(run))
     save_snapshot(snapshot_of(run), weights, facts | {name: value})
-    for act in (lambda: predict(run), lambda: export_run(run, run / "model.safetensors")):
-        with pytest.raises(RunError, match=told):
-            act()
-
-
-def test_a_snapshot_of_an_earlier_version_still_opens_and_says_so(
-    run: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    before = (run / "predictions.csv").read_bytes()
-    facts = {"step": STEP, "model": load_snapshot(snapshot_of(run)).facts["model"]}
-    save_file(load_file(snapshot_of(run)), snapshot_of(run), {"facts": json.dumps(facts)})
-    with caplog.at_level(logging.WARNING):
-        predict(run)
-    assert "has no checksum, because an earlier version wrote it" in caplog.text
-    assert (run / "predictions.csv").read_bytes() == before
-
-
-def test_an_export_is_checked_like_a_snapshot(run: Path) -> None:
-    out = run / "model.safetensors"
-    export_run(run, out)
-    assert load_snapshot(out).facts["from"] == "snapshot"
-    content = bytearray(out.read_bytes())
-    content[-5] ^= 4
-    out.write_bytes(content)
-    with pytest.raises(RunError, match="the weights are not as they were written"):
-        load_snapshot(out)
+    config, record = open_run(run), read_record(run)
+    with pytest.raises(RunError, match=told):
+        load_into(make_model(config), snapshot_of(run), config, record)
 
 
 @pytest.mark.parametrize(

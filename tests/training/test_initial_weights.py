@@ -21,11 +21,11 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 from dist_train import cli
-from dist_train.checkpoint.format import load_checkpoint
 from dist_train.data.raw.clip import PrepareSettings
 from dist_train.data.store.build import prepare
 from dist_train.data.table.manifest import read_manifest
 from dist_train.errors import ConfigError, PlanError
+from dist_train.run.snapshots import load_snapshot, save_snapshot
 from dist_train.training.initial_weights import initial_model
 from dist_train.training.train import train
 from dist_train.training.trainer import Trainer
@@ -88,8 +88,7 @@ def test_a_resumed_run_is_the_straight_one_and_does_not_read_them_again(
 
 
 def changed(before: Path, to: Path, how: str) -> Path:
-    weights = load_file(before / SNAPSHOT)
-    facts = json.dumps({"step": 6, "model": model_of(before)})
+    weights, facts = load_snapshot(before / SNAPSHOT)
     name = next(name for name in weights if name.endswith("conv.weight"))
     match how:
         case "missing":
@@ -101,14 +100,12 @@ def changed(before: Path, to: Path, how: str) -> Path:
         case "nan":
             weights[name].view(-1)[0] = np.nan
         case "facts":
-            facts = json.dumps({"step": 6, "model": model_of(before) | {"width": 8}})
-    save_file(weights, to, metadata=None if how == "no facts" else {"facts": facts})
+            facts["model"]["width"] = 8
+        case "no facts":
+            save_file(weights, to)
+            return to
+    save_snapshot(to, weights, facts)
     return to
-
-
-def model_of(run: Path) -> dict[str, object]:
-    facts: dict[str, object] = load_checkpoint(run / "checkpoints/step-6")[1]["facts"]["model"]
-    return facts
 
 
 @pytest.mark.parametrize(
