@@ -186,37 +186,25 @@ def _load(
         raise RunError(f"the weights do not fit the run ({error})", where=source.path) from None
     fit_weights(model, weights, source.path)
     if config.norm.precise_steps and not any(name.startswith(JUDGED) for name in tensors):
-        _renew_statistics(run, config, record, model, source.step, store_path)
+        # Within an epoch a checkpoint holds only running statistics, which lag behind the weights.
+        try:
+            data = open_run_data(run, config, store_path=store_path)
+        except DistTrainError as error:
+            raise RunError(
+                "the checkpoint was saved within an epoch, so its BatchNorm statistics have to be "
+                f"computed from the store, which cannot be opened ({error})",
+                where=f"{run}, step {source.step}",
+                fix="Bring the store back, or export a checkpoint of the end of an epoch.",
+            ) from None
+        statistics_of_run(
+            model,
+            data,
+            source.step,
+            steps=config.norm.precise_steps,
+            processes=int(record["sessions"][-1]["world_size"]),
+            device=torch.device("cpu"),
+        )
     return model.eval()
-
-
-def _renew_statistics(
-    run: Path,
-    config: Config,
-    record: dict[str, Any],
-    model: nn.Module,
-    step: int,
-    store_path: Path | None,
-) -> None:
-    """Compute the BatchNorm statistics of a checkpoint within an epoch, which holds only the
-    running ones: those lag behind the weights."""
-    try:
-        data = open_run_data(run, config, store_path=store_path)
-    except DistTrainError as error:
-        raise RunError(
-            "the checkpoint was saved within an epoch, so its BatchNorm statistics have to be "
-            f"computed from the store, which cannot be opened ({error})",
-            where=f"{run}, step {step}",
-            fix="Bring the store back, or export a checkpoint of the end of an epoch.",
-        ) from None
-    statistics_of_run(
-        model,
-        data,
-        step,
-        steps=config.norm.precise_steps,
-        processes=int(record["sessions"][-1]["world_size"]),
-        device=torch.device("cpu"),
-    )
 
 
 def _calibration(

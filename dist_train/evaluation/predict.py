@@ -21,12 +21,7 @@ from dist_train.evaluation.calibration import fit
 from dist_train.evaluation.ensemble import mean_probability
 from dist_train.evaluation.evaluate import check_threshold, val_threshold
 from dist_train.evaluation.prediction_origin import check_origin, origin_file, write_origin
-from dist_train.evaluation.prediction_table import (
-    CALIBRATION,
-    COLUMNS,
-    read_predictions,
-    val_clips,
-)
+from dist_train.evaluation.prediction_table import CALIBRATION, COLUMNS, read_predictions, val_clips
 from dist_train.evaluation.submission import make_submission
 from dist_train.files import check_replaceable, check_writable, is_plain, open_plain, write_whole
 from dist_train.progress import Progress
@@ -99,8 +94,20 @@ def predict(
             source, chosen = _held_out(run, config, store_path)
             folder = out or run
         else:
-            source, folder = Store(store), _folder_of_others(run, store, out)
+            if out is None or out.resolve() == run.resolve():
+                raise RunError(
+                    "predictions of another store need a folder of their own",
+                    where=store,
+                    fix="Choose one by --out.",
+                )
+            source, folder = Store(store), out
             chosen = source.table.assign(split="")
+            if threshold is None and config.split.train_on_all:
+                raise RunError(
+                    "the run holds out no clips to fit the threshold on (split.train_on_all)",
+                    where=run,
+                    fix="Give one by --threshold.",
+                )
             if threshold is None:
                 read_predictions(run / PREDICTIONS)
         record = read_record(run)
@@ -175,16 +182,6 @@ def _held_out(run: Path, config: Config, store_path: Path | None) -> tuple[Store
     return data.store, clips
 
 
-def _folder_of_others(run: Path, store: Path, out: Path | None) -> Path:
-    if out is None or out.resolve() == run.resolve():
-        raise RunError(
-            "predictions of another store need a folder of their own",
-            where=store,
-            fix="Choose one by --out.",
-        )
-    return out
-
-
 def _check_place(folder: Path, run: Path) -> None:
     """Refuse, before anything is predicted, a folder that cannot be written, or that holds files of
     another program or run under the same names."""
@@ -207,11 +204,10 @@ def _check_place(folder: Path, run: Path) -> None:
 
 def _is_table(path: Path) -> bool:
     """Whether a file begins like a table of predictions."""
-    header = f"{','.join(COLUMNS)}\n".encode()
     if not is_plain(path):
         return False
     with open_plain(path) as file:
-        return file.read(len(header)) == header
+        return file.readline(1000) == f"{','.join(COLUMNS)}\n".encode()
 
 
 def _clips_at_once(config: Config, run: Path, record: dict[str, Any], chosen: pd.DataFrame) -> int:

@@ -15,16 +15,7 @@ from dist_train.evaluation.calibration import Calibration
 from dist_train.evaluation.prediction_origin import AGAIN, check_table
 from dist_train.files import MIB, read_plain, reason_of
 
-COLUMNS = (
-    "key",
-    "filename",
-    "group",
-    "split",
-    "label",
-    "probability",
-    "calibrated",
-    "frames",
-)
+COLUMNS = ("key", "filename", "group", "split", "label", "probability", "calibrated", "frames")
 CALIBRATION = "calibration.json"
 
 #: Some ten million clips.

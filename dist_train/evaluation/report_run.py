@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ class Run:
 
     path: Path
     steps: pd.DataFrame
-    """One row per optimizer step, by number. A step that was repeated after a resume counts once.
-    """
+    """Metrics by optimizer step. A step that was repeated after a resume counts once."""
     info: dict[str, Any]
     settings: str | None
     predictions: pd.DataFrame | None
@@ -70,18 +70,11 @@ class Run:
 
     @property
     def training_time(self) -> str:
-        """Time between steps, without the pauses between sessions."""
+        """Hours, minutes and seconds between steps, without the pauses between sessions."""
         time = self.series("time")
         gaps = time.shift(-1) - time
         seconds = gaps[~gaps.index.isin(self.resumed_from)].sum()
-        minutes, rest = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        days, hours = divmod(hours, 24)
-        if days:
-            return f"{days} d {hours} h"
-        if hours:
-            return f"{hours} h {minutes} min"
-        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+        return str(timedelta(seconds=round(seconds)))
 
 
 def read_run(run: Path) -> Run:

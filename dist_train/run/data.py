@@ -174,8 +174,8 @@ def open_run_data(run: Path, config: Config, *, store_path: Path | None = None) 
         StoreError: the store is not there, or has changed.
     """
     record = read_record(run)
-    folder = _find_store(record["store"], config) if store_path is None else store_path
-    store, splits = Store(folder), read_splits(run, record["splits"])
+    store = Store(store_path or _find_store(record["store"]["path"], config))
+    splits = read_splits(run, record["splits"])
     _check_content(store, splits, record["store"], fix=RESTORE)
     if splits is None:
         clips = choose_clips(store.table, config.select, config.split, config.seed)
@@ -190,13 +190,13 @@ def open_run_data(run: Path, config: Config, *, store_path: Path | None = None) 
     return RunData(store, store.table.assign(split=split)[split != ""], config)
 
 
-def _find_store(said: dict[str, Any], config: Config) -> Path:
-    for folder in (Path(said["path"]), config.store):
+def _find_store(former: str, config: Config) -> Path:
+    for folder in (Path(former), config.store):
         if (folder / MARKER).is_file():
             return folder
     raise StoreError(
         "the store that the run was trained on is not there",
-        where=said["path"],
+        where=former,
         fix="If it was moved, give its path by --store-path.",
     )
 
@@ -205,11 +205,9 @@ def _check_content(
     store: Store, splits: pd.DataFrame | None, said: dict[str, Any], *, fix: str
 ) -> None:
     if store.content != said["content"]:
+        changes = what_changed(splits, store.table, said["clips"])
         raise StoreError(
-            "this is not what the run was trained on "
-            f"({what_changed(splits, store.table, said['clips'])})",
-            where=store.folder,
-            fix=fix,
+            f"this is not what the run was trained on ({changes})", where=store.folder, fix=fix
         )
 
 

@@ -11,6 +11,7 @@ import os
 import platform
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -133,11 +134,9 @@ def set_foreign_settings_aside(run: Path) -> None:
     path = run / CONFIG
     if not os.path.lexists(path):
         return
-    try:
+    with suppress(FileError, RunError, ConfigError):
         if read_plain(path, most_bytes=MOST_OF_CONFIG) == config_text(read_settings(run)).encode():
             return
-    except (FileError, RunError, ConfigError):
-        pass
     aside = set_aside(run, path)
     log.warning("%s is moved to %s: it is not as a training wrote it", path, aside)
 
@@ -219,7 +218,6 @@ def note_checkpoint(run: Path) -> None:
 
 def _version(package: str) -> str | None:
     """None if the package is not installed: only some commands need DeepSpeed and PyAV."""
-    try:
+    with suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return None
+    return None

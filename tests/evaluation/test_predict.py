@@ -253,6 +253,10 @@ def test_new_clips_before_the_runs_own_need_a_threshold(
 ) -> None:
     with pytest.raises(RunError, match="there are no predictions"):
         predict(trained, store=new_clips, out=tmp_path)
+    on_all = Path(shutil.copytree(trained, tmp_path / "run"))
+    trained_so(on_all, "split.train_on_all=true")
+    with pytest.raises(RunError, match=r"no clips to fit the threshold on.*--threshold"):
+        predict(on_all, store=new_clips, out=tmp_path)
     predict(trained, store=new_clips, out=tmp_path, threshold=0.0)
     assert pd.read_csv(tmp_path / "submission.csv")["stalled"].tolist() == [1] * 5
 

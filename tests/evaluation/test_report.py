@@ -186,7 +186,7 @@ def test_page_of_a_finished_run(whole: Path, page: Page) -> None:
     assert "Optimistic" not in page.text
     assert "Statistics do not fit" not in page.text
     # 318 gaps of 2.0 to 2.2 s. The pause of an hour is not training.
-    assert re.search(r"Time training 1[01] min", page.text)
+    assert re.search(r"Time training 0:1[01]:", page.text)
     svgs = page.images("svg+xml")
     assert len(svgs) == 13
     assert sum(b"resumed" in svg for svg in svgs) == 9

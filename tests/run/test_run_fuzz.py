@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,6 @@ from dist_train.run.record import open_run
 from dist_train.run.snapshots import load_snapshot
 from dist_train.training.train import train
 
-JUDGEMENTS, RESUMPTIONS = 60, 28
 STEPS = 6
 SHORT = ("train.epochs=1", "snapshots.at=[1]", "optim.lr=1e-3")
 JUDGED = [
@@ -83,24 +83,21 @@ def lacking(content: bytes, rng: random.Random) -> bytes:
 
 
 def digit_changed(content: bytes, rng: random.Random) -> bytes:
-    places = [place for place, byte in enumerate(content[:100_000]) if 48 <= byte <= 57]
-    place = rng.choice(places)
+    place = rng.choice([match.start() for match in re.finditer(rb"[0-9]", content[:100_000])])
     return content[:place] + str(rng.randrange(10)).encode() + content[place + 1 :]
 
 
 def line_doubled(content: bytes, rng: random.Random) -> bytes:
-    lines = content.splitlines(keepends=True)
-    at = rng.randrange(len(lines))
-    return b"".join([*lines[:at], lines[at], *lines[at:]])
+    line = rng.choice(content.splitlines(keepends=True))
+    return content.replace(line, line + line, 1)
 
 
 def value_replaced(content: bytes, rng: random.Random) -> bytes:
-    """What a hostile hand would put behind a colon."""
+    """What an attacker would put behind a colon."""
     values = [b"NaN", b"1e999", b"[[]]", b"null", b"true", b'"x"', b"-1", b"9" * 5000, b"{}"]
-    places = [place for place, byte in enumerate(content[:100_000]) if byte in b":,"]
-    place = rng.choice(places) if places else 0
-    end = content.find(b",", place + 1)
-    return content[: place + 1] + rng.choice(values) + content[end if end > 0 else place + 1 :]
+    after = rng.choice([match.end() for match in re.finditer(rb"[:,]", content[:100_000])] or [1])
+    end = content.find(b",", after)
+    return content[:after] + rng.choice(values) + content[end if end > 0 else after :]
 
 
 def nested(content: bytes, rng: random.Random) -> bytes:
@@ -174,26 +171,23 @@ def judge(run: Path, whole: Path, name: str) -> None:
     right_or_refused(reported)
 
 
-def harmed(whole: Path, to: Path, name: str, rng: random.Random, number: int) -> Path:
-    """A copy of the run, one file of which is harmed."""
-    shutil.copytree(whole, to)
-    path, kinds = to / name, [*HARMS, *REPLACED]
-    kind = kinds[number % len(kinds)]
-    if isinstance(kind, str):
-        replace(path, kind)
-    else:
-        path.write_bytes(kind(path.read_bytes(), rng))
-    return to
-
-
 def fuzz(
     whole: Path, folder: Path, names: list[str], edits: int, act: Callable[[Path, str], None]
 ) -> None:
+    """Harm one file in each of many copies of a run.
+
+    There are 13 kinds of harm, so that each file meets all of them in turn.
+    """
     rng = random.Random(0)
+    kinds = [*HARMS, *REPLACED]
     for number in range(edits):
-        # There are 13 kinds of harm, so that each file meets all of them in turn.
-        name = names[number % len(names)]
-        copy = harmed(whole, folder / f"{number}", name, rng, number)
+        name, kind = names[number % len(names)], kinds[number % len(kinds)]
+        copy = Path(shutil.copytree(whole, folder / f"{number}"))
+        path = copy / name
+        if isinstance(kind, str):
+            replace(path, kind)
+        else:
+            path.write_bytes(kind(path.read_bytes(), rng))
         try:
             act(copy, name)
         except Exception as error:
@@ -205,7 +199,7 @@ def fuzz(
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_harmed_file_is_told_or_does_no_harm_to_a_judgement(run: Path, tmp_path: Path) -> None:
-    fuzz(run, tmp_path, JUDGED, JUDGEMENTS, lambda copy, name: judge(copy, run, name))
+    fuzz(run, tmp_path, JUDGED, 60, lambda copy, name: judge(copy, run, name))
 
 
 def resume(copy: Path, whole: Path) -> None:
@@ -230,7 +224,7 @@ def test_a_harmed_file_is_told_or_does_no_harm_to_a_resumption(
     caplog.set_level(logging.CRITICAL)
     left = Path(shutil.copytree(run, tmp_path / "left"))
     shutil.rmtree(left / "checkpoints" / f"step-{STEPS}")
-    fuzz(left, tmp_path, RESUMED, RESUMPTIONS, lambda copy, name: resume(copy, run))
+    fuzz(left, tmp_path, RESUMED, 28, lambda copy, name: resume(copy, run))
 
 
 @pytest.mark.parametrize(
