@@ -156,15 +156,14 @@ def test_the_mapping_is_in_the_evaluation_with_its_figures_on_val(tmp_path: Path
     assert f"{evaluation.calibrated.brier:.3f} calibrated" in told["Brier score on test"]
 
 
-def test_probabilities_are_read_to_the_last_bit(tmp_path: Path) -> None:
+def test_values_are_read_exactly(tmp_path: Path) -> None:
+    """Probabilities to the last bit, and labels also where they are written as floats."""
     values = np.random.default_rng(0).random(2000)
-    path = write(tmp_path / "p.csv", [("val", 0, float(value)) for value in values])
-    assert np.array_equal(read_predictions(path)["probability"], values)
-
-
-def test_labels_written_as_floats_are_labels(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.csv", [("val", "1.0", 0.9), ("val", "0.0", 0.1), ("val", "", 0.5)])
-    assert read_predictions(path)["label"].fillna(-1).tolist() == [1, 0, -1]
+    labels = [0, "", "1.0", "0.0"] * 500
+    rows = [("val", label, float(p)) for label, p in zip(labels, values, strict=True)]
+    table = read_predictions(write(tmp_path / "p.csv", rows))
+    assert np.array_equal(table["probability"], values)
+    assert table["label"].fillna(-1)[:4].tolist() == [0, -1, 1, 0]
 
 
 def test_table_for_the_terminal(predictions: Path) -> None:

@@ -100,23 +100,15 @@ def test_the_store_of_the_run_is_judged_from_whatever_folder(copy: Path, home: P
     said("report", copy)
 
 
-def test_a_store_that_was_changed_is_refused_with_what_changed(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    store, out = tiny_store(tmp_path / "S"), tmp_path / "run"
-    train(tiny_config(store, out, *SHORT))
-    shutil.rmtree(store)
-    grown_store(store)
+def test_a_store_that_was_changed_is_refused_with_what_changed(copy: Path, tmp_path: Path) -> None:
+    store = grown_store(tmp_path / "S")
     for act in (
-        lambda: predict(out),
-        lambda: open_run_data(out, open_run(out)),
-        lambda: train(tiny_config(store, out, *SHORT), resume="auto"),
+        lambda: open_run_data(copy, open_run(copy), store_path=store),
+        lambda: train(tiny_config(store, copy, *SHORT), resume="auto"),
     ):
         with pytest.raises(StoreError) as caught:
             act()
         assert CHANGED in str(caught.value)
-    assert not (out / "predictions.csv").exists()
 
 
 def test_held_out_clips_that_were_trained_on_before_are_told(
@@ -179,8 +171,6 @@ def test_a_store_that_was_moved_is_found_by_its_new_path(copy: Path, home: Path)
     assert (copy / "predictions.csv").read_bytes() == before
     said("evaluate", copy)
     said("report", copy, "--store-path", moved)
-    with pytest.raises(StoreError, match="this is not what the run was trained on"):
-        predict(copy, store_path=grown_store(copy.with_name("grown")))
 
 
 def test_a_table_of_splits_that_was_edited_is_refused(copy: Path) -> None:
