@@ -83,7 +83,7 @@ def open_run(run: Path) -> Config:
     if (seen := record.get("held_out_seen", 0)) and os.environ.get("RANK", "0") == "0":
         log.warning(
             "%s: its weights were trained on %d of the clips that it holds out, under another "
-            "split: figures of them are too good",
+            "split: their metrics are too good",
             run, seen,
         )  # fmt: skip
     return config

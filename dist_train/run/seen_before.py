@@ -37,7 +37,7 @@ def held_out_seen(data: RunData, earlier: Path) -> int | None:
     if seen:
         log.warning(
             "%d of %d held-out clips have the name or the pixels of clips that these weights were "
-            "trained on before (%s): figures of them will be too good",
+            "trained on before (%s): their metrics will be too good",
             seen, len(held_out), earlier,
         )  # fmt: skip
     return seen
@@ -55,7 +55,7 @@ def held_out_seen_by_init(data: RunData, weights: Path) -> int | None:
     if seen is None and (data.clips["split"] != "train").any():
         log.warning(
             "%s does not say which clips it was trained on: if some of them are held out here, "
-            "figures of them will be too good",
+            "their metrics will be too good",
             weights,
         )
     return seen
