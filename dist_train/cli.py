@@ -455,7 +455,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Judge a run's predictions."""
-    from dist_train.evaluation.evaluate import evaluate_run, table
+    from dist_train.evaluation.evaluate import evaluate_run
+    from dist_train.evaluation.evaluation_text import table
 
     console.print(table(evaluate_run(run, threshold=threshold)))
 
@@ -469,13 +470,14 @@ def export(
         int | None,
         typer.Option(min=1, help="Step of one snapshot or checkpoint; unset: all snapshots."),
     ] = None,
+    store_path: StorePath = None,
     allow: Allow = None,
 ) -> None:
     """Write a run's model as one file: what 'predict' uses, all snapshots together."""
     from dist_train.evaluation.export import export_run
 
     allow_code(allow or [])
-    facts = export_run(run, out, onnx=onnx, step=step)
+    facts = export_run(run, out, onnx=onnx, step=step, store_path=store_path)
     steps = ", ".join(map(str, facts["steps"]))
     for written in filter(None, (out, onnx)):
         _echo(f"{facts['from']} of step {steps} in {written}")

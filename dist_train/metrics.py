@@ -1,11 +1,10 @@
-"""Figures of merit for a binary classifier of rare events, and the Bayes prior correction.
+"""Metrics of a binary classifier of rare events, and Bayes' correction for another prior.
 
-All functions take probabilities of shape [N] in 0..1 and labels of shape [N] in {0, 1}, as numpy
-arrays or CPU tensors, and compute in float64. A clip is called positive when its probability is
-strictly greater than the threshold.
+All functions take probabilities [N] in 0..1 and labels [N] in {0, 1}, as numpy arrays or CPU
+tensors, and compute in float64. They raise ``RunError`` for a probability that is not in 0..1. A
+clip is called positive if its probability is strictly greater than the threshold.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,12 +37,8 @@ class Reliability(NamedTuple):
 
 
 def binary_metrics(probability: ArrayLike, label: ArrayLike) -> dict[str, float | None]:
-    """Every metric of ``METRICS``, by name. None where it is undefined: with no clip, or, for most,
-    with labels of one class only.
-
-    Raises:
-        RunError: a probability is not a number in 0..1, as after a diverged step.
-    """
+    """Every metric of ``METRICS``, by name; None if undefined, as most are without clips of both
+    classes."""
     scores, truth = _checked(probability, label)
     both_classes = 0 < truth.sum() < len(truth)
     return {
@@ -55,10 +50,10 @@ def binary_metrics(probability: ArrayLike, label: ArrayLike) -> dict[str, float 
 
 
 def higher_is_better(name: str) -> bool:
-    """Whether the higher value of a logged metric, such as val/auc, is the better one.
+    """Whether a higher value of a logged metric, such as val/auc, is better.
 
     Raises:
-        ConfigError: there is no such metric; the message names those that there are.
+        ConfigError: there is no such metric; the message lists all.
     """
     split, _, metric = name.rpartition("/")
     if split == "val" and metric == "loss":
@@ -72,65 +67,48 @@ def higher_is_better(name: str) -> bool:
 
 
 def roc_curve(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, Floats]:
-    """Receiver operating characteristic: the rates at every threshold, from high to low.
+    """Receiver operating characteristic of clips of both classes.
 
     Returns:
-        False and true positive rates [K + 1], both ascending from 0 to 1, where K is the number of
-        distinct scores. NaN for a class that has no clips.
-
-    Raises:
-        RunError: a probability is not a number in 0..1.
+        False and true positive rates [K + 1] at every threshold, from high to low: both ascend from
+        0 to 1. K is the number of distinct scores.
     """
     fp, tp = _called_positive(*_checked(probability, label))
-    with np.errstate(invalid="ignore"):
-        return fp / fp[-1], tp / tp[-1]
+    return fp / fp[-1], tp / tp[-1]
 
 
 def precision_recall_curve(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, Floats]:
-    """Recall and precision at every threshold, from high to low.
+    """Recall and precision of clips of both classes.
 
-    Average precision is the area under its steps, without interpolation: the sum of
+    Average precision is the area under the steps, without interpolation: the sum of
     ``precision[k] * (recall[k] - recall[k - 1])``.
 
     Returns:
-        Recall [K + 1], ascending from 0 to 1, and precision [K + 1], which is 1 where no clip is
-        called positive; K is the number of distinct scores. Recall is NaN without positives.
-
-    Raises:
-        RunError: a probability is not a number in 0..1.
+        Recall [K + 1] at every threshold, from high to low, ascending from 0 to 1; and precision
+        [K + 1], 1 where no clip is called positive. K is the number of distinct scores.
     """
     fp, tp = _called_positive(*_checked(probability, label))
-    with np.errstate(invalid="ignore"):
-        return tp / tp[-1], np.append(1.0, tp[1:] / (tp + fp)[1:])
+    return tp / tp[-1], np.append(1.0, tp[1:] / (tp + fp)[1:])
 
 
 def confusion(probability: ArrayLike, label: ArrayLike, threshold: float) -> Confusion:
-    """Counts at one threshold.
-
-    Raises:
-        RunError: a probability is not a number in 0..1.
-        ConfigError: the threshold is not a finite number.
-    """
-    _check_threshold(threshold)
+    """Counts at one threshold."""
     scores, truth = _checked(probability, label)
     tn, fp, fn, tp = np.bincount(2 * truth + (scores > threshold), minlength=4).tolist()
     return Confusion(tn, fp, fn, tp)
 
 
 def mcc(counts: Confusion) -> float:
-    """Matthews correlation coefficient; 0 where the model gives every clip the same class."""
+    """Matthews correlation coefficient; 0 if the model gives every clip the same class."""
     return float(_mcc(*(np.asarray(count) for count in counts)))
 
 
 def mcc_curve(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, Floats]:
-    """MCC at every distinct score, exactly.
+    """The exact MCC at every threshold.
 
     Returns:
-        Thresholds [K], the distinct scores in ascending order, and MCC [K]; ``mcc[k]`` holds for
-        every threshold from ``thresholds[k]`` up to, but not including, ``thresholds[k + 1]``.
-
-    Raises:
-        RunError: a probability is not a number in 0..1.
+        Thresholds [K], the distinct scores in ascending order, and MCC [K]: ``mcc[k]`` holds from
+        ``thresholds[k]`` up to, but not including, ``thresholds[k + 1]``.
     """
     thresholds, positives, negatives = _histograms(*_checked(probability, label))
     fn, tn = np.cumsum(positives), np.cumsum(negatives)
@@ -138,16 +116,13 @@ def mcc_curve(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, Floats]
 
 
 def best_threshold(probability: ArrayLike, label: ArrayLike) -> float:
-    """A threshold of the highest MCC that the clips can tell from its neighbours.
+    """A threshold of about the highest MCC.
 
-    The very highest value often hangs on a single clip: one positive scored at 0.002 can draw the
-    threshold there, although every one up to 0.7 does as well for all that these clips can say. So
-    thresholds within one standard error of the best count as equally good (the rule of Breiman,
-    Friedman, Olshen and Stone, "Classification and Regression Trees", 1984), but none below half
-    of the best. The answer is the middle of the widest interval of them.
-
-    Raises:
-        RunError: a probability is not a number in 0..1.
+    The very highest value often depends on a single clip: one positive scored at 0.002 can draw the
+    threshold there, although every threshold up to 0.7 is as good for all that these clips can
+    tell. So all thresholds within one standard error of the best count as equally good (the rule of
+    Breiman, Friedman, Olshen and Stone, "Classification and Regression Trees", 1984), except those
+    below half of the best. The answer is the middle of their widest interval.
     """
     thresholds, values = mcc_curve(probability, label)
     highest = int(np.argmax(values))
@@ -168,10 +143,9 @@ def best_threshold(probability: ArrayLike, label: ArrayLike) -> float:
 def prior_correct(probability: ArrayLike, trained_at: float, world: float) -> Floats:
     """Move probabilities from the positive rate of the training batches to that of the world.
 
-    Bayes' rule with the class likelihoods held fixed: equation 4 of Saerens, Latinne and
-    Decaestecker, "Adjusting the outputs of a classifier to new a priori probabilities", Neural
-    Computation 14 (2002). The order of the clips, and so AUC and AP, stays the same; 0 and 1 stay
-    what they are.
+    Bayes' rule with fixed class likelihoods: equation 4 of Saerens, Latinne and Decaestecker,
+    "Adjusting the outputs of a classifier to new a priori probabilities", Neural Computation 14
+    (2002). The order of the clips stays, and so do AUC, AP, 0 and 1.
 
     Args:
         probability: [N] in 0..1.
@@ -197,11 +171,7 @@ def prior_correct(probability: ArrayLike, trained_at: float, world: float) -> Fl
 def reliability(probability: ArrayLike, label: ArrayLike, bins: int = 10) -> Reliability:
     """Mean prediction and share of positives in bins of (nearly) equal numbers of clips.
 
-    Clips of equal score share a bin, so the answer does not depend on their order; bins that this
-    leaves empty are dropped.
-
-    Raises:
-        RunError: a probability is not a number in 0..1.
+    Clips of equal score share a bin, so their order does not matter. Empty bins are dropped.
     """
     scores, truth = _checked(probability, label)
     first_of_equals = np.searchsorted(np.sort(scores), scores, side="left")
@@ -214,13 +184,10 @@ def reliability(probability: ArrayLike, label: ArrayLike, bins: int = 10) -> Rel
 
 
 def expected_calibration_error(probability: ArrayLike, label: ArrayLike, bins: int = 10) -> float:
-    """Mean distance, weighted by clips, of predicted from observed frequency over equal-mass bins.
+    """Mean distance of predicted from observed frequency over bins, weighted by clips.
 
-    The estimator of Naeini, Cooper and Hauskrecht (AAAI 2015), on bins of equal mass rather than
-    equal width: with rare positives most equal-width bins would be empty.
-
-    Raises:
-        RunError: a probability is not a number in 0..1.
+    The estimator of Naeini, Cooper and Hauskrecht (AAAI 2015), but on bins of equal numbers of
+    clips: with rare positives most bins of equal width would be empty.
     """
     predicted, observed, clips = reliability(probability, label, bins)
     return float(np.average(np.abs(predicted - observed), weights=clips))
@@ -236,17 +203,15 @@ def stratified_bootstrap(
 ) -> tuple[Floats, Floats]:
     """MCC at a fixed threshold, and AUC, of clips redrawn with replacement within each class.
 
-    Drawing clips and counting them by score is drawing the counts from a multinomial, so a resample
-    costs no sort. AUC is the Mann-Whitney statistic, ties counted half.
+    The counts of drawn clips by score come from a multinomial, so a resample needs no sort. AUC is
+    the Mann-Whitney statistic, with ties counted half.
 
     Returns:
         MCC [resamples] and AUC [resamples]; the same seed gives the same resamples.
 
     Raises:
-        RunError: a probability is not a number in 0..1, or the labels hold one class only.
-        ConfigError: the threshold is not a finite number.
+        RunError: the labels are of one class only.
     """
-    _check_threshold(threshold)
     scores, truth = _checked(probability, label)
     thresholds, positives, negatives = _histograms(scores, truth)
     n_positive, n_negative = int(positives.sum()), int(negatives.sum())
@@ -266,12 +231,6 @@ def stratified_bootstrap(
     return _mcc(*counts), auc
 
 
-def _check_threshold(threshold: float) -> None:
-    # No number (NaN) would call no clip positive, and infinity neither.
-    if not math.isfinite(threshold):
-        raise ConfigError(f"{threshold} is not a probability", where="threshold")
-
-
 def _checked(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, Labels]:
     scores = np.asarray(probability, dtype=np.float64)
     truth = np.asarray(label).astype(np.int64)
@@ -285,7 +244,7 @@ def _checked(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, Labels]:
 
 
 def _histograms(scores: Floats, truth: Labels) -> tuple[Floats, Labels, Labels]:
-    """Distinct scores, ascending, and the positives and negatives that have each of them."""
+    """Distinct scores, ascending, and the numbers of positives and negatives of each."""
     distinct, which = np.unique(scores, return_inverse=True)
     clips = np.bincount(which, minlength=len(distinct))
     positives = np.bincount(which[truth == 1], minlength=len(distinct))
@@ -300,10 +259,10 @@ def _called_positive(scores: Floats, truth: Labels) -> tuple[Labels, Labels]:
 
 
 def _mcc(tn: Labels, fp: Labels, fn: Labels, tp: Labels) -> Floats:
-    """MCC from counts of any one shape.
+    """MCC from counts of the same shape.
 
-    Not torchmetrics' ``binary_matthews_corrcoef``: as of 1.9 that gives 0.55, not 0, to a model
-    which calls 97 negatives and 3 positives all negative.
+    Not torchmetrics' ``binary_matthews_corrcoef``, whose version 1.9 gives 0.55, not 0, to a model
+    that calls 97 negatives and 3 positives all negative.
     """
     a, b, c, d = (np.asarray(count, dtype=np.float64) for count in (tn, fp, fn, tp))
     scale = np.sqrt((d + b) * (d + c)) * np.sqrt((a + b) * (a + c))
@@ -329,12 +288,12 @@ def _mcc_at(threshold: float) -> Callable[[Floats, Labels], float]:
 
 
 class Metric(NamedTuple):
-    """One figure of merit.
+    """One metric.
 
     Attributes:
         function: takes probabilities float64 [N] and labels int64 [N] in {0, 1}, N >= 1.
-        higher_is_better: the direction that ``checkpoint.best`` looks in.
-        needs_both_classes: undefined where the labels hold one class only.
+        higher_is_better: the direction for ``checkpoint.best``.
+        needs_both_classes: undefined if all labels are of one class.
     """
 
     function: Callable[[Floats, Labels], float]
@@ -342,7 +301,7 @@ class Metric(NamedTuple):
     needs_both_classes: bool = True
 
 
-#: What is logged of training and of held-out clips, by name, in the order of the log.
+#: The logged metrics of training and held-out clips, by name, in the order of the log.
 METRICS: dict[str, Metric] = {
     **{f"mcc@{t}": Metric(_mcc_at(t), higher_is_better=True) for t in THRESHOLDS},
     "accuracy": Metric(_accuracy, higher_is_better=True, needs_both_classes=False),

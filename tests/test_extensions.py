@@ -122,7 +122,7 @@ def test_a_model_and_a_loss_go_through_every_command(
 
     lab.write_text(SOURCE + "\n# changed\n")
     said("predict", run, "--allow", "mylab")
-    assert "the source of mylab:Net is not that which the run was trained with" in caplog.text
+    assert "the source of mylab:Net has changed since the training" in caplog.text
 
 
 def test_the_machine_may_allow_it_and_an_own_loss_is_what_is_minimised(

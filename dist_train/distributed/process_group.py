@@ -15,6 +15,9 @@ from torch import Tensor
 
 from dist_train.distributed.foreach import by_dtype
 
+from dist_train.config import TrainSettings
+from dist_train.distributed.device import chosen_cuda
+
 
 @dataclass(eq=False)
 class ProcessGroup:
@@ -74,24 +77,23 @@ class ProcessGroup:
 
 
 @contextmanager
-def process_group(timeout: float) -> Iterator[ProcessGroup]:
-    """The processes that the launcher started; this one alone without a launcher.
+def process_group(settings: TrainSettings) -> Iterator[ProcessGroup]:
+    """The processes that the launcher started; without a launcher, this process alone.
 
-    After an error the group is left as it is: the other processes may be in a collective call.
-    NCCL would wait for its end, and the error would not be reported.
+    After an error the group is not destroyed: NCCL would wait for collective calls of the other
+    processes, and nobody would see the error.
 
-    Args:
-        timeout: seconds after which a process that waits for others gives up.
+    Raises:
+        BackendError: as ``chosen_cuda``.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
-    if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    if chosen_cuda(settings):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
     yield ProcessGroup(rank, world, device)
     if world > 1:
         dist.destroy_process_group()

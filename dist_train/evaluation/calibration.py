@@ -2,8 +2,8 @@
 
 Three steps, in this order:
 1. From the training batches' share of positives to that of val, by Bayes' rule.
-2. A mapping that is fitted on val: none, temperature scaling (Guo, Pleiss, Sun and Weinberger, "On
-   calibration of modern neural networks", ICML 2017), the same with a bias (Platt, "Probabilistic
+2. A mapping fitted on val: none, temperature scaling (Guo, Pleiss, Sun and Weinberger, "On
+   calibration of modern neural networks", ICML 2017), temperature and bias (Platt, "Probabilistic
    outputs for support vector machines", 1999), or isotonic regression (Zadrozny and Elkan,
    "Transforming classifier scores into accurate multiclass probability estimates", KDD 2002).
 3. From val's share of positives to the world's, by Bayes' rule.
@@ -11,7 +11,7 @@ Three steps, in this order:
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -26,9 +26,9 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 #: From the simplest to the one with the most freedom.
 METHODS: tuple[Method, ...] = ("none", "temperature", "temperature and bias", "isotonic")
 FOLDS = 5
-#: Clips of the rarer class in val: with fewer nothing is fitted, or no more than a temperature.
+#: Least clips of the rarer class in val to fit a temperature, and to fit more.
 FEWEST, FEWEST_FOR_MORE = 5, 20
-#: A probability of 0 or 1 has no logit.
+#: Distance kept from 0 and 1, which have no logit.
 _EDGE = 1e-7
 
 
@@ -42,11 +42,11 @@ class Reliability(BaseModel):
     ece: float
 
 
-class Calibration(BaseModel):
-    """The mapping from a model's probabilities to calibrated ones, and how it was chosen.
+class Mapping(BaseModel):
+    """A mapping of probabilities at val's share of positives (step 2).
 
-    After step 1 a clip of logit z has the probability sigmoid(slope * z + bias), or, by isotonic
-    regression, what lies at z on the line through ``points`` (constant beyond its ends).
+    A clip of logit z gets the probability sigmoid(slope * z + bias) or, by isotonic regression, the
+    value at z of the line through ``points``, which is constant beyond its ends.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -57,42 +57,50 @@ class Calibration(BaseModel):
     bias: float = 0.0
     points: tuple[tuple[float, float], ...] = ()
     """(logit, probability), ascending in both."""
+
+    @model_validator(mode="after")
+    def _check_points(self) -> Mapping:
+        if self.method == "isotonic" and not self.points:
+            raise ValueError("isotonic regression has no points")
+        return self
+
+    def map(self, probability: Floats) -> Floats:
+        """Mapped probabilities, float64 [N]."""
+        if self.method == "none":
+            return probability
+        z = _logit(probability)
+        if self.method != "isotonic":
+            return np.asarray(expit(self.slope * z + self.bias), dtype=np.float64)
+        x, y = np.array(self.points, dtype=np.float64).T
+        return np.asarray(np.interp(z, x, y), dtype=np.float64)
+
+
+class Calibration(Mapping):
+    """All three steps from a model's probabilities to calibrated ones, and how they were chosen."""
+
     batches_share: Share
     """Share of positives in the training batches."""
     val_share: Share
-    """Share of positives among the val clips; the prior, where that is 0 or 1."""
+    """Share of positives among the val clips; the prior, if that is 0 or 1."""
     prior: Share
     """Share of positives in the world."""
     clips: int
     """Labelled val clips."""
     positives: int
     cross_validated: dict[Method, Reliability]
-    """Of the methods that were tried, on val clips that each was not fitted on; at val's share."""
+    """Of each method that was tried, on val clips that it was not fitted on; at val's share."""
     snapshots: tuple[str, ...] = ()
     """Files of the weights whose mean probability it maps."""
     raw: Reliability | None
     """Of the model's own probabilities of the val clips; None without labelled clips."""
 
-    @model_validator(mode="after")
-    def _check_points(self) -> Calibration:
-        if self.method == "isotonic" and not self.points:
-            raise ValueError("isotonic regression has no points")
-        return self
-
     def apply(self, probability: ArrayLike) -> Floats:
-        """Calibrated probabilities, float64 [N], of a model's, [N] in 0..1. Order stays, but that
-        isotonic regression makes some equal."""
-        shifted = prior_correct(probability, self.batches_share, self.val_share)
-        return prior_correct(self._mapped(shifted), self.val_share, self.prior)
+        """Calibrated probabilities, float64 [N], of a model's probabilities, [N] in 0..1.
 
-    def _mapped(self, shifted: Floats) -> Floats:
-        if self.method == "none":
-            return shifted
-        z = _logit(shifted)
-        if self.method != "isotonic":
-            return np.asarray(expit(self.slope * z + self.bias), dtype=np.float64)
-        x, y = np.array(self.points, dtype=np.float64).T
-        return np.asarray(np.interp(z, x, y), dtype=np.float64)
+        The order of clips stays, but isotonic regression makes some equal.
+        """
+        shifted = prior_correct(probability, self.batches_share, self.val_share)
+        return prior_correct(self.map(shifted), self.val_share, self.prior)
 
 
 def fit(
@@ -100,10 +108,10 @@ def fit(
 ) -> Calibration:
     """Choose a mapping by cross-validated log loss, and fit it on all clips.
 
-    Five folds, stratified by class. Chosen is the simplest method whose loss is within one standard
-    error of the least (the rule of Breiman et al. 1984), the error being that of the difference of
-    the two. With fewer than 20 clips of the rarer class only a temperature is tried, and with fewer
-    than 5 nothing.
+    The folds are stratified by class. The choice is the simplest method whose loss is within one
+    standard error of the least (the rule of Breiman et al. 1984); the error is that of the
+    difference of the two. With fewer than 20 clips of the rarer class only a temperature is tried,
+    and with fewer than 5 nothing.
 
     Args:
         probability: [N] in 0..1, of the labelled val clips, at the training batches' share.
@@ -119,41 +127,30 @@ def fit(
     rarer = min(positives, len(y) - positives)
     share = positives / len(y) if rarer else prior
     shifted = prior_correct(p, batches_share, share)
-    tried = METHODS
-    if rarer < FEWEST_FOR_MORE:
-        tried = METHODS[:2] if rarer >= FEWEST else METHODS[:1]
-
-    def made(method: Method, chosen: np.ndarray) -> Calibration:
-        return Calibration(
-            method=method,
-            **_fitted(method, _logit(shifted[chosen]), y[chosen]),
-            batches_share=batches_share,
-            val_share=share,
-            prior=prior,
-            clips=len(y),
-            positives=positives,
-            cross_validated={m: reliability_of(q, y) for m, q in unseen.items()},
-            raw=reliability_of(p, y) if len(y) else None,
-        )
-
-    unseen: dict[Method, Floats] = {}
-    everything = np.ones(len(y), dtype=bool)
-    if rarer < FEWEST:
-        return made("none", everything)
-    fold = _folds(y)
     held_out: dict[Method, Floats] = {}
-    for method in tried:
-        of_method = np.empty(len(y))
-        for number in range(FOLDS):
-            inside = fold == number
-            of_method[inside] = made(method, ~inside)._mapped(shifted[inside])
-        held_out[method] = of_method
-    unseen = held_out
-    return made(_simplest(held_out, y), everything)
+    if rarer >= FEWEST:
+        fold = _folds(y)
+        for method in METHODS if rarer >= FEWEST_FOR_MORE else METHODS[:2]:
+            held_out[method] = np.empty(len(y))
+            for number in range(FOLDS):
+                inside = fold == number
+                mapping = _fit_mapping(method, shifted[~inside], y[~inside])
+                held_out[method][inside] = mapping.map(shifted[inside])
+    chosen = _fit_mapping(_simplest(held_out, y), shifted, y)
+    return Calibration(
+        **chosen.model_dump(),
+        batches_share=batches_share,
+        val_share=share,
+        prior=prior,
+        clips=len(y),
+        positives=positives,
+        cross_validated={method: reliability_of(q, y) for method, q in held_out.items()},
+        raw=reliability_of(p, y) if len(y) else None,
+    )
 
 
 def reliability_of(probability: ArrayLike, label: ArrayLike) -> Reliability:
-    """Of probabilities [N] in 0..1 and labels [N] of 0 and 1."""
+    """Reliability of probabilities [N] in 0..1 for labels [N] of 0 and 1."""
     p, y = np.asarray(probability, dtype=np.float64), np.asarray(label, dtype=np.float64)
     return Reliability(
         log_loss=float(_losses(p, y).mean()),
@@ -162,63 +159,67 @@ def reliability_of(probability: ArrayLike, label: ArrayLike) -> Reliability:
     )
 
 
-def _simplest(held_out: dict[Method, Floats], y: Floats) -> Method:
-    losses = {method: _losses(p, y) for method, p in held_out.items()}
-    best = min(losses, key=lambda method: float(losses[method].mean()))
-    for method, own in losses.items():
-        more = own - losses[best]
-        if more.mean() <= more.std() / np.sqrt(len(y)):
-            return method
-    raise AssertionError("the best is within any error of itself")
-
-
-def _fitted(method: Method, z: Floats, y: Floats) -> dict[str, Any]:
-    if method == "none":
-        return {}
-    if method == "isotonic":
-        return {"points": _isotonic(z, y)}
-    slope, bias = _scaled(z, y, has_bias=method != "temperature")
-    return {"slope": slope, "bias": bias}
-
-
-def _scaled(z: Floats, y: Floats, *, has_bias: bool) -> tuple[float, float]:
-    """Slope and bias of the least log loss. Targets are Platt's, a little within 0 and 1, so that
-    clips that the model separates without error do not draw the slope to infinity."""
-    ones = y.sum()
-    target = np.where(y == 1, (ones + 1) / (ones + 2), 1 / (len(y) - ones + 2))
-
-    def loss(at: Floats) -> tuple[float, Floats]:
-        of = at[0] * z + (at[1] if has_bias else 0.0)
-        value = -(target * log_expit(of) + (1 - target) * log_expit(-of)).mean()
-        off = expit(of) - target
-        return float(value), np.array([(off * z).mean(), off.mean() if has_bias else 0.0])
-
-    # A slope of zero or less would turn the order round.
-    found = minimize(loss, np.array([1.0, 0.0]), jac=True, bounds=[(1e-3, 1e3), (-50, 50)])
-    return float(found.x[0]), float(found.x[1])
-
-
-def _isotonic(z: Floats, y: Floats) -> tuple[tuple[float, float], ...]:
-    """Ends of the blocks of equal probability, by pooling adjacent violators; the probabilities of
-    so few clips are never nearer to 0 or 1 than the rule of succession allows."""
-    x, where, count = np.unique(z, return_inverse=True, return_counts=True)
-    mean = np.bincount(where, weights=y) / count
-    level = isotonic_regression(mean, weights=count).x
-    edge = 1 / (len(y) + 2)
-    level = level.clip(edge, 1 - edge)
-    change = np.flatnonzero(np.diff(level))
-    ends = np.unique(np.concatenate(([0], change, change + 1, [len(x) - 1])))
-    return tuple(zip(x[ends].tolist(), level[ends].tolist(), strict=True))
-
-
 def _folds(y: Floats) -> np.ndarray:
-    """A fold for each clip, each class dealt evenly, always the same: int64 [N]."""
+    """The fold of each clip, int64 [N]: both classes dealt evenly, always the same."""
     fold = np.empty(len(y), dtype=np.int64)
     random = np.random.RandomState(0)
     for label in (0, 1):
         clips = random.permutation(np.flatnonzero(y == label))
         fold[clips] = np.arange(len(clips)) % FOLDS
     return fold
+
+
+def _simplest(held_out: dict[Method, Floats], y: Floats) -> Method:
+    """The simplest method that is about as good as the best; "none" if none was tried."""
+    losses = {method: _losses(p, y) for method, p in held_out.items()}
+    for method, loss in losses.items():
+        excess = loss - min(losses.values(), key=np.mean)
+        if excess.mean() <= excess.std() / np.sqrt(len(y)):
+            return method
+    return "none"
+
+
+def _fit_mapping(method: Method, p: Floats, y: Floats) -> Mapping:
+    if method == "none":
+        return Mapping(method=method)
+    if method == "isotonic":
+        return Mapping(method=method, points=_isotonic(_logit(p), y))
+    slope, bias = _scaled(_logit(p), y, has_bias=method != "temperature")
+    return Mapping(method=method, slope=slope, bias=bias)
+
+
+def _scaled(z: Floats, y: Floats, *, has_bias: bool) -> tuple[float, float]:
+    """Slope and bias of the least log loss.
+
+    The targets are Platt's, a little inside of 0 and 1: otherwise the slope would go to infinity
+    when the model separates the clips without error.
+    """
+    ones = y.sum()
+    target = np.where(y == 1, (ones + 1) / (ones + 2), 1 / (len(y) - ones + 2))
+
+    def loss(at: Floats) -> tuple[float, Floats]:
+        mapped = at[0] * z + (at[1] if has_bias else 0.0)
+        value = -(target * log_expit(mapped) + (1 - target) * log_expit(-mapped)).mean()
+        error = expit(mapped) - target
+        return float(value), np.array([(error * z).mean(), error.mean() if has_bias else 0.0])
+
+    # A slope of zero or less would reverse the order of clips.
+    found = minimize(loss, np.array([1.0, 0.0]), jac=True, bounds=[(1e-3, 1e3), (-50, 50)])
+    return float(found.x[0]), float(found.x[1])
+
+
+def _isotonic(z: Floats, y: Floats) -> tuple[tuple[float, float], ...]:
+    """Both ends of each block of equal probability.
+
+    By the rule of succession, probabilities are no nearer to 0 or 1 than so few clips allow.
+    """
+    x, where, count = np.unique(z, return_inverse=True, return_counts=True)
+    edge = 1 / (len(y) + 2)
+    level = isotonic_regression(np.bincount(where, weights=y) / count, weights=count).x
+    level = level.clip(edge, 1 - edge)
+    change = np.flatnonzero(np.diff(level))
+    ends = np.unique(np.concatenate(([0], change, change + 1, [len(x) - 1])))
+    return tuple(zip(x[ends].tolist(), level[ends].tolist(), strict=True))
 
 
 def _losses(p: Floats, y: Floats) -> Floats:

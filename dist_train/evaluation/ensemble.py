@@ -1,7 +1,7 @@
 """The mean probability of clips over a run's snapshots, computed by all processes of a launch.
 
-Memory holds one model at a time. Clips are read once: as many batches as fit into ``HELD`` bytes
-are kept on the host, and all snapshots take their turn on them.
+Only one model is in memory at a time. Clips are read once: as many batches as fit into ``HELD``
+bytes stay on the host while each snapshot in turn predicts them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.special import expit
-from torch import nn
 
 from dist_train.config import Config
 from dist_train.data.loading.collate import Batch
@@ -25,19 +24,16 @@ from dist_train.distributed.backends.base import autocast
 from dist_train.distributed.out_of_memory import is_out_of_memory
 from dist_train.distributed.process_group import ProcessGroup
 from dist_train.errors import RunError
-from dist_train.files import reason_of
 from dist_train.progress import Progress
 from dist_train.run.data import clip_dataset
 from dist_train.run.model import held_out_logits, make_model
-from dist_train.run.snapshots import load_weights, refuse_not_finite
+from dist_train.run.snapshots import load_into
 from dist_train.system.advice import first_line
 from dist_train.training.memory_probe import free_cache
 
 log = logging.getLogger(__name__)
 
-#: Letters of torch's list of weights that are missing or of another shape.
-MOST_TOLD = 200
-#: Bytes of pixels that a process keeps on the host while the snapshots take turns.
+#: Bytes of pixels that a process keeps on the host.
 HELD = 2**30
 
 
@@ -52,22 +48,22 @@ def mean_probability(
     batch: int,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """The mean over the snapshots of each clip's probability: float64 [N], in the order of
-    ``clips``, on every rank. A collective call.
+    """Mean over the snapshots of each clip's probability: float64 [N], in the order of ``clips``,
+    on every rank. A collective call.
 
-    Which clips share a batch does not depend on the number of processes, so neither do the values,
-    unless memory runs out and a process has to cut its batches.
+    The number of processes does not change which clips share a batch, nor the values, unless memory
+    runs out and a process has to cut its batches.
 
     Args:
         snapshots: safetensors files of the run's model.
         clips: rows of the store's table; their index is the clip number.
         record: the content of the run's ``run.json``.
-        batch: clips that the model is given at once; halved where memory does not suffice.
-        progress: called with (clips done, clips in all) over all snapshots, of all processes as far
-            as this one's own share tells.
+        batch: clips predicted at once; halved when memory runs out.
+        progress: called with (clips done, clips in all) over all snapshots, extrapolated from the
+            clips of this process to those of all.
 
     Raises:
-        RunError: a snapshot does not fit the run or gives a value that is not finite, or memory
+        RunError: a snapshot does not fit the run or gives an output that is not finite, or memory
             does not suffice for a single clip.
         StoreError: a clip cannot be read.
     """
@@ -81,28 +77,23 @@ def mean_probability(
     loader = Loader(clip_dataset(config, store, augment=None), batches, config.loader)
     total, own = len(clips) * len(snapshots), batches.clips * len(snapshots)
     finished = 0
-
-    def count(done: int) -> None:
-        nonlocal finished
-        finished += done
-        if progress is not None:
-            progress(finished * total // own, total)
-
-    model = _Model(config, record, group, batch)
+    predictor = _Predictor(config, record, group, batch)
     sums = pd.Series(0.0, index=clips.index)
     for held in _rounds(loader):
         for snapshot in snapshots:
-            model.load(snapshot)
-            for some in held:
-                sums[some.clips.numpy()] += model.probability(some)
-                count(len(some.clips))
-    # A clip is of one rank, and 0 on all others: the sum over the ranks is exact.
+            predictor.load(snapshot)
+            for one in held:
+                sums[one.clips.numpy()] += predictor.probability(one)
+                finished += len(one.clips)
+                if progress is not None:
+                    progress(finished * total // own, total)
+    # Each clip is zero on all ranks but one, so the sum over the ranks is exact.
     mean: np.ndarray = np.sum(group.gather(sums.to_numpy()), axis=0) / len(snapshots)
     return mean
 
 
 def _rounds(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
-    """Batches by as many as fit into ``HELD`` bytes, and one at least."""
+    """Group batches into lists that fit into ``HELD`` bytes, with at least one batch each."""
     held: list[Batch] = []
     size = 0
     for batch in batches:
@@ -115,7 +106,7 @@ def _rounds(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
         yield held
 
 
-class _Model:
+class _Predictor:
     """The run's model on this process's device, with the weights of one snapshot at a time."""
 
     def __init__(
@@ -124,21 +115,14 @@ class _Model:
         self._config, self._record = config, record
         self._device, self._most = group.device, batch
         self._snapshot = Path()
-        self._model: nn.Module = make_model(config).to(group.device).eval()
+        self._model = make_model(config).to(group.device).eval()
 
     def load(self, snapshot: Path) -> None:
         self._snapshot = snapshot
-        weights = load_weights(snapshot, self._config, self._record)
-        try:
-            self._model.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = reason_of(error)[:MOST_TOLD]
-            raise RunError(
-                f"the snapshot does not fit the run ({reason})", where=snapshot
-            ) from None
+        load_into(self._model, snapshot, self._config, self._record)
 
     def probability(self, batch: Batch) -> np.ndarray:
-        """float64 [B]."""
+        """Probabilities of the clips of a batch: float64 [B]."""
         found: list[np.ndarray] = []
         start = 0
         while start < len(batch.clips):
@@ -151,11 +135,11 @@ class _Model:
                 if not is_out_of_memory(error):
                     raise
                 reason = first_line(error)
-            # The traceback kept tensors alive, which are freed only here.
+            # Outside of the except block, because the traceback keeps tensors alive.
             if reason is not None:
                 self._halve(len(piece.clips), reason)
                 continue
-            refuse_not_finite(logits, self._snapshot)
+            self._check_finite(logits)
             found.append(expit(logits.astype(np.float64)))
             start += len(piece.clips)
         return np.concatenate(found)
@@ -169,3 +153,11 @@ class _Model:
         free_cache(self._device)
         self._most = clips // 2
         log.warning("%s; from now on %d clips are predicted at once", reason, self._most)
+
+    def _check_finite(self, logits: np.ndarray) -> None:
+        if bad := int((~np.isfinite(logits)).sum()):
+            raise RunError(
+                f"the snapshot gives {bad} of {logits.size} outputs that are not finite",
+                where=self._snapshot,
+                fix="Move the file away, or set train.precision: fp32; nothing was written",
+            )

@@ -72,7 +72,7 @@ def load_exported(path: Path) -> ExportedModel:
         RunError: it is missing, damaged, or of another kind.
     """
     try:
-        tensors, facts, _ = load_snapshot(path)
+        tensors, facts = load_snapshot(path)
         models = []
         for prefix in facts["networks"]:
             model = model_of(facts["model"])

@@ -1,49 +1,64 @@
-"""The table of a submission: a row for each clip that was asked for, also for rejected ones."""
+"""The table of a submission: a row for each clip of the manifest, also for rejected ones."""
 
 from __future__ import annotations
 
 import io
+import logging
 
 import pandas as pd
 
-from dist_train.data.store.reader import MANIFEST, Store
+from dist_train.data.store.reader import MANIFEST, REJECTED, Store
 from dist_train.errors import FileError, StoreError
-from dist_train.files import read_plain
+from dist_train.files import read_plain, reason_of
+from dist_train.run.folder import SUBMISSION
+
+log = logging.getLogger(__name__)
 
 MOST_BYTES = 2**31
 
 
-def complete_submission(
-    called: pd.DataFrame, store: Store, *, split: str | None, rejected_as: int
-) -> tuple[pd.DataFrame, int]:
-    """Add the clips that the store rejected, and put the rows in the order of its manifest.
+def make_submission(
+    predictions: pd.DataFrame, threshold: float, store: Store, *, rejected_as: int
+) -> pd.DataFrame:
+    """A table of ``filename`` and ``stalled`` in the order of the store's manifest.
+
+    Its clips are those of the test split, or else of val, or else, for another store than the
+    run's, all. A rejected clip belongs to a split only if the manifest names it. Warns of rejected
+    clips.
 
     Args:
-        called: ``filename`` and ``stalled`` of the predicted clips.
-        split: the split that was asked for; None is all clips. Rejected clips are of a split only
-            if the manifest gave it.
-        rejected_as: their ``stalled``, 0 or 1.
-
-    Returns:
-        The table, and how many of its rows are of rejected clips.
+        predictions: the predicted clips, with ``filename``, ``split`` (empty in another store) and
+            ``calibrated``.
+        threshold: a clip is stalled if ``calibrated`` is greater.
+        rejected_as: ``stalled`` of rejected clips, 0 or 1.
 
     Raises:
-        StoreError: the store's list of all clips cannot be used.
+        StoreError: the store's manifest cannot be used.
     """
     manifest = _read_manifest(store)
-    rejected = ~manifest["filename"].isin(store.table["filename"])
-    if rejected.sum() != sum(store.info["rejected"].values()):
+    rejected = manifest[~manifest["filename"].isin(store.table["filename"])]
+    if len(rejected) != sum(store.info["rejected"].values()):
         raise _unusable(store, "it does not list as many other clips as were rejected")
-    asked = manifest["filename"][rejected]
+    split = next((name for name in ("test", "val") if (predictions["split"] == name).any()), None)
     if split is not None:
-        asked = asked[manifest["split"] == split]
-    rows = pd.concat([called, pd.DataFrame({"filename": asked, "stalled": rejected_as})])
-    place = pd.Series(range(len(manifest)), index=manifest["filename"])
-    order = rows["filename"].map(place).argsort(kind="stable")
-    return rows.iloc[order].reset_index(drop=True), len(asked)
+        predictions = predictions[predictions["split"] == split]
+        rejected = rejected[rejected["split"] == split]
+    called = predictions[["filename"]].assign(
+        stalled=(predictions["calibrated"] > threshold).astype(int)
+    )
+    rows = pd.concat([called, rejected[["filename"]].assign(stalled=rejected_as)])
+    if len(rejected):
+        log.warning(
+            "%d of the %d rows of %s are of clips that the store rejected (see %s): they have %d, "
+            "the likelier class",
+            len(rejected), len(rows), SUBMISSION, store.folder / REJECTED, rejected_as,
+        )  # fmt: skip
+    place = pd.Series(manifest.index, index=manifest["filename"])
+    return rows.iloc[rows["filename"].map(place).argsort(kind="stable")]
 
 
 def _read_manifest(store: Store) -> pd.DataFrame:
+    """The store's list of all clips, with ``filename`` and ``split``."""
     try:
         content = read_plain(store.folder / MANIFEST, most_bytes=MOST_BYTES)
         # A name may hold a carriage return.
@@ -52,10 +67,8 @@ def _read_manifest(store: Store) -> pd.DataFrame:
         )
         if not {"filename", "split"} <= set(table.columns) or table["filename"].duplicated().any():
             raise ValueError("it is no table of clips")
-    except FileError as error:
-        raise _unusable(store, error.what) from None
-    except ValueError as error:
-        raise _unusable(store, str(error)) from None
+    except (FileError, ValueError) as error:
+        raise _unusable(store, reason_of(error)) from None
     return table
 
 

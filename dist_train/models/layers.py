@@ -36,7 +36,7 @@ class Conv3d(nn.Conv3d):
     def _least(self, input: Tensor) -> tuple[int, int, int]:
         """The least depth, height and width for which the library's gradient is correct."""
         kernel, strided = self.kernel_size[0], max(self.stride) > 1
-        if input.device.type != "cpu" or kernel == 1:
+        if input.device.type != "cpu" or kernel == 1 or not torch.is_grad_enabled():
             return 1, 1, 1
         in_bfloat16 = input.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu")
         area = kernel // 2 + 1 if in_bfloat16 and strided else 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dist_train.errors import ModelError
 from dist_train.models.fused_norm import fused_norm
-from dist_train.models.padding import ValidFrames
+from dist_train.models.padding import ValidFrames, clear_padding
 from dist_train.models.recompute_once import is_repeated
 from dist_train.models.rematerialize import recomputable
 from dist_train.models.running import count_batch, update_running
@@ -68,7 +68,10 @@ class BatchNorm3d(nn.BatchNorm3d):
         """
         if self.fused and self.training:
             return self._fused(input, valid, shortcut, relu)
-        if valid is None:
+        if not self.training:
+            # Nothing is counted, so padded frames may be normalised too, and are then cleared.
+            y = clear_padding(self._normalise(_joined_frames(input)).view(input.shape), valid)
+        elif valid is None:
             images = recomputable(_joined_frames, input)
             y = self._normalise(images).view(input.shape)
         else:

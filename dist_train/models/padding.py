@@ -58,7 +58,7 @@ def valid_frames(frames: Tensor | None, clips: Tensor) -> ValidFrames | None:
     Args:
         frames: integer [B], the number of real frames of each clip, which come first. None: all
             frames are real. A CPU tensor is checked; a GPU tensor is not, as reading it would make
-            the host wait.
+            the host wait, and nor is the input of an export, which has no values yet.
         clips: [B, C, D, H, W].
 
     Returns:
@@ -75,7 +75,7 @@ def valid_frames(frames: Tensor | None, clips: Tensor) -> ValidFrames | None:
             f"frames is {frames.dtype} {list(frames.shape)} for a batch of {batch} clips",
             fix="Pass one integer for each clip: its depth without padding",
         )
-    if frames.device.type != "cpu":
+    if frames.device.type != "cpu" or torch.compiler.is_exporting():
         return ValidFrames(
             torch.arange(depth, device=frames.device) < frames[:, None], clips.device
         )

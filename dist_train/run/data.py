@@ -1,4 +1,4 @@
-"""The clips that a run is trained and judged on: its store, and the split of each clip."""
+"""The clips of a run: its store, and the split of each clip."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ from dist_train.data.plan.weights import Floats
 from dist_train.data.splits import check_splits, choose_clips
 from dist_train.data.store.reader import MARKER, Store
 from dist_train.errors import ConfigError, FileError, RunError, StoreError
-from dist_train.files import (
-    read_plain,
-    write_whole,
-)
+from dist_train.files import read_plain, write_whole
 from dist_train.run.record import read_record
 from dist_train.run.splits import (
     MOST_BYTES,
@@ -39,8 +36,8 @@ from dist_train.run.splits import (
 log = logging.getLogger(__name__)
 
 RESTORE = (
-    "Restore the store, or say by --store-path where the run's own is. Other clips are predicted "
-    "by 'dist-train predict --store'."
+    "Restore the store, or give the path of the run's own by --store-path. Other clips are "
+    "predicted by 'dist-train predict --store'."
 )
 ACCEPT = (
     "Or choose another 'out', or accept the change by checkpoint.accept_other_order=true: training "
@@ -50,11 +47,11 @@ ACCEPT = (
 
 @dataclass(frozen=True)
 class RunData:
-    """The clips of a run. ``clips`` is the store's table of the selected clips, with their split;
-    its index is the clip number."""
+    """The clips of a run."""
 
     store: Store
     clips: pd.DataFrame
+    """The store's table of the selected clips, with their split; its index is the clip number."""
     config: Config
 
     def numbers(self, split: str, label: int | None = None) -> np.ndarray:
@@ -68,8 +65,8 @@ class RunData:
         """The order of training.
 
         Args:
-            weights: how often each clip of the store is drawn against others, if it is a negative:
-                float64 [clips]. It multiplies the manifest's weight.
+            weights: relative frequency of each clip of the store among the negatives, float64
+                [clips]. It multiplies the manifest's weight.
 
         Raises:
             PlanError: the train split cannot fill the batches.
@@ -98,48 +95,36 @@ class RunData:
         )
 
     def deepest(self) -> int:
-        """Frames of the deepest clip of the train split, as it reaches the model."""
-        train = self.clips.index[self.clips["split"] == "train"]
-        deepest = int(self.store.table["frames"].to_numpy()[train].max())
+        """Frames of the deepest clip of the train split, as the model gets it."""
+        deepest = int(self.store.table["frames"].to_numpy()[self.numbers("train")].max())
         return min(deepest, self.config.clip.max_frames or deepest)
 
     def natural_rate(self) -> float:
-        """Share of positives in the train split as it is, before any balancing."""
-        train = self.clips[self.clips["split"] == "train"]
-        return float((train["label"] == 1).mean())
+        """Share of positives in the train split, before any balancing."""
+        return len(self.numbers("train", 1)) / len(self.numbers("train"))
 
     def dataset(self, *, training: bool, config: Config | None = None) -> ClipDataset:
-        """``config``: settings of clips in place of the run's."""
+        """The store's clips in the model's shape, augmented in training.
+
+        Args:
+            config: settings to use instead of the run's.
+        """
         augment = make_augment(self.config.augment, self.config.seed) if training else None
         return clip_dataset(config or self.config, self.store, augment)
 
 
 def open_data(config: Config, *, training: bool = False) -> RunData:
-    """Open the store, select and split.
+    """Open the store, select clips, and split them.
 
     Args:
-        training: also refuse splits that a run should not be trained on; a finished run is judged
-            on what it was trained with.
+        training: also refuse splits that should not be trained on.
 
     Raises:
         StoreError: the store cannot be used.
-        PlanError: the selection, or a split that is trained with, lacks a class.
+        PlanError: the selection, or a split that training needs, lacks a class.
         ConfigError: a setting does not fit the clips.
     """
-    sizes = config.clip.size, *(stage.size for stage in config.clip.growth)
-    if config.augment.rotate90 > 0 and any(height != width for height, width in sizes):
-        raise ConfigError(
-            "quarter turns need square clips",
-            where="augment.rotate90",
-            fix="Set it to 0, or make clip.size and the sizes of clip.growth square.",
-        )
-    if config.clip.growth and config.clip.stage_ends[-1] >= config.train.epochs:
-        raise ConfigError(
-            f"its stages last {config.clip.stage_ends[-1]} epochs, and the run has "
-            f"{config.train.epochs}: no clip would be of full size",
-            where="clip.growth",
-            fix="Give it fewer epochs, or raise train.epochs.",
-        )
+    _check_sizes(config)
     store = Store(config.store)
     together = config.split.duplicates == "together"
     same = find_duplicates(store) if training or together else None
@@ -158,12 +143,27 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
     return RunData(store, clips, config)
 
 
+def _check_sizes(config: Config) -> None:
+    sizes = config.clip.size, *(stage.size for stage in config.clip.growth)
+    if config.augment.rotate90 > 0 and any(height != width for height, width in sizes):
+        raise ConfigError(
+            "quarter turns need square clips",
+            where="augment.rotate90",
+            fix="Set it to 0, or make clip.size and the sizes of clip.growth square.",
+        )
+    if config.clip.growth and config.clip.stage_ends[-1] >= config.train.epochs:
+        raise ConfigError(
+            f"its stages last {config.clip.stage_ends[-1]} epochs, and the run has "
+            f"{config.train.epochs}: no clip would be of full size",
+            where="clip.growth",
+            fix="Give it fewer epochs, or raise train.epochs.",
+        )
+
+
 def open_run_data(run: Path, config: Config, *, store_path: Path | None = None) -> RunData:
     """The store and the splits that a run was trained with.
 
-    The store is looked for where it was, by its absolute path, and then at the path of the
-    settings. A run of an earlier version does not say what its store held: it is split anew, with
-    a warning.
+    The store is looked for at its former absolute path, and then at the path of the settings.
 
     Args:
         config: the run's settings.
@@ -171,43 +171,33 @@ def open_run_data(run: Path, config: Config, *, store_path: Path | None = None) 
 
     Raises:
         RunError: the record or the table of splits cannot be used.
-        StoreError: the store is not there, or is not as it was.
+        StoreError: the store is not there, or has changed.
     """
     record = read_record(run)
-    if "store" not in record:
-        log.warning(
-            "%s: the run does not say what its store held, and which clip was in which split; both "
-            "are taken from the store as it is now",
-            run,
-        )
-        moved = {} if store_path is None else {"store": store_path}
-        return open_data(config.model_copy(update=moved))
-    folder = _find_store(record["store"], config) if store_path is None else store_path
-    store, splits = Store(folder), read_splits(run, record["splits"])
+    store = Store(store_path or _find_store(record["store"]["path"], config))
+    splits = read_splits(run, record["splits"])
     _check_content(store, splits, record["store"], fix=RESTORE)
     if splits is None:
-        data = RunData(
-            store, choose_clips(store.table, config.select, config.split, config.seed), config
-        )
-        if facts_of(splits_text(store.table, data.clips)) != record["splits"]:
+        clips = choose_clips(store.table, config.select, config.split, config.seed)
+        if facts_of(splits_text(store.table, clips)) != record["splits"]:
             raise RunError(
                 "the run's table of splits is missing, and cannot be made again",
                 where=run / SPLITS,
                 fix="Restore it from a copy.",
             )
-        return data
+        return RunData(store, clips, config)
     split = splits["split"].to_numpy()
     return RunData(store, store.table.assign(split=split)[split != ""], config)
 
 
-def _find_store(said: dict[str, Any], config: Config) -> Path:
-    for folder in (Path(said["path"]), config.store):
+def _find_store(former: str, config: Config) -> Path:
+    for folder in (Path(former), config.store):
         if (folder / MARKER).is_file():
             return folder
     raise StoreError(
         "the store that the run was trained on is not there",
-        where=said["path"],
-        fix="If it was moved, say where it is by --store-path.",
+        where=former,
+        fix="If it was moved, give its path by --store-path.",
     )
 
 
@@ -215,35 +205,32 @@ def _check_content(
     store: Store, splits: pd.DataFrame | None, said: dict[str, Any], *, fix: str
 ) -> None:
     if store.content != said["content"]:
+        changes = what_changed(splits, store.table, said["clips"])
         raise StoreError(
-            "this is not what the run was trained on "
-            f"({what_changed(splits, store.table, said['clips'])})",
-            where=store.folder,
-            fix=fix,
+            f"this is not what the run was trained on ({changes})", where=store.folder, fix=fix
         )
 
 
 def check_same_data(run: Path, data: RunData) -> None:
-    """Refuse to go on with a run on other clips, or by another split, than it began with.
+    """Refuse to resume a run on other clips, or by another split, than it began with.
 
     Raises:
-        StoreError: the store is not as it was.
-        RunError: the split is not as it was.
+        StoreError: the store has changed.
+        RunError: the split has changed.
     """
     try:
         record = read_record(run)
     except RunError:
-        # Its checkpoints say what they were trained with.
+        # The checkpoints say what they were trained with.
         return
-    if "store" not in record or record.get("checkpointed") is False:
+    if not record["checkpointed"]:
         return
     store = data.store
-    if store.content != record["store"]["content"]:
-        try:
-            splits = read_splits(run, record["splits"])
-        except RunError:
-            splits = None
-        _check_content(store, splits, record["store"], fix=f"Use the run's own store. {ACCEPT}")
+    try:
+        splits = read_splits(run, record["splits"])
+    except RunError:
+        splits = None
+    _check_content(store, splits, record["store"], fix=f"Use the run's own store. {ACCEPT}")
     if facts_of(splits_text(store.table, data.clips)) != record["splits"]:
         raise RunError(
             "these settings split the clips otherwise than the run did",
@@ -254,20 +241,19 @@ def check_same_data(run: Path, data: RunData) -> None:
 
 def write_splits(run: Path, data: RunData) -> dict[str, Any]:
     """Write the run's table of splits, and return what ``run.json`` says of it and of the store.
-    A table that says something else is moved aside.
+    Another table of that name is moved aside.
 
     Raises:
         OSError: it cannot be written.
     """
     path, store = run / SPLITS, data.store
     text = splits_text(store.table, data.clips)
-    is_there = os.path.lexists(path)
     try:
-        is_same = is_there and read_plain(path, most_bytes=MOST_BYTES) == text.encode()
+        is_same = read_plain(path, most_bytes=MOST_BYTES) == text.encode()
     except FileError:
         is_same = False
     if not is_same:
-        if is_there:
+        if os.path.lexists(path):
             log.warning("%s is moved to %s: it is not of this run", path, set_aside(run, path))
         write_whole(path, text)
     return {
@@ -283,14 +269,14 @@ def write_splits(run: Path, data: RunData) -> dict[str, Any]:
 
 
 def make_augment(settings: AugmentSettings, seed: int) -> Augment | OriginalAugment:
-    """What the settings make of clips in training."""
+    """The augmentation of clips in training."""
     return (OriginalAugment if settings.preset == "original" else Augment)(settings, seed)
 
 
 def clip_dataset(
     config: Config, store: Store, augment: Augment | OriginalAugment | None
 ) -> ClipDataset:
-    """Clips in the shape that the config's model takes."""
+    """Clips in the shape of the config's model."""
     return ClipDataset(
         store,
         size=config.clip.size,

@@ -1,4 +1,4 @@
-"""What lies in a run's folder, and whether a training may begin there."""
+"""Names in a run's folder, and whether a training may begin there."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from pathlib import Path
 
 from dist_train.checkpoint.format import by_step
 from dist_train.errors import RunError
-from dist_train.files import (
-    open_lock,
-)
+from dist_train.files import open_lock
 from dist_train.run.splits import SPLITS
 from dist_train.system.file_locks import go_on_unlocked
 
@@ -30,19 +28,19 @@ PREDICTIONS = "predictions.csv"
 SUBMISSION = "submission.csv"
 EVALUATION = "evaluation.json"
 
-#: Written before the first step: they alone hold nothing that training made.
+#: Written before the first step, so without any result of the training.
 BEFORE_THE_FIRST_STEP = (CONFIG, RECORD)
 _FILES = (*BEFORE_THE_FIRST_STEP, METRICS, PREDICTIONS, SUBMISSION, EVALUATION)
 
 
 def parts_of_run(folder: Path) -> list[str]:
-    """Names of what a run has left in ``folder``; empty where there is no run."""
+    """Names of a run's files and folders in ``folder``; empty if there is no run."""
     found = [name for name in _FILES if os.path.lexists(folder / name)]
     if any((folder / BOARD).glob("events.out.tfevents.*")):
         found.append(BOARD)
     if by_step(folder / SNAPSHOTS, SNAPSHOT):
         found.append(SNAPSHOTS)
-    # A link to a disk that is not mounted is a sign of a run too.
+    # A broken link may lead to a disk that is not mounted.
     checkpoints = folder / CHECKPOINTS
     if by_step(checkpoints) or (checkpoints.is_symlink() and not checkpoints.exists()):
         found.append(CHECKPOINTS)
@@ -50,10 +48,10 @@ def parts_of_run(folder: Path) -> list[str]:
 
 
 def check_folders(folder: Path) -> None:
-    """Refuse what would be found out at the first checkpoint or snapshot, which may be hours away.
+    """Refuse, hours before the first checkpoint, names that cannot become folders of the run.
 
     Raises:
-        RunError: a file, or a link to nothing, has the name of a folder of the run.
+        RunError: a file, or a broken link, has the name of a folder of the run.
     """
     for name in (CHECKPOINTS, SNAPSHOTS, BOARD):
         if os.path.lexists(folder / name) and not (folder / name).is_dir():
@@ -63,11 +61,10 @@ def check_folders(folder: Path) -> None:
 
 
 def refuse_own_place(run: Path, out: Path) -> None:
-    """For a file that a command makes of a run: it takes no name that the run itself uses, and is
-    no snapshot or checkpoint of it.
+    """Refuse to write a command's output over a file of the run.
 
     Raises:
-        RunError: ``out`` is a file of the run, or in a folder of it.
+        RunError: ``out`` has the name of a file of the run, or is in a folder of the run.
     """
     own, place = run.resolve(), out.resolve()
     if not place.is_relative_to(own) or place == own:
@@ -78,10 +75,10 @@ def refuse_own_place(run: Path, out: Path) -> None:
 
 
 def refuse_existing(folder: Path) -> None:
-    """For ``--resume never``.
+    """Check the folder for ``--resume never``.
 
     Raises:
-        RunError: the folder holds anything of a run, which a new run would mix with.
+        RunError: it holds files of a run, with which a new run would mix.
     """
     if found := parts_of_run(folder):
         raise RunError(
@@ -92,13 +89,13 @@ def refuse_existing(folder: Path) -> None:
 
 
 def refuse_lost_checkpoints(folder: Path, *, checkpointed: bool | None) -> None:
-    """For ``--resume auto`` where there is no checkpoint: a run begins again at step 0 only if it
-    never completed a checkpoint. Otherwise its checkpoints were deleted, or are on a disk that is
-    not mounted, and to begin again would replace the run.
+    """Check a folder without checkpoints for ``--resume auto``.
+
+    A run begins again at step 0 only if it never completed a checkpoint. Otherwise its checkpoints
+    were deleted, or are on a disk that is not mounted, and a new run would replace it.
 
     Args:
-        checkpointed: whether the run's record says that a checkpoint was completed; None where it
-            does not say.
+        checkpointed: whether the run ever completed a checkpoint; None if unknown.
 
     Raises:
         RunError: the run has, or may have, completed a checkpoint.
@@ -118,14 +115,14 @@ def refuse_lost_checkpoints(folder: Path, *, checkpointed: bool | None) -> None:
 
 @contextmanager
 def only_session(run: Path) -> Iterator[None]:
-    """Make the run's folder and keep a second training out of it.
+    """Create the run's folder, and lock it against a second training.
 
-    The kernel drops the lock with its owner, however the owner ends.
+    The kernel drops the lock when its owner ends, in whatever way.
 
     Raises:
         RunError: another training is at work in it.
-        FileError: the lock's name belongs to a link, or to what is no plain file.
-        MachineError: it cannot be locked, and the user has not allowed to do without.
+        FileError: the lock file is a link, or not a plain file.
+        MachineError: it cannot be locked, and the user has not allowed going on without.
     """
     run.mkdir(parents=True, exist_ok=True)
     with open_lock(run / LOCK) as file:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 #: Settings of ``model`` that are arguments of resnet3d; other models take ``model.args``.
 OF_RESNET3D = ("width", "stem_stride", "stem_pool", "stem_folded", "dropout")
-#: Models that were warned of.
+#: Models with a warning already.
 _warned: set[str] = set()
 
 
@@ -39,8 +39,8 @@ def held_out_logits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Clip numbers int64 [N] and logits float32 [N], in the order of the batches.
 
-    The model is put in eval mode, and back into the mode it was in. ``done`` is called with the
-    number of clips of each finished batch.
+    The model runs in eval mode, and is then put back into its former mode. ``done`` is called with
+    the number of clips of each finished batch.
     """
     clips: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
     logits: list[Tensor] = [torch.empty(0)]
@@ -71,10 +71,10 @@ def make_model(config: Config) -> nn.Module:
 
 
 def configured_model(settings: ModelSettings) -> nn.Module:
-    """The model that the settings name, which is given its own settings alone.
+    """The model that the settings name, with its own settings alone.
 
     Raises:
-        ModelError: there is no such model, or a setting is given that it does not have.
+        ModelError: there is no such model, or it has no such setting.
         ConfigError: an import path is not allowed or not importable.
     """
     name, args = settings.name, settings.args
@@ -122,8 +122,8 @@ def _warn_of_plain_norms(name: str, model: nn.Module) -> None:
 
 
 def as_input(volumes: Tensor | NativeClips, config: Config) -> Tensor:
-    """uint8 [B, 1, D, H, W], or clips of their own sizes, to float32 [B, 1, D, H, W] of 0 to 1 in
-    the run's memory layout, on the same device."""
+    """Scale uint8 [B, 1, D, H, W], or clips of unequal sizes, to float32 [B, 1, D, H, W] of 0 to
+    1 in the run's memory layout, on the same device."""
     if isinstance(volumes, NativeClips):
         return augmented_batch(volumes, config.clip.size).to(memory_format=_layout(config))
     return volumes.to(memory_format=_layout(config)).float().div_(255)
@@ -134,15 +134,15 @@ def _layout(config: Config) -> torch.memory_format:
 
 
 def model_metadata(config: Config) -> dict[str, Any]:
-    """What a checkpoint must agree with for its weights to mean the same: JSON types."""
+    """Settings that give a checkpoint's weights their meaning, as JSON types."""
     settings = config.model
     keys = set(OF_RESNET3D) - {"stem_folded"} if _is_resnet3d(settings.name) else {"args"}
-    facts: dict[str, Any] = settings.model_dump(mode="json", include={"name"} | keys)
-    return facts
+    metadata: dict[str, Any] = settings.model_dump(mode="json", include={"name"} | keys)
+    return metadata
 
 
 def model_of(metadata: Mapping[str, Any]) -> nn.Module:
-    """A model with fresh weights by its metadata, as an export has them.
+    """A model with fresh weights from the metadata of an export.
 
     Raises:
         ModelError, ConfigError: as ``configured_model``.
@@ -153,13 +153,12 @@ def model_of(metadata: Mapping[str, Any]) -> nn.Module:
 def metadata_differences(there: Any, here: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Settings of ``model_metadata`` that differ: name, value there, value here.
 
-    A setting that one side lacks has its default there: that side was written before the setting
-    was added, or while nobody had given it.
+    A setting that one side lacks has its default: it was added later, or was not given.
     """
     if not isinstance(there, dict):
         return [("", there, here)]
     before, now = _flat(there), _flat(here)
-    # Only then, as a model from outside has to be imported for its defaults.
+    # Only if needed, because a model from outside must be imported for its defaults.
     if before.keys() != now.keys() and before.get("name") == now["name"]:
         defaults = _defaults(now["name"])
         before, now = defaults | before, defaults | now

@@ -1,5 +1,5 @@
-"""Held-out clips that a run's weights were trained on before: by another split of the same run, or
-by the run that ``model.init`` names."""
+"""Held-out clips on which a run's weights were trained before: by another split of the same run, or
+in the run that ``model.init`` names."""
 
 from __future__ import annotations
 
@@ -16,15 +16,12 @@ log = logging.getLogger(__name__)
 
 
 def held_out_seen(data: RunData, earlier: Path) -> int | None:
-    """Count the held-out clips that have the name or the pixels of a clip on which another run, or
-    an earlier session of this run, was trained. Warns if there are any.
+    """Number of held-out clips with the name or pixels of a clip that an earlier run, or session of
+    this run, was trained on; None if the earlier run has no table of splits. Warns of such clips.
 
     Args:
         data: clips and splits of the session that begins.
-        earlier: the other run's folder, or this run's before its table of splits is replaced.
-
-    Returns:
-        The count, or None if the earlier run has no table of splits.
+        earlier: the earlier run's folder, or this run's before its table of splits is replaced.
     """
     try:
         splits = read_splits(earlier, read_record(earlier)["splits"])
@@ -40,15 +37,15 @@ def held_out_seen(data: RunData, earlier: Path) -> int | None:
     if seen:
         log.warning(
             "%d of %d held-out clips have the name or the pixels of clips that these weights were "
-            "trained on before (%s): figures of them will be too good",
+            "trained on before (%s): their metrics will be too good",
             seen, len(held_out), earlier,
         )  # fmt: skip
     return seen
 
 
 def held_out_seen_by_init(data: RunData, weights: Path) -> int | None:
-    """``held_out_seen`` for the run that holds the weights of ``model.init``. Warns if the training
-    clips are not known, as for an export.
+    """``held_out_seen`` for the run with the weights of ``model.init``. Warns if its training clips
+    are unknown, as for an export.
 
     Args:
         weights: a snapshot, an export, or the folder of a checkpoint.
@@ -58,7 +55,7 @@ def held_out_seen_by_init(data: RunData, weights: Path) -> int | None:
     if seen is None and (data.clips["split"] != "train").any():
         log.warning(
             "%s does not say which clips it was trained on: if some of them are held out here, "
-            "figures of them will be too good",
+            "their metrics will be too good",
             weights,
         )
     return seen

@@ -1,25 +1,25 @@
 """Snapshots: the weights that a run keeps for prediction, with what they were trained on.
 
-A snapshot is one safetensors file. Its metadata holds ``facts``, JSON: ``step``, ``model`` (the
-settings that weights only mean the same with), ``clip`` (``size``, ``max_frames``), ``store``
-(digest of what the store held), ``data`` (settings of selection and split), and ``crc32c`` of the
-other facts and the weights. Exports have the same form.
+A snapshot is one safetensors file. Its header holds ``facts``, JSON: ``step``; ``model`` (settings
+that give the weights their meaning); ``clip`` (``size``, ``max_frames``); ``store`` (digest of the
+store's content); ``data`` (settings of selection and split); and ``crc32c`` of the other facts and
+the weights. Exports have the same form.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import google_crc32c
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_train.checkpoint.format import by_step
 from dist_train.checkpoint.superseded import set_aside
@@ -32,49 +32,46 @@ from dist_train.system.advice import blame_machine
 
 log = logging.getLogger(__name__)
 
-DAMAGED = "Delete the file, or restore it from a copy, and run the command again"
+#: Most letters shown of torch's list of weights that do not fit.
+MOST_TOLD = 200
 
 
 class Snapshot(NamedTuple):
-    """``facts`` are those without ``crc32c``, which is None in a file of an earlier version."""
+    """Content of a snapshot; ``facts`` is without ``crc32c``."""
 
     weights: dict[str, Tensor]
     facts: dict[str, Any]
-    crc32c: int | None
 
 
-def snapshot_facts(config: Config, step: int, content: str | None) -> dict[str, Any]:
+def snapshot_facts(config: Config, step: int, content: str) -> dict[str, Any]:
     """What the weights after ``step`` steps were trained on, as JSON types.
 
     Args:
-        content: ``Store.content`` of the run's store; None where it is not known.
+        content: ``Store.content`` of the run's store.
     """
-    data = config.model_dump(mode="json", include={"seed", "select", "split"})
     return {
         "step": step,
         "model": model_metadata(config),
         "clip": {"size": list(config.clip.size), "max_frames": config.clip.max_frames},
         "store": content,
-        "data": data,
+        "data": config.model_dump(mode="json", include={"seed", "select", "split"}),
     }
 
 
 def save_snapshot(path: Path, weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Weights and statistics for prediction, as one safetensors file with ``facts`` in its header.
-
-    Safe to call again for the same path.
+    """Write weights and statistics as one safetensors file, with ``facts`` in its header.
 
     Args:
         weights: contiguous tensors on the host.
     """
     path.parent.mkdir(exist_ok=True)
-    sealed = {**facts, "crc32c": sum_of_weights(weights, facts)}
-    # One entry alone: the library writes several in an order that is not always the same.
+    sealed = {**facts, "crc32c": _checksum(weights, facts)}
+    # A single entry, because safetensors writes several in varying order.
     write_whole(path, save(dict(weights), metadata={"facts": json.dumps(sealed)}))
 
 
-def sum_of_weights(weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> int:
-    """crc32c over ``facts``, and name, dtype, shape and bytes of each tensor, by name."""
+def _checksum(weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> int:
+    """CRC-32C over ``facts``, and name, dtype, shape and bytes of each tensor, by name."""
     crc = google_crc32c.value(json.dumps(dict(facts), sort_keys=True).encode())
     for name, tensor in sorted(weights.items()):
         crc = google_crc32c.extend(crc, f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -84,104 +81,98 @@ def sum_of_weights(weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> i
 
 
 def load_snapshot(path: Path) -> Snapshot:
-    """A snapshot or an export, whose checksum is compared.
+    """Read a snapshot or an export, and check its checksum.
 
     Raises:
-        RunError: it cannot be read, is damaged, or holds a weight that is not finite.
+        RunError: the file cannot be read, is damaged, or holds a weight that is not finite.
     """
-    try:
-        _check_opens(path)
-        with safe_open(path, framework="pt") as file:
-            facts, crc = _read_metadata(file.metadata() or {})
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if crc is not None and crc != sum_of_weights(weights, facts):
+    with _opened(path) as file:
+        facts, crc = _read_metadata(file)
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if crc != _checksum(weights, facts):
             raise ValueError("the weights are not as they were written")
         check_finite(weights)
-    except (FileError, OSError, SafetensorError, ValueError, RuntimeError) as error:
-        blame_machine(error, path)
-        reason = reason_of(error)
-        raise RunError(f"the snapshot cannot be used ({reason})", where=path, fix=DAMAGED) from None
-    if crc is None:
-        log.warning(
-            "%s has no checksum, as it is of an earlier version: damage would go unnoticed", path
-        )
-    return Snapshot(weights, facts, crc)
+    return Snapshot(weights, facts)
 
 
-def load_weights(path: Path, config: Config, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of a run's snapshot, checked by ``load_snapshot`` and ``check_facts``."""
+def load_into(model: nn.Module, path: Path, config: Config, record: Mapping[str, Any]) -> None:
+    """Load a snapshot of a run into the run's model.
+
+    Args:
+        config: the run's settings.
+        record: the content of the run's ``run.json``.
+
+    Raises:
+        RunError: as ``load_snapshot``; or the weights are of another model, store, selection, split
+            or step, or of clips of another size, and no session of the run has changed that.
+    """
     snapshot = load_snapshot(path)
-    check_facts(path, snapshot.facts, config, record)
-    return snapshot.weights
+    _check_facts(path, snapshot.facts, config, record)
+    fit_weights(model, snapshot.weights, path)
 
 
-def sum_in_header(path: Path) -> int | None:
-    """The checksum that a snapshot says it has, without reading its weights.
+def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Load the weights of the file or folder ``path`` into a model.
+
+    Raises:
+        RunError: a tensor is missing, unknown, or of another shape.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = reason_of(error)[:MOST_TOLD]
+        raise RunError(f"the weights do not fit the run ({reason})", where=path) from None
+
+
+def stored_checksum(path: Path) -> int:
+    """The checksum in a snapshot's header; the weights are not read.
 
     Raises:
         RunError: the file cannot be read.
     """
+    with _opened(path) as file:
+        return _read_metadata(file)[1]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; turn errors in the block into ``RunError``."""
     try:
-        _check_opens(path)
+        # safetensors reports every file that it cannot open as missing; this gives the real reason.
+        open_plain(path).close()
         with safe_open(path, framework="pt") as file:
-            return _read_metadata(file.metadata() or {})[1]
-    except (FileError, OSError, SafetensorError, ValueError) as error:
+            yield file
+    except (FileError, OSError, SafetensorError, ValueError, RuntimeError) as error:
         blame_machine(error, path)
-        reason = reason_of(error)
-        raise RunError(f"the snapshot cannot be used ({reason})", where=path, fix=DAMAGED) from None
+        raise RunError(
+            f"the snapshot cannot be used ({reason_of(error)})",
+            where=path,
+            fix="Delete the file, or restore it from a copy, and run the command again",
+        ) from None
 
 
-def _check_opens(path: Path) -> None:
-    """Raise what opening a plain file raises: safetensors says of any that it cannot open that it
-    is not there. Closed again, so that its own opening finds as many free descriptors."""
-    open_plain(path).close()
-
-
-def _read_metadata(metadata: Mapping[str, str]) -> tuple[dict[str, Any], int | None]:
-    """The facts, and the checksum, which is popped from them."""
-    if metadata.keys() != {"facts"}:
-        raise ValueError("its metadata are not those of a snapshot")
-    facts = parse_object(metadata["facts"])
-    crc = facts.pop("crc32c", None)
-    # Files of earlier versions have neither of these.
-    if not isinstance(crc, int) and (crc is not None or facts.keys() & {"clip", "store", "data"}):
+def _read_metadata(file: Any) -> tuple[dict[str, Any], int]:
+    """The facts, and the checksum, which is removed from them."""
+    facts = parse_object((file.metadata() or {}).get("facts", "{}"))
+    if type(facts.get("crc32c")) is not int:
         raise ValueError("its checksum is gone")
-    return facts, crc
+    return facts, facts.pop("crc32c")
 
 
 def check_finite(weights: Mapping[str, Tensor]) -> None:
-    """Raise ``ValueError`` on the first weight or statistic that is not finite."""
+    """Raise ``ValueError`` for the first tensor with a value that is not finite."""
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} is not finite")
 
 
-def check_facts(
+def _check_facts(
     path: Path, facts: Mapping[str, Any], config: Config, record: Mapping[str, Any]
 ) -> None:
-    """Refuse weights that are not of the run that they lie in. Facts that an earlier version did
-    not write are not compared.
-
-    Args:
-        facts: those of the file.
-        config: the run's settings.
-        record: the content of ``run.json``.
-
-    Raises:
-        RunError: the weights are of another model, store, selection, split or step, or of clips of
-            another size, and no session of the run has changed that.
-    """
-    content = record["store"]["content"] if "store" in record else facts.get("store")
-    expected = snapshot_facts(config, _step_of(path, facts), content)
-    differing = {
-        name: [
-            f"{name}{part}: {there!r} in the file, {here!r} in the run"
-            for part, there, here in _differences(name, facts[name], expected[name])
-        ]
-        for name in ("step", "model", "clip", "store", "data")
-        if name in facts
-    }
-    for name, changes in differing.items():
+    """Refuse weights that were not trained as the run was."""
+    step = int(path.name.removeprefix("step-").removesuffix(SNAPSHOT))
+    for name, expected in snapshot_facts(config, step, record["store"]["content"]).items():
+        changes = _differences(name, facts.get(name), expected)
         if not changes:
             continue
         what = f"the snapshot does not fit the run ({'; '.join(changes)})"
@@ -190,48 +181,35 @@ def check_facts(
         log.warning("%s: %s, whose settings were changed when it was resumed", path, what)
 
 
-def _step_of(path: Path, facts: Mapping[str, Any]) -> Any:
-    """That of its name, if it has one."""
-    named = {file: step for step, file in by_step(path.parent, SNAPSHOT)}
-    return named.get(path, facts.get("step"))
-
-
-def _differences(name: str, there: Any, here: Any) -> list[tuple[str, Any, Any]]:
+def _differences(name: str, there: Any, here: Any) -> list[str]:
+    """In words, how a fact of the file differs from that of the run."""
     if name == "model":
         apart = metadata_differences(there, here)
-        return [(f".{part}" if part else "", was, now) for part, was, now in apart]
-    if not (isinstance(there, dict) and isinstance(here, dict)):
-        return [] if there == here else [("", there, here)]
-    names = sorted(there.keys() | here.keys())
+    elif isinstance(there, dict) and isinstance(here, dict):
+        parts = sorted(there.keys() | here.keys())
+        apart = [(part, there.get(part), here.get(part)) for part in parts]
+    else:
+        apart = [("", there, here)]
     return [
-        (f".{name}", there.get(name), here.get(name))
-        for name in names
-        if there.get(name) != here.get(name)
+        f"{name}{part and f'.{part}'}: {was!r} in the file, {now!r} in the run"
+        for part, was, now in apart
+        if was != now
     ]
 
 
 def _changed_on_purpose(name: str, config: Config, record: Mapping[str, Any]) -> bool:
     if name in ("clip", "store", "data") and config.checkpoint.accept_other_order:
         return True
-    changed = [change for one in record.get("sessions", []) for change in one.get("changed", [])]
-    return name == "clip" and any(str(change).startswith("clip.") for change in changed)
-
-
-def refuse_not_finite(outputs: np.ndarray, path: Path) -> None:
-    """Raise ``RunError`` if a snapshot gives an output that is not finite."""
-    bad = int((~np.isfinite(outputs)).sum())
-    if bad:
-        raise RunError(
-            f"the snapshot gives {bad} of {outputs.size} outputs that are not finite",
-            where=path,
-            fix="Move the file away, or set train.precision: fp32; nothing was written",
-        )
+    changed = [change for session in record["sessions"] for change in session.get("changed", [])]
+    return name == "clip" and any(change.startswith("clip.") for change in changed)
 
 
 def set_snapshots_aside(run: Path, *, after: int) -> None:
-    """Move the snapshots of steps beyond ``after``, which a killed session left, to
-    ``superseded/``: the run will pass there again, perhaps with other settings, and predictions
-    average over all there are."""
+    """Move the snapshots of steps beyond ``after``, left by a killed session, to ``superseded/``.
+
+    The run will pass those steps again, perhaps with other settings, and predictions average over
+    all snapshots.
+    """
     for step, path in by_step(run / SNAPSHOTS, SNAPSHOT):
         if step > after:
             set_aside(run, path)

@@ -91,8 +91,10 @@ def _read(path: Path, names: list[str]) -> tuple[dict[str, Tensor], dict[str, An
             weights |= judged_weights(tensors, names)
         return weights, marker["facts"]["model"], int(marker["step"])
     try:
-        weights, metadata, _ = load_snapshot(path)
+        weights, metadata = load_snapshot(path)
         model, step = metadata["model"], int(metadata["step"])
+        if not isinstance(model, dict):
+            raise TypeError("its model is no list of settings")
     except (RunError, ValueError, KeyError, TypeError) as error:
         raise _refused(
             path,

@@ -9,14 +9,9 @@ from rich.console import Console
 
 from dist_train.errors import ConfigError, RunError
 from dist_train.evaluation.calibration import fit
-from dist_train.evaluation.evaluate import (
-    COLUMNS,
-    Evaluation,
-    evaluate,
-    read_predictions,
-    rows,
-    table,
-)
+from dist_train.evaluation.evaluate import Evaluation, evaluate
+from dist_train.evaluation.evaluation_text import rows, table
+from dist_train.evaluation.prediction_table import COLUMNS, read_predictions
 from dist_train.metrics import best_threshold, prior_correct
 
 # (split, label, probability). The best val interval is from 0.4 to 0.7 of the probability.
@@ -134,17 +129,15 @@ def test_the_mapping_is_in_the_evaluation_with_its_figures_on_val(tmp_path: Path
     val = [("val", int(y), float(p)) for y, p in zip(label, probability, strict=True)]
     predictions = write(tmp_path / "predictions.csv", [*val, *TEST])
     fitted = fit(probability, label, batches_share=0.25, prior=0.05)
-    file = predictions.parent / "calibration.json"
-    file.write_text(fitted.model_dump_json())
-    with pytest.raises(RunError, match=r"not a calibration|calibration of other predictions"):
-        evaluate(predictions)
     frame = pd.read_csv(predictions)
     frame["calibrated"] = fitted.apply(frame["probability"])
     frame.to_csv(predictions, index=False)
-    # Figures and mappings that are not those of the val clips.
+    file = predictions.parent / "calibration.json"
+    # Not the mapping of these predictions, or not of these val clips.
     for forged in (
         {"clips": 600},
-        {"raw": fitted.cross_validated["none"]},
+        {"prior": 0.9},
+        {"prior": 2.0},
         {"method": "isotonic"},
         {"method": "isotonic", "points": ((1.0, 0.1), (0.0, 0.9))},
     ):
@@ -161,21 +154,16 @@ def test_the_mapping_is_in_the_evaluation_with_its_figures_on_val(tmp_path: Path
     by_folds = fitted.cross_validated[fitted.method]
     assert f"{by_folds.log_loss:.3f} calibrated" in told["Log loss on val, cross-validated"]
     assert f"{evaluation.calibrated.brier:.3f} calibrated" in told["Brier score on test"]
-    for content in ("{}", fitted.model_copy(update={"prior": 0.0}).model_dump_json()):
-        file.write_text(content)
-        with pytest.raises(RunError, match="not a calibration"):
-            evaluate(predictions)
 
 
-def test_probabilities_are_read_to_the_last_bit(tmp_path: Path) -> None:
+def test_values_are_read_exactly(tmp_path: Path) -> None:
+    """Probabilities to the last bit, and labels also where they are written as floats."""
     values = np.random.default_rng(0).random(2000)
-    path = write(tmp_path / "p.csv", [("val", 0, float(value)) for value in values])
-    assert np.array_equal(read_predictions(path)["probability"], values)
-
-
-def test_labels_written_as_floats_are_labels(tmp_path: Path) -> None:
-    path = write(tmp_path / "p.csv", [("val", "1.0", 0.9), ("val", "0.0", 0.1), ("val", "", 0.5)])
-    assert read_predictions(path)["label"].fillna(-1).tolist() == [1, 0, -1]
+    labels = [0, "", "1.0", "0.0"] * 500
+    rows = [("val", label, float(p)) for label, p in zip(labels, values, strict=True)]
+    table = read_predictions(write(tmp_path / "p.csv", rows))
+    assert np.array_equal(table["probability"], values)
+    assert table["label"].fillna(-1)[:4].tolist() == [0, -1, 1, 0]
 
 
 def test_table_for_the_terminal(predictions: Path) -> None:
@@ -217,23 +205,21 @@ def test_predictions_of_another_store_are_refused(tmp_path: Path) -> None:
         evaluate(path)
 
 
-def test_missing_columns_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there are no predictions.*dist-train predict"),
+        (b"", "no table of predictions"),
+        (b"\xff\xfe\x00\x80", "no table of predictions"),
+        (b'key\n"a', "no table of predictions"),
+        (b"key,filename,group,split,label,probability\n", "no column calibrated, frames"),
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
     path = tmp_path / "p.csv"
-    path.write_text("key,filename,group,split,label,probability\na,a.mp4,g,val,1,0.5\n")
-    with pytest.raises(RunError, match="no column calibrated, frames"):
-        evaluate(path)
-
-
-def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="dist-train predict"):
-        evaluate(tmp_path / "predictions.csv")
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00\x80", b'key\n"a'])
-def test_what_is_no_table_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "p.csv"
-    path.write_bytes(content)
-    with pytest.raises(RunError):
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RunError, match=message):
         evaluate(path)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,21 +18,47 @@ from safetensors.torch import load_file
 from scipy.special import expit, logit
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from dist_train.config import dump_config
+from dist_train.config import dump_config, load_config
 from dist_train.data.store.build import PrepareSettings, prepare
 from dist_train.data.store.reader import Store
 from dist_train.data.table.manifest import read_manifest
-from dist_train.errors import ConfigError, RunError, StoreError
+from dist_train.errors import BackendError, ConfigError, RunError, StoreError
 from dist_train.evaluation import ensemble
-from dist_train.evaluation.calibration import Calibration
-from dist_train.evaluation.evaluate import COLUMNS, evaluate, read_predictions
+from dist_train.evaluation.calibration import Calibration, fit
+from dist_train.evaluation.evaluate import evaluate, val_threshold
 from dist_train.evaluation.predict import find_snapshots, predict
+from dist_train.evaluation.prediction_table import COLUMNS, read_predictions
+from dist_train.evaluation.submission import make_submission
 from dist_train.metrics import prior_correct
 from dist_train.models.resnet3d import ResNet3D
 from dist_train.run.data import open_data
 from dist_train.run.model import make_model
 from dist_train.run.record import open_run
 from dist_train.training.train import train
+
+NEW_NAMES = ("=cmd.npy", "a.npy", "b.npy", "c.npy", "d.npy")
+
+
+def must_not_begin(done: int, total: int) -> None:
+    pytest.fail("it began to predict")
+
+
+@contextmanager
+def memory_for(clips: int) -> Iterator[list[int]]:
+    """Inject errors where a model gets more clips at once, and note the sizes of other batches."""
+    seen: list[int] = []
+
+    def check(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, ResNet3D) and not inputs[0].is_meta:
+            if len(inputs[0]) > clips:
+                raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nMore is told here.")
+            seen.append(len(inputs[0]))
+
+    hook = register_module_forward_pre_hook(check)
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +88,12 @@ def run(predicted: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def new_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of five clips without labels, of depths 5 to 9."""
+    """A store of five clips without labels, of depths 5 to 9; a name is a formula."""
     folder = tmp_path_factory.mktemp("new")
     random = np.random.default_rng(5)
-    for depth in range(5, 10):
-        np.save(folder / f"clip{depth}.npy", random.integers(0, 256, (depth, 20, 18), np.uint8))
-    names = "".join(f"clip{depth}.npy\n" for depth in range(5, 10))
-    (folder / "new.csv").write_text(f"filename\n{names}")
+    for depth, name in zip(range(5, 10), NEW_NAMES, strict=True):
+        np.save(folder / name, random.integers(0, 256, (depth, 20, 18), np.uint8))
+    (folder / "new.csv").write_text("filename\n" + "".join(f"{name}\n" for name in NEW_NAMES))
     manifest = read_manifest(folder / "new.csv", unlabelled=True)
     prepare(manifest, folder, folder / "store", PrepareSettings(roi="none"), workers=1)
     return folder / "store"
@@ -101,19 +127,13 @@ def test_all_held_out_clips_are_predicted_once(predicted: Path) -> None:
     assert (table["frames"] == 8).all()
 
 
-def test_snapshots_are_found_in_the_order_of_their_steps(tmp_path: Path) -> None:
-    (tmp_path / "snapshots").mkdir()
-    for step in (100, 9, 20):
-        (tmp_path / "snapshots" / f"step-{step}.safetensors").write_bytes(b"")
-    for foreign in ("step-300.safetensors.partial", "step-x.safetensors", "step-²", "best"):
-        (tmp_path / "snapshots" / foreign).write_bytes(b"")
-    assert [path.stem for path in find_snapshots(tmp_path)] == ["step-9", "step-20", "step-100"]
-
-
 def test_the_submission_agrees_with_the_evaluation(predicted: Path) -> None:
     judged = evaluate(predicted / "predictions.csv")
     table = read_predictions(predicted / "predictions.csv")
     test = table[table["split"] == "test"]
+    lines = (predicted / "submission.csv").read_text().splitlines()
+    assert lines[0] == "filename,stalled"
+    assert all(re.fullmatch(r"store\.npz/test_\d{5},[01]", line) for line in lines[1:])
     submission = pd.read_csv(predicted / "submission.csv")
     assert submission["filename"].tolist() == test["filename"].tolist()
     called = submission["stalled"].to_numpy() == 1
@@ -121,13 +141,6 @@ def test_the_submission_agrees_with_the_evaluation(predicted: Path) -> None:
     (tn, fp), (fn, tp) = judged.confusion
     assert (tp, fp) == (np.sum(called & truth), np.sum(called & ~truth))
     assert (fn, tn) == (np.sum(~called & truth), np.sum(~called & ~truth))
-
-
-def test_the_submission_is_the_form_of_the_challenge(predicted: Path) -> None:
-    lines = (predicted / "submission.csv").read_text().splitlines()
-    assert lines[0] == "filename,stalled"
-    assert len(lines) == 11
-    assert all(re.fullmatch(r"store\.npz/test_\d{5},[01]", line) for line in lines[1:])
 
 
 def test_a_probability_at_the_threshold_is_not_called_positive(run: Path) -> None:
@@ -138,16 +151,9 @@ def test_a_probability_at_the_threshold_is_not_called_positive(run: Path) -> Non
     assert submission[test["filename"]].tolist() == [0] * 5 + [1] * 5
 
 
-def test_where_val_lacks_a_class_the_threshold_is_one_half(
-    run: Path, new_clips: Path, tmp_path: Path
-) -> None:
-    table = pd.read_csv(run / "predictions.csv")
-    table.loc[table["split"] == "val", "label"] = 0
-    table.to_csv(run / "predictions.csv", index=False)
-    (run / "predictions.json").unlink()
-    out = predict(run, store=new_clips, out=tmp_path / "new")
-    submission = pd.read_csv(tmp_path / "new" / "submission.csv")["stalled"]
-    assert ((pd.read_csv(out)["calibrated"] > 0.5) == (submission == 1)).all()
+def test_where_val_lacks_a_class_the_threshold_is_one_half() -> None:
+    calibration = fit([0.3, 0.9], [0, 0], batches_share=0.25, prior=0.1)
+    assert val_threshold(calibration, np.array([0.3, 0.9]), np.zeros(2)) == 0.5
 
 
 def test_worker_processes_change_nothing(run: Path, predicted: Path) -> None:
@@ -166,7 +172,7 @@ def test_progress_counts_every_clip_of_every_snapshot(run: Path) -> None:
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
 
 
-@pytest.mark.parametrize("prior", [0.003, 0.25, 0.6])
+@pytest.mark.parametrize("prior", [0.003, 0.6])
 def test_calibration_is_bayes_rule_for_the_prior(run: Path, prior: float) -> None:
     """In odds: times the prior's odds, over those of the batches, which are 1 to 3."""
     table = read_predictions(predict(run, prior=prior))
@@ -174,28 +180,25 @@ def test_calibration_is_bayes_rule_for_the_prior(run: Path, prior: float) -> Non
     assert table["calibrated"].to_numpy() == pytest.approx((odds / (1 + odds)).to_numpy())
 
 
-def test_the_mapping_is_fitted_on_val_and_told(run: Path, new_clips: Path, tmp_path: Path) -> None:
-    """Of labels that contradict an over-sure model; new clips get the same mapping."""
-    data = open_data(open_run(run))
-    val = data.clips[data.clips["split"] == "val"]
+def test_new_clips_get_the_mapping_that_is_fitted_on_val(
+    run: Path, new_clips: Path, tmp_path: Path
+) -> None:
+    """The labels of val contradict a model that is too sure."""
     table = read_predictions(run / "predictions.csv")
-    assert json.loads((run / "calibration.json").read_text())["method"] == "none", "four positives"
     wide = pd.concat([table[table["split"] == "val"]] * 10, ignore_index=True)
     odds = logit(np.random.default_rng(0).uniform(0.02, 0.98, len(wide)))
     wide["key"] = [f"clip {number}" for number in range(len(wide))]
     wide["label"] = (np.random.default_rng(1).random(len(wide)) < expit(odds)).astype(int)
-    wide["probability"] = prior_correct(expit(4 * odds), wide["label"].mean(), 0.25)
+    share = wide["label"].mean()
+    wide["probability"] = prior_correct(expit(4 * odds), share, 0.25)
     wide.to_csv(run / "predictions.csv", index=False)
     (run / "predictions.json").unlink()
-    assert len(wide) == 10 * len(val)
     new = pd.read_csv(predict(run, store=new_clips, out=tmp_path / "new", prior=0.1))
     told = Calibration.model_validate_json((tmp_path / "new" / "calibration.json").read_text())
     assert told.method == "temperature"
     assert 1 / told.slope == pytest.approx(4, rel=0.4)
-    at_val = prior_correct(new["probability"], 0.25, wide["label"].mean())
-    softer = expit(told.slope * logit(at_val))
-    expected = prior_correct(softer, wide["label"].mean(), 0.1)
-    np.testing.assert_allclose(new["calibrated"], expected, rtol=1e-6)
+    softer = expit(told.slope * logit(prior_correct(new["probability"], 0.25, share)))
+    np.testing.assert_allclose(new["calibrated"], prior_correct(softer, share, 0.1), rtol=1e-6)
 
 
 def test_the_natural_share_is_the_prior_unless_given(run: Path, predicted: Path) -> None:
@@ -206,12 +209,13 @@ def test_the_natural_share_is_the_prior_unless_given(run: Path, predicted: Path)
 def test_new_clips_need_no_labels(predicted: Path, new_clips: Path, tmp_path: Path) -> None:
     before = (predicted / "predictions.csv").read_bytes()
     table = pd.read_csv(predict(predicted, store=new_clips, out=tmp_path / "new"))
-    assert table["filename"].tolist() == [f"clip{depth}.npy" for depth in range(5, 10)]
+    assert table["filename"].tolist() == ["'=cmd.npy", *NEW_NAMES[1:]], "a formula is quoted"
     assert table["frames"].tolist() == [5, 6, 7, 8, 9]
     assert table[["label", "split", "group"]].isna().all(axis=None)
     assert table["probability"].between(0, 1).all()
     threshold = evaluate(predicted / "predictions.csv").threshold
     submission = pd.read_csv(tmp_path / "new" / "submission.csv")
+    assert submission["filename"].tolist() == list(NEW_NAMES)
     assert submission["stalled"].tolist() == (table["calibrated"] > threshold).tolist()
     assert (predicted / "predictions.csv").read_bytes() == before
 
@@ -228,15 +232,14 @@ def test_a_clip_is_predicted_the_same_in_any_company(
     )
 
 
-@pytest.mark.parametrize("prior", [0.0, 1.0])
-def test_an_impossible_prior_is_refused_before_anything_is_computed(
-    run: Path, prior: float
+@pytest.mark.parametrize(
+    ("setting", "value"), [("prior", 0.0), ("prior", 1.0), ("threshold", np.nan), ("threshold", 2)]
+)
+def test_an_impossible_number_is_refused_before_anything_is_computed(
+    predicted: Path, setting: str, value: float
 ) -> None:
-    def fail(done: int, total: int) -> None:
-        pytest.fail("it began to predict")
-
-    with pytest.raises(ConfigError, match=r"^prior: .* strictly between 0 and 1"):
-        predict(run, prior=prior, progress=fail)
+    with pytest.raises(ConfigError, match=f"^{setting}: .* is no"):
+        predict(predicted, progress=must_not_begin, **{setting: value})
 
 
 def test_new_clips_go_to_a_folder_of_their_own(predicted: Path, new_clips: Path) -> None:
@@ -250,60 +253,26 @@ def test_new_clips_before_the_runs_own_need_a_threshold(
 ) -> None:
     with pytest.raises(RunError, match="there are no predictions"):
         predict(trained, store=new_clips, out=tmp_path)
+    on_all = Path(shutil.copytree(trained, tmp_path / "run"))
+    trained_so(on_all, "split.train_on_all=true")
+    with pytest.raises(RunError, match=r"no clips to fit the threshold on.*--threshold"):
+        predict(on_all, store=new_clips, out=tmp_path)
     predict(trained, store=new_clips, out=tmp_path, threshold=0.0)
     assert pd.read_csv(tmp_path / "submission.csv")["stalled"].tolist() == [1] * 5
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        ("torn", "the snapshot cannot be used"),
-        ("another model", "the snapshot does not fit the run .model.width: 4 in the file, 8 in"),
-    ],
-)
-def test_a_snapshot_that_does_not_fit_is_named(run: Path, damage: str, message: str) -> None:
-    path = find_snapshots(run)[0]
-    if damage == "torn":
-        path.write_bytes(path.read_bytes()[:1000])
-    else:
-        trained_so(run, "model.width=8")
-    with pytest.raises(RunError, match=message) as caught:
-        predict(run)
-    assert str(caught.value).startswith(str(path))
-
-
 def test_batches_are_halved_where_memory_does_not_suffice(run: Path, predicted: Path) -> None:
-    """Errors are injected, as a CPU has no such limit."""
-    seen: list[int] = []
-
-    def no_memory(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if isinstance(module, ResNet3D) and not inputs[0].is_meta:
-            if len(inputs[0]) > 3:
-                raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nMore is told here.")
-            seen.append(len(inputs[0]))
-
-    hook = register_module_forward_pre_hook(no_memory)
-    try:
+    with memory_for(3) as seen:
         predict(run)
-    finally:
-        hook.remove()
     # 20 clips by 8 become those by 2, for two snapshots.
     assert seen == [2] * 20
     table, whole = (read_predictions(r / "predictions.csv") for r in (run, predicted))
     assert table["probability"].to_numpy() == pytest.approx(whole["probability"].to_numpy())
-
-
-def test_memory_for_no_clip_at_all_is_told(run: Path, predicted: Path) -> None:
-    def no_memory(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if isinstance(module, ResNet3D) and not inputs[0].is_meta:
-            raise torch.OutOfMemoryError("Tried to allocate 9 GiB.")
-
-    hook = register_module_forward_pre_hook(no_memory)
-    try:
-        with pytest.raises(RunError, match="does not suffice to predict a single clip"):
-            predict(run)
-    finally:
-        hook.remove()
+    with (
+        pytest.raises(RunError, match="does not suffice to predict a single clip"),
+        memory_for(0),
+    ):
+        predict(run)
 
 
 def test_clips_are_read_once_whatever_the_memory_for_them(
@@ -334,10 +303,10 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(
     (tmp_path / "file").write_text("in the way")
     for out in (tmp_path / "file", Path("/proc/self")):
         with pytest.raises(OSError, match=re.escape(str(out))):
-            predict(run, out=out, progress=lambda done, total: pytest.fail("it began to predict"))
+            predict(run, out=out, progress=must_not_begin)
 
 
-@pytest.mark.parametrize("name", ["predictions.csv", "submission.csv", "config.yaml"])
+@pytest.mark.parametrize("name", ["submission.csv", "config.yaml"])
 def test_files_of_others_are_not_replaced(run: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -388,88 +357,50 @@ def test_predictions_that_are_older_than_a_snapshot_are_told(
     (run / "predictions.json").unlink()
     with caplog.at_level(logging.WARNING):
         said("evaluate", run)
-    assert "it is not known which snapshots these were made from" in caplog.text
+    assert "the snapshots that these were made from are not known" in caplog.text
 
 
-def form_of(folder: Path, rows: str) -> Path:
-    """A store of clips of three names, of which 'b' is no clip, and its manifest."""
-    random = np.random.default_rng(5)
-    folder.mkdir()
-    for name in ("c", "a"):
-        np.save(folder / f"{name}.npy", random.integers(0, 256, (6, 20, 18), np.uint8))
-    (folder / "b.npy").write_bytes(b"no clip")
-    (folder / "form.csv").write_text(rows)
-    return folder / "form.csv"
-
-
+@pytest.mark.parametrize("asked", ["test", "val", ""])
 def test_a_submission_has_every_row_of_the_form(
-    predicted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, asked: str
 ) -> None:
-    """In its order, too. A clip that was rejected is of the likelier class, and told."""
-    form = form_of(tmp_path / "new", "filename,stalled\nc.npy,0\nb.npy,0\na.npy,0\n")
-    store = tmp_path / "store"
-    common = ("--manifest", form, "--source", form.parent, "--out", store, "--roi", "none")
-    said("prepare", *common, "--unlabelled", "--max-rejected", "50%", "--workers", 1)
-    out = tmp_path / "out"
-    for prior, value in ((0.3, 0), (0.9, 1)):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            said("predict", predicted, "--store", store, "--out", out, "--prior", prior)
-        submission = pd.read_csv(out / "submission.csv")
-        assert submission["filename"].tolist() == ["c.npy", "b.npy", "a.npy"]
-        assert submission["stalled"].tolist()[1] == value
-        assert "1 of the 3 rows of submission.csv are of clips that the store rej" in caplog.text
-    assert len(pd.read_csv(out / "predictions.csv")) == 2
-    (store / "manifest.csv").unlink()
-    with pytest.raises(StoreError, match=r"manifest\.csv: rows of rejected clips are missing"):
-        predict(predicted, store=store, out=out)
-
-
-@pytest.mark.parametrize("asked", ["test", "val"])
-def test_rejected_clips_of_the_asked_split_are_in_its_submission(
-    tmp_path: Path, asked: str
-) -> None:
-    """Where the manifest gives the splits: rejected clips of another one are not. Without a test
-    split, val is asked for."""
-    names = [f"{number:02}" for number in range(24)]
-    (tmp_path / "raw").mkdir()
-    rows = ["filename,label,split"]
-    for number, name in enumerate(names):
-        clip = np.full((4, 16, 16), 40 + number + 100 * (number % 2), np.uint8)
-        np.save(tmp_path / "raw" / f"{name}.npy", clip)
-        split = asked if number < 4 else "val" if number < 8 and asked == "test" else "train"
-        rows.append(f"{name}.npy,{number % 2},{split}")
-    (tmp_path / "raw" / "02.npy").write_bytes(b"no clip")
-    (tmp_path / "raw" / "05.npy").write_bytes(b"no clip")
-    (tmp_path / "clips.csv").write_text("\n".join(rows))
-    prepare(read_manifest(tmp_path / "clips.csv"), tmp_path / "raw", tmp_path / "store",
-            PrepareSettings(roi="none"), workers=1, max_rejected=0.5)  # fmt: skip
-    config = tiny_config(
-        tmp_path / "store", tmp_path / "run", "train.epochs=1", "snapshots.at=[1]",
-        "plan.batch=4", "plan.ratio=[1, 1]",
-    )  # fmt: skip
-    train(config)
-    predict(tmp_path / "run")
-    submission = pd.read_csv(tmp_path / "run" / "submission.csv")
-    assert submission["filename"].tolist() == ["00.npy", "01.npy", "02.npy", "03.npy"]
-    assert submission["stalled"].tolist()[2] == 0
-
-
-@pytest.mark.parametrize("threshold", [float("nan"), -0.1, 1.1])
-def test_a_threshold_that_is_no_probability(predicted: Path, threshold: float) -> None:
-    with pytest.raises(ConfigError, match=r"threshold: .* is not a probability"):
-        predict(predicted, threshold=threshold)
-
-
-def test_names_of_predictions_are_no_formulas(predicted: Path, tmp_path: Path) -> None:
-    """The submission keeps them, as its form has them."""
+    """In its order, and of its split, if the manifest gives splits. A clip that was rejected has
+    the likelier class, and is told."""
     random = np.random.default_rng(5)
-    np.save(tmp_path / "=cmd.npy", random.integers(0, 256, (5, 20, 18), np.uint8))
-    (tmp_path / "new.csv").write_text("filename,group\n=cmd.npy,@x\n")
-    manifest = read_manifest(tmp_path / "new.csv", unlabelled=True)
-    store = tmp_path / "store"
-    prepare(manifest, tmp_path, store, PrepareSettings(roi="none"), workers=1)
-    out = predict(predicted, store=store, out=tmp_path / "out", threshold=0.5)
-    table = pd.read_csv(out)
-    assert table[["filename", "group"]].to_numpy().tolist() == [["'=cmd.npy", "'@x"]]
-    assert pd.read_csv(tmp_path / "out" / "submission.csv")["filename"].tolist() == ["=cmd.npy"]
+    rows = ["filename,label,split"]
+    for number in range(8):
+        clip = random.integers(0, 256, (4, 16, 16), np.uint8)
+        np.save(tmp_path / f"{number}.npy", clip)
+        split = (asked if number < 4 else "train") if asked else ""
+        rows.append(f"{number}.npy,{number % 2},{split}")
+    for bad in (2, 5):
+        (tmp_path / f"{bad}.npy").write_bytes(b"no clip")
+    (tmp_path / "clips.csv").write_text("\n".join(rows))
+    settings, folder = PrepareSettings(roi="none"), tmp_path / "store"
+    manifest = read_manifest(tmp_path / "clips.csv")
+    prepare(manifest, tmp_path, folder, settings, workers=1, max_rejected=0.5)
+    store = Store(folder)
+    table = store.table.iloc[::-1].assign(calibrated=0.2)
+    for likelier in (0, 1):
+        submission = make_submission(table, 0.5, store, rejected_as=likelier)
+        names = range(4 if asked else 8)
+        assert submission["filename"].tolist() == [f"{number}.npy" for number in names]
+        expected = [likelier if number in (2, 5) else 0 for number in names]
+        assert submission["stalled"].tolist() == expected
+    assert f"of the {len(names)} rows of submission.csv are of clips that the" in caplog.text
+    (folder / "manifest.csv").unlink()
+    with pytest.raises(StoreError, match=r"manifest\.csv: rows of rejected clips are missing"):
+        make_submission(table, 0.5, store, rejected_as=0)
+
+
+def test_under_a_launcher_the_cpu_must_be_asked_for(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in training. ``train.device`` may be edited after it."""
+    trained_so(run, "train.device=auto")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BackendError, match="no CUDA device here, and a launcher started"):
+        predict(run)
+    dump_config(load_config(run / "config.yaml", ["train.device=cpu"]), run / "config.yaml")
+    predict(run)

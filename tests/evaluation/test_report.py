@@ -13,9 +13,14 @@ from numpy.typing import NDArray
 
 from dist_train.errors import RunError
 from dist_train.evaluation.calibration import fit
-from dist_train.evaluation.evaluate import COLUMNS, evaluate, read_predictions
-from dist_train.evaluation.report import _precision_recall, read_run, write_report
+from dist_train.evaluation.evaluate import evaluate
+from dist_train.evaluation.prediction_table import COLUMNS, read_predictions
+from dist_train.evaluation.report import write_report
+from dist_train.evaluation.report_charts import precision_recall
+from dist_train.evaluation.report_mistakes import worst_mistakes
+from dist_train.evaluation.report_run import read_run
 from dist_train.metrics import prior_correct
+from dist_train.run.record import _write_record, read_record
 
 EPOCHS, STEPS_AN_EPOCH = 8, 40
 RESUMED = 130
@@ -32,10 +37,11 @@ class Page(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
+        self.words: list[str] = []
         self.feed(path.read_text(encoding="utf-8"))
         self.close()
         assert self.open == []
+        self.text = " ".join(self.words)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -46,19 +52,15 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.words += data.split()
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
 
     def images(self, kind: str) -> list[bytes]:
-        prefix = f"data:image/{kind};base64,"
-        sources = [str(image["src"]) for image in self.all("img")]
-        return [
-            base64.b64decode(source.removeprefix(prefix))
-            for source in sources
-            if source.startswith(prefix)
-        ]
+        sources = [str(image["src"]).partition(",") for image in self.all("img")]
+        kinds = f"data:image/{kind};base64"
+        return [base64.b64decode(content) for head, _, content in sources if head == kinds]
 
 
 def write_training(run: Path) -> None:
@@ -93,18 +95,19 @@ def write_training(run: Path) -> None:
                     record[f"{split}/ap"] = None if first else 0.4 + 0.5 * lag * done
             file.write(json.dumps(record) + "\n")
     (run / "config.yaml").write_text("model:\n  name: resnet3d\n  depth: 18\nseed: 7\n")
-    info = {
+    info: dict[str, Any] = {
         "model": "ResNet-18 in 3D",
         "parameters": 33_160_000,
         "versions": {"python": "3.11.9", "torch": "2.13.0"},
         "host": {"cpu": "2 cores", "memory_gb": 16},
         "positive_rate": {"train_batches": 0.25, "natural": 0.04},
+        "settings": {"split": {"train_on_all": False}},
         "sessions": [
             {"started": "2026-01-05T09:00:00", "resumed_from_step": None, "world_size": 2},
             {"started": "2026-01-05T10:05:00", "resumed_from_step": RESUMED, "world_size": 1},
         ],
     }
-    (run / "run.json").write_text(json.dumps(info))
+    _write_record(run, info)
 
 
 def write_predictions(run: Path, splits: tuple[str, ...] = ("val", "test")) -> None:
@@ -122,10 +125,6 @@ def write_predictions(run: Path, splits: tuple[str, ...] = ("val", "test")) -> N
                 probability = 0.99 if index == 1 else probability
                 corrected = prior_correct([probability], 0.25, 0.04)[0]
                 table.writerow([name, filename, "g", split, label, probability, corrected, 40])
-    (run / "snapshots").mkdir(exist_ok=True)
-    for index in range(3):
-        (run / "snapshots" / f"{index}.safetensors").touch()
-    evaluate(run / "predictions.csv", out=run / "evaluation.json")
 
 
 def strips(key: str) -> NDArray[np.uint8]:
@@ -148,7 +147,7 @@ def training(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def finished(training: Path) -> Path:
-    """A run that is predicted and evaluated as well."""
+    """A run that is predicted as well."""
     write_predictions(training)
     return training
 
@@ -160,22 +159,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.mkdir()
     write_training(run)
     write_predictions(run)
-    assert write_report(run, strips=strips) == run / "report.html"
+    assert write_report(run, clips=strips) == run / "report.html"
     return run
 
 
 @pytest.fixture(scope="module")
-def without_strips(whole: Path) -> Page:
-    """The report of the same run, whose clips are not at hand."""
-    return Page(write_report(whole, out=whole.parent / "without" / "report.html"))
+def page(whole: Path) -> Page:
+    return Page(whole / "report.html")
 
 
-def test_page_of_a_finished_run(whole: Path) -> None:
-    page = Page(whole / "report.html")
+def test_page_of_a_finished_run(whole: Path, page: Page) -> None:
     assert [section["id"] for section in page.all("section")] == SECTIONS
     assert {link["href"] for link in page.all("a")} == {f"#{section}" for section in SECTIONS}
-    evaluation = read_run(whole).evaluation
-    assert evaluation is not None
+    evaluation = evaluate(whole / "predictions.csv")
     for text in (
         "95 % CI",
         f"{evaluation.mcc:.3f}",
@@ -188,11 +184,16 @@ def test_page_of_a_finished_run(whole: Path) -> None:
     ):
         assert text in page.text
     assert "Optimistic" not in page.text
-    assert len(page.images("svg+xml")) == 13
+    assert "Statistics do not fit" not in page.text
+    # 318 gaps of 2.0 to 2.2 s. The pause of an hour is not training.
+    assert re.search(r"Time training 0:1[01]:", page.text)
+    svgs = page.images("svg+xml")
+    assert len(svgs) == 13
+    assert sum(b"resumed" in svg for svg in svgs) == 9
+    assert all(b"prefers-color-scheme:dark" in svg and b"var(--ink)" in svg for svg in svgs)
 
 
-def test_page_needs_nothing_but_itself(whole: Path) -> None:
-    page = Page(whole / "report.html")
+def test_page_needs_nothing_but_itself(page: Page) -> None:
     assert page.all("script") == page.all("link") == []
     assert all(str(image["src"]).startswith("data:image/") for image in page.all("img"))
     assert all(image["alt"] for image in page.all("img"))
@@ -203,32 +204,31 @@ def test_page_needs_nothing_but_itself(whole: Path) -> None:
         assert not re.search(rb'(href|src)="(?!#)', svg)
 
 
+def test_names_from_files_are_escaped(whole: Path, page: Page) -> None:
+    assert "<script" not in (whole / "report.html").read_text()
+    assert HOSTILE in page.text
+
+
 def test_same_run_gives_the_same_bytes(whole: Path, tmp_path: Path) -> None:
-    second = write_report(whole, strips=strips, out=tmp_path / "new" / "again.html")
+    second = write_report(whole, clips=strips, out=tmp_path / "new" / "again.html")
     assert second.read_bytes() == (whole / "report.html").read_bytes()
 
 
-def test_names_from_files_are_escaped(whole: Path) -> None:
-    path = whole / "report.html"
-    assert "<script" not in path.read_text()
-    assert HOSTILE in Page(path).text
-
-
-def test_strips_show_eight_frames_of_the_worst_mistakes(whole: Path, tmp_path: Path) -> None:
+def test_strips_show_eight_frames_of_the_worst_mistakes(whole: Path, page: Page) -> None:
+    run = read_run(whole)
+    assert run.predictions is not None
+    assert run.evaluation is not None
     asked: list[str] = []
 
     def reader(key: str) -> NDArray[np.uint8]:
         asked.append(key)
         return strips(key)
 
-    page = Page(write_report(whole, strips=reader, out=tmp_path / "report.html"))
-    run = read_run(whole)
-    assert run.predictions is not None
-    assert run.evaluation is not None
-    clips = run.predictions.set_index("key")
+    mistakes = worst_mistakes(run, reader)
     (_, fp), (fn, _) = run.evaluation.confusion
+    assert [len(clips) for clips in mistakes.values()] == [min(fp, 4), min(fn, 4)]
     assert asked[0] == "test001"  # the one that the fixture makes the worst
-    assert len(asked) == min(fp, 4) + min(fn, 4)
+    clips = run.predictions.set_index("key")
     wrong = (clips["calibrated"] > run.evaluation.threshold) != (clips["label"] == 1)
     assert wrong[asked].all()
     images = page.images("png")
@@ -239,11 +239,9 @@ def test_strips_show_eight_frames_of_the_worst_mistakes(whole: Path, tmp_path: P
     assert np.array_equal(image[:, -90:], strips("")[-1])
 
 
-def test_large_and_short_clips_make_strips(finished: Path) -> None:
-    def large(key: str) -> NDArray[np.uint8]:
-        return np.zeros((3, 512, 256), dtype=np.uint8)
-
-    image = Page(write_report(finished, strips=large)).images("png")[0]
+def test_large_and_short_clips_make_strips(whole: Path) -> None:
+    mistakes = worst_mistakes(read_run(whole), lambda key: np.zeros((3, 512, 256), np.uint8))
+    image = base64.b64decode(mistakes["False positives"][0].image.partition(",")[2])
     decoded = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_GRAYSCALE)
     assert decoded.shape == (128, 3 * 64 + 2 * 2)
 
@@ -252,84 +250,60 @@ def test_area_under_the_drawn_precision_and_recall_is_the_average_precision(whol
     run = read_run(whole)
     assert run.evaluation is not None
     assert run.predictions is not None
-    scores, labels = run.predictions["probability"], run.predictions["label"]
-    line = _precision_recall(scores.to_numpy(), labels.to_numpy(), run.evaluation).lines[0]
+    line = precision_recall(run.predictions, run.evaluation).lines[0]
     recall, precision = np.asarray(line.get_data())
     held = {"steps-post": precision[:-1], "steps-pre": precision[1:]}[line.get_drawstyle()]
     assert np.sum(np.abs(np.diff(recall)) * held) == pytest.approx(run.evaluation.ap, abs=1e-5)
 
 
-def test_page_without_strips_says_why(without_strips: Page) -> None:
-    assert "without the store of clips" in without_strips.text
-    assert without_strips.images("png") == []
-
-
-def test_page_warns_of_a_threshold_fitted_on_the_same_clips(training: Path) -> None:
+def test_page_warns_of_what_cannot_be_believed(training: Path) -> None:
+    """A threshold fitted on the same clips, and BatchNorm statistics that do not fit."""
     write_predictions(training, splits=("val",))
-    assert "Optimistic" in Page(write_report(training)).text
+    metrics = training / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines[79]["norm/gap"], lines[159]["norm/gap"] = 0.31, 4.0
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_report(training))
+    assert "Optimistic" in page.text
+    assert "was above 0.3 at the end of 2 of 8 epochs (4.00 at step 160)" in page.text
+    assert "without the store of clips" in page.text
+    assert page.images("png") == []
 
 
-def test_page_without_predictions_has_curves_and_says_what_adds_the_rest(training: Path) -> None:
-    page = Page(write_report(training, strips=strips))
+@pytest.mark.parametrize("on_all", [False, True])
+def test_page_without_predictions_has_curves_and_says_what_adds_the_rest(
+    training: Path, on_all: bool
+) -> None:
+    if on_all:
+        on_all_clips = {"settings": {"split": {"train_on_all": True}}}
+        _write_record(training, read_record(training) | on_all_clips)
+    page = Page(write_report(training, clips=strips))
     assert [section["id"] for section in page.all("section")] == SECTIONS
     assert len(page.images("svg+xml")) == 9
-    assert "dist-train predict" in page.text
+    assert ("dist-train predict --store predicts those of" in page.text) is on_all
+    assert ("dist-train predict adds them" in page.text) is not on_all
     assert "held out, last epoch" in page.text
 
 
-def test_page_from_metrics_alone(training: Path) -> None:
-    for name in ("config.yaml", "run.json"):
-        (training / name).unlink()
-    text = Page(write_report(training)).text
-    assert "no config.yaml" in text
-    assert "no run.json" in text
-    assert "never resumed" in text
-
-
 def test_page_of_the_first_step(training: Path) -> None:
+    (training / "config.yaml").unlink()
     metrics = training / "metrics.jsonl"
     metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
-    assert "· 1 step · 0 epochs" in Page(write_report(training)).text
-
-
-def test_pauses_between_sessions_are_not_training_time(without_strips: Page) -> None:
-    # 318 gaps of 2.0 to 2.2 s, and an hour's pause.
-    assert re.search(r"Time training1[01] min", without_strips.text)
-
-
-def test_the_page_says_how_probabilities_were_calibrated(training: Path) -> None:
-    write_predictions(training)
-    val = read_predictions(training / "predictions.csv").query("split == 'val'")
-    fitted = fit(val["probability"], val["label"], batches_share=0.25, prior=0.04)
-    (training / "calibration.json").write_text(fitted.model_dump_json())
-    evaluate(training / "predictions.csv", out=training / "evaluation.json")
     text = Page(write_report(training)).text
+    assert "1 step · 0 epochs" in text
+    assert "no config.yaml" in text
+
+
+def test_the_page_says_how_probabilities_were_calibrated(finished: Path) -> None:
+    val = read_predictions(finished / "predictions.csv").query("split == 'val'")
+    fitted = fit(val["probability"], val["label"], batches_share=0.25, prior=0.04)
+    (finished / "calibration.json").write_text(fitted.model_dump_json())
+    text = Page(write_report(finished)).text
     assert fitted.method == "none"
     told = "no mapping (of none, temperature, by cross-validated log loss on 60 val clips, 15 posi"
     assert told in text
     assert "then from 25.0% positives to 4.0%" in text
     assert "Log loss on val, cross-validated" in text
-
-
-def test_statistics_that_do_not_fit_are_told(training: Path) -> None:
-    assert "Statistics do not fit" not in Page(write_report(training)).text
-    metrics = training / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    lines[79]["norm/gap"], lines[159]["norm/gap"] = 0.31, 4.0
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    told = "was above 0.3 at the end of 2 of 8 epochs (4.00 at step 160)"
-    assert told in Page(write_report(training)).text
-
-
-def test_resumes_are_marked_in_the_curves(without_strips: Page) -> None:
-    marked = [b"resumed" in svg for svg in without_strips.images("svg+xml")]
-    assert sum(marked) == 9
-
-
-def test_figures_follow_the_colour_scheme(without_strips: Page) -> None:
-    for svg in without_strips.images("svg+xml"):
-        assert b"prefers-color-scheme:dark" in svg
-        assert b"var(--ink)" in svg
 
 
 def test_a_step_redone_after_a_resume_counts_once(training: Path) -> None:
@@ -338,54 +312,32 @@ def test_a_step_redone_after_a_resume_counts_once(training: Path) -> None:
     again = json.loads(lines[99]) | {"train/loss": 123.0}
     metrics.write_text("".join([*lines[:110], json.dumps(again) + "\n", *lines[110:]]))
     steps = read_run(training).steps
-    assert [record["step"] for record in steps] == list(range(1, 321))
-    assert steps[99]["train/loss"] == 123
+    assert steps.index.tolist() == list(range(1, 321))
+    assert steps["train/loss"][100] == 123
 
 
 def test_a_line_that_is_still_being_written_is_left_out(training: Path) -> None:
     metrics = training / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:-30])
-    assert read_run(training).steps[-1]["step"] == 319
-
-
-def test_a_finished_last_line_must_be_a_step(training: Path) -> None:
-    with (training / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 321, "tr\n')
-    with pytest.raises(RunError, match="line 321"):
-        write_report(training)
+    assert read_run(training).last_step == 319
+    metrics.write_text('{"step": 1, "tr')
+    with pytest.raises(RunError, match="no step has finished"):
+        read_run(training)
+    metrics.unlink()
+    with pytest.raises(RunError, match="dist-train train"):
+        read_run(training)
 
 
 @pytest.mark.parametrize("garbage", [b"{oops\n", b"\xff\n", b"[1]\n", b'{"epoch": 1}\n', b"\n"])
-def test_garbage_in_the_middle_is_an_error(training: Path, garbage: bytes) -> None:
+@pytest.mark.parametrize("place", [4, 320])
+def test_a_whole_line_that_is_no_step_is_an_error(
+    training: Path, garbage: bytes, place: int
+) -> None:
     metrics = training / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines(keepends=True)
-    metrics.write_bytes(b"".join([*lines[:4], garbage, *lines[4:]]))
-    with pytest.raises(RunError, match="line 5"):
-        write_report(training)
-
-
-def test_missing_metrics(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="dist-train train"):
-        write_report(tmp_path)
-
-
-def test_no_step_yet(training: Path) -> None:
-    (training / "metrics.jsonl").write_text('{"step": 1, "tr')
-    with pytest.raises(RunError, match="no step has finished"):
-        write_report(training)
-
-
-def test_predictions_need_their_evaluation(finished: Path) -> None:
-    (finished / "evaluation.json").unlink()
-    with pytest.raises(RunError, match="dist-train evaluate"):
-        write_report(finished)
-
-
-def test_evaluation_of_other_predictions_is_refused(finished: Path) -> None:
-    path = finished / "predictions.csv"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(RunError, match="other predictions"):
-        write_report(finished)
+    metrics.write_bytes(b"".join([*lines[:place], garbage, *lines[place:]]))
+    with pytest.raises(RunError, match=f"line {place + 1}"):
+        read_run(training)
 
 
 @pytest.mark.parametrize(
@@ -394,21 +346,13 @@ def test_evaluation_of_other_predictions_is_refused(finished: Path) -> None:
 def test_unreadable_files_are_named(finished: Path, name: str, content: str) -> None:
     (finished / name).write_text(content)
     with pytest.raises(RunError, match=re.escape(name)):
-        write_report(finished)
+        read_run(finished)
 
 
-@pytest.mark.parametrize("figure", ["mcc", "auc", "calibrated", "threshold", "clips"])
-def test_a_forged_evaluation_is_not_reported(finished: Path, figure: str) -> None:
-    path = finished / "evaluation.json"
-    said = json.loads(path.read_text())
-    other: dict[str, object] = {"clips": said["clips"] + 1, "calibrated": said["raw"]}
-    path.write_text(json.dumps(said | {figure: other.get(figure, 0.99)}))
-    with pytest.raises(RunError, match=r"evaluation\.json beside it is of other predictions"):
-        write_report(finished)
-
-
-def test_a_threshold_that_was_given_is_reported(finished: Path) -> None:
-    evaluate(finished / "predictions.csv", out=finished / "evaluation.json", threshold=0.25)
-    evaluation = read_run(finished).evaluation
-    assert evaluation is not None
-    assert evaluation.threshold == 0.25
+def test_metrics_are_those_of_the_predictions_whatever_evaluation_json_says(finished: Path) -> None:
+    expected = evaluate(finished / "predictions.csv", out=finished / "evaluation.json")
+    forged = expected.model_copy(update={"mcc": 0.99, "auc": 0.99, "threshold": 0.99})
+    (finished / "evaluation.json").write_text(forged.model_dump_json())
+    assert read_run(finished).evaluation == expected
+    given = evaluate(finished / "predictions.csv", out=finished / "evaluation.json", threshold=0.25)
+    assert read_run(finished).evaluation == given

@@ -10,14 +10,11 @@ import pytest
 import torch
 from helpers import SPLITS, tiny_config
 
-from dist_train.config import dump_config
-from dist_train.errors import ConfigError, PlanError, RunError, StoreError
+from dist_train.errors import ConfigError, PlanError, RunError
 from dist_train.run.data import open_data
-from dist_train.run.folder import CONFIG, RECORD, only_session
+from dist_train.run.folder import RECORD, only_session
 from dist_train.run.model import as_input, make_model, model_metadata
 from dist_train.run.record import begin_session, open_run, read_record
-
-RATES = {"train_batches": 0.25, "natural": 0.3}
 
 
 def test_the_splits_of_the_store_are_used(store: Path) -> None:
@@ -67,11 +64,6 @@ def test_a_batch_that_the_split_cannot_fill_is_refused(store: Path) -> None:
         open_data(config).plan()
 
 
-def test_a_missing_store_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="there is no store here"):
-        open_data(tiny_config(tmp_path / "none", tmp_path))
-
-
 def test_weights_depend_on_the_seed_alone(store: Path) -> None:
     def weights(*more: str) -> list[torch.Tensor]:
         return list(make_model(tiny_config(store, Path("out"), *more)).state_dict().values())
@@ -101,17 +93,14 @@ def test_recomputation_changes_no_weights_so_it_is_no_fact_of_the_model(store: P
     assert plain != wider
 
 
-def test_a_run_is_opened_by_its_settings(store: Path, tmp_path: Path) -> None:
+def test_a_folder_without_settings_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="there is no run here"):
         open_run(tmp_path)
-    config = tiny_config(store, tmp_path)
-    dump_config(config, tmp_path / CONFIG)
-    assert open_run(tmp_path) == config
 
 
 def test_the_record_keeps_every_session(tmp_path: Path) -> None:
-    begin_session(tmp_path, {"steps": 4, "positive_rate": RATES}, {"world_size": 1})
-    begin_session(tmp_path, {"steps": 6, "positive_rate": RATES}, {"world_size": 2})
+    begin_session(tmp_path, {"steps": 4}, {"world_size": 1})
+    begin_session(tmp_path, {"steps": 6}, {"world_size": 2})
     record = read_record(tmp_path)
     assert record["steps"] == 6
     assert [session["world_size"] for session in record["sessions"]] == [1, 2]
@@ -120,10 +109,7 @@ def test_the_record_keeps_every_session(tmp_path: Path) -> None:
     assert record["versions"]["numpy"] == np.__version__
 
 
-@pytest.mark.parametrize(
-    "content",
-    [None, "{", "[1]", "null", "{}", '{"positive_rate": 3}', '{"positive_rate": {"natural": 0.1}}'],
-)
+@pytest.mark.parametrize("content", [None, "{", "[1]", '{"sessions": []}'])
 def test_a_record_that_is_missing_or_damaged_is_named_and_written_anew(
     tmp_path: Path, content: str | None
 ) -> None:
@@ -131,7 +117,7 @@ def test_a_record_that_is_missing_or_damaged_is_named_and_written_anew(
         (tmp_path / RECORD).write_text(content)
     with pytest.raises(RunError, match="the record of the run cannot be read"):
         read_record(tmp_path)
-    begin_session(tmp_path, {"positive_rate": RATES}, {"world_size": 1})
+    begin_session(tmp_path, {}, {"world_size": 1})
     assert len(read_record(tmp_path)["sessions"]) == 1
 
 

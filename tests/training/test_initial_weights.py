@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from npy_store import npy_store
 from safetensors.torch import load_file, save_file
 from short_runs import assert_same_run, train_until
 
-from dist_train.checkpoint.format import load_checkpoint
 from dist_train.errors import ConfigError, PlanError
 from dist_train.run.record import read_record
+from dist_train.run.snapshots import load_snapshot, save_snapshot
 from dist_train.training.initial_weights import initial_model
 from dist_train.training.train import train
 from dist_train.training.trainer import Trainer
@@ -81,8 +80,7 @@ def test_a_resumed_run_is_the_straight_one_and_does_not_read_them_again(
 
 
 def changed(before: Path, to: Path, how: str) -> Path:
-    weights = load_file(before / SNAPSHOT)
-    model = load_checkpoint(before / "checkpoints/step-6")[1]["facts"]["model"]
+    weights, metadata = load_snapshot(before / SNAPSHOT)
     name = next(name for name in weights if name.endswith("conv.weight"))
     match how:
         case "missing":
@@ -94,9 +92,11 @@ def changed(before: Path, to: Path, how: str) -> Path:
         case "nan":
             weights[name].view(-1)[0] = np.nan
         case "metadata":
-            model["width"] = 8
-    facts = {"facts": json.dumps({"step": 6, "model": model})}
-    save_file(weights, to, metadata=None if how == "no metadata" else facts)
+            metadata["model"]["width"] = 8
+        case "no metadata":
+            save_file(weights, to)
+            return to
+    save_snapshot(to, weights, metadata)
     return to
 
 

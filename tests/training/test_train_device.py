@@ -11,8 +11,8 @@ from npy_store import npy_store
 from short_runs import assert_same_run, train_until
 
 from dist_train.config import dump_config, load_config
-from dist_train.evaluation.evaluate import read_predictions
 from dist_train.evaluation.predict import predict
+from dist_train.evaluation.prediction_table import read_predictions
 from dist_train.run.folder import CONFIG
 from dist_train.training.train import train
 

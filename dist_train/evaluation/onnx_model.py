@@ -1,0 +1,77 @@
+"""Models as an ONNX file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_train.errors import RunError
+from dist_train.evaluation.exported import Ensemble
+from dist_train.models.resnet3d import ResNet3D
+
+NEEDED = ("onnx", "onnxscript")
+#: Limit of a protobuf message, and so of an ONNX file that contains its weights.
+MOST_BYTES = 2**31
+
+
+def check_packages() -> None:
+    """Raise ``RunError`` unless the packages that PyTorch's exporter needs are installed."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise RunError(
+            f"ONNX needs {' and '.join(missing)}",
+            fix="Run pip install 'dist_train[export]', or leave out --onnx.",
+        )
+
+
+def onnx_bytes(
+    models: Sequence[nn.Module], size: tuple[int, int], facts: Mapping[str, Any]
+) -> bytes:
+    """Content of an ONNX file with models in eval mode, whose probabilities are averaged.
+
+    Args:
+        size: height and width of the clips.
+        facts: metadata, written as JSON.
+
+    Raises:
+        RunError: a model has no ONNX form, or together they are too large for one file.
+    """
+    # Deep enough that no axis has length 1 in any layer, which would be exported as a constant.
+    depth = 0
+    for model in models:
+        if not isinstance(model, ResNet3D):
+            raise RunError(
+                f"{type(model).__name__} cannot be written as ONNX", fix="Leave out --onnx."
+            )
+        depth = max(depth, 32 * model.stem_frame_stride + 1)
+    if sum(t.nbytes for model in models for t in model.state_dict().values()) >= MOST_BYTES:
+        raise RunError(
+            "the model is larger than the 2 GiB of an ONNX file",
+            fix="Leave out --onnx, or take one snapshot of several by --step.",
+        )
+    example = torch.zeros(2, 1, depth, *size), torch.full((2,), depth)
+    # The exporter talks of its internals, and of packages that are not needed here.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(action="ignore"), torch.no_grad():
+        program = torch.onnx.export(
+            Ensemble(models).eval(),
+            example,
+            input_names=["volumes", "frames"],
+            output_names=["probability", "logits"],
+            dynamic_shapes={"volumes": {0: "batch", 2: "depth"}, "frames": {0: "batch"}},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    content = program.model_proto
+    content.metadata_props.add(key="facts", value=json.dumps(dict(facts)))
+    serialized: bytes = content.SerializeToString()
+    return serialized

@@ -1,0 +1,150 @@
+"""Read what the report shows of a run folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import ValidationError
+
+from dist_train.checkpoint.format import by_step
+from dist_train.errors import FileError, RunError
+from dist_train.evaluation.evaluate import Evaluation, evaluate
+from dist_train.evaluation.prediction_origin import check_origin
+from dist_train.evaluation.prediction_table import read_predictions
+from dist_train.files import MIB, read_plain
+from dist_train.run.folder import CONFIG, EVALUATION, METRICS, PREDICTIONS, SNAPSHOT, SNAPSHOTS
+from dist_train.run.record import read_record
+from dist_train.training.metrics_log import MOST_BYTES, parse_metrics
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds; None or empty if a file is not there yet."""
+
+    path: Path
+    steps: pd.DataFrame
+    """Metrics by optimizer step. A step that was repeated after a resume counts once."""
+    info: dict[str, Any]
+    settings: str | None
+    predictions: pd.DataFrame | None
+    """The labelled clips of the evaluated split."""
+    evaluation: Evaluation | None
+    snapshots: int
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def last_step(self) -> int:
+        return int(self.steps.index[-1])
+
+    @property
+    def holds_out_clips(self) -> bool:
+        return not self.info["settings"]["split"]["train_on_all"]
+
+    @property
+    def resumed_from(self) -> list[int]:
+        """The last step before each resume."""
+        steps = [session["resumed_from_step"] for session in self.info["sessions"]]
+        return [step for step in steps if step is not None]
+
+    def series(self, name: str) -> pd.Series[float]:
+        """Values of a metric by step, where it is defined."""
+        values = self.steps.get(name, pd.Series(dtype=np.float64))
+        return values.astype(np.float64).dropna()
+
+    def median(self, name: str, form: str) -> str:
+        """The formatted median of a metric."""
+        values = self.series(name)
+        return form.format(values.median()) if len(values) else "–"
+
+    @property
+    def training_time(self) -> str:
+        """Hours, minutes and seconds between steps, without the pauses between sessions."""
+        time = self.series("time")
+        gaps = time.shift(-1) - time
+        seconds = gaps[~gaps.index.isin(self.resumed_from)].sum()
+        return str(timedelta(seconds=round(seconds)))
+
+
+def read_run(run: Path) -> Run:
+    """Read a run folder, also while the training writes it.
+
+    Raises:
+        RunError: as ``write_report``.
+    """
+    predictions = evaluation = None
+    if os.path.lexists(run / PREDICTIONS):
+        check_origin(run)
+        evaluation = evaluate(run / PREDICTIONS, threshold=_given_threshold(run / EVALUATION))
+        table = read_predictions(run / PREDICTIONS)
+        predictions = table[table["label"].notna() & (table["split"] == evaluation.split)]
+    return Run(
+        path=run,
+        steps=_read_steps(run / METRICS),
+        info=read_record(run),
+        settings=_read_settings(run / CONFIG),
+        predictions=predictions,
+        evaluation=evaluation,
+        snapshots=len(by_step(run / SNAPSHOTS, SNAPSHOT)),
+    )
+
+
+def _given_threshold(path: Path) -> float | None:
+    """The threshold that the user gave to ``evaluate``, if any. The rest of ``evaluation.json`` may
+    be of other predictions, and is computed again."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        evaluation = Evaluation.model_validate_json(_read(path, MIB))
+    except ValidationError as error:
+        raise RunError(
+            "this is not an evaluation", where=path, fix="Run `dist-train evaluate` again"
+        ) from error
+    return evaluation.threshold if evaluation.threshold_fitted_on is None else None
+
+
+def _read_steps(path: Path) -> pd.DataFrame:
+    if not os.path.lexists(path):
+        raise RunError("the run has no metrics", where=path, fix="Train it with `dist-train train`")
+    lines = _read(path, MOST_BYTES).splitlines(keepends=True)
+    steps: dict[int, dict[str, Any]] = {}
+    for number, values in enumerate(parse_metrics(lines), start=1):
+        if values is not None:
+            steps[values["step"]] = values
+        # The run may still be writing the last line.
+        elif number < len(lines) or lines[-1].endswith(b"\n"):
+            raise RunError(
+                "the line is not as a step was written",
+                where=f"{path}, line {number}",
+                fix="Restore the file, or delete the line",
+            )
+    if not steps:
+        raise RunError("no step has finished yet", where=path, fix="Wait for the first step")
+    if lost := max(steps) - len(steps):
+        log.warning("%s lacks the metrics of %d steps", path, lost)
+    return pd.DataFrame.from_dict(steps, orient="index").sort_index()
+
+
+def _read_settings(path: Path) -> str | None:
+    try:
+        return _read(path, MIB).decode() if os.path.lexists(path) else None
+    except UnicodeDecodeError as error:
+        raise RunError(f"this is no text ({error})", where=path) from None
+
+
+def _read(path: Path, most: int) -> bytes:
+    try:
+        return read_plain(path, most_bytes=most)
+    except FileError as error:
+        raise RunError(error.what, where=path) from None
