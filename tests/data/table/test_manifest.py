@@ -68,23 +68,19 @@ def test_labels_file_by_name(tmp_path: Path, table: Path) -> None:
     assert manifest.table["label"].tolist() == [1]
 
 
-def test_unlabelled_clips_have_minus_one(table: Path) -> None:
-    manifest = read_manifest(write(table, "filename", "a.mp4", "b.mp4"), unlabelled=True)
-    assert manifest.table["label"].tolist() == [-1, -1]
-
-
-def test_byte_order_mark_and_carriage_returns(table: Path) -> None:
-    table.write_bytes(b"\xef\xbb\xbffilename,label\r\na.mp4,1\r\n")
-    assert read_manifest(table).table["filename"].tolist() == ["a.mp4"]
-
-
-def test_names_that_look_like_missing_values_stay_names(
-    table: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("columns", ["filename", "filename,stalled"])
+def test_unlabelled_clips_have_minus_one(
+    table: Path, caplog: pytest.LogCaptureFixture, columns: str
 ) -> None:
+    manifest = read_manifest(write(table, columns, "a.mp4", "b.mp4"), unlabelled=True)
+    assert manifest.table["label"].tolist() == [-1, -1]
+    assert ("its labels are ignored" in caplog.text) == ("stalled" in columns)
+
+
+def test_names_that_look_like_missing_values_stay_names(table: Path) -> None:
     manifest = read_manifest(write(table, "filename,label,group", "NA,1,nan", "007,0,null"))
     assert manifest.table["filename"].tolist() == ["NA", "007"]
     assert manifest.table["group"].tolist() == ["nan", "null"]
-    assert "group 'nan' is taken for a name" in caplog.text
 
 
 MISTAKES = {
@@ -99,36 +95,34 @@ MISTAKES = {
     "way out": (["filename,label", "a,1", "b/../../c,0"], "'b/../../c' (line 3) may lead out of"),
     "absolute": (["filename,label", "/etc/passwd,1"], "'/etc/passwd' (line 2) may lead out of the"),
     "another drive": (["filename,label", r"C:\a.mp4,1"], r"'C:\a.mp4' (line 2) may lead out of"),
-    "listed twice": (["filename,label", "a.mp4,1", "b.mp4,0", "a.mp4,1"], r"'a.mp4' is listed twi"),
+    "listed twice": (
+        ["filename,label", "a,1", "b,0", "a,1"],
+        "'a' is listed twice (lines 2 and 4)",
+    ),
     "no name": (["filename,label", "a.mp4,1", ",0"], "line 3 has no filename"),
     "label 2": (["filename,label", "a.mp4,2"], "label of 'a.mp4' is '2', not 0 or 1"),
-    "label in words": (["filename,label", "a.mp4,stalled"], "is 'stalled', not 0 or 1"),
-    "label missing": (["filename,label", "a.mp4,1", "b.mp4,"], "label of 'b.mp4' is '', not 0"),
     "field missing": (["filename,label", "a,1", "b"], "label of 'b' is '', not 0 or 1 (line 3, "),
     "no label": (["filename,label", "a,", "b, "], "no label in any row. Fill the column"),
-    "decimal comma": (["filename;label;weight", "a;1;2,5"], "'2,5', not a number. Write it with a"),
+    "decimal comma": (["filename;label;weight", "a;1;2,5"], "'2,5', not a number (line 2, 1 such"),
     "another spelling": (["filename,label", "a.mp4,1", "./a.mp4,0"], "is listed twice (lines"),
     "on Windows": (["filename,label", r"d\a.mp4,1", "d/a.mp4,0"], "is listed twice (lines 2 and 3"),
     "two forms of one letter": (["filename,label", "\u00e4,1", "a\u0308,0"], "is listed twice (li"),
     "open quote": (["filename,label", '"a.mp4,1', "b.mp4,0"], "is not a CSV file (line 3: "),
     "two names in other case": (["filename,Label,label", "a,1,1"], "has two columns for 'label'"),
     "two label columns": (["filename,label,stalled", "a,1,1"], "two columns for 'label'"),
-    "split partly": (["filename,label,split", "a,1,train", "b,0,"], "'b' has no split, though"),
-    "split unknown": (
-        ["filename,label,split", "a,1,dev"],
-        "split 'dev' of 'a' is none of train, v",
+    "split partly": (
+        ["filename,label,split", "a,1,train", "b,0,"],
+        "split of 'b' is '', not train, v",
     ),
-    "weight negative": (["filename,label,weight", "a,1,-1"], "weight of 'a' is -1, not a finite"),
-    "weight infinite": (["filename,label,weight", "a,1,inf"], "weight of 'a' is inf, not a finite"),
-    "weight nan": (["filename,label,weight", "a,1,nan"], "weight of 'a' is nan, not a finite"),
+    "split unknown": (["filename,label,split", "a,1,dev"], "split of 'a' is 'dev', not train, val"),
+    "weight negative": (["filename,label,weight", "a,1,-1"], "weight of 'a' is '-1', not a finit"),
+    "weight nan": (["filename,label,weight", "a,1,nan"], "weight of 'a' is 'nan', not a fini"),
     "weight in words": (["filename,label,weight", "a,1,big"], "weight of 'a' is 'big', not a num"),
-    "score in words": (["filename,label,crowd_score", "a,1,x"], "crowd_score of 'a' is 'x', not a"),
     "tier1 in words": (
         ["filename,label,tier1", "a,1,perhaps"],
         "tier1 of 'a' is 'perhaps', not tr",
     ),
     "one row too long": (["filename,label", "a,1", "b,1,2"], "line 3 has more fields than the"),
-    "all rows too long": (["filename,label", "a,1,x", "b,0,x"], "line 2 has more fields than the"),
 }
 
 
@@ -141,44 +135,10 @@ def test_mistake_is_named(table: Path, mistake: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_duplicate_gives_both_lines(table: Path) -> None:
-    write(table, "filename,label", "a.mp4,1", "b.mp4,0", "a.mp4,1")
-    with pytest.raises(ManifestError, match=r"lines 2 and 4"):
-        read_manifest(table)
-
-
-def test_missing_file(table: Path) -> None:
-    with pytest.raises(ManifestError, match="cannot be read"):
-        read_manifest(table)
-
-
-def test_empty_file(table: Path) -> None:
-    table.touch()
-    with pytest.raises(ManifestError, match="is empty"):
-        read_manifest(table)
-
-
-def test_binary_file(table: Path) -> None:
-    table.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe\x00")
-    with pytest.raises(ManifestError, match="is not a CSV file"):
-        read_manifest(table)
-
-
-def test_no_labels_anywhere(table: Path) -> None:
-    with pytest.raises(ManifestError, match=r"no train_labels.csv beside it.*--labels"):
-        read_manifest(write(table, "filename", "a.mp4"))
-
-
 def test_labels_file_without_a_clip(tmp_path: Path, table: Path) -> None:
     labels = write(tmp_path / "labels.csv", "filename,label", "a.mp4,1")
     with pytest.raises(ManifestError, match=r"no label for 'b.mp4' \(1 such rows\)"):
         read_manifest(write(table, "filename", "a.mp4", "b.mp4"), labels=labels)
-
-
-def test_labels_twice_is_refused(tmp_path: Path, table: Path) -> None:
-    labels = write(tmp_path / "labels.csv", "filename,label", "a.mp4,0")
-    with pytest.raises(ManifestError, match="has labels of its own"):
-        read_manifest(write(table, "filename,label", "a.mp4,1"), labels=labels)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +212,7 @@ def test_urls_follow_the_rows_when_labels_are_joined(tmp_path: Path) -> None:
 def test_missing_urls_matter_only_where_they_are_used(table: Path) -> None:
     rows = ["a.mp4,1,s3://x/a", "b.mp4,0,", "c.mp4,0,local.mp4"]
     manifest = read_manifest(write(table, "filename,label,url", *rows))
-    message = r"url of 'b.mp4' \(line 3\) is '', not of the form s3://bucket/name \(2 such rows\)"
+    message = r"url of 'b.mp4' is '', not of the form s3://bucket/name \(line 3, 2 such rows\)"
     with pytest.raises(ManifestError, match=message):
         manifest.urls_by_name()
     with pytest.raises(ManifestError, match=r"has no column 'url'.*--source"):
@@ -292,10 +252,11 @@ def test_groups_that_look_the_same_are_one(table: Path, caplog: pytest.LogCaptur
     assert caplog.text == ""
     write(table, "filename,label,group", "a,1,m3", "b,0,M3")
     assert read_manifest(table).table["group"].tolist() == ["m3", "M3"]
-    assert "groups 'm3' and 'M3' differ in case, and are taken for two" in caplog.text
+    assert "groups 'm3' and 'M3' differ in case, and are two groups" in caplog.text
 
 
 SPREADSHEETS = {
+    "byte order mark": b"\xef\xbb\xbffilename,label\r\na.npy,1\r\nb.npy,0\r\n",
     "semicolons": b"filename;label\na.npy;1\nb.npy;0\n",
     "tabs": b"filename\tlabel\na.npy\t1\nb.npy\t0\n",
     "told delimiter": b"sep=;\r\nfilename;label\r\na.npy;1\r\nb.npy;0\r\n",
@@ -331,8 +292,9 @@ def test_blank_rows_do_not_shift_the_lines_of_messages(table: Path) -> None:
 
 
 NO_TABLES = {
-    "workbook": (b"PK\x03\x04 more", "an Excel workbook or another zip archive. Save it as"),
-    "old workbook": (b"\xd0\xcf\x11\xe0 more", "an Excel workbook of the old kind"),
+    "workbook": (b"PK\x03\x04 more", "is an Excel workbook, not a CSV file. Save it"),
+    "picture": (b"\x89PNG\r\n\x1a\n\xff\xfe\x00", "it holds a byte 0"),
+    "empty": (b"", "is empty"),
     "latin-1": ("filename,label\nM\u00e4us.npy,1\n".encode("latin-1"), "Save it as 'CSV UTF-8'"),
     "UTF-16 unmarked": ("filename,label\na,1\n".encode("utf-16-le"), "it holds a byte 0"),
     "blank": (b"\n ,\n\n", "is empty"),
@@ -362,14 +324,6 @@ def test_columns_that_are_not_used_are_told(table: Path, caplog: pytest.LogCaptu
     assert "not used: labels" in caplog.text
 
 
-def test_labels_that_are_not_looked_at_are_told(
-    table: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write(table, "filename,stalled", "a.mp4,0", "b.mp4,0")
-    assert read_manifest(table, unlabelled=True).table["label"].tolist() == [-1, -1]
-    assert "its labels are not looked at" in caplog.text
-
-
 def test_labels_are_joined_over_both_forms_of_a_letter(tmp_path: Path, table: Path) -> None:
     labels = write(tmp_path / "other.csv", "filename,label", "Ma\u0308us.mp4,1")
     manifest = read_manifest(write(table, "filename", "M\u00e4us.mp4"), labels=labels)
@@ -386,7 +340,6 @@ CONDITIONS = {
     "micro": "23",
     "not micro": "1",
     "micro and num_frames > 50": "2",
-    "(micro == True) & (num_frames <= 54)": "3",
     "project_id == '007'": "1",
     "group in ['7', '8']": "23",
     "nano or tier1": "13",
@@ -394,7 +347,6 @@ CONDITIONS = {
     "`my notes` == 'good'": "2",
     "filename != '2.mp4'": "13",
     "stalled == 1": "12",
-    " micro & num_frames > 50 | tier1 ": "12",
     "17 < num_frames <= 60": "12",
     "micro == nano": "13",
     "not (crowd_score >= 0)": "3",
@@ -416,33 +368,26 @@ def test_rows_are_chosen_by_any_column(table: Path, condition: str) -> None:
 NO_CONDITIONS = {
     "mikro": "there is no column 'mikro'. Known: filename, url",
     "num_frames > 1000": "it holds for none of 3 rows",
-    "project_id > 3": "'project_id > 3' compares texts with numbers. Texts stand in quotes",
-    "project_id != 7": "compares texts with numbers",
-    "project_id not in ['007', -7]": "compares texts with numbers",
-    "micro != 'False'": "compares texts with numbers",
-    "num_frames != '54' and micro": "compares texts with numbers",
-    "num_frames": "'num_frames' is not true or false for each row",
+    "project_id > 3": "'project_id > 3' compares strings with numbers. Strings stand in quotes",
+    "project_id not in ['007', -7]": "compares strings with numbers",
+    "micro != 'False'": "compares strings with numbers",
     "micro and num_frames": "'num_frames' is not true or false for each row",
+    "micro and num_frames > 50 | tier1": "it may only compare columns",
     "micro or 1": "'1' is not true or false for each row",
-    "~num_frames": "'num_frames' is not true or false for each row",
+    "not num_frames": "'num_frames' is not true or false for each row",
     "num_frames == [54, 60]": "a list may only stand after 'in'",
     "num_frames in 54": "a list may only stand after 'in'",
-    "num_frames > -micro": "'-micro' is no column, number or text",
+    "num_frames > -micro": "'-micro' is no column, number or string",
     "num_frames is None": "it may only compare columns",
     "`my notes` == '&'": "it holds for none",
-    "num_frames > 1j": "'1j' is no column, number or text",
     "filename == 'd\\d.mp4'": "it is no expression over columns",
     "micro = True": "it is no expression over columns. Equal is ==",
-    "micro and": "it is no expression over columns",
     "1 == 1": "it names no column",
     "@table": "it is no expression over columns",
     "__import__('os').system('touch owned')": "it may only compare columns",
     "filename.str.len() > 3": "it may only compare columns",
-    "num_frames ** 999999999 > 1": "it may only compare columns",
-    "(lambda: 1)()": "it may only compare columns",
     "[x for x in micro]": "it may only compare columns",
     "micro; nano": "it is no expression over columns",
-    "(" * 500 + "micro" + ")" * 500: "it is longer than 1000 letters",
     "(" * 300 + "micro" + ")" * 300: "it is no expression over columns",
 }
 
@@ -473,10 +418,6 @@ def test_names_in_a_table_of_labels_are_read_as_those_of_clips(tmp_path: Path, t
     labels = write(tmp_path / "other.csv", "Filename;Stalled", "d/a.mp4 ;1", "./b.mp4;0")
     manifest = read_manifest(write(table, "filename", r"d\a.mp4", "b.mp4"), labels=labels)
     assert manifest.table["label"].tolist() == [1, 0]
-    for other in ("d/A", "D/a.MP4", "d/a.avi"):
-        write(labels, "filename,label", f"{other},1", "b.mp4,0")
-        with pytest.raises(ManifestError, match=rf"for 'd.a.mp4' .* has one for '{other}'"):
-            read_manifest(table, labels=labels)
 
 
 def test_a_bad_label_is_named_where_it_stands(tmp_path: Path, table: Path) -> None:
@@ -496,21 +437,19 @@ def test_a_bad_label_is_named_where_it_stands(tmp_path: Path, table: Path) -> No
 
 def test_one_url_for_two_files(table: Path) -> None:
     write(table, "filename,label,url", "a.mp4,1,s3://x/a", "b.mp4,0,s3://x/a")
-    with pytest.raises(ManifestError, match="line 2 and line 3 of the clip table have one url"):
+    with pytest.raises(
+        ManifestError, match="line 2 and line 3 of the clip table have the same url"
+    ):
         read_manifest(table).urls_by_name()
 
 
-@pytest.mark.parametrize("label", ["0", "1"])
 def test_labels_that_are_all_the_same_may_be_placeholders(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, label: str
+    table: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "submission_format.csv"
-    path.write_text(f"filename,stalled\na.mp4,{label}\nb.mp4,{label}\n")
-    assert read_manifest(path).table["label"].tolist() == 2 * [int(label)]
-    assert f"all 2 labels are {label}" in caplog.text
-    assert "--unlabelled" in caplog.text
+    write(table, "filename,stalled", "a.mp4,0", "b.mp4,0")
+    assert read_manifest(table).table["label"].tolist() == [0, 0]
+    assert "all 2 labels are 0. If they are placeholders, prepare it with --unl" in caplog.text
     caplog.clear()
-    read_manifest(path, unlabelled=True)
-    path.write_text("filename,stalled\na.mp4,0\nb.mp4,1\n")
-    read_manifest(path)
+    read_manifest(table, unlabelled=True)
+    read_manifest(write(table, "filename,stalled", "a.mp4,0", "b.mp4,1"))
     assert "all 2 labels are" not in caplog.text
