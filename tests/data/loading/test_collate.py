@@ -64,30 +64,6 @@ def test_shorter_clips_get_black_frames_at_their_end(clips: ClipDataset) -> None
         assert (batch.volumes[row, 0, depth:] == 0).all()
 
 
-def test_one_clip_is_never_padded(clips: ClipDataset) -> None:
-    batch = batch_of(clips, 0)
-    assert batch.frames is None
-    assert batch.volumes.shape[2] == 2
-
-
-def test_host_parts_stay_on_the_host(clips: ClipDataset) -> None:
-    batch = batch_of(clips, 0, 1).to(torch.device("meta"))
-    assert batch.volumes.device.type == batch.labels.device.type == "meta"
-    assert batch.frames is not None
-    assert batch.frames.device.type == batch.clips.device.type == "cpu"
-
-
-@pytest.mark.parametrize("numbers", [(0, 1), (1, 3)])
-def test_shared(clips: ClipDataset, numbers: tuple[int, ...]) -> None:
-    batch = batch_of(clips, *numbers)
-    before = batch.volumes.clone()
-    assert batch.share_memory() is batch
-    tensors = [batch.volumes, batch.labels, batch.clips]
-    tensors += [] if batch.frames is None else [batch.frames]
-    assert all(tensor.is_shared() for tensor in tensors)
-    assert torch.equal(batch.volumes, before)
-
-
 def packed_noise(*shapes: tuple[int, int, int]) -> Batch:
     noise = np.random.default_rng(0)
     pictures = noise.normal(size=(2, 4, 4)).astype(np.float32)
@@ -95,15 +71,6 @@ def packed_noise(*shapes: tuple[int, int, int]) -> Batch:
     clips = [torch.from_numpy(noise.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
     none = torch.zeros(len(shapes))
     return Batch(pack(clips, draws), None, none, none.long())
-
-
-def test_clips_with_draws_keep_their_sizes() -> None:
-    clips = packed_noise((3, 5, 6), (2, 9, 4)).volumes
-    assert isinstance(clips, NativeClips)
-    assert clips.shapes == ((3, 5, 6), (2, 9, 4))
-    assert clips.pixels.shape == (3 * 5 * 6 + 2 * 9 * 4,)
-    assert clips.pictures.shape == (2, 4, 4)
-    assert [draw.is_reversed for draw in clips.draws] == [False, True]
 
 
 def test_clips_for_the_device_lie_one_behind_the_other(clips: ClipDataset) -> None:
@@ -123,23 +90,19 @@ def test_clips_for_the_device_lie_one_behind_the_other(clips: ClipDataset) -> No
     assert alone.frames is None
 
 
-def test_clips_of_their_own_sizes_are_shared_and_moved() -> None:
-    batch = packed_noise((3, 5, 6), (2, 9, 4))
-    assert isinstance(batch.volumes, NativeClips)
-    before = batch.volumes.pixels.clone()
+@pytest.mark.parametrize("native", [False, True])
+def test_shared_and_moved(clips: ClipDataset, native: bool) -> None:
+    batch = packed_noise((3, 5, 6), (2, 9, 4)) if native else batch_of(clips, 0, 1)
+    before = [tensor.clone() for tensor in batch.pixels]
     assert batch.share_memory() is batch
-    assert all(tensor.is_shared() for tensor in batch.volumes.tensors)
-    assert torch.equal(batch.volumes.pixels, before)
-    moved = batch.to(torch.device("meta")).volumes
-    assert isinstance(moved, NativeClips)
-    assert all(tensor.device.type == "meta" for tensor in moved.tensors)
-
-
-def test_clips_without_pictures_are_shared_too() -> None:
-    clips = pack([torch.zeros(2, 3, 4, dtype=torch.uint8)], [Draw()])
-    batch = Batch(clips, None, torch.zeros(1), torch.zeros(1)).share_memory()
-    assert isinstance(batch.volumes, NativeClips)
-    assert len(batch.volumes.pictures) == 0
+    tensors = [*batch.pixels, batch.labels, batch.clips]
+    tensors += [] if batch.frames is None else [batch.frames]
+    assert all(tensor.is_shared() for tensor in tensors)
+    assert all(map(torch.equal, batch.pixels, before))
+    moved = batch.to(torch.device("meta"))
+    assert all(tensor.device.type == "meta" for tensor in (*moved.pixels, moved.labels))
+    assert moved.frames is batch.frames
+    assert moved.clips is batch.clips
 
 
 @pytest.mark.cuda
