@@ -100,7 +100,7 @@ def test_splits_of_the_manifest_are_not_changed_for_copies(store: Path, tmp_path
     said("prepare", "--manifest", tmp_path / "clips.csv", *options)
     for setting in ("refuse", "together"):
         config = tiny_config(tmp_path / "store", Path("out"), f"split.duplicates={setting}")
-        with pytest.raises(PlanError, match=r"Take the copies out .* or set split\.dupl\w+=keep"):
+        with pytest.raises(PlanError, match=r"Remove the copies .* or set split\.dupl\w+=keep"):
             open_data(config, training=True)
         # What was trained on such splits can still be judged.
         open_data(config)

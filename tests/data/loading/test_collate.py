@@ -5,15 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from make_media import write_manifest
+from make_media import store_of
 
 from dist_train.data.augment.packed_clips import NativeClips, pack
 from dist_train.data.augment.params import Draw
 from dist_train.data.loading.collate import Batch, collate, fill, size_of
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.sampler import Slot
-from dist_train.data.store.build import PrepareSettings, prepare
-from dist_train.data.store.reader import Store
 
 DEPTHS, LABELS = (2, 5, 1, 5), (0, 1, 0, 1)
 
@@ -22,13 +20,9 @@ DEPTHS, LABELS = (2, 5, 1, 5), (0, 1, 0, 1)
 def clips(tmp_path_factory: pytest.TempPathFactory) -> ClipDataset:
     """Clip c is filled with c + 1; the last has no label."""
     folder = tmp_path_factory.mktemp("collate")
-    (folder / "raw").mkdir()
-    for clip, depth in enumerate(DEPTHS):
-        np.save(folder / "raw" / f"{clip}.npy", np.full((depth, 8, 9), clip + 1, np.uint8))
-    names = [f"{clip}.npy" for clip in range(len(DEPTHS))]
-    manifest = write_manifest(folder / "clips.csv", names, list(LABELS))
-    prepare(manifest, folder / "raw", folder / "store", PrepareSettings(roi="none"), workers=1)
-    dataset = ClipDataset(Store(folder / "store"), size=(4, 5), max_frames=None, augment=None)
+    arrays = [np.full((depth, 8, 9), clip + 1, np.uint8) for clip, depth in enumerate(DEPTHS)]
+    store = store_of(folder, arrays, label=LABELS)
+    dataset = ClipDataset(store, size=(4, 5), max_frames=None, augment=None)
     dataset.labels = np.array([*LABELS[:3], -1])
     return dataset
 

@@ -22,7 +22,7 @@ import psutil
 import pytest
 import torch
 from helpers import environment
-from make_media import write_manifest, write_volumes
+from make_media import store_of, volumes
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dist_train.config import AugmentSettings, LoaderSettings
@@ -34,7 +34,6 @@ from dist_train.data.loading.loader import Loader
 from dist_train.data.loading.sampler import PlanSampler, Slot, held_out_batches
 from dist_train.data.loading.shared_buffer import PAGE, Arena
 from dist_train.data.plan.plan import make_plan
-from dist_train.data.store.build import PrepareSettings, prepare
 from dist_train.data.store.reader import SHARDS, Store
 from dist_train.data.store.shards import shard_name
 from dist_train.data.types import Volume
@@ -59,18 +58,13 @@ def _nothing_still_starts() -> Iterator[None]:
     """A loader may be used up before its workers are there; the next test would count them."""
     yield
     for thread in threading.enumerate():
-        if thread.name == "start of loader workers":
+        if thread.name.startswith("start of loader workers"):
             thread.join(20)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    folder = tmp_path_factory.mktemp("loader")
-    names = write_volumes(folder / "raw", CLIPS)
-    manifest = write_manifest(folder / "clips.csv", names)
-    settings = PrepareSettings(roi="none", shard_clips=SHARD_CLIPS)
-    prepare(manifest, folder / "raw", folder / "store", settings, workers=1)
-    return Store(folder / "store")
+    return store_of(tmp_path_factory.mktemp("loader"), volumes(CLIPS), SHARD_CLIPS)
 
 
 @pytest.fixture(autouse=True)
