@@ -1,5 +1,4 @@
-"""The arena: a region is never lent twice at a time, comes back with its tensor, and takes memory
-only while it must."""
+"""The arena: regions are never lent twice at a time, and come back with their last tensor."""
 
 from __future__ import annotations
 
