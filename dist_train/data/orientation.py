@@ -51,9 +51,7 @@ class Orientation:
     def matrix(self, height: int, width: int) -> Matrix:
         """The matrix from pixels (x, y, 1) of the picture to pixels of the result: float64 [3, 3].
 
-        Args:
-            height: that of the result.
-            width: that of the result.
+        ``height`` and ``width`` are the size of the result.
         """
         matrix = np.eye(3)
         if self.transposed:

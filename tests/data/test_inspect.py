@@ -1,4 +1,4 @@
-"""What people are shown of a store and of an outline agrees with what is in them."""
+"""Descriptions of a store and of an outline agree with their contents."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ class Loader:
 
     Each iteration is a new pass by the same workers, and ends the pass before it. Each worker has
     at most ``settings.prefetch`` batches, requested or done. Workers take seconds to start; this
-    process makes the first batches meanwhile. ``slots`` are those of this rank already: never pass
-    a loader through ``accelerator.prepare``, which would shard it again.
+    process makes the first batches meanwhile. ``slots`` belong to this rank alone: never pass a
+    loader through ``accelerator.prepare``, which would shard it again.
 
     Raises:
         MachineError: that many workers cannot be started here.

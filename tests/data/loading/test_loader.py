@@ -102,7 +102,7 @@ def begun(loader: Loader) -> tuple[Iterator[Batch], list[psutil.Process]]:
     before = set(psutil.Process().children(recursive=True))
     batches = iter(loader)
     loader.wait()
-    # Their parent, for the system, is the fork server.
+    # The fork server is their parent process.
     return batches, list(set(psutil.Process().children(recursive=True)) - before)
 
 
@@ -113,7 +113,7 @@ def error_of(batches: Iterable[Batch]) -> tuple[list[list[int]], StoreError]:
         came.extend(batch.clips.tolist() for batch in batches)
     error = caught.value
     assert "\n" not in str(error)
-    # They refer to frames, and so to the loader, whose workers are to end with the test.
+    # A traceback holds frames, and so the loader, whose workers must end with the test.
     del caught
     return came, error.with_traceback(None)
 
@@ -278,7 +278,7 @@ def test_each_worker_opens_the_shards_that_it_reads_once_and_no_index(store: Sto
     loader = Loader(plain(store), in_turn(workers_read), settings)
     batches, workers = begun(loader)
     list(batches)
-    # By turns: each of the two has read clips of both shards.
+    # The workers take batches in turn, so each has read clips of both shards.
     expected = sorted({shard_of(store, clip) for clip in workers_read})
     assert [sorted(open_files(worker, store.folder)) for worker in workers] == 2 * [expected]
 
@@ -307,7 +307,7 @@ def test_damaged_clip_is_named_by_its_key(store: Store, tmp_path: Path, workers:
 
 
 class Troubled(ClipDataset):
-    """At one clip, ``trouble`` comes over the process."""
+    """Calls ``trouble`` when it reads one clip."""
 
     def __init__(self, store: Store, clip: int, trouble: Callable[[], object]) -> None:
         super().__init__(store, size=(12, 12), max_frames=None, augment=None)
@@ -335,7 +335,7 @@ def troubled(store: Store, trouble: Callable[[], object]) -> StoreError:
 
 
 def read_no_address(errors: Path) -> None:
-    # Standard error is that of the test in which the fork server started.
+    # The fork server has the standard error of the test that started it.
     with errors.open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     ctypes.string_at(0)
@@ -385,7 +385,7 @@ def allow_no_bytes_in_files() -> None:
 
 
 def test_worker_without_shared_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the system refuses an arena, each batch has shared memory of its own."""
+    """If the system refuses an arena, each batch gets its own shared memory."""
     monkeypatch.setattr(loader_module, "arena_of_memory", lambda: None)
     error = troubled(store, allow_no_bytes_in_files)
     assert "out of memory (unable to resize file" in str(error)

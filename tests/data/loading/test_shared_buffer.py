@@ -96,7 +96,7 @@ def test_its_pages_are_used_again() -> None:
     assert memory_of(arena) == 4 * MB
 
 
-def test_pages_are_made_for_who_is_to_write() -> None:
+def test_pages_are_made_before_they_are_written_to() -> None:
     arena = Arena(64 * MB)
     kept = arena.tensor(lent(arena, MB), (MB,)).fill_(3)
     offset = lent(arena, 3 * MB + 5)
@@ -105,7 +105,7 @@ def test_pages_are_made_for_who_is_to_write() -> None:
     assert memory_of(arena) == 5 * MB + PAGE
     assert (region == 0).all()
     region[:] = 7
-    assert (arena.writable(offset, 3 * MB + 5) == 7).all(), "again: as it is"
+    assert (arena.writable(offset, 3 * MB + 5) == 7).all(), "content is kept"
     assert (kept == 3).all()
     assert (behind == 4).all()
 

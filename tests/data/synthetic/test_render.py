@@ -302,8 +302,8 @@ def view(folder: Path, deepest: int, index: int, stalled: bool) -> tuple[np.ndar
 def inside_outline(crop: np.ndarray) -> np.ndarray:
     """Pixels enclosed by the outline that it comes near in no frame, bool [H, W].
 
-    Taken from the clip before compression, where the outline is the same in both classes: what is
-    left of its colour after compression depends on the motion beside it.
+    Taken from the clip before compression: the compressed colour of the outline depends on the
+    motion near it.
     """
     orange = (crop[..., 0].astype(np.int16) - crop[..., 2]).max(axis=0) > 30
     line = np.pad(orange, 1).astype(np.uint8)
