@@ -117,5 +117,5 @@ def test_a_store_in_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
     store = tiny_store(folder / "store")
     assert "/store is whole" in said("verify", store, "--workers", 1)
     (folder / "store.npz").rename(folder / os.fsdecode(b"\xff.npz"))
-    with pytest.raises(ManifestError, match="the name of a file is no UTF-8"):
+    with pytest.raises(ManifestError, match="the name of a file is not UTF-8"):
         prepare_npz(folder / os.fsdecode(b"\xff.npz"), tmp_path / "other")

@@ -37,7 +37,8 @@ from dist_train.data.raw.clip import PrepareSettings
 from dist_train.data.raw.outline import Box, OutlineColour
 from dist_train.data.store.build import prepare
 from dist_train.data.synthetic.challenge_stats import BOX_HEIGHT, BOX_WIDTH
-from dist_train.data.synthetic.render import FRAME_RATE, draw_clip, render_clip
+from dist_train.data.synthetic.drawing import draw_clip, render_clip
+from dist_train.data.synthetic.render import FRAME_RATE
 from dist_train.data.table.manifest import read_manifest
 
 SEED = 3

@@ -1,4 +1,4 @@
-"""Clips of the same pixels: which there are, and which of them lie in different splits."""
+"""Find clips with the same pixels, and those of them that lie in different splits."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from dist_train.errors import PlanError, StoreError
 
 CLASSES = {0: "negative", 1: "positive", -1: "unlabelled"}
 
-# Pixels that are read to compare clips of one checksum and shape. Beyond it these two are trusted:
-# few clips that differ agree in both by chance, and reading all copies of a large set takes hours.
+# The most pixels that are read for the comparison. Beyond it checksum and shape are trusted: they
+# agree by chance for few clips, and reading all copies in a large store takes hours.
 MOST_PIXELS = 1 << 28
 
 
 def find_duplicates(store: Store) -> pd.Series:
-    """For each clip the key of the first clip that has the same pixels, which may be its own.
+    """For each clip, the key of the first clip with the same pixels, which may be its own.
 
-    Clips of one CRC-32C and shape are compared by SHA-256 of their pixels, as long as those are
-    at most ``MOST_PIXELS`` in all, or cannot be read.
+    Clips with the same CRC-32C and shape are compared by the SHA-256 of their pixels, if there are
+    at most ``MOST_PIXELS`` of them. Clips that cannot be read are not compared further.
     """
     table = store.table
     columns = [table[name] for name in ("crc32c", "frames", "height", "width")]
     alike = pd.Series(table.groupby(columns, sort=False).ngroup(), index=table.index)
     copies = alike.index[alike.duplicated(keep=False)]
-    # Nearly all clips have no copy: strings are made of those alone that may have one.
+    # Few clips have copies: strings are made for these alone.
     identity = alike[copies].map(str)
     shape = table.loc[copies, ["frames", "height", "width"]].to_numpy(np.int64)
     if shape.prod(axis=1).sum() <= MOST_PIXELS:
@@ -43,65 +43,51 @@ def find_duplicates(store: Store) -> pd.Series:
 
 
 def describe_duplicates(store: Store) -> str | None:
-    """How many clips have the pixels of another one, in a sentence; None if none has."""
-    table = store.table.assign(same=find_duplicates(store))
-    copies = table[table["same"].duplicated(keep=False)]
-    if copies.empty:
-        return None
-    return (
-        f"{len(copies)} clips have the same pixels as another clip"
-        f"{_opposite(copies)}, such as {_pair(copies, 'label')}"
-    )
+    """A sentence that counts the clips with copies; None if there are none."""
+    clips = store.table.assign(same=find_duplicates(store))
+    copies = clips[clips["same"].duplicated(keep=False)]
+    return _sentence(copies, "another clip", "label")
 
 
 def duplicates_across(clips: pd.DataFrame, same: pd.Series) -> str | None:
-    """How many clips have the pixels of one in another split, in a sentence; None if none has.
+    """A sentence that counts the clips with copies in another split; None if there are none.
 
     Args:
         clips: columns ``filename``, ``label``, ``split``; one row a clip.
-        same: of ``find_duplicates``, for these rows.
+        same: the result of ``find_duplicates`` for these rows.
     """
     clips = clips.assign(same=same)
     copies = clips[clips.groupby("same")["split"].transform("nunique") > 1]
-    if copies.empty:
-        return None
-    return (
-        f"{len(copies)} clips have the same pixels as a clip in another split"
-        f"{_opposite(copies)}, such as {_pair(copies, 'split')}"
-    )
+    return _sentence(copies, "a clip in another split", "split")
 
 
-def refuse_duplicates(told: str, *, given: bool) -> PlanError:
-    """The error for ``duplicates_across``; ``given``: the splits are the manifest's own."""
+def refuse_duplicates(description: str, *, given: bool) -> PlanError:
+    """The error for ``duplicates_across``; ``given``: the manifest gives the splits."""
     together = "" if given else "split.duplicates=together to have copies in one split, or "
     return PlanError(
-        told,
-        fix=f"Take the copies out of the manifest, or set {together}split.duplicates=keep.",
+        description,
+        fix=f"Remove the copies from the manifest, or set {together}split.duplicates=keep.",
     )
 
 
-def _opposite(copies: pd.DataFrame) -> str:
-    number = int(_contradict(copies).sum())
-    return f" ({number} of them with opposite labels)" if number else ""
+def _sentence(copies: pd.DataFrame, other: str, differ: str) -> str | None:
+    """The number of copies, and a pair of them as an example.
 
-
-def _contradict(copies: pd.DataFrame) -> pd.Series:
-    """Whether a clip's copies have both labels: bool, one a row."""
+    The pair has opposite labels if any copies have; its clips differ in the column ``differ`` if
+    any of their set do.
+    """
+    if copies.empty:
+        return None
     known = copies["label"].where(copies["label"] >= 0)
-    return known.groupby(copies["same"]).transform("nunique") > 1
-
-
-def _pair(copies: pd.DataFrame, differ: str) -> str:
-    """Two copies of each other, which differ in the column ``differ`` if any do; with opposite
-    labels among their set, if there is such a set."""
-    contradict = copies[_contradict(copies)]
-    same = (copies if contradict.empty else contradict)["same"].iloc[0]
-    of_set = copies[copies["same"] == same]
-    first = of_set.iloc[0]
-    unlike = of_set[of_set[differ] != first[differ]]
-    return f"{_named(first)} and {_named((of_set.iloc[1:] if unlike.empty else unlike).iloc[0])}"
-
-
-def _named(clip: pd.Series) -> str:
-    split = f"{clip['split']}, " if clip["split"] else ""
-    return f"'{clip['filename']}' ({split}{CLASSES[int(clip['label'])]})"
+    opposite = known.groupby(copies["same"]).transform("nunique") > 1
+    share = f" ({opposite.sum()} of them with opposite labels)" if opposite.any() else ""
+    sets = copies[opposite] if opposite.any() else copies
+    first, *others = sets[sets["same"] == sets["same"].iloc[0]].to_dict("records")
+    second = next((clip for clip in others if clip[differ] != first[differ]), others[0])
+    names = []
+    for clip in (first, second):
+        split = f"{clip['split']}, " if clip["split"] else ""
+        names.append(f"'{clip['filename']}' ({split}{CLASSES[clip['label']]})")
+    return (
+        f"{len(copies)} clips have the same pixels as {other}{share}, such as {' and '.join(names)}"
+    )

@@ -1,4 +1,4 @@
-"""The eight ways to lay a picture."""
+"""The eight orientations of a picture."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Matrix = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 
 @dataclass(frozen=True, slots=True)
 class Orientation:
-    """One of the eight ways to lay a picture: exchange rows and columns, then reverse either."""
+    """One of the eight orientations: transpose first, then reverse rows or columns."""
 
     transposed: bool = False
     rows_reversed: bool = False
     columns_reversed: bool = False
 
     def flipped(self, *, rows: bool = False, columns: bool = False) -> Orientation:
-        """Reversed once more."""
+        """This orientation, followed by a flip."""
         return replace(
             self,
             rows_reversed=self.rows_reversed ^ rows,
@@ -30,7 +30,7 @@ class Orientation:
         )
 
     def turned(self, times: int) -> Orientation:
-        """Turned by so many quarters against the clock."""
+        """This orientation, followed by quarter turns counterclockwise."""
         turned = self
         for _ in range(times):
             turned = Orientation(
@@ -39,7 +39,7 @@ class Orientation:
         return turned
 
     def apply(self, picture: AnyPicture) -> AnyPicture:
-        """uint8 [H, W] or [H, W, C] laid so: contiguous, or the picture itself."""
+        """The oriented picture, uint8 [H, W] or [H, W, C]: contiguous, or the picture itself."""
         if self.transposed:
             picture = cv2.transpose(picture)
         if self.rows_reversed and self.columns_reversed:
@@ -49,8 +49,10 @@ class Orientation:
         return picture
 
     def matrix(self, height: int, width: int) -> Matrix:
-        """What takes (x, y, 1) of a pixel of the picture to where it lies in the one laid so:
-        float64 [3, 3]. ``height`` and ``width`` are those of the result."""
+        """The matrix from pixels (x, y, 1) of the picture to pixels of the result: float64 [3, 3].
+
+        ``height`` and ``width`` are the size of the result.
+        """
         matrix = np.eye(3)
         if self.transposed:
             matrix[:2] = matrix[[1, 0]]

@@ -1,4 +1,4 @@
-"""Types of arrays that all of ``data`` shares. It imports no decoder."""
+"""Types of arrays and records that all of ``data`` shares."""
 
 from __future__ import annotations
 

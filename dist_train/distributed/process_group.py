@@ -13,10 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_train.distributed.foreach import by_dtype
-
 from dist_train.config import TrainSettings
 from dist_train.distributed.device import chosen_cuda
+from dist_train.distributed.foreach import by_dtype
 
 
 @dataclass(eq=False)

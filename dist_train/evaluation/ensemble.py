@@ -18,7 +18,7 @@ from scipy.special import expit
 from dist_train.config import Config
 from dist_train.data.loading.collate import Batch
 from dist_train.data.loading.loader import Loader
-from dist_train.data.loading.sampler import DealtBatches
+from dist_train.data.loading.sampler import dealt_batches
 from dist_train.data.store.reader import Store
 from dist_train.distributed.backends.base import autocast
 from dist_train.distributed.out_of_memory import is_out_of_memory
@@ -67,7 +67,7 @@ def mean_probability(
             does not suffice for a single clip.
         StoreError: a clip cannot be read.
     """
-    batches = DealtBatches(
+    batches = dealt_batches(
         clips.index.tolist(),
         clips["frames"].tolist(),
         rank=group.rank,
@@ -75,7 +75,7 @@ def mean_probability(
         batch=batch,
     )
     loader = Loader(clip_dataset(config, store, augment=None), batches, config.loader)
-    total, own = len(clips) * len(snapshots), batches.clips * len(snapshots)
+    total, own = len(clips) * len(snapshots), sum(map(len, batches)) * len(snapshots)
     finished = 0
     predictor = _Predictor(config, record, group, batch)
     sums = pd.Series(0.0, index=clips.index)

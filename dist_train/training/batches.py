@@ -8,7 +8,7 @@ from itertools import chain, pairwise, starmap
 from dist_train.config import Config, LoaderSettings
 from dist_train.data.loading.collate import Batch
 from dist_train.data.loading.loader import Loader
-from dist_train.data.loading.sampler import HeldOutSampler, PlanSampler
+from dist_train.data.loading.sampler import PlanSampler, held_out_batches
 from dist_train.data.plan.plan import Plan
 from dist_train.distributed.backends.base import Backend
 from dist_train.run.data import RunData
@@ -72,11 +72,11 @@ class Batches:
     def held_out(self) -> Loader:
         """Load the val split without augmentation; can be iterated repeatedly."""
         clips = self._data.numbers("val")
-        sampler = HeldOutSampler(
+        batches = held_out_batches(
             clips.tolist(),
             self._data.store.table["frames"].to_numpy()[clips].tolist(),
             rank=self._backend.rank,
             world=self._backend.world,
             batch=self._micro.clips,
         )
-        return Loader(self._data.dataset(training=False), sampler, self._config.loader)
+        return Loader(self._data.dataset(training=False), batches, self._config.loader)

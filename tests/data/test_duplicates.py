@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import said, tiny_config
+from make_media import store_of
 
 from dist_train.data import duplicates
 from dist_train.data.duplicates import describe_duplicates, find_duplicates
@@ -15,53 +16,49 @@ from dist_train.data.store.reader import Store
 from dist_train.errors import PlanError
 from dist_train.run.data import open_data
 
-# Copies: (clip, of which other one). Clip 0 of each 4 is positive.
+# Clips that are copies, and the clip that each is a copy of. Every fourth clip is positive.
 COPIES = {9: 1, 21: 1, 33: 2, 44: 7}
+
+
+def copies_in(folder: Path, **columns: list[str]) -> Path:
+    """The folder of a store of 48 clips with ``COPIES``."""
+    clips: list[Any] = [*np.random.default_rng(0).integers(0, 256, (48, 4, 8, 8), dtype=np.uint8)]
+    # The bytes of clip 5 in another shape are another clip.
+    clips[46] = clips[5].reshape(8, 4, 8)
+    pixels = [clips[COPIES.get(number, number)] for number in range(48)]
+    labels = [int(number % 4 == 0) for number in range(48)]
+    return store_of(folder, pixels, label=labels, **columns).folder
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("copies")
-    random = np.random.default_rng(0)
-    clips = random.integers(0, 256, (48, 4, 8, 8), dtype=np.uint8)
-    # The bytes of another clip in another shape are another clip.
-    shapes: dict[int, Any] = {46: (clips[5].reshape(8, 4, 8))}
-    (folder / "raw").mkdir()
-    rows = ["filename,label,group"]
-    for number in range(48):
-        pixels = shapes.get(number, clips[COPIES.get(number, number)])
-        np.save(folder / "raw" / f"c{number:02}.npy", pixels)
-        rows.append(f"c{number:02}.npy,{int(number % 4 == 0)},g{number % 12}")
-    (folder / "clips.csv").write_text("\n".join(rows) + "\n")
-    printed = said(
-        *("prepare", "--manifest", folder / "clips.csv", "--source", folder / "raw"),
-        *("--out", folder / "store", "--roi", "none"),
-    )
-    assert "7 clips have the same pixels as another clip (2 of them with opposite" in printed
-    return folder / "store"
+    groups = [f"g{number % 12}" for number in range(48)]
+    return copies_in(tmp_path_factory.mktemp("copies"), group=groups)
 
 
 def test_copies_are_found_and_told(store: Path) -> None:
     opened = Store(store)
-    expected = [f"c{COPIES.get(number, number):02}" for number in range(48)]
+    expected = [f"clip{COPIES.get(number, number):03}" for number in range(48)]
     assert find_duplicates(opened).tolist() == expected
     told = (
         "7 clips have the same pixels as another clip (2 of them with opposite labels), such as "
-        "'c07.npy' (negative) and 'c44.npy' (positive)"
+        "'clip007.npy' (negative) and 'clip044.npy' (positive)"
     )
     assert describe_duplicates(opened) == told
     assert told in said("info", store)
     assert told in said("verify", store, "--workers", 1)
+    source = ("--manifest", store.parent / "clips.csv", "--source", store.parent / "raw")
+    assert told in said("prepare", *source, "--out", store.parent / "again", "--roi", "none")
 
 
 def test_equal_checksums_alone_make_no_copies(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Store(store)
-    # As by chance: the table takes clips 3 and 8 for alike, and their pixels say that they are not.
+    # As by chance: checksum and shape of clips 3 and 8 are the same, their pixels are not.
     opened.table.loc[8, "crc32c"] = opened.table.loc[3, "crc32c"]
-    assert find_duplicates(opened)[8] == "c08"
-    # Where copies are too many to be read, the checksum is what is known.
+    assert find_duplicates(opened)[8] == "clip008"
+    # If there are too many pixels to read, the checksum decides.
     monkeypatch.setattr(duplicates, "MOST_PIXELS", 0)
-    assert find_duplicates(opened)[8] == "c03"
+    assert find_duplicates(opened)[8] == "clip003"
 
 
 @pytest.mark.parametrize("groups", ["stratify", "disjoint"])
@@ -73,7 +70,7 @@ def test_training_refuses_copies_across_splits_unless_told(
         config = tiny_config(store, Path("out"), *settings, f"split.duplicates={duplicates}")
         return open_data(config, training=True).clips["split"]
 
-    message = r"clips have the same pixels as a clip in another split.* such as 'c\d\d.npy' \("
+    message = r"clips have the same pixels as a clip in another split.* such as 'clip\d+.npy' \("
     for fold in range(3):
         with pytest.raises(PlanError, match=message + r".*split\.duplicates=together"):
             splits("refuse", fold)
@@ -88,19 +85,11 @@ def test_training_refuses_copies_across_splits_unless_told(
         assert not caplog.text
 
 
-def test_splits_of_the_manifest_are_not_changed_for_copies(store: Path, tmp_path: Path) -> None:
-    rows = ["filename,label,split"]
-    rows += [
-        f"c{number:02}.npy,{int(number % 4 == 0)},{('train', 'val', 'test')[number // 4 % 3]}"
-        for number in range(48)
-    ]
-    (tmp_path / "clips.csv").write_text("\n".join(rows) + "\n")
-    source = store.parent / "raw"
-    options = ("--source", source, "--out", tmp_path / "store", "--roi", "none")
-    said("prepare", "--manifest", tmp_path / "clips.csv", *options)
+def test_splits_of_the_manifest_are_not_changed_for_copies(tmp_path: Path) -> None:
+    store = copies_in(tmp_path, split=[("train", "val", "test")[n // 4 % 3] for n in range(48)])
     for setting in ("refuse", "together"):
-        config = tiny_config(tmp_path / "store", Path("out"), f"split.duplicates={setting}")
-        with pytest.raises(PlanError, match=r"Take the copies out .* or set split\.dupl\w+=keep"):
+        config = tiny_config(store, Path("out"), f"split.duplicates={setting}")
+        with pytest.raises(PlanError, match=r"Remove the copies .* or set split\.dupl\w+=keep"):
             open_data(config, training=True)
-        # What was trained on such splits can still be judged.
+        # A run that was trained on such splits can still be evaluated.
         open_data(config)

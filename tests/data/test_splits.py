@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,11 +28,15 @@ def clips(count: int, *, groups: int = 5, rate: float = 0.2, seed: int = 0) -> p
     )
 
 
+def assigned(table: pd.DataFrame, *, seed: int = 3, **settings: Any) -> pd.Series:
+    return assign_splits(table, SplitSettings(**settings), seed)
+
+
 def fold_numbers(table: pd.DataFrame, folds: int, groups: str, seed: int = 3) -> pd.Series:
     """The fold that each clip is tested in."""
     number = pd.Series(-1, index=table.index)
     for fold in range(folds):
-        splits = assign_splits(table, folds=folds, fold=fold, groups=groups, seed=seed)
+        splits = assigned(table, folds=folds, fold=fold, groups=groups, seed=seed)
         assert (number[splits == "test"] == -1).all(), "a clip is tested in two folds"
         number[splits == "test"] = fold
     assert (number >= 0).all(), "a clip is tested in no fold"
@@ -90,18 +94,11 @@ def test_disjoint_folds_never_cross_a_group() -> None:
     assert shares["sum"].max() - shares["sum"].min() <= largest["sum"]
 
 
-def test_as_many_groups_as_folds_gives_each_fold_one() -> None:
-    table = clips(100).assign(group=["a"] * 60 + ["b"] * 30 + ["c"] * 10)
-    number = fold_numbers(table, 3, "disjoint")
-    assert number.groupby(table["group"]).first().nunique() == 3
-
-
 @pytest.mark.parametrize("groups", ["stratify", "disjoint"])
 def test_split_belongs_to_the_clip_not_to_its_place(groups: str) -> None:
     table = clips(200, groups=12)
-    before = assign_splits(table, folds=5, fold=1, groups=groups, seed=3)
-    shuffled = table.sample(frac=1, random_state=0)
-    after = assign_splits(shuffled, folds=5, fold=1, groups=groups, seed=3)
+    before = assigned(table, groups=groups)
+    after = assigned(table.sample(frac=1, random_state=0), groups=groups)
     assert after.sort_index().tolist() == before.tolist()
 
 
@@ -115,7 +112,7 @@ def test_another_seed_cuts_otherwise(groups: str) -> None:
 def test_fold_is_test_and_the_next_one_is_val() -> None:
     table = clips(100)
     number = fold_numbers(table, 5, "stratify")
-    splits = assign_splits(table, folds=5, fold=4, groups="stratify", seed=3)
+    splits = assigned(table, fold=4)
     assert (number[splits == "test"] == 4).all()
     assert (number[splits == "val"] == 0).all()
     assert set(number[splits == "train"]) == {1, 2, 3}
@@ -123,15 +120,12 @@ def test_fold_is_test_and_the_next_one_is_val() -> None:
 
 def test_split_of_the_manifest_wins() -> None:
     table = clips(30).assign(split=["train", "val", "test"] * 10)
-    splits = assign_splits(table, folds=5, fold=0, groups="stratify", seed=0)
-    assert splits.tolist() == table["split"].tolist()
+    assert assigned(table).tolist() == table["split"].tolist()
 
 
 def test_too_few_groups() -> None:
     with pytest.raises(PlanError, match=r"2 groups cannot fill 5 folds.*split.groups=stratify"):
-        assign_splits(
-            clips(50).assign(group=["a", "b"] * 25), folds=5, fold=0, groups="disjoint", seed=0
-        )
+        assigned(clips(50).assign(group=["a", "b"] * 25), groups="disjoint")
 
 
 def test_choose_clips_keeps_the_clip_numbers() -> None:
@@ -142,15 +136,10 @@ def test_choose_clips_keeps_the_clip_numbers() -> None:
     assert set(chosen["split"]) == {"train", "val", "test"}
 
 
-@pytest.mark.parametrize(
-    ("given", "empty"),
-    [(lambda i: "train", "val"), (lambda i: "val", "train")],
-    ids=["no val", "no train"],
-)
-def test_split_without_clips(given: Callable[[int], str], empty: str) -> None:
-    table = clips(20).assign(split=[given(i) for i in range(20)])
+@pytest.mark.parametrize(("given", "empty"), [("train", "val"), ("val", "train")])
+def test_split_without_clips(given: str, empty: str) -> None:
     with pytest.raises(PlanError, match=f"no clip is in split '{empty}'"):
-        choose_clips(table, SelectSettings(), SplitSettings(), seed=0)
+        choose_clips(clips(20).assign(split=given), SelectSettings(), SplitSettings(), seed=0)
 
 
 def test_clips_without_a_group_are_refused_or_told_apart() -> None:
@@ -158,7 +147,7 @@ def test_clips_without_a_group_are_refused_or_told_apart() -> None:
     table = clips(60).assign(group=["", *["a", "b", "c", "d", " "] * 10, *[""] * 9])
 
     def folds(ungrouped: str) -> pd.Series:
-        return assign_splits(table, folds=3, fold=0, groups="disjoint", seed=0, ungrouped=ungrouped)
+        return assigned(table, folds=3, groups="disjoint", seed=0, ungrouped=ungrouped)
 
     with pytest.raises(PlanError, match=r"20 of 60 clips have no group, the first is 'clip0'"):
         folds("refuse")
@@ -166,19 +155,14 @@ def test_clips_without_a_group_are_refused_or_told_apart() -> None:
     assert folds("own")[blank].nunique() == 3
     assert folds("together")[blank].nunique() == 1
     # Where groups do not keep clips apart, blanks matter as little.
-    assign_splits(table, folds=3, fold=0, groups="stratify", seed=0)
+    assigned(table, folds=3)
 
 
 def test_a_group_in_two_splits_of_the_manifest() -> None:
     table = clips(4).assign(group=["a", "b", "a", "b"], split=["train", "val", "test", "val"])
-    with pytest.raises(PlanError, match=r"group 'a' lies in splits test and train of the manif"):
-        assign_splits(table, folds=3, fold=0, groups="disjoint", seed=0)
-    assert assign_splits(table, folds=3, fold=0, groups="stratify", seed=0).tolist() == [
-        "train",
-        "val",
-        "test",
-        "val",
-    ]
+    with pytest.raises(PlanError, match=r"group 'a' is in splits test and train of the manifest"):
+        assigned(table, groups="disjoint")
+    assert assigned(table).tolist() == ["train", "val", "test", "val"]
 
 
 def check(table: pd.DataFrame, split: SplitSettings) -> None:
@@ -190,13 +174,13 @@ def test_a_fold_without_a_class_is_refused() -> None:
     """Two groups hold the positives, so one of four folds has none, whichever is tested."""
     table = clips(80, rate=0.0).assign(group=[f"g{i % 8}" for i in range(80)])
     table.loc[table["group"].isin(["g0", "g1"]), "label"] = 1
-    message = r"split\.fold=\d: split '\w+'.* holds no positives \(train: \d+ pos"
     said = []
     for fold in range(4):
+        message = rf"split\.fold={fold}: split '\w+' holds no positives \(train: \d+ pos"
         with pytest.raises(PlanError, match=message) as raised:
             check(table, SplitSettings(folds=4, fold=fold, groups="disjoint"))
         said.append(str(raised.value))
-    assert any("'test' (fold" in text for text in said)
+    assert any("split 'test'" in text for text in said)
     check(table, SplitSettings(folds=4))
 
 
@@ -209,8 +193,10 @@ def test_fewer_positives_than_folds_are_refused_for_every_fold() -> None:
     check(table, SplitSettings(folds=4))
 
 
-@pytest.mark.parametrize("name", ["train", "val", "test"])
-@pytest.mark.parametrize(("label", "missing"), [(0, "positives"), (1, "negatives")])
+@pytest.mark.parametrize(
+    ("name", "label", "missing"),
+    [("train", 0, "positives"), ("val", 1, "negatives"), ("test", 0, "positives")],
+)
 def test_a_split_of_the_manifest_without_a_class(name: str, label: int, missing: str) -> None:
     table = clips(60, rate=0.5).assign(split=["train", "val", "test"] * 20)
     check(table, SplitSettings())
@@ -219,8 +205,7 @@ def test_a_split_of_the_manifest_without_a_class(name: str, label: int, missing:
         check(table, SplitSettings())
 
 
-def test_groups_that_an_old_store_holds_under_two_names() -> None:
+def test_groups_that_look_the_same_are_one_in_an_old_store_too() -> None:
     table = clips(60).assign(group=[("m1", "m2", "m3", "m3 ")[i % 4] for i in range(60)])
-    with pytest.raises(PlanError, match="groups 'm3' and 'm3 ' look like one group"):
-        check(table, SplitSettings(folds=3, groups="disjoint"))
-    check(table, SplitSettings(folds=3))
+    splits = assigned(table, folds=3, groups="disjoint")
+    assert splits[table["group"].str.strip() == "m3"].nunique() == 1

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pandas as pd
 from av.video.reformatter import Colorspace, VideoReformatter
 
 from dist_train.data.raw.outline import Box
 from dist_train.data.raw.volume_file import read_raw, to_grey
+from dist_train.data.store.build import PrepareSettings, prepare
+from dist_train.data.store.reader import Store
 from dist_train.data.table.manifest import Manifest, read_manifest
 
 ORANGE = (224, 107, 34)
@@ -142,13 +145,38 @@ def write_manifest(
 def write_volumes(folder: Path, count: int, *, seed: int = 0) -> list[str]:
     """``count`` npy volumes of differing shape; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    for i in range(count):
-        rng = np.random.default_rng((seed, i))
-        shape = (4 + i % 5, 10 + i % 3, 12)
-        np.save(folder / f"clip{i:03d}.npy", rng.integers(0, 256, shape, dtype=np.uint8))
-        names.append(f"clip{i:03d}.npy")
+    names = [f"clip{i:03d}.npy" for i in range(count)]
+    for name, volume in zip(names, volumes(count, seed=seed), strict=True):
+        np.save(folder / name, volume)
     return names
+
+
+def store_of(
+    folder: Path, clips: Sequence[np.ndarray], shard_clips: int = 1000, **columns: Sequence[object]
+) -> Store:
+    """A store of clips, uint8 [D, H, W], named clip000.npy and so on.
+
+    ``columns`` are those of the clip table; labels are 0 and 1 in turn unless given.
+    """
+    (folder / "raw").mkdir(parents=True)
+    names = [f"clip{i:03d}.npy" for i in range(len(clips))]
+    for name, clip in zip(names, clips, strict=True):
+        np.save(folder / "raw" / name, clip)
+    table = {"filename": names, "label": [i % 2 for i in range(len(names))], **columns}
+    pd.DataFrame(table).to_csv(folder / "clips.csv", index=False)
+    settings = PrepareSettings(roi="none", shard_clips=shard_clips)
+    manifest = read_manifest(folder / "clips.csv")
+    prepare(manifest, folder / "raw", folder / "store", settings, workers=1)
+    return Store(folder / "store")
+
+
+def volumes(count: int, *, seed: int = 0) -> list[np.ndarray]:
+    """Noise of differing shape, uint8 [D, H, W]."""
+    rngs = [np.random.default_rng((seed, i)) for i in range(count)]
+    return [
+        rng.integers(0, 256, (4 + i % 5, 10 + i % 3, 12), dtype=np.uint8)
+        for i, rng in enumerate(rngs)
+    ]
 
 
 def read_volume(

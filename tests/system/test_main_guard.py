@@ -33,11 +33,11 @@ from pathlib import Path
 from dist_train.config import LoaderSettings
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.loader import Loader
-from dist_train.data.loading.sampler import DealtBatches
+from dist_train.data.loading.sampler import dealt_batches
 from dist_train.data.store.reader import Store
 store = Store(Path({folder!r}) / "store")
 clips = ClipDataset(store, size=(16, 16), max_frames=None, augment=None)
-batches = DealtBatches(list(range(60)), [8] * 60, rank=0, world=1, batch=4)
+batches = dealt_batches(list(range(60)), [8] * 60, rank=0, world=1, batch=4)
 loader = Loader(clips, batches, LoaderSettings(workers=1))
 next(iter(loader))
 loader.wait()

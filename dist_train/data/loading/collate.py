@@ -1,10 +1,10 @@
-"""Slots -> one batch, zero-padded in depth or packed, with the true depths."""
+"""Clips -> one batch, zero-padded in depth or packed, with the true depths."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,9 +17,14 @@ from dist_train.data.loading.sampler import Slot
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """``volumes`` uint8 [B, 1, D, H, W], or clips of their own sizes that the device is to resize;
-    ``frames`` int64 [B] true depths, or None where no clip is padded; ``labels`` float32 [B];
-    ``clips`` int64 [B] clip numbers."""
+    """A batch of B clips.
+
+    Attributes:
+        volumes: uint8 [B, 1, D, H, W], or clips of their own sizes that the device resizes.
+        frames: int64 [B], the true depths; None if no clip is padded.
+        labels: float32 [B].
+        clips: int64 [B], clip numbers.
+    """
 
     volumes: Tensor | NativeClips
     frames: Tensor | None
@@ -28,14 +33,14 @@ class Batch:
 
     @property
     def pixels(self) -> tuple[Tensor, ...]:
-        """The tensors that ``volumes`` is made of."""
+        """The tensors of ``volumes``."""
         return self.volumes.tensors if isinstance(self.volumes, NativeClips) else (self.volumes,)
 
     def share_memory(self) -> Batch:
-        """Move the tensors to shared memory, for another process; returns the batch itself.
+        """Move the tensors to shared memory, for another process, and return the batch itself.
 
         Raises:
-            MemoryError: there is not enough shared memory, or no file descriptor for it.
+            MemoryError: shared memory or file descriptors are exhausted.
         """
         try:
             for tensor in (*self.pixels, self.frames, self.labels, self.clips):
@@ -46,16 +51,11 @@ class Batch:
         return self
 
     def pin_memory(self) -> Batch:
-        """Called by ``DataLoader(pin_memory=True)``, for copies that overlap the step."""
-        return Batch(
-            self.volumes.pin_memory(),
-            self.frames,
-            self.labels.pin_memory(),
-            self.clips,
-        )
+        """Copy to pinned memory, for ``DataLoader``, so that copies to the device are async."""
+        return replace(self, volumes=self.volumes.pin_memory(), labels=self.labels.pin_memory())
 
     def part(self, start: int, stop: int) -> Batch:
-        """The clips from ``start`` to ``stop`` (excluded), in the same memory and as deep."""
+        """Clips ``start`` to ``stop`` (excluded), as views."""
         volumes = self.volumes
         return Batch(
             volumes.part(start, stop) if isinstance(volumes, NativeClips) else volumes[start:stop],
@@ -65,12 +65,11 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
-        """Copy what is computed with to a device; ``frames`` and ``clips`` stay on the host."""
-        return Batch(
-            self.volumes.to(device, non_blocking=True),
-            self.frames,
-            self.labels.to(device, non_blocking=True),
-            self.clips,
+        """Copy volumes and labels to a device; ``frames`` and ``clips`` stay on the host."""
+        return replace(
+            self,
+            volumes=self.volumes.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
         )
 
 
@@ -81,58 +80,48 @@ def collate(clips: ClipDataset, slots: Sequence[Slot]) -> Batch:
 
 def size_of(clips: ClipDataset, slots: Sequence[Slot]) -> int:
     """Bytes of a batch's volumes."""
-    if clips.on_device:
-        return sum(math.prod(clips.native_shape(slot.clip)) for slot in slots)
-    return math.prod(_padded_shape(clips, slots))
+    return sum(map(math.prod, _shapes(clips, slots)))
 
 
 def fill(
     pixels: Tensor,
     clips: ClipDataset,
     slots: Sequence[Slot],
-    before: Callable[[Slot], object] = lambda slot: None,
+    announce: Callable[[Slot], None] | None = None,
 ) -> Batch:
-    """A batch in ``pixels``, uint8 [``size_of``], whatever they hold.
+    """Write a batch to ``pixels``, uint8 [``size_of``], over whatever they hold.
 
     Args:
-        before: called with each slot when its clip is about to be read.
+        announce: called with each slot before its clip is read.
     """
+    shapes, memory = _shapes(clips, slots), pixels.numpy()
+    draws, end = [], 0
+    for slot, shape in zip(slots, shapes, strict=True):
+        if announce is not None:
+            announce(slot)
+        start, end = end, end + math.prod(shape)
+        out = memory[start:end].reshape(shape)
+        if clips.on_device:
+            draws.append(clips.fill_native(out, slot))
+        else:
+            depth = clips.depths[slot.clip]
+            clips.fill(out[:depth], slot)
+            out[depth:] = 0
     numbers = [slot.clip for slot in slots]
     depths, labels = clips.depths[numbers], clips.labels[numbers]
     return Batch(
-        volumes=(_pack if clips.on_device else _pad)(pixels, clips, slots, before),
+        packed(pixels, shapes, draws)
+        if clips.on_device
+        else pixels.view(len(slots), 1, *shapes[0]),
         frames=torch.from_numpy(depths) if depths.min() < depths.max() else None,
         labels=torch.from_numpy(labels.astype(np.float32)),
         clips=torch.tensor(numbers),
     )
 
 
-def _padded_shape(clips: ClipDataset, slots: Sequence[Slot]) -> tuple[int, ...]:
-    return len(slots), 1, max(int(clips.depths[slot.clip]) for slot in slots), *clips.size
-
-
-def _pad(
-    pixels: Tensor, clips: ClipDataset, slots: Sequence[Slot], before: Callable[[Slot], object]
-) -> Tensor:
-    """As the model sees them; shorter clips get black frames at their end."""
-    volumes = pixels.view(_padded_shape(clips, slots))
-    for row, slot in zip(volumes.numpy()[:, 0], slots, strict=True):
-        before(slot)
-        depth = clips.depths[slot.clip]
-        clips.fill(row[:depth], slot)
-        row[depth:] = 0
-    return volumes
-
-
-def _pack(
-    pixels: Tensor, clips: ClipDataset, slots: Sequence[Slot], before: Callable[[Slot], object]
-) -> NativeClips:
-    """One behind the other, for the device to resize."""
-    shapes = tuple(clips.native_shape(slot.clip) for slot in slots)
-    draws, start, flat = [], 0, pixels.numpy()
-    for slot, shape in zip(slots, shapes, strict=True):
-        before(slot)
-        end = start + math.prod(shape)
-        draws.append(clips.fill_native(flat[start:end].reshape(shape), slot))
-        start = end
-    return packed(pixels, shapes, draws)
+def _shapes(clips: ClipDataset, slots: Sequence[Slot]) -> tuple[tuple[int, int, int], ...]:
+    """(D, H, W) of each clip in the batch."""
+    if clips.on_device:
+        return tuple(clips.native_shape(slot.clip) for slot in slots)
+    deepest = max(int(clips.depths[slot.clip]) for slot in slots)
+    return ((deepest, *clips.size),) * len(slots)

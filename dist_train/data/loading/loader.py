@@ -1,68 +1,67 @@
-"""Sampler and dataset -> batches, by worker processes that live as long as the loader."""
+"""Batches from worker processes that live as long as their loader."""
 
 from __future__ import annotations
 
 import errno
 import multiprocessing
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from dist_train.config import LoaderSettings
-from dist_train.data.loading.collate import Batch
+from dist_train.data.loading.collate import Batch, size_of
 from dist_train.data.loading.dataset import ClipDataset
-from dist_train.data.loading.sampler import HandedOver, Slot
-from dist_train.data.loading.shared_buffer import arena_of_memory
-from dist_train.data.loading.worker import BatchDataset, Tasks, WorkerStatus, begin_worker
+from dist_train.data.loading.sampler import Slot
+from dist_train.data.loading.shared_buffer import Arena, arena_of_memory
+from dist_train.data.loading.worker import BatchDataset, BatchRequest, WorkerStatus, begin_worker
 from dist_train.errors import DistTrainError, MachineError
 from dist_train.system.advice import ADVICE, open_files
 from dist_train.system.main_guard import end_if_run_again
 from dist_train.system.processes import worker_context
 from dist_train.system.shared_memory import within_open_files, workers_started
 
-# Seconds for one clip. The other ranks wait for this one, and NCCL ends them after ten minutes by
+# Seconds for one clip. The other ranks wait meanwhile, and NCCL ends them after ten minutes by
 # default, with an error that names no clip.
 PATIENCE = 300.0
-# Seconds within which the fork server tells of a death.
-NEWS = 1.0
-
-# That this process has open for each worker.
+# Seconds within which the fork server reports a death.
+REPORT_TIME = 1.0
+# Files that this process has open for each worker.
 OPEN_FILES = 4
 WITHOUT = "set loader.workers=0"
 
-# A ``LentBatch`` arrives as the ``Batch`` that it holds.
+# A worker's ``LentBatch`` arrives as the ``Batch`` that it holds.
 Fetched = Batch | DistTrainError
 _starting = threading.Lock()
 
 
 class Loader:
-    """Batches in the sampler's order, whatever the number of workers.
+    """The batches of ``slots`` in their order, whatever the number of workers.
 
-    Each pass is a new one, by the same workers, and ends the pass before it. A worker holds at most
-    ``settings.prefetch`` batches, to do or done. While workers start, which takes seconds, this
-    process makes the first batches itself. Never to be passed through ``accelerator.prepare``: the
-    sampler knows its rank already.
+    Each iteration is a new pass by the same workers, and ends the pass before it. Each worker has
+    at most ``settings.prefetch`` batches, requested or done. Workers take seconds to start; this
+    process makes the first batches meanwhile. ``slots`` belong to this rank alone: never pass a
+    loader through ``accelerator.prepare``, which would shard it again.
 
     Raises:
-        MachineError: so many workers cannot be started here.
-        DistTrainError: while iterating: a clip cannot be read, or a worker died, found no memory,
+        MachineError: that many workers cannot be started here.
+        DistTrainError: while iterating: a clip cannot be read, or a worker died, ran out of memory,
             or spent ``PATIENCE`` seconds on one clip. It names the clip.
     """
 
     def __init__(
-        self, dataset: ClipDataset, batches: Sampler[list[Slot]], settings: LoaderSettings
+        self, dataset: ClipDataset, slots: Iterable[list[Slot]], settings: LoaderSettings
     ) -> None:
         end_if_run_again()
-        self._many = settings.workers > 0
+        self._has_workers = settings.workers > 0
         fitting = within_open_files(settings.workers, OPEN_FILES)
-        if self._many and fitting < settings.workers:
+        if self._has_workers and fitting < settings.workers:
             raise MachineError(
                 f"{settings.workers} loader workers need more open files than the limit of "
                 f"{open_files()}, which is enough for {fitting}",
@@ -70,47 +69,54 @@ class Loader:
                 fix=ADVICE[errno.EMFILE],
             )
         with workers_started(WITHOUT):
-            context = worker_context(__name__) if self._many else None
-            places = context.RawArray(WorkerStatus, settings.workers) if context else None
-        arena = arena_of_memory() if self._many else None
-        self._fetch = BatchDataset(dataset, places, arena, PATIENCE)
-        self._slots = HandedOver(batches)
+            context = worker_context(__name__) if self._has_workers else None
+            statuses = context.RawArray(WorkerStatus, settings.workers) if context else None
+        arena = arena_of_memory() if self._has_workers else None
+        self._batches = BatchDataset(dataset, statuses, arena, PATIENCE)
+        self._requests = _Requests(slots, dataset, arena)
         self._workers: list[BaseProcess] = []
         self._start: Future[Iterator[Fetched]] | None = None
         self._fetched = DataLoader(
-            self._fetch,
-            sampler=Tasks(self._slots, dataset, arena),
+            self._batches,
+            sampler=self._requests,
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             num_workers=settings.workers,
-            prefetch_factor=settings.prefetch if self._many else None,
-            persistent_workers=self._many,
+            prefetch_factor=settings.prefetch if self._has_workers else None,
+            persistent_workers=self._has_workers,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context=context,
             worker_init_fn=begin_worker,
-            # Of its own: it draws a seed in each pass, when the caller may have set torch's.
+            # Each pass draws a seed, which must not change torch's global random state.
             generator=torch.Generator(),
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        if not self._many:
-            return self._raised(iter(self._fetched))
+        if not self._has_workers:
+            return self._raising(iter(self._fetched))
         if self._start is not None:
             with self._deaths_explained():
                 self._start.result()
-                return self._raised(iter(self._fetched))
-        # At once, not at the first batch.
-        self._slots.begin()
-        self._start = _in_thread(self._started)
-        return self._raised(self._until_started(self._start))
+                return self._raising(iter(self._fetched))
+        # Start the workers now, not when the first batch is asked for.
+        self._requests.begin()
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        executor = ThreadPoolExecutor(1, "start of loader workers")
+        self._start = executor.submit(self._started, device)
+        executor.shutdown(wait=False)
+        return self._raising(self._until_started(self._start))
 
     def wait(self) -> None:
-        """Wait until the workers of a pass that was begun are there."""
+        """Wait until the workers of the first pass have started."""
         if self._start is not None:
             self._start.result()
 
-    def _started(self) -> Iterator[Fetched]:
-        # One loader at a time, so that it knows its own workers.
+    def _started(self, device: int | None) -> Iterator[Fetched]:
+        """Start the workers, in a thread."""
+        if device is not None:
+            # The current device belongs to a thread, and DataLoader pins memory for it.
+            torch.cuda.set_device(device)
+        # One loader at a time, so that each knows its own workers.
         with _starting:
             others = multiprocessing.active_children()
             with workers_started(WITHOUT):
@@ -119,18 +125,15 @@ class Loader:
         return batches
 
     def _until_started(self, start: Future[Iterator[Fetched]]) -> Iterator[Fetched]:
-        for slots in self._slots.taken():
-            yield self._here(slots)
-        if not self._slots.are_used_up:
+        for slots in self._requests.until_workers_ask():
+            batch = self._batches.in_this_process(slots)
+            if isinstance(batch, Batch) and torch.cuda.is_available():
+                batch = batch.pin_memory()
+            yield batch
+        if not self._requests.used_up:
             yield from start.result()
 
-    def _here(self, slots: list[Slot]) -> Fetched:
-        batch = self._fetch.here(slots)
-        if isinstance(batch, Batch) and torch.cuda.is_available():
-            return batch.pin_memory()
-        return batch
-
-    def _raised(self, batches: Iterator[Fetched]) -> Iterator[Batch]:
+    def _raising(self, batches: Iterator[Fetched]) -> Iterator[Batch]:
         while True:
             with self._deaths_explained():
                 batch = next(batches, None)
@@ -140,45 +143,68 @@ class Loader:
                 try:
                     raise batch
                 finally:
-                    # The error refers to this frame. If the frame referred back, the workers would
-                    # be left to the collector of cycles, under which DataLoader cannot end them.
+                    # The error's traceback holds this frame. If the frame held the error, only the
+                    # garbage collector would free the loader, and DataLoader could not end its
+                    # workers then.
                     del batch
-            # Not kept here too: its memory is free again as soon as the caller lets go of it.
-            handed = [batch]
+            # Keep no reference, so that the caller alone decides when the memory is free.
+            last_reference = [batch]
             del batch
-            yield handed.pop()
+            yield last_reference.pop()
 
     @contextmanager
     def _deaths_explained(self) -> Iterator[None]:
         try:
             yield
         except (RuntimeError, OSError, EOFError):
-            # DataLoader looks for the dead when nothing has come for 5 s. Or it fails before, as it
-            # takes over a batch from one.
+            # DataLoader notices a death after 5 s without a batch, or when it receives one.
             if self._workers:
-                wait([worker.sentinel for worker in self._workers], NEWS)
+                wait([worker.sentinel for worker in self._workers], REPORT_TIME)
             dead = {w.pid: w.exitcode for w in self._workers if w.exitcode is not None}
             if not dead:
                 raise
-            raise self._fetch.death(dead) from None
+            raise self._batches.error_of_death(dead) from None
 
 
-def _as_it_is(batch: Any) -> Any:
+class _Requests:
+    """The requests of each pass, each with a region of the arena.
+
+    After ``begin`` the first batches of a pass go to ``until_workers_ask``, and the rest to the
+    next iteration, in another thread.
+
+    Attributes:
+        used_up: ``until_workers_ask`` took all batches of the pass.
+    """
+
+    def __init__(
+        self, slots: Iterable[list[Slot]], clips: ClipDataset, arena: Arena | None
+    ) -> None:
+        self.used_up = False
+        self._slots, self._clips, self._arena = slots, clips, arena
+        self._lock = threading.Lock()
+        self._rest: Iterator[list[Slot]] | None = None
+
+    def begin(self) -> None:
+        self._rest = iter(self._slots)
+
+    def until_workers_ask(self) -> Iterator[list[Slot]]:
+        while True:
+            with self._lock:
+                if self._rest is None:
+                    return
+                slots = next(self._rest, None)
+            if slots is None:
+                self.used_up = True
+                return
+            yield slots
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        with self._lock:
+            rest, self._rest = self._rest, None
+        for slots in self._slots if rest is None else rest:
+            offset = None if self._arena is None else self._arena.lend(size_of(self._clips, slots))
+            yield BatchRequest(slots, offset)
+
+
+def _unchanged(batch: Any) -> Any:
     return batch
-
-
-def _in_thread(function: Callable[[], Iterator[Fetched]]) -> Future[Iterator[Fetched]]:
-    future: Future[Iterator[Fetched]] = Future()
-    # The device is chosen for each thread, and DataLoader notes that of the thread it starts in.
-    device = torch.cuda.current_device() if torch.cuda.is_available() else None
-
-    def run() -> None:
-        try:
-            if device is not None:
-                torch.cuda.set_device(device)
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="start of loader workers").start()
-    return future

@@ -1,4 +1,4 @@
-"""Batches on the device that computes, each copied while the step before it runs."""
+"""Batches on the device that trains, each copied while the step before it runs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dist_train.errors import DistTrainError
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Batches in their order, on ``device``.
 
-    On CUDA one more than is asked for is copied, from pinned memory and by a stream of its own: in
-    the stream of the step the copy would wait for all that is queued there.
+    On CUDA one batch is copied ahead, from pinned memory and in a stream of its own: in the stream
+    of the step, the copy would wait for the step.
 
     Raises:
-        DistTrainError: as ``batches`` does, and at the same place of their order.
+        DistTrainError: as ``batches`` does, after the batches before the error.
     """
     if device.type != "cuda":
         yield from (batch.to(device) for batch in batches)
         return
-    beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copied() -> Batch | DistTrainError | None:
         try:
@@ -31,7 +31,7 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
             return error
         if batch is None:
             return None
-        with torch.cuda.stream(beside):
+        with torch.cuda.stream(copies):
             return batch.to(device)
 
     coming = copied()
@@ -39,8 +39,8 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
         if isinstance(coming, DistTrainError):
             raise coming
         step = torch.cuda.current_stream(device)
-        step.wait_stream(beside)
-        # Its memory is not to be used again until the step is through with it, not only ``beside``.
+        step.wait_stream(copies)
+        # Its memory must not be used again before the step is done with it.
         for tensor in (*coming.pixels, coming.labels):
             tensor.record_stream(step)
         current, coming = coming, copied()

@@ -1,7 +1,7 @@
-"""One shared memory for all batches of a loader: regions are lent, given back, and lent again.
+"""One shared memory for all batches of a loader, lent region by region.
 
-A fresh shared file for each batch, PyTorch's way, costs more in page faults than filling it with
-clips. Here the pages stay, so what a batch costs is its pixels.
+A new shared file for each batch, as in PyTorch, costs more in page faults than filling it with
+clips. Here the pages are used again.
 """
 
 from __future__ import annotations
@@ -23,55 +23,61 @@ from torch import Tensor
 from dist_train.data.types import Volume
 
 PAGE = mmap.PAGESIZE
-# The part of it that was written to may be so many times what the regions in use reach to.
+# Pages are given back when the used part of the arena exceeds the end of its last region by this
+# factor.
 SLACK = 2
-# What one fault maps, where the pages are there (Linux's fault_around_bytes), by reading.
+# Bytes that one read fault maps if the pages exist (Linux's fault_around_bytes).
 FAULT_AROUND = 16 * PAGE
 PIECE = 256 * PAGE
 _ZEROS = bytes(PIECE)
 MOST_AT_ONCE = os.sysconf("SC_IOV_MAX")
 
 _numbers = itertools.count()
-# Of this process, for the batches that come from workers.
+# The arenas of this process, for batches that arrive from workers.
 _arenas: weakref.WeakValueDictionary[int, Arena] = weakref.WeakValueDictionary()
 
 
 class _RegionReference(weakref.ref[Volume]):
-    """To the array of the region at ``offset``."""
+    """A weak reference to the array of the region at ``offset``."""
 
     __slots__ = ("offset",)
     offset: int
 
 
 class Arena:
-    """Shared memory of ``size`` bytes, of which only what is written to takes memory.
+    """Shared memory of ``size`` bytes, of which only the pages written to take memory.
 
-    It is nameless (``memfd_create``): nothing is left of it, however its processes end, and the
-    size of /dev/shm, 64 MB in many containers, is no limit. The process that makes it lends and
-    takes back; a worker that it is passed to, while that starts, sees the same bytes.
+    It has no name (``memfd_create``), so nothing is left of it however its processes end, and the
+    size of /dev/shm does not limit it. The process that makes it lends regions. A worker that gets
+    it at its start sees the same bytes.
 
     Raises:
-        OSError: the system does not give so much address space, or no file descriptor.
+        OSError: the system refuses the address space or the file descriptor.
     """
 
     def __init__(self, size: int) -> None:
         self.number = next(_numbers)
-        self._map(os.memfd_create("dist_train.loader", os.MFD_CLOEXEC), size, truncate=True)
-        self._lent: list[tuple[int, int]] = []  # from, to: ascending
-        # By offset. They tell when no tensor is left of a region, while they are kept.
+        descriptor = os.memfd_create("dist_train.loader", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, descriptor)
+        os.ftruncate(descriptor, size)
+        self._map(descriptor, size)
+        self._lent: list[tuple[int, int]] = []  # (start, end), ascending
+        # By offset. They must be kept to be told when the last tensor on a region is gone.
         self._references: dict[int, _RegionReference] = {}
-        # Appended to by whatever thread drops a tensor, in the middle of anything: so no lock.
-        self._back: deque[_RegionReference] = deque()
+        # Any thread may append to it at any point of its code, so it is used without a lock.
+        self._returned: deque[_RegionReference] = deque()
         self._written = 0
         _arenas[self.number] = self
 
     def lend(self, size: int) -> int | None:
-        """The offset of a free region of ``size`` bytes, from the smallest gap that has room; None
-        if there is none. Behind the last region in use is the largest gap."""
-        back = {self._back.popleft().offset for _ in range(len(self._back))}
-        self._lent = [region for region in self._lent if region[0] not in back]
+        """Offset of a free region of ``size`` bytes, in the smallest gap that has room.
+
+        None if no gap has room.
+        """
+        returned = {self._returned.popleft().offset for _ in range(len(self._returned))}
+        self._lent = [region for region in self._lent if region[0] not in returned]
         length = max(-(-size // PAGE), 1) * PAGE
-        ends = [0, *(to for _, to in self._lent)]
+        ends = [0, *(end for _, end in self._lent)]
         starts = [*(start for start, _ in self._lent), self.size]
         gaps = ((start - end, end) for end, start in zip(ends, starts, strict=True))
         fitting = min((gap for gap in gaps if gap[0] >= length), default=None)
@@ -91,13 +97,13 @@ class Arena:
         return np.frombuffer(self._memory, np.uint8, size, offset)
 
     def writable(self, offset: int, size: int) -> Volume:
-        """``view``, with its pages there and mapped, for who is to write to all of it.
+        """``view`` for callers that overwrite the whole region: its pages exist and are mapped.
 
-        Each page would be a fault else, of 3.8 us where it is new, and of 2 us where another
-        process made it (measured). Written by a call and mapped by reading: 1.7 us and 0.2 us.
+        Otherwise each page costs a fault: 3.8 us if it is new, 2 us if another process made it.
+        Made by a write and mapped by reads, a page costs 1.7 us and 0.2 us (measured).
 
         Raises:
-            MemoryError: there is not so much memory.
+            MemoryError: memory is exhausted.
         """
         pixels = self.view(offset, size)
         pieces = self._mapped[offset // PIECE : -(-(offset + size) // PIECE)]
@@ -115,27 +121,26 @@ class Arena:
             except OSError as error:
                 if error.errno in (errno.ENOMEM, errno.ENOSPC):
                     raise MemoryError(error.strerror) from None
-                # A limit on files, perhaps, which memory is not subject to otherwise.
+                # For example a limit on the size of files: page faults still work.
                 return
 
     def tensor(self, offset: int, shape: tuple[int, ...]) -> Tensor:
-        """uint8 of ``shape`` in a region that was lent, which is free again when neither it nor a
-        tensor that shares its memory is left."""
+        """uint8 of ``shape`` in a lent region.
+
+        The region is free again when no tensor on its memory is left.
+        """
         pixels = self.view(offset, int(np.prod(shape, dtype=np.int64)))
-        # The tensor's storage holds this very array. The callback is a built-in method, not Python
-        # code: Python drops the KeyboardInterrupt of a Ctrl-C that arrives in a callback.
-        reference = _RegionReference(pixels, self._back.append)
+        # The tensor's storage holds this very array. The callback is built in: Python would drop a
+        # KeyboardInterrupt that arrives in a callback of Python code.
+        reference = _RegionReference(pixels, self._returned.append)
         reference.offset = offset
         self._references[offset] = reference
         return torch.from_numpy(pixels).view(shape)
 
-    def _map(self, descriptor: int, size: int, *, truncate: bool = False) -> None:
-        weakref.finalize(self, os.close, descriptor)
-        if truncate:
-            os.ftruncate(descriptor, size)
+    def _map(self, descriptor: int, size: int) -> None:
         self._descriptor, self.size = descriptor, size
         self._memory = mmap.mmap(descriptor, size)
-        # By this process. What was given back since is mapped by faults again.
+        # Pieces that this process has mapped. Those given back since are mapped by faults again.
         self._mapped = np.zeros(-(-size // PIECE), np.bool_)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -149,14 +154,13 @@ class Arena:
 
 
 def arena_of_memory() -> Arena | None:
-    """One that can hold all that the machine's memory can; None if the system refuses it."""
-    pages = os.sysconf("SC_PHYS_PAGES")
+    """An arena of the size of the machine's memory; None if the system refuses it."""
     try:
-        return Arena(pages * PAGE)
+        return Arena(os.sysconf("SC_PHYS_PAGES") * PAGE)
     except OSError:
         return None
 
 
 def lent_tensor(number: int, offset: int, shape: tuple[int, ...]) -> Tensor:
-    """``Arena.tensor`` of the arena of that number, in the process that made it."""
+    """``Arena.tensor`` of the arena with this number, in the process that made it."""
     return _arenas[number].tensor(offset, shape)

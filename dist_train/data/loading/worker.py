@@ -1,4 +1,4 @@
-"""Slots -> batch in a worker process, whose place is known when it dies."""
+"""Make batches in worker processes, and explain the death of a worker."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import faulthandler
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import cv2
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from dist_train.data.augment.packed_clips import NativeClips
 from dist_train.data.loading.collate import Batch, collate, fill, size_of
@@ -28,45 +28,28 @@ from dist_train.system.advice import first_line, lack_of_memory
 from dist_train.system.main_guard import FIX, WHAT, were_unguarded
 from dist_train.system.processes import end_with_parent
 
-NOWHERE = -1
+NO_CLIP = -1
 LESS_MEMORY = "Lower loader.workers, loader.prefetch or plan.batch, and run the command again."
-# Of faulthandler, when the time is over.
-GAVE_UP = 1
+# Exit code of a process that faulthandler ends after its time limit.
+TIMED_OUT = 1
 
 
 class WorkerStatus(ctypes.Structure):
-    """Where a worker is: its process id; its clip, or ``NOWHERE``. For memory that outlives it."""
+    """A worker's process id and current clip, in shared memory that outlives the worker."""
 
     _fields_ = (("pid", ctypes.c_int64), ("clip", ctypes.c_int64))
 
 
 class BatchRequest(NamedTuple):
-    """A batch to be made, and where in the arena; None: in memory of its own."""
+    """A batch to make, and its offset in the arena; None for memory of its own."""
 
     slots: list[Slot]
     offset: int | None
 
 
-class Tasks(Sampler[BatchRequest]):
-    """A sampler's batches, each with a region of the arena for its volumes."""
-
-    def __init__(
-        self, batches: Sampler[list[Slot]], clips: ClipDataset, arena: Arena | None
-    ) -> None:
-        self.batches, self.clips, self.arena = batches, clips, arena
-
-    def __iter__(self) -> Iterator[BatchRequest]:
-        for slots in self.batches:
-            yield BatchRequest(slots, self._lent(slots))
-
-    def _lent(self, slots: list[Slot]) -> int | None:
-        return None if self.arena is None else self.arena.lend(size_of(self.clips, slots))
-
-
 @dataclass(frozen=True)
 class LentBatch:
-    """A batch whose volumes are in the arena, on its way from a worker: the parent unpickles the
-    ``Batch``."""
+    """A batch whose volumes lie in the arena. It is unpickled as a ``Batch``."""
 
     batch: Batch
     arena: Arena
@@ -75,18 +58,16 @@ class LentBatch:
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
         volumes, native = self.batch.volumes, None
         if isinstance(volumes, NativeClips):
-            # Their pictures are few, if any.
             native = volumes.shapes, volumes.draws, volumes.pictures.numpy()
             volumes = volumes.pixels
-        place = self.arena.number, self.offset, tuple(volumes.shape)
-        # As arrays: a tensor would travel by a file descriptor of its own.
+        region = self.arena.number, self.offset, tuple(volumes.shape)
+        # As arrays, which are pickled: each tensor would take a file descriptor.
         others = (self.batch.frames, self.batch.labels, self.batch.clips)
-        arrays = (None if each is None else each.numpy() for each in others)
-        return _arrived, (place, native, *arrays)
+        return _arrived, (region, native, *(None if t is None else t.numpy() for t in others))
 
 
-def _arrived(place: tuple[int, int, tuple[int, ...]], native: Any, *others: Any) -> Batch:
-    pixels = lent_tensor(*place)
+def _arrived(region: tuple[int, int, tuple[int, ...]], native: Any, *others: Any) -> Batch:
+    pixels = lent_tensor(*region)
     volumes: Tensor | NativeClips = pixels
     if native is not None:
         shapes, draws, pictures = native
@@ -101,89 +82,90 @@ def _arrived(place: tuple[int, int, tuple[int, ...]], native: Any, *others: Any)
 class BatchDataset(Dataset[Batch | LentBatch | DistTrainError]):
     """A ``DataLoader``'s dataset of whole batches.
 
-    A user's error comes as a value: DataLoader would put the worker's traceback in its text.
+    A user's error is returned: if it was raised, DataLoader would add the worker's traceback to its
+    text.
 
-    Args:
-        clips: where the slots' clips come from.
-        places: one for each worker, in shared memory; None if there are none.
-        arena: where workers put volumes; None if there is none.
+    Attributes:
+        clips: reads the clips.
+        statuses: one for each worker, in shared memory; None without workers.
+        arena: shared memory for volumes; None if there is none.
         patience: seconds for one clip, after which a worker ends itself.
     """
 
     clips: ClipDataset
-    places: ctypes.Array[WorkerStatus] | None
+    statuses: ctypes.Array[WorkerStatus] | None
     arena: Arena | None
     patience: float
 
-    def __getitem__(self, task: BatchRequest) -> Batch | LentBatch | DistTrainError:
+    def __getitem__(self, request: BatchRequest) -> Batch | LentBatch | DistTrainError:
         worker = get_worker_info()
-        if self.places is None or worker is None:
-            return self.here(task.slots)
+        if self.statuses is None or worker is None:
+            return self.in_this_process(request.slots)
         try:
-            return self._in_worker(task, self.places[worker.id])
+            return self._in_worker(request, self.statuses[worker.id])
         except DistTrainError as error:
             return error
 
-    def here(self, slots: list[Slot]) -> Batch | DistTrainError:
-        """Made in this process, in memory of its own."""
+    def in_this_process(self, slots: list[Slot]) -> Batch | DistTrainError:
+        """A batch in memory of its own."""
         try:
             return collate(self.clips, slots)
         except DistTrainError as error:
             return error
 
-    def _in_worker(self, task: BatchRequest, place: WorkerStatus) -> Batch | LentBatch:
+    def _in_worker(self, request: BatchRequest, status: WorkerStatus) -> Batch | LentBatch:
         try:
-            before = partial(self._announce, place)
-            size = size_of(self.clips, task.slots)
-            if self.arena is None or task.offset is None:
+            slots, offset = request
+            announce = partial(self._announce, status)
+            size = size_of(self.clips, slots)
+            if self.arena is None or offset is None:
                 pixels = torch.empty(size, dtype=torch.uint8)
-                # Else a thread of the queue would share it, and if it failed, the batch would never
-                # come.
-                return fill(pixels, self.clips, task.slots, before).share_memory()
-            pixels = torch.from_numpy(self.arena.writable(task.offset, size))
-            batch = fill(pixels, self.clips, task.slots, before)
-            return LentBatch(batch, self.arena, task.offset)
+                # Otherwise DataLoader's thread would share it, and drop the batch if that failed.
+                return fill(pixels, self.clips, slots, announce).share_memory()
+            pixels = torch.from_numpy(self.arena.writable(offset, size))
+            return LentBatch(fill(pixels, self.clips, slots, announce), self.arena, offset)
         except (MemoryError, RuntimeError) as error:
             if lack_of_memory(error) is None:
                 raise
             what = f"out of memory ({first_line(error)})"
-            raise self._at(place.clip, what, LESS_MEMORY) from None
+            raise self._error_at(status.clip, what, LESS_MEMORY) from None
         finally:
             faulthandler.cancel_dump_traceback_later()
-            place.clip = NOWHERE
+            status.clip = NO_CLIP
 
-    def _announce(self, place: WorkerStatus, slot: Slot) -> None:
-        place.clip = slot.clip
-        # By a thread in C: it ends the process also where a library never comes back.
+    def _announce(self, status: WorkerStatus, slot: Slot) -> None:
+        status.clip = slot.clip
+        # A thread in C ends the process, even if a library never returns.
         faulthandler.dump_traceback_later(self.patience, exit=True)
 
-    def death(self, dead: Mapping[int | None, int | None]) -> StoreError:
-        """What to tell of dead workers: process id -> exit code, negative for a signal.
+    def error_of_death(self, dead: Mapping[int | None, int | None]) -> StoreError:
+        """The error for dead workers, which names the clip of one of them.
 
-        Of several it is one that was at a clip.
+        Args:
+            dead: exit codes by process id, negative for a signal.
         """
-        at = {place.pid: int(place.clip) for place in self.places or ()}
-        pid = max(dead, key=lambda pid: at.get(pid, NOWHERE))
-        clip, code = at.get(pid, NOWHERE), dead[pid] or 0
+        clips = {status.pid: int(status.clip) for status in self.statuses or ()}
+        pid = max(dead, key=lambda pid: clips.get(pid, NO_CLIP))
+        clip, code = clips.get(pid, NO_CLIP), dead[pid] or 0
         if were_unguarded(dead.values()):
             return StoreError(WHAT, fix=FIX)
-        if code == GAVE_UP and clip != NOWHERE:
+        if code == TIMED_OUT and clip != NO_CLIP:
             what = f"a loader worker gave up after {self.patience:g} s"
-            return self._at(clip, what, "Check that the store's file system answers.")
+            return self._error_at(clip, what, "Check that the store's file system answers.")
         if code == -signal.SIGKILL:
             what = "a loader worker was killed (SIGKILL)"
-            return self._at(clip, what, f"Memory probably ran out. {LESS_MEMORY}")
+            return self._error_at(clip, what, f"Memory probably ran out. {LESS_MEMORY}")
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return self._at(
+        return self._error_at(
             clip,
             f"a loader worker died ({how})",
-            "Its standard error says where in the code. Run the command again; if it dies at this "
-            "clip again, leave the clip out of the manifest.",
+            "Its standard error shows the place in the code. Run the command again; if it dies at "
+            "this clip again, remove the clip from the manifest.",
         )
 
-    def _at(self, clip: int, what: str, fix: str) -> StoreError:
+    def _error_at(self, clip: int, what: str, fix: str) -> StoreError:
         store = self.clips.store
-        if clip == NOWHERE:
+        if clip == NO_CLIP:
             return StoreError(f"{what} between two batches", where=store.folder, fix=fix)
         row = store.table.iloc[clip]
         shard = store.folder / SHARDS / shard_name(int(row["shard"]))
@@ -193,15 +175,15 @@ class BatchDataset(Dataset[Batch | LentBatch | DistTrainError]):
 def begin_worker(worker: int) -> None:
     """The ``worker_init_fn`` of worker number ``worker``."""
     end_with_parent()
-    # A terminal sends it to all; the parent ends its workers, or goes on with them.
+    # Ctrl-C reaches all processes of a terminal; the parent ends its workers, or keeps them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A crash then shows its Python stack.
     faulthandler.enable()
     info = get_worker_info()
     assert info is not None
     assert isinstance(info.dataset, BatchDataset)
-    assert info.dataset.places is not None
-    place = info.dataset.places[worker]
-    place.pid, place.clip = os.getpid(), NOWHERE
-    # Parallelism is over clips, in processes.
+    assert info.dataset.statuses is not None
+    status = info.dataset.statuses[worker]
+    status.pid, status.clip = os.getpid(), NO_CLIP
+    # Workers, not threads, run in parallel.
     cv2.setNumThreads(1)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from make_media import write_manifest
+from make_media import store_of
 
 from dist_train.data.augment.packed_clips import NativeClips, pack
 from dist_train.data.augment.params import Draw
 from dist_train.data.loading.collate import Batch, collate, fill, size_of
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.sampler import Slot
-from dist_train.data.store.build import PrepareSettings, prepare
-from dist_train.data.store.reader import Store
 
 DEPTHS, LABELS = (2, 5, 1, 5), (0, 1, 0, 1)
 
@@ -22,13 +20,9 @@ DEPTHS, LABELS = (2, 5, 1, 5), (0, 1, 0, 1)
 def clips(tmp_path_factory: pytest.TempPathFactory) -> ClipDataset:
     """Clip c is filled with c + 1; the last has no label."""
     folder = tmp_path_factory.mktemp("collate")
-    (folder / "raw").mkdir()
-    for clip, depth in enumerate(DEPTHS):
-        np.save(folder / "raw" / f"{clip}.npy", np.full((depth, 8, 9), clip + 1, np.uint8))
-    names = [f"{clip}.npy" for clip in range(len(DEPTHS))]
-    manifest = write_manifest(folder / "clips.csv", names, list(LABELS))
-    prepare(manifest, folder / "raw", folder / "store", PrepareSettings(roi="none"), workers=1)
-    dataset = ClipDataset(Store(folder / "store"), size=(4, 5), max_frames=None, augment=None)
+    arrays = [np.full((depth, 8, 9), clip + 1, np.uint8) for clip, depth in enumerate(DEPTHS)]
+    store = store_of(folder, arrays, label=LABELS)
+    dataset = ClipDataset(store, size=(4, 5), max_frames=None, augment=None)
     dataset.labels = np.array([*LABELS[:3], -1])
     return dataset
 
@@ -64,30 +58,6 @@ def test_shorter_clips_get_black_frames_at_their_end(clips: ClipDataset) -> None
         assert (batch.volumes[row, 0, depth:] == 0).all()
 
 
-def test_one_clip_is_never_padded(clips: ClipDataset) -> None:
-    batch = batch_of(clips, 0)
-    assert batch.frames is None
-    assert batch.volumes.shape[2] == 2
-
-
-def test_host_parts_stay_on_the_host(clips: ClipDataset) -> None:
-    batch = batch_of(clips, 0, 1).to(torch.device("meta"))
-    assert batch.volumes.device.type == batch.labels.device.type == "meta"
-    assert batch.frames is not None
-    assert batch.frames.device.type == batch.clips.device.type == "cpu"
-
-
-@pytest.mark.parametrize("numbers", [(0, 1), (1, 3)])
-def test_shared(clips: ClipDataset, numbers: tuple[int, ...]) -> None:
-    batch = batch_of(clips, *numbers)
-    before = batch.volumes.clone()
-    assert batch.share_memory() is batch
-    tensors = [batch.volumes, batch.labels, batch.clips]
-    tensors += [] if batch.frames is None else [batch.frames]
-    assert all(tensor.is_shared() for tensor in tensors)
-    assert torch.equal(batch.volumes, before)
-
-
 def packed_noise(*shapes: tuple[int, int, int]) -> Batch:
     noise = np.random.default_rng(0)
     pictures = noise.normal(size=(2, 4, 4)).astype(np.float32)
@@ -95,15 +65,6 @@ def packed_noise(*shapes: tuple[int, int, int]) -> Batch:
     clips = [torch.from_numpy(noise.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
     none = torch.zeros(len(shapes))
     return Batch(pack(clips, draws), None, none, none.long())
-
-
-def test_clips_with_draws_keep_their_sizes() -> None:
-    clips = packed_noise((3, 5, 6), (2, 9, 4)).volumes
-    assert isinstance(clips, NativeClips)
-    assert clips.shapes == ((3, 5, 6), (2, 9, 4))
-    assert clips.pixels.shape == (3 * 5 * 6 + 2 * 9 * 4,)
-    assert clips.pictures.shape == (2, 4, 4)
-    assert [draw.is_reversed for draw in clips.draws] == [False, True]
 
 
 def test_clips_for_the_device_lie_one_behind_the_other(clips: ClipDataset) -> None:
@@ -123,23 +84,19 @@ def test_clips_for_the_device_lie_one_behind_the_other(clips: ClipDataset) -> No
     assert alone.frames is None
 
 
-def test_clips_of_their_own_sizes_are_shared_and_moved() -> None:
-    batch = packed_noise((3, 5, 6), (2, 9, 4))
-    assert isinstance(batch.volumes, NativeClips)
-    before = batch.volumes.pixels.clone()
+@pytest.mark.parametrize("native", [False, True])
+def test_shared_and_moved(clips: ClipDataset, native: bool) -> None:
+    batch = packed_noise((3, 5, 6), (2, 9, 4)) if native else batch_of(clips, 0, 1)
+    before = [tensor.clone() for tensor in batch.pixels]
     assert batch.share_memory() is batch
-    assert all(tensor.is_shared() for tensor in batch.volumes.tensors)
-    assert torch.equal(batch.volumes.pixels, before)
-    moved = batch.to(torch.device("meta")).volumes
-    assert isinstance(moved, NativeClips)
-    assert all(tensor.device.type == "meta" for tensor in moved.tensors)
-
-
-def test_clips_without_pictures_are_shared_too() -> None:
-    clips = pack([torch.zeros(2, 3, 4, dtype=torch.uint8)], [Draw()])
-    batch = Batch(clips, None, torch.zeros(1), torch.zeros(1)).share_memory()
-    assert isinstance(batch.volumes, NativeClips)
-    assert len(batch.volumes.pictures) == 0
+    tensors = [*batch.pixels, batch.labels, batch.clips]
+    tensors += [] if batch.frames is None else [batch.frames]
+    assert all(tensor.is_shared() for tensor in tensors)
+    assert all(map(torch.equal, batch.pixels, before))
+    moved = batch.to(torch.device("meta"))
+    assert all(tensor.device.type == "meta" for tensor in (*moved.pixels, moved.labels))
+    assert moved.frames is batch.frames
+    assert moved.clips is batch.clips
 
 
 @pytest.mark.cuda

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from make_media import write_manifest
+from make_media import store_of
 
 from dist_train.config import AugmentSettings
 from dist_train.data.augment.cpu import Augment, augmented
@@ -14,7 +14,6 @@ from dist_train.data.augment.resize import resize
 from dist_train.data.loading.collate import collate
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.sampler import Slot
-from dist_train.data.store.build import PrepareSettings, prepare
 from dist_train.data.store.reader import Store
 
 STILL = AugmentSettings(flip=0, rotate90=0, reverse=0)
@@ -23,15 +22,11 @@ STILL = AugmentSettings(flip=0, rotate90=0, reverse=0)
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Three clips; every frame of clip c is filled with its own number."""
-    folder = tmp_path_factory.mktemp("dataset")
-    (folder / "raw").mkdir()
-    for c, (depth, height, width) in enumerate([(30, 8, 9), (10, 20, 12), (3, 16, 16)]):
-        clip = np.arange(depth, dtype=np.uint8)[:, None, None] * np.ones((1, height, width), int)
-        np.save(folder / "raw" / f"{c}.npy", clip.astype(np.uint8))
-    manifest = write_manifest(folder / "clips.csv", ["0.npy", "1.npy", "2.npy"], [1, 0, 1])
-    settings = PrepareSettings(roi="none")
-    prepare(manifest, folder / "raw", folder / "store", settings, workers=1)
-    return Store(folder / "store")
+    clips = [
+        np.broadcast_to(np.arange(depth, dtype=np.uint8)[:, None, None], (depth, height, width))
+        for depth, height, width in [(30, 8, 9), (10, 20, 12), (3, 16, 16)]
+    ]
+    return store_of(tmp_path_factory.mktemp("dataset"), clips, label=[1, 0, 1])
 
 
 def volume_of(dataset: ClipDataset, slot: Slot) -> torch.Tensor:

@@ -52,8 +52,3 @@ def test_an_error_comes_after_the_batches_before_it(device: torch.device) -> Non
     with pytest.raises(StoreError, match="damaged"):
         came.extend(int(batch.clips[0]) for batch in on_device(numbered(fails_at=3), device))
     assert came == [0, 1, 2]
-
-
-@pytest.mark.parametrize("device", DEVICES, ids=str)
-def test_none_are_none(device: torch.device) -> None:
-    assert list(on_device(numbered(0), device)) == []

@@ -27,7 +27,7 @@ from dist_train.data.raw.outline import (
     find_thing,
 )
 from dist_train.data.raw.video import Video
-from dist_train.data.synthetic.render import draw_clip, render_clip
+from dist_train.data.synthetic.drawing import draw_clip, render_clip
 from dist_train.errors import RoiError
 
 COLOUR = OutlineColour()

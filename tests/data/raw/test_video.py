@@ -302,17 +302,3 @@ def test_lack_of_memory_is_not_the_files_damage(tmp_path: Path, kind: str) -> No
     assert "takes more memory" in said[4] or said[4] == "3"
     assert "takes more memory" in said[10] or said[10] == "3"
     assert said[200] == "3"
-
-
-def test_metadata_that_is_not_text(tmp_path: Path) -> None:
-    path = tmp_path / "a.mkv"
-    with av.open(str(path), "w") as output:
-        output.metadata["title"] = "TITLETITLE"
-        stream = output.add_stream("ffv1", rate=20)
-        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
-        output.mux(stream.encode(av.VideoFrame.from_ndarray(FRAMES[0], format="rgb24")))
-        output.mux(stream.encode())
-    content = path.read_bytes()
-    assert content.count(b"TITLETITLE") == 1
-    path.write_bytes(content.replace(b"TITLETITLE", b"\xe9\xff\xfe\xe9\xff\xfe\xe9\xff\xfe\xe9"))
-    assert len(list(Video(path))) == 1

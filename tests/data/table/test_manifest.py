@@ -52,39 +52,31 @@ def test_challenge_csvs_are_joined_by_name(tmp_path: Path) -> None:
         tmp_path / "train_metadata.csv",
         "filename,url,project_id,num_frames,crowd_score,tier1,micro,nano",
         "100.mp4,s3://x,M,54,0.0,True,False,False",
-        "101.mp4,s3://x,N,60,0.9,False,True,False",
+        "101.mp4,s3://y,N,60,0.9,False,True,False",
     )
-    write(tmp_path / "train_labels.csv", "filename,stalled", "101.mp4,1", "100.mp4,0")
-    rows = read_manifest(tmp_path / "train_metadata.csv").table
+    write(tmp_path / "train_labels.csv", "filename,stalled", "101.mp4,1", "9.mp4,1", "100.mp4,0")
+    manifest = read_manifest(tmp_path / "train_metadata.csv")
+    rows = manifest.table
+    assert manifest.urls_by_name() == {"100.mp4": "s3://x", "101.mp4": "s3://y"}
     assert rows["label"].tolist() == [0, 1]
     assert rows["group"].tolist() == ["M", "N"]
     assert rows["tier1"].tolist() == [True, False]
     assert rows["crowd_score"].tolist() == [0.0, 0.9]
 
 
-def test_labels_file_by_name(tmp_path: Path, table: Path) -> None:
-    labels = write(tmp_path / "elsewhere.csv", "filename,label,note", "a.mp4,1,x", "z.mp4,0,y")
-    manifest = read_manifest(write(table, "filename", "a.mp4"), labels=labels)
-    assert manifest.table["label"].tolist() == [1]
-
-
-def test_unlabelled_clips_have_minus_one(table: Path) -> None:
-    manifest = read_manifest(write(table, "filename", "a.mp4", "b.mp4"), unlabelled=True)
-    assert manifest.table["label"].tolist() == [-1, -1]
-
-
-def test_byte_order_mark_and_carriage_returns(table: Path) -> None:
-    table.write_bytes(b"\xef\xbb\xbffilename,label\r\na.mp4,1\r\n")
-    assert read_manifest(table).table["filename"].tolist() == ["a.mp4"]
-
-
-def test_names_that_look_like_missing_values_stay_names(
-    table: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("columns", ["filename", "filename,stalled"])
+def test_unlabelled_clips_have_minus_one(
+    table: Path, caplog: pytest.LogCaptureFixture, columns: str
 ) -> None:
+    manifest = read_manifest(write(table, columns, "a.mp4", "b.mp4"), unlabelled=True)
+    assert manifest.table["label"].tolist() == [-1, -1]
+    assert ("its labels are ignored" in caplog.text) == ("stalled" in columns)
+
+
+def test_names_that_look_like_missing_values_stay_names(table: Path) -> None:
     manifest = read_manifest(write(table, "filename,label,group", "NA,1,nan", "007,0,null"))
     assert manifest.table["filename"].tolist() == ["NA", "007"]
     assert manifest.table["group"].tolist() == ["nan", "null"]
-    assert "group 'nan' is taken for a name" in caplog.text
 
 
 MISTAKES = {
@@ -97,38 +89,34 @@ MISTAKES = {
     ),
     "column of no name": (["filename,label,", "a,1,x"], "has a column without a name"),
     "way out": (["filename,label", "a,1", "b/../../c,0"], "'b/../../c' (line 3) may lead out of"),
-    "absolute": (["filename,label", "/etc/passwd,1"], "'/etc/passwd' (line 2) may lead out of the"),
     "another drive": (["filename,label", r"C:\a.mp4,1"], r"'C:\a.mp4' (line 2) may lead out of"),
-    "listed twice": (["filename,label", "a.mp4,1", "b.mp4,0", "a.mp4,1"], r"'a.mp4' is listed twi"),
+    "listed twice": (
+        ["filename,label", "a,1", "b,0", "a,1"],
+        "'a' is listed twice (lines 2 and 4)",
+    ),
     "no name": (["filename,label", "a.mp4,1", ",0"], "line 3 has no filename"),
     "label 2": (["filename,label", "a.mp4,2"], "label of 'a.mp4' is '2', not 0 or 1"),
-    "label in words": (["filename,label", "a.mp4,stalled"], "is 'stalled', not 0 or 1"),
-    "label missing": (["filename,label", "a.mp4,1", "b.mp4,"], "label of 'b.mp4' is '', not 0"),
     "field missing": (["filename,label", "a,1", "b"], "label of 'b' is '', not 0 or 1 (line 3, "),
     "no label": (["filename,label", "a,", "b, "], "no label in any row. Fill the column"),
-    "decimal comma": (["filename;label;weight", "a;1;2,5"], "'2,5', not a number. Write it with a"),
+    "decimal comma": (["filename;label;weight", "a;1;2,5"], "'2,5', not a number (line 2, 1 such"),
     "another spelling": (["filename,label", "a.mp4,1", "./a.mp4,0"], "is listed twice (lines"),
     "on Windows": (["filename,label", r"d\a.mp4,1", "d/a.mp4,0"], "is listed twice (lines 2 and 3"),
     "two forms of one letter": (["filename,label", "\u00e4,1", "a\u0308,0"], "is listed twice (li"),
     "open quote": (["filename,label", '"a.mp4,1', "b.mp4,0"], "is not a CSV file (line 3: "),
     "two names in other case": (["filename,Label,label", "a,1,1"], "has two columns for 'label'"),
-    "two label columns": (["filename,label,stalled", "a,1,1"], "two columns for 'label'"),
-    "split partly": (["filename,label,split", "a,1,train", "b,0,"], "'b' has no split, though"),
-    "split unknown": (
-        ["filename,label,split", "a,1,dev"],
-        "split 'dev' of 'a' is none of train, v",
+    "split partly": (
+        ["filename,label,split", "a,1,train", "b,0,"],
+        "split of 'b' is '', not train, v",
     ),
-    "weight negative": (["filename,label,weight", "a,1,-1"], "weight of 'a' is -1, not a finite"),
-    "weight infinite": (["filename,label,weight", "a,1,inf"], "weight of 'a' is inf, not a finite"),
-    "weight nan": (["filename,label,weight", "a,1,nan"], "weight of 'a' is nan, not a finite"),
-    "weight in words": (["filename,label,weight", "a,1,big"], "weight of 'a' is 'big', not a num"),
-    "score in words": (["filename,label,crowd_score", "a,1,x"], "crowd_score of 'a' is 'x', not a"),
-    "tier1 in words": (
-        ["filename,label,tier1", "a,1,perhaps"],
-        "tier1 of 'a' is 'perhaps', not tr",
+    "after blank rows": (
+        ["sep=;", "", "filename;label", "a;1", ";", "b;2"],
+        "not 0 or 1 (line 6, 1 such",
     ),
+    "split unknown": (["filename,label,split", "a,1,dev"], "split of 'a' is 'dev', not train, val"),
+    "weight negative": (["filename,label,weight", "a,1,-1"], "weight of 'a' is '-1', not a finit"),
+    "weight nan": (["filename,label,weight", "a,1,nan"], "weight of 'a' is 'nan', not a fini"),
+    "tier1 in words": (["filename,label,tier1", "a,1,maybe"], "tier1 of 'a' is 'maybe', not true"),
     "one row too long": (["filename,label", "a,1", "b,1,2"], "line 3 has more fields than the"),
-    "all rows too long": (["filename,label", "a,1,x", "b,0,x"], "line 2 has more fields than the"),
 }
 
 
@@ -141,82 +129,17 @@ def test_mistake_is_named(table: Path, mistake: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_duplicate_gives_both_lines(table: Path) -> None:
-    write(table, "filename,label", "a.mp4,1", "b.mp4,0", "a.mp4,1")
-    with pytest.raises(ManifestError, match=r"lines 2 and 4"):
-        read_manifest(table)
-
-
-def test_missing_file(table: Path) -> None:
-    with pytest.raises(ManifestError, match="cannot be read"):
-        read_manifest(table)
-
-
-def test_empty_file(table: Path) -> None:
-    table.touch()
-    with pytest.raises(ManifestError, match="is empty"):
-        read_manifest(table)
-
-
-def test_binary_file(table: Path) -> None:
-    table.write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe\x00")
-    with pytest.raises(ManifestError, match="is not a CSV file"):
-        read_manifest(table)
-
-
-def test_no_labels_anywhere(table: Path) -> None:
-    with pytest.raises(ManifestError, match=r"no train_labels.csv beside it.*--labels"):
-        read_manifest(write(table, "filename", "a.mp4"))
-
-
-def test_labels_file_without_a_clip(tmp_path: Path, table: Path) -> None:
-    labels = write(tmp_path / "labels.csv", "filename,label", "a.mp4,1")
-    with pytest.raises(ManifestError, match=r"no label for 'b.mp4' \(1 such rows\)"):
-        read_manifest(write(table, "filename", "a.mp4", "b.mp4"), labels=labels)
-
-
-def test_labels_twice_is_refused(tmp_path: Path, table: Path) -> None:
-    labels = write(tmp_path / "labels.csv", "filename,label", "a.mp4,0")
-    with pytest.raises(ManifestError, match="has labels of its own"):
-        read_manifest(write(table, "filename,label", "a.mp4,1"), labels=labels)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../x.mp4",
-        "/etc/passwd",
-        "..",
-        ".hidden",
-        "a b.mp4",
-        "a.b.mp4",
-        "größe.mp4",
-        "細胞.mp4",
-        "semi;colon.mp4",
-        "x" * 96 + ".mp4",
-        "y" * 250 + ".mp4",
-    ],
-)
-def test_key_is_safe_in_a_tar_archive(table: Path, name: str) -> None:
-    write(table, "filename,label", f"{name},1")
-    key = read_manifest(table, allow_local=True).table["key"].iloc[0]
-    assert re.fullmatch(r"[A-Za-z0-9_-]+", key)
-    assert len(f"{key}.json") <= 100
-
-
-def test_keys_are_unique_where_stems_are_not(table: Path) -> None:
-    names = ["a/x.mp4", "b/x.mp4", "x.mov", "a b.mp4", "a_b.mp4", "a.b.mp4"]
-    manifest = read_manifest(write(table, "filename,label", *(f"{name},1" for name in names)))
-    keys = manifest.table["key"].tolist()
+def test_keys_are_unique_and_safe_in_a_tar_archive(table: Path) -> None:
+    names = ["../x.mp4", "/etc/passwd", "..", ".hidden", "a b.mp4", "a_b.mp4", "a.b.mp4", "größe"]
+    names += ["細胞.mp4", "a;b.mp4", "x" * 96, "y" * 250, "a/x.mp4", "b/x.mp4", "x.mov"]
+    write(table, "filename,label", *(f"{name},1" for name in names))
+    keys = read_manifest(table, allow_local=True).table["key"].tolist()
     assert len(set(keys)) == len(names)
-    assert keys[4] == "a_b"
-
-
-def test_key_depends_on_nothing_but_the_names(table: Path) -> None:
-    write(table, "filename,label", "a b.mp4,1", "c.mp4,0")
-    first = read_manifest(table).table.set_index("filename")["key"]
-    write(table, "filename,label", "c.mp4,0", "a b.mp4,0")
-    assert read_manifest(table).table.set_index("filename")["key"].to_dict() == first.to_dict()
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{1,95}", key) for key in keys)
+    assert keys[5] == "a_b"
+    # They depend on nothing but the names.
+    write(table, "filename,label", *(f"{name},0" for name in reversed(names)))
+    assert read_manifest(table, allow_local=True).table["key"].tolist() == keys[::-1]
 
 
 def test_fingerprint_follows_the_content(table: Path) -> None:
@@ -241,19 +164,16 @@ def test_urls_are_kept_apart(table: Path) -> None:
     assert manifest.urls_by_name() == {"a.mp4": "s3://x/a.mp4", "b.mp4": "s3://y/other"}
 
 
-def test_urls_follow_the_rows_when_labels_are_joined(tmp_path: Path) -> None:
-    write(tmp_path / "train_metadata.csv", "filename,url", "b.mp4,s3://x/b", "a.mp4,s3://x/a")
-    write(tmp_path / "train_labels.csv", "filename,stalled", "a.mp4,1", "c.mp4,1", "b.mp4,0")
-    manifest = read_manifest(tmp_path / "train_metadata.csv")
-    assert manifest.table["label"].tolist() == [0, 1]
-    assert manifest.urls_by_name() == {"b.mp4": "s3://x/b", "a.mp4": "s3://x/a"}
-
-
 def test_missing_urls_matter_only_where_they_are_used(table: Path) -> None:
     rows = ["a.mp4,1,s3://x/a", "b.mp4,0,", "c.mp4,0,local.mp4"]
     manifest = read_manifest(write(table, "filename,label,url", *rows))
-    message = r"url of 'b.mp4' \(line 3\) is '', not of the form s3://bucket/name \(2 such rows\)"
+    message = r"url of 'b.mp4' is '', not of the form s3://bucket/name \(line 3, 2 such rows\)"
     with pytest.raises(ManifestError, match=message):
+        manifest.urls_by_name()
+    manifest = read_manifest(write(table, "filename,label,url", "a,1,s3://x/a", "b,0,s3://x/a"))
+    with pytest.raises(
+        ManifestError, match="line 2 and line 3 of the clip table have the same url"
+    ):
         manifest.urls_by_name()
     with pytest.raises(ManifestError, match=r"has no column 'url'.*--source"):
         read_manifest(write(table, "filename,label", "a.mp4,1")).urls_by_name()
@@ -270,45 +190,29 @@ def test_table_of_many_parts_is_one_table(table: Path) -> None:
     assert manifest.fingerprint == hashlib.sha256(whole).hexdigest()
 
 
-def test_too_long_row_far_down(table: Path) -> None:
-    rows = [f"{i}.mp4,1,54" for i in range(70_000)]
-    with pytest.raises(ManifestError, match=r"line 70002 has more fields"):
-        read_manifest(write(table, "filename,label,num_frames", *rows, "x.mp4,1,54,7"))
-
-
-def test_one_animal_has_one_group(table: Path) -> None:
-    """Blanks around a name, and the form of its letters, make no other animal."""
-    names = ["m3", "m3 ", "\tm3\u00a0", "M\u00e4us", "Ma\u0308us", " "]
-    write(table, "filename,label,group,split", *(f"{i},1,{n},Val " for i, n in enumerate(names)))
-    rows = read_manifest(table).table
-    assert rows["group"].tolist() == ["m3", "m3", "m3", "M\u00e4us", "M\u00e4us", ""]
-    assert set(rows["split"]) == {"val"}
-
-
 def test_groups_that_look_the_same_are_one(table: Path, caplog: pytest.LogCaptureFixture) -> None:
-    names = ["m 3", "m  3", "m\u00a03", "\ufeffm 3", "m\u200b 3", "\uff4d 3"]
+    names = ["m 3", "m  3 ", "m\u00a03", "\ufeffm 3", "m\u200b 3", "\uff4d 3"]
+    names += ["M\u00e4us", "Ma\u0308us", " "]
     write(table, "filename,label,group", *(f"{i},{i % 2},{n}" for i, n in enumerate(names)))
-    assert read_manifest(table).table["group"].tolist() == ["m 3"] * 6
+    assert read_manifest(table).table["group"].tolist() == ["m 3"] * 6 + ["M\u00e4us"] * 2 + [""]
     assert caplog.text == ""
-    write(table, "filename,label,group", "a,1,m3", "b,0,M3")
-    assert read_manifest(table).table["group"].tolist() == ["m3", "M3"]
-    assert "groups 'm3' and 'M3' differ in case, and are taken for two" in caplog.text
+    write(table, "filename,label,group,split", "a,1,m3,Val ", "b,0,M3,val")
+    rows = read_manifest(table).table
+    assert rows["group"].tolist() == ["m3", "M3"]
+    assert rows["split"].tolist() == ["val", "val"]
+    assert "groups 'm3' and 'M3' differ in case, and are two groups" in caplog.text
 
 
 SPREADSHEETS = {
+    "byte order mark": b"\xef\xbb\xbffilename,label\r\na.npy,1\r\nb.npy,0\r\n",
     "semicolons": b"filename;label\na.npy;1\nb.npy;0\n",
     "tabs": b"filename\tlabel\na.npy\t1\nb.npy\t0\n",
     "told delimiter": b"sep=;\r\nfilename;label\r\na.npy;1\r\nb.npy;0\r\n",
-    "told odd delimiter": b"sep=|\nfilename|label\na.npy|1\nb.npy|0\n",
     "UTF-16": "filename\tlabel\r\na.npy\t1\r\nb.npy\t0\r\n".encode("utf-16"),
-    "UTF-16, other order": b"\xfe\xff" + "filename,label\na.npy,1\nb.npy,0".encode("utf-16-be"),
     "other case": b" Filename,LABEL\na.npy,1\nb.npy,0\n",
-    "blank rows": b"\n\nfilename,label\n\na.npy,1\n,\nb.npy,0\n\n",
     "rows of blanks": b"filename;label\na.npy;1\n ; \n\nb.npy;0; ;\n",
     "sizes": b"filename,label,height,width,site,slide,score,stage\na.npy,1,8,8,x,y,z,1\nb.npy,0\n",
     "comma at the end": b"filename,label,\na.npy,1,\nb.npy,0,\n",
-    "commas after the header's end": b"filename,label\na.npy,1,,,\nb.npy,0\n",
-    "words": b"filename,label\na.npy,True\nb.npy,FALSE\n",
     "yes and no": b"filename,label\na.npy,Yes\nb.npy,no\n",
     "quoted": b'"filename","label"\n"a.npy","1"\n"b.npy","0"\n',
     "blanks": b"filename, label\na.npy , 1\n b.npy,0 \n",
@@ -324,15 +228,10 @@ def test_tables_of_spreadsheets(table: Path, kind: str) -> None:
     assert manifest.table["label"].tolist() == [1, 0]
 
 
-def test_blank_rows_do_not_shift_the_lines_of_messages(table: Path) -> None:
-    write(table, "sep=;", "", "filename;label", "a.mp4;1", ";", "b.mp4;2")
-    with pytest.raises(ManifestError, match=r"not 0 or 1 \(line 6, 1 such"):
-        read_manifest(table)
-
-
 NO_TABLES = {
-    "workbook": (b"PK\x03\x04 more", "an Excel workbook or another zip archive. Save it as"),
-    "old workbook": (b"\xd0\xcf\x11\xe0 more", "an Excel workbook of the old kind"),
+    "workbook": (b"PK\x03\x04 more", "is an Excel workbook, not a CSV file. Save it"),
+    "picture": (b"\x89PNG\r\n\x1a\n\xff\xfe\x00", "it holds a byte 0"),
+    "empty": (b"", "is empty"),
     "latin-1": ("filename,label\nM\u00e4us.npy,1\n".encode("latin-1"), "Save it as 'CSV UTF-8'"),
     "UTF-16 unmarked": ("filename,label\na,1\n".encode("utf-16-le"), "it holds a byte 0"),
     "blank": (b"\n ,\n\n", "is empty"),
@@ -362,20 +261,6 @@ def test_columns_that_are_not_used_are_told(table: Path, caplog: pytest.LogCaptu
     assert "not used: labels" in caplog.text
 
 
-def test_labels_that_are_not_looked_at_are_told(
-    table: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write(table, "filename,stalled", "a.mp4,0", "b.mp4,0")
-    assert read_manifest(table, unlabelled=True).table["label"].tolist() == [-1, -1]
-    assert "its labels are not looked at" in caplog.text
-
-
-def test_labels_are_joined_over_both_forms_of_a_letter(tmp_path: Path, table: Path) -> None:
-    labels = write(tmp_path / "other.csv", "filename,label", "Ma\u0308us.mp4,1")
-    manifest = read_manifest(write(table, "filename", "M\u00e4us.mp4"), labels=labels)
-    assert manifest.table["label"].tolist() == [1]
-
-
 CHALLENGE = [
     "filename,url,project_id,num_frames,crowd_score,tier1,micro,nano,my notes",
     "1.mp4,s3://x/1,007,54,0.0,True,False,False,",
@@ -386,15 +271,10 @@ CONDITIONS = {
     "micro": "23",
     "not micro": "1",
     "micro and num_frames > 50": "2",
-    "(micro == True) & (num_frames <= 54)": "3",
     "project_id == '007'": "1",
     "group in ['7', '8']": "23",
     "nano or tier1": "13",
-    "crowd_score < 0.5": "1",
     "`my notes` == 'good'": "2",
-    "filename != '2.mp4'": "13",
-    "stalled == 1": "12",
-    " micro & num_frames > 50 | tier1 ": "12",
     "17 < num_frames <= 60": "12",
     "micro == nano": "13",
     "not (crowd_score >= 0)": "3",
@@ -415,34 +295,23 @@ def test_rows_are_chosen_by_any_column(table: Path, condition: str) -> None:
 
 NO_CONDITIONS = {
     "mikro": "there is no column 'mikro'. Known: filename, url",
-    "num_frames > 1000": "it holds for none of 3 rows",
-    "project_id > 3": "'project_id > 3' compares texts with numbers. Texts stand in quotes",
-    "project_id != 7": "compares texts with numbers",
-    "project_id not in ['007', -7]": "compares texts with numbers",
-    "micro != 'False'": "compares texts with numbers",
-    "num_frames != '54' and micro": "compares texts with numbers",
-    "num_frames": "'num_frames' is not true or false for each row",
-    "micro and num_frames": "'num_frames' is not true or false for each row",
+    "project_id > 3": "'project_id > 3' compares strings with numbers. Strings stand in quotes",
+    "project_id not in ['007', -7]": "compares strings with numbers",
+    "micro != 'False'": "compares strings with numbers",
+    "micro and num_frames > 50 | tier1": "it may only compare columns",
     "micro or 1": "'1' is not true or false for each row",
-    "~num_frames": "'num_frames' is not true or false for each row",
+    "not num_frames": "'num_frames' is not true or false for each row",
     "num_frames == [54, 60]": "a list may only stand after 'in'",
     "num_frames in 54": "a list may only stand after 'in'",
-    "num_frames > -micro": "'-micro' is no column, number or text",
-    "num_frames is None": "it may only compare columns",
+    "num_frames > -micro": "'-micro' is no column, number or string",
     "`my notes` == '&'": "it holds for none",
-    "num_frames > 1j": "'1j' is no column, number or text",
     "filename == 'd\\d.mp4'": "it is no expression over columns",
     "micro = True": "it is no expression over columns. Equal is ==",
-    "micro and": "it is no expression over columns",
     "1 == 1": "it names no column",
     "@table": "it is no expression over columns",
     "__import__('os').system('touch owned')": "it may only compare columns",
-    "filename.str.len() > 3": "it may only compare columns",
-    "num_frames ** 999999999 > 1": "it may only compare columns",
-    "(lambda: 1)()": "it may only compare columns",
     "[x for x in micro]": "it may only compare columns",
     "micro; nano": "it is no expression over columns",
-    "(" * 500 + "micro" + ")" * 500: "it is longer than 1000 letters",
     "(" * 300 + "micro" + ")" * 300: "it is no expression over columns",
 }
 
@@ -470,13 +339,10 @@ def test_rows_are_chosen_by_labels_of_another_table(tmp_path: Path, table: Path)
 
 
 def test_names_in_a_table_of_labels_are_read_as_those_of_clips(tmp_path: Path, table: Path) -> None:
-    labels = write(tmp_path / "other.csv", "Filename;Stalled", "d/a.mp4 ;1", "./b.mp4;0")
-    manifest = read_manifest(write(table, "filename", r"d\a.mp4", "b.mp4"), labels=labels)
-    assert manifest.table["label"].tolist() == [1, 0]
-    for other in ("d/A", "D/a.MP4", "d/a.avi"):
-        write(labels, "filename,label", f"{other},1", "b.mp4,0")
-        with pytest.raises(ManifestError, match=rf"for 'd.a.mp4' .* has one for '{other}'"):
-            read_manifest(table, labels=labels)
+    rows = ["d/a.mp4 ;1;x", "./b.mp4;0;y", "Ma\u0308us.mp4;1;z"]
+    labels = write(tmp_path / "other.csv", "Filename;Stalled;note", *rows)
+    write(table, "filename", r"d\a.mp4", "b.mp4", "M\u00e4us.mp4")
+    assert read_manifest(table, labels=labels).table["label"].tolist() == [1, 0, 1]
 
 
 def test_a_bad_label_is_named_where_it_stands(tmp_path: Path, table: Path) -> None:
@@ -494,23 +360,13 @@ def test_a_bad_label_is_named_where_it_stands(tmp_path: Path, table: Path) -> No
         read_manifest(table, labels=labels, unlabelled=True)
 
 
-def test_one_url_for_two_files(table: Path) -> None:
-    write(table, "filename,label,url", "a.mp4,1,s3://x/a", "b.mp4,0,s3://x/a")
-    with pytest.raises(ManifestError, match="line 2 and line 3 of the clip table have one url"):
-        read_manifest(table).urls_by_name()
-
-
-@pytest.mark.parametrize("label", ["0", "1"])
 def test_labels_that_are_all_the_same_may_be_placeholders(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, label: str
+    table: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "submission_format.csv"
-    path.write_text(f"filename,stalled\na.mp4,{label}\nb.mp4,{label}\n")
-    assert read_manifest(path).table["label"].tolist() == 2 * [int(label)]
-    assert f"all 2 labels are {label}" in caplog.text
-    assert "--unlabelled" in caplog.text
+    write(table, "filename,stalled", "a.mp4,0", "b.mp4,0")
+    assert read_manifest(table).table["label"].tolist() == [0, 0]
+    assert "all 2 labels are 0. If they are placeholders, prepare it with --unl" in caplog.text
     caplog.clear()
-    read_manifest(path, unlabelled=True)
-    path.write_text("filename,stalled\na.mp4,0\nb.mp4,1\n")
-    read_manifest(path)
+    read_manifest(table, unlabelled=True)
+    read_manifest(write(table, "filename,stalled", "a.mp4,0", "b.mp4,1"))
     assert "all 2 labels are" not in caplog.text
