@@ -51,11 +51,6 @@ def _mix_high(values: Words) -> Words:
     return values
 
 
-def below(key: Words, size: int) -> int:
-    """A number from 0 to ``size`` - 1, from a key of shape [1]."""
-    return int(key[0]) % size
-
-
 def permute(places: Ints, sizes: Ints | int, keys: Words) -> Ints:
     """The items at ``places`` of a shuffle: for each size and key a bijection of [0, size).
 
@@ -68,14 +63,10 @@ def permute(places: Ints, sizes: Ints | int, keys: Words) -> Ints:
         Items, int64 [n].
     """
     size, key = np.broadcast_to(sizes, places.shape), np.broadcast_to(keys, places.shape)
-    small = size < SMALL
-    if not small.any():
-        return _permute_large(places, size, key)
-    if small.all():
-        return _permute_small(places, size, key)
-    result = np.empty(len(places), np.int64)
+    result, small = np.empty(len(places), np.int64), size < SMALL
     for chosen, way in ((small, _permute_small), (~small, _permute_large)):
-        result[chosen] = way(places[chosen], size[chosen], key[chosen])
+        if chosen.any():
+            result[chosen] = way(places[chosen], size[chosen], key[chosen])
     return result
 
 
