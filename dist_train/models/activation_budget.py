@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from dist_train.errors import ModelError
 from dist_train.models.recompute import Recompute, run_part
-from dist_train.models.resnet3d import PARTS, RecomputePlan, ResNet3D
+from dist_train.models.resnet3d import RecomputePlan, ResNet3D
 
 MODES: tuple[Recompute, ...] = get_args(Recompute)
 #: Floating point operations that take as long as moving one byte. Data sheets of GPUs with tensor
@@ -67,8 +67,7 @@ class Choice:
 
 
 def choose_plan(costs: Costs, budget: int) -> Choice:
-    """The plan of least work whose activations fit into ``budget`` bytes. If none fits: the plan
-    of fewest bytes."""
+    """The plan of least work that fits into ``budget`` bytes; if none fits, that of fewest."""
     plans = product(MODES, repeat=len(costs))
     choices = [weigh(cast(RecomputePlan, plan), costs) for plan in plans]
     fitting = [choice for choice in choices if choice.bytes <= budget]
@@ -116,16 +115,10 @@ def measure_parts(
             # The budget covers activations, not gradients of parameters.
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
         x = torch.empty(shape)
-        parts, _ = model.parts()
-        for number, steps in enumerate(parts):
-            part_costs = {}
-            for mode in MODES:
-                part_costs[mode], output = _measure(mode, steps, x, precision)
-            costs.append(part_costs)
-            last = number == len(parts) - 1
-            if not last:
-                x = torch.empty(output, dtype=precision).requires_grad_()
-    assert len(costs) == len(PARTS)
+        for steps in model.parts()[0]:
+            measured = {mode: _measure(mode, steps, x, precision) for mode in MODES}
+            costs.append({mode: cost for mode, (cost, _) in measured.items()})
+            x = torch.empty(measured["none"][1], dtype=precision).requires_grad_()
     return costs
 
 
@@ -167,10 +160,12 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        inputs, outputs = (
+            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+            for tree in ((args, kwargs), result)
+        )
         storages = {t.untyped_storage()._cdata for t in inputs}
         # The other outputs are views of an input, or an input updated in place.
-        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         new = [t for t in outputs if t.untyped_storage()._cdata not in storages]
         for tensor in new:
             self.note(tensor)

@@ -40,10 +40,10 @@ class ValidFrames:
         return frames.index_select(0, self.index).permute(0, 3, 1, 2)
 
     def scatter(self, images: Tensor, like: Tensor) -> Tensor:
-        """Inverse of ``gather``: [N, C, H, W] to [B, C, D, H, W], padded frames zero.
+        """Inverse of ``gather``: [N, C, H, W] to the shape and memory format of ``like``.
 
-        The result has the shape and memory format of ``like``. It may be a view, so an in-place
-        operation on it costs autograd a copy.
+        Padded frames are zero. The result may be a view, so an in-place operation on it costs
+        autograd a copy.
         """
         batch, channels, depth, height, width = like.shape
         frames = images.new_zeros(batch * depth, height, width, channels)
@@ -53,16 +53,13 @@ class ValidFrames:
 
 
 def valid_frames(frames: Tensor | None, clips: Tensor) -> ValidFrames | None:
-    """Find the padding of a batch.
+    """The real frames of a batch; None if the host knows that no clip is padded.
 
     Args:
         frames: integer [B], the number of real frames of each clip, which come first. None: all
             frames are real. A CPU tensor is checked; a GPU tensor is not, as reading it would make
             the host wait.
         clips: [B, C, D, H, W].
-
-    Returns:
-        The real frames; None if the host knows that no clip is padded.
 
     Raises:
         ModelError: ``frames`` is not one integer from 1 to D for each clip.
@@ -75,19 +72,17 @@ def valid_frames(frames: Tensor | None, clips: Tensor) -> ValidFrames | None:
             f"frames is {frames.dtype} {list(frames.shape)} for a batch of {batch} clips",
             fix="Pass one integer for each clip: its depth without padding",
         )
-    if frames.device.type != "cpu":
-        return ValidFrames(
-            torch.arange(depth, device=frames.device) < frames[:, None], clips.device
-        )
-    shortest, longest = int(frames.min()), int(frames.max())
-    if shortest < 1 or longest > depth:
-        raise ModelError(
-            f"frames is {frames.tolist()} for clips padded to {depth}",
-            fix=f"Pass the depth of each clip without padding, from 1 to {depth}",
-        )
-    if shortest == depth:
-        return None
-    return ValidFrames(torch.arange(depth) < frames[:, None], clips.device)
+    if frames.device.type == "cpu":
+        shortest, longest = int(frames.min()), int(frames.max())
+        if shortest < 1 or longest > depth:
+            raise ModelError(
+                f"frames is {frames.tolist()} for clips padded to {depth}",
+                fix=f"Pass the depth of each clip without padding, from 1 to {depth}",
+            )
+        if shortest == depth:
+            return None
+    mask = torch.arange(depth, device=frames.device) < frames[:, None]
+    return ValidFrames(mask, clips.device)
 
 
 def strided(valid: ValidFrames | None, stride: int) -> ValidFrames | None:

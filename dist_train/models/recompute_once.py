@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 # The result lists of the open first passes, and the results that the open second pass replays.
-_notes: ContextVar[tuple[list[Any], ...]] = ContextVar("_notes", default=())
-_noted: ContextVar[Iterator[Any] | None] = ContextVar("_noted", default=None)
+_recording: ContextVar[tuple[list[Any], ...]] = ContextVar("_recording", default=())
+_replaying: ContextVar[Iterator[Any] | None] = ContextVar("_replaying", default=None)
 
 
 class TwoPasses:
@@ -27,28 +27,28 @@ class TwoPasses:
 
     def first(self) -> AbstractContextManager[None]:
         """The context of the forward pass."""
-        return _Context(_notes, lambda: (*_notes.get(), self._results))
+        return _Context(_recording, lambda: (*_recording.get(), self._results))
 
     def second(self) -> AbstractContextManager[None]:
         """The context of a recomputation; can be entered again."""
-        return _Context(_noted, lambda: iter(self._results))
+        return _Context(_replaying, lambda: iter(self._results))
 
 
 def once(compute: Callable[[], T]) -> T:
     """``compute()``; in a second pass, its result from the first pass."""
-    noted = _noted.get()
-    if noted is not None:
-        repeated: T = next(noted)
+    replayed = _replaying.get()
+    if replayed is not None:
+        repeated: T = next(replayed)
         return repeated
     result = compute()
-    for notes in _notes.get():
-        notes.append(result)
+    for results in _recording.get():
+        results.append(result)
     return result
 
 
 def is_repeated() -> bool:
     """Whether this is a second pass, in which buffers must not change."""
-    return _noted.get() is not None
+    return _replaying.get() is not None
 
 
 class _Context(AbstractContextManager[None]):

@@ -74,15 +74,12 @@ class ConvNorm(nn.Module):
             shortcut: added before the ReLU, of the output's shape.
         """
         x = recomputable(self.conv, x) if self.is_cheap else self.conv(x)
+        normalise = partial(self.norm, shortcut=shortcut, relu=self.relu)
         if self.relu and shortcut is None:
-            return recomputable(self._rectified, x, valid)
+            return recomputable(normalise, x, valid)
         # The block's output is the next block's input, which is kept in every mode.
-        y: Tensor = self.norm(x, valid, shortcut=shortcut, relu=self.relu)
+        y: Tensor = normalise(x, valid)
         return y
-
-    def _rectified(self, x: Tensor, valid: ValidFrames | None) -> Tensor:
-        rectified: Tensor = self.norm(x, valid, relu=True)
-        return rectified
 
 
 class ResidualBlock(nn.Module):
@@ -98,12 +95,11 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.stride = stride
         out_channels = channels * self.expansion
-        same_shape = stride == 1 and in_channels == out_channels
-        self.shortcut = (
-            None if same_shape else ConvNorm(in_channels, out_channels, 1, stride, relu=False)
-        )
+        self.shortcut: ConvNorm | None = None
+        if stride > 1 or in_channels != out_channels:
+            self.shortcut = ConvNorm(in_channels, out_channels, 1, stride, relu=False)
 
-    def passed_by(self, x: Tensor, after: ValidFrames | None) -> Tensor:
+    def project(self, x: Tensor, after: ValidFrames | None) -> Tensor:
         """The shortcut branch: identity, or a 1x1x1 projection."""
         return x if self.shortcut is None else cast(Tensor, self.shortcut(x, after))
 
@@ -122,7 +118,7 @@ class BasicBlock(ResidualBlock):
         self, x: Tensor, before: ValidFrames | None = None, after: ValidFrames | None = None
     ) -> Tensor:
         residual = self.conv1(x, after)
-        y: Tensor = self.conv2(residual, after, shortcut=self.passed_by(x, after))
+        y: Tensor = self.conv2(residual, after, shortcut=self.project(x, after))
         return y
 
 
@@ -142,7 +138,7 @@ class Bottleneck(ResidualBlock):
     ) -> Tensor:
         residual = self.conv1(x, before)
         residual = self.conv2(residual, after)
-        y: Tensor = self.conv3(residual, after, shortcut=self.passed_by(x, after))
+        y: Tensor = self.conv3(residual, after, shortcut=self.project(x, after))
         return y
 
 
@@ -175,12 +171,9 @@ class ResNet3D(nn.Module):
         stem_stride: stride of the stem in D, H and W.
         stem_pool: False leaves out the pooling; later layers are then twice as large.
         stem_folded: compute the stem by space to depth (layers.py). Only rounding changes.
-        recompute: activation checkpointing: a mode of ``recompute.py``, or one mode for each of
-            ``PARTS``. The attribute can be set at any time.
+        recompute: a mode of ``recompute.py``, or one mode for each of ``PARTS``. The attribute can
+            be set at any time.
         dropout: probability of dropping a pooled feature.
-
-    Raises:
-        ModelError: a setting is outside of its range.
     """
 
     def __init__(
@@ -196,12 +189,6 @@ class ResNet3D(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        _check("depth", depth, depth in BLOCKS, f"one of {', '.join(map(str, BLOCKS))}")
-        _check("width", width, width >= 1, "at least 1")
-        _check("in_channels", in_channels, in_channels >= 1, "at least 1")
-        strides_fit = len(stem_stride) == 3 and min(stem_stride) >= 1
-        _check("stem_stride", stem_stride, strides_fit, "three numbers, each at least 1")
-        _check("dropout", dropout, 0.0 <= dropout < 1.0, "at least 0 and less than 1")
         self.in_channels = in_channels
         self.recompute = recompute
         self.stem_frame_stride = stem_stride[0]
@@ -219,7 +206,7 @@ class ResNet3D(nn.Module):
         Args:
             x: floating point. The content of padded frames is ignored.
             frames: integer [B], the number of real frames of each clip, which come first. None
-                (faster): all D are real. Prefer a CPU tensor: see ``valid_frames``.
+                (faster): all D are real. Prefer a CPU tensor, see ``valid_frames``.
 
         Returns:
             Logits in the dtype of the parameters, also under autocast: bfloat16 has 8 significant
@@ -249,11 +236,7 @@ class ResNet3D(nn.Module):
     def parts(
         self, valid: ValidFrames | None = None
     ) -> tuple[list[list[Step]], ValidFrames | None]:
-        """The steps of each of ``PARTS``, in order, and the real frames of the last output.
-
-        Args:
-            valid: real frames of the clips.
-        """
+        """The steps of each of ``PARTS``, in order, and the real frames of the last output."""
         valid = strided(valid, self.stem_frame_stride)
         pooled = valid if self.pool is None else strided(valid, 2)
         parts: list[list[Step]] = [[partial(self._run_stem, valid=valid, pooled=pooled)]]
@@ -276,9 +259,11 @@ class ResNet3D(nn.Module):
     def recompute(self, modes: Recompute | RecomputePlan) -> None:
         known = get_args(Recompute)
         plan = (modes,) * len(PARTS) if isinstance(modes, str) else tuple(modes)
-        fits = len(plan) == len(PARTS) and all(mode in known for mode in plan)
-        wanted = f"one of {', '.join(known)}, or one of them for each of {', '.join(PARTS)}"
-        _check("recompute", modes, fits, wanted)
+        if len(plan) != len(PARTS) or not set(known).issuperset(plan):
+            raise ModelError(
+                f"recompute is {modes!r}",
+                fix=f"Give one of {', '.join(known)}, or one for each of {', '.join(PARTS)}",
+            )
         self._recompute = cast(RecomputePlan, plan)
 
     def _run_stem(self, x: Tensor, valid: ValidFrames | None, pooled: ValidFrames | None) -> Tensor:
@@ -305,8 +290,3 @@ def _stack_blocks(depth: int, width: int) -> nn.ModuleList:
             blocks.append(block(in_channels, channels, stride=2 if halves else 1))
             in_channels = channels * block.expansion
     return blocks
-
-
-def _check(setting: str, value: object, fits: bool, wanted: str) -> None:
-    if not fits:
-        raise ModelError(f"{setting} is {value!r}", fix=f"Give {wanted}")

@@ -32,7 +32,6 @@ def shared_statistics(x: Tensor, like: Tensor, all_reduce: AllReduce) -> Statist
 
     Args:
         like: [C], a vector in the dtype to accumulate in, such as the running mean.
-        all_reduce: sums a float64 tensor over the processes, in place.
     """
     return once(lambda: _statistics(x.detach(), like, all_reduce))
 

@@ -156,13 +156,6 @@ def test_outputs_and_gradients_are_those_of_the_plain_convolution(
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_output_has_the_layout_of_the_network(layout: torch.memory_format) -> None:
-    conv = FoldedConv3d(1, 8, 7, (1, 2, 2), padding=3, bias=False)
-    conv = conv.to(memory_format=layout)  # type: ignore[call-overload]
-    assert conv(torch.rand(2, 1, 8, 16, 16)).is_contiguous(memory_format=layout)
-
-
 def test_shallow_clips_in_bfloat16_get_right_gradients() -> None:
     """oneDNN's unwritten memory (see layers.py) would be far outside of the tolerance."""
     torch.manual_seed(0)

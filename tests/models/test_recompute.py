@@ -118,13 +118,9 @@ def test_blocks_run_twice_in_training_only(make_model, training, runs):
         block.register_forward_pre_hook(lambda _, __, i=i: started.append(i))
     model(random_clips()).sum().backward()
     assert [started.count(i) for i in range(4)] == [runs] * 4
-
-
-def test_blocks_run_once_without_gradients(make_model):
-    model = make_model(10, width=4, recompute="block")
     with torch.no_grad():
         assert not model(random_clips()).requires_grad
-    assert model.stem.norm.num_batches_tracked == 1
+    assert len(started) == 4 * (runs + 1)
 
 
 def saved_bytes(model: ResNet3D, clips: Tensor, frames: Tensor | None = None) -> int:
@@ -166,10 +162,3 @@ def test_what_resnet_101_keeps_of_four_clips():
     assert kept["cheap"] <= 0.6 * kept["none"]
     assert kept["stage"] <= 0.15 * kept["none"]
     assert kept["stage"] < kept["block"] < kept["cheap"]
-
-
-def test_tensors_without_data_are_counted_as_real_ones(make_model):
-    real = saved_bytes(make_model(18, width=8, recompute="cheap"), random_clips())
-    with FakeTensorMode():
-        model = ResNet3D(18, width=8, recompute="cheap")
-        assert saved_bytes(model, torch.empty(3, 1, DEPTH, 32, 32)) == real
