@@ -2,8 +2,7 @@
 
 ``F.batch_norm``, ``+`` and ``F.relu`` each read and write all activations, and padding costs two
 more copies. ``torch.compile`` makes two loops forward (statistics, output) and two backward (sums,
-gradients). Each reads the convolution's output once. Only that output is kept for the backward
-pass, as in in-place activated batch normalisation (Rota Bulò et al. 2018), but nothing is inverted.
+gradients). Each reads the convolution's output once, and only that is kept for the backward pass.
 
 The loops work on rows [F, P, C]: B * D frames, H * W pixels, C channels. That is the memory order
 of a batch [B, C, D, H, W] in ``channels_last_3d``.
@@ -82,14 +81,11 @@ def fused_norm(
         origin: [C], in the dtype to accumulate in: values near the means, such as the running
             means. Sums of squares around them do not cancel (Chan, Golub & LeVeque 1983). It must
             be equal in all processes that share statistics.
-        valid: real frames of ``x``.
-        shortcut: of the shape of ``x``; None adds nothing.
-        relu: apply a ReLU last.
-        all_reduce: if set, statistics cover all processes.
+        all_reduce: if set, statistics cover all processes. Gradients of weight and bias come from
+            this process's values only.
 
     Returns:
-        (output in the dtype of ``x``, channels last, zero in padded frames; the statistics that
-        normalised it). Gradients of weight and bias come from this process's values only.
+        (output in the dtype of ``x``, channels last, zero in padded frames; the statistics).
     """
     y, *statistics = _FusedNorm.apply(  # type: ignore[no-untyped-call]
         x, shortcut, weight, bias, origin, _real(valid, x), relu, eps, all_reduce

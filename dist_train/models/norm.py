@@ -1,7 +1,4 @@
-"""Batch normalisation over real frames, with statistics of one process or of all.
-
-``share_statistics``, ``fuse`` and ``set_momentum`` set all layers of a model.
-"""
+"""Batch normalisation over real frames, with statistics of one process or of all."""
 
 from __future__ import annotations
 
@@ -31,9 +28,9 @@ class BatchNorm3d(nn.BatchNorm3d):
     own zero padding, not this layer's bias.
 
     Attributes:
-        all_reduce: if set, training statistics cover the real frames of all processes.
+        all_reduce: see ``share_statistics``.
         observer: if set, it receives the batch statistics, and running statistics do not change.
-        fused: use the compiled loops of fused_norm.py in training mode.
+        fused: see ``fuse``.
     """
 
     # Never None with the default arguments, though the base class allows it.
@@ -153,7 +150,7 @@ def norms(model: nn.Module) -> Iterator[BatchNorm3d]:
 
 
 def share_statistics(model: nn.Module, all_reduce: AllReduce | None) -> None:
-    """Normalise by statistics over the real frames of all processes, in training mode.
+    """In training mode, normalise by statistics over the real frames of all processes.
 
     All processes must run the same layers in the same order. Shapes, lengths and recompute modes
     may differ.
@@ -167,10 +164,7 @@ def share_statistics(model: nn.Module, all_reduce: AllReduce | None) -> None:
 
 
 def fuse(model: nn.Module) -> None:
-    """Fuse normalisation, shortcut and ReLU into compiled loops in training mode.
-
-    Only rounding changes.
-    """
+    """In training mode, use the compiled loops of fused_norm.py. Only rounding changes."""
     for norm in norms(model):
         norm.fused = True
 

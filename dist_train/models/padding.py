@@ -15,9 +15,8 @@ from dist_train.errors import ModelError
 class ValidFrames:
     """The real frames of a batch [B, C, D, H, W].
 
-    Attributes:
-        mask: bool [B, D], true on real frames, on the device on which the depths were given.
-        on_device: the same mask on the batch's device.
+    ``mask`` is bool [B, D], true on real frames, on the device on which the depths were given.
+    ``on_device`` is the same mask on the batch's device.
     """
 
     def __init__(self, mask: Tensor, device: torch.device) -> None:
@@ -40,11 +39,8 @@ class ValidFrames:
         return frames.index_select(0, self.index).permute(0, 3, 1, 2)
 
     def scatter(self, images: Tensor, like: Tensor) -> Tensor:
-        """Inverse of ``gather``: [N, C, H, W] to the shape and memory format of ``like``.
-
-        Padded frames are zero. The result may be a view, so an in-place operation on it costs
-        autograd a copy.
-        """
+        """Inverse of ``gather``: [N, C, H, W] to the shape and memory format of ``like``, padded
+        frames zero."""
         batch, channels, depth, height, width = like.shape
         frames = images.new_zeros(batch * depth, height, width, channels)
         frames[self.index] = images.permute(0, 2, 3, 1)

@@ -18,8 +18,7 @@ class TwoPasses:
     """The forward pass of a part of the network, and its recomputation in the backward pass.
 
     A call through ``once`` runs in the first pass only. Each second pass gets the same results in
-    the same order; a graph that is kept for several backward passes has several second passes.
-    First passes may be nested.
+    the same order. First passes may be nested.
     """
 
     def __init__(self) -> None:
@@ -30,7 +29,8 @@ class TwoPasses:
         return _Context(_recording, lambda: (*_recording.get(), self._results))
 
     def second(self) -> AbstractContextManager[None]:
-        """The context of a recomputation; can be entered again."""
+        """The context of a recomputation, which can be entered again: a graph that is kept for
+        several backward passes has several."""
         return _Context(_replaying, lambda: iter(self._results))
 
 

@@ -38,12 +38,7 @@ NOTHING_TWICE: RecomputePlan = ("none", "none", "none", "none", "none")
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias (padding: half the kernel), batch normalisation, optional ReLU.
-
-    Args:
-        relu: apply a ReLU, after the shortcut is added.
-        folded: compute the convolution by space to depth (``FoldedConv3d``).
-    """
+    """Convolution without bias (padding: half the kernel), batch normalisation, optional ReLU."""
 
     def __init__(
         self,
@@ -67,12 +62,8 @@ class ConvNorm(nn.Module):
     def forward(
         self, x: Tensor, valid: ValidFrames | None = None, shortcut: Tensor | None = None
     ) -> Tensor:
-        """Map [B, C, D, H, W] to [B, C', D', H', W'].
-
-        Args:
-            valid: real frames of the output.
-            shortcut: added before the ReLU, of the output's shape.
-        """
+        """Map [B, C, D, H, W] to [B, C', D', H', W'] with real frames ``valid``; the shortcut is
+        added before the ReLU."""
         x = recomputable(self.conv, x) if self.is_cheap else self.conv(x)
         normalise = partial(self.norm, shortcut=shortcut, relu=self.relu)
         if self.relu and shortcut is None:
@@ -161,8 +152,7 @@ class ResNet3D(nn.Module):
     batch and at any padding. In training mode loss and gradients depend on real frames only.
 
     Initialisation follows Hara et al.: convolutions from Kaiming normal (fan-out), normalisation
-    from scale 1 and bias 0. The last scale of a residual branch also starts at 1: from 0 (Goyal et
-    al. 2017) the branch's other weights would get no gradient in the first step.
+    from scale 1 and bias 0.
 
     Args:
         depth: number of layers, a key of ``BLOCKS``.
@@ -189,28 +179,31 @@ class ResNet3D(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.in_channels = in_channels
-        self.recompute = recompute
+        block, self.repeats = BLOCKS[depth]
+        self.in_channels, self.recompute = in_channels, recompute
         self.stem_frame_stride = stem_stride[0]
         self.stem = ConvNorm(in_channels, width, 7, stem_stride, relu=True, folded=stem_folded)
         self.pool = nn.MaxPool3d(3, stride=2, padding=1, return_indices=True) if stem_pool else None
-        self.repeats = BLOCKS[depth][1]
-        self.blocks = _stack_blocks(depth, width)
+        self.blocks = nn.ModuleList()
+        channels = width
+        for layer, repeat in enumerate(self.repeats):
+            for number in range(repeat):
+                stride = 2 if layer > 0 and number == 0 else 1
+                self.blocks.append(block(channels, width * 2**layer, stride))
+                channels = width * 2**layer * block.expansion
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(width * 8 * BLOCKS[depth][0].expansion, 1)
+        self.head = nn.Linear(channels, 1)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor, frames: Tensor | None = None) -> Tensor:
         """Logits [B] of clips [B, C, D, H, W].
 
+        The logits have the dtype of the parameters, also under autocast: in bfloat16, of 8
+        significant bits, clips would tie.
+
         Args:
             x: floating point. The content of padded frames is ignored.
-            frames: integer [B], the number of real frames of each clip, which come first. None
-                (faster): all D are real. Prefer a CPU tensor, see ``valid_frames``.
-
-        Returns:
-            Logits in the dtype of the parameters, also under autocast: bfloat16 has 8 significant
-            bits, in which clips would tie.
+            frames: see ``valid_frames``. None (faster): all frames are real.
 
         Raises:
             ModelError: the clips or ``frames`` have another shape or range.
@@ -276,17 +269,3 @@ class ResNet3D(nn.Module):
         # After a ReLU, zero padding gives the same maximum as -inf. The first padded output frame
         # must still be cleared: its window holds the last real frame.
         return clear_padding(y, pooled)
-
-
-def _stack_blocks(depth: int, width: int) -> nn.ModuleList:
-    """The blocks of layers 1 to 4, in one list."""
-    block, repeats = BLOCKS[depth]
-    blocks = nn.ModuleList()
-    in_channels = width
-    for layer, repeat in enumerate(repeats):
-        channels = width * 2**layer
-        for i in range(repeat):
-            halves = layer > 0 and i == 0
-            blocks.append(block(in_channels, channels, stride=2 if halves else 1))
-            in_channels = channels * block.expansion
-    return blocks

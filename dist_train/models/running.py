@@ -21,8 +21,8 @@ from dist_train.models.sync_norm import Statistics
 def batched_updates() -> Iterator[None]:
     """Defer ``count_batch`` and ``update_running`` to the exit of this context.
 
-    Results are the same. After an error no update is made. A layer may run once inside. All layers
-    must have one device, one momentum and one dtype.
+    After an error no update is made. A layer may run once inside. All layers must have one device,
+    one momentum and one dtype.
     """
     updates = _Updates([], [])
     token = _deferred.set(updates)
@@ -45,9 +45,7 @@ def count_batch(counter: Tensor) -> None:
 def update_running(mean: Tensor, var: Tensor, statistics: Statistics, momentum: float) -> None:
     """Update a layer's running mean and unbiased variance, [C] each, in place.
 
-    Args:
-        statistics: of the batch.
-        momentum: weight of the batch.
+    ``momentum`` is the weight of the batch's statistics.
     """
     layer, deferred = _Layer(mean, var, statistics, momentum), _deferred.get()
     if deferred is None:

@@ -9,7 +9,6 @@ from dist_train.errors import ModelError
 from dist_train.models.norm import BatchNorm3d, set_momentum, share_statistics
 from dist_train.models.norm_statistics import by_running_and_own_statistics
 from dist_train.models.padding import valid_frames
-from dist_train.models.recompute_once import TwoPasses
 
 FRAMES = torch.tensor([5, 2, 7])
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -122,38 +121,6 @@ def test_padded_frames_become_zero_and_have_no_gradient(training):
         assert not clips.grad[b, :, n:].any()
     assert torch.isfinite(y).all()
     assert torch.isfinite(norm.running_mean).all()
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
-@pytest.mark.parametrize("frames", [None, FRAMES])
-def test_bfloat16_clips_keep_dtype_and_format_and_statistics_stay_float32(memory_format, frames):
-    norm = random_norm()
-    clips = random_clips().bfloat16().contiguous(memory_format=memory_format)
-    y = norm(clips, valid_frames(frames, clips))
-    assert y.dtype == torch.bfloat16
-    assert y.stride() == clips.stride()
-    y.float().sum().backward()
-    for tensor in (*norm.parameters(), norm.running_mean, norm.running_var, norm.weight.grad):
-        assert tensor is not None
-        assert tensor.dtype == torch.float32
-    in_float32 = random_norm()
-    in_float32(clips.float(), valid_frames(frames, clips))
-    torch.testing.assert_close(norm.running_var, in_float32.running_var)
-
-
-@pytest.mark.parametrize("frames", [None, FRAMES])
-def test_a_second_pass_changes_no_result_and_no_buffer(frames):
-    clips = random_clips()
-    norm, repeated = random_norm(), random_norm()
-    before = copy.deepcopy(repeated.state_dict())
-    expected = norm(clips, valid_frames(frames, clips))
-    with TwoPasses().second():
-        y = repeated(clips, valid_frames(frames, clips))
-    assert torch.equal(y, expected)
-    assert all(torch.equal(value, before[name]) for name, value in repeated.state_dict().items())
-
-    repeated(clips, valid_frames(frames, clips))
-    assert all(torch.equal(getattr(repeated, name), getattr(norm, name)) for name in BUFFERS)
 
 
 def test_a_single_value_per_channel_has_no_variance():

@@ -1,9 +1,8 @@
 """The augmentation of the original recipe (``augment.preset: original``), on the CPU.
 
 The original applied albumentations of 2020 to a picture with the frames as channels. So all frames
-are moved, toned and blurred alike, and each frame has its own noise. This module has the same
-blocks, in the same order, with the same ranges, keyed by (seed, epoch, clip). Each block draws one
-of its transforms, all equally likely. docs/augmentation.md has the table.
+are moved, toned and blurred alike, and each has its own noise. Blocks, order and ranges are the
+same. Each block draws one of its transforms, all equally likely (docs/augmentation.md).
 """
 
 from __future__ import annotations
@@ -39,13 +38,8 @@ OPTICAL_LIMIT, OPTICAL_SHIFT = 1.0, 3.6
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Noise that differs in each frame.
-
-    Attributes:
-        kind: "added": Gaussian; "multiplied": by a uniform factor within ``FACTOR``.
-        scale: standard deviation of added noise, in grey levels.
-        key: seed of the noise.
-    """
+    """Noise that differs in each frame, from the seed ``key``: Gaussian of standard deviation
+    ``scale``, in grey levels, or uniform factors within ``FACTOR``."""
 
     kind: Literal["added", "multiplied"]
     scale: float

@@ -29,10 +29,8 @@ def epoch_slices(
     Head and tail are empty if the pass begins or ends with a whole block.
 
     Args:
-        visits: the runs of the epoch, numbered from the shallow end, in order of time: int64
-            [runs].
+        visits: the runs, numbered from the shallow end, in order of time: int64 [runs].
         split: number of runs on the shallow side of the tail and the head.
-        ratio: positives to negatives.
     """
     block = ratio.negatives_of(epochs.per_block)
     # The tail takes its share of the block's negatives, rounded down; the head takes the rest.

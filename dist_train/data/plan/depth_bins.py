@@ -26,10 +26,8 @@ def least_clips(most: int) -> int:
 class DepthBins:
     """Bins of neighbouring depths, from shallow to deep.
 
-    Attributes:
-        starts: bin b holds the negatives of index starts[b] to starts[b + 1]: int64 [bins + 1].
-        most: the most clips that a step takes from each bin: int64 [bins].
-        quotas: the number of clips that each bin gives to each epoch.
+    Bin b holds the negatives of index starts[b] to starts[b + 1], int64 [bins + 1]. A step takes at
+    most ``most`` clips from it, int64 [bins].
     """
 
     starts: Ints
@@ -42,9 +40,9 @@ def depth_bins(
 ) -> DepthBins:
     """Bins as narrow as possible: one depth each, if it has enough negatives.
 
-    Neighbouring depths are merged, from deep to shallow, until a bin has a quota above 0 and enough
-    clips for a step without repetition. From deep to shallow, because padding costs most at the
-    deep end. Depths left over at the shallow end join the last bin.
+    Neighbouring depths are merged until a bin has a quota above 0 and enough clips for a step
+    without repetition: from deep to shallow, because padding costs most at the deep end. Depths
+    left over at the shallow end join the last bin.
 
     "matched" gives each bin the quota of the positives of its depths. Negatives deeper or shallower
     than all positives get a small quota, as depth would else reveal the class. "natural" gives each
@@ -106,8 +104,7 @@ def depth_bins(
 
 
 def _below(sums: Ints, own: Ints, depths: Ints) -> Ints:
-    """Running sums over a class's ``own`` depths, [own + 1], looked up at the edges of all
-    ``depths``: int64 [depths + 1]."""
+    """Look up a class's running sums over its ``own`` depths at the edges of all ``depths``."""
     looked_up: Ints = sums[np.append(np.searchsorted(own, depths), len(own))]
     return looked_up
 

@@ -21,10 +21,9 @@ class ByDepth:
     as clips of one project, are not neighbours here.
 
     Attributes:
-        clips: clip numbers, [count] of an integer dtype.
+        clips: clip numbers, integer [count].
         depths: the distinct depths, ascending, int64 [k].
-        starts: clips of ``depths[i]`` have indices starts[i] to starts[i + 1] (excluded): int64
-            [k + 1].
+        starts: clips of ``depths[i]`` have indices starts[i] to starts[i + 1]: int64 [k + 1].
         weights: float64 [count], all greater than 0. None: all clips count alike.
     """
 
@@ -53,13 +52,7 @@ class ByDepth:
 
 
 def by_depth(clips: Ints, depths: Ints | None, weights: Floats | None = None) -> ByDepth:
-    """Sort clips by depth. Without depths all count as one frame deep.
-
-    Args:
-        clips: clip numbers, int64 [count], all different.
-        depths: in frames, integer [count], at least 1.
-        weights: float64 [count], greater than 0.
-    """
+    """Sort clips by depth, integer [count] from 1. Without depths all count as one frame deep."""
     depths = np.ones(len(clips), np.int64) if depths is None else depths
     order = np.lexsort((mix(clips.astype(np.uint64)), depths))
     values, firsts = np.unique(depths[order], return_index=True)

@@ -32,9 +32,7 @@ class NegativeStreams:
     """The streams of all bins. A *position* in a bin's stream counts from 0.
 
     Attributes:
-        starts: bin b holds the indices starts[b] to starts[b + 1]: int64 [bins + 1].
-        most: the most clips that a step takes from each bin: int64 [bins].
-        seed: seed of the order.
+        starts, most: see ``DepthBins``.
         arcs: the end of each clip's arc, with the circles of all bins joined in one line: int64
             [count], strictly ascending. None: every arc has length 1.
         spacing: the greatest length of an arc.
@@ -76,16 +74,8 @@ class NegativeStreams:
         return (self._keys % circles.astype(np.uint64)).astype(object), advances
 
     def take(self, bins: Ints, positions: Ints, counts: Ints) -> Ints:
-        """The clips at ``counts`` positions of the streams of ``bins``, from ``positions`` on.
-
-        Args:
-            bins: int64 [n].
-            positions: int64 [n].
-            counts: int64 [n], each at most ``most`` of its bin.
-
-        Returns:
-            Indices of clips: int64 [sum of counts].
-        """
+        """Indices of the clips at ``counts`` positions of the streams of ``bins``, from
+        ``positions`` on: int64 [sum of counts]. A count is at most ``most`` of its bin."""
         offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         bins = np.repeat(bins, counts)
         numbers, places = np.divmod(np.repeat(positions, counts) + offsets, self.lengths[bins])

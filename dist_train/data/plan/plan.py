@@ -4,14 +4,12 @@ Pure numpy, no I/O.
 
 - A block has ``batch`` clips, exactly p positives to q negatives. A step is a block, or a run of
   blocks under a voxel budget.
-- An epoch sorts the positives by depth, cuts them into blocks (positives.py) and shuffles the
-  blocks.
-- The negatives are sorted into bins of similar depth (depth_bins.py). Each bin is an endless
-  stream (negatives.py).
-- A block takes negatives from the bins of its own rank in depth (bin_slices.py).
+- An epoch sorts the positives by depth, cuts them into blocks (positives.py) and shuffles those.
+- The negatives are sorted into bins of similar depth (depth_bins.py), which are endless streams
+  (negatives.py). A block takes negatives of its own rank in depth (bin_slices.py).
 
-Any step can be computed without the steps before it: a formula gives the number of negatives that
-earlier epochs took from each bin (depth_bins.py). docs/sampling.md follows a step by hand.
+No step needs the steps before it: a formula gives the number of negatives that earlier epochs took
+from each bin. docs/sampling.md follows a step by hand.
 """
 
 from __future__ import annotations
@@ -44,13 +42,11 @@ VERSION = 2
 class Plan:
     """The global batches of a run, of exactly ``ratio`` = p:q positives to negatives.
 
-    An epoch is one pass over the positives. Epoch e begins at the first step that begins with a
-    clip of pass e. If a pass does not fill its last step, the next pass completes it, so epochs can
-    differ in length.
+    An epoch is one pass over the positives. If a pass does not fill its last step, the next pass
+    completes it, so epochs can differ in length.
 
     A global batch is a sequence of groups of p positives and q negatives. Ranks and micro-batches
-    are cut between groups, so each has the exact ratio. The concatenation over ranks is the global
-    batch at every world size.
+    are cut between groups, so each has the exact ratio.
     """
 
     rules: PlanRules
@@ -90,10 +86,8 @@ class Plan:
         return (last - first) * self.batch
 
     def weight(self, step: int) -> float:
-        """The factor of the step's mean loss that makes all clips of a run count alike.
-
-        It is the step's number of clips over the mean of an endless run; 1 without a voxel budget.
-        """
+        """The factor of the step's mean loss that makes all clips of a run count alike: the step's
+        number of clips over the mean of an endless run."""
         return self.clips_at(step) / self.batch / self.epochs.blocks_a_step()
 
     def global_batch(self, step: int) -> Ints:
@@ -165,8 +159,8 @@ class Plan:
         """Indices of the step's clips in groups: int64 [groups, p] and [groups, q].
 
         The groups form a ring: every second one ascends in depth, the others descend. The ring
-        starts at a random group. So every micro-batch holds clips of similar depth, however the
-        batch is cut, and no rank always gets the shallow clips.
+        starts at a random group. So a micro-batch holds clips of similar depth, however the batch
+        is cut, and no rank always gets the shallow clips.
         """
         epoch, piece, first, last = self._blocks_at(step)
         if piece < 0:

@@ -24,11 +24,8 @@ WINDOW_SHARE = 1 / 256
 
 @dataclass(frozen=True, eq=False)
 class PositiveOrder:
-    """The order of the positives in each pass.
-
-    A *place* is a position in the row of a pass, from the shallow end. An *index* points into
-    ``clips``.
-    """
+    """The order of the positives in each pass. A *place* is a position in the row of a pass, from
+    the shallow end."""
 
     clips: ByDepth
     epochs: Epochs
@@ -65,8 +62,7 @@ class PositiveOrder:
         return starts[tie] + permute(mixed - starts[tie], starts[tie + 1] - starts[tie], keys)
 
     def blocks(self, epoch: int, first: int, last: int) -> Ints:
-        """Indices of whole blocks ``first`` to ``last`` (excluded), counted from the shallow end:
-        int64 [(last - first) * per_block]."""
+        """Indices of whole blocks ``first`` to ``last`` (excluded), from the shallow end."""
         per_block = self.epochs.per_block
         places = np.arange(first * per_block, last * per_block)
         places[places >= self.split * per_block] += self.epochs.tail(epoch)

@@ -55,12 +55,9 @@ def permute(places: Ints, sizes: Ints | int, keys: Words) -> Ints:
     """The items at ``places`` of a shuffle: for each size and key a bijection of [0, size).
 
     Args:
-        places: positions, int64 [n], each in [0, its size).
+        places: int64 [n], each in [0, its size).
         sizes: int64 [n] or one number, each from 1 to 2^40.
         keys: uint64 [n] or [1].
-
-    Returns:
-        Items, int64 [n].
     """
     size, key = np.broadcast_to(sizes, places.shape), np.broadcast_to(keys, places.shape)
     result, small = np.empty(len(places), np.int64), size < SMALL

@@ -12,10 +12,7 @@ from dist_train.data.plan.shuffle import Ints
 
 
 def longest_run(positives: ByDepth, negatives: ByDepth, rules: PlanRules) -> int:
-    """The most blocks of a step.
-
-    Limited by the budget at the shallowest depth, and by the negatives, which must all differ.
-    """
+    """The most blocks of a step, by the budget and by the negatives, which must all differ."""
     shallowest = min(int(clips.depths[0]) for clips in (positives, negatives) if len(clips))
     different = (len(negatives) // 2 + 1) // rules.negatives
     return max(1, min(_frames(rules) // shallowest, different))
@@ -29,14 +26,12 @@ def run_edges(
     bins: DepthBins,
     rules: PlanRules,
 ) -> Ints:
-    """Edges of the runs in a pass of ``blocks`` whole blocks: int64 [runs + 1].
+    """Edges of the runs, of at most ``longest`` blocks, in a pass of ``blocks`` whole blocks: int64
+    [runs + 1].
 
     The edges must not depend on the epoch, so that the first step of an epoch has a formula.
     Therefore each block counts with the greatest depth that it can have in any epoch: positives
     shifted up by a whole window, and the deepest bin that its negatives can come from.
-
-    Args:
-        longest: the most blocks of a run (``longest_run``).
     """
     epochs = order.epochs
     number = np.arange(1, blocks + 1)

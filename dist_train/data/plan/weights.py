@@ -23,18 +23,15 @@ def as_integers(weights: Floats) -> Ints:
 
 
 def arcs(weights: Floats, starts: Ints, needed: Ints) -> Ints:
-    """Running sums of integer weights, scaled so that each bin's greatest weight is ``UNIT``.
+    """Running sums of integer weights, scaled so that each bin's greatest weight is ``UNIT``: int64
+    [count].
 
-    A pass over a bin has (sum / greatest weight) clips. If that is less than ``needed``, the bin's
-    greatest weights are lowered to a cap.
+    A pass over a bin has (sum / greatest weight) clips. If that is less than ``needed``, int64
+    [bins], the bin's greatest weights are lowered to a cap.
 
     Args:
         weights: float64 [count], greater than 0, by index.
-        starts: bin b holds the indices starts[b] to starts[b + 1]: int64 [bins + 1].
-        needed: least clips of a pass: int64 [bins], at most the clips of the bin.
-
-    Returns:
-        Running sums: int64 [count].
+        starts: see ``DepthBins``.
     """
     bins = zip(np.split(weights, starts[1:-1]), needed.tolist(), strict=True)
     return np.cumsum(np.concatenate([_capped(bin_weights, least) for bin_weights, least in bins]))

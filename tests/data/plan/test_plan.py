@@ -310,12 +310,6 @@ def test_however_few_the_clips_no_step_repeats_one(take: int) -> None:
     assert checked >= 12
 
 
-def test_twice_a_step_is_always_enough() -> None:
-    for take in range(1, 13):
-        for count in range(2 * take - 1, 4 * take):
-            assert plan_of_counts(count, count, batch=2 * take, ratio=(1, 1)).batch == 2 * take
-
-
 def test_one_positive_is_in_every_step() -> None:
     plan = plan_of_counts(1, 10, batch=4)
     assert [plan.first_step(epoch) for epoch in range(4)] == [0, 1, 2, 3]

@@ -3,84 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_train.class_ratio import ClassRatio
-from dist_train.data.plan.bin_slices import epoch_slices
 from dist_train.data.plan.depth_bins import RESOLUTION, BinQuotas, depth_bins, least_clips
 from dist_train.data.plan.depth_order import by_depth
-from dist_train.data.plan.epochs import Epochs
 from dist_train.data.plan.negatives import NegativeStreams
 from dist_train.data.plan.plan import make_plan
-from dist_train.data.plan.positives import PositiveOrder
 from dist_train.data.plan.rules import PlanRules
 from dist_train.data.plan.weights import UNIT, arcs, as_integers
 from dist_train.errors import PlanError
-
-# --- epochs ---------------------------------------------------------------------------------------
-
-
-@st.composite
-def calendars(draw: st.DrawFn) -> Epochs:
-    per_block = draw(st.integers(1, 20))
-    count = draw(st.integers(per_block, 100))
-    plain = Epochs(count, per_block)
-    assume(count >= per_block + plain.longest_tail)
-    runs = {}
-    if draw(st.booleans()):
-        for whole_blocks in set(plain.whole_block_counts):
-            inner = draw(st.sets(st.integers(1, whole_blocks)))
-            runs[whole_blocks] = np.array(sorted({0, whole_blocks, *inner}))
-    return Epochs(count, per_block, runs)
-
-
-@given(calendars())
-def test_epochs_follow_each_other(epochs: Epochs) -> None:
-    """The formula equals counting."""
-    first = 0
-    for epoch in range(2 * epochs.period + 3):
-        assert epochs.first_step(epoch) == first
-        after = first + len(epochs.edges(epoch)) - 1 + bool(epochs.tail(epoch))
-        assert after > first
-        assert {epochs.epoch_of(step) for step in range(first, after)} == {epoch}
-        first = after
-
-
-@given(calendars())
-def test_a_pass_is_head_and_whole_blocks_and_tail(epochs: Epochs) -> None:
-    passes = range(2 * epochs.period + 3)
-    for number in passes:
-        head, tail = epochs.head(number), epochs.tail(number)
-        assert head + epochs.whole_blocks(number) * epochs.per_block + tail == epochs.count
-        assert (tail + epochs.head(number + 1)) in (0, epochs.per_block)
-        assert max(head, tail) <= epochs.longest_tail
-    assert {epochs.whole_blocks(number) for number in passes} == set(epochs.whole_block_counts)
-
-
-# --- positives ------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=400), st.integers(0, 9), st.integers(0, 9))
-def test_a_row_holds_every_clip_once_and_is_nearly_sorted(
-    depths: list[int], seed: int, epoch: int
-) -> None:
-    count = len(depths)
-    clips = by_depth(np.arange(count), np.array(depths))
-    order = PositiveOrder(clips, Epochs(count, min(count, 20)), seed)
-    row = order.row(epoch, np.arange(count))
-    assert sorted(row.tolist()) == list(range(count))
-    shaken = clips.depth_at(row)
-    for place, depth in enumerate(shaken.tolist()):
-        near = slice(max(0, place - order.window + 1), place + order.window)
-        assert depth in np.sort(depths)[near]
-
 
 # --- quotas ---------------------------------------------------------------------------------------
 
@@ -132,19 +70,6 @@ def test_bins_cover_all_negatives_and_have_enough(
     assert (np.diff(bins.quotas.ends) > 0).all()
     per_epoch = Fraction(len(positives) * ratio[1], ratio[0])
     assert Fraction(int(bins.quotas.ends[-1]), bins.quotas.cycle) == per_epoch
-    if own:
-        # Each bin's part is that of its clips, to a rounding.
-        parts = bins.quotas.ends / bins.quotas.ends[-1]
-        rounding = 0.5 / (len(positives) * RESOLUTION) + 1e-12
-        np.testing.assert_allclose(parts, bins.starts / len(negatives), rtol=0, atol=rounding)
-    else:
-        # The depth of an edge parts both classes alike.
-        for start, end in zip(bins.starts[1:-1], bins.quotas.ends[1:-1], strict=True):
-            shallower, deeper = negatives.depth_at(np.array([start - 1, start])).tolist()
-            below = [sum(depth <= edge for depth in positive) for edge in (shallower, deeper - 1)]
-            # But for the tokens of depths that no positive has.
-            share = end / ratio[1] / RESOLUTION
-            assert below[0] - 1 / RESOLUTION <= share <= below[1] + 1 / RESOLUTION
 
 
 def test_a_depth_with_enough_negatives_is_a_bin_of_its_own() -> None:
@@ -246,42 +171,6 @@ def test_neighbours_in_number_are_not_kept_together() -> None:
     assert np.abs(np.diff(places)).mean() == pytest.approx(1001 / 3, rel=0.08)
 
 
-# --- slices ---------------------------------------------------------------------------------------
-
-
-@given(
-    st.lists(st.integers(0, 15), min_size=1, max_size=6).filter(sum),
-    st.integers(1, 6),
-    st.sampled_from([(1, 3), (2, 3), (3, 2), (5, 1)]),
-)
-def test_pieces_take_their_number_and_each_place_of_a_stream_once(
-    counts: list[int], groups: int, ratio: tuple[int, int]
-) -> None:
-    p, q = ratio
-    epochs = Epochs(sum(counts), groups * p)
-    assume(epochs.count >= epochs.per_block + epochs.longest_tail)
-    quotas = BinQuotas(q * np.append(0, np.cumsum(counts)), p)
-    used = Counter()
-    over_the_end = 0
-    for epoch in range(5):
-        blocks = epochs.whole_blocks(epoch)
-        visits = np.random.default_rng(epoch).permutation(blocks)
-        slices = epoch_slices(epoch, epochs, quotas, visits, blocks // 2, ClassRatio(p, q))
-        assert len(slices) == blocks + 2
-        for piece, (bins, positions, number) in enumerate(slices):
-            assert (number > 0).all()
-            if 0 < piece <= blocks:
-                assert number.sum() == groups * q
-            elif piece == 0:
-                assert over_the_end + number.sum() in (0, groups * q)
-            else:
-                over_the_end = int(number.sum())
-            for b, at, many in zip(bins, positions, number, strict=True):
-                # In order of time each bin's stream is used from its start, without a gap.
-                assert used[int(b)] == at
-                used[int(b)] += int(many)
-
-
 # --- weights --------------------------------------------------------------------------------------
 
 
@@ -318,12 +207,3 @@ def test_a_weight_of_nothing_leaves_a_clip_out() -> None:
 
 def test_whole_weights_keep_their_ratio_and_are_never_nothing() -> None:
     assert as_integers(np.array([1.0, 0.5, 1e-30])).tolist() == [UNIT, UNIT // 2, 1]
-
-
-def test_clips_are_sorted_by_depth_in_any_order_of_input() -> None:
-    depths = np.array([5, 3, 5, 3, 9])
-    clips = by_depth(np.arange(5), depths)
-    assert depths[clips.clips].tolist() == [3, 3, 5, 5, 9]
-    assert clips.depth_at(np.arange(5)).tolist() == [3, 3, 5, 5, 9]
-    turned = by_depth(np.arange(5)[::-1], depths[::-1])
-    assert turned.digest == clips.digest
