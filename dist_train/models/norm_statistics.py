@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dist_train.errors import ModelError
-from dist_train.models.norm import Observer, norms
+from dist_train.models.norm import norms
 from dist_train.models.sync_norm import AllReduce
 
 
@@ -36,7 +37,7 @@ def precise_statistics(model: nn.Module, all_reduce: AllReduce | None = None) ->
     layers = list(norms(model))
     sums = [n.running_mean.new_zeros(2 * n.num_features + 1, dtype=torch.float64) for n in layers]
     for norm, norm_sums in zip(layers, sums, strict=True):
-        norm.observer = _adder(norm_sums)
+        norm.observer = partial(_add, norm_sums)
     try:
         yield
     finally:
@@ -45,26 +46,23 @@ def precise_statistics(model: nn.Module, all_reduce: AllReduce | None = None) ->
     all_sums = torch.cat(sums)
     if all_reduce is not None:
         all_reduce(all_sums)
-    for norm, norm_sums in zip(layers, torch.split(all_sums, [len(s) for s in sums]), strict=True):
-        if norm_sums[-1] == 0:
-            raise ModelError(
-                "a batch normalisation layer saw no batch",
-                where="population statistics",
-                fix="Run the model in training mode on at least one batch",
-            )
+    split = torch.split(all_sums, [len(s) for s in sums])
+    if not all(norm_sums[-1] for norm_sums in split):
+        raise ModelError(
+            "a batch normalisation layer saw no batch",
+            where="population statistics",
+            fix="Run the model in training mode on at least one batch",
+        )
+    for norm, norm_sums in zip(layers, split, strict=True):
         mean, square = (norm_sums[:-1] / norm_sums[-1]).chunk(2)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_((square - mean.square()).clamp(min=0.0))
 
 
-def _adder(sums: Tensor) -> Observer:
-    """An observer that adds count * E[x], count * E[x^2] and count to ``sums`` [2C + 1]."""
-
-    def add(mean: Tensor, var: Tensor, count: Tensor) -> None:
-        mean, var, count = mean.double(), var.double(), count.double().view(1)
-        sums.add_(torch.cat([count * mean, count * (var + mean.square()), count]))
-
-    return add
+def _add(sums: Tensor, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    """Add count * E[x], count * E[x^2] and count to ``sums`` [2C + 1]."""
+    mean, var, count = mean.double(), var.double(), count.double().view(1)
+    sums.add_(torch.cat([count * mean, count * (var + mean.square()), count]))
 
 
 @torch.no_grad()

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import losses_of, overrides, tiny_config, tiny_store
-from tensors import assert_equal
-from thread_group import Threads, on_each_rank
+from tensors import assert_equal, assert_two_processes_equal_one
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
@@ -20,7 +19,7 @@ from torch._inductor.utils import fresh_cache
 from dist_train import cli
 from dist_train.errors import ModelError
 from dist_train.models import fused_norm
-from dist_train.models.norm import BatchNorm3d, fuse, norms, share_statistics
+from dist_train.models.norm import BatchNorm3d, fuse, norms
 from dist_train.models.norm_statistics import precise_statistics
 from dist_train.models.padding import valid_frames
 from dist_train.models.resnet3d import ResNet3D
@@ -223,38 +222,16 @@ def test_a_single_value_has_no_variance() -> None:
 
 # --- shared by two processes ----------------------------------------------------------------------
 
-PARTS = [[9, 12], [12]]
-
 
 def test_two_processes_are_as_one_with_the_clips_of_both() -> None:
-    """Threads act as the processes, so that the loops are compiled once for both."""
-    found: dict[int, dict[str, Tensor]] = {}
-    sizes = [len(part) for part in PARTS]
-    # Made here, as threads share the random numbers that layers are made with.
-    layers = [random_norm(torch.float64, fused=True) for _ in PARTS]
-
-    def run_layer(ranks: Threads) -> None:
-        def all_reduce(sums: Tensor) -> None:
-            sums.copy_(torch.stack(ranks.gather(sums.clone())).sum(0))
-
-        mine, norm = random_clips(torch.float64).split(sizes)[ranks.rank], layers[ranks.rank]
-        share_statistics(norm, all_reduce)
-        x = mine.clone().requires_grad_()
-        y = norm(x, valid_frames(torch.tensor(PARTS[ranks.rank]), x), relu=True)
-        (y * mine.sin()).sum().backward()
-        grads = {name: p.grad for name, p in norm.named_parameters() if p.grad is not None}
-        for grad in grads.values():
-            all_reduce(grad)
-        assert x.grad is not None
-        found[ranks.rank] = {"y": y.detach(), "x": x.grad} | grads | dict(norm.named_buffers())
-
-    assert on_each_rank(2, run_layer) == []
-    frames = torch.tensor([*PARTS[0], *PARTS[1]])
-    norm = random_norm(torch.float64, fused=False)
-    expected = one_layer(norm, random_clips(torch.float64), frames, plus=False, relu=True)
-    for rank in range(2):
-        mine = {name: expected[name].split(sizes)[rank] for name in ("y", "x")}
-        assert_equal(found[rank], expected | mine, 1e-12)
+    layers = [random_norm(torch.float64, fused=fused) for fused in (True, True, False)]
+    assert_two_processes_equal_one(
+        layers,
+        random_clips(torch.float64),
+        [[9, 12], [12]],
+        lambda norm, x, frames: norm(x, valid_frames(frames, x), relu=True),
+        1e-12,
+    )
 
 
 # --- what a user sees -----------------------------------------------------------------------------

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
-from tensors import Calls, assert_equal
-from torch import Tensor, nn
+from tensors import Calls, assert_two_processes_equal_one
+from torch import Tensor
 
 from dist_train.models.norm import BatchNorm3d, share_statistics
 from dist_train.models.padding import clear_padding, valid_frames
@@ -28,82 +25,31 @@ def model_and_clips(precision: torch.dtype) -> tuple[ResNet3D, Tensor]:
     return model, clips.to(precision)
 
 
-def results(model: nn.Module) -> dict[str, Tensor]:
-    """Gradients, summed over the processes, and buffers."""
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    if dist.is_initialized():
-        for grad in found.values():
-            dist.all_reduce(grad)
-    return found | dict(model.named_buffers())
-
-
-# How each process recomputes; and precisions of a single layer.
-MODES = [["none", "none"], ["cheap", "stage"], ["block", "cheap"]]
-PRECISIONS = [(torch.float64, 1e-12), (torch.float32, 1e-5)]
-
-
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    counts = [len(frames) for frames in FRAMES]
-    for modes in MODES:
-        model, clips = model_and_clips(torch.float64)
-        model.recompute = modes[rank]
-        share_statistics(model, dist.all_reduce)
-        mine = clips.split(counts)[rank]
-        model(mine, torch.tensor(FRAMES[rank])).square().sum().backward()
-        torch.save(results(model), f"{folder}/{modes}-{rank}")
-    for precision, _ in PRECISIONS:
-        mine = layer_clips(precision).split(counts)[rank]
-        found = one_layer(mine, FRAMES[rank], shared=True)
-        torch.save(found, f"{folder}/{precision}-{rank}")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of two processes, all from one launch, as starting them takes the longest."""
-    folder = tmp_path_factory.mktemp("two")
-    multiprocessing.spawn(run_rank, (str(folder),), nprocs=2)
-    return folder
-
-
-# Rounding alone, by another order of the clips, moves this network's gradients by 3e-11 in float64.
-@pytest.mark.parametrize("modes", MODES, ids=str)
-def test_two_processes_equal_one_on_both_batches(two_processes: Path, modes: list[str]) -> None:
+# How each process recomputes.
+@pytest.mark.parametrize(
+    "modes", [["none", "none"], ["cheap", "stage"], ["block", "cheap"]], ids=str
+)
+def test_two_processes_equal_one_on_both_batches(modes: list[str]) -> None:
+    """Rounding alone, by another order of the clips, moves these gradients by 3e-11."""
     model, clips = model_and_clips(torch.float64)
-    model(clips, torch.tensor([*FRAMES[0], *FRAMES[1]])).square().sum().backward()
-    for rank in range(2):
-        found = torch.load(two_processes / f"{modes}-{rank}")
-        assert_equal(found, results(model), tolerance=1e-10)
-
-
-def one_layer(clips: Tensor, frames: list[int], *, shared: bool) -> dict[str, Tensor]:
-    norm = BatchNorm3d(4).to(clips.dtype)
-    if shared:
-        share_statistics(norm, dist.all_reduce)
-    clips = clips.clone().requires_grad_()
-    y = norm(clips, valid_frames(torch.tensor(frames), clips))
-    (y * clips.detach().sin()).sum().backward()
-    assert clips.grad is not None
-    return results(norm) | {"y": y.detach(), "input": clips.grad}
-
-
-def layer_clips(precision: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(5, 4, DEPTH, 3, 3, dtype=torch.float64, generator=generator).to(precision) + 3
+    models = [copy.deepcopy(model) for _ in range(3)]
+    for replica, mode in zip(models, modes, strict=False):
+        replica.recompute = mode
+    assert_two_processes_equal_one(
+        models, clips, FRAMES, lambda model, x, frames: model(x, frames), 1e-10
     )
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), PRECISIONS, ids=str)
-def test_one_layer(two_processes: Path, precision: torch.dtype, tolerance: float) -> None:
-    expected = one_layer(layer_clips(precision), [*FRAMES[0], *FRAMES[1]], shared=False)
-    sizes = [len(frames) for frames in FRAMES]
-    for rank in range(2):
-        mine = {name: expected[name].split(sizes)[rank] for name in ("y", "input")}
-        found = torch.load(two_processes / f"{precision}-{rank}")
-        assert_equal(found, expected | mine, tolerance)
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)]
+)
+def test_one_layer(precision: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    clips = torch.randn(5, 4, DEPTH, 3, 3, dtype=torch.float64).to(precision) + 3
+    norms = [BatchNorm3d(4).to(precision) for _ in range(3)]
+    assert_two_processes_equal_one(
+        norms, clips, FRAMES, lambda norm, x, frames: norm(x, valid_frames(frames, x)), tolerance
+    )
 
 
 @pytest.mark.parametrize("mode", ["none", "cheap", "stage"])
