@@ -124,13 +124,9 @@ def test_other_depths_need_no_other_code() -> None:
 
 
 @pytest.mark.parametrize("frames", [None, torch.tensor([20, 9, 13])], ids=["full", "padded"])
-@pytest.mark.parametrize(
-    "depth", [pytest.param(18, marks=pytest.mark.soak), 50], ids=["basic", "bottleneck"]
-)
-def test_a_network(depth: int, frames: Tensor | None) -> None:
+def test_a_network(frames: Tensor | None) -> None:
     fused, plain = (
-        trained(make_model(torch.float64, fused=fused, depth=depth), frames)
-        for fused in (True, False)
+        trained(make_model(torch.float64, fused=fused), frames) for fused in (True, False)
     )
     assert_equal(fused, plain, 1e-9)
 
