@@ -188,8 +188,8 @@ def at_scale(clips: Clips, count: int) -> dict[str, float]:
 
     began = time.perf_counter()
     classes = (
-        by_depth(positives, depths[positives], "positives"),
-        by_depth(negatives, depths[negatives], "negatives"),
+        by_depth(positives, depths[positives]),
+        by_depth(negatives, depths[negatives]),
     )
     plan = open_plan(*classes)
     found = {"large_clips": float(count), "build_s": time.perf_counter() - began}

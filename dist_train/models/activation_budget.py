@@ -1,8 +1,8 @@
 """Choose the cheapest recompute modes whose activations fit into a budget of bytes.
 
-Each part of the network runs forward and backward once in each mode, on tensors without data
-(torch's FakeTensorMode), so it needs no memory and no GPU. Live bytes and work are counted. The
-costs of the parts add up, and there are few enough combinations to try all.
+Each part of the network runs forward and backward in each mode, on tensors without data (torch's
+FakeTensorMode), which needs no memory and no GPU. The costs of the parts add up, and there are few
+enough combinations to try all.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dist_train.errors import ModelError
-from dist_train.models.recompute import Recompute, run_part
-from dist_train.models.resnet3d import PARTS, RecomputePlan, ResNet3D
+from dist_train.models.recompute import Recompute, Step, run_part
+from dist_train.models.resnet3d import RecomputePlan, ResNet3D
 
 MODES: tuple[Recompute, ...] = get_args(Recompute)
 #: Floating point operations that take as long as moving one byte. Data sheets of GPUs with tensor
@@ -35,11 +35,8 @@ OPERATIONS_A_BYTE = 100
 class Cost:
     """Cost of one part of the network in one mode.
 
-    Attributes:
-        kept: bytes alive between its forward and its backward pass, with its input, without its
-            output.
-        peak: the most bytes of its own that are alive while it runs forward or backward.
-        work: of both passes, in bytes moved.
+    ``kept`` bytes live between its forward and backward pass, with its input, without its output.
+    At most ``peak`` bytes live while it runs. ``work`` of both passes is in bytes moved.
     """
 
     kept: int
@@ -53,13 +50,8 @@ Costs = Sequence[Mapping[Recompute, Cost]]
 
 @dataclass(frozen=True)
 class Choice:
-    """A recompute plan and its cost.
-
-    Attributes:
-        plan: one mode for each of ``PARTS``.
-        bytes: the most bytes of activations alive at once.
-        work: work of forward and backward pass, relative to the plan that recomputes nothing.
-    """
+    """One mode for each of ``PARTS``, the most bytes of activations that it keeps alive at once,
+    and its work relative to the plan that recomputes nothing."""
 
     plan: RecomputePlan
     bytes: int
@@ -67,8 +59,7 @@ class Choice:
 
 
 def choose_plan(costs: Costs, budget: int) -> Choice:
-    """The plan of least work whose activations fit into ``budget`` bytes. If none fits: the plan
-    of fewest bytes."""
+    """The plan of least work that fits into ``budget`` bytes; if none fits, that of fewest."""
     plans = product(MODES, repeat=len(costs))
     choices = [weigh(cast(RecomputePlan, plan), costs) for plan in plans]
     fitting = [choice for choice in choices if choice.bytes <= budget]
@@ -90,9 +81,7 @@ def weigh(plan: RecomputePlan, costs: Costs) -> Choice:
 
 
 def measure_parts(
-    make_model: Callable[[], nn.Module],
-    shape: Sequence[int],
-    precision: torch.dtype | None = None,
+    make_model: Callable[[], nn.Module], shape: Sequence[int], precision: torch.dtype | None = None
 ) -> Costs:
     """Measure each of ``PARTS`` in each mode.
 
@@ -116,25 +105,17 @@ def measure_parts(
             # The budget covers activations, not gradients of parameters.
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
         x = torch.empty(shape)
-        parts, _ = model.parts()
-        for number, steps in enumerate(parts):
-            part_costs = {}
-            for mode in MODES:
-                part_costs[mode], output = _measure(mode, steps, x, precision)
-            costs.append(part_costs)
-            last = number == len(parts) - 1
-            if not last:
-                x = torch.empty(output, dtype=precision).requires_grad_()
-    assert len(costs) == len(PARTS)
+        for steps in model.parts()[0]:
+            measured = {mode: _measure(mode, steps, x, precision) for mode in MODES}
+            costs.append({mode: cost for mode, (cost, _) in measured.items()})
+            x = torch.empty(measured["none"][1], dtype=precision).requires_grad_()
     return costs
 
 
 def _measure(
-    mode: Recompute,
-    steps: Sequence[Callable[[Tensor], Tensor]],
-    x: Tensor,
-    precision: torch.dtype | None,
+    mode: Recompute, steps: Sequence[Step], x: Tensor, precision: torch.dtype | None
 ) -> tuple[Cost, torch.Size]:
+    """The cost, and the shape of the output."""
     with _Meter() as meter:
         meter.note(x)
         with torch.autocast(x.device.type, precision, enabled=precision is not None):
@@ -167,10 +148,12 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        inputs, outputs = (
+            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+            for tree in ((args, kwargs), result)
+        )
         storages = {t.untyped_storage()._cdata for t in inputs}
         # The other outputs are views of an input, or an input updated in place.
-        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         new = [t for t in outputs if t.untyped_storage()._cdata not in storages]
         for tensor in new:
             self.note(tensor)

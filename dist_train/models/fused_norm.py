@@ -2,8 +2,7 @@
 
 ``F.batch_norm``, ``+`` and ``F.relu`` each read and write all activations, and padding costs two
 more copies. ``torch.compile`` makes two loops forward (statistics, output) and two backward (sums,
-gradients). Each reads the convolution's output once. Only that output is kept for the backward
-pass, as in in-place activated batch normalisation (Rota Bulò et al. 2018), but nothing is inverted.
+gradients). Each reads the convolution's output once, and only that is kept for the backward pass.
 
 The loops work on rows [F, P, C]: B * D frames, H * W pixels, C channels. That is the memory order
 of a batch [B, C, D, H, W] in ``channels_last_3d``.
@@ -28,7 +27,10 @@ ONE_LOOP: dict[str, Any] = {"realize_reads_threshold": 100, "realize_opcount_thr
 
 
 def _loop(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function at its first call, as compiling takes seconds and few runs need it."""
+    """Compile a function at its first call, as compiling takes seconds and few runs need it.
+
+    Called by another loop it becomes a part of that one.
+    """
 
     @cache
     def compiled() -> Callable[..., Any]:
@@ -36,6 +38,8 @@ def _loop(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def run(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*arguments)
         return compiled()(*arguments)
 
     return run
@@ -77,37 +81,28 @@ def fused_norm(
         origin: [C], in the dtype to accumulate in: values near the means, such as the running
             means. Sums of squares around them do not cancel (Chan, Golub & LeVeque 1983). It must
             be equal in all processes that share statistics.
-        valid: real frames of ``x``.
-        shortcut: of the shape of ``x``; None adds nothing.
-        relu: apply a ReLU last.
-        all_reduce: if set, statistics cover all processes.
+        all_reduce: if set, statistics cover all processes. Gradients of weight and bias come from
+            this process's values only.
 
     Returns:
-        (output in the dtype of ``x``, channels last, zero in padded frames; the statistics that
-        normalised it). Gradients of weight and bias come from this process's values only.
+        (output in the dtype of ``x``, channels last, zero in padded frames; the statistics).
     """
-    options = _Options(relu=relu, eps=eps, all_reduce=all_reduce)
     y, *statistics = _FusedNorm.apply(  # type: ignore[no-untyped-call]
-        x, shortcut, weight, bias, origin, _real(valid, x), options
+        x, shortcut, weight, bias, origin, _real(valid, x), relu, eps, all_reduce
     )
     return y, Statistics(*statistics)
 
 
-class _Options(NamedTuple):
-    relu: bool
-    eps: float
-    all_reduce: AllReduce | None
-
-
 class _Vectors(NamedTuple):
-    """Mean [C], biased variance [C], number of values [1], and the scale [C] and shift [C] that
-    normalise."""
+    """Statistics of a batch: mean [C], biased variance [C], number of values [1]. And what
+    normalises: scale [C], shift [C], inverse standard deviation [C]."""
 
     mean: Tensor
     var: Tensor
     number: Tensor
     scale: Tensor
     shift: Tensor
+    inverse: Tensor
 
 
 class _FusedNorm(torch.autograd.Function):
@@ -120,9 +115,10 @@ class _FusedNorm(torch.autograd.Function):
         bias: Tensor,
         origin: Tensor,
         real: Tensor,
-        options: _Options,
+        relu: bool,
+        eps: float,
+        all_reduce: AllReduce | None,
     ) -> tuple[Tensor, ...]:
-        relu, eps, all_reduce = options
         rows = _rows(x), None if shortcut is None else _rows(shortcut), real
         # Detached, as the compiler would make code for each size of a Parameter.
         parameters = origin, weight.detach(), bias.detach(), eps
@@ -144,7 +140,7 @@ class _FusedNorm(torch.autograd.Function):
         # With a shortcut, only the output shows which values the ReLU set to zero.
         kept = y if shortcut is not None and relu else None
         ctx.save_for_backward(x, kept, weight, real, *vectors)
-        ctx.options = options
+        ctx.relu, ctx.all_reduce = relu, all_reduce
         statistics = vectors.mean, vectors.var, vectors.number
         ctx.mark_non_differentiable(*statistics)
         return y, *statistics
@@ -152,26 +148,26 @@ class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, y, weight, real, *vectors = ctx.saved_tensors
-        relu, eps, all_reduce = ctx.options
         rows = _rows(grads[0]), _rows(x), None if y is None else _rows(y), real
-        options = _Vectors(*vectors), eps, relu
+        how = _Vectors(*vectors), ctx.relu
         with_shortcut = ctx.needs_input_grad[1]
-        if all_reduce is None:
-            own_sums, grad_x, grad_shortcut = _to_gradients(*rows, *options, with_shortcut)
+        if ctx.all_reduce is None:
+            own_sums, grad_x, grad_shortcut = _to_gradients(*rows, *how, with_shortcut)
         else:
-            own_sums = _gradient_sums(*rows, *options)
+            own_sums = _gradient_sums(*rows, *how)
             sums = own_sums.to(torch.float64, copy=True)
-            all_reduce(sums)
-            grad_x, grad_shortcut = _gradients(*rows, sums, *options, with_shortcut)
+            ctx.all_reduce(sums)
+            grad_x, grad_shortcut = _gradients(*rows, *how, with_shortcut, sums)
         grad_shortcut = None if grad_shortcut is None else _clips(grad_shortcut, x)
         grad_bias, grad_weight = own_sums.to(weight.dtype).unbind()
-        return _clips(grad_x, x), grad_shortcut, grad_weight, grad_bias, None, None, None
+        return _clips(grad_x, x), grad_shortcut, grad_weight, grad_bias, *[None] * 5
 
 
-# --- the computations -----------------------------------------------------------------------------
+# --- the loops ------------------------------------------------------------------------------------
 
 
-def _sums_of(x: Tensor, real: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@_loop
+def _sums(x: Tensor, real: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sums [C] and sums of squares [C] around ``origin``, and the number of values [1]."""
     centred = torch.where(real, x.to(origin.dtype) - origin, 0.0)
     number = real.sum().to(origin.dtype).view(1) * x.shape[1]
@@ -179,23 +175,21 @@ def _sums_of(x: Tensor, real: Tensor, origin: Tensor) -> tuple[Tensor, Tensor, T
     return centred.sum(1).sum(0), centred.square().sum(1).sum(0), number
 
 
-def _vectors_of(
-    sums: Tensor,
-    squares: Tensor,
-    number: Tensor,
-    origin: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> _Vectors:
+@_loop
+def _vectors(
+    sums: Tensor, squares: Tensor, number: Tensor,
+    origin: Tensor, weight: Tensor, bias: Tensor, eps: float,
+) -> _Vectors:  # fmt: skip
     offset = sums / number
     mean = (origin + offset).to(origin.dtype)
     var = (squares / number - offset.square()).clamp(min=0.0).to(origin.dtype)
-    scale = weight * (var + eps).rsqrt()
-    return _Vectors(mean, var, number, scale, bias - mean * scale)
+    inverse = (var + eps).rsqrt()
+    scale = weight * inverse
+    return _Vectors(mean, var, number, scale, bias - mean * scale, inverse)
 
 
-def _output_of(
+@_loop
+def _output(
     x: Tensor, shortcut: Tensor | None, real: Tensor, vectors: _Vectors, relu: bool
 ) -> Tensor:
     y = x * vectors.scale + vectors.shift
@@ -204,6 +198,16 @@ def _output_of(
     if relu:
         y = y.clamp(min=0.0)
     return torch.where(real, y, 0.0).to(x.dtype)
+
+
+@_loop
+def _to_output(
+    x: Tensor, shortcut: Tensor | None, real: Tensor,
+    origin: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool,
+) -> tuple[Tensor, _Vectors]:  # fmt: skip
+    """One call without an all-reduce in between, which costs the host less."""
+    vectors = _vectors(*_sums(x, real, origin), origin, weight, bias, eps)
+    return _output(x, shortcut, real, vectors, relu), vectors
 
 
 def _before_relu(
@@ -215,36 +219,26 @@ def _before_relu(
     return torch.where(real, grad.to(vectors.scale.dtype), 0.0)
 
 
-def _gradient_sums_of(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    real: Tensor,
-    vectors: _Vectors,
-    eps: float,
-    relu: bool,
+@_loop
+def _gradient_sums(
+    grad: Tensor, x: Tensor, y: Tensor | None, real: Tensor, vectors: _Vectors, relu: bool
 ) -> Tensor:
     """The gradients of bias and weight: [2, C]."""
     grad = _before_relu(grad, x, y, real, vectors, relu)
     centred = x.to(vectors.mean.dtype) - vectors.mean
-    grad_weight = (grad * centred).sum(1).sum(0) * (vectors.var + eps).rsqrt()
+    grad_weight = (grad * centred).sum(1).sum(0) * vectors.inverse
     return torch.stack([grad.sum(1).sum(0), grad_weight])
 
 
-def _gradients_of(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    real: Tensor,
-    sums: Tensor,
-    vectors: _Vectors,
-    eps: float,
-    relu: bool,
-    with_shortcut: bool,
-) -> tuple[Tensor, Tensor | None]:
+@_loop
+def _gradients(
+    grad: Tensor, x: Tensor, y: Tensor | None, real: Tensor, vectors: _Vectors, relu: bool,
+    with_shortcut: bool, sums: Tensor,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The gradients of the input and of the shortcut, from the sums of all processes."""
     # weight / std * (g - mean(g) - normalised * mean(g * normalised)), by powers of x.
     mean_grad, mean_product = (sums / vectors.number).to(vectors.scale.dtype).unbind()
-    x_factor = -vectors.scale * (vectors.var + eps).rsqrt() * mean_product
+    x_factor = -vectors.scale * vectors.inverse * mean_product
     constant = -vectors.scale * mean_grad - x_factor * vectors.mean
     dtype = grad.dtype
     grad = _before_relu(grad, x, y, real, vectors, relu)
@@ -252,46 +246,14 @@ def _gradients_of(
     return grad_x.to(dtype), grad.to(dtype) if with_shortcut else None
 
 
-# --- compiled -------------------------------------------------------------------------------------
-
-_sums = _loop(_sums_of)
-_vectors = _loop(_vectors_of)
-_output = _loop(_output_of)
-_gradient_sums = _loop(_gradient_sums_of)
-_gradients = _loop(_gradients_of)
-
-
-# Without an all-reduce in between, one call per pass costs the host less.
-
-
-@_loop
-def _to_output(
-    x: Tensor,
-    shortcut: Tensor | None,
-    real: Tensor,
-    origin: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    relu: bool,
-) -> tuple[Tensor, _Vectors]:
-    vectors = _vectors_of(*_sums_of(x, real, origin), origin, weight, bias, eps)
-    return _output_of(x, shortcut, real, vectors, relu), vectors
-
-
 @_loop
 def _to_gradients(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    real: Tensor,
-    vectors: _Vectors,
-    eps: float,
-    relu: bool,
+    grad: Tensor, x: Tensor, y: Tensor | None, real: Tensor, vectors: _Vectors, relu: bool,
     with_shortcut: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    sums = _gradient_sums_of(grad, x, y, real, vectors, eps, relu)
-    return sums, *_gradients_of(grad, x, y, real, sums, vectors, eps, relu, with_shortcut)
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """One call without an all-reduce in between."""
+    sums = _gradient_sums(grad, x, y, real, vectors, relu)
+    return sums, *_gradients(grad, x, y, real, vectors, relu, with_shortcut, sums)
 
 
 # --- rows and clips -------------------------------------------------------------------------------

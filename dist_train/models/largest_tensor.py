@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_train.models.resnet3d import ResNet3D
-
 log = logging.getLogger(__name__)
 
 #: CUDA kernels index with 32 bits up to this many elements (torch's ``canUse32BitIndexMath``).
@@ -30,36 +28,26 @@ def largest_tensor(make_model: Callable[[], nn.Module], shape: Sequence[int]) ->
         # Training mode makes the same tensors, but refuses statistics of a single voxel.
         model = make_model().eval()
         x = torch.empty(tuple(shape))
-        largest = _Largest()
-        largest.elements = x.numel()
+        largest = _Largest(x.numel())
         with largest:
-            if isinstance(model, ResNet3D):
-                for steps in model.parts()[0]:
-                    for step in steps:
-                        x = step(x)
-            else:
-                _run_as_far_as_it_goes(model, x)
+            try:
+                model(x, None)
+            # Autocast does not know the meta device, so a ResNet ends at its last layer. A model
+            # from outside may need values, which tensors of the meta device lack.
+            except (RuntimeError, NotImplementedError):
+                log.debug("only the tensors before this error were seen", exc_info=True)
     return largest.elements
 
 
-def _run_as_far_as_it_goes(model: nn.Module, x: Tensor) -> None:
-    try:
-        model(x, None)
-    # Of a model from outside: it may need values, of which tensors of the meta device have none.
-    except (RuntimeError, NotImplementedError):
-        log.debug("the largest tensor is sought among the first ones only", exc_info=True)
-
-
 class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self) -> None:
+    def __init__(self, elements: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.elements = 0
+        self.elements = elements
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
+        tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+        self.elements = max([self.elements, *(tensor.numel() for tensor in tensors)])
         return outputs

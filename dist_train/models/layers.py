@@ -14,12 +14,11 @@ from dist_train.models.padding import ValidFrames
 class Conv3d(nn.Conv3d):
     """``torch.nn.Conv3d`` with extra zeros on CPUs for clips smaller than the kernel.
 
-    For such clips oneDNN's weight gradient contains unwritten memory: values up to 1e36 that change
-    from run to run, in every memory layout. Seen in oneDNN 3.12 (torch 2.13, AVX512-BF16) in three
-    cases: bfloat16 with fewer frames than the kernel is deep (layer 4 of a ResNet, clips of up to
-    32 frames); bfloat16 with a stride of 2 over a few rows or columns of pixels; and float32 with
-    a 7x7x7 kernel of stride 2 and at most 7 frames. The convolution pads with zeros anyway, so more
-    zeros leave the kept outputs and all gradients unchanged.
+    For such clips oneDNN's weight gradient contains unwritten memory, values up to 1e36. Seen in
+    oneDNN 3.12 (torch 2.13, AVX512-BF16) in three cases: bfloat16 with fewer frames than the kernel
+    is deep (layer 4 of a ResNet, clips of up to 32 frames); bfloat16 with a stride of 2 over a few
+    rows or columns of pixels; and float32 with a 7x7x7 kernel of stride 2 and at most 7 frames.
+    The convolution pads with zeros anyway, so more zeros change no kept output and no gradient.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -46,11 +45,7 @@ class Conv3d(nn.Conv3d):
 
 
 def global_average_pool(x: Tensor, valid: ValidFrames | None = None) -> Tensor:
-    """Average [B, C, D, H, W] over the voxels of real frames.
-
-    Returns:
-        [B, C], in float32 or higher.
-    """
+    """Average [B, C, D, H, W] over the voxels of real frames: [B, C], in float32 or higher."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if valid is None:
         return x.mean(dim=(2, 3, 4), dtype=dtype)
@@ -67,8 +62,8 @@ _Fold = tuple[int, int, int, int]
 class FoldedConv3d(Conv3d):
     """``Conv3d`` by space to depth: blocks of voxels become channels, and the stride becomes 1.
 
-    Pays for strided kernels over few channels. Parameters have ``Conv3d``'s shapes. Results differ
-    by rounding only, as sums run in another order.
+    Pays for strided kernels over few channels. Parameters have ``Conv3d``'s shapes; only rounding
+    differs.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

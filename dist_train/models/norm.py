@@ -1,7 +1,4 @@
-"""Batch normalisation over real frames, with statistics of one process or of all.
-
-``share_statistics``, ``fuse`` and ``set_momentum`` set all layers of a model.
-"""
+"""Batch normalisation over real frames, with statistics of one process or of all."""
 
 from __future__ import annotations
 
@@ -26,14 +23,14 @@ Observer = Callable[[Tensor, Tensor, Tensor], None]
 class BatchNorm3d(nn.BatchNorm3d):
     """Batch normalisation (Ioffe & Szegedy 2015) of clips padded in depth.
 
-    Without padding it equals ``torch.nn.BatchNorm3d``. With padding, statistics and normalisation
-    cover real frames only, and padded frames become zero. So behind a clip's last frame the next
-    convolution sees its own zero padding, not this layer's bias.
+    Without padding it equals ``torch.nn.BatchNorm3d``. With padding, statistics cover real frames
+    only, and padded frames become zero. So behind a clip's last frame the next convolution sees its
+    own zero padding, not this layer's bias.
 
     Attributes:
-        all_reduce: if set, training statistics cover the real frames of all processes.
+        all_reduce: see ``share_statistics``.
         observer: if set, it receives the batch statistics, and running statistics do not change.
-        fused: use the compiled loops of fused_norm.py in training mode.
+        fused: see ``fuse``.
     """
 
     # Never None with the default arguments, though the base class allows it.
@@ -72,8 +69,7 @@ class BatchNorm3d(nn.BatchNorm3d):
             # Nothing is counted, so padded frames may be normalised too, and are then cleared.
             y = clear_padding(self._normalise(_joined_frames(input)).view(input.shape), valid)
         elif valid is None:
-            images = recomputable(_joined_frames, input)
-            y = self._normalise(images).view(input.shape)
+            y = self._normalise(recomputable(_joined_frames, input)).view(input.shape)
         else:
             y = valid.scatter(self._normalise(recomputable(valid.gather, input)), like=input)
         if shortcut is not None:
@@ -89,16 +85,9 @@ class BatchNorm3d(nn.BatchNorm3d):
             frames = x.shape[0] * x.shape[2] if valid is None else len(valid.index)
             self._check_count(frames * x.shape[3] * x.shape[4])
         y, statistics = fused_norm(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            valid,
-            shortcut=shortcut,
-            relu=relu,
-            eps=self.eps,
-            all_reduce=self.all_reduce,
-        )
+            x, self.weight, self.bias, self.running_mean, valid, shortcut=shortcut, relu=relu,
+            eps=self.eps, all_reduce=self.all_reduce,
+        )  # fmt: skip
         self._update(statistics)
         return y
 
@@ -117,10 +106,10 @@ class BatchNorm3d(nn.BatchNorm3d):
         if self.all_reduce is not None:
             statistics = shared_statistics(x, self.running_mean, self.all_reduce)
             self._update(statistics)
-            return shared_batch_norm(
-                x, self.weight, self.bias, statistics, self.eps, self.all_reduce
-            )
-        self._check_count(x.numel() // x.shape[1])
+            shared = statistics, self.eps, self.all_reduce
+            return shared_batch_norm(x, self.weight, self.bias, *shared)
+        count = x.numel() // x.shape[1]
+        self._check_count(count)
         if is_repeated():
             # Update copies. With None, autograd would save other tensors than in the first pass,
             # which checkpointing does not allow.
@@ -128,7 +117,6 @@ class BatchNorm3d(nn.BatchNorm3d):
         if self.observer is not None:
             mean, var = self.running_mean.clone(), self.running_var.clone()
             y = self._batch_norm(x, mean, var, momentum=1.0)
-            count = x.numel() // x.shape[1]
             self.observer(mean, var * ((count - 1) / count), torch.full((), count, device=x.device))
             return y
         count_batch(self.num_batches_tracked)
@@ -154,8 +142,7 @@ class BatchNorm3d(nn.BatchNorm3d):
 def _joined_frames(x: Tensor) -> Tensor:
     """View [B, C, D, H, W] as images [B, C, D * H, W], in either memory format.
 
-    Channel statistics are the same. CUDA's fast channels-last kernels take 4-D tensors only; 5-D
-    ones go to general kernels without cuDNN. CPUs compute the same bits in the same time.
+    CUDA's fast channels-last kernels take 4-D tensors only. CPUs compute the same bits.
     """
     return x.flatten(2, 3)
 
@@ -166,35 +153,26 @@ def norms(model: nn.Module) -> Iterator[BatchNorm3d]:
 
 
 def share_statistics(model: nn.Module, all_reduce: AllReduce | None) -> None:
-    """Normalise by statistics over the real frames of all processes, in training mode.
+    """In training mode, normalise by statistics over the real frames of all processes.
 
-    Like SyncBatchNorm, but for clips padded in depth and on any device. All processes must run the
-    same layers in the same order. Shapes, lengths and recompute modes may differ.
+    All processes must run the same layers in the same order. Shapes, lengths and recompute modes
+    may differ.
 
     Args:
-        all_reduce: sums a float64 tensor over the processes, in place. Each layer calls it once in
-            the forward pass and once in the backward pass. None: statistics per process.
+        all_reduce: called by each layer once in the forward and once in the backward pass. None:
+            statistics per process.
     """
     for norm in norms(model):
         norm.all_reduce = all_reduce
 
 
 def fuse(model: nn.Module) -> None:
-    """Fuse normalisation, shortcut and ReLU into compiled loops in training mode.
-
-    Only rounding changes. ``fused_norm.check_compiler`` checks whether a device supports it.
-    """
+    """In training mode, use the compiled loops of fused_norm.py. Only rounding changes."""
     for norm in norms(model):
         norm.fused = True
 
 
 def set_momentum(model: nn.Module, momentum: float) -> None:
-    """Set the weight of the newest batch in running statistics.
-
-    Raises:
-        ModelError: ``momentum`` is outside of (0, 1].
-    """
-    if not 0.0 < momentum <= 1.0:
-        raise ModelError(f"momentum is {momentum}", fix="Give more than 0 and at most 1")
+    """Set the weight of the newest batch in running statistics."""
     for norm in norms(model):
         norm.momentum = momentum

@@ -15,9 +15,8 @@ from dist_train.errors import ModelError
 class ValidFrames:
     """The real frames of a batch [B, C, D, H, W].
 
-    Attributes:
-        mask: bool [B, D], true on real frames, on the device on which the depths were given.
-        on_device: the same mask on the batch's device.
+    ``mask`` is bool [B, D], true on real frames, on the device on which the depths were given.
+    ``on_device`` is the same mask on the batch's device.
     """
 
     def __init__(self, mask: Tensor, device: torch.device) -> None:
@@ -40,11 +39,8 @@ class ValidFrames:
         return frames.index_select(0, self.index).permute(0, 3, 1, 2)
 
     def scatter(self, images: Tensor, like: Tensor) -> Tensor:
-        """Inverse of ``gather``: [N, C, H, W] to [B, C, D, H, W], padded frames zero.
-
-        The result has the shape and memory format of ``like``. It may be a view, so an in-place
-        operation on it costs autograd a copy.
-        """
+        """Inverse of ``gather``: [N, C, H, W] to the shape and memory format of ``like``, padded
+        frames zero."""
         batch, channels, depth, height, width = like.shape
         frames = images.new_zeros(batch * depth, height, width, channels)
         frames[self.index] = images.permute(0, 2, 3, 1)
@@ -53,16 +49,13 @@ class ValidFrames:
 
 
 def valid_frames(frames: Tensor | None, clips: Tensor) -> ValidFrames | None:
-    """Find the padding of a batch.
+    """The real frames of a batch; None if the host knows that no clip is padded.
 
     Args:
         frames: integer [B], the number of real frames of each clip, which come first. None: all
             frames are real. A CPU tensor is checked; a GPU tensor is not, as reading it would make
             the host wait, and nor is the input of an export, which has no values yet.
         clips: [B, C, D, H, W].
-
-    Returns:
-        The real frames; None if the host knows that no clip is padded.
 
     Raises:
         ModelError: ``frames`` is not one integer from 1 to D for each clip.
@@ -75,19 +68,17 @@ def valid_frames(frames: Tensor | None, clips: Tensor) -> ValidFrames | None:
             f"frames is {frames.dtype} {list(frames.shape)} for a batch of {batch} clips",
             fix="Pass one integer for each clip: its depth without padding",
         )
-    if frames.device.type != "cpu" or torch.compiler.is_exporting():
-        return ValidFrames(
-            torch.arange(depth, device=frames.device) < frames[:, None], clips.device
-        )
-    shortest, longest = int(frames.min()), int(frames.max())
-    if shortest < 1 or longest > depth:
-        raise ModelError(
-            f"frames is {frames.tolist()} for clips padded to {depth}",
-            fix=f"Pass the depth of each clip without padding, from 1 to {depth}",
-        )
-    if shortest == depth:
-        return None
-    return ValidFrames(torch.arange(depth) < frames[:, None], clips.device)
+    if frames.device.type == "cpu" and not torch.compiler.is_exporting():
+        shortest, longest = int(frames.min()), int(frames.max())
+        if shortest < 1 or longest > depth:
+            raise ModelError(
+                f"frames is {frames.tolist()} for clips padded to {depth}",
+                fix=f"Pass the depth of each clip without padding, from 1 to {depth}",
+            )
+        if shortest == depth:
+            return None
+    mask = torch.arange(depth, device=frames.device) < frames[:, None]
+    return ValidFrames(mask, clips.device)
 
 
 def strided(valid: ValidFrames | None, stride: int) -> ValidFrames | None:

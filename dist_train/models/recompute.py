@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dist_train.models.recompute_once import TwoPasses
-from dist_train.models.rematerialize import remaking
+from dist_train.models.rematerialize import rematerializing
 
 Recompute = Literal["none", "cheap", "block", "stage"]
 Step = Callable[[Tensor], Tensor]
@@ -33,22 +33,18 @@ def run_part(mode: Recompute, blocks: Sequence[Step], x: Tensor) -> Tensor:
     the same random numbers and does not update running statistics. Without gradients every mode
     is "none".
     """
-    if mode == "none" or not torch.is_grad_enabled():
-        return _chain(blocks, x)
+    if not torch.is_grad_enabled():
+        mode = "none"
     if mode == "stage":
-        return _recomputed(lambda x: _chain(blocks, x), x)
+        return _recomputed(lambda x: run_part("none", blocks, x), x)
     for block in blocks:
         if mode == "block":
             x = _recomputed(block, x)
-        else:
-            with remaking():
+        elif mode == "cheap":
+            with rematerializing():
                 x = block(x)
-    return x
-
-
-def _chain(blocks: Sequence[Step], x: Tensor) -> Tensor:
-    for block in blocks:
-        x = block(x)
+        else:
+            x = block(x)
     return x
 
 

@@ -10,16 +10,15 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 # The result lists of the open first passes, and the results that the open second pass replays.
-_notes: ContextVar[tuple[list[Any], ...]] = ContextVar("_notes", default=())
-_noted: ContextVar[Iterator[Any] | None] = ContextVar("_noted", default=None)
+_recording: ContextVar[tuple[list[Any], ...]] = ContextVar("_recording", default=())
+_replaying: ContextVar[Iterator[Any] | None] = ContextVar("_replaying", default=None)
 
 
 class TwoPasses:
     """The forward pass of a part of the network, and its recomputation in the backward pass.
 
     A call through ``once`` runs in the first pass only. Each second pass gets the same results in
-    the same order; a graph that is kept for several backward passes has several second passes.
-    First passes may be nested.
+    the same order. First passes may be nested.
     """
 
     def __init__(self) -> None:
@@ -27,28 +26,29 @@ class TwoPasses:
 
     def first(self) -> AbstractContextManager[None]:
         """The context of the forward pass."""
-        return _Context(_notes, lambda: (*_notes.get(), self._results))
+        return _Context(_recording, lambda: (*_recording.get(), self._results))
 
     def second(self) -> AbstractContextManager[None]:
-        """The context of a recomputation; can be entered again."""
-        return _Context(_noted, lambda: iter(self._results))
+        """The context of a recomputation, which can be entered again: a graph that is kept for
+        several backward passes has several."""
+        return _Context(_replaying, lambda: iter(self._results))
 
 
 def once(compute: Callable[[], T]) -> T:
     """``compute()``; in a second pass, its result from the first pass."""
-    noted = _noted.get()
-    if noted is not None:
-        repeated: T = next(noted)
+    replayed = _replaying.get()
+    if replayed is not None:
+        repeated: T = next(replayed)
         return repeated
     result = compute()
-    for notes in _notes.get():
-        notes.append(result)
+    for results in _recording.get():
+        results.append(result)
     return result
 
 
 def is_repeated() -> bool:
     """Whether this is a second pass, in which buffers must not change."""
-    return _noted.get() is not None
+    return _replaying.get() is not None
 
 
 class _Context(AbstractContextManager[None]):

@@ -25,33 +25,27 @@ def build_model(name: str, **settings: Any) -> nn.Module:
         settings: arguments of that model.
 
     Raises:
-        ModelError: there is no such model, it has no such setting, it lacks one, or a value is out
-            of range.
+        ModelError: there is no such model, it has no such setting, or it lacks one.
         ConfigError: an import path is not allowed or not importable.
     """
     model = find_model(name)
-    parameters = inspect.signature(model).parameters
+    signature = inspect.signature(model)
+    parameters = signature.parameters
     known = [n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for setting in settings:
         if setting not in known and not takes_any:
-            raise ModelError(
-                f"there is no setting {setting!r}", where=name, fix=_hint(setting, known)
-            )
+            fix = _hint(setting, known)
+            raise ModelError(f"there is no setting {setting!r}", where=name, fix=fix)
     try:
-        inspect.signature(model).bind(**settings)
+        signature.bind(**settings)
     except TypeError as error:
         raise ModelError(f"{error}", where=name, fix="Give it by model.args.") from None
     return model(**settings)
 
 
 def find_model(name: str) -> Callable[..., nn.Module]:
-    """What makes the model of a name or an import path.
-
-    Raises:
-        ModelError: there is no such model, or it is no model.
-        ConfigError: an import path is not allowed or not importable.
-    """
+    """The class or function that makes a model. Raises like ``build_model``."""
     if not extensions.is_import_path(name):
         if name not in MODELS:
             raise ModelError(f"there is no model {name!r}", fix=_hint(name, list(MODELS)))

@@ -1,12 +1,11 @@
-"""Tensors that autograd need not keep, because they are cheaply made again from ones it keeps.
+"""Tensors that autograd does not keep, because recomputing them from kept ones is cheap.
 
-Within ``remaking()``, a tensor made by ``recomputable`` is not kept for the backward pass, however
-many operations save it: they share one recipe, which runs when the first of them needs the tensor.
-The result is held until the last of them is done.
+Within ``rematerializing()``, a tensor made by ``recomputable`` is not kept for the backward pass.
+It is computed again when the first operation needs it, and held until the last one is done.
 
-This is activation checkpointing (Chen et al. 2016) of single tensors by saved-tensor hooks, as
-in-place activated batch normalisation (Rota Bulò et al. 2018) does it for its one operation; but
-nothing is inverted, so that what is made again has the same bits.
+This is activation checkpointing (Chen et al. 2016) of single tensors by saved-tensor hooks.
+In-place activated batch normalisation (Rota Bulò et al. 2018) does it for one operation; here
+nothing is inverted, so the recomputed tensor has the same bits.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ _tape: ContextVar[_Tape | None] = ContextVar("_tape", default=None)
 
 
 @contextmanager
-def remaking() -> Iterator[None]:
-    """Within it ``recomputable`` and ``forget`` act; elsewhere they do nothing special.
+def rematerializing() -> Iterator[None]:
+    """Activate ``recomputable`` and ``forget``, which elsewhere have no effect.
 
-    All kept tensors of one such context are freed together, so it should hold no more than a block
-    of the network. Hooks on saved tensors that are set around it see what it keeps.
+    All kept tensors of one such context are freed together, so it should hold at most a block of
+    the network. Saved-tensor hooks around it see the kept tensors.
     """
     tape = _Tape()
     token = _tape.set(tape)
     try:
-        with saved_tensors_hooks(tape.pack, _Saved.get):
+        with saved_tensors_hooks(tape.saved, _Saved.get):
             yield
     finally:
         _tape.reset(token)
@@ -44,13 +43,12 @@ def remaking() -> Iterator[None]:
 
 
 def recomputable(make: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
-    """``make(x, *others)``, to be made again from ``x`` rather than kept.
+    """``make(x, *others)``, recomputed in the backward pass.
 
     Args:
-        make: gives the same bits for the same ``x``, draws no random number, and talks to nobody
-            but through ``passes.once``.
-        x: a tensor that is kept, or is itself made again.
-        others: arguments that weigh nothing.
+        make: deterministic; draws no random number, and calls an all-reduce through ``once`` only.
+        x: a tensor that is kept or recomputable.
+        others: small arguments, kept until the backward pass.
     """
     if _tape.get() is None:
         return make(x, *others)
@@ -62,34 +60,25 @@ def recomputable(make: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor
 
 
 def forget(
-    y: Tensor,
-    make: Callable[..., Tensor],
-    x: Tensor,
-    *others: Any,
-    passes: TwoPasses | None = None,
+    y: Tensor, make: Callable[..., Tensor], x: Tensor, *others: Any, passes: TwoPasses | None = None
 ) -> None:
-    """Let ``y``, which is there already, be made again as ``make(x, *others)``."""
+    """Do not keep ``y``; recompute it as ``make(x, *others)``."""
     tape = _tape.get()
     if tape is None:
         return
     device = x.device.type
-    arithmetic = partial(
-        torch.autocast,
-        device,
-        dtype=torch.get_autocast_dtype(device),
-        enabled=torch.is_autocast_enabled(device),
-    )
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     source, passes = tape.saved(x), passes or TwoPasses()
 
     def again() -> Tensor:
-        with torch.no_grad(), arithmetic(), passes.second():
+        with torch.no_grad(), torch.autocast(device, dtype, enabled), passes.second():
             return make(source.get(), *others)
 
     tape.saved(y).recipe = again
 
 
 class _Saved:
-    """One tensor that the backward pass wants: held here, held by a ``_Keeper``, or a recipe."""
+    """A tensor that the backward pass needs: held here, or computed by ``recipe``."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = tensor
@@ -103,33 +92,31 @@ class _Saved:
 
 
 class _Tape:
-    """What autograd saves within one ``remaking()``."""
+    """The tensors that autograd saves within one ``rematerializing()``."""
 
     def __init__(self) -> None:
-        # Tensors are known by their place in memory. It holds them all until it is closed, so that
-        # no place is used twice.
+        # Tensors are identified by their address. The tape holds them all until it is closed, so
+        # that no address is used twice.
         self._saved: dict[tuple[object, ...], _Saved] = {}
 
     def saved(self, tensor: Tensor) -> _Saved:
-        place = tensor.untyped_storage()._cdata, tensor.storage_offset()
-        key = (*place, tensor.shape, tensor.stride(), tensor.dtype)
+        address = tensor.untyped_storage()._cdata, tensor.storage_offset()
+        key = (*address, tensor.shape, tensor.stride(), tensor.dtype)
         if key not in self._saved:
             self._saved[key] = _Saved(tensor.detach())
         return self._saved[key]
 
-    pack = saved
-
     def close(self) -> None:
-        """Let go of what has a recipe, and hand the rest to autograd."""
-        kept = []
+        """Free the tensors that have a recipe, and hand the others to autograd."""
+        kept, tensors = [], []
         for saved in self._saved.values():
             if saved.recipe is not None:
                 saved.tensor = None
-            # Vectors (statistics, indices) stay where they are: they weigh nothing, and running
-            # statistics may change before the backward pass, which autograd would refuse.
+            # Vectors (statistics, indices) stay here: they are small, and running statistics may
+            # change before the backward pass, which autograd would refuse.
             elif saved.tensor is not None and saved.tensor.ndim > 1:
                 kept.append(saved)
-        tensors = [saved.get() for saved in kept]
+                tensors.append(saved.tensor)
         anchor = torch.empty(0, requires_grad=True)
         keeper = _Keeper.apply(anchor, *tensors).grad_fn  # type: ignore[no-untyped-call]
         for number, saved in enumerate(kept):
@@ -147,7 +134,7 @@ class _Keeper(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise AssertionError("it is no part of the graph")
+        raise AssertionError("this node is not part of the graph")
 
 
 def _kept_by(keeper: Any, number: int) -> Tensor:

@@ -38,12 +38,7 @@ NOTHING_TWICE: RecomputePlan = ("none", "none", "none", "none", "none")
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias (padding: half the kernel), batch normalisation, optional ReLU.
-
-    Args:
-        relu: apply a ReLU, after the shortcut is added.
-        folded: compute the convolution by space to depth (``FoldedConv3d``).
-    """
+    """Convolution without bias (padding: half the kernel), batch normalisation, optional ReLU."""
 
     def __init__(
         self,
@@ -67,22 +62,15 @@ class ConvNorm(nn.Module):
     def forward(
         self, x: Tensor, valid: ValidFrames | None = None, shortcut: Tensor | None = None
     ) -> Tensor:
-        """Map [B, C, D, H, W] to [B, C', D', H', W'].
-
-        Args:
-            valid: real frames of the output.
-            shortcut: added before the ReLU, of the output's shape.
-        """
+        """Map [B, C, D, H, W] to [B, C', D', H', W'] with real frames ``valid``; the shortcut is
+        added before the ReLU."""
         x = recomputable(self.conv, x) if self.is_cheap else self.conv(x)
+        normalise = partial(self.norm, shortcut=shortcut, relu=self.relu)
         if self.relu and shortcut is None:
-            return recomputable(self._rectified, x, valid)
+            return recomputable(normalise, x, valid)
         # The block's output is the next block's input, which is kept in every mode.
-        y: Tensor = self.norm(x, valid, shortcut=shortcut, relu=self.relu)
+        y: Tensor = normalise(x, valid)
         return y
-
-    def _rectified(self, x: Tensor, valid: ValidFrames | None) -> Tensor:
-        rectified: Tensor = self.norm(x, valid, relu=True)
-        return rectified
 
 
 class ResidualBlock(nn.Module):
@@ -98,12 +86,11 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.stride = stride
         out_channels = channels * self.expansion
-        same_shape = stride == 1 and in_channels == out_channels
-        self.shortcut = (
-            None if same_shape else ConvNorm(in_channels, out_channels, 1, stride, relu=False)
-        )
+        self.shortcut: ConvNorm | None = None
+        if stride > 1 or in_channels != out_channels:
+            self.shortcut = ConvNorm(in_channels, out_channels, 1, stride, relu=False)
 
-    def passed_by(self, x: Tensor, after: ValidFrames | None) -> Tensor:
+    def project(self, x: Tensor, after: ValidFrames | None) -> Tensor:
         """The shortcut branch: identity, or a 1x1x1 projection."""
         return x if self.shortcut is None else cast(Tensor, self.shortcut(x, after))
 
@@ -122,7 +109,7 @@ class BasicBlock(ResidualBlock):
         self, x: Tensor, before: ValidFrames | None = None, after: ValidFrames | None = None
     ) -> Tensor:
         residual = self.conv1(x, after)
-        y: Tensor = self.conv2(residual, after, shortcut=self.passed_by(x, after))
+        y: Tensor = self.conv2(residual, after, shortcut=self.project(x, after))
         return y
 
 
@@ -142,7 +129,7 @@ class Bottleneck(ResidualBlock):
     ) -> Tensor:
         residual = self.conv1(x, before)
         residual = self.conv2(residual, after)
-        y: Tensor = self.conv3(residual, after, shortcut=self.passed_by(x, after))
+        y: Tensor = self.conv3(residual, after, shortcut=self.project(x, after))
         return y
 
 
@@ -165,8 +152,7 @@ class ResNet3D(nn.Module):
     batch and at any padding. In training mode loss and gradients depend on real frames only.
 
     Initialisation follows Hara et al.: convolutions from Kaiming normal (fan-out), normalisation
-    from scale 1 and bias 0. The last scale of a residual branch also starts at 1: from 0 (Goyal et
-    al. 2017) the branch's other weights would get no gradient in the first step.
+    from scale 1 and bias 0.
 
     Args:
         depth: number of layers, a key of ``BLOCKS``.
@@ -175,12 +161,9 @@ class ResNet3D(nn.Module):
         stem_stride: stride of the stem in D, H and W.
         stem_pool: False leaves out the pooling; later layers are then twice as large.
         stem_folded: compute the stem by space to depth (layers.py). Only rounding changes.
-        recompute: activation checkpointing: a mode of ``recompute.py``, or one mode for each of
-            ``PARTS``. The attribute can be set at any time.
+        recompute: a mode of ``recompute.py``, or one mode for each of ``PARTS``. The attribute can
+            be set at any time.
         dropout: probability of dropping a pooled feature.
-
-    Raises:
-        ModelError: a setting is outside of its range.
     """
 
     def __init__(
@@ -196,34 +179,31 @@ class ResNet3D(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        _check("depth", depth, depth in BLOCKS, f"one of {', '.join(map(str, BLOCKS))}")
-        _check("width", width, width >= 1, "at least 1")
-        _check("in_channels", in_channels, in_channels >= 1, "at least 1")
-        strides_fit = len(stem_stride) == 3 and min(stem_stride) >= 1
-        _check("stem_stride", stem_stride, strides_fit, "three numbers, each at least 1")
-        _check("dropout", dropout, 0.0 <= dropout < 1.0, "at least 0 and less than 1")
-        self.in_channels = in_channels
-        self.recompute = recompute
+        block, self.repeats = BLOCKS[depth]
+        self.in_channels, self.recompute = in_channels, recompute
         self.stem_frame_stride = stem_stride[0]
         self.stem = ConvNorm(in_channels, width, 7, stem_stride, relu=True, folded=stem_folded)
         self.pool = nn.MaxPool3d(3, stride=2, padding=1, return_indices=True) if stem_pool else None
-        self.repeats = BLOCKS[depth][1]
-        self.blocks = _stack_blocks(depth, width)
+        self.blocks = nn.ModuleList()
+        channels = width
+        for layer, repeat in enumerate(self.repeats):
+            for number in range(repeat):
+                stride = 2 if layer > 0 and number == 0 else 1
+                self.blocks.append(block(channels, width * 2**layer, stride))
+                channels = width * 2**layer * block.expansion
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(width * 8 * BLOCKS[depth][0].expansion, 1)
+        self.head = nn.Linear(channels, 1)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor, frames: Tensor | None = None) -> Tensor:
         """Logits [B] of clips [B, C, D, H, W].
 
+        The logits have the dtype of the parameters, also under autocast: in bfloat16, of 8
+        significant bits, clips would tie.
+
         Args:
             x: floating point. The content of padded frames is ignored.
-            frames: integer [B], the number of real frames of each clip, which come first. None
-                (faster): all D are real. Prefer a CPU tensor: see ``valid_frames``.
-
-        Returns:
-            Logits in the dtype of the parameters, also under autocast: bfloat16 has 8 significant
-            bits, in which clips would tie.
+            frames: see ``valid_frames``. None (faster): all frames are real.
 
         Raises:
             ModelError: the clips or ``frames`` have another shape or range.
@@ -249,11 +229,7 @@ class ResNet3D(nn.Module):
     def parts(
         self, valid: ValidFrames | None = None
     ) -> tuple[list[list[Step]], ValidFrames | None]:
-        """The steps of each of ``PARTS``, in order, and the real frames of the last output.
-
-        Args:
-            valid: real frames of the clips.
-        """
+        """The steps of each of ``PARTS``, in order, and the real frames of the last output."""
         valid = strided(valid, self.stem_frame_stride)
         pooled = valid if self.pool is None else strided(valid, 2)
         parts: list[list[Step]] = [[partial(self._run_stem, valid=valid, pooled=pooled)]]
@@ -276,9 +252,11 @@ class ResNet3D(nn.Module):
     def recompute(self, modes: Recompute | RecomputePlan) -> None:
         known = get_args(Recompute)
         plan = (modes,) * len(PARTS) if isinstance(modes, str) else tuple(modes)
-        fits = len(plan) == len(PARTS) and all(mode in known for mode in plan)
-        wanted = f"one of {', '.join(known)}, or one of them for each of {', '.join(PARTS)}"
-        _check("recompute", modes, fits, wanted)
+        if len(plan) != len(PARTS) or not set(known).issuperset(plan):
+            raise ModelError(
+                f"recompute is {modes!r}",
+                fix=f"Give one of {', '.join(known)}, or one for each of {', '.join(PARTS)}",
+            )
         self._recompute = cast(RecomputePlan, plan)
 
     def _run_stem(self, x: Tensor, valid: ValidFrames | None, pooled: ValidFrames | None) -> Tensor:
@@ -291,22 +269,3 @@ class ResNet3D(nn.Module):
         # After a ReLU, zero padding gives the same maximum as -inf. The first padded output frame
         # must still be cleared: its window holds the last real frame.
         return clear_padding(y, pooled)
-
-
-def _stack_blocks(depth: int, width: int) -> nn.ModuleList:
-    """The blocks of layers 1 to 4, in one list."""
-    block, repeats = BLOCKS[depth]
-    blocks = nn.ModuleList()
-    in_channels = width
-    for layer, repeat in enumerate(repeats):
-        channels = width * 2**layer
-        for i in range(repeat):
-            halves = layer > 0 and i == 0
-            blocks.append(block(in_channels, channels, stride=2 if halves else 1))
-            in_channels = channels * block.expansion
-    return blocks
-
-
-def _check(setting: str, value: object, fits: bool, wanted: str) -> None:
-    if not fits:
-        raise ModelError(f"{setting} is {value!r}", fix=f"Give {wanted}")

@@ -21,9 +21,10 @@ from dist_train.models.sync_norm import Statistics
 def batched_updates() -> Iterator[None]:
     """Defer ``count_batch`` and ``update_running`` to the exit of this context.
 
-    Results are the same. After an error no update is made. A layer may run once inside.
+    After an error no update is made. A layer may run once inside. All layers must have one device,
+    one momentum and one dtype.
     """
-    updates = _Updates()
+    updates = _Updates([], [])
     token = _deferred.set(updates)
     try:
         yield
@@ -44,48 +45,41 @@ def count_batch(counter: Tensor) -> None:
 def update_running(mean: Tensor, var: Tensor, statistics: Statistics, momentum: float) -> None:
     """Update a layer's running mean and unbiased variance, [C] each, in place.
 
-    Args:
-        statistics: of the batch.
-        momentum: weight of the batch.
+    ``momentum`` is the weight of the batch's statistics.
     """
-    deferred = _deferred.get()
-    updates = _Updates() if deferred is None else deferred
-    dtypes = mean.dtype, statistics.mean.dtype, statistics.var.dtype, statistics.number.dtype
-    key = mean.device, momentum, *dtypes
-    updates.layers.setdefault(key, []).append(_Layer(mean, var, statistics))
+    layer, deferred = _Layer(mean, var, statistics, momentum), _deferred.get()
     if deferred is None:
-        updates.apply()
+        _Updates([], [layer]).apply()
+    else:
+        deferred.layers.append(layer)
 
 
 class _Layer(NamedTuple):
     mean: Tensor
     var: Tensor
     batch: Statistics
+    momentum: float
 
 
-class _Updates:
-    """Pending updates. Layers of one device, momentum and dtypes share a key and the launches."""
-
-    def __init__(self) -> None:
-        self.counters: list[Tensor] = []
-        self.layers: dict[tuple[torch.device, float, *tuple[torch.dtype, ...]], list[_Layer]] = {}
+class _Updates(NamedTuple):
+    counters: list[Tensor]
+    layers: list[_Layer]
 
     @torch.no_grad()
     def apply(self) -> None:
         if self.counters:
             torch._foreach_add_(self.counters, 1)
-        for (_, momentum, *_), layers in self.layers.items():
-            sizes = [len(layer.mean) for layer in layers]
-            number = torch.cat(
-                [layer.batch.number.reshape(1).expand(len(layer.mean)) for layer in layers]
-            )
-            mean = torch.cat([layer.batch.mean for layer in layers])
-            var = torch.cat([layer.batch.var for layer in layers])
-            unbiased = var * (number / (number - 1).clamp(min=1))
-            running = [layer.mean for layer in layers], [layer.var for layer in layers]
-            for old, new in zip(running, (mean, unbiased), strict=True):
-                pieces = torch.split(new.to(old[0].dtype), sizes)
-                torch._foreach_lerp_(old, pieces, momentum)
+        if not self.layers:
+            return
+        old_means, old_vars, batches, (momentum, *_) = zip(*self.layers, strict=True)
+        sizes = [len(mean) for mean in old_means]
+        means, variances = (torch.cat([b[i] for b in batches]) for i in (0, 1))
+        number = torch.cat(
+            [b.number.reshape(1).expand(n) for b, n in zip(batches, sizes, strict=True)]
+        )
+        unbiased = variances * (number / (number - 1).clamp(min=1))
+        for old, new in ((old_means, means), (old_vars, unbiased)):
+            torch._foreach_lerp_(old, torch.split(new.to(old[0].dtype), sizes), momentum)
 
 
 _deferred: ContextVar[_Updates | None] = ContextVar("_deferred", default=None)

@@ -30,9 +30,7 @@ class Statistics(NamedTuple):
 def shared_statistics(x: Tensor, like: Tensor, all_reduce: AllReduce) -> Statistics:
     """Statistics of each channel of [N, C, ...] over all processes, in float64.
 
-    Args:
-        like: [C], a vector in the dtype to accumulate in, such as the running mean.
-        all_reduce: sums a float64 tensor over the processes, in place.
+    ``like`` is a vector [C] in the dtype to accumulate in, such as the running mean.
     """
     return once(lambda: _statistics(x.detach(), like, all_reduce))
 
@@ -93,8 +91,7 @@ class _SharedBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, mean, var, count = ctx.saved_tensors
-        (grad,) = grads
+        (x, weight, mean, var, count), (grad,) = ctx.saved_tensors, grads
         # Gradients of weight and bias, with the statistics as constants. Summed over processes they
         # also give the terms of mean and variance. CUDA reads the saved ones, CPUs the running.
         saved = mean, (var + ctx.eps).rsqrt()
@@ -104,7 +101,7 @@ class _SharedBatchNorm(torch.autograd.Function):
         sums = torch.cat([grad_weight, grad_bias]).double()
         ctx.all_reduce(sums)
         if not ctx.needs_input_grad[0]:
-            return None, grad_weight, grad_bias, None, None, None, None, None
+            return None, grad_weight, grad_bias, *[None] * 5
         sum_weight, sum_bias = sums.chunk(2)
         inverse = (var.double() + ctx.eps).rsqrt()
         # weight / std * (grad - mean(grad) - normalised * mean(grad * normalised)), by powers of x.
@@ -116,4 +113,4 @@ class _SharedBatchNorm(torch.autograd.Function):
             term.to(weight.dtype).view(shape) for term in (grad_factor, x_factor, constant)
         )
         grad_x = (grad * grad_factor).add_(x * x_factor).add_(constant).to(x.dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+        return grad_x, grad_weight, grad_bias, *[None] * 5

@@ -22,14 +22,12 @@ from dist_train.models.activation_budget import (
 from dist_train.models.norm import share_statistics
 from dist_train.models.recompute import Recompute
 from dist_train.models.registry import build_model
-from dist_train.models.resnet3d import PARTS, RecomputePlan, ResNet3D
+from dist_train.models.resnet3d import RecomputePlan, ResNet3D
 
 SHAPE = (2, 1, 16, 64, 64)
 PLANS: list[RecomputePlan] = [
     ("none",) * 5,
     ("cheap",) * 5,
-    ("block",) * 5,
-    ("stage",) * 5,
     ("stage", "cheap", "none", "block", "stage"),
 ]
 make_model = partial(build_model, "resnet3d-50", width=8)
@@ -63,22 +61,6 @@ def test_parts_add_up_to_what_a_real_step_takes(costs: Costs, plan: RecomputePla
 def test_a_padded_batch_takes_little_more() -> None:
     full, padded = whole_step(PLANS[0]), whole_step(PLANS[0], torch.tensor([16, 15]))
     assert padded < 1.25 * full
-
-
-def test_what_is_kept_is_what_hooks_on_saved_tensors_see(costs: Costs) -> None:
-    model = make_model()
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(torch.randn(SHAPE))
-    assert output.requires_grad
-    seen = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
-    assert sum(of_part["none"].kept for of_part in costs) == pytest.approx(seen, rel=0.05)
 
 
 def test_each_mode_does_more_work_than_the_one_before(costs: Costs) -> None:
@@ -151,14 +133,3 @@ def test_the_cheapest_plan_that_fits(
     choice = choose_plan(BY_HAND, budget)
     assert (choice.plan, choice.bytes) == (plan, taken)
     assert choice.work == pytest.approx(work / 30)
-
-
-def test_a_smaller_budget_never_costs_less_work(costs: Costs) -> None:
-    least = choose_plan(costs, 0).bytes
-    budgets = torch.linspace(least, 1.1 * weigh(PLANS[0], costs).bytes, 30).long().tolist()
-    choices = [choose_plan(costs, budget) for budget in budgets]
-    assert all(c.bytes <= budget for c, budget in zip(choices[1:], budgets[1:], strict=True))
-    work = [choice.work for choice in choices]
-    assert work == sorted(work, reverse=True)
-    assert work[0] > 1.1
-    assert choices[-1].plan == ("none",) * len(PARTS)

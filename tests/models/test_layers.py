@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dist_train.models.layers import Conv3d, FoldedConv3d, global_average_pool
 from dist_train.models.padding import valid_frames
-from dist_train.models.resnet3d import ResNet3D
 
 
 def by_hand(x: Tensor, weight: Tensor, stride: int) -> Tensor:
@@ -156,13 +155,6 @@ def test_outputs_and_gradients_are_those_of_the_plain_convolution(
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_output_has_the_layout_of_the_network(layout: torch.memory_format) -> None:
-    conv = FoldedConv3d(1, 8, 7, (1, 2, 2), padding=3, bias=False)
-    conv = conv.to(memory_format=layout)  # type: ignore[call-overload]
-    assert conv(torch.rand(2, 1, 8, 16, 16)).is_contiguous(memory_format=layout)
-
-
 def test_shallow_clips_in_bfloat16_get_right_gradients() -> None:
     """oneDNN's unwritten memory (see layers.py) would be far outside of the tolerance."""
     torch.manual_seed(0)
@@ -178,21 +170,3 @@ def test_shallow_clips_in_bfloat16_get_right_gradients() -> None:
         assert conv.weight.grad is not None
         grads.append(conv.weight.grad)
     assert (grads[1] - grads[0]).abs().max() <= 5e-2 * grads[0].abs().max()
-
-
-def test_a_network_trains_alike_and_shares_its_weights_with_the_plain_one() -> None:
-    runs = []
-    for folded in (False, True):
-        torch.manual_seed(0)
-        model = ResNet3D(10, width=4, stem_folded=folded).double()
-        x = torch.rand(2, 1, 8, 32, 32, dtype=torch.float64, generator=torch.Generator())
-        logits = model(x, torch.tensor([8, 5]))
-        logits.square().sum().backward()
-        runs.append((model.state_dict(), logits, [p.grad for p in model.parameters()]))
-    plain, folded_run = runs
-    assert {name: t.shape for name, t in plain[0].items()} == {
-        name: t.shape for name, t in folded_run[0].items()
-    }
-    for ours, theirs in zip(folded_run[2], plain[2], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(folded_run[1], plain[1], rtol=1e-9, atol=1e-12)

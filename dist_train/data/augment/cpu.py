@@ -16,6 +16,7 @@ from dist_train.data.orientation import AS_IT_IS
 from dist_train.data.types import Plane, Volume
 
 Map = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+Table = np.ndarray[tuple[int], np.dtype[np.uint8]]
 Frames = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
 
 # Frames resampled together, as channels of one picture. OpenCV 5 resamples 4 channels in the time
@@ -27,9 +28,6 @@ class Augment:
     """Augments uint8 [D, H, W]; returns an array of the same shape and dtype, perhaps a view.
 
     Quarter turns need H = W.
-
-    Attributes:
-        draw: the sampler of draws.
     """
 
     def __init__(self, settings: AugmentSettings, seed: int) -> None:
@@ -47,9 +45,8 @@ def augmented(clip: Volume, draw: Draw) -> Volume:
         clip = _resampled(clip, draw)
     elif draw.orientation != AS_IT_IS:
         clip = np.stack([draw.orientation.apply(frame) for frame in clip])
-    table = _tone_table(draw)
-    if table is not None:
-        clip = cv2.LUT(clip.reshape(-1, clip.shape[2]), table).reshape(clip.shape)
+    if (draw.contrast, draw.brightness, draw.gamma) != (1.0, 0.0, 1.0):
+        clip = mapped(clip, _tone_table(draw))
     if (kernel := draw.kernel) is not None:
         clip = change_each(
             clip, lambda frame, out: cv2.sepFilter2D(frame, -1, kernel, kernel, dst=out)
@@ -74,11 +71,8 @@ def _resampled(clip: Volume, draw: Draw) -> Volume:
     return change_together(clip, resample)
 
 
-def _tone_table(draw: Draw) -> np.ndarray[tuple[int], np.dtype[np.uint8]] | None:
-    """The new value of each grey level: uint8 [256]. Both steps truncate, as albumentations does.
-    None changes nothing."""
-    if (draw.contrast, draw.brightness, draw.gamma) == (1.0, 0.0, 1.0):
-        return None
+def _tone_table(draw: Draw) -> Table:
+    """The new value of each grey level. Both steps truncate, as albumentations does."""
     table = np.arange(256, dtype=np.uint8)
     if (draw.contrast, draw.brightness) != (1.0, 0.0):
         levels = np.arange(256, dtype=np.float32)
@@ -96,6 +90,12 @@ def _with_noise(clip: Volume, noise: Map) -> Volume:
     return change_each(
         clip, lambda frame, out: cv2.subtract(cv2.add(frame, positive, dst=out), negative, dst=out)
     )
+
+
+def mapped(clip: Volume, table: Table) -> Volume:
+    """A new clip, in which grey level v becomes ``table[v]``."""
+    changed: Volume = cv2.LUT(clip.reshape(-1, clip.shape[2]), table).reshape(clip.shape)
+    return changed
 
 
 def change_each(clip: Volume, change: Callable[[Plane, Plane], object]) -> Volume:

@@ -1,9 +1,8 @@
 """Resizing and augmentation by torch, on any device, from the draws of ``params.py``.
 
-It does the same as resizing and ``cpu.py``, but in float32 without rounding in between. All changes
-of position are one step: without affine map and displacement, one matrix for the rows and one for
-the columns; otherwise one bilinear resampling of the native clip. So it blurs less than the CPU
-version, which resamples several times.
+It does the same as ``cpu.py``, but in float32 without rounding in between. All changes of position
+are one step: one matrix for the rows and one for the columns, or one bilinear resampling of the
+native clip. So it blurs less than the CPU version.
 """
 
 from __future__ import annotations
@@ -20,14 +19,9 @@ from dist_train.data.augment.resize import resize_weights
 
 @torch.no_grad()
 def augmented_batch(clips: NativeClips, size: tuple[int, int]) -> Tensor:
-    """Resize and augment a batch.
+    """Resize and augment a batch: float32 [B, 1, D, *size] from 0 to 1, on the pixels' device.
 
-    Args:
-        size: (height, width).
-
-    Returns:
-        float32 [B, 1, D, height, width] from 0 to 1, on the device of the pixels. Shorter clips end
-        in black frames. A clip's result does not depend on the others.
+    Shorter clips end in black frames. A clip's result does not depend on the others.
     """
     device = clips.pixels.device
     depth = max(shape[0] for shape in clips.shapes)
@@ -108,10 +102,7 @@ def _inside(position: Tensor, length: int) -> Tensor:
 
 
 def _normalised(position: Tensor, length: int) -> Tensor:
-    """Pixel positions in ``grid_sample``'s coordinates: -1 and 1 are the outer edges of the axis.
-
-    These do not depend on the length of the axis, so they hold for the native clip too.
-    """
+    """Pixel positions in ``grid_sample``'s coordinates: -1 and 1 are the outer edges."""
     # Positions outside are clamped to the edge; ``_inside`` makes them black.
     return (2 * position.clamp(0, length - 1) + 1) / length - 1
 
@@ -133,8 +124,7 @@ def _tone(frames: Tensor, draw: Draw, pictures: Tensor) -> None:
 
 
 def blur_weights(kernel: Kernel, length: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """The matrix that blurs an axis, mirrored at the centres of its edge pixels: float32
-    [length, length]."""
+    """The matrix that blurs an axis, mirrored at its edge pixels: float32 [length, length]."""
     reach = len(kernel) // 2
     target = np.arange(length)[:, None]
     source = target + np.arange(-reach, reach + 1)

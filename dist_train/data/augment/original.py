@@ -1,9 +1,8 @@
 """The augmentation of the original recipe (``augment.preset: original``), on the CPU.
 
 The original applied albumentations of 2020 to a picture with the frames as channels. So all frames
-are moved, toned and blurred alike, and each frame has its own noise. This module has the same
-blocks, in the same order, with the same ranges, keyed by (seed, epoch, clip). Each block draws one
-of its transforms, all equally likely. docs/augmentation.md has the table.
+are moved, toned and blurred alike, and each has its own noise. Blocks, order and ranges are the
+same. Each block draws one of its transforms, all equally likely (docs/augmentation.md).
 """
 
 from __future__ import annotations
@@ -15,11 +14,14 @@ import cv2
 import numpy as np
 
 from dist_train.config import AugmentSettings
-from dist_train.data.augment.cpu import Frames, Map, change_each, change_together
+from dist_train.data.augment.cpu import Frames, Map, change_each, change_together, mapped
 from dist_train.data.orientation import AS_IT_IS, Matrix, Orientation
 from dist_train.data.types import Plane, Volume
 
 Maps = tuple[Map, Map]
+Blur = tuple[Literal["gaussian", "box"], int]
+#: (height, width).
+Size = tuple[int, int]
 
 # Limits of the changes, in both directions.
 SHIFT, SCALE, DEGREES = 0.1, 0.2, 10.0
@@ -36,13 +38,8 @@ OPTICAL_LIMIT, OPTICAL_SHIFT = 1.0, 3.6
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Noise that differs in each frame.
-
-    Attributes:
-        kind: "added": Gaussian; "multiplied": by a uniform factor within ``FACTOR``.
-        scale: standard deviation of added noise, in grey levels.
-        key: seed of the noise.
-    """
+    """Noise that differs in each frame, from the seed ``key``: Gaussian of standard deviation
+    ``scale``, in grey levels, or uniform factors within ``FACTOR``."""
 
     kind: Literal["added", "multiplied"]
     scale: float
@@ -54,24 +51,20 @@ class OriginalDraw:
     """The changes of a clip, in the order of application.
 
     Attributes:
-        orientation: flips and quarter turns.
-        contrast, brightness: a value v becomes contrast * v + brightness, clipped to 0 to 255.
-        gamma: a value v becomes 255 * (v / 255) ** gamma.
+        orientation, contrast, brightness, gamma, is_reversed: see ``params.Draw``.
         blur: ("gaussian" or "box", taps); None does not blur.
-        noise: see ``Noise``.
         elastic: float64 [2, 3], the affine map before an elastic displacement; outside, the picture
             is mirrored.
         displaced: (x, y) of the source position of each pixel, float32 [H, W] each; outside, the
             picture is mirrored.
         affine: float64 [2, 3], shift, scale and rotation; outside is black.
-        is_reversed: whether the order of frames is reversed.
     """
 
     orientation: Orientation = AS_IT_IS
     contrast: float = 1.0
     brightness: float = 0.0
     gamma: float = 1.0
-    blur: tuple[Literal["gaussian", "box"], int] | None = None
+    blur: Blur | None = None
     noise: Noise | None = None
     elastic: Matrix | None = None
     displaced: Maps | None = None
@@ -88,7 +81,7 @@ class OriginalAugment:
     def __call__(self, clip: Volume, *, epoch: int, number: int) -> Volume:
         return applied(clip, self.draw((clip.shape[1], clip.shape[2]), epoch=epoch, number=number))
 
-    def draw(self, size: tuple[int, int], *, epoch: int, number: int) -> OriginalDraw:
+    def draw(self, size: Size, *, epoch: int, number: int) -> OriginalDraw:
         """The draw for clip ``number`` in an epoch, for frames of ``size`` (height, width)."""
         s = self.settings
         random = np.random.default_rng(np.random.SeedSequence((self.seed, epoch, number)))
@@ -109,23 +102,12 @@ class OriginalAugment:
                 gamma = random.uniform(*GAMMA)
         blur, noise = _draw_blur_or_noise(random) if happens(s.blur_noise) else (None, None)
         elastic, displaced = _draw_distortion(random, size) if happens(s.distort) else (None, None)
-        return OriginalDraw(
-            orientation,
-            contrast,
-            brightness,
-            gamma,
-            blur,
-            noise,
-            elastic,
-            displaced,
-            _draw_affine(random, size) if happens(s.shift_scale_rotate) else None,
-            happens(s.reverse),
-        )
+        affine = _draw_affine(random, size) if happens(s.shift_scale_rotate) else None
+        moved = elastic, displaced, affine, happens(s.reverse)
+        return OriginalDraw(orientation, contrast, brightness, gamma, blur, noise, *moved)
 
 
-def _draw_blur_or_noise(
-    random: np.random.Generator,
-) -> tuple[tuple[Literal["gaussian", "box"], int] | None, Noise | None]:
+def _draw_blur_or_noise(random: np.random.Generator) -> tuple[Blur | None, Noise | None]:
     kind = random.integers(5)
     if kind < 2:
         return ("gaussian" if kind == 0 else "box", int(random.choice(TAPS))), None
@@ -137,16 +119,15 @@ def _draw_blur_or_noise(
     return None, Noise("multiplied", 0.0, key)
 
 
-def _draw_distortion(
-    random: np.random.Generator, size: tuple[int, int]
-) -> tuple[Matrix | None, Maps | None]:
+def _draw_distortion(random: np.random.Generator, size: Size) -> tuple[Matrix | None, Maps]:
+    """The affine map of an elastic deformation, else None; and the displacement."""
     kind = random.integers(3)
     if kind == 0:
         return _elastic(random, size)
     return None, (_grid if kind == 1 else _optical)(random, size)
 
 
-def _elastic(random: np.random.Generator, size: tuple[int, int]) -> tuple[Matrix, Maps]:
+def _elastic(random: np.random.Generator, size: Size) -> tuple[Matrix, Maps]:
     """Elastic deformation (Simard et al. 2003): an affine map that moves three corners of a square,
     then a smooth random field."""
     height, width = size
@@ -154,21 +135,18 @@ def _elastic(random: np.random.Generator, size: tuple[int, int]) -> tuple[Matrix
     corners = (middle + reach * np.array([(1, 1), (1, -1), (-1, -1)])).astype(np.float32)
     away = random.uniform(-ELASTIC_AFFINE, ELASTIC_AFFINE, corners.shape).astype(np.float32)
     taps = 2 * int(4 * ELASTIC_SIGMA + 0.5) + 1
-    dx, dy = (
-        ELASTIC_ALPHA
-        * cv2.GaussianBlur(
-            random.uniform(-1, 1, size), (taps, taps), ELASTIC_SIGMA, borderType=cv2.BORDER_REFLECT
-        )
-        for _ in range(2)
-    )
-    maps = (
-        (np.arange(width) + dx).astype(np.float32),
-        (np.arange(height)[:, None] + dy).astype(np.float32),
-    )
+
+    def field() -> np.ndarray:
+        rough, mirror = random.uniform(-1, 1, size), cv2.BORDER_REFLECT
+        smooth = cv2.GaussianBlur(rough, (taps, taps), ELASTIC_SIGMA, borderType=mirror)
+        return ELASTIC_ALPHA * np.asarray(smooth)
+
+    x, y = np.arange(width) + field(), np.arange(height)[:, None] + field()
+    maps = x.astype(np.float32), y.astype(np.float32)
     return cv2.getAffineTransform(corners, corners + away), maps
 
 
-def _grid(random: np.random.Generator, size: tuple[int, int]) -> Maps:
+def _grid(random: np.random.Generator, size: Size) -> Maps:
     """Grid distortion: the rows and the columns of a grid change their widths independently."""
     x, y = (_stretched(random, length) for length in (size[1], size[0]))
     columns, rows = np.meshgrid(x, y)
@@ -189,7 +167,7 @@ def _stretched(random: np.random.Generator, length: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _optical(random: np.random.Generator, size: tuple[int, int]) -> Maps:
+def _optical(random: np.random.Generator, size: Size) -> Maps:
     """Optical distortion: OpenCV's radial model with equal coefficients. The lens's shifted centre
     moves to the centre of the picture."""
     height, width = size
@@ -202,7 +180,7 @@ def _optical(random: np.random.Generator, size: tuple[int, int]) -> Maps:
     return maps[0], maps[1]
 
 
-def _draw_affine(random: np.random.Generator, size: tuple[int, int]) -> Matrix:
+def _draw_affine(random: np.random.Generator, size: Size) -> Matrix:
     height, width = size
     angle = random.uniform(-DEGREES, DEGREES)
     scale = random.uniform(1 - SCALE, 1 + SCALE)
@@ -217,9 +195,9 @@ def applied(clip: Volume, draw: OriginalDraw) -> Volume:
         clip = np.stack([draw.orientation.apply(frame) for frame in clip])
     levels = np.arange(256, dtype=np.float64)
     if (draw.contrast, draw.brightness) != (1.0, 0.0):
-        clip = _toned(clip, levels * draw.contrast + draw.brightness)
+        clip = mapped(clip, _grey(levels * draw.contrast + draw.brightness))
     if draw.gamma != 1.0:
-        clip = _toned(clip, 255 * (levels / 255) ** draw.gamma)
+        clip = mapped(clip, _grey(255 * (levels / 255) ** draw.gamma))
     if draw.blur is not None:
         clip = _blurred(clip, *draw.blur)
     if draw.noise is not None:
@@ -229,10 +207,10 @@ def applied(clip: Volume, draw: OriginalDraw) -> Volume:
     return clip[::-1] if draw.is_reversed else clip
 
 
-def _toned(clip: Volume, table: np.ndarray) -> Volume:
-    table = np.clip(table, 0, 255).astype(np.uint8)
-    toned: Volume = cv2.LUT(clip.reshape(-1, clip.shape[2]), table).reshape(clip.shape)
-    return toned
+def _grey(values: np.ndarray) -> np.ndarray:
+    """Truncate to grey levels."""
+    clipped: np.ndarray = np.clip(values, 0, 255)
+    return clipped.astype(np.uint8)
 
 
 def _blurred(clip: Volume, kind: str, taps: int) -> Volume:
@@ -255,7 +233,7 @@ def _with_noise(clip: Volume, noise: Noise) -> Volume:
             low, high = FACTOR
             drawn = random.random(frame.shape, np.float32)
             values = frame * (np.float32(low) + np.float32(high - low) * drawn)
-        out[:] = np.clip(values, 0, 255)
+        out[:] = _grey(values)
 
     return change_each(clip, change)
 

@@ -14,14 +14,9 @@ from dist_train.data.augment.params import NO_PICTURES, Draw
 
 @dataclass(frozen=True, slots=True)
 class NativeClips:
-    """Clips to be resized and augmented on a device, without padding.
-
-    Attributes:
-        pixels: uint8 [N], the flattened clips, concatenated.
-        shapes: (D, H, W) of each clip.
-        draws: the augmentation of each clip after resizing, without its pictures.
-        pictures: float32 [P, height, width], the pictures of all draws, concatenated.
-    """
+    """Clips to be resized and augmented on a device: their pixels, uint8 [N], flattened and
+    concatenated; shapes (D, H, W); draws without their pictures; and the pictures of all draws,
+    float32 [P, height, width]."""
 
     pixels: Tensor
     shapes: tuple[tuple[int, int, int], ...]

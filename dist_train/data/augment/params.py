@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 # Keeps albumentations from looking for a newer version over the network on import.
@@ -58,11 +58,7 @@ class Draw:
 
 
 class AugmentSampler:
-    """Draws the augmentation of clips.
-
-    The transforms are those of the original recipe: flips, quarter turns, shift-scale-rotate;
-    elastic, grid and optical distortion; brightness, contrast and gamma; blur and noise; reversal
-    in depth.
+    """Draws the augmentation of clips, with the transforms of the original recipe.
 
     Args:
         settings: the probability of each transform.
@@ -71,47 +67,23 @@ class AugmentSampler:
 
     def __init__(self, settings: AugmentSettings, seed: int) -> None:
         s = settings
+        shift, scale, angle = (-0.06, 0.06), (0.9, 1.1), (-45, 45)
+        # Moves pixels by one or two; the library's default by less than a tenth.
+        elastic = A.ElasticTransform(alpha=60, sigma=6)
+        contrast = A.RandomBrightnessContrast(p=0.8)
+        # A standard deviation of 3 to 7 grey levels. The library's default, 51 to 112, would hide
+        # the cells.
+        noise = A.GaussNoise(std_range=(3 / 255, 7 / 255))
         steps = [
-            (s.flip, A.HorizontalFlip(p=s.flip)),
-            (s.flip, A.VerticalFlip(p=s.flip)),
-            (s.rotate90, A.RandomRotate90(p=s.rotate90)),
-            (
-                s.shift_scale_rotate,
-                A.Affine(
-                    translate_percent=(-0.06, 0.06),
-                    scale=(0.9, 1.1),
-                    rotate=(-45, 45),
-                    p=s.shift_scale_rotate,
-                ),
-            ),
-            (
-                s.distort,
-                A.OneOf(
-                    # Moves pixels by one or two; the library's default by less than a tenth.
-                    [
-                        A.ElasticTransform(alpha=60, sigma=6),
-                        A.GridDistortion(),
-                        A.OpticalDistortion(),
-                    ],
-                    p=s.distort,
-                ),
-            ),
-            (
-                s.brightness,
-                A.Compose(
-                    [A.RandomBrightnessContrast(p=0.8), A.RandomGamma(p=0.5)], p=s.brightness
-                ),
-            ),
-            (
-                s.blur_noise,
-                # A standard deviation of 3 to 7 grey levels. The library's default, 51 to 112,
-                # would hide the cells.
-                A.OneOf(
-                    [A.GaussianBlur(), A.GaussNoise(std_range=(3 / 255, 7 / 255))], p=s.blur_noise
-                ),
-            ),
+            A.HorizontalFlip(p=s.flip),
+            A.VerticalFlip(p=s.flip),
+            A.RandomRotate90(p=s.rotate90),
+            A.Affine(translate_percent=shift, scale=scale, rotate=angle, p=s.shift_scale_rotate),
+            A.OneOf([elastic, A.GridDistortion(), A.OpticalDistortion()], p=s.distort),
+            A.Compose([contrast, A.RandomGamma(p=0.5)], p=s.brightness),
+            A.OneOf([A.GaussianBlur(), noise], p=s.blur_noise),
         ]
-        used = [transform for probability, transform in steps if probability > 0]
+        used = [transform for transform in steps if transform.p > 0]
         #: albumentations' pipeline, without the reversal; None if it would be empty.
         self.transform = A.Compose(used, save_applied_params=True) if used else None
         self.reverse = s.reverse
@@ -135,32 +107,32 @@ class AugmentSampler:
 
 def _as_draw(applied: list[tuple[str, dict[str, Any]]], is_reversed: bool) -> Draw:
     """The draw of the transforms that albumentations applied: (name, parameters) of each."""
-    draw, pictures = Draw(is_reversed=is_reversed), []
+    orientation, pictures, changes = AS_IT_IS, [], dict[str, Any](is_reversed=is_reversed)
     for name, drawn in applied:
         match name:
             case "HorizontalFlip":
-                draw = replace(draw, orientation=draw.orientation.flipped(columns=True))
+                orientation = orientation.flipped(columns=True)
             case "VerticalFlip":
-                draw = replace(draw, orientation=draw.orientation.flipped(rows=True))
+                orientation = orientation.flipped(rows=True)
             case "RandomRotate90":
-                draw = replace(draw, orientation=draw.orientation.turned(drawn["factor"]))
+                orientation = orientation.turned(drawn["factor"])
             case "Affine":
-                draw = replace(draw, affine=drawn["matrix"][:2])
+                changes |= {"affine": drawn["matrix"][:2]}
             case "ElasticTransform" | "GridDistortion" | "OpticalDistortion":
-                draw = replace(draw, is_displaced=True)
+                changes |= {"is_displaced": True}
                 pictures += [drawn["map_x"], drawn["map_y"]]
             case "RandomBrightnessContrast":
-                draw = replace(draw, contrast=drawn["alpha"], brightness=drawn["beta"])
+                changes |= {"contrast": drawn["alpha"], "brightness": drawn["beta"]}
             case "RandomGamma":
-                draw = replace(draw, gamma=drawn["gamma"])
+                changes |= {"gamma": drawn["gamma"]}
             case "GaussianBlur":
-                draw = replace(draw, kernel=drawn["kernel"])
+                changes |= {"kernel": drawn["kernel"]}
             case "GaussNoise":
-                draw = replace(draw, is_noisy=True)
+                changes |= {"is_noisy": True}
                 # albumentations adds whole grey levels.
                 pictures.append(np.trunc(drawn["noise_map"][..., 0]))
             case _:
                 raise AssertionError(f"{name} was drawn, but cannot be applied")
     if pictures:
-        draw = replace(draw, pictures=np.stack(pictures, dtype=np.float32))
-    return draw
+        changes |= {"pictures": np.stack(pictures, dtype=np.float32)}
+    return Draw(orientation, **changes)

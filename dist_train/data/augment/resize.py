@@ -18,11 +18,7 @@ from dist_train.data.types import Volume
 def resize(clip: Volume, size: tuple[int, int], out: Volume | None = None) -> Volume:
     """Resize every frame of uint8 [D, H, W] to ``size`` (height, width) by OpenCV.
 
-    Args:
-        out: uint8 [D, *size] to write to.
-
-    Returns:
-        uint8 [D, *size]: ``out`` if given; else a new array, or the clip if it has that size.
+    Returns ``out``, uint8 [D, *size], if given; else a new array, or the clip if it has that size.
     """
     height, width = size
     # OpenCV averages areas only if no axis grows, so shrink first.

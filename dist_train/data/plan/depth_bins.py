@@ -7,37 +7,14 @@ from math import gcd
 
 import numpy as np
 
-from dist_train.class_ratio import ClassRatio
 from dist_train.data.plan.depth_order import ByDepth
+from dist_train.data.plan.rules import PlanRules
 from dist_train.data.plan.shuffle import Ints
+from dist_train.data.plan.weights import as_integers
 from dist_train.errors import PlanError
 
 #: Quotas are counted in 64ths of the negatives that go with one positive.
 RESOLUTION = 64
-
-
-@dataclass(frozen=True)
-class Demand:
-    """The negatives that steps need.
-
-    Attributes:
-        ratio: positives to negatives.
-        block: negatives in a block.
-        run: the most negatives in a run of blocks.
-        straddling: whether a block can span the end of a pass over the positives, and so take the
-            quotas of two epochs from a bin.
-    """
-
-    ratio: ClassRatio
-    block: int
-    run: int
-    straddling: bool
-
-    def most(self, quota: int, cycle: int) -> int:
-        """The most clips that a step takes from a bin that gives ``quota`` in ``cycle`` epochs."""
-        per_epoch = -(-quota // cycle)
-        straddling = min(self.block, 2 * per_epoch) if self.straddling else 0
-        return max(1, min(self.run, per_epoch), straddling)
 
 
 def least_clips(most: int) -> int:
@@ -49,10 +26,8 @@ def least_clips(most: int) -> int:
 class DepthBins:
     """Bins of neighbouring depths, from shallow to deep.
 
-    Attributes:
-        starts: bin b holds the negatives of index starts[b] to starts[b + 1]: int64 [bins + 1].
-        most: the most clips that a step takes from each bin: int64 [bins].
-        quotas: the number of clips that each bin gives to each epoch.
+    Bin b holds the negatives of index starts[b] to starts[b + 1], int64 [bins + 1]. A step takes at
+    most ``most`` clips from it, int64 [bins].
     """
 
     starts: Ints
@@ -61,27 +36,30 @@ class DepthBins:
 
 
 def depth_bins(
-    positives: ByDepth, negatives: ByDepth, demand: Demand, natural: Ints | None
+    positives: ByDepth, negatives: ByDepth, rules: PlanRules, longest: int, *, straddling: bool
 ) -> DepthBins:
     """Bins as narrow as possible: one depth each, if it has enough negatives.
 
-    Neighbouring depths are merged, from deep to shallow, until a bin has a quota above 0 and enough
-    clips for a step without repetition. From deep to shallow, because padding costs most at the
-    deep end. Depths left over at the shallow end join the last bin.
+    Neighbouring depths are merged until a bin has a quota above 0 and enough clips for a step
+    without repetition: from deep to shallow, because padding costs most at the deep end. Depths
+    left over at the shallow end join the last bin.
+
+    "matched" gives each bin the quota of the positives of its depths. Negatives deeper or shallower
+    than all positives get a small quota, as depth would else reveal the class. "natural" gives each
+    bin a quota in proportion to its clips or their weights.
 
     Args:
-        natural: None gives each bin the quota of the positives of its depths. Negatives deeper or
-            shallower than all positives get a small quota, as depth would else reveal the class.
-            Otherwise the weight of each depth of the negatives: int64 [depths]; a bin's quota is
-            proportional to its sum.
+        longest: the most blocks of a step.
+        straddling: whether a block can span the end of a pass over the positives, and so take the
+            quotas of two epochs from a bin.
 
     Raises:
         PlanError: even one bin of all negatives is too small.
     """
     depths = np.union1d(positives.depths, negatives.depths)
     clips = _below(negatives.starts, negatives.depths, depths)
-    cycle, total = demand.ratio.positives * RESOLUTION, len(positives) * RESOLUTION
-    if natural is None:
+    cycle, total = rules.ratio.positives * RESOLUTION, len(positives) * RESOLUTION
+    if rules.matching == "matched":
         asked = RESOLUTION * _below(positives.starts, positives.depths, depths)
         # The small quotas of 1 go to the shallowest depth below, and to the shallowest depth above
         # those of the positives: the search below, from the deep end, reaches them last.
@@ -89,36 +67,44 @@ def depth_bins(
         deep = int(np.searchsorted(asked, total))
         asked[deep] -= deep < len(depths)
     else:
-        summed = _below(np.append(0, np.cumsum(natural)), negatives.depths, depths)
+        sums = negatives.starts
+        if negatives.weights is not None:
+            sums = np.append(0, np.cumsum(as_integers(negatives.weights)))[sums]
+        summed = _below(sums, negatives.depths, depths)
         asked = np.rint(summed / max(summed[-1], 1) * total).astype(np.int64)
-    asked *= demand.ratio.negatives
+    asked *= rules.ratio.negatives
 
-    def enough(first: int, last: int) -> bool:
+    def most_of(quota: int) -> int:
+        """The most clips that a step takes from a bin that gives ``quota`` in a cycle."""
+        per_epoch = -(-quota // cycle)
+        spanning = min(rules.negatives, 2 * per_epoch) if straddling else 0
+        return max(1, min(longest * rules.negatives, per_epoch), spanning)
+
+    def is_enough(first: int, last: int) -> bool:
         quota = int(asked[last] - asked[first])
-        return quota > 0 and clips[last] - clips[first] >= least_clips(demand.most(quota, cycle))
+        return quota > 0 and clips[last] - clips[first] >= least_clips(most_of(quota))
 
     cuts = [len(depths)]
     for first in reversed(range(len(depths))):
-        if enough(first, cuts[-1]):
+        if is_enough(first, cuts[-1]):
             cuts.append(first)
     while cuts and cuts[-1] != 0:
         cuts.pop()
-        if cuts and enough(0, cuts[-1]):
+        if cuts and is_enough(0, cuts[-1]):
             cuts.append(0)
     if not cuts:
         raise PlanError(
-            f"the train split has {len(negatives)} negatives; a batch with {demand.block} "
-            f"different negatives needs at least {least_clips(demand.block)}",
+            f"the train split has {len(negatives)} negatives; a batch with {rules.negatives} "
+            f"different negatives needs at least {least_clips(rules.negatives)}",
             fix="Lower plan.batch, or select more clips.",
         )
     edges = np.array(cuts[::-1])
-    most = [demand.most(int(quota), cycle) for quota in np.diff(asked[edges])]
+    most = [most_of(int(quota)) for quota in np.diff(asked[edges])]
     return DepthBins(clips[edges], np.array(most), BinQuotas(asked[edges], cycle))
 
 
 def _below(sums: Ints, own: Ints, depths: Ints) -> Ints:
-    """Running sums over a class's ``own`` depths, [own + 1], looked up at the edges of all
-    ``depths``: int64 [depths + 1]."""
+    """Look up a class's running sums over its ``own`` depths at the edges of all ``depths``."""
     looked_up: Ints = sums[np.append(np.searchsorted(own, depths), len(own))]
     return looked_up
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dist_train.data.plan.shuffle import Ints, mix
-from dist_train.errors import PlanError
+from dist_train.data.plan.weights import Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,15 +21,16 @@ class ByDepth:
     as clips of one project, are not neighbours here.
 
     Attributes:
-        clips: clip numbers, [count] of an integer dtype.
+        clips: clip numbers, integer [count].
         depths: the distinct depths, ascending, int64 [k].
-        starts: clips of ``depths[i]`` have indices starts[i] to starts[i + 1] (excluded): int64
-            [k + 1].
+        starts: clips of ``depths[i]`` have indices starts[i] to starts[i + 1]: int64 [k + 1].
+        weights: float64 [count], all greater than 0. None: all clips count alike.
     """
 
     clips: np.ndarray[Any, np.dtype[Any]]
     depths: Ints
     starts: Ints
+    weights: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -50,39 +51,11 @@ class ByDepth:
         return digest.hexdigest()
 
 
-def depth_order(clips: Ints, depths: Ints) -> Ints:
-    """The permutation that sorts clips for ``ByDepth``: int64 [count]."""
-    return np.lexsort((mix(clips.astype(np.uint64)), depths))
-
-
-def by_depth(clips: Ints, depths: Ints | None, name: str) -> ByDepth:
-    """Sort clips by depth. Without depths all count as one frame deep.
-
-    Args:
-        clips: clip numbers, int64 [count].
-        depths: in frames, [count].
-        name: of the class, for messages.
-
-    Raises:
-        PlanError: the depths are not one positive integer for each clip, or a clip is repeated.
-    """
-    if depths is None:
-        depths = np.ones(len(clips), np.int64)
-    if clips.ndim != 1 or not np.issubdtype(clips.dtype, np.integer) or (clips < 0).any():
-        raise PlanError(f"the clip numbers of the {name} are not integers of at least 0")
-    if depths.shape != clips.shape or not _are_counts(depths).all():
-        raise PlanError(f"the depths of the {name} are not one number of frames for each clip")
-    if len(np.unique(clips)) < len(clips):
-        raise PlanError(f"a clip number is repeated among the {name}")
-    order = depth_order(clips, depths)
+def by_depth(clips: Ints, depths: Ints | None, weights: Floats | None = None) -> ByDepth:
+    """Sort clips by depth, integer [count] from 1. Without depths all count as one frame deep."""
+    depths = np.ones(len(clips), np.int64) if depths is None else depths
+    order = np.lexsort((mix(clips.astype(np.uint64)), depths))
     values, firsts = np.unique(depths[order], return_index=True)
     starts = np.append(firsts, len(clips)).astype(np.int64)
-    return ByDepth(clips[order], values.astype(np.int64), starts)
-
-
-def _are_counts(depths: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Whether each depth is an integer of at least 1."""
-    are_counts: np.ndarray[Any, np.dtype[np.bool_]] = (
-        np.isfinite(depths) & (depths >= 1) & (np.floor(depths) == depths)
-    )
-    return are_counts
+    weights = None if weights is None else weights[order]
+    return ByDepth(clips[order], values.astype(np.int64), starts, weights)

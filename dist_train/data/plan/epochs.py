@@ -1,8 +1,8 @@
 """The first steps of epochs, in integer arithmetic.
 
-The positives are an endless stream of passes, cut into blocks of ``per_block``. A block that spans
-the end of a pass belongs to the epoch in which it begins, and is its last step. The other blocks of
-a pass are whole blocks. A step takes one of them or, under a voxel budget, a run of several.
+The positives are an endless stream of passes, cut into blocks. A block that spans the end of a pass
+is the last step of the epoch in which it begins. The other blocks of a pass are whole blocks. A
+step takes one of them or, under a voxel budget, a run of several.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ class Epochs:
     """The steps, blocks and passes of each epoch.
 
     Attributes:
-        count: positives in a pass, at least ``per_block``.
+        count: positives in a pass.
         per_block: positives in a block.
-        runs: for each possible number of whole blocks, the edges of the runs, in blocks. Empty:
-            each block is a step.
+        runs: for each possible number of whole blocks, the edges of the runs, in blocks: int64
+            [runs + 1]. By default each block is a run.
     """
 
     count: int
     per_block: int
     runs: dict[int, Ints] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        for whole in self.whole_block_counts:
+            self.runs.setdefault(whole, np.arange(whole + 1))
 
     @property
     def period(self) -> int:
@@ -62,25 +66,9 @@ class Epochs:
         most, rest = divmod(self.count, self.per_block)
         return (most - 1 if rest + self.per_block <= 2 * self.longest_tail else most), most
 
-    def runs_of(self, epoch: int) -> int:
-        """Runs of whole blocks in the pass."""
-        return self._runs(self.whole_blocks(epoch))
-
-    def blocks_of(self, epoch: int, run: int) -> tuple[int, int]:
-        """(first, last) block of a run of the pass; the last is excluded."""
-        if not self.runs:
-            return run, run + 1
-        edges = self.runs[self.whole_blocks(epoch)]
-        return int(edges[run]), int(edges[run + 1])
-
     def edges(self, epoch: int) -> Ints:
-        """Edges of the pass's runs, in blocks: int64 [runs_of(epoch) + 1], from 0."""
-        whole = self.whole_blocks(epoch)
-        return self.runs[whole] if self.runs else np.arange(whole + 1)
-
-    def steps(self, epoch: int) -> int:
-        """Steps of the epoch: its runs, and the block that spans its end."""
-        return self.runs_of(epoch) + bool(self.tail(epoch))
+        """Edges of the pass's runs, in blocks: int64 [runs + 1], from 0."""
+        return self.runs[self.whole_blocks(epoch)]
 
     def first_step(self, epoch: int) -> int:
         """The first step of the epoch, counted from the start of the run."""
@@ -89,10 +77,9 @@ class Epochs:
         straddling = epoch - epoch // self.period
         whole = -(-epoch * self.count // self.per_block) - straddling
         fewest, most = self.whole_block_counts
-        if fewest == most:
-            return epoch * self._runs(most) + straddling
-        with_most = whole - epoch * fewest
-        return with_most * self._runs(most) + (epoch - with_most) * self._runs(fewest) + straddling
+        with_most = whole - epoch * fewest if fewest < most else epoch
+        runs_of_most, runs_of_fewest = len(self.runs[most]) - 1, len(self.runs[fewest]) - 1
+        return with_most * runs_of_most + (epoch - with_most) * runs_of_fewest + straddling
 
     def epoch_of(self, step: int) -> int:
         """The epoch of a step, by bisection, as no epoch is empty."""
@@ -101,6 +88,3 @@ class Epochs:
     def blocks_a_step(self) -> float:
         """Mean blocks of a step over a period, which is the mean of an endless run."""
         return self.period * self.count / self.per_block / self.first_step(self.period)
-
-    def _runs(self, whole: int) -> int:
-        return len(self.runs[whole]) - 1 if self.runs else whole

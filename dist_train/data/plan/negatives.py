@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -31,9 +32,7 @@ class NegativeStreams:
     """The streams of all bins. A *position* in a bin's stream counts from 0.
 
     Attributes:
-        starts: bin b holds the indices starts[b] to starts[b + 1]: int64 [bins + 1].
-        most: the most clips that a step takes from each bin: int64 [bins].
-        seed: seed of the order.
+        starts, most: see ``DepthBins``.
         arcs: the end of each clip's arc, with the circles of all bins joined in one line: int64
             [count], strictly ascending. None: every arc has length 1.
         spacing: the greatest length of an arc.
@@ -63,69 +62,37 @@ class NegativeStreams:
         return subkey(root_key(self.seed, "negatives"), np.arange(len(self.most)))
 
     @cached_property
-    def _circles(self) -> list[tuple[int, int, int]]:
-        """(length of the circle, point 0 of the first pass, advance per pass) of each bin."""
-        circles = []
-        for key, circle, most in zip(
-            self._keys.tolist(), np.diff(self.rows).tolist(), self.most.tolist(), strict=True
-        ):
-            room = circle - 2 * (most - 1) * self.spacing
-            # Rounded up, so that the advance is not 0 while there is room.
-            advance = -(-room * ADVANCE[0] // ADVANCE[1])
-            circles.append((circle, key % circle, advance))
-        return circles
+    def _origins(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Point 0 of the first pass over each bin, and its advance per pass.
+
+        Both are arrays of Python integers, as their products can exceed 64 bits.
+        """
+        circles = np.diff(self.rows)
+        room = (circles - 2 * (self.most - 1) * self.spacing).astype(object)
+        # Rounded up, so that the advance is not 0 while there is room.
+        advances = -(-room * ADVANCE[0] // ADVANCE[1])
+        return (self._keys % circles.astype(np.uint64)).astype(object), advances
 
     def take(self, bins: Ints, positions: Ints, counts: Ints) -> Ints:
-        """The clips at ``counts`` positions of the streams of ``bins``, from ``positions`` on.
+        """Indices of the clips at ``counts`` positions of the streams of ``bins``, from
+        ``positions`` on: int64 [sum of counts]. A count is at most ``most`` of its bin."""
+        offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        bins = np.repeat(bins, counts)
+        numbers, places = np.divmod(np.repeat(positions, counts) + offsets, self.lengths[bins])
+        points = self._points(bins, numbers, places)
+        circles = np.diff(self.rows)[bins]
+        first, advances = (values[bins] for values in self._origins)
+        origins = ((first + numbers * advances) % circles).astype(np.int64)
+        line: Ints = self.rows[bins] + (origins + points * self.spacing) % circles
+        return line if self.arcs is None else np.searchsorted(self.arcs, line, side="right")
 
-        Args:
-            bins: int64 [n].
-            positions: int64 [n].
-            counts: int64 [n], each at most ``most`` of its bin.
-
-        Returns:
-            Indices of clips: int64 [sum of counts].
-        """
-        # A step spans the end of one pass at most, so it has a part before and a part after it.
-        length = self.lengths[bins]
-        number, place = np.divmod(positions, length)
-        before = np.minimum(counts, length - place)
-        bins, number = np.repeat(bins, 2), np.column_stack([number, number + 1]).reshape(-1)
-        place = np.column_stack([place, np.zeros_like(place)]).reshape(-1)
-        counts = np.column_stack([before, counts - before]).reshape(-1)
-        some = np.flatnonzero(counts)
-        return self._within(bins[some], number[some], place[some], counts[some])
-
-    def _within(self, bins: Ints, numbers: Ints, places: Ints, counts: Ints) -> Ints:
-        """``counts`` clips of pass ``numbers`` over ``bins``, from ``places`` on, all int64 [n]."""
-        # In Python integers, because number * advance can exceed 64 bits.
-        origins = np.array(
-            [
-                (first + number * advance) % circle
-                for number, (circle, first, advance) in zip(
-                    numbers.tolist(), (self._circles[b] for b in bins.tolist()), strict=True
-                )
-            ],
-            np.int64,
-        )
-        part = np.repeat(np.arange(len(bins)), counts)
-        place = np.arange(len(part)) - np.repeat(np.cumsum(counts) - counts - places, counts)
-        point = self._point(part, place, bins, subkey(self._keys[bins], numbers))
-        rows = self.rows[bins][part]
-        circle = np.diff(self.rows)[bins][part]
-        row = rows + (origins[part] + point * self.spacing) % circle
-        return row if self.arcs is None else np.searchsorted(self.arcs, row, side="right")
-
-    def _point(self, part: Ints, place: Ints, bins: Ints, keys: Words) -> Ints:
-        """The number of the point at each place of a pass: int64 [len(part)].
-
-        Args:
-            part: the entry of ``bins`` and ``keys`` that each place belongs to.
-        """
-        edge, length = (self.most[bins] - 1)[part], self.lengths[bins][part]
-        at_start, at_end = place < edge, place >= length - edge
-        third = np.where(at_start, 0, np.where(at_end, 2, 1))
-        place = np.where(at_start, place, np.where(at_end, place - length + edge, place - edge))
-        size = np.where(third == 1, length - 2 * edge, edge)
+    def _points(self, bins: Ints, numbers: Ints, places: Ints) -> Ints:
+        """The points at ``places`` of pass ``numbers`` over ``bins``, all int64 [n]."""
+        edge, length = (self.most - 1)[bins], self.lengths[bins]
+        at_start, at_end = places < edge, places >= length - edge
+        part = np.where(at_start, 0, np.where(at_end, 2, 1))
+        place = np.where(at_start, places, np.where(at_end, places - length + edge, places - edge))
+        size = np.where(part == 1, length - 2 * edge, edge)
         first = np.where(at_start, edge, np.where(at_end, 0, 2 * edge))
-        return first + permute(place, size, subkey(keys[part], third))
+        keys = subkey(subkey(self._keys[bins], numbers), part)
+        return first + permute(place, size, keys)

@@ -14,7 +14,7 @@ import numpy as np
 
 from dist_train.data.plan.depth_order import ByDepth
 from dist_train.data.plan.epochs import Epochs
-from dist_train.data.plan.shuffle import Ints, below, permute, root_key, subkey
+from dist_train.data.plan.shuffle import Ints, permute, root_key, subkey
 
 #: A window holds at most this share of the clips, and at most a block. So shuffling moves a clip by
 #: at most this quantile of the depths. On the depths of the Clog Loss challenge that adds 0.002 of
@@ -24,11 +24,8 @@ WINDOW_SHARE = 1 / 256
 
 @dataclass(frozen=True, eq=False)
 class PositiveOrder:
-    """The order of the positives in each pass.
-
-    A *place* is a position in the row of a pass, from the shallow end. An *index* points into
-    ``clips``.
-    """
+    """The order of the positives in each pass. A *place* is a position in the row of a pass, from
+    the shallow end."""
 
     clips: ByDepth
     epochs: Epochs
@@ -53,7 +50,7 @@ class PositiveOrder:
         among all clips of one depth.
         """
         key, size = subkey(root_key(self.seed, "positives"), epoch), self.window
-        shift = below(subkey(key, 0), size)
+        shift = int(subkey(key, 0)[0]) % size
         number = (places + shift) // size
         first = np.maximum(number * size - shift, 0)
         last = np.minimum((number + 1) * size - shift, len(self.clips))
@@ -61,14 +58,11 @@ class PositiveOrder:
 
         starts = self.clips.starts
         tie = np.searchsorted(starts, mixed, side="right") - 1
-        count = starts[tie + 1] - starts[tie]
-        return starts[tie] + permute(
-            mixed - starts[tie], count, subkey(subkey(key, 2), self.clips.depths[tie])
-        )
+        keys = subkey(subkey(key, 2), self.clips.depths[tie])
+        return starts[tie] + permute(mixed - starts[tie], starts[tie + 1] - starts[tie], keys)
 
     def blocks(self, epoch: int, first: int, last: int) -> Ints:
-        """Indices of whole blocks ``first`` to ``last`` (excluded), counted from the shallow end:
-        int64 [(last - first) * per_block]."""
+        """Indices of whole blocks ``first`` to ``last`` (excluded), from the shallow end."""
         per_block = self.epochs.per_block
         places = np.arange(first * per_block, last * per_block)
         places[places >= self.split * per_block] += self.epochs.tail(epoch)
@@ -83,8 +77,7 @@ class PositiveOrder:
         return self.row(epoch, np.arange(start, start + self.epochs.tail(epoch)))
 
     def head(self, epoch: int) -> Ints:
-        """Indices of the clips that complete the previous pass's last block: those after this
-        pass's own tail, without the clips that are in that block already."""
+        """Indices of the clips that complete the block that the previous pass began."""
         return self.row(epoch, _head_places(self, epoch))
 
 
@@ -99,7 +92,7 @@ def _head_places(order: PositiveOrder, epoch: int) -> Ints:
     """
     epochs = order.epochs
     count = epochs.head(epoch)
-    if epoch == 0 or count == 0:
+    if count == 0:
         return np.zeros(0, np.int64)
     places = order.split * epochs.per_block + epochs.tail(epoch) + np.arange(epochs.per_block)
     fresh = ~np.isin(order.row(epoch, places), order.tail(epoch - 1))

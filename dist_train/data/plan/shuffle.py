@@ -51,31 +51,19 @@ def _mix_high(values: Words) -> Words:
     return values
 
 
-def below(key: Words, size: int) -> int:
-    """A number from 0 to ``size`` - 1, from a key of shape [1]."""
-    return int(key[0]) % size
-
-
 def permute(places: Ints, sizes: Ints | int, keys: Words) -> Ints:
     """The items at ``places`` of a shuffle: for each size and key a bijection of [0, size).
 
     Args:
-        places: positions, int64 [n], each in [0, its size).
+        places: int64 [n], each in [0, its size).
         sizes: int64 [n] or one number, each from 1 to 2^40.
         keys: uint64 [n] or [1].
-
-    Returns:
-        Items, int64 [n].
     """
     size, key = np.broadcast_to(sizes, places.shape), np.broadcast_to(keys, places.shape)
-    small = size < SMALL
-    if not small.any():
-        return _permute_large(places, size, key)
-    if small.all():
-        return _permute_small(places, size, key)
-    result = np.empty(len(places), np.int64)
+    result, small = np.empty(len(places), np.int64), size < SMALL
     for chosen, way in ((small, _permute_small), (~small, _permute_large)):
-        result[chosen] = way(places[chosen], size[chosen], key[chosen])
+        if chosen.any():
+            result[chosen] = way(places[chosen], size[chosen], key[chosen])
     return result
 
 

@@ -12,15 +12,10 @@ from dist_train.data.plan.shuffle import Ints
 
 
 def longest_run(positives: ByDepth, negatives: ByDepth, rules: PlanRules) -> int:
-    """The most blocks of a step.
-
-    Limited by the budget at the shallowest depth, and by the negatives, which must all differ.
-    """
-    shallowest = min(depths[0] for depths in (positives.depths, negatives.depths) if len(depths))
-    assert rules.max_voxels is not None
-    room = rules.max_voxels // (rules.batch * int(shallowest) * rules.frame_voxels)
-    block = rules.batch // rules.ratio.group * rules.ratio.negatives
-    return max(1, min(room, (len(negatives) // 2 + 1) // block))
+    """The most blocks of a step, by the budget and by the negatives, which must all differ."""
+    shallowest = min(int(clips.depths[0]) for clips in (positives, negatives) if len(clips))
+    different = (len(negatives) // 2 + 1) // rules.negatives
+    return max(1, min(_frames(rules) // shallowest, different))
 
 
 def run_edges(
@@ -31,28 +26,31 @@ def run_edges(
     bins: DepthBins,
     rules: PlanRules,
 ) -> Ints:
-    """Edges of the runs in a pass of ``blocks`` whole blocks: int64 [runs + 1].
+    """Edges of the runs, of at most ``longest`` blocks, in a pass of ``blocks`` whole blocks: int64
+    [runs + 1].
 
     The edges must not depend on the epoch, so that the first step of an epoch has a formula.
     Therefore each block counts with the greatest depth that it can have in any epoch: positives
     shifted up by a whole window, and the deepest bin that its negatives can come from.
-
-    Args:
-        longest: the most blocks of a run (``longest_run``).
     """
     epochs = order.epochs
     number = np.arange(1, blocks + 1)
     before = np.where(number > order.split, epochs.count - blocks * epochs.per_block, 0)
-    last = np.minimum(number * epochs.per_block + before + order.window - 2, epochs.count - 1)
-    slots = rules.ratio.negatives_of(number * epochs.per_block + before)
+    ends = number * epochs.per_block + before
+    last = np.minimum(ends + order.window - 2, epochs.count - 1)
     first_slots = bins.quotas.ends // bins.quotas.cycle
-    bin_ = np.searchsorted(first_slots[:-1], slots, side="right") - 1
-    deepest = np.maximum(order.clips.depth_at(last), negatives.depth_at(bins.starts[bin_ + 1] - 1))
-    assert rules.max_voxels is not None
-    room = rules.max_voxels // (rules.batch * rules.frame_voxels * deepest)
+    slots = rules.ratio.negatives_of(ends)
+    bin_ends = bins.starts[np.searchsorted(first_slots[:-1], slots, side="right")]
+    deepest = np.maximum(order.clips.depth_at(last), negatives.depth_at(bin_ends - 1))
     edges = [0]
-    for block, most in enumerate(np.minimum(room, longest).tolist()):
+    for block, most in enumerate(np.minimum(_frames(rules) // deepest, longest).tolist()):
         # The tail and the head lie between two runs, not within one.
         if block > edges[-1] and (block + 1 - edges[-1] > most or block == order.split):
             edges.append(block)
     return np.array([*edges, blocks])
+
+
+def _frames(rules: PlanRules) -> int:
+    """Frames per clip that fit into the budget, for the clips of one block."""
+    assert rules.max_voxels is not None
+    return rules.max_voxels // (rules.batch * rules.frame_voxels)

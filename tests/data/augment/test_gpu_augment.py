@@ -77,20 +77,6 @@ def test_of_all_at_once_only_the_second_resampling_is_missing() -> None:
         assert np.quantile(apart, 0.95) < 6
 
 
-@pytest.mark.parametrize("native", NATIVE)
-def test_flips_and_turns_change_no_pixel(native: tuple[int, int, int]) -> None:
-    """They equal flips and turns of the device's resize without augmentation."""
-    clip = cells(native)
-    plain = on_device(clip, Draw())
-    draws = drawer(flip=0.5, rotate90=1.0)
-    for number in range(16):
-        how = draws(SIZE, epoch=0, number=number).orientation
-        expected = plain.transpose(0, 2, 1) if how.transposed else plain
-        expected = expected[:, ::-1] if how.rows_reversed else expected
-        expected = expected[:, :, ::-1] if how.columns_reversed else expected
-        np.testing.assert_allclose(on_device(clip, Draw(orientation=how)), expected, atol=1e-3)
-
-
 def test_frames_that_are_not_square() -> None:
     clip = cells((3, 50, 50))
     draws = drawer(**(EVERYTHING | {"rotate90": 0.0, "distort": 0.0, "brightness": 0.0}))
@@ -111,8 +97,12 @@ def mixed() -> tuple[list[Volume], list[Draw]]:
 
 def test_a_clip_is_the_same_in_any_company(mixed: tuple[list[Volume], list[Draw]]) -> None:
     clips, draws = mixed
-    batch = augmented_batch(pack([torch.from_numpy(clip) for clip in clips], draws), SIZE)
+    packed = pack([torch.from_numpy(clip) for clip in clips], draws)
+    assert packed.pixels.nbytes == sum(clip.nbytes for clip in clips), "no byte is padding"
+    batch = augmented_batch(packed, SIZE)
     assert batch.shape == (9, 1, 5, *SIZE)
+    assert batch.min() >= 0
+    assert batch.max() <= 1 + 1e-6
     for volume, clip, draw in zip(batch, clips, draws, strict=True):
         alone = augmented_batch(pack([torch.from_numpy(clip)], [draw]), SIZE)
         assert torch.equal(volume[:, : len(clip)], alone[0])
@@ -124,21 +114,6 @@ def test_autocast_changes_nothing(mixed: tuple[list[Volume], list[Draw]]) -> Non
     plain = augmented_batch(packed, SIZE)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(augmented_batch(packed, SIZE), plain)
-
-
-def test_values_stay_between_black_and_white(mixed: tuple[list[Volume], list[Draw]]) -> None:
-    packed = pack([torch.from_numpy(clip) for clip in mixed[0]], mixed[1])
-    batch = augmented_batch(packed, SIZE)
-    assert batch.min() >= 0
-    assert batch.max() <= 1 + 1e-6
-
-
-def test_no_byte_of_a_packed_batch_is_padding(mixed: tuple[list[Volume], list[Draw]]) -> None:
-    packed = pack([torch.from_numpy(clip) for clip in mixed[0]], mixed[1])
-    assert packed.pixels.dtype == torch.uint8
-    assert packed.pixels.nbytes == sum(clip.nbytes for clip in mixed[0])
-    assert packed.shapes == tuple(clip.shape for clip in mixed[0])
-    assert packed.pictures.shape == (sum(len(draw.pictures) for draw in mixed[1]), *SIZE)
 
 
 @pytest.mark.parametrize(("length", "taps"), [(20, 7), (20, 1), (5, 21), (1, 5), (2, 3)])

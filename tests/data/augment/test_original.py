@@ -7,7 +7,7 @@ from functools import cache
 import cv2
 import numpy as np
 import pytest
-from scipy.stats import kstest
+from uniform import assert_even, assert_share
 
 from dist_train.config import AugmentSettings
 from dist_train.data.augment.original import Noise, OriginalAugment, OriginalDraw, _optical, applied
@@ -29,14 +29,6 @@ def original(**given: float) -> OriginalAugment:
 def draws() -> list[OriginalDraw]:
     one = original()
     return [one.draw(SIZE, epoch=0, number=number) for number in range(MANY)]
-
-
-def assert_even(values: object, low: float, high: float) -> None:
-    assert kstest(np.asarray(values), "uniform", (low, high - low)).pvalue > 1e-3
-
-
-def assert_share(hits: list[bool], share: float) -> None:
-    assert abs(np.mean(hits) - share) < 4 * np.sqrt(share * (1 - share) / len(hits))
 
 
 def test_each_block_comes_half_the_time() -> None:

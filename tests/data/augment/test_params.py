@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from scipy.stats import kstest
+from uniform import assert_even, assert_share
 
 from dist_train.config import AugmentSettings
 from dist_train.data.augment.params import AS_IT_IS, AugmentSampler, Draw
@@ -22,16 +22,6 @@ def drawn(name: str, probability: float = 1.0) -> list[Draw]:
     return [drawer(SIZE, epoch=0, number=number) for number in range(MANY)]
 
 
-def assert_even(values: object, low: float, high: float) -> None:
-    """Uniform between two bounds, by the Kolmogorov-Smirnov test."""
-    assert kstest(np.asarray(values), "uniform", (low, high - low)).pvalue > 1e-3
-
-
-def assert_share(hits: list[bool], share: float) -> None:
-    """The number of draws agrees with the probability, to four standard deviations."""
-    assert abs(np.mean(hits) - share) < 4 * np.sqrt(share * (1 - share) / len(hits))
-
-
 @pytest.mark.parametrize("probability", [0.2, 0.5])
 def test_each_is_drawn_as_often_as_the_settings_say(probability: float) -> None:
     for hits in (
@@ -43,16 +33,6 @@ def test_each_is_drawn_as_often_as_the_settings_say(probability: float) -> None:
         [d.orientation.columns_reversed for d in drawn("flip", probability)],
     ):
         assert_share(hits, probability)
-
-
-def test_nothing_is_drawn_at_zero() -> None:
-    draw = AugmentSampler(AugmentSettings.model_validate(OFF), seed=0)(SIZE, epoch=0, number=0)
-    assert draw.orientation == AS_IT_IS
-    assert draw.affine is None
-    assert draw.kernel is None
-    assert (draw.contrast, draw.brightness, draw.gamma) == (1.0, 0.0, 1.0)
-    assert (draw.is_displaced, draw.is_noisy, draw.is_reversed) == (False, False, False)
-    assert len(draw.pictures) == 0
 
 
 def test_the_four_turns_come_alike() -> None:

@@ -3,82 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_train.class_ratio import ClassRatio
-from dist_train.data.plan.bin_slices import epoch_slices
-from dist_train.data.plan.depth_bins import RESOLUTION, BinQuotas, Demand, depth_bins, least_clips
+from dist_train.data.plan.depth_bins import RESOLUTION, BinQuotas, depth_bins, least_clips
 from dist_train.data.plan.depth_order import by_depth
-from dist_train.data.plan.epochs import Epochs
 from dist_train.data.plan.negatives import NegativeStreams
 from dist_train.data.plan.plan import make_plan
-from dist_train.data.plan.positives import PositiveOrder
-from dist_train.data.plan.weights import UNIT, arcs, as_integers, balanced
-
-# --- epochs ---------------------------------------------------------------------------------------
-
-
-@st.composite
-def calendars(draw: st.DrawFn) -> Epochs:
-    per_block = draw(st.integers(1, 20))
-    count = draw(st.integers(per_block, 100))
-    plain = Epochs(count, per_block)
-    assume(count >= per_block + plain.longest_tail)
-    runs = {}
-    if draw(st.booleans()):
-        for whole_blocks in set(plain.whole_block_counts):
-            inner = draw(st.sets(st.integers(1, whole_blocks)))
-            runs[whole_blocks] = np.array(sorted({0, whole_blocks, *inner}))
-    return Epochs(count, per_block, runs)
-
-
-@given(calendars())
-def test_epochs_follow_each_other(epochs: Epochs) -> None:
-    """The formula equals counting."""
-    first = 0
-    for epoch in range(2 * epochs.period + 3):
-        assert epochs.first_step(epoch) == first
-        after = first + epochs.steps(epoch)
-        assert after > first
-        assert {epochs.epoch_of(step) for step in range(first, after)} == {epoch}
-        first = after
-
-
-@given(calendars())
-def test_a_pass_is_head_and_whole_blocks_and_tail(epochs: Epochs) -> None:
-    passes = range(2 * epochs.period + 3)
-    for number in passes:
-        head, tail = epochs.head(number), epochs.tail(number)
-        assert head + epochs.whole_blocks(number) * epochs.per_block + tail == epochs.count
-        assert (tail + epochs.head(number + 1)) in (0, epochs.per_block)
-        assert max(head, tail) <= epochs.longest_tail
-    assert {epochs.whole_blocks(number) for number in passes} == set(epochs.whole_block_counts)
-
-
-# --- positives ------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=400), st.integers(0, 9), st.integers(0, 9))
-def test_a_row_holds_every_clip_once_and_is_nearly_sorted(
-    depths: list[int], seed: int, epoch: int
-) -> None:
-    count = len(depths)
-    clips = by_depth(np.arange(count), np.array(depths), "positives")
-    order = PositiveOrder(clips, Epochs(count, min(count, 20)), seed)
-    row = order.row(epoch, np.arange(count))
-    assert sorted(row.tolist()) == list(range(count))
-    shaken = clips.depth_at(row)
-    for place, depth in enumerate(shaken.tolist()):
-        near = slice(max(0, place - order.window + 1), place + order.window)
-        assert depth in np.sort(depths)[near]
-
+from dist_train.data.plan.rules import PlanRules
+from dist_train.data.plan.weights import UNIT, arcs, as_integers
+from dist_train.errors import PlanError
 
 # --- quotas ---------------------------------------------------------------------------------------
 
@@ -103,10 +43,8 @@ def test_shares_are_whole_exact_and_add_up(counts: list[int], p: int, q: int, fi
         asked = (epoch + 1) * total // quotas.cycle - epoch * total // quotas.cycle
         assert edges[-1] == asked
         given_ += each
-        # No bin is ever more than one clip off its fair part.
-        fair = np.diff(quotas.ends) * (epoch + 1) / quotas.cycle
-        if epoch % quotas.cycle == quotas.cycle - 1:
-            np.testing.assert_array_equal(given_, fair)
+    # Over a cycle each bin gives exactly its part.
+    np.testing.assert_array_equal(quotas.before(quotas.cycle), np.diff(quotas.ends))
 
 
 # --- bins -----------------------------------------------------------------------------------------
@@ -122,35 +60,23 @@ def test_shares_are_whole_exact_and_add_up(counts: list[int], p: int, q: int, fi
 def test_bins_cover_all_negatives_and_have_enough(
     positive: list[int], negative: list[int], ratio: tuple[int, int], straddling: bool, own: bool
 ) -> None:
-    positives = by_depth(np.arange(len(positive)), np.array(positive), "positives")
-    negatives = by_depth(np.arange(len(negative)), np.array(negative), "negatives")
-    demand = Demand(ClassRatio(*ratio), block=5, run=5, straddling=straddling)
-    bins = depth_bins(positives, negatives, demand, np.diff(negatives.starts) if own else None)
+    positives = by_depth(np.arange(len(positive)), np.array(positive))
+    negatives = by_depth(np.arange(len(negative)), np.array(negative))
+    matching = "natural" if own else "matched"
+    rules = PlanRules(2 * sum(ratio), ClassRatio(*ratio), 0, matching)
+    bins = depth_bins(positives, negatives, rules, 1, straddling=straddling)
     assert (bins.starts[0], bins.starts[-1]) == (0, len(negatives))
     assert (np.diff(bins.starts) >= [least_clips(int(most)) for most in bins.most]).all()
     assert (np.diff(bins.quotas.ends) > 0).all()
     per_epoch = Fraction(len(positives) * ratio[1], ratio[0])
     assert Fraction(int(bins.quotas.ends[-1]), bins.quotas.cycle) == per_epoch
-    if own:
-        # Each bin's part is that of its clips, to a rounding.
-        parts = bins.quotas.ends / bins.quotas.ends[-1]
-        error = np.abs(parts - bins.starts / len(negatives)).max()
-        assert error <= 0.5 / (len(positives) * RESOLUTION) + 1e-12
-    else:
-        # The depth of an edge parts both classes alike.
-        for start, end in zip(bins.starts[1:-1], bins.quotas.ends[1:-1], strict=True):
-            shallower, deeper = negatives.depth_at(np.array([start - 1, start])).tolist()
-            below = [sum(depth <= edge for depth in positive) for edge in (shallower, deeper - 1)]
-            # But for the tokens of depths that no positive has.
-            share = end / ratio[1] / RESOLUTION
-            assert below[0] - 1 / RESOLUTION <= share <= below[1] + 1 / RESOLUTION
 
 
 def test_a_depth_with_enough_negatives_is_a_bin_of_its_own() -> None:
-    positives = by_depth(np.arange(60), np.repeat([50, 51, 90], 20), "positives")
+    positives = by_depth(np.arange(60), np.repeat([50, 51, 90], 20))
     depths = np.repeat([20, 50, 51, 70, 90, 300], [5, 500, 500, 500, 300, 7])
-    negatives = by_depth(np.arange(len(depths)), depths, "negatives")
-    bins = depth_bins(positives, negatives, Demand(ClassRatio(1, 3), 48, 48, straddling=True), None)
+    negatives = by_depth(np.arange(len(depths)), depths)
+    bins = depth_bins(positives, negatives, PlanRules(64, ClassRatio(1, 3), 0), 1, straddling=True)
     edges = [
         negatives.depth_at(np.array([first, last - 1])).tolist()
         for first, last in pairwise(bins.starts)
@@ -162,7 +88,14 @@ def test_a_depth_with_enough_negatives_is_a_bin_of_its_own() -> None:
     assert of_positives.tolist() == [1 / 64, 20 - 1 / 64, 20, 20 - 1 / 64, 1 / 64]
 
 
-# --- passes ---------------------------------------------------------------------------------------
+# --- streams --------------------------------------------------------------------------------------
+
+
+def one_stream(most: int, weights: np.ndarray, seed: int = 0) -> NegativeStreams:
+    """The stream of a single bin of clips with these weights."""
+    starts, needed = np.array([0, len(weights)]), np.array([max(1, 3 * (most - 1))])
+    ends = arcs(weights, starts, np.minimum(needed, len(weights)))
+    return NegativeStreams(starts, np.array([most]), seed, ends, UNIT)
 
 
 def taken(streams: NegativeStreams, number: int) -> np.ndarray:
@@ -175,40 +108,31 @@ def taken(streams: NegativeStreams, number: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-@given(st.integers(1, 12), st.integers(0, 40), st.integers(0, 99))
-def test_any_window_of_a_stream_holds_different_clips(most: int, spare: int, seed: int) -> None:
+@given(st.integers(1, 12), st.integers(0, 40), st.integers(0, 99), st.booleans())
+def test_any_window_of_a_stream_holds_different_clips(
+    most: int, spare: int, seed: int, weighted: bool
+) -> None:
     """For any position of steps relative to passes, down to the fewest clips of a bin."""
-    count = least_clips(most) + spare
-    streams = NegativeStreams(np.array([0, count]), np.array([most]), seed)
-    stream = taken(streams, 7 * count)
-    for at in range(len(stream) - most + 1):
-        assert len(set(stream[at : at + most].tolist())) == most
-    for one in stream.reshape(7, count):
-        assert sorted(one.tolist()) == list(range(count))
-
-
-@given(st.integers(1, 8), st.integers(0, 60), st.integers(0, 10**6))
-def test_weighted_passes_hold_no_clip_twice_either(most: int, spare: int, seed: int) -> None:
-    count = 3 * most + spare
-    weights = np.random.default_rng(seed).exponential(1, count) ** 2 + 1e-9
-    starts, needed = np.array([0, count]), np.array([max(1, 3 * (most - 1))])
-    ends = arcs(weights, starts, needed)
-    streams = NegativeStreams(starts, np.array([most]), seed, ends, UNIT)
+    if weighted:
+        count = 3 * most + spare
+        weights = np.random.default_rng(seed).exponential(1, count) ** 2 + 1e-9
+        streams = one_stream(most, weights, seed)
+    else:
+        count = least_clips(most) + spare
+        streams = NegativeStreams(np.array([0, count]), np.array([most]), seed)
     length = int(streams.lengths[0])
-    assert length >= needed[0]
-    stream = taken(streams, 5 * length)
+    assert length >= max(1, 3 * (most - 1)) if weighted else length == count
+    stream = taken(streams, 6 * length)
     for at in range(len(stream) - most + 1):
         assert len(set(stream[at : at + most].tolist())) == most
-    for one in stream.reshape(5, length).tolist():
+    for one in stream.reshape(6, length).tolist():
         assert len(set(one)) == length
 
 
 def test_clips_are_drawn_as_often_as_their_weights_say() -> None:
     """In the long run exact to one or two draws: the golden ratio spreads the points evenly."""
     weights = np.random.default_rng(0).exponential(1, 200) + 0.01
-    starts = np.array([0, 200])
-    ends = arcs(weights, starts, np.array([9]))
-    streams = NegativeStreams(starts, np.array([4]), 0, ends, UNIT)
+    streams = one_stream(4, weights)
     length = int(streams.lengths[0])
     assert length == math.floor(weights.sum() / weights.max())
     counts = np.bincount(taken(streams, 1000 * length), minlength=200)
@@ -218,33 +142,23 @@ def test_clips_are_drawn_as_often_as_their_weights_say() -> None:
 def test_weights_that_fit_the_circle_exactly_starve_no_clip() -> None:
     """9 units in passes of 9: an advance by whole units would visit only every second half."""
     weights = np.repeat([1.0, 0.5], [3, 12])
-    starts = np.array([0, 15])
-    ends = arcs(weights, starts, np.array([9]))
-    assert ends[-1] == 9 * UNIT
-    counts = np.bincount(
-        taken(NegativeStreams(starts, np.array([4]), 0, ends, UNIT), 9 * 100), minlength=15
-    )
+    streams = one_stream(4, weights)
+    assert streams.lengths == [9]
+    counts = np.bincount(taken(streams, 9 * 100), minlength=15)
     np.testing.assert_allclose(counts, 100 * weights, atol=3)
 
 
 def test_equal_weights_are_no_weights() -> None:
     """Every clip once per pass, whatever the common weight is."""
-    starts = np.array([0, 50])
-    ends = arcs(np.full(50, 0.3), starts, np.array([1]))
-    stream = taken(NegativeStreams(starts, np.array([5]), 0, ends, UNIT), 150)
+    stream = taken(one_stream(5, np.full(50, 0.3)), 150)
     assert [sorted(one.tolist()) for one in stream.reshape(3, 50)] == [list(range(50))] * 3
 
 
-def test_the_order_of_a_stream_is_random() -> None:
-    """A clip's place is uniform over many passes, and passes are uncorrelated."""
+def test_passes_are_uncorrelated() -> None:
     count = 400
-    stream = taken(NegativeStreams(np.array([0, count]), np.array([10]), 0), 300 * count)
-    places = np.argsort(stream.reshape(300, count), axis=1)
-    for clip in range(0, count, 37):
-        counts = np.bincount(places[:, clip] // 40, minlength=10)
-        # 99.9 % of a uniform law's statistics of nine degrees of freedom lie below 27.9.
-        assert ((counts - 30.0) ** 2 / 30).sum() < 35
-    correlation = np.corrcoef(places[:20])[np.triu_indices(20, 1)]
+    stream = taken(NegativeStreams(np.array([0, count]), np.array([10]), 0), 20 * count)
+    places = np.argsort(stream.reshape(20, count), axis=1)
+    correlation = np.corrcoef(places)[np.triu_indices(20, 1)]
     assert np.abs(correlation).max() < 5 / math.sqrt(count - 1)
 
 
@@ -255,42 +169,6 @@ def test_neighbours_in_number_are_not_kept_together() -> None:
     drawn = [plan.global_batch(step).reshape(-1, 2)[:, 1] for step in range(100)]
     places = np.argsort(np.concatenate(drawn))
     assert np.abs(np.diff(places)).mean() == pytest.approx(1001 / 3, rel=0.08)
-
-
-# --- slices ---------------------------------------------------------------------------------------
-
-
-@given(
-    st.lists(st.integers(0, 15), min_size=1, max_size=6).filter(sum),
-    st.integers(1, 6),
-    st.sampled_from([(1, 3), (2, 3), (3, 2), (5, 1)]),
-)
-def test_pieces_take_their_number_and_each_place_of_a_stream_once(
-    counts: list[int], groups: int, ratio: tuple[int, int]
-) -> None:
-    p, q = ratio
-    epochs = Epochs(sum(counts), groups * p)
-    assume(epochs.count >= epochs.per_block + epochs.longest_tail)
-    quotas = BinQuotas(q * np.append(0, np.cumsum(counts)), p)
-    used = Counter()
-    over_the_end = 0
-    for epoch in range(5):
-        blocks = epochs.whole_blocks(epoch)
-        visits = np.random.default_rng(epoch).permutation(blocks)
-        slices = epoch_slices(epoch, epochs, quotas, visits, blocks // 2, ClassRatio(p, q))
-        for piece in range(blocks + 2):
-            bins, positions, number = slices.of(piece)
-            assert (number > 0).all()
-            if 0 < piece <= blocks:
-                assert number.sum() == groups * q
-            elif piece == 0:
-                assert over_the_end + number.sum() in (0, groups * q)
-            else:
-                over_the_end = int(number.sum())
-            for b, at, many in zip(bins, positions, number, strict=True):
-                # In order of time each bin's stream is used from its start, without a gap.
-                assert used[int(b)] == at
-                used[int(b)] += int(many)
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -307,42 +185,25 @@ def test_one_great_weight_is_lowered_and_the_others_are_kept() -> None:
     assert lengths[99] / lengths[0] == pytest.approx(weights[:99].sum() / 29, rel=0.04)
 
 
+def drawn_negatives(count: int, steps: int, **settings: np.ndarray) -> np.ndarray:
+    """Negatives of the first steps of a plan, numbered from 0."""
+    arrays = np.arange(500), np.arange(500, 500 + count)
+    plan = make_plan(*arrays, batch=4, ratio=(1, 3), seed=0, **settings)
+    return np.concatenate([plan.global_batch(step)[1:] for step in range(steps)]) - 500
+
+
 def test_groups_are_drawn_alike() -> None:
-    groups = np.repeat([7, 8, 9], [10, 100, 1000])
-    weights = balanced(np.ones(1110), groups)
-    sums = [weights[groups == group].sum() for group in (7, 8, 9)]
-    np.testing.assert_allclose(sums, 1)
-    plan = make_plan(
-        np.arange(500),
-        np.arange(500, 1610),
-        batch=4,
-        ratio=(1, 3),
-        seed=0,
-        groups=groups,
-    )
-    drawn = np.concatenate([plan.global_batch(step).reshape(-1, 4)[:, 1:] for step in range(1000)])
-    counts = np.bincount(groups[drawn.ravel() - 500])[7:]
+    groups = np.repeat([0, 1, 2], [10, 100, 1000])
+    counts = np.bincount(groups[drawn_negatives(1110, 1000, groups=groups)])
     np.testing.assert_allclose(counts, 1000, rtol=0.03)
 
 
 def test_a_weight_of_nothing_leaves_a_clip_out() -> None:
-    weights = np.ones(200)
-    weights[::2] = 0
-    plan = make_plan(
-        np.arange(40), np.arange(40, 240), batch=8, ratio=(1, 3), seed=0, weights=weights
-    )
-    drawn = np.concatenate([plan.global_batch(step).reshape(-1, 4)[:, 1:] for step in range(200)])
-    assert set(drawn.ravel().tolist()) == set(range(41, 240, 2))
+    drawn = drawn_negatives(200, 200, weights=np.arange(200) % 2.0)
+    assert set(drawn.tolist()) == set(range(1, 200, 2))
+    with pytest.raises(PlanError, match="has 0 negatives"):
+        drawn_negatives(200, 1, weights=np.zeros(200))
 
 
 def test_whole_weights_keep_their_ratio_and_are_never_nothing() -> None:
     assert as_integers(np.array([1.0, 0.5, 1e-30])).tolist() == [UNIT, UNIT // 2, 1]
-
-
-def test_clips_are_sorted_by_depth_in_any_order_of_input() -> None:
-    depths = np.array([5, 3, 5, 3, 9])
-    clips = by_depth(np.arange(5), depths, "negatives")
-    assert depths[clips.clips].tolist() == [3, 3, 5, 5, 9]
-    assert clips.depth_at(np.arange(5)).tolist() == [3, 3, 5, 5, 9]
-    turned = by_depth(np.arange(5)[::-1], depths[::-1], "negatives")
-    assert turned.digest == clips.digest
