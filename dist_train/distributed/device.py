@@ -1,4 +1,4 @@
-"""Whether a process trains on a CUDA device, and the refusal if that is not what was asked."""
+"""Whether a process works on a CUDA device, and the refusal if that is not what was asked."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def chosen_cuda(settings: TrainSettings) -> bool:
     if settings.device == "cuda" or launched:
         # Hours on a CPU are a dear way to learn that a driver is missing.
         why = "it asks for one" if settings.device == "cuda" else "a launcher started this process"
-        fix = "See 'dist-train doctor', or set train.device=cpu to train on CPUs."
+        fix = "See 'dist-train doctor', or set train.device=cpu to use CPUs."
         raise _refusal(f"there is no CUDA device here, and {why}", fix)
     return False
 

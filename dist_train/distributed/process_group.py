@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_train.config import TrainSettings
-from dist_train.distributed.device import chosen_cuda
 from dist_train.distributed.foreach import by_dtype
 
 
@@ -76,23 +74,24 @@ class ProcessGroup:
 
 
 @contextmanager
-def process_group(settings: TrainSettings) -> Iterator[ProcessGroup]:
+def process_group(timeout: float, *, cuda: bool) -> Iterator[ProcessGroup]:
     """The processes that the launcher started; without a launcher, this process alone.
 
     After an error the group is not destroyed: NCCL would wait for collective calls of the other
     processes, and nobody would see the error.
 
-    Raises:
-        BackendError: as ``chosen_cuda``.
+    Args:
+        timeout: seconds after which a process that waits for others gives up.
+        cuda: communicate from this process's CUDA device, not from the CPU.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
-    if chosen_cuda(settings):
+    if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout))
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     yield ProcessGroup(rank, world, device)
     if world > 1:
         dist.destroy_process_group()

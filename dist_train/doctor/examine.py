@@ -41,7 +41,7 @@ def examine(folder: Path, *, timeout: float = 60.0) -> list[Finding]:
     # they cannot connect, and may explain why.
     findings = list(_check_machine(folder, processes)) if on_first else []
     try:
-        with process_group(timeout) as group:
+        with process_group(timeout, cuda=torch.cuda.is_available()) as group:
             shows = group.is_main
             if group.world > 1:
                 findings = _check_launch(folder, findings, group, console)

@@ -15,6 +15,7 @@ from dist_train.checkpoint.format import by_step
 from dist_train.config import Config
 from dist_train.data.store.reader import Store
 from dist_train.distributed.collectives import on_main, translate_peer_loss
+from dist_train.distributed.device import chosen_cuda
 from dist_train.distributed.process_group import process_group
 from dist_train.errors import ConfigError, RunError
 from dist_train.evaluation.calibration import fit
@@ -90,7 +91,9 @@ def predict(
     config = open_run(run)
     snapshots = find_snapshots(run)
     again = "Run the command again: it begins anew."
-    with translate_peer_loss(again), process_group(config.train) as group:
+    # Each process predicts with all weights, whichever backend trained them.
+    cuda = chosen_cuda(config.train.model_copy(update={"backend": "ddp"}))
+    with translate_peer_loss(again), process_group(config.train.timeout, cuda=cuda) as group:
         if store is None:
             source, chosen = _held_out(run, config, store_path)
             folder = out or run
