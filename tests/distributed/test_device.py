@@ -28,5 +28,5 @@ def test_under_a_launcher_the_cpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert chosen_cuda(settings("cpu")) is False
     for device in ("auto", "cuda"):
-        with pytest.raises(BackendError, match=r"train\.device=cpu to train on CPUs"):
+        with pytest.raises(BackendError, match=r"train\.device=cpu to use CPUs"):
             chosen_cuda(settings(device))
