@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_loader
+import measuring
 import pytest
 from bench_loader import OURS, Bench, make_clips
 from loader_contenders import Task
@@ -41,9 +42,9 @@ def test_without_peers_nothing_is_installed_and_webdataset_is_not_needed(
         raise AssertionError("an environment is made")
 
     monkeypatch.setattr(Bench, "child", child)
-    monkeypatch.setattr(bench_loader, "version", version)
+    monkeypatch.setattr(measuring.importlib.metadata, "version", version)
     monkeypatch.setattr(bench_loader, "peers_python", installs)
-    figures, size = tmp_path / "figures.json", ["--clips", "8", "--quick"]
+    figures, size = tmp_path / "figures.json", ["--clips", "8", "--batch", "4", "--quick"]
     command = ["bench_loader.py", "--no-peers", *size, "--json", str(figures)]
     monkeypatch.setattr(sys, "argv", command)
     bench_loader.main()
