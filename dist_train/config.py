@@ -499,6 +499,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         key, reason = _first_of(error)
         overridden = next((name for name in given if f"{name}.".startswith(f"{key}.")), None)
         where = COMMAND_LINE if path is None or overridden else path
+        fix: str | None
         if reason is None:
             key = overridden or key
             what, fix = f"unknown setting '{_shortened(key)}'", _nearest(key)
