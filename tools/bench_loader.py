@@ -15,9 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
-import venv
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -45,17 +43,7 @@ from dist_train.data.table.manifest import read_manifest
 SEED = 3
 BATCH, PREFETCH = 64, 2
 OURS = ("ours", "ours, native")
-PEERS = ("original", "plain files", "WebDataset", "Streaming", "LitData")
-#: Installed without their requirements, followed by what they import beyond this package's: their
-#: own lists ask for an old NumPy, torchvision and clients of clouds.
-PACKAGES = {
-    "Streaming": (
-        "mosaicml-streaming==0.13.0",
-        *("brotli", "python-snappy", "cramjam", "zstd", "xxhash<4", "catalogue<3"),
-    ),
-    "LitData": ("litdata==0.2.76", "obstore"),
-}
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "dist_train", "bench_peers")
+PEERS = ("original", "plain files", "WebDataset")
 TOOL = Path(__file__).with_name("loader_contenders.py")
 #: Batches before the timed ones, as a multiple of the prefetched batches, so that buffers exist.
 #: Together with the timed batches they are less than an epoch, at whose end some peers restart.
@@ -71,8 +59,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=24, help="timed in a run (default 24)")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"its clips (default {BATCH})")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--no-peers", action="store_true", help="only our loader; install nothing")
-    parser.add_argument("--peers-python", type=Path, help="a Python that has Streaming and LitData")
+    parser.add_argument("--no-peers", action="store_true", help="only our loader")
     parser.add_argument("--folder", type=Path, help="folder to keep and reuse the clips")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -82,34 +69,11 @@ def main() -> None:
         parser.error("--clips must be at least twice --batch, for batches without repeated clips")
     with tempfile.TemporaryDirectory(prefix="bench_loader.") as temporary:
         folder = arguments.folder or Path(temporary)
-        if arguments.no_peers:
-            bench = Bench(folder, Path(sys.executable), OURS)
-        else:
-            bench = Bench(folder, arguments.peers_python or peers_python(CACHE))
+        bench = Bench(folder, OURS if arguments.no_peers else tuple(CONTENDERS))
         bench.write(arguments.clips)
         task = Task(arguments.batch, arguments.workers, PREFETCH)
         result = bench.measure(task, arguments.batches, arguments.rounds)
     finish(arguments.json, result, as_table(result))
-
-
-# --- the peers ------------------------------------------------------------------------------------
-
-
-def peers_python(folder: Path) -> Path:
-    """The Python of an environment that has the peers, and sees this environment's packages."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        say(f"an environment for the peers, {folder}")
-        venv.create(folder, with_pip=True)
-        (own,) = folder.glob("lib/python*/site-packages")
-        (own / "dist_train.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    for name, packages in PACKAGES.items():
-        marker = folder / f"{name}.installed"
-        if not marker.exists():
-            command = [str(python), "-m", "pip", "install", "-q", "--no-deps", *packages]
-            if subprocess.run(command, check=False).returncode == 0:
-                marker.touch()
-    return python
 
 
 # --- the clips ------------------------------------------------------------------------------------
@@ -149,17 +113,14 @@ class Bench:
 
     Args:
         folder: where their clips are or will be.
-        peers: the Python that has Streaming and LitData.
         contenders: names of those that run.
 
     Attributes:
         cannot: contenders that failed, with the reason.
     """
 
-    def __init__(
-        self, folder: Path, peers: Path, contenders: Sequence[str] = tuple(CONTENDERS)
-    ) -> None:
-        self.folder, self.peers, self.contenders = folder, peers, contenders
+    def __init__(self, folder: Path, contenders: Sequence[str]) -> None:
+        self.folder, self.contenders = folder, contenders
         self.cannot: dict[str, str] = {}
 
     def write(self, clips: int) -> None:
@@ -175,8 +136,7 @@ class Bench:
 
     def child(self, name: str, work: str, task: dict[str, Any]) -> dict[str, Any] | None:
         """The results of ``work`` in a fresh process. None if it fails; see ``cannot``."""
-        python = str(self.peers) if name in PACKAGES else sys.executable
-        command = [python, str(TOOL), work, str(self.folder), json.dumps(task)]
+        command = [sys.executable, str(TOOL), work, str(self.folder), json.dumps(task)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)])
         try:
@@ -248,7 +208,6 @@ class Bench:
             "work": {"clips": len(json.loads((self.folder / "labels.json").read_text()))}
             | {"batch": task.batch, "workers": task.workers, "prefetch": task.prefetch},
             "versions": versions("torch", "numpy", "webdataset", "lmdb"),
-            "peers": {name: packages[0] for name, packages in PACKAGES.items()},
         }
 
     def resume(self, name: str, task: Task) -> float | str | None:

@@ -8,11 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,7 +88,7 @@ def loader(record: Record) -> None:
         (24, 4, 1, 3) if record.tiny else (768, 16, min(12, len(os.sched_getaffinity(0))), 40)
     )
     make_clips(folder, clips)
-    bench = Bench(folder, Path(sys.executable), OURS)
+    bench = Bench(folder, OURS)
     task = Task(batch, workers, PREFETCH, warm_up=PREFETCH * workers, batches=batches)
     for name in reversed(OURS):
         found = bench.child(name, name, asdict(task))

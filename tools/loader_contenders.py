@@ -14,11 +14,9 @@ import os
 import pickle
 import sys
 import time
-import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +41,6 @@ from dist_train.data.types import Volume
 
 SIZE, RATIO, SEED = (160, 160), (1, 3), 0
 CLASSES = ("negative", "positive")
-SHARES = [part / sum(RATIO) for part in RATIO[::-1]]
 #: Clips of an epoch when a run resumes in its middle.
 EPOCH = 100_000
 
@@ -77,7 +74,6 @@ def prepared(clip: Volume) -> Tensor:
 
 def padded(clips: list[Any]) -> Tensor:
     """One batch of resized clips, in shared memory."""
-    clips = [clip["x"] if isinstance(clip, dict) else clip for clip in clips]
     shape = (len(clips), 1, max(map(len, clips)), *SIZE)
     pixels = int(np.prod(shape))
     if torch.utils.data.get_worker_info() is None:
@@ -95,17 +91,14 @@ def one_thread(_: int) -> None:
     cv2.setNumThreads(1)
 
 
-def workers_of(task: Task) -> dict[str, Any]:
-    """Arguments of a ``DataLoader``."""
-    return {
-        "num_workers": task.workers,
-        "prefetch_factor": task.prefetch,
-        "worker_init_fn": one_thread,
-    }
-
-
 def of_torch(dataset: Any, task: Task, **how: Any) -> DataLoader[Any]:
-    return DataLoader(dataset, **workers_of(task), **how)
+    return DataLoader(
+        dataset,
+        num_workers=task.workers,
+        prefetch_factor=task.prefetch,
+        worker_init_fn=one_thread,
+        **how,
+    )
 
 
 def read_labels(folder: Path) -> list[int]:
@@ -256,124 +249,9 @@ def of_webdataset(folder: Path, task: Task) -> Any:
         )
         return read.shuffle(100).decode().to_tuple("npy").map(lambda sample: prepared(sample[0]))
 
-    mix = webdataset.RandomMix([clips(name) for name in CLASSES], probs=SHARES)
+    mix = webdataset.RandomMix([clips(name) for name in CLASSES], probs=RATIO[::-1])
     batches = webdataset.DataPipeline(mix, webdataset.batched(task.batch, collation_fn=padded))
     return of_torch(batches, task, batch_size=None)
-
-
-# --- MosaicML Streaming ---------------------------------------------------------------------------
-
-
-def stand_in_for_torchvision() -> None:
-    """Replace torchvision, which Streaming imports for unused data sets, and whose wheel does not
-    load beside a CPU build of PyTorch."""
-    for name in ("", ".datasets", ".transforms", ".transforms.functional"):
-        module = types.ModuleType(f"torchvision{name}")
-        module.__spec__ = ModuleSpec(module.__name__, None)
-        sys.modules[module.__name__] = module
-    vars(sys.modules["torchvision.datasets"])["VisionDataset"] = object
-    vars(sys.modules["torchvision.transforms.functional"])["to_tensor"] = None
-    # transformers would use the stand-in.
-    import transformers.utils.import_utils as asked
-
-    asked.is_torchvision_available = lambda: False
-
-
-def write_streaming(folder: Path) -> None:
-    stand_in_for_torchvision()
-    from streaming import MDSWriter
-
-    for label, name in enumerate(CLASSES):
-        out = str(folder / "streaming" / name)
-        with MDSWriter(out=out, columns={"x": "ndarray:uint8"}, size_limit=1 << 26) as writer:
-            for _, of_clip, clip in raw_clips(folder):
-                if of_clip == label:
-                    writer.write({"x": clip})
-
-
-def of_streaming(folder: Path, task: Task) -> Any:
-    stand_in_for_torchvision()
-    from streaming import Stream, StreamingDataLoader, StreamingDataset
-    from streaming.base.util import clean_stale_shared_memory
-
-    clean_stale_shared_memory()
-
-    class Clips(StreamingDataset):  # type: ignore[misc, unused-ignore]
-        def __getitem__(self, number: int) -> Tensor:
-            return prepared(super().__getitem__(number)["x"])
-
-    streams = [
-        Stream(local=str(folder / "streaming" / name), proportion=share)
-        for name, share in zip(CLASSES, SHARES, strict=True)
-    ]
-    clips = Clips(
-        streams=streams,
-        batch_size=task.batch,
-        shuffle=True,
-        shuffle_seed=SEED,
-        batching_method="stratified",
-        epoch_size=EPOCH,
-    )
-    batches = StreamingDataLoader(
-        clips, batch_size=task.batch, collate_fn=padded, **workers_of(task)
-    )
-    if task.resume:
-        state = clips.state_dict(0, from_beginning=True) or {}
-        batches.load_state_dict(state | {"epoch": 0, "sample_in_epoch": EPOCH // 2})
-    return batches
-
-
-# --- LitData --------------------------------------------------------------------------------------
-
-
-def write_litdata(folder: Path) -> None:
-    from litdata import optimize
-
-    by_class: list[list[Path]] = [[], []]
-    for number, label in enumerate(read_labels(folder)):
-        by_class[label].append(folder / "raw" / f"{number:06d}.npy")
-    for name, paths in zip(CLASSES, by_class, strict=True):
-        optimize(
-            fn=_load,
-            inputs=[str(path) for path in paths],
-            output_dir=str(folder / "litdata" / name),
-            chunk_bytes="64MB",
-            num_workers=1,
-            reorder_files=False,
-            verbose=False,
-        )
-
-
-def _load(path: str) -> dict[str, Any]:
-    return {"x": np.load(path)}
-
-
-def of_litdata(folder: Path, task: Task) -> Any:
-    from litdata import CombinedStreamingDataset, StreamingDataLoader, StreamingDataset
-
-    if task.resume:
-        raise CannotError("its state is that of a loader that ran so far, and is not made by hand")
-
-    class Clips(StreamingDataset):  # type: ignore[misc, unused-ignore]
-        def __getitem__(self, number: Any) -> Tensor:
-            return prepared(super().__getitem__(number)["x"])
-
-    parts = [Clips(str(folder / "litdata" / name), shuffle=True, seed=SEED) for name in CLASSES]
-    mix = CombinedStreamingDataset(parts, seed=SEED, weights=SHARES, iterate_over_all=False)
-
-    def batches() -> Iterator[Tensor]:
-        # It ends with the shorter class.
-        while True:
-            yield from StreamingDataLoader(
-                mix,
-                batch_size=task.batch,
-                collate_fn=padded,
-                drop_last=True,
-                persistent_workers=False,
-                **workers_of(task),
-            )
-
-    return batches()
 
 
 CONTENDERS: dict[str, Loaders] = {
@@ -382,14 +260,10 @@ CONTENDERS: dict[str, Loaders] = {
     "original": original,
     "plain files": plain,
     "WebDataset": of_webdataset,
-    "Streaming": of_streaming,
-    "LitData": of_litdata,
 }
 WRITERS: dict[str, Callable[[Path], None]] = {
     "original": write_original,
     "WebDataset": write_webdataset,
-    "Streaming": write_streaming,
-    "LitData": write_litdata,
 }
 OTHERS: dict[str, Loaders] = {"ours, empty": ours_empty}
 
@@ -494,8 +368,7 @@ def main() -> None:
             found = run((CONTENDERS | OTHERS)[name], folder, Task(**task))
     except CannotError as error:
         found = {"cannot": str(error)}
-    # Streaming and LitData print to standard output.
-    print("\n" + json.dumps(found), flush=True)
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
