@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -313,20 +312,13 @@ def verify(
     allow_code(allow or [])
     from dist_train.data.store.repair import lost_files
     from dist_train.data.store.repair import repair as mend
-    from dist_train.data.store.verify import verify as find_faults
 
-    with progress("verify") as report:
-        faults = find_faults(store, workers=workers, progress=report)
-    _print_faults(faults)
-    lost = lost_files(store)
+    faults, lost = _faults_of(store, workers), lost_files(store)
     if (faults and salvage) or ((faults or lost) and repair is not None):
         with progress("repair") as report:
             mended = mend(store, repair, faults, salvage=salvage, workers=workers, progress=report)
         _print_store(store, mended)
-        lost = lost_files(store)
-        with progress("verify") as report:
-            faults = find_faults(store, workers=workers, progress=report)
-        _print_faults(faults)
+        faults, lost = _faults_of(store, workers), lost_files(store)
     for name in lost:
         _echo(f"lost: {name}: --repair with the folder that has it brings its clip back")
     if faults:
@@ -624,6 +616,11 @@ def _print_copies(store: Path) -> None:
         _echo(copies)
 
 
-def _print_faults(faults: Sequence[object]) -> None:
+def _faults_of(store: Path, workers: int | None) -> list[Any]:
+    from dist_train.data.store.verify import verify as find_faults
+
+    with progress("verify") as report:
+        faults = find_faults(store, workers=workers, progress=report)
     for fault in faults:
         _echo(f"bad: {fault}")
+    return faults

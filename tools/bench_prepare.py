@@ -97,7 +97,7 @@ def measure(folder: Path, clips: int, limit: float, *, growth: bool) -> dict[str
     once = timed(run_decode, videos, scratch, [{cores[0]}])
     copies = max(1, round(ROUND_SECONDS / once))
     many = folder / "many"
-    link_copies(videos, many, copies)
+    make_copies(videos, many, copies)
     say(f"one core, on {copies * clips} clips, in rounds, for {limit:.0f} s")
     rounds = on_one_core(many, scratch, cores[0], limit)
     best = {name: min(times) for name, times in rounds.items()}
@@ -112,7 +112,7 @@ def measure(folder: Path, clips: int, limit: float, *, growth: bool) -> dict[str
     decoders = timed(run_decode, many, scratch, both)
 
     say("memory, with 2 workers and the large clip")
-    add_links(large, videos)
+    add_copies(large, videos)
     peak = peak_rss_mb(videos, scratch, "--shard-clips", "2")
     summary: dict[str, float | None] = {
         "vs_decode": best["decode"] / best["prepare"],
@@ -189,16 +189,16 @@ def encode(path: Path, frames: Iterable[np.ndarray], options: dict[str, str]) ->
         output.mux(stream.encode(None))
 
 
-def link_copies(source: Path, target: Path, copies: int) -> None:
-    """Make a folder that has each video ``copies`` times, as hard links."""
+def make_copies(source: Path, target: Path, copies: int) -> None:
+    """Make a folder that has each video ``copies`` times."""
     target.mkdir()
     for copy in range(copies):
-        add_links(source, target, prefix=f"copy{copy}_")
+        add_copies(source, target, prefix=f"copy{copy}_")
 
 
-def add_links(source: Path, target: Path, prefix: str = "") -> None:
+def add_copies(source: Path, target: Path, prefix: str = "") -> None:
     for path in sorted(source.glob("*.mp4")):
-        os.link(path, target / f"{prefix}{path.name}")
+        shutil.copyfile(path, target / f"{prefix}{path.name}")
     label_in_turn(target)
 
 

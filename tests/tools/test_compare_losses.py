@@ -84,12 +84,9 @@ def test_a_long_run_is_told_in_a_short_table(tmp_path: Path) -> None:
     assert "first at step 777" in out
 
 
-def test_other_figures(tmp_path: Path) -> None:
+def test_other_metrics(tmp_path: Path) -> None:
     runs = [run_of(tmp_path / name, [0.5], **{"val/loss": 1.0}) for name in "ab"]
     assert compare(*runs, 0, figure="val/loss").first is None
-    code, _, err = said(*runs, "--tolerance", "0", "--figure", "val/mcc")
-    assert code == 2
-    assert err == f"error: {runs[0] / 'metrics.jsonl'}: no step has the metric 'val/mcc'\n"
 
 
 def test_runs_of_other_lengths_are_not_compared(run: Path, tmp_path: Path) -> None:
@@ -125,10 +122,10 @@ def test_a_damaged_or_missing_file(run: Path, tmp_path: Path, text: str | None, 
 
 
 @pytest.mark.parametrize(
-    "option", [("--tolerance", "-1"), ("--tolerance", "nan"), ("--tolerance", "x"),
+    "option", [("--tolerance", "-1"), ("--tolerance", "nan"),
                ("--tolerance", "0", "--steps", "3:1"), ("--tolerance", "0", "--steps", "3"), ()]
 )  # fmt: skip
-def test_an_option_that_is_none(run: Path, option: tuple[str, ...]) -> None:
+def test_a_wrong_option(run: Path, option: tuple[str, ...]) -> None:
     code, out, err = said(run, run, *option)
     assert (code, out) == (2, "")
     assert "usage: " in err
