@@ -7,8 +7,8 @@ from types import FrameType
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:
-    """End at once while modules are imported: a KeyboardInterrupt there comes out as whatever the
-    module makes of it, or as a traceback through half of its code. Nothing is written meanwhile."""
+    """End at once during imports, which write nothing: a KeyboardInterrupt in them would become
+    another exception or a long traceback."""
     at = frame
     while at is not None:
         if at.f_code.co_filename.startswith("<frozen importlib"):
@@ -18,12 +18,12 @@ def interrupted(number: int, frame: FrameType | None) -> None:
 
 
 def run() -> None:
-    """The command line, which a Ctrl-C ends without a word, however early it comes."""
-    # A launcher may have told its processes to ignore it.
+    """Run the command line; Ctrl-C ends it without a message at any time."""
+    # A launcher may have set its processes to ignore the signal.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)
     try:
-        # Not before: it takes a while.
+        # This import takes a while.
         from dist_train.cli import main
 
         main()
@@ -31,7 +31,7 @@ def run() -> None:
         sys.exit(130)
     finally:
         if signal.getsignal(signal.SIGINT) is interrupted:
-            # A second one, while the interpreter ends and joins what is left.
+            # A second Ctrl-C while the interpreter ends.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -1,4 +1,4 @@
-"""How many positives and negatives go together."""
+"""The ratio of positives to negatives."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pydantic import Field
 
 Count = TypeVar("Count", int, NDArray[np.int64])
 
-#: At least one of each class; the upper bound catches a slip of the keyboard.
+#: At least one of each class; the upper bound catches typing errors.
 Clips = Annotated[int, Field(ge=1, le=1024)]
 
 
 class ClassRatio(NamedTuple):
-    """Positives and negatives of one group, the smallest piece of a batch of that ratio."""
+    """Positives and negatives of one group, the smallest batch of that ratio."""
 
     positives: Clips
     negatives: Clips
 
     def __repr__(self) -> str:
-        # Fingerprints of plans were made of the plain pair.
+        # Fingerprints of plans contain the plain pair.
         return repr(tuple(self))
 
     @property
     def group(self) -> int:
-        """Clips of a group."""
+        """Number of clips in a group."""
         return self.positives + self.negatives
 
     @property
@@ -35,5 +35,5 @@ class ClassRatio(NamedTuple):
         return self.positives / self.group
 
     def negatives_of(self, positives: Count) -> Count:
-        """Negatives beside so many positives, rounded down; of a number or an array."""
+        """Number of negatives for a number (or an array of numbers) of positives, rounded down."""
         return positives * self.negatives // self.positives

@@ -1,4 +1,4 @@
-"""The command line: each command is a few lines over a function that Python users call too."""
+"""The command line. Each command calls a function that Python users can call, too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -25,33 +24,43 @@ from dist_train.system.cgroup import heed_quota
 if TYPE_CHECKING:
     from dist_train.data.raw.outline import OutlineColour
 
-#: What ``tempfile`` says.
+#: Message of ``tempfile``.
 NO_TEMPORARY_FOLDER = "No usable temporary directory"
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; one per core if unset.")]
-Out = Annotated[Path, typer.Option(help="Folder to write.")]
-MaxRejected = Annotated[str, typer.Option(help="Largest share of rejected clips, as 1% or 0.01.")]
-StorePath = Annotated[
-    Path | None, typer.Option(help="Where the run's own store is now, if it was moved.")
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Number of processes; one per core if unset.")
+]
+OutStore = Annotated[Path, typer.Option("--out", help="Folder of the new store.")]
+MaxRejected = Annotated[
+    str, typer.Option(help="Fail if a larger share of the clips is rejected, as 1% or 0.01.")
+]
+ShardClips = Annotated[int, typer.Option(min=1, help="Number of clips in a shard (tar file).")]
+StoreArgument = Annotated[Path, typer.Argument(help="Folder of a store.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
+StorePath = Annotated[Path | None, typer.Option(help="Folder of the run's store, if it was moved.")]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Calibrated probability above which a clip is positive; if unset, the threshold with "
+        "the best MCC on the val split.",
+    ),
 ]
 LeastOutline = Annotated[
     int, typer.Option(min=1, help="Least height and width of an outline, in pixels.")
 ]
 Allow = Annotated[
     list[str] | None,
-    typer.Option(help="Package whose code may be imported, such as mylab; docs/extending.md."),
+    typer.Option(help="Package of your own whose code may be imported, such as mylab."),
 ]
 Colour = Annotated[
     str | None,
     typer.Option(
-        help="Colour of the outline, as ranges of channels: "
-        "red=100:255,green=50:150,blue=0:110,red_over_blue=60."
+        help="Colour of the outline: a range (0 to 255) of each channel, and by how much red "
+        "exceeds blue: red=100:255,green=50:150,blue=0:110,red_over_blue=60."
     ),
 ]
 
@@ -79,7 +88,7 @@ def describe_config(
     ] = False,
     write: Annotated[
         str | None,
-        typer.Option(help="Write a config file that comes with dist_train, as clog_loss_ddp."),
+        typer.Option(help="Copy a shipped config file, such as clog_loss_ddp, to this folder."),
     ] = None,
 ) -> None:
     """Print every setting of a training run: its type, its default, and what it does."""
@@ -94,7 +103,7 @@ def describe_config(
 
 @app.command()
 def launch_files(
-    folder: Annotated[Path, typer.Argument(help="Folder to start jobs from; gets launch/.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for launch/; jobs start there.")],
 ) -> None:
     """Write the files for Accelerate, torchrun, SLURM and Kubernetes."""
     from dist_train.shipped import write_launch_files
@@ -104,13 +113,15 @@ def launch_files(
 
 @app.command()
 def synth(
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    clips: Annotated[int, typer.Option(min=1)] = 400,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    stall_rate: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.25,
+    out: Annotated[Path, typer.Argument(help="Folder of the new videos and their tables.")],
+    clips: Annotated[int, typer.Option(min=1, help="Number of videos.")] = 400,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    stall_rate: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of stalled videos, the positives.")
+    ] = 0.25,
     workers: Workers = None,
 ) -> None:
-    """Make capillary videos, flowing and stalled, in the form of the Clog Loss challenge."""
+    """Make synthetic videos of flowing and stalled capillaries, as of the Clog Loss challenge."""
     from dist_train.data.synthetic.render import synthesize
 
     with progress("synth") as report:
@@ -122,73 +133,77 @@ def synth(
 
 @app.command()
 def prepare(
-    out: Out,
+    out: OutStore,
     manifest: Annotated[
-        Path | None, typer.Option(help="CSV: the challenge's, or filename,label[,...].")
+        Path | None,
+        typer.Option(help="CSV of clips with the columns filename and label (0 or 1)."),
     ] = None,
     from_folders: Annotated[
-        Path | None, typer.Option(help="Folder of one folder a class, in place of a manifest.")
+        Path | None, typer.Option(help="Folder with a folder of files for each class; no manifest.")
     ] = None,
     positive: Annotated[
-        list[str] | None, typer.Option(help="With --from-folders: a folder of positives.")
+        list[str] | None,
+        typer.Option(help="With --from-folders: name of a folder whose clips are positive."),
     ] = None,
     source: Annotated[
         str | None,
-        typer.Option(help="Folder of the files, or URL; without it the manifest's url column."),
+        typer.Option(help="Folder or URL of the files; if unset, the manifest's url column."),
     ] = None,
-    labels: Annotated[Path | None, typer.Option(help="CSV of labels, if apart.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV of labels, if the manifest has none.")
+    ] = None,
     where: Annotated[
         str | None,
-        typer.Option(help="Rows to take, by a condition on any columns: 'micro and tier1'."),
+        typer.Option(help="Take only rows with this condition on columns: 'micro and tier1'."),
     ] = None,
     allow_local: Annotated[
-        bool, typer.Option(help="Let names, or file:// URLs, lead out of the source folder.")
+        bool, typer.Option(help="Allow names and file:// URLs outside of the source folder.")
     ] = False,
     allow_private: Annotated[
-        bool, typer.Option(help="Let the url column name addresses of this network or machine.")
+        bool, typer.Option(help="Allow URLs of this machine or a private network.")
     ] = False,
-    fetch_mib: Annotated[
-        int, typer.Option(min=1, help="Largest file that is fetched, in MiB.")
-    ] = 8192,
+    fetch_mib: Annotated[int, typer.Option(min=1, help="Largest file to download, in MiB.")] = 8192,
     unlabelled: Annotated[bool, typer.Option(help="The clips have no labels.")] = False,
     roi: Annotated[
-        Literal["outline", "none"], typer.Option(help="Crop to the outline, or keep all.")
+        Literal["outline", "none"],
+        typer.Option(help="Crop to the coloured outline in the video, or keep whole frames."),
     ] = "outline",
     colour: Colour = None,
     least_outline: LeastOutline = 16,
     truncated: Annotated[
-        Literal["reject", "keep"], typer.Option(help="Videos that end before they should.")
+        Literal["reject", "keep"], typer.Option(help="What to do with incomplete videos.")
     ] = "reject",
     damaged: Annotated[
-        Literal["reject", "keep"], typer.Option(help="Videos with frames that decode in part.")
+        Literal["reject", "keep"], typer.Option(help="What to do with videos with damaged frames.")
     ] = "reject",
     bits: Annotated[
         int | None,
         typer.Option(min=8, max=16, help="Significant bits of 16-bit values; detected if unset."),
     ] = None,
     max_rejected: MaxRejected = "1%",
-    shard_clips: Annotated[int, typer.Option(min=1, help="Number of clips per shard.")] = 128,
+    shard_clips: ShardClips = 128,
     clip_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Longest that decoding one file may take.")
+        float, typer.Option(min=0.1, help="Longest time for decoding one file, in seconds.")
     ] = 600.0,
     clip_memory: Annotated[
-        int, typer.Option(min=16, help="Most memory that decoding one file may take, in MiB.")
+        int, typer.Option(min=16, help="Largest memory for decoding one file, in MiB.")
     ] = 2048,
     engine: Annotated[
-        Literal["local", "ray"], typer.Option(help="Processes here, or tasks of a Ray cluster.")
+        Literal["local", "ray"],
+        typer.Option(help="Work in processes of this machine, or in tasks of a Ray cluster."),
     ] = "local",
     part: Annotated[
         str | None,
-        typer.Option(help="i/N: write the i-th of N parts only; 'finalize' joins and judges them."),
+        typer.Option(help="i/N: write only the i-th of N parts; 'finalize' joins all parts."),
     ] = None,
     reader: Annotated[
         str | None,
-        typer.Option(help="Own reader of a file format, as mylab.readers:read_dicom."),
+        typer.Option(help="Your own reader of a file format, as mylab.readers:read_dicom."),
     ] = None,
     allow: Allow = None,
     workers: Workers = None,
 ) -> None:
-    """Decode videos or volumes, crop them, and write a store. Goes on where it was killed."""
+    """Decode videos or volumes, crop them, and write a store. Resumes if it was killed."""
     from dist_train.data.raw.clip import PrepareSettings, suffixes_of
     from dist_train.data.raw.outside_reader import OutsideReader
     from dist_train.data.raw.remote import Access, manifest_source, open_source
@@ -199,7 +214,7 @@ def prepare(
     allow_code(allow or [])
     own_reader = None if reader is None else OutsideReader.named(reader)
     own = None if part is None else Part.parse(part)
-    most_rejected = _share(max_rejected, "--max-rejected")
+    most_rejected = _share(max_rejected)
     if (manifest is None) == (from_folders is None) or (positive is None) != (from_folders is None):
         raise ConfigError(
             "give either --manifest FILE, or --from-folders DIR with --positive FOLDER"
@@ -219,10 +234,8 @@ def prepare(
                 "--labels, --unlabelled and --where"
             )
         assert from_folders is not None
-        table, source = (
-            manifest_from_folders(from_folders, positive or [], suffixes_of(own_reader)),
-            str(from_folders),
-        )
+        table = manifest_from_folders(from_folders, positive or [], suffixes_of(own_reader))
+        source = str(from_folders)
     access = Access(local=allow_local, private=allow_private, most_bytes=fetch_mib << 20)
     files = manifest_source(table, access) if source is None else open_source(source, access)
     settings = PrepareSettings(
@@ -258,22 +271,22 @@ def prepare(
 
 @app.command()
 def finalize(
-    store: Annotated[Path, typer.Argument(help="A store of which all parts are prepared.")],
+    store: Annotated[Path, typer.Argument(help="Store with all parts.")],
     max_rejected: MaxRejected = "1%",
 ) -> None:
-    """Join the parts of a store that 'prepare --part' wrote."""
+    """Join the parts of a store that 'prepare --part' has written."""
     from dist_train.data.store.build import finalize as join_parts
 
-    _print_store(store, join_parts(store, max_rejected=_share(max_rejected, "--max-rejected")))
+    _print_store(store, join_parts(store, max_rejected=_share(max_rejected)))
 
 
 @app.command()
 def prepare_npz(
-    file: Annotated[Path, typer.Argument(help="A MedMNIST 3D file.")],
-    out: Out,
-    shard_clips: Annotated[int, typer.Option(min=1, help="Number of clips per shard.")] = 128,
+    file: Annotated[Path, typer.Argument(help="A MedMNIST 3D file (.npz).")],
+    out: OutStore,
+    shard_clips: ShardClips = 128,
 ) -> None:
-    """Write a store from a MedMNIST 3D file, with its official split."""
+    """Write a store from a MedMNIST 3D file, with the file's split."""
     from dist_train.data.store.build import prepare_npz as write_store
 
     with progress("prepare") as report:
@@ -283,38 +296,29 @@ def prepare_npz(
 
 @app.command()
 def verify(
-    store: Annotated[Path, typer.Argument(help="A store.")],
+    store: StoreArgument,
     repair: Annotated[
         str | None,
-        typer.Option(help="Rebuild what is bad from this: folder or URL of the files, or npz."),
+        typer.Option(help="Rebuild damaged parts from this folder, URL or .npz of raw files."),
     ] = None,
     salvage: Annotated[
         bool,
-        typer.Option(
-            "--salvage", help="Mend without the files that are gone: bad clips become rejects."
-        ),
+        typer.Option("--salvage", help="Repair without lost raw files: reject damaged clips."),
     ] = False,
     allow: Allow = None,
     workers: Workers = None,
 ) -> None:
-    """Check every byte of a store, name what is bad, and mend it if asked."""
+    """Check every byte of a store, and repair it with --repair or --salvage."""
     allow_code(allow or [])
     from dist_train.data.store.repair import lost_files
     from dist_train.data.store.repair import repair as mend
-    from dist_train.data.store.verify import verify as find_faults
 
-    with progress("verify") as report:
-        faults = find_faults(store, workers=workers, progress=report)
-    _print_faults(faults)
-    lost = lost_files(store)
+    faults, lost = _faults_of(store, workers), lost_files(store)
     if (faults and salvage) or ((faults or lost) and repair is not None):
         with progress("repair") as report:
             mended = mend(store, repair, faults, salvage=salvage, workers=workers, progress=report)
         _print_store(store, mended)
-        lost = lost_files(store)
-        with progress("verify") as report:
-            faults = find_faults(store, workers=workers, progress=report)
-        _print_faults(faults)
+        faults, lost = _faults_of(store, workers), lost_files(store)
     for name in lost:
         _echo(f"lost: {name}: --repair with the folder that has it brings its clip back")
     if faults:
@@ -323,15 +327,15 @@ def verify(
             where=store,
             fix="Run 'dist-train verify' with --repair and the folder of raw files."
             if repair is None and not salvage
-            else "What repair leaves must be mended by hand.",
+            else "The repair cannot mend them; write the store again.",
         )
     _echo(f"{store} is whole")
     _print_copies(store)
 
 
 @app.command()
-def info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
-    """Show what a store holds."""
+def info(store: StoreArgument) -> None:
+    """Show the clips of a store: classes, groups, splits and sizes."""
     from dist_train.data.inspect import describe_store
     from dist_train.data.store.reader import Store
 
@@ -342,12 +346,12 @@ def info(store: Annotated[Path, typer.Argument(help="A store.")]) -> None:
 
 @app.command()
 def inspect(
-    clip: Annotated[Path, typer.Argument(help="A video with an outline.")],
-    png: Annotated[Path | None, typer.Option(help="Draw what was found.")] = None,
+    clip: Annotated[Path, typer.Argument(help="A video with a coloured outline.")],
+    png: Annotated[Path | None, typer.Option(help="Picture of the outline to write.")] = None,
     colour: Colour = None,
     least_outline: LeastOutline = 16,
 ) -> None:
-    """Show the outline that is found in each frame of a video."""
+    """Show the outline that is found in each frame of a video, to choose --colour."""
     from dist_train.data.inspect import describe_outline, draw_outline, find_boxes
     from dist_train.data.raw.outline import lacks_outline
 
@@ -369,18 +373,20 @@ def inspect(
 
 @app.command()
 def train(
-    overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML settings.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value; see 'dist-train config'.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     resume: Annotated[
-        Literal["never", "auto"], typer.Option(help="auto: go on from the newest checkpoint.")
+        Literal["never", "auto"], typer.Option(help="auto: resume from the newest checkpoint.")
     ] = "never",
     allow: Allow = None,
 ) -> None:
-    """Train a run; with many processes, by 'accelerate launch -m dist_train train ...'."""
+    """Train a model. For several processes: 'accelerate launch -m dist_train train ...'."""
     from dist_train.config import load_config
 
     allow_code(allow or [])
-    # Before torch is loaded: a mistyped setting is told at once.
+    # Before the import of torch, so that a wrong setting is shown at once.
     settings = load_config(config, overrides or [])
     from dist_train.training.train import train as fit
 
@@ -392,13 +398,13 @@ def train(
 @app.command()
 def doctor(
     folder: Annotated[
-        Path, typer.Option(help="A folder on the disk that runs will be written to.")
+        Path, typer.Option(help="A folder on the disk for runs, which is checked too.")
     ] = Path(),
     timeout: Annotated[
-        float, typer.Option(min=1.0, help="Seconds that processes wait for each other.")
+        float, typer.Option(min=1.0, help="Seconds that processes wait for others.")
     ] = 60.0,
 ) -> None:
-    """Check this machine before training; under a launcher, all machines and their network."""
+    """Check this machine before training. Under a launcher: all machines and their network."""
     from dist_train.doctor.examine import examine
 
     findings = examine(folder.resolve(), timeout=timeout)
@@ -410,23 +416,30 @@ def doctor(
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    store: Annotated[Path | None, typer.Option(help="Predict this store instead.")] = None,
+    run: Run,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Predict all clips of this store, not the run's val and test clips."),
+    ] = None,
     store_path: StorePath = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write; the run's own.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the predictions; the run's if unset.")
+    ] = None,
     prior: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Share of positives where the model is used."),
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Share of positives among the clips of later use, for calibration; if unset, "
+            "that of the train split.",
+        ),
     ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1.0, help="Calibrated threshold; fitted on val if unset."),
-    ] = None,
+    threshold: Threshold = None,
     allow: Allow = None,
 ) -> None:
-    """Predict held-out or new clips, averaged over the run's snapshots.
+    """Predict held-out or new clips by the mean over the run's snapshots.
 
-    With many processes, by 'accelerate launch -m dist_train predict ...': they share the clips.
+    For several processes: 'accelerate launch -m dist_train predict ...'.
     """
     from dist_train.evaluation.predict import predict as write_predictions
 
@@ -448,13 +461,10 @@ def predict(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder with predictions.")],
-    threshold: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1.0, help="Calibrated threshold; fitted on val if unset."),
-    ] = None,
+    run: Annotated[Path, typer.Argument(help="Folder of a run with predictions.")],
+    threshold: Threshold = None,
 ) -> None:
-    """Judge a run's predictions."""
+    """Print the metrics of a run's predictions, with confidence intervals."""
     from dist_train.evaluation.evaluate import evaluate_run
     from dist_train.evaluation.evaluation_text import table
 
@@ -463,17 +473,17 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Run,
     out: Annotated[Path, typer.Option(help="Safetensors file to write.")],
-    onnx: Annotated[Path | None, typer.Option(help="ONNX file to write as well.")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="ONNX file to write, too.")] = None,
     step: Annotated[
         int | None,
-        typer.Option(min=1, help="Step of one snapshot or checkpoint; unset: all snapshots."),
+        typer.Option(min=1, help="Step of one snapshot or checkpoint; if unset, all snapshots."),
     ] = None,
     store_path: StorePath = None,
     allow: Allow = None,
 ) -> None:
-    """Write a run's model as one file: what 'predict' uses, all snapshots together."""
+    """Write the model that 'predict' uses, with all snapshots, to one file."""
     from dist_train.evaluation.export import export_run
 
     allow_code(allow or [])
@@ -484,17 +494,15 @@ def export(
 
 
 @app.command()
-def report(
-    run: Annotated[Path, typer.Argument(help="A run folder.")], store_path: StorePath = None
-) -> None:
-    """Write a run's report: one HTML page that needs nothing else."""
+def report(run: Run, store_path: StorePath = None) -> None:
+    """Write a run's report, one HTML page without other files."""
     from dist_train.evaluation.report import report_run
 
     _echo(f"report in {report_run(run, store_path=store_path)}")
 
 
 def _echo(line: str) -> None:
-    """Print a line in which there may be names that strangers chose."""
+    """Print a line; names in it cannot act as terminal commands."""
     typer.echo(printable(line))
 
 
@@ -502,16 +510,17 @@ def _say(line: str) -> None:
     console.print(line, soft_wrap=True)
 
 
-def _share(text: str, option: str) -> float:
-    """A share given as "1%" or "0.01"."""
-    number, percent, rest = text.partition("%")
+def _share(text: str) -> float:
+    """The value of --max-rejected, given as "1%" or "0.01"."""
     try:
-        share = float(number) / (100 if percent else 1)
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         share = -1.0
-    if rest or not 0 <= share <= 1:
+    if not 0 <= share <= 1:
         raise ConfigError(
-            f"'{text}' is not a share", where=option, fix="Give it as 1% or 0.01, from 0 to 1."
+            f"'{text}' is not a share",
+            where="--max-rejected",
+            fix="Give it as 1% or 0.01, from 0 to 1.",
         )
     return share
 
@@ -523,16 +532,16 @@ def _colour(text: str | None) -> OutlineColour:
 
 
 class _OneLine(logging.Formatter):
-    """Names in a message are no commands to the terminal, and start no line of their own."""
+    """Escapes line breaks and terminal commands in messages."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         return printable(super().formatMessage(record))
 
 
 def main() -> None:
-    """Run the command line; a user's error ends in one message and a non-zero exit code."""
+    """Run the command line. A user's error ends in one message and a non-zero exit code."""
     for stream in (sys.stdout, sys.stderr):
-        # Names may hold what the terminal's encoding, or any, has not.
+        # The terminal may lack characters of names.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
@@ -546,14 +555,13 @@ def main() -> None:
     except DistTrainError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
-        # The disk and its permissions are the user's too; a full one may name no file.
+        # Disks and permissions are up to the user. Errors of a full disk may name no file.
         if NO_TEMPORARY_FOLDER in str(error):
             _fail(f"{error.strerror or error}. Set TMPDIR to a folder that can be written to.", 1)
         fix = advice(error)
         if error.filename is None and fix is None:
             raise
-        where = "" if error.filename is None else f"{error.filename}: "
-        _fail(f"{where}{error.strerror}{'' if fix is None else f'. {fix}'}", 1)
+        _fail(str(DistTrainError(error.strerror or "", where=error.filename, fix=fix)), 1)
     except (MemoryError, RuntimeError) as error:
         told = lack_of_memory(error)
         if told is None:
@@ -567,11 +575,10 @@ def _is_first() -> bool:
 
 
 def _leave_launch(code: int = 0) -> None:
-    """End a launched process at once: all is written, and its process group is closed.
+    """End a launched process at once; all files are written, and its process group is closed.
 
-    gloo's threads outlive the group, and the end of the interpreter under them aborts about one
-    process in ten of ZeRO on CPUs (torch 2.13, deepspeed 0.19.8), whose launcher would never see
-    the code that it was to end with.
+    gloo's threads outlive the group, and abort about one process in ten of ZeRO on CPUs when the
+    interpreter ends normally (torch 2.13, deepspeed 0.19.8). The launcher would miss the exit code.
     """
     if "WORLD_SIZE" in os.environ:
         for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -582,12 +589,9 @@ def _leave_launch(code: int = 0) -> None:
 
 def _fail(message: str, code: int) -> NoReturn:
     message = " ".join(message.split())
-    if is_told(message):
-        _leave_launch(code)
-        sys.exit(code)
-    rank = os.environ.get("RANK", "0")
-    process = "" if rank == "0" else f" (process {rank})"
-    print(f"error{process}: {printable(message)}", file=sys.stderr, flush=True)
+    if not is_told(message):
+        process = "" if _is_first() else f" (process {os.environ['RANK']})"
+        print(f"error{process}: {printable(message)}", file=sys.stderr, flush=True)
     _leave_launch(code)
     sys.exit(code)
 
@@ -614,6 +618,11 @@ def _print_copies(store: Path) -> None:
         _echo(copies)
 
 
-def _print_faults(faults: Sequence[object]) -> None:
+def _faults_of(store: Path, workers: int | None) -> list[Any]:
+    from dist_train.data.store.verify import verify as find_faults
+
+    with progress("verify") as report:
+        faults = find_faults(store, workers=workers, progress=report)
     for fault in faults:
         _echo(f"bad: {fault}")
+    return faults

@@ -1,8 +1,8 @@
 """The settings of a run: one frozen tree, read from YAML and ``key=value`` overrides.
 
 The tree is the only description of a run. Functions outside ``trainer.py``, ``predict.py`` and the
-command line take the section, or the plain values, that they need, never the whole tree. The text
-below a setting is what ``dist-train config`` and ``docs/settings.md`` say of it.
+command line take the section or the plain values that they need. ``dist-train config`` and
+``docs/settings.md`` show the text below each setting.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -35,6 +35,7 @@ from dist_train.metrics import higher_is_better
 from dist_train.plain_yaml import parse_yaml, read_yaml, yaml_text
 
 COMMAND_LINE = "command line"
+STORE_FIX = "Give the folder that 'dist-train prepare' wrote, as store=FOLDER."
 
 
 def _usable(path: Path) -> Path:
@@ -45,7 +46,7 @@ def _usable(path: Path) -> Path:
 
 
 def _whole_size(size: object) -> object:
-    # pydantic reads as far as it understands, and takes "8,5GiB" for 8 bytes.
+    # pydantic would ignore the rest, and read "8,5GiB" as 8 bytes.
     if isinstance(size, str) and not re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*[A-Za-z]*\s*", size):
         raise ValueError("it must be a number of bytes, such as 8GiB")
     return size
@@ -59,8 +60,8 @@ def _known_metric(name: str) -> str:
     return name
 
 
-# Bounds are far beyond any use, and near enough that a slip of the keyboard meets them here rather
-# than as a lack of memory, an overflow, or a run that never ends.
+# Bounds are far beyond any use. They refuse typing errors that would otherwise end in a lack of
+# memory, an overflow, or a run that never ends.
 Count = Annotated[int, Field(ge=1, le=10**9)]
 CountOrNone = Annotated[int, Field(ge=0, le=10**9)]
 Few = Annotated[int, Field(ge=1, le=1024)]
@@ -73,18 +74,17 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0, le=10.0)]
 Bytes = Annotated[ByteSize, BeforeValidator(_whole_size), Field(ge=1, le=2**60)]
-# A year and more.
+# At most 15 months.
 Seconds = Annotated[float, Field(gt=0.0, le=4e7)]
 Place = Annotated[Path, AfterValidator(_usable)]
-#: Of a function or class, by name, as YAML has them.
+#: Arguments of a function or class, by name.
 Arguments = dict[str, JsonValue]
-
-#: What each checkpoint is judged by, as the log names it.
+#: A metric of held-out clips, as the log names it.
 HeldOutMetric = Annotated[str, AfterValidator(_known_metric)]
 
 
 class Section(BaseModel):
-    """A frozen group of settings that refuses keys it does not know, and infinite numbers."""
+    """A frozen group of settings that refuses unknown keys and infinite numbers."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
@@ -95,13 +95,12 @@ class SelectSettings(Section):
     """Which clips of the store take part."""
 
     tier2_crowd_score: Fraction | None = None
-    """Keep all clips of tier 1, and of tier 2 the positives whose crowd score is above this (the
-    original recipe used 0.6); null keeps every labelled clip."""
+    """Take all clips of tier 1, and the positives of tier 2 whose crowd score is above this (0.6 in
+    the original recipe); null takes every labelled clip."""
 
 
 class SplitSettings(Section):
-    """Train, val and test. A split given by the manifest is used as it is; otherwise folds are
-    cut."""
+    """Train, val and test: the split of the manifest, or else folds."""
 
     folds: Annotated[int, Field(ge=3, le=1000)] = 5
     """Number of folds that the clips are cut into."""
@@ -111,14 +110,14 @@ class SplitSettings(Section):
     """"stratify" spreads each group and class evenly over the folds (project ids); "disjoint" keeps
     every group inside one fold (patients)."""
     ungrouped: Literal["refuse", "own", "together"] = "refuse"
-    """What "disjoint" does with clips that have no group: "refuse" them, take each for a group of
-    its "own", or all "together" for one group."""
+    """What "disjoint" does with clips that have no group: "refuse" them, treat each as its "own"
+    group, or all "together" as one group."""
     duplicates: Literal["refuse", "keep", "together"] = "refuse"
-    """What training does where clips of the same pixels lie in different splits: "refuse" to begin,
+    """What training does if clips with equal pixels lie in different splits: "refuse" to begin,
     "keep" them, or put them "together" into one split when folds are cut."""
     train_on_all: bool = False
-    """Hold no fold out, so that nothing is judged; for the final training of settings that were
-    chosen by held-out clips."""
+    """Train on all folds, without validation; for a final training with settings that held-out
+    clips have chosen."""
 
     @model_validator(mode="after")
     def _fold_exists(self) -> SplitSettings:
@@ -128,14 +127,14 @@ class SplitSettings(Section):
 
 
 class ClipStage(Section):
-    """The shape of clips in a number of epochs at the beginning of training."""
+    """The shape of clips in the first epochs of training."""
 
     epochs: Epochs
-    """Epochs that the stage lasts."""
+    """Number of epochs of the stage."""
     size: tuple[Pixels, Pixels]
     """Height and width in pixels."""
     max_frames: Frames | None = None
-    """Largest number of frames; that of the section holds as well."""
+    """Largest number of frames; the section's limit applies, too."""
 
 
 class ClipSettings(Section):
@@ -147,11 +146,11 @@ class ClipSettings(Section):
     """Longer clips are cut to this many consecutive frames, at a random place in training and in
     the middle otherwise; null keeps all frames."""
     growth: Annotated[tuple[ClipStage, ...], Field(max_length=100)] = ()
-    """Smaller clips for the first epochs of training, stage by stage (as in multigrid training, Wu
-    et al. 2020); held-out clips are of full size throughout."""
+    """Smaller clips for the first epochs of training, stage by stage (multigrid training, Wu et
+    al. 2020); held-out clips always have full size."""
 
     def at(self, epoch: int) -> ClipSettings:
-        """What holds for training in an epoch, counted from 0."""
+        """The settings for training in an epoch, counted from 0."""
         for stage, end in zip(self.growth, self.stage_ends, strict=True):
             if epoch < end:
                 caps = [most for most in (stage.max_frames, self.max_frames) if most is not None]
@@ -160,24 +159,24 @@ class ClipSettings(Section):
 
     @property
     def stage_ends(self) -> list[int]:
-        """The epoch, counted from 0, that each stage of ``growth`` ends before."""
+        """First epoch, counted from 0, after each stage of ``growth``."""
         return list(accumulate(stage.epochs for stage in self.growth))
 
 
 class AugmentSettings(Section):
-    """Probability of each augmentation; every frame of a clip gets the same draw."""
+    """Probability of each augmentation; all frames of a clip get the same draw."""
 
     preset: Literal["original"] | None = None
-    """"original" takes transforms, ranges and order of the original recipe, each block at 0.5
-    unless its probability is given; docs/augmentation.md says what differs."""
+    """"original" takes transforms, ranges and order of the original recipe, each with probability
+    0.5 unless given; docs/augmentation.md says what differs."""
     flip: Fraction = 0.5
     """Probability of mirroring, drawn for each of the two axes of the frame."""
     rotate90: Fraction = 0.5
-    """Probability of a turn by 0 to 3 quarters, each as likely."""
+    """Probability of a rotation by 0, 90, 180 or 270 degrees, with equal chances."""
     reverse: Fraction = 0.5
     """Probability of playing the clip backwards."""
     brightness: Fraction = 0.0
-    """Probability of another brightness and contrast."""
+    """Probability of a change of brightness and contrast."""
     blur_noise: Fraction = 0.0
     """Probability of blur or noise."""
     distort: Fraction = 0.0
@@ -185,7 +184,7 @@ class AugmentSettings(Section):
     shift_scale_rotate: Fraction = 0.0
     """Probability of a small shift, zoom and rotation."""
     device: bool = False
-    """Loader workers only read clips and draw; the device resizes and augments them."""
+    """Loader workers only read clips and draw parameters; the device resizes and augments."""
 
     @model_validator(mode="before")
     @classmethod
@@ -199,31 +198,31 @@ class AugmentSettings(Section):
     def _preset_is_of_the_host(self) -> AugmentSettings:
         if self.preset is not None and self.device:
             raise ValueError(
-                f"preset: {self.preset} draws noise for each frame, which is done on the host "
-                "only; leave out device: true"
+                f"preset: {self.preset} draws noise for each frame, which only the host can; "
+                "leave out device: true"
             )
         return self
 
 
 class PlanSettings(Section):
-    """The global batch, cut evenly over ranks and accumulation steps, and its order."""
+    """The global batch, which is cut evenly over ranks and micro-batches, and its order."""
 
     batch: Annotated[int, Field(ge=1, le=10**6)] = 32
-    """Clips of a step, over all ranks."""
+    """Number of clips in a step, over all ranks."""
     ratio: ClassRatio = ClassRatio(1, 3)
     """Positives to negatives, exact in every micro-batch."""
     order: Literal["banded", "random"] = "banded"
-    """"banded" puts clips of like depth into one step; "random" does not look at depth."""
+    """"banded" puts clips of similar depth into one step; "random" ignores depth."""
     negatives: Literal["matched", "natural"] = "matched"
-    """Depths of the negatives: "matched" to those of the positives, or their "natural" ones."""
+    """Depths of the negatives: "matched" to the positives of the step, or "natural", as drawn."""
     max_voxels: Annotated[int, Field(ge=1, le=10**15)] | None = None
-    """A step takes as many times `plan.batch` clips as stay within this many voxels; null takes
-    `plan.batch` clips always."""
+    """Largest number of voxels in a step: shallow clips make steps of several times `plan.batch`
+    clips. With null every step has `plan.batch` clips."""
     balance_groups: bool = False
-    """Draw negatives of each group equally often, whatever its size."""
+    """Draw negatives of each group equally often, regardless of its size."""
     weights: Place | None = None
-    """A CSV with filename,weight that says how often a negative is drawn against the others; clips
-    that it does not name weigh 1. It is read anew at the start of each epoch."""
+    """A CSV with filename,weight: how often a negative is drawn relative to others. Clips that it
+    does not name have weight 1. It is read at the start of each epoch."""
 
     @model_validator(mode="after")
     def _fits(self) -> PlanSettings:
@@ -235,7 +234,7 @@ class PlanSettings(Section):
         if self.max_voxels is not None and self.order == "random":
             raise ValueError("a voxel budget (max_voxels) needs order: banded")
         if self.weights is not None and self.max_voxels is not None:
-            # Where the steps begin would depend on the weights, which change as training goes on.
+            # The steps of the plan would depend on the weights, which change during training.
             raise ValueError("weights cannot be read beside a voxel budget; leave out max_voxels")
         return self
 
@@ -244,39 +243,39 @@ class LoaderSettings(Section):
     """The processes that read clips."""
 
     workers: FewOrNone = 2
-    """Worker processes of each rank; 0 reads in the training process itself."""
+    """Number of worker processes of each rank; 0 reads in the training process itself."""
     prefetch: Few = 4
-    """Micro-batches that each worker keeps ready."""
+    """Number of micro-batches that each worker keeps ready."""
 
 
 class ModelSettings(Section):
     """The network."""
 
     name: str = "resnet3d-101"
-    """Architecture, such as resnet3d-10, or the import path of a class, such as mylab.nets:Net
-    (docs/extending.md); an unknown name is refused with all that there are."""
+    """Architecture, such as resnet3d-10 (an unknown name is refused with a list of all), or the
+    import path of a class, such as mylab.nets:Net (docs/extending.md)."""
     args: Arguments = {}
-    """Arguments of a model other than resnet3d, which has settings of its own in their place:
-    `model.width` to `model.dropout`."""
+    """Arguments of a model other than resnet3d, whose settings are `model.width` to
+    `model.dropout`."""
     init: Place | None = None
-    """Weights that a new run begins with: a run's folder (its newest snapshot, or else checkpoint),
-    one of its snapshots or checkpoints, or an export. The optimizer begins afresh."""
+    """Weights to begin a new run with: a run's folder (its newest snapshot, or else checkpoint),
+    one of its snapshots or checkpoints, or an export. The optimizer's state is new."""
     width: Few = 64
-    """Channels of the stem; those of all stages are multiples of it."""
+    """Channels of the stem; the stages have multiples of it."""
     stem_stride: tuple[Stride, Stride, Stride] = (1, 2, 2)
     """Stride of the first convolution over frames, height and width."""
     stem_pool: bool = True
     """Max-pool with stride 2 after the first convolution."""
     stem_folded: bool = False
-    """Compute the stem by space to depth, which is the same but for rounding."""
+    """Compute the stem by space to depth; the result differs by rounding only."""
     dropout: BelowOne = 0.0
     """Probability that a feature is dropped before the last layer, in training."""
     recompute: Literal["none", "cheap", "block", "stage"] = "none"
-    """Activations that the backward pass computes again and does not keep; docs/activations.md says
-    what each mode keeps and costs."""
+    """Activations that are not kept, but computed again in the backward pass; docs/activations.md
+    says what each mode keeps and costs."""
     activation_memory: Bytes | None = None
-    """Memory that activations may take; the cheapest modes that fit are chosen for
-    each part of the network."""
+    """Memory for activations; each part of the network gets the cheapest mode of recomputing with
+    which all fit."""
 
     @model_validator(mode="after")
     def _budget_chooses(self) -> ModelSettings:
@@ -292,10 +291,10 @@ class LossSettings(Section):
     """The loss that training minimises."""
 
     name: str = "bce"
-    """One of `training/losses.py`, or the import path of a function or class, such as
-    mylab.losses:Focal (docs/extending.md)."""
+    """"bce", or the import path of a function or class, such as mylab.losses:Focal
+    (docs/extending.md)."""
     args: Arguments = {}
-    """Arguments of the loss besides logits and labels."""
+    """Arguments of the loss, besides logits and labels."""
 
 
 class NormSettings(Section):
@@ -303,15 +302,15 @@ class NormSettings(Section):
 
     shared: bool = True
     """In training, take statistics over the clips of all processes, so that they do not depend on
-    how many there are."""
+    the number of processes."""
     fused: bool = False
-    """In training, compile it into one kernel with the shortcut's sum and the ReLU behind it; the
-    same but for rounding."""
+    """In training, compile normalisation, the shortcut's sum and the ReLU into one kernel; the
+    result differs by rounding only."""
     momentum: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """Weight of a step's statistics in the running ones."""
     precise_steps: CountOrNone = 4
-    """Judge held-out clips, and save snapshots, by fresh statistics over the clips of this many
-    last steps; 0 takes the running ones, which lag behind weights that move."""
+    """Validation and snapshots take fresh statistics over the clips of this many last steps; 0
+    takes the running statistics, which lag behind fast weights."""
 
 
 class OptimSettings(Section):
@@ -322,25 +321,25 @@ class OptimSettings(Section):
     weight_decay: Rate = 0.05
     """Decoupled weight decay."""
     decay: Literal["weights", "all"] = "weights"
-    """Parameters that weight decay applies to: "weights" with two or more axes, or "all", biases
-    and BatchNorm's scales too."""
+    """Parameters with weight decay: "weights" with two or more axes, or "all", including biases and
+    BatchNorm's scales."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay of the two moments."""
     clip_norm: Annotated[float, Field(gt=0.0, le=1e9)] | None = 1.0
     """Largest norm of the gradient of a step; null for no limit."""
     fused: bool = False
-    """One kernel for the whole update; the same but for rounding."""
+    """One kernel for the whole update; the result differs by rounding only."""
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Validation and snapshots take an exponential moving average of the weights with this decay,
-    such as 0.999, in place of the weights; null for none."""
+    """Decay, such as 0.999, of an exponential moving average of the weights, which validation and
+    snapshots use in place of the weights; null for none."""
 
 
 class ScheduleSettings(Section):
     """The learning rate over the run."""
 
     name: Literal["cosine", "oscillating"] = "cosine"
-    """After the warm-up, "cosine" is half a cosine down to the lowest rate at the last step;
-    "oscillating" is whole cosine waves between the two rates."""
+    """After the warm-up, "cosine" falls to the lowest rate at the last step; "oscillating" repeats
+    whole cosine waves between the two rates."""
     warmup_epochs: Annotated[float, Field(ge=0.0, le=1e6)] = 1.0
     """Epochs of linear warm-up."""
     min_lr: Rate = 1e-6
@@ -350,89 +349,85 @@ class ScheduleSettings(Section):
 
 
 class TrainSettings(Section):
-    """Length of the run, arithmetic, and how a global batch is cut."""
+    """Length of the run, arithmetic, and processes."""
 
     epochs: Epochs = 20
-    """Length of the run; an epoch visits each positive once."""
+    """Number of epochs; an epoch visits each positive once."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """"bf16" and "fp16" are autocast; parameters and statistics stay float32."""
+    """"bf16" and "fp16" use autocast; parameters and statistics stay float32."""
     accumulate: Annotated[int, Field(ge=1, le=10**6)] = 1
-    """Micro-batches that each rank's share of a step is cut into."""
+    """Number of micro-batches that each rank's part of a step is cut into."""
     channels_last: bool = True
     """Channels-last memory layout, which bf16 convolutions need to be fast."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """"auto" is a CUDA device where there is one. Where there is none it is the CPU, but not under
-    a launcher, whose processes are meant for cards unless "cpu" says otherwise."""
+    """"auto" takes a CUDA device if there is one, else the CPU. Under a launcher, whose processes
+    are meant for GPUs, the CPU needs "cpu"."""
     backend: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
     """"ddp", DeepSpeed's ZeRO stage 1, 2 or 3, or torch's FSDP2; docs/scaling.md says which to
     choose."""
     offload: bool = False
     """Keep ZeRO's moments, and update the weights, on the host."""
     graphs: bool = False
-    """On one CUDA device, record the passes of a batch for each of its shapes, and replay them by a
-    single launch (CUDA graphs); docs/numerics.md says where."""
+    """Record the passes of each shape of batch on a CUDA device, and replay them with one launch
+    (CUDA graphs); docs/numerics.md says when."""
     timeout: Seconds = 1800.0
-    """Seconds after which a process that waits for others gives up."""
+    """Seconds after which a process stops waiting for others."""
     hang_timeout: Annotated[
         Seconds | None, Field(validation_alias=AliasChoices("hang_timeout", "hang"))
     ] = 3600.0
-    """Seconds without a finished step, or held-out batch, after which a run ends; at most three
-    quarters of `train.timeout`, so that a hung process reports where it is before others give up.
-    Runs of earlier versions call it "hang"."""
+    """Seconds without a finished step or validation batch after which a run ends. At most three
+    quarters of `train.timeout` count, so that a hung process reports its place before others stop
+    waiting. Earlier versions call it "hang"."""
     max_skips: CountOrNone = 3
-    """Steps of a session that may be left out because their loss or gradient was not finite,
-    twice."""
+    """Number of steps of a session that may be skipped: their loss or gradient was not finite, and
+    again not on a second try."""
     check_steps: CountOrNone = 2
-    """All processes compare their weights after each of a session's first so many steps."""
+    """Number of first steps of a session after which all processes compare their weights."""
     straggler_ratio: Annotated[
         float, Field(gt=1.0, le=1e6, validation_alias=AliasChoices("straggler_ratio", "slow"))
     ] = 1.5
-    """Warn about a process whose own work takes this multiple of the median's. Runs of earlier
-    versions call it "slow"."""
+    """Warn about a process whose own work takes this multiple of the median. Earlier versions call
+    it "slow"."""
     probe: Literal["cuda", "always", "never"] = "cuda"
-    """Devices on which the largest micro-batch is tried before the first step; if memory does not
+    """Devices on which the largest micro-batch is tried before the first step. If memory does not
     suffice, `train.accumulate` is raised for this machine."""
 
     @model_validator(mode="after")
-    def _offload_has_zero(self) -> TrainSettings:
+    def _backend_can(self) -> TrainSettings:
         if self.offload and not self.backend.startswith("zero"):
-            raise ValueError("offload is offered under ZeRO only; choose backend: zero1, 2 or 3")
-        return self
-
-    @model_validator(mode="after")
-    def _graphs_fit(self) -> TrainSettings:
+            raise ValueError("offload works under ZeRO only; choose backend: zero1, zero2 or zero3")
         if self.graphs and (self.backend != "ddp" or self.precision == "fp16"):
-            raise ValueError("graphs are offered under ddp only, in bf16 or fp32")
+            raise ValueError("graphs work under backend: ddp only, in bf16 or fp32")
         return self
 
 
 class CheckpointSettings(Section):
-    """When the run is saved for resuming, and which checkpoints are kept."""
+    """When the run is saved, and which checkpoints are kept."""
 
     every_steps: Count = 500
     """Steps between two checkpoints."""
     keep_last: Count = 2
     """Number of newest checkpoints that are kept."""
     keep_every: Count | None = None
-    """Keep also the checkpoints whose step is a multiple of this; null for none."""
+    """Also keep checkpoints whose step is a multiple of this; null for none."""
     best: HeldOutMetric | None = None
-    """Keep also the checkpoint with the best value of this metric; the run is then saved at the end
-    of each epoch, too."""
+    """Also keep the checkpoint with the best value of this metric, such as val/mcc@0.5; the run is
+    then also saved at the end of each epoch."""
     max_failures: CountOrNone = 3
-    """This many failures in a row to write a checkpoint are warned of only, as long as there is an
-    older one to go back to."""
+    """Number of failed writes in a row that only cause a warning, while an older checkpoint
+    exists."""
     accept_other_order: bool = False
     """Resume from a checkpoint of another store, selection, split, plan or seed, at the same step
-    of the new order; otherwise it is passed over."""
+    of the new order; otherwise it is ignored."""
 
 
 class SnapshotSettings(Section):
-    """Which weights are kept for prediction."""
+    """Which weights are saved for prediction."""
 
     at: Literal["minima"] | Annotated[tuple[Epochs, ...], Field(min_length=1, max_length=10**4)] = (
         "minima"
     )
-    """Epochs after which weights are kept (1 is the first), or "minima": at each minimum of the
+    """Epochs (1 is the first) after which weights are saved, or "minima": at each minimum of the
     learning rate and at the end."""
 
 
@@ -445,7 +440,7 @@ class Config(Section):
     """The store that the run reads."""
     # torch's generators take 64 bits.
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of all that is drawn: folds, order, augmentation, dropout and first weights."""
+    """Seed of everything random: folds, order, augmentation, dropout and first weights."""
     select: SelectSettings = SelectSettings()
     split: SplitSettings = SplitSettings()
     clip: ClipSettings = ClipSettings()
@@ -462,34 +457,23 @@ class Config(Section):
     snapshots: SnapshotSettings = SnapshotSettings()
 
     @model_validator(mode="after")
-    def _graphs_run_once(self) -> Config:
-        if self.train.graphs and (self.model.recompute, self.model.activation_memory) != (
-            "none",
-            None,
-        ):
+    def _sections_fit(self) -> Config:
+        recomputes = self.model.recompute != "none" or self.model.activation_memory is not None
+        if self.train.graphs and recomputes:
             raise ValueError(
-                "what is recomputed cannot be recorded; leave out model.recompute and "
+                "CUDA graphs cannot recompute activations; leave out model.recompute and "
                 "model.activation_memory, or train.graphs"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _best_is_judged(self) -> Config:
         if self.split.train_on_all and self.checkpoint.best is not None:
             raise ValueError(
-                "split.train_on_all holds no clips out to choose checkpoint.best by; leave out "
-                "one of the two"
+                "split.train_on_all leaves no held-out clips for checkpoint.best; leave out one of "
+                "the two"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _snapshots_fall_inside(self) -> Config:
-        if self.snapshots.at != "minima":
-            late = [epoch for epoch in self.snapshots.at if epoch > self.train.epochs]
-            if late:
-                raise ValueError(
-                    f"snapshots.at names epoch {late[0]}, but train.epochs is {self.train.epochs}"
-                )
+        last = 0 if self.snapshots.at == "minima" else max(self.snapshots.at)
+        if last > self.train.epochs:
+            raise ValueError(
+                f"snapshots.at names epoch {last}, but train.epochs is {self.train.epochs}"
+            )
         return self
 
 
@@ -502,29 +486,32 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         ConfigError: a missing or malformed file, an unknown key (with its nearest match), a key
             that is given twice, or a value that does not fit.
     """
-    known = set(_dotted_keys(Config))
-    tree: dict[str, Any] = {} if path is None else _read_tree(path)
-    given = _given_overrides(overrides, known)
-    for key in _given_keys(tree):
-        _check_known(key, known, path)
+    tree = {} if path is None else _read_tree(path)
+    given = _parse_overrides(overrides)
     for key, value in given.items():
         _assign(tree, key, value)
-
-    def where(key: str) -> object:
-        overridden = any(name == key or name.startswith(f"{key}.") for name in given)
-        return COMMAND_LINE if path is None or overridden else path
-
     try:
-        # By way of JSON, whose strict types are those of YAML: a list is a tuple, text a path.
+        # Strict validation of JSON accepts what YAML can hold: a list for a tuple, text for a path.
         return Config.model_validate_json(json.dumps(tree), strict=True)
+    except RecursionError:
+        raise ConfigError("the settings are nested too deeply", where=path) from None
     except ValidationError as error:
-        key, what = _first_of(error)
-        raise ConfigError(f"setting '{key}': {what}" if key else what, where=where(key)) from None
+        key, reason = _first_of(error)
+        overridden = next((name for name in given if f"{name}.".startswith(f"{key}.")), None)
+        where = COMMAND_LINE if path is None or overridden else path
+        fix: str | None
+        if reason is None:
+            key = overridden or key
+            what, fix = f"unknown setting '{_shortened(key)}'", _nearest(key)
+        else:
+            what = f"setting '{_shortened(key)}': {reason}" if key else reason
+            fix = STORE_FIX if key == "store" else None
+        raise ConfigError(what, where=where, fix=fix) from None
 
 
 def last_of_each(settings: Sequence[str]) -> list[str]:
-    """``key=value`` settings with the last value of each key, for a program that adds settings to a
-    list: ``load_config`` refuses a key that is given twice."""
+    """``key=value`` settings with only the last value of each key, as ``load_config`` refuses a key
+    that is given twice."""
     return [f"{key}={value}" for key, value in dict(s.split("=", 1) for s in settings).items()]
 
 
@@ -534,37 +521,47 @@ def dump_config(config: Config, path: Path) -> None:
 
 
 def config_text(config: Config) -> str:
-    """What ``dump_config`` writes."""
+    """The text that ``dump_config`` writes."""
     return yaml_text(config.model_dump(mode="json"))
 
 
 def changes(before: Config, now: Config) -> list[str]:
     """What differs, as "optim.lr: 0.001 before, 0.01 now", in the order of the tree."""
-    pairs = zip(_leaves(before), _leaves(now), strict=True)
-    return [f"{key}: {was} before, {new} now" for (key, was), (_, new) in pairs if was != new]
+    was, new = (dict(_leaves(config.model_dump())) for config in (before, now))
+    return [
+        f"{key}: {was.get(key)} before, {new.get(key)} now"
+        for key in {**was, **new}
+        if was.get(key) != new.get(key)
+    ]
 
 
-def _leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name in type(section).model_fields:
-        value = getattr(section, name)
-        if isinstance(value, Section):
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted key and the value of each leaf of nested dicts."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
 
-def _first_of(error: ValidationError) -> tuple[str, str]:
-    """The first setting that does not fit, and why; of a choice of forms, why not each of them."""
-    first, *others = error.errors()
+def _first_of(error: ValidationError) -> tuple[str, str | None]:
+    """The key of the first setting that does not fit, and the reason; None for an unknown key.
+
+    Unknown keys come first. If a setting has several forms, the reason is that of each form.
+    """
+    errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    first, *others = errors
     place, reasons = first["loc"], [_reason(first)]
-    if len(place) > 2 and isinstance(place[2], str) and place[2] not in ClipStage.model_fields:
-        # After section and setting comes the name of a form, which is pydantic's own.
+    if len(place) > 2 and isinstance(place[2], str) and place[0] not in ("clip", "plan"):
+        # After section and setting comes pydantic's name of a form.
         place = place[:2]
         reasons += [_reason(other) for other in others if other["loc"][:2] == place]
-    key = ".".join(str(part) for part in place)
-    # A section's own rule, and a key that is missing, have no value that could be told.
-    told = "" if isinstance(first["input"], dict) else f", not {_shown(first['input'])}"
-    return _shortened(key), "; or: ".join(reasons) + told
+    key = ".".join(map(str, place))
+    if first["type"] == "extra_forbidden":
+        return key, None
+    # A rule of a section, and a missing key, have no value to show.
+    value = "" if isinstance(first["input"], dict) else f", not {_shown(first['input'])}"
+    return key, "; or: ".join(reasons) + value
 
 
 def _reason(error: ErrorDetails) -> str:
@@ -575,8 +572,8 @@ def _reason(error: ErrorDetails) -> str:
             return "Input should be a list"
         case "model_type":
             return "Input should be a section of 'key: value' settings"
-        case "extra_forbidden":
-            return "there is no such setting here"
+        case "missing":
+            return "it must be given"
         case "string_type" if not isinstance(error["input"], dict | list):
             return "Input should be text; put it in quotes if it is meant"
         case "value_error":
@@ -586,7 +583,7 @@ def _reason(error: ErrorDetails) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as YAML writes it, on one line and not too long."""
+    """A value as YAML, on one line of at most 80 characters."""
     return _shortened(json.dumps(value, ensure_ascii=False, default=str))
 
 
@@ -603,67 +600,31 @@ def _read_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _given_overrides(overrides: Sequence[str], known: set[str]) -> dict[str, Any]:
-    """Each override's key and value; one that gives a section gives each setting of it."""
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The value of each dotted key. A section, such as ``plan={batch: 8}``, gives its leaves."""
     given: dict[str, Any] = {}
     for override in overrides:
-        key, value = _parse_override(override)
-        _check_known(key, known, COMMAND_LINE)
-        for name, leaf in _flat(key, value):
-            _check_known(name, known, COMMAND_LINE)
-            for other in given:
-                if (
-                    name == other
-                    or f"{name}.".startswith(f"{other}.")
-                    or other.startswith(f"{name}.")
-                ):
-                    raise ConfigError(
-                        f"'{name}' is given twice", where=COMMAND_LINE, fix="Give it once."
-                    )
+        key, equals, text = override.partition("=")
+        shown = _shortened(override)
+        if not equals:
+            raise _refused(f"'{shown}' is not of the form key=value")
+        if not text.strip():
+            raise _refused(f"'{shown}' gives no value", fix="Write null for none.")
+        try:
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise _refused(f"the value of '{shown}' is not valid YAML ({error})") from None
+        key = key.strip()
+        leaves = _leaves(value, f"{key}.") if value and isinstance(value, dict) else [(key, value)]
+        for name, leaf in leaves:
+            if any(f"{name}.".startswith(f"{o}.") or o.startswith(f"{name}.") for o in given):
+                raise _refused(f"'{name}' is given twice", fix="Give it once.")
             given[name] = leaf
     return given
 
 
-def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        yield key, value
-        return
-    for name, inner in value.items():
-        yield from _flat(f"{key}.{name}", inner)
-
-
-def _parse_override(override: str) -> tuple[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(
-            f"'{_shortened(override)}' is not of the form key=value", where=COMMAND_LINE
-        )
-    if not text.strip():
-        raise ConfigError(
-            f"'{_shortened(override)}' gives no value",
-            where=COMMAND_LINE,
-            fix="Write null for none.",
-        )
-    try:
-        return key.strip(), parse_yaml(text)
-    except ValueError as error:
-        raise ConfigError(
-            f"the value of '{_shortened(override)}' is not valid YAML ({error})",
-            where=COMMAND_LINE,
-        ) from None
-
-
-def _check_known(key: str, known: set[str], where: object) -> None:
-    if key not in known and not _is_argument(key):
-        raise ConfigError(
-            f"unknown setting '{_shortened(key)}'", where=where, fix=_nearest(key, known)
-        )
-
-
-def _is_argument(key: str) -> bool:
-    """Whether it is one of ``Arguments``, whose names only the function or class knows."""
-    section, args, name = (*key.split(".", 2), "", "")[:3]
-    return (section, args) in {("model", "args"), ("loss", "args")} and bool(name)
+def _refused(what: str, *, fix: str | None = None) -> ConfigError:
+    return ConfigError(what, where=COMMAND_LINE, fix=fix)
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -671,7 +632,7 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
     for section in sections:
         inner = tree.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"'{dotted}': '{section}' is not a section", where=COMMAND_LINE)
+            raise _refused(f"'{dotted}': '{section}' is not a section")
         tree = inner
     tree[leaf] = value
 
@@ -679,32 +640,18 @@ def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
 def _dotted_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
-        if isinstance(field.validation_alias, AliasChoices):
-            yield from (f"{prefix}{old}" for old in field.validation_alias.choices[1:])
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, Section):
-                yield from _dotted_keys(kind, f"{prefix}{name}.")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _dotted_keys(field.annotation, f"{prefix}{name}.")
 
 
-def _given_keys(tree: dict[Any, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in tree.items():
-        if "." in name:
-            # Sections are nested in a file; dots are for the command line.
-            yield f"{prefix}'{name}'"
-        yield f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _given_keys(value, f"{prefix}{name}.")
-
-
-def _nearest(key: str, known: set[str]) -> str:
-    key = key[:80]  # the time to find it grows with the square of its length
-    by_leaf = {name.rpartition(".")[2]: name for name in sorted(known)}
-    near = difflib.get_close_matches(key, sorted(known), n=1) or [
-        by_leaf[leaf]
-        for leaf in difflib.get_close_matches(key.rpartition(".")[2], sorted(by_leaf), n=1)
+def _nearest(key: str) -> str:
+    known = sorted(_dotted_keys(Config))
+    if key in known:
+        return "Write it below its section; dotted keys are for the command line."
+    by_leaf = {name.rpartition(".")[2]: name for name in known}
+    near = difflib.get_close_matches(key, known, n=1) or [
+        by_leaf[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], by_leaf, n=1)
     ]
-    return (
-        f"Did you mean '{near[0]}'?"
-        if near
-        else "Known sections: " + ", ".join(Config.model_fields)
-    )
+    if near:
+        return f"Did you mean '{near[0]}'?"
+    return "Known sections: " + ", ".join(Config.model_fields)

@@ -1,4 +1,4 @@
-"""Every setting with its type, its default and its meaning, as the settings tree has them."""
+"""A list of all settings with type, default and meaning, made from the settings tree."""
 
 from __future__ import annotations
 
@@ -11,33 +11,31 @@ from typing import Any, get_args
 
 from dist_train.config import Config, Section
 
-#: Where the documentation keeps what ``as_markdown`` gives.
 MARKDOWN_HEAD = """# Settings of a training run
 
-Give a setting as `key=value` behind `dist-train train`, or in a YAML file for `--config`, where
-sections are nested: `plan: {batch: 64}` is `plan.batch=64`. Types are strict, and a key that is
-unknown or given twice is refused. `dist-train config` prints this list, and
+Give a setting as `key=value` after `dist-train train`, or in a YAML file for `--config`, where
+sections are nested: `plan: {batch: 64}` is `plan.batch=64`. Types are strict. A key that is unknown
+or given twice is refused. `dist-train config` prints this list, and
 `dist-train config --markdown > docs/settings.md` writes this page.
 """
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting: its dotted key, and what is said of it."""
+    """One setting, by its dotted key."""
 
     key: str
     type: str
     default: str | None
-    """As YAML writes it; None where the setting must be given."""
+    """As YAML; None if the setting must be given."""
     meaning: str
 
 
 @dataclass(frozen=True)
 class SectionHelp:
-    """A section of the tree, or of the items of a list of sections (``clip.growth[]``)."""
+    """A section of the tree, or of a list's items (``clip.growth[]``); "" is the top level."""
 
     key: str
-    """Its dotted key; empty for the top level."""
     meaning: str
     settings: list[Setting]
 
@@ -84,7 +82,7 @@ def as_markdown() -> str:
 
 def _sections(section: type[Section], key: str) -> Iterator[SectionHelp]:
     tree = section.model_json_schema()
-    # Named tuples are defined apart, as sections are.
+    # The schema defines named tuples by reference.
     tuples = {name: it for name, it in tree.get("$defs", {}).items() if "prefixItems" in it}
     schema = {
         name: tuples.get(it.get("$ref", "").rpartition("/")[2], {}) | it
@@ -149,7 +147,7 @@ def _bounds(schema: dict[str, Any]) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as it is typed."""
+    """A value as a user types it."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,8 +1,8 @@
 """Models, losses and readers of file formats from outside the package, named by import path.
 
 Importing a module runs its code, and the settings of a run may come from a stranger. So a module is
-imported only if the user named its package: by ``--allow`` in this call, or on this machine by the
-environment variable ``DIST_TRAIN_ALLOW``, words separated by commas.
+imported only if the user allowed its package: by ``--allow`` for this call, or for this machine by
+the environment variable ``DIST_TRAIN_ALLOW``, a list separated by commas.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,39 +23,41 @@ ALLOW = "DIST_TRAIN_ALLOW"
 
 
 def allow(words: Sequence[str]) -> None:
-    """Allow modules, with all that is below them, in this process and those that it starts.
+    """Allow modules and everything below them, in this process and its children.
 
     Raises:
-        ConfigError: a word is no name of a module.
+        ConfigError: a word is not the name of a module.
     """
     for word in words:
         if not _is_dotted_name(word):
             raise ConfigError(
-                f"{word!r} is no name of a module", where="--allow", fix="Give one such as mylab."
+                f"{word!r} is not the name of a module",
+                where="--allow",
+                fix="Give one such as mylab.",
             )
     os.environ[ALLOW] = ",".join([*_allowed(), *words])
 
 
 def is_import_path(name: str) -> bool:
-    """Whether a name is of something outside of the package, as "mylab.nets:Net" is."""
+    """Whether a name is an import path, such as "mylab.nets:Net"."""
     return ":" in name
 
 
 def load(path: str, where: object, *, checked: bool = False) -> Any:
-    """What an import path, such as "mylab.nets:Net", names.
+    """The object of an import path, such as "mylab.nets:Net".
 
     Args:
         where: the setting or option that names it.
-        checked: the process that started this one has loaded it, so the user allowed it there.
+        checked: the parent process has loaded it, so the user has allowed it.
 
     Raises:
-        ConfigError: the user has not allowed the module, or it cannot be imported, or what it names
-            was made by a module that is not allowed.
+        ConfigError: the module is not allowed or cannot be imported, or the object comes from
+            another module, which is not allowed.
     """
     module, _, name = path.partition(":")
     if not (_is_dotted_name(module) and name.isidentifier()):
         raise ConfigError(
-            f"{path!r} is no import path", where=where, fix="Write it as package.module:Name."
+            f"{path!r} is not an import path", where=where, fix="Write it as package.module:Name."
         )
     if not (checked or _is_allowed(module)):
         word = module.partition(".")[0]
@@ -65,7 +68,7 @@ def load(path: str, where: object, *, checked: bool = False) -> Any:
         )
     try:
         found = getattr(import_module(module), name)
-    except Exception as error:  # whatever the module's own code raises
+    except Exception as error:  # the module's code may raise any
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
             f"{path} cannot be imported ({reason})",
@@ -75,7 +78,7 @@ def load(path: str, where: object, *, checked: bool = False) -> Any:
     made_by = getattr(found, "__module__", None)
     if not (checked or (isinstance(made_by, str) and _is_allowed(made_by))):
         raise ConfigError(
-            f"{path} is of the module {made_by}, which is not allowed",
+            f"{path} comes from the module {made_by}, which is not allowed",
             where=where,
             fix="Name the module that defines it.",
         )
@@ -83,9 +86,11 @@ def load(path: str, where: object, *, checked: bool = False) -> Any:
 
 
 def origin(path: str, where: object) -> dict[str, str | None]:
-    """Where what an import path names comes from, as JSON types: ``path``, ``version`` of the
-    package, None where it has none, and ``sha256`` over all Python files of the package, as one
-    module computes by the others.
+    """Where the code of an import path comes from, as JSON types.
+
+    Returns:
+        ``path``; ``version`` of the package, or None; and ``sha256`` over all Python files of the
+        package, as its modules use each other.
 
     Raises:
         ConfigError: as ``load``.
@@ -99,10 +104,9 @@ def origin(path: str, where: object) -> dict[str, str | None]:
     for source in files:
         content = source.read_bytes() if source.is_file() else b""
         digest.update(f"{source.relative_to(file.parent)} {len(content)}\n".encode() + content)
-    try:
-        number: str | None = version(top.__name__)
-    except PackageNotFoundError:
-        number = str(getattr(top, "__version__", "")) or None
+    number: str | None = getattr(top, "__version__", None)
+    with suppress(PackageNotFoundError):
+        number = version(top.__name__)
     return {"path": path, "version": number, "sha256": digest.hexdigest()}
 
 

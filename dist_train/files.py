@@ -1,7 +1,7 @@
 """Atomic files (written aside, synced, renamed), safe reads, JSON, and CRC-32C.
 
-Writing never follows a symbolic link, and replaces regular files only. A plain file is a regular
-file.
+Writing never follows a symbolic link. It only replaces plain files: regular ones, no devices or
+FIFOs.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from dist_train.system.advice import blame_machine
 
 PARTIAL = ".partial"
 MIB = 1 << 20
-# Limits of JSON files: far above those of this package.
+# Largest JSON file, far above the sizes of this package's files.
 MOST_JSON = 64 * MIB
-MOST_DEPTH = 64
-# Bytes read at a time for a checksum.
-PIECE = 1 << 20
 # The name of an aside file: the final name, 16 hex digits, and the suffix.
 _ASIDE = re.compile(rf"(?P<name>.+)\.[0-9a-f]{{16}}{re.escape(PARTIAL)}", re.DOTALL)
-# Non-blocking, as opening a FIFO without a writer would wait before its type can be checked.
-_CAREFULLY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 @contextmanager
@@ -66,7 +68,7 @@ def _aside(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
     check_replaceable(path)
     aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PARTIAL}")
     try:
-        with new_file(aside) as file:
+        with aside.open("xb") as file:
             yield file, aside
             file.flush()
             os.fsync(file.fileno())
@@ -117,20 +119,10 @@ def check_replaceable(path: Path) -> None:
         return
     if not stat.S_ISREG(mode):
         raise FileError(
-            f"is {_kind(mode)}, and would be replaced by a file",
+            f"is {_KINDS[stat.S_IFMT(mode)]}, and would be replaced by a file",
             where=path,
             fix="Move it away, or give another name.",
         )
-
-
-def new_file(path: Path) -> IO[bytes]:
-    """Create a file and open it for binary writing.
-
-    Raises:
-        FileExistsError: the name is taken, even by a link.
-    """
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _CAREFULLY, 0o666)
-    return os.fdopen(descriptor, "wb")
 
 
 def open_plain(path: Path) -> BufferedReader:
@@ -150,22 +142,15 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
-def check_plain(path: Path, *, most_bytes: int | None = None) -> None:
-    """Check a file that a library will open by name, as that would wait for a FIFO.
+def check_plain(path: Path, *, most_bytes: int) -> None:
+    """Check a file before ``open``, which would wait for a FIFO.
 
     Raises:
         FileError: ``path`` is missing, not a plain file or a link to one, or too long.
         MachineError: the machine is at fault (see ``blame_machine``).
     """
-    try:
-        found = path.stat()
-    except OSError as error:
-        blame_machine(error, path)
-        raise FileError(f"cannot be read ({error.strerror})", where=path) from None
-    if not stat.S_ISREG(found.st_mode):
-        raise FileError(f"is {_kind(found.st_mode)}, not a plain file", where=path)
-    if most_bytes is not None and found.st_size > most_bytes:
-        raise FileError(f"is longer than {most_bytes} bytes", where=path)
+    with _reading(path, most_bytes):
+        pass
 
 
 def read_plain(path: Path, *, most_bytes: int, but: Container[int] = ()) -> bytes:
@@ -178,11 +163,17 @@ def read_plain(path: Path, *, most_bytes: int, but: Container[int] = ()) -> byte
         FileError: the file is missing, not plain, too long, or cannot be read.
         MachineError: the machine is at fault (see ``blame_machine``).
     """
+    with _reading(path, most_bytes, but) as file:
+        return file.read()
+
+
+@contextmanager
+def _reading(path: Path, most_bytes: int, but: Container[int] = ()) -> Iterator[IO[bytes]]:
     try:
         with open_plain(path) as file:
             if os.fstat(file.fileno()).st_size > most_bytes:
                 raise FileError(f"is longer than {most_bytes} bytes", where=path)
-            return file.read()
+            yield file
     except OSError as error:
         blame_machine(error, path, but=but)
         raise FileError(f"cannot be read ({error.strerror})", where=path) from None
@@ -239,20 +230,9 @@ def parse_json(content: bytes | str) -> Any:
         ValueError: the content is not such JSON.
     """
     try:
-        value = json.loads(content, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        return json.loads(content, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except RecursionError:
         raise ValueError("it is too deep") from None
-    level = [value]
-    for _ in range(MOST_DEPTH):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return value
-    raise ValueError("it is too deep")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -276,7 +256,7 @@ def open_lock(path: Path) -> IO[bytes]:
 
 
 def plain_descriptor(path: Path, flags: int) -> int:
-    """``os.open`` for plain files only. For writing, symbolic links are refused.
+    """``os.open`` for plain files, which never waits for a FIFO. For writing, links are refused.
 
     Raises:
         FileError: ``path`` is not a plain file.
@@ -285,44 +265,17 @@ def plain_descriptor(path: Path, flags: int) -> int:
     writes = flags & (os.O_WRONLY | os.O_RDWR)
     if writes and path.is_symlink():
         raise FileError("is a symbolic link, and is not written through", where=path)
-    careful = _CAREFULLY if writes else _CAREFULLY & ~os.O_NOFOLLOW
-    try:
-        descriptor = os.open(path, flags | careful, 0o666)
-    except OSError:
-        _check_plain(path)
-        raise
+    careful = os.O_NONBLOCK | os.O_CLOEXEC | (os.O_NOFOLLOW if writes else 0)
+    descriptor = os.open(path, flags | careful, 0o666)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise FileError(f"is {_kind(mode)}, not a plain file", where=path)
+        raise FileError(f"is {_KINDS[stat.S_IFMT(mode)]}, not a plain file", where=path)
     return descriptor
 
 
-def _check_plain(path: Path) -> None:
-    """Raise FileError for a path that cannot be opened because of its type, such as a socket."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return
-    if not stat.S_ISREG(mode):
-        raise FileError(f"is {_kind(mode)}, not a plain file", where=path) from None
-
-
-def _kind(mode: int) -> str:
-    kinds = {
-        stat.S_IFDIR: "a folder",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
-        stat.S_IFIFO: "a FIFO",
-        stat.S_IFSOCK: "a socket",
-    }
-    return kinds.get(stat.S_IFMT(mode), "no plain file")
-
-
 def check_writable(folder: Path) -> None:
-    """Create a folder and check, with a temporary file, that it can be written.
-
-    For long work whose result is written at the end.
+    """Create a folder and check that it can be written, before long work.
 
     Raises:
         OSError: it cannot be written; ``filename`` is the folder.
@@ -352,8 +305,8 @@ def crc32c_of_file(path: Path) -> int:
         FileError: ``path`` is not a plain file.
         OSError: ``path`` is missing, or cannot be read.
     """
-    # Not by a memory map, as a file that is truncated meanwhile would kill the process.
-    crc, piece = 0, np.empty(PIECE, np.uint8)
+    # A memory map of a file that is truncated meanwhile would kill the process.
+    crc, piece = 0, np.empty(MIB, np.uint8)
     with open_plain(path) as file:
         while size := file.readinto(piece.data):
             crc = google_crc32c.extend(crc, piece[:size])

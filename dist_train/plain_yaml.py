@@ -1,27 +1,60 @@
-"""A subset of YAML for settings: mappings, lists and plain values, read literally.
+"""YAML for settings: mappings, lists and plain values, read literally.
 
 PyYAML reads YAML 1.1: ``010`` is 8, ``1_000`` is 1000, ``12:30`` is 750, ``no`` is false, ``1e-3``
 is a string, and the last of two equal keys wins. Here plain values follow the YAML 1.2 core schema
-in decimal. Duplicate keys, aliases, tags, merge keys and deep nesting are refused.
+in decimal, and duplicate keys, aliases and tags are refused.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dist_train.errors import ConfigError
-from dist_train.system.advice import blame_machine
+from dist_train.errors import ConfigError, FileError
+from dist_train.files import read_plain
 
 #: Settings are a few kilobytes; a larger file is something else.
 MOST_BYTES = 2**18
-DEEPEST = 12
 
+
+class _Reader(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            raise _refused("an alias ('*name') is not allowed", event)
+        if event.tag is not None:
+            raise _refused(f"a tag ('{event.tag}') is not allowed", event)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _refused("a key must be a name", key)
+            if key.value in first:
+                line = first[key.value]
+                raise _refused(f"'{key.value}' is already on line {line}; write it once", key)
+            first[key.value] = key.start_mark.line + 1
+        return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
+
+
+class _Writer(yaml.SafeDumper):
+    """Quotes strings that ``_Reader`` would read as another type."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _refused(problem: str, place: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+
+
+_Reader.add_constructor("tag:yaml.org,2002:map", _Reader.construct_mapping)
+
+#: Type, pattern, and the characters that its values can begin with.
 _PLAIN = (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     # 19 digits suffice for every setting; Python refuses to parse thousands.
@@ -35,72 +68,11 @@ _PLAIN = (
     ),
     ("null", r"~|null|Null|NULL", "~nN"),
 )
-
-#: (tag, pattern) by the first character of the value, the form that PyYAML needs.
-_RESOLVERS: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-for _name, _pattern, _characters in _PLAIN:
-    for _character in _characters:
-        _RESOLVERS.setdefault(_character, []).append(
-            (f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"))
-        )
-
-
-class _Reader(yaml.SafeLoader):
-    yaml_implicit_resolvers = _RESOLVERS
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self._depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            self._refuse("an alias ('*name') is not allowed")
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if getattr(event, "tag", None) is not None:
-            self._refuse(f"a tag ('{event.tag}') is not allowed")
-        self._depth += 1
-        if self._depth > DEEPEST:
-            self._refuse(f"nested deeper than {DEEPEST} levels")
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        first: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(
-                    problem="a key must be a name", problem_mark=key.start_mark
-                )
-            if key.value in first:
-                raise yaml.MarkedYAMLError(
-                    problem=f"'{key.value}' is given already on line {first[key.value]}; "
-                    "write it once",
-                    problem_mark=key.start_mark,
-                )
-            first[key.value] = line
-        return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
-
-    def _refuse(self, what: str) -> None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark)
-
-
-class _Writer(yaml.SafeDumper):
-    """Quotes strings that ``_Reader`` would read as another type."""
-
-    yaml_implicit_resolvers = _RESOLVERS
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _construct_map(reader: _Reader, node: Any) -> dict[Any, Any]:
-    return reader.construct_mapping(node)
-
-
-_Reader.add_constructor("tag:yaml.org,2002:map", _construct_map)
+for _kind in (_Reader, _Writer):
+    _kind.yaml_implicit_resolvers = {}
+    for _name, _pattern, _characters in _PLAIN:
+        _tag, _compiled = f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z")
+        _kind.add_implicit_resolver(_tag, _compiled, list(_characters))
 
 
 def parse_yaml(text: str) -> Any:
@@ -115,11 +87,12 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, _Reader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        what = error.problem or error.context or "malformed"
         place = "" if mark is None else f"line {mark.line + 1}: "
-        raise ValueError(f"{place}{what}") from None
+        raise ValueError(f"{place}{error.problem or error.context or 'malformed'}") from None
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def read_yaml(path: Path) -> Any:
@@ -130,29 +103,9 @@ def read_yaml(path: Path) -> Any:
         MachineError: the machine is at fault (see ``blame_machine``).
     """
     try:
-        # Non-blocking, as opening a FIFO would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
-        blame_machine(error, path)
-        raise ConfigError(f"cannot be read ({_reason(error)})", where=path) from None
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ConfigError(
-                "is no plain file", where=path, fix="Give the path of a YAML file of settings."
-            )
-        # For so few bytes one call reads the whole of a regular file.
-        content = os.read(descriptor, MOST_BYTES + 1)
-    except OSError as error:
-        blame_machine(error, path)
-        raise ConfigError(f"cannot be read ({_reason(error)})", where=path) from None
-    finally:
-        os.close(descriptor)
-    if len(content) > MOST_BYTES:
-        raise ConfigError(
-            f"is larger than {MOST_BYTES // 2**10} KiB, so it is no file of settings", where=path
-        )
-    try:
-        return parse_yaml(content.decode("utf-8"))
+        return parse_yaml(read_plain(path, most_bytes=MOST_BYTES).decode("utf-8"))
+    except FileError as error:
+        raise ConfigError(error.what, where=path) from None
     except ValueError as error:
         raise ConfigError(f"is not valid YAML ({error})", where=path) from None
 
@@ -160,7 +113,3 @@ def read_yaml(path: Path) -> Any:
 def yaml_text(tree: dict[str, Any]) -> str:
     """The YAML text of a tree; ``parse_yaml`` reads it as the same tree."""
     return yaml.dump(tree, Dumper=_Writer, sort_keys=False)
-
-
-def _reason(error: OSError | ValueError) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)

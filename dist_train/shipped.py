@@ -1,7 +1,7 @@
-"""Config files and launch files that come with the package, written to where a user works.
+"""Copies of the config files and launch files that come with the package.
 
-``configs`` and ``launch`` in the package's folder are links to the folders of the repository, whose
-files a wheel holds in their place.
+``configs`` and ``launch`` in the package's folder link to the folders of the repository; a wheel
+holds the files themselves.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ PACKAGE = Path(__file__).parent
 
 
 def write_config(name: str, folder: Path) -> Path:
-    """Write the config file ``name`` to a folder.
-
-    Returns:
-        The file that was written.
+    """Copy the config file ``name`` to a folder, and return the path of the copy.
 
     Raises:
         ConfigError: there is no such config, or the file exists already.
@@ -36,10 +33,8 @@ def write_config(name: str, folder: Path) -> Path:
 
 
 def write_launch_files(folder: Path) -> Path:
-    """Write the launch files to ``folder/launch``: they name each other by paths that begin there.
-
-    Returns:
-        The folder with the files.
+    """Copy the launch files to ``folder/launch``, and return that folder. The files refer to each
+    other by paths relative to ``folder``.
 
     Raises:
         ConfigError: ``folder/launch`` exists already.
@@ -47,7 +42,7 @@ def write_launch_files(folder: Path) -> Path:
     out = folder / "launch"
     _refuse_existing(out)
     folder.mkdir(parents=True, exist_ok=True)
-    # Made aside and renamed, so that the folder is never there in part.
+    # A rename, so that the folder never appears incomplete.
     with TemporaryDirectory(dir=folder, prefix=".launch-") as aside:
         made = Path(aside, "launch")
         shutil.copytree(PACKAGE / "launch", made, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,20 +1,19 @@
-"""torchrun, ending with a code that a scheduler can act on.
+"""torchrun, with exit codes for schedulers.
 
-torchrun itself ends with 1 whatever happened. This takes the same arguments and ends with
+torchrun itself exits with 1 after every failure. This takes the same arguments and exits with
 
 - 0: the workers finished;
-- 75 (EX_TEMPFAIL): it was told to end by SIGTERM, or the first worker that failed ended with 75,
-  which a training does that was told so: start it again, and it goes on from its checkpoint;
-- 128 + N: it was told to end by another signal N, or a worker died by it;
-- any other: what the first worker that failed ended with.
-
-Launchers that do not find each other end with 75 too.
+- 75 (EX_TEMPFAIL): SIGTERM ended it, the first worker that failed exited with 75, as a training
+  that was asked to stop does, or the launchers did not find each other. Start it again, and it
+  resumes from its checkpoint;
+- 128 + N: another signal N ended it or a worker;
+- any other code: that of the first worker that failed.
 
 On a signal torchrun passes it to its workers, waits TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (30
-unless set) for them to save a checkpoint, and kills what is left.
+unless set) for them to save a checkpoint, and kills the others.
 
-What a worker said is all that is shown of a failure; DIST_TRAIN_VERBOSE=1 shows torchrun's own
-report, log and warnings too.
+Of a failure only the worker's message is shown; DIST_TRAIN_VERBOSE=1 also shows torchrun's report,
+log and warnings.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from collections.abc import Callable
 VERBOSE = os.environ.get("DIST_TRAIN_VERBOSE", "0") not in ("", "0")
 LEVEL = "TORCH_CPP_LOG_LEVEL"
 if QUIET_CPP := not VERBOSE and LEVEL not in os.environ:
-    # torch reads it when it is loaded. Else each failed connection is told with its C++ stack.
+    # torch reads it on import. It would show a C++ stack for each failed connection.
     os.environ[LEVEL] = "FATAL"
 
 # ruff: noqa: E402
@@ -39,22 +38,22 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import main
 
 if QUIET_CPP:
-    # Not of the workers.
+    # The workers keep their own level.
     del os.environ[LEVEL]
 
-# Else workers that are started again meet in the store that those before them used, and may read
-# there where one of those was to be reached (https://github.com/pytorch/pytorch/issues/135712).
+# Restarted workers would share the store of earlier workers, and may read their outdated addresses
+# (https://github.com/pytorch/pytorch/issues/135712).
 os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 
 
 def run(launch: Callable[[], None] = main) -> int:
-    """Run torchrun with this process's arguments; the code to end with.
+    """Run torchrun with this process's arguments, and return the exit code.
 
     Args:
-        launch: what starts the workers and waits for them.
+        launch: starts the workers and waits for them.
     """
     if not VERBOSE:
-        # Of this process alone.
+        # In this process only.
         logging.disable(logging.ERROR)
     try:
         launch()
@@ -80,7 +79,7 @@ def run(launch: Callable[[], None] = main) -> int:
                 "DIST_TRAIN_VERBOSE=1 shows the launcher's report.",
                 file=sys.stderr,
             )
-        # A negative one is the signal that the worker died by.
+        # A negative code is the signal that killed the worker.
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     return 0
 

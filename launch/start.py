@@ -1,6 +1,5 @@
-"""``accelerate launch``, with the same arguments, that ends as ``elastic.py`` does: with a code
-that a scheduler can act on, and without a traceback of its own when a worker has said what is
-wrong.
+"""``accelerate launch`` with the exit codes of ``elastic.py``, and without a traceback of its own
+after a worker's message.
 
     python launch/start.py --config_file launch/gpu_1node.yaml --num_processes 8 \\
         -m dist_train train ...

@@ -9,18 +9,19 @@
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Trains on several nodes for as many time limits as it takes. Submit it from the folder above:
+# Trains on several nodes, in several jobs if one time limit is too short. Submit it from the folder
+# above:
 #
 #   sbatch launch/train_slurm.sh --config configs/clog_loss_ddp.yaml store=STORE out=OUT
 #
-# Ten minutes before the time limit (--signal) all nodes are told to save a checkpoint and end, and
-# the job is put into the queue again. Slurm itself does so when a node fails (--requeue). A job
-# that is cancelled, or ends with an error of its own, is not started again.
+# Ten minutes before the time limit (--signal) all nodes save a checkpoint and end, and the job is
+# requeued. Slurm also requeues it when a node fails (--requeue). A job that is cancelled, or ends
+# with an error, is not restarted.
 set -euo pipefail
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export PET_NNODES="$SLURM_NNODES"
 export PET_NPROC_PER_NODE="${SLURM_GPUS_ON_NODE:-1}"
-# Jobs that share a node must not meet at one port.
+# Jobs that share a node must not use the same port.
 export PET_RDZV_ENDPOINT="$host:$((20000 + SLURM_JOB_ID % 10000))"
 export PET_RDZV_ID="$SLURM_JOB_ID"
 # Less than the time that --signal leaves.
@@ -37,7 +38,7 @@ each='[[ $SLURM_NODEID == 0 ]] && first=true || first=false
   export PET_LOCAL_ADDR="$SLURMD_NODENAME"
   export PET_RDZV_CONF="is_host=$first,join_timeout=1800,read_timeout=600"
   exec launch/torchrun.sh "$@"'
-# A task that ends first must not take along one that still writes the checkpoint.
+# A task that ends first must not end one that still writes the checkpoint.
 srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c "$each" train "$@" &
 tasks=$!
 code=0

@@ -39,15 +39,10 @@ def test_overrides_win_over_the_file_and_are_yaml_values(tmp_path: Path) -> None
     assert config.snapshots.at == (1, 2)
 
 
-def test_a_value_may_hold_an_equals_sign() -> None:
-    assert load_config(None, ["store=a=b"]).store == Path("a=b")
-
-
 def test_dump_and_load_give_an_equal_tree(tmp_path: Path) -> None:
-    config = load_config(
-        None,
-        ["store=s", "optim.lr=3.3e-7", "snapshots.at=[2]", "clip.max_frames=7", "clip.size=[4, 5]"],
-    )
+    settings = ["store=a=b", "optim.lr=3.3e-7", "snapshots.at=[2]", "model.activation_memory=8GiB"]
+    config = load_config(None, [*settings, "clip.max_frames=7", "clip.size=[4, 5]"])
+    assert config.store == Path("a=b")
     dump_config(config, tmp_path / "c.yaml")
     assert load_config(tmp_path / "c.yaml") == config
 
@@ -60,19 +55,15 @@ def test_changes_are_named_with_both_values(tmp_path: Path) -> None:
     assert changes(before, now) == [
         "store: a before, b now",
         "clip.size: (160, 160) before, (128, 128) now",
-        f"clip.growth: {before.clip.growth} before, () now",
+        "clip.growth: ({'epochs': 2, 'size': (64, 64), 'max_frames': None},) before, () now",
         "plan.weights: None before, w.csv now",
     ]
 
 
-@pytest.mark.parametrize(
-    ("given", "bytes"), [("8GiB", 2**33), ("1.5 GB", 1_500_000_000), ("700MiB", 700 * 2**20)]
-)
-def test_memory_is_given_with_its_unit(tmp_path: Path, given: str, bytes: int) -> None:
+@pytest.mark.parametrize(("given", "size"), [("8GiB", 2**33), ("1.5 GB", 1_500_000_000)])
+def test_memory_is_given_with_its_unit(given: str, size: int) -> None:
     config = load_config(None, ["store=s", f"model.activation_memory={given}"])
-    assert config.model.activation_memory == bytes
-    dump_config(config, tmp_path / "c.yaml")
-    assert load_config(tmp_path / "c.yaml") == config
+    assert config.model.activation_memory == size
 
 
 def test_the_tree_is_frozen() -> None:
@@ -87,86 +78,81 @@ def test_the_tree_is_frozen() -> None:
         ("plan.bach=8", "plan.batch"),
         ("trian.epochs=8", "train.epochs"),
         ("batch=8", "plan.batch"),
-        ("model.widht=8", "model.width"),
         ("seeed=8", "seed"),
     ],
 )
 def test_an_unknown_key_names_its_nearest_match(override: str, nearest: str) -> None:
-    text = message(override)
-    assert text.startswith("command line: unknown setting ")
-    assert f"Did you mean '{nearest}'?" in text
+    key = override.partition("=")[0]
+    assert message(override) == (
+        f"command line: unknown setting '{key}'. Did you mean '{nearest}'?"
+    )
 
 
 def test_an_unknown_key_that_is_like_no_other_lists_the_sections() -> None:
     assert "Known sections: out, store, seed" in message("zzzzzz=1")
 
 
-def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_text("plan: {bacth: 3}\n")
-    assert message(path=path) == f"{path}: unknown setting 'plan.bacth'. Did you mean 'plan.batch'?"
-
-
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("plan.batch=many", "setting 'plan.batch': Input should be a valid integer"),
-        ("train.epochs=0", "setting 'train.epochs': Input should be greater than or equal to 1"),
-        (
-            "train.offload=true",
-            "setting 'train': offload is offered under ZeRO only; choose backend: zero1, 2 or 3",
-        ),
-        ("train={graphs: true, backend: zero1}", "graphs are offered under ddp only, in bf16"),
-        ("train={graphs: true, precision: fp16}", "graphs are offered under ddp only, in bf16"),
-        (
-            "train.backend=fsdp",
-            "setting 'train.backend': Input should be 'ddp', 'zero1', 'zero2', 'zero3' or 'fsdp2'",
-        ),
-        ("clip.size=[8]", "setting 'clip.size.1': Field required"),
-        ("augment.flip=1.5", "setting 'augment.flip': Input should be less than or equal to 1"),
-        (
-            "plan.batch=30",
-            "setting 'plan': batch 30 is not a multiple of positives + negatives = 4",
-        ),
-        ("split.fold=5", "setting 'split': fold 5 does not exist: folds are 0 to 4"),
-        (
-            "snapshots.at=[0]",
-            "'snapshots.at': Input should be 'minima'; or: Input should be greater",
-        ),
-        (
-            "snapshots.at=[]",
-            "setting 'snapshots.at': Input should be 'minima'; or: Tuple should have",
-        ),
-        ("optim.betas=[0.9, 1]", "setting 'optim.betas.1': Input should be less than 1"),
-        ("optim.lr=.inf", "setting 'optim.lr': Input should be a finite number"),
-        ("snapshots.at=[21]", "snapshots.at names epoch 21, but train.epochs is 20"),
-        (f"seed={2**63}", "setting 'seed': Input should be less than"),
-        (
-            "model.activation_memory=8 pints",
-            "setting 'model.activation_memory': could not interpret",
-        ),
-        ("model.activation_memory=8,5GiB", "it must be a number of bytes, such as 8GiB"),
-        ("model.activation_memory=8GiB x=1", "it must be a number of bytes, such as 8GiB"),
-        ("model.activation_memory=0", "'model.activation_memory': Input should be greater than"),
-        (
-            "model={activation_memory: 8GiB, recompute: block}",
-            "activation_memory chooses what is recomputed; leave out recompute: block",
-        ),
-        ("plan=3", "setting 'plan': Input should be a section"),
-        ("seed.x=3", "unknown setting 'seed.x'"),
+        # Forms and sections.
         ("plan.batch", "'plan.batch' is not of the form key=value"),
-        ("clip.size=[1, 2", "the value of 'clip.size=[1, 2' is not valid YAML"),
         ("=3", "unknown setting ''"),
+        ("optim.clip_norm=", "gives no value. Write null for none."),
+        ("clip.size=[1, 2", "the value of 'clip.size=[1, 2' is not valid YAML"),
+        ("plan=3", "setting 'plan': Input should be a section"),
+        ("plan={batch: 8, batch: 16}", "'batch' is already on line 1"),
+        ("seed=" + "[" * 3000, "nested too deeply"),
+        (".".join("a" * 3000) + "=1", "nested too deeply"),
+        ("clip.growth=[{epochs: 1, size: [8, 8], x: 1}]", "unknown setting 'clip.growth.0.x'"),
+        # Types.
+        ("plan.batch=many", "setting 'plan.batch': Input should be a valid integer, not \"many\""),
+        ("optim.lr=true", "setting 'optim.lr': Input should be a valid number, not true"),
+        ("seed=010", "setting 'seed': Input should be a valid integer, not \"010\""),
+        ("seed=0x10", "valid integer"),
+        ("seed=1_000", "valid integer"),
+        ("seed=1:30", "valid integer"),
+        ("seed='3'", "valid integer"),
+        ("seed=&a [1]", "valid integer"),
+        ("seed=" + "9" * 5000, "'seed': Input should be a valid integer"),
+        ("train.epochs=3.0", "valid integer"),
+        ("train.offload=yes", "'train.offload': Input should be true or false, not \"yes\""),
+        ("out=2024", "setting 'out': Input should be text; put it in quotes if it is meant"),
+        ("plan.ratio=4", "'plan.ratio': Input should be a list, not 4"),
+        ("clip.size=[8]", "setting 'clip.size.1': it must be given"),
+        ("model.activation_memory=8 pints", "'model.activation_memory': could not interpret"),
+        ("model.activation_memory=8,5GiB", "it must be a number of bytes, such as 8GiB"),
+        # Values.
+        ("train.epochs=0", "setting 'train.epochs': Input should be greater than or equal to 1"),
+        ("optim.lr=.inf", "setting 'optim.lr': Input should be a finite number"),
+        ("optim.lr=1e308", "'optim.lr': Input should be less than or equal to 10"),
+        (f"seed={2**63}", "setting 'seed': Input should be less than"),
+        ("clip.size=[1000000, 1000000]", "'clip.size.0': Input should be less than or equal to"),
+        ("plan.ratio=[0, 3]", "'plan.ratio.0': Input should be greater than or equal to 1, not 0"),
+        ("out=''", "setting 'out': a path must not be empty"),
+        ("train.backend=fsdp", "Input should be 'ddp', 'zero1', 'zero2', 'zero3' or 'fsdp2'"),
+        ("checkpoint.best=mcc", "'checkpoint.best': there is no metric 'mcc'; there are val/loss,"),
+        ("snapshots.at=[0]", "'snapshots.at': Input should be 'minima'; or: Input should be great"),
+        # Settings that do not fit each other.
+        ("train.offload=true", "'train': offload works under ZeRO only"),
+        ("train={graphs: true, backend: zero1}", "graphs work under backend: ddp only, in bf16"),
+        ("train={graphs: true, precision: fp16}", "graphs work under backend: ddp only, in bf16"),
+        ("plan.batch=30", "'plan': batch 30 is not a multiple of positives + negatives = 4"),
+        ("split.fold=5", "setting 'split': fold 5 does not exist: folds are 0 to 4"),
+        ("model={activation_memory: 8GiB, recompute: block}", "leave out recompute: block"),
+        ("snapshots.at=[21]", "snapshots.at names epoch 21, but train.epochs is 20"),
     ],
 )
-def test_a_bad_override_is_named(override: str, part: str) -> None:
+def test_a_bad_override_is_refused_in_one_line(override: str, part: str) -> None:
     text = message(override)
-    assert text.startswith("command line: ") or override.startswith("snapshots")
+    assert text.startswith("command line: ") or override.startswith(("snapshots", "a.a"))
     assert part in text
+    assert "\n" not in text
+    assert len(text) < 500
 
 
 @pytest.mark.parametrize("setting", ["model.recompute=cheap", "model.activation_memory=8GiB"])
-def test_what_is_recomputed_cannot_be_recorded(setting: str) -> None:
+def test_cuda_graphs_do_not_recompute(setting: str) -> None:
     assert "leave out model.recompute and model.activation_memory, or train.graphs" in message(
         "train.graphs=true", setting
     )
@@ -200,28 +186,26 @@ def test_an_override_that_is_given_twice_is_refused(given: list[str]) -> None:
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        ("plan: {}\nseed: 2\nplan: {batch: 8}\n", "line 3: 'plan' is given already on line 1"),
-        ("optim:\n  lr: 1\n  ema: 0.9\n  lr: 2\n", "line 4: 'lr' is given already on line 2"),
-        ("clip: {growth: [{epochs: 1, epochs: 2}]}\n", "line 1: 'epochs' is given already"),
-        ("optim: &a {lr: 1}\nplan: *a\n", "line 2: an alias ('*name') is not allowed"),
-        ("optim: {<<: {lr: 1}}\n", "unknown setting 'optim.<<'"),
-        ("seed: !!python/object:os.system x\n", "line 1: a tag"),
-        ("seed: !!int 010\n", "line 1: a tag"),
-        ("? [1]\n: 2\n", "line 1: a key must be a name"),
-        ("seed: " + "[" * 3000, "line 1: nested deeper than 12 levels"),
-        ("seed:\n" + "".join(" " * i + "a:\n" for i in range(1, 300)), "nested deeper than 12"),
-        ("optim.lr: 1\n", "unknown setting ''optim.lr''"),
-        ("---\nseed: 1\n---\nseed: 2\n", "line 3: but found another document"),
-        ("out: 'a\x00b'\n", "special characters are not allowed"),
-        ('out: "a\\0b"\n', "setting 'out': a path must not be empty or hold control characters"),
-        ("#" * 2**18 + "\n", "is larger than 256 KiB"),
+        (b"plan: {}\nseed: 2\nplan: {batch: 8}\n", "line 3: 'plan' is already on line 1"),
+        (b"clip: {growth: [{epochs: 1, epochs: 2}]}\n", "line 1: 'epochs' is already"),
+        (b"optim: &a {lr: 1}\nplan: *a\n", "line 2: an alias ('*name') is not allowed"),
+        (b"optim: {<<: {lr: 1}}\n", "unknown setting 'optim.<<'"),
+        (b"seed: !!int 010\n", "line 1: a tag"),
+        (b"? [1]\n: 2\n", "line 1: a key must be a name"),
+        (b"plan: {bacth: 3}\n", "unknown setting 'plan.bacth'. Did you mean 'plan.batch'?"),
+        (b"optim.lr: 1\n", "unknown setting 'optim.lr'. Write it below its section"),
+        (b"---\nseed: 1\n---\nseed: 2\n", "line 3: but found another document"),
+        (b'out: "a\\0b"\n', "setting 'out': a path must not be empty or hold control characters"),
+        (b"#" * 2**18 + b"\n", "is longer than 262144 bytes"),
+        (b"seed: " + b"[" * 3000, "is not valid YAML (it is nested too deeply)"),
+        (b"plan: [1, 2", "is not valid YAML"),
+        (b"\xff\xfe\xfa", "is not valid YAML"),
+        (b"- 1\n- 2\n", "must hold 'key: value' settings"),
     ],
 )  # fmt: skip
-def test_yaml_that_says_other_than_it_seems_is_refused(
-    tmp_path: Path, content: str, part: str
-) -> None:
+def test_a_bad_file_is_refused_in_one_line(tmp_path: Path, content: bytes, part: str) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text(content)
+    path.write_bytes(content)
     text = message(path=path)
     assert text.startswith(f"{path}: ")
     assert part in text
@@ -229,49 +213,7 @@ def test_yaml_that_says_other_than_it_seems_is_refused(
     assert len(text) < 400
 
 
-@pytest.mark.parametrize(
-    ("override", "part"),
-    [
-        ("optim.lr=true", "setting 'optim.lr': Input should be a valid number, not true"),
-        ("seed=010", "setting 'seed': Input should be a valid integer, not \"010\""),
-        ("seed=0x10", "valid integer"),
-        ("seed=1_000", "valid integer"),
-        ("seed=1:30", "valid integer"),
-        ("seed=true", "valid integer"),
-        ("seed='3'", "valid integer"),
-        ("train.epochs=3.0", "valid integer"),
-        ("train.offload=yes", "'train.offload': Input should be true or false, not \"yes\""),
-        ("train.offload=1", "Input should be true or false"),
-        ("optim.clip_norm=", "gives no value. Write null for none."),
-        ("out=2024", "setting 'out': Input should be text; put it in quotes if it is meant"),
-        ("out=''", "setting 'out': a path must not be empty"),
-        ("optim.lr=1e308", "'optim.lr': Input should be less than or equal to 10"),
-        ("optim.lr=1e999", "'optim.lr': Input should be a finite number"),
-        ("seed=" + "9" * 5000, "'seed': Input should be a valid integer"),
-        ("train.timeout=1e308", "'train.timeout': Input should be less than or equal to"),
-        ("clip.size=[1000000, 1000000]", "'clip.size.0': Input should be less than or equal to"),
-        ("model.width=1000000", "'model.width': Input should be less than or equal to 1024"),
-        ("plan.ratio=[0, 3]", "'plan.ratio.0': Input should be greater than or equal to 1, not 0"),
-        ("plan.ratio=4", "'plan.ratio': Input should be a list, not 4"),
-        ("clip.size=8", "'clip.size': Input should be a list, not 8"),
-        ("clip.growth=[{epochs: 1, size: [8, 8], x: 1}]", "'clip.growth.0.x': there is no such"),
-        ("checkpoint.best=mcc", "'checkpoint.best': there is no metric 'mcc'; there are val/loss,"),
-        ("plan={batch: 8, batch: 16}", "'batch' is given already on line 1"),
-        (".".join("a" * 3000) + "=1", "unknown setting 'a.a.a"),
-        ("seed=" + "[" * 3000, "nested deeper than 12 levels"),
-        ("seed=&a [1]", "valid integer"),
-        ("model.activation_memory=" + "9" * 400 + "GB", "'model.activation_memory': "),
-    ],
-)
-def test_types_are_strict_and_bounds_are_sane(override: str, part: str) -> None:
-    text = message(override)
-    assert text.startswith("command line: ")
-    assert part in text
-    assert "\n" not in text
-    assert len(text) < 500
-
-
-@pytest.mark.parametrize("name", ["010", "1e3", "1_000", "no", "null", "a: b", "2024", "~", "-"])
+@pytest.mark.parametrize("name", ["010", "1e3", "no", "null", "a: b", "2024", "-"])
 def test_a_path_like_a_number_comes_back_from_the_record(tmp_path: Path, name: str) -> None:
     config = Config(store=Path("s"), out=Path(name))
     dump_config(config, tmp_path / "c.yaml")
@@ -281,17 +223,12 @@ def test_a_path_like_a_number_comes_back_from_the_record(tmp_path: Path, name: s
 @pytest.mark.parametrize("name", ["val/loss", *(f"val/{name}" for name in METRICS)])
 def test_the_best_checkpoint_is_chosen_by_a_metric_that_there_is(name: str) -> None:
     assert load_config(None, ["store=s", f"checkpoint.best={name}"]).checkpoint.best == name
-    text = message(f"checkpoint.best={name}x")
-    assert name in text.partition("; there are ")[2].partition(", not ")[0].split(", ")
 
 
-def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_fifo_or_a_folder_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    for path in (tmp_path / "fifo", Path("/dev/zero")):
-        assert "is no plain file" in message(path=path)
-    assert message(path=tmp_path) == (
-        f"{tmp_path}: is no plain file. Give the path of a YAML file of settings."
-    )
+    assert "is a FIFO, not a plain file" in message(path=tmp_path / "fifo")
+    assert "is a folder, not a plain file" in message(path=tmp_path)
 
 
 def test_a_bad_value_is_blamed_on_whoever_gave_it(tmp_path: Path) -> None:
@@ -302,31 +239,8 @@ def test_a_bad_value_is_blamed_on_whoever_gave_it(tmp_path: Path) -> None:
 
 
 def test_the_store_is_required() -> None:
-    with pytest.raises(ConfigError, match="setting 'store': Field required"):
+    with pytest.raises(ConfigError, match=r"setting 'store': it must be given. Give the folder"):
         load_config(None)
-
-
-@pytest.mark.parametrize(
-    ("content", "part"),
-    [
-        (b"plan: [1, 2", "is not valid YAML"),
-        (b"a: b: c", "is not valid YAML"),
-        (b"\xff\xfe\xfa", "is not valid YAML"),
-        (b"- 1\n- 2\n", "must hold 'key: value' settings"),
-        (b"just text", "must hold 'key: value' settings"),
-    ],
-)
-def test_a_malformed_file_is_named_in_one_line(tmp_path: Path, content: bytes, part: str) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_bytes(content)
-    text = message(path=path)
-    assert text.startswith(f"{path}: {part}")
-    assert "\n" not in text
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    text = message(path=tmp_path / "none.yaml")
-    assert text == f"{tmp_path / 'none.yaml'}: cannot be read (No such file or directory)"
 
 
 def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:

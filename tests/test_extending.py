@@ -16,8 +16,10 @@ import torch
 from helpers import ROOT, overrides, said, tiny_store
 
 from dist_train import cli
-from dist_train.config import LossSettings, load_config
+from dist_train.config import AugmentSettings, LossSettings, TrainSettings, load_config
+from dist_train.data.augment.cpu import augmented
 from dist_train.data.raw.outside_reader import OutsideReader
+from dist_train.distributed.backends import make_backend
 from dist_train.extensions import ALLOW
 from dist_train.metrics import METRICS, binary_metrics
 from dist_train.models.registry import MODELS, build_model
@@ -58,6 +60,13 @@ def test_the_examples_work(
     assert binary_metrics([0.0, 0.5], [0, 1])["brier"] == pytest.approx(0.125)
     assert load_config(None, ["store=s", "checkpoint.best=val/brier"]).checkpoint.best
     assert module.MixSettings(share=0.5).share == 0.5
+    draw = module.DarkerSampler(AugmentSettings(), seed=0)((8, 8), epoch=0, number=0)
+    assert augmented(np.full((2, 8, 8), 50, np.uint8), draw).mean() == 30
+    monkeypatch.setitem(sys.modules, "dist_train.distributed.backends.counting", module)
+    counting = TrainSettings(device="cpu").model_copy(update={"backend": "counting"})
+    backend = make_backend(counting, clip_norm=None)
+    backend.close()
+    assert isinstance(backend, module.CountingBackend)
     assert said("hello", "you") == "hello you\n"
 
     store, run = tiny_store(tmp_path / "store"), tmp_path / "run"

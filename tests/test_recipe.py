@@ -20,30 +20,21 @@ from dist_train.training.schedule import Schedule
 TIER1_STALLED, TIER1_FLOWING, TIER2_STALLED = 706, 539_536, 854
 
 
-def table() -> pd.DataFrame:
+@cache
+def clips() -> pd.DataFrame:
     """The challenge's training clips by class, tier and score, as its tables have them."""
-    rows = [
-        (1, True, 0.9, TIER1_STALLED),
-        (0, True, 0.1, TIER1_FLOWING),
-        (1, False, 0.7, TIER2_STALLED),
-        (1, False, 0.6, 100),
-        (0, False, 0.1, 31_852),
-    ]
-    label, tier1, score, counts = map(np.array, zip(*rows, strict=True))
-    total = int(counts.sum())
-    return pd.DataFrame(
+    parts = pd.DataFrame(
         {
-            "key": np.arange(total).astype(str),
-            "label": np.repeat(label, counts),
-            "tier1": np.repeat(tier1, counts),
-            "crowd_score": np.repeat(score, counts),
+            "label": [1, 0, 1, 1, 0],
+            "tier1": [True, True, False, False, False],
+            "crowd_score": [0.9, 0.1, 0.7, 0.6, 0.1],
             "group": "",
             "split": "",
         }
     )
-
-
-clips = cache(table)
+    counts = [TIER1_STALLED, TIER1_FLOWING, TIER2_STALLED, 100, 31_852]
+    table = parts.loc[parts.index.repeat(counts)].reset_index(drop=True)
+    return table.assign(key=table.index.astype(str))
 
 
 def config_of(name: str) -> Config:

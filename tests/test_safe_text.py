@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import said, tiny_store
+from helpers import fails, said, tiny_store
 
-from dist_train import cli
 from dist_train.data.store.build import prepare_npz
 from dist_train.data.store.build_spec import read_job
 from dist_train.data.store.reader import REJECTED
@@ -53,9 +51,7 @@ def test_messages_keep_their_own_words() -> None:
         assert told.endswith(", 3). Mend it.")
 
 
-def test_hostile_names_through_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hostile_names_through_the_command_line(tmp_path: Path) -> None:
     names = ["=cmd|calc.npy", "\x1b[31mred.npy", "good.npy", "better.npy"]
     raw, out, table = tmp_path / "raw", tmp_path / "store", tmp_path / "clips.csv"
     raw.mkdir()
@@ -66,49 +62,35 @@ def test_hostile_names_through_the_command_line(
     rows = [f"{name},{i % 2},\x1b[2Jgroup" for i, name in enumerate(names)]
     table.write_text("\n".join(["filename,label,group", *rows]) + "\n")
     arguments = ["prepare", "--manifest", table, "--source", raw, "--out", out, "--roi", "none"]
-    monkeypatch.setattr(sys, "argv", ["dist-train", *map(str, arguments)])
-    with pytest.raises(SystemExit):
-        cli.main()
-    told = capsys.readouterr()
-    assert "the first: '=cmd|calc.npy" in told.err or "the first: =cmd|calc.npy" in told.err
+    failed = fails(*arguments)
+    assert "=cmd|calc.npy" in failed.partition("the first: ")[2]
     said(*arguments, "--max-rejected", "50%")
     rejects = pd.read_csv(out / REJECTED)
     assert rejects["file"].tolist() == ["'=cmd|calc.npy", "\\x1b[31mred.npy"]
     assert "SECRET" not in (out / REJECTED).read_text()
-    # The shards' own lists name the files as they are, so that these can be looked for.
+    # The shards' own lists have the real names, so that the files can be found.
     assert read_rejects(read_job(out).shards(out)[0].rejects_path)["file"].tolist() == names[:2]
     assert verify(out) == []
     assert "\\x1b[2Jgroup" in said("info", out)
-    monkeypatch.setattr(sys, "argv", ["dist-train", "info", f"{tmp_path}/\x1b[31m\udcff"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    printed = capsys.readouterr()
-    assert "\\x1b[31m\\udcff: there is no store here" in printed.err
-    assert "\x1b" not in told.out + told.err + printed.out + printed.err
+    missing = fails("info", f"{tmp_path}/\x1b[31m\udcff")
+    assert "\\x1b[31m\\udcff: there is no store here" in missing
+    assert "\x1b" not in failed + missing
 
 
-def test_names_that_are_no_text_end_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in ("stalled", "flowing"):
-        (tmp_path / "raw" / name).mkdir(parents=True)
-        np.save(tmp_path / "raw" / name / "a.npy", np.zeros((2, 4, 4), np.uint8))
-    with open(os.fsencode(tmp_path / "raw" / "stalled") + b"/\xff.npy", "wb"):  # noqa: PTH123
-        pass
+@pytest.mark.parametrize("table", [True, False])
+def test_names_that_are_no_text_end_in_one_line(tmp_path: Path, table: bool) -> None:
+    (tmp_path / "raw" / "stalled").mkdir(parents=True)
+    (tmp_path / "raw" / "flowing").mkdir()
+    np.save(tmp_path / "raw" / "flowing" / "a.npy", np.zeros((2, 4, 4), np.uint8))
+    (tmp_path / "raw" / "stalled" / os.fsdecode(b"\xff.npy")).touch()
     (tmp_path / "clips.csv").write_bytes(b"filename,label\n\xff.npy,1\n")
-    for source in (
-        ["--from-folders", f"{tmp_path}/raw", "--positive", "stalled"],
-        ["--manifest", f"{tmp_path}/clips.csv", "--source", f"{tmp_path}/raw"],
-    ):
-        options = ["--out", f"{tmp_path}/store", "--roi", "none"]
-        monkeypatch.setattr(sys, "argv", ["dist-train", "prepare", *source, *options])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        assert caught.value.code == 1
-        errors = capsys.readouterr().err.strip().splitlines()
-        assert errors[-1].startswith("error: ")
-        assert "UTF-8" in errors[-1]
-        assert not (tmp_path / "store").exists()
+    source = (
+        ["--manifest", tmp_path / "clips.csv", "--source", tmp_path / "raw"]
+        if table
+        else ["--from-folders", tmp_path / "raw", "--positive", "stalled"]
+    )
+    assert "UTF-8" in fails("prepare", *source, "--out", tmp_path / "store", "--roi", "none")
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_store_in_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -85,9 +86,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_wheel_alone_makes_prepares_and_trains(installed: Path, tmp_path: Path) -> None:
-    def command(*arguments: object) -> str:
+    def output(*words: object) -> str:
         done = subprocess.run(
-            [installed, *map(str, arguments)],
+            list(map(str, words)),
             env=environment(PYTHONPATH=""),
             cwd=tmp_path,
             capture_output=True,
@@ -97,15 +98,9 @@ def test_the_wheel_alone_makes_prepares_and_trains(installed: Path, tmp_path: Pa
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    command = partial(output, installed)
     where = "import dist_train; print(dist_train.__file__)"
-    imported = subprocess.run(
-        [installed.with_name("python"), "-c", where],
-        env=environment(PYTHONPATH=""),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    imported = output(installed.with_name("python"), "-c", where)
     assert Path(imported.strip()).is_relative_to(installed.parents[1])
     command("launch-files", ".")
     assert contents(tmp_path / "launch") == launch_files()

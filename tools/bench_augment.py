@@ -1,8 +1,7 @@
-"""What augmentation costs: ours against albumentations frame by frame, and on the device.
+"""What augmentation costs: ours, albumentations frame by frame, and on the device.
 
-Both do the same to the same clips; that they agree to the bit is checked before they are timed.
-Then how many clips one core reads and packs for the device. benchmarks/augment.md says how to read
-the figures.
+Ours and albumentations must give the same bits before they are timed. Then one core reads clips and
+packs them for the device. benchmarks/augment.md explains the results.
 
     python tools/bench_augment.py [--rounds N] [--quick] [--json FILE]
 """
@@ -12,8 +11,8 @@ from __future__ import annotations
 import copy
 import random
 import tempfile
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import albumentations as A
 import cv2
 import numpy as np
 import torch
-from measuring import finish, options, say, synchronize
+from measuring import finish, new_table, options, say, seconds, versions, write_manifest
 from rich.table import Table
 
 from dist_train.config import AugmentSettings
@@ -39,13 +38,13 @@ from dist_train.data.types import Volume
 
 #: Frames, height and width of a clip.
 SHAPE = 60, 160, 160
-#: Draws that a figure is the mean of; clips that one core reads and packs, in batches of so many.
+#: Draws in a mean, and clips that one core reads and packs, in batches of ``BATCH``.
 DRAWS, CLIPS, BATCH = 24, 256, 16
-#: The same where a few seconds must do, and the rows that run then.
+#: The same for ``--quick``, and its rows.
 QUICK_DRAWS, QUICK_CLIPS, QUICK_ROWS = 2, 32, ("all at once", "recipe")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"preset", "device"}, 0.0)
-#: Of configs/clog_loss_*.yaml.
+#: Probabilities of configs/clog_loss_*.yaml.
 RECIPE = {
     "flip": 0.5,
     "rotate90": 0.5,
@@ -60,6 +59,8 @@ ROWS = {
     "all at once": dict.fromkeys(OFF, 1.0),
     "recipe": OFF | RECIPE,
 }
+#: Implementations beside ours.
+OTHERS = ("per_frame", "calls")
 Apply = Callable[[Volume, int], Volume]
 
 
@@ -83,7 +84,7 @@ def measure(rounds: int, names: Sequence[str], draws: int, clips: int) -> dict[s
     for name in names:
         say(name)
         augment = Augment(AugmentSettings.model_validate(ROWS[name]), seed=0)
-        rows[name] = row(augment, clip, rounds, draws)
+        rows[name] = measure_row(augment, clip, rounds, draws)
     say("feeding")
     with tempfile.TemporaryDirectory(prefix="bench_augment.") as folder:
         feed = feeding(Path(folder), rounds, clips)
@@ -101,47 +102,48 @@ def measure(rounds: int, names: Sequence[str], draws: int, clips: int) -> dict[s
         "clip": SHAPE,
         "draws": draws,
         "rounds": rounds,
-        "versions": {
-            "albumentations": A.__version__,
-            "opencv": cv2.__version__,
-            "torch": torch.__version__,
-        },
+        "versions": versions("albumentations", "opencv-python-headless", "torch"),
     }
 
 
 def cells(shape: tuple[int, int, int]) -> Volume:
-    """A clip of blurred noise, whose grain is that of blood cells."""
+    """A clip of blurred noise, with a grain like blood cells."""
     noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     return np.stack([cv2.GaussianBlur(frame, (9, 9), 2.5) for frame in noise])
 
 
-# --- the ways -------------------------------------------------------------------------------------
+# --- the implementations --------------------------------------------------------------------------
 
 
-def row(augment: Augment, clip: Volume, rounds: int, draws: int) -> dict[str, float]:
-    """Milliseconds a clip by each way, and how many times as long as ours the others take."""
+def measure_row(augment: Augment, clip: Volume, rounds: int, draws: int) -> dict[str, float]:
+    """Milliseconds a clip by each implementation, and ratios to ours."""
     ways: dict[str, Apply] = {
         "ours": lambda clip, number: np.ascontiguousarray(augment(clip, epoch=0, number=number)),
         "per_frame": PerFrame(augment, by_calls=False),
         "calls": PerFrame(augment, by_calls=True),
     }
     for number in range(4):
-        for other in ("per_frame", "calls"):
+        for other in OTHERS:
             same = np.array_equal(ways["ours"](clip, number), ways[other](clip, number))
             assert same, f"{other} gives another clip"
-    found = milliseconds(ways, clip, rounds, draws)
-    found["device"] = device_milliseconds(augment, rounds, draws)
-    times = {f"{name}_ms": took for name, took in found.items()}
-    return times | {f"vs_{name}": found[name] / found["ours"] for name in ("per_frame", "calls")}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, apply in ways.items():
+            took = seconds(lambda: [apply(clip, number) for number in range(draws)])  # noqa: B023
+            times[name].append(took / draws * 1e3)
+    best = {name: min(of_name) for name, of_name in times.items()}
+    best["device"] = device_milliseconds(augment, rounds, draws)
+    found = {f"{name}_ms": took for name, took in best.items()}
+    return found | {f"vs_{name}": best[name] / best["ours"] for name in OTHERS}
 
 
 class PerFrame:
     """albumentations' own transforms, frame by frame.
 
     Args:
-        augment: whose transforms and draws.
-        by_calls: draw anew for each frame, by the same random states. Otherwise once for each clip,
-            and replay that.
+        augment: gives the transforms and draws.
+        by_calls: draw for each frame from the same random states; otherwise draw once for each
+            clip, and replay the draw.
     """
 
     def __init__(self, augment: Augment, *, by_calls: bool) -> None:
@@ -167,27 +169,11 @@ class PerFrame:
             clip = np.stack([begin()(image=frame)["image"] for frame in clip])
         else:
             drawn = begin()(image=clip[0])["replay"]
-            # Restored once; ReplayCompose.replay does it for each picture, which takes longer.
+            # ReplayCompose.replay would restore the draw for each frame, which takes longer.
             replay = A.ReplayCompose._restore_for_replay(drawn)
             clip = np.stack([replay(image=frame, force_apply=True)["image"] for frame in clip])
         is_reversed = np.random.default_rng(reversal).random() < self.draw.reverse
         return np.ascontiguousarray(clip[::-1]) if is_reversed else clip
-
-
-def milliseconds(ways: dict[str, Apply], clip: Volume, rounds: int, draws: int) -> dict[str, float]:
-    """The least of several rounds, in which the ways take turns."""
-    found = dict.fromkeys(ways, float("inf"))
-    for _ in range(rounds):
-        for name, apply in ways.items():
-            found[name] = min(found[name], timed(apply, clip, draws))
-    return found
-
-
-def timed(apply: Apply, clip: Volume, draws: int) -> float:
-    began = time.perf_counter()
-    for number in range(draws):
-        apply(clip, number)
-    return (time.perf_counter() - began) / draws * 1e3
 
 
 # --- the device -----------------------------------------------------------------------------------
@@ -201,35 +187,26 @@ def native(count: int) -> list[Volume]:
 
 
 def device_milliseconds(augment: Augment, rounds: int, count: int) -> float:
-    """Of resizing and augmenting a native clip, in batches, once the draws are made."""
+    """Milliseconds for resizing and augmenting a native clip, without making the draws."""
     size = SHAPE[1], SHAPE[2]
     clips = [torch.from_numpy(clip) for clip in native(count)]
     draws = [augment.draw(size, epoch=0, number=number) for number in range(count)]
     packed = pack(clips, draws).to(DEVICE)
-    best = float("inf")
-    for _ in range(rounds + 1):
-        synchronize(DEVICE)
-        began = time.perf_counter()
-        augmented_batch(packed, size)
-        synchronize(DEVICE)
-        best = min(best, time.perf_counter() - began)
-    return best / count * 1e3
+    apply = partial(augmented_batch, packed, size)
+    return min(seconds(apply, DEVICE) for _ in range(rounds + 1)) / count * 1e3
 
 
 # --- one core of a loader -------------------------------------------------------------------------
 
 
 def feeding(folder: Path, rounds: int, clips: int) -> dict[str, float]:
-    """Clips a second that one process reads from a store in the page cache and makes batches of in
-    shared memory, as a loader's worker does: the recipe on the device, and on the host."""
+    """Clips a second that one process reads from the page cache and batches in shared memory, as a
+    loader worker does: with the recipe on the device, and on the host."""
     raw = folder / "raw"
     raw.mkdir()
-    names = [f"{number}.npy" for number in range(clips)]
-    for name, clip in zip(names, native(clips), strict=True):
-        np.save(raw / name, clip)
-    lines = ["filename,label", *(f"{name},{number % 2}" for number, name in enumerate(names))]
-    (folder / "clips.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    manifest = read_manifest(folder / "clips.csv")
+    for number, clip in enumerate(native(clips)):
+        np.save(raw / f"{number:06d}.npy", clip)
+    manifest = read_manifest(write_manifest(raw, [number % 2 for number in range(clips)]))
     prepare(manifest, raw, folder / "store", PrepareSettings(roi="none"), workers=1)
     store = Store(folder / "store")
     rates = {}
@@ -246,29 +223,30 @@ def feeding(folder: Path, rounds: int, clips: int) -> dict[str, float]:
 
 
 def feed_rate(dataset: ClipDataset, epoch: int, clips: int) -> float:
-    began = time.perf_counter()
-    for first in range(0, clips, BATCH):
-        slots = [Slot(clip, epoch) for clip in range(first, first + BATCH)]
-        collate(dataset, slots).share_memory()
-    return clips / (time.perf_counter() - began)
+    def feed() -> None:
+        for first in range(0, clips, BATCH):
+            slots = [Slot(clip, epoch) for clip in range(first, first + BATCH)]
+            collate(dataset, slots).share_memory()
+
+    return clips / seconds(feed)
 
 
 # --- the table ------------------------------------------------------------------------------------
 
 
 def as_table(result: dict[str, Any]) -> Table:
-    table = Table(title="ms a clip of {} x {} x {}".format(*result["clip"]))
-    for heading in ("", "ours", "per frame", "", "calls", "", f"on {result['device']}"):
-        table.add_column(heading, justify="right" if table.columns else "left")
-    for name, of in result["rows"].items():
-        figures = [f"{of['ours_ms']:.2f}"]
-        for way in ("per_frame", "calls"):
-            figures += [f"{of[f'{way}_ms']:.1f}", f"x {of[f'vs_{way}']:.1f}"]
-        table.add_row(name, *figures, f"{of['device_ms']:.2f}")
-    summary = result["summary"]
+    table = new_table(
+        "ms a clip of {} x {} x {}".format(*result["clip"]),
+        *("", "ours", "per frame", "", "calls", "", f"on {result['device']}"),
+    )
+    for name, row in result["rows"].items():
+        cells = [f"{row['ours_ms']:.2f}"]
+        for way in OTHERS:
+            cells += [f"{row[f'{way}_ms']:.1f}", f"x {row[f'vs_{way}']:.1f}"]
+        table.add_row(name, *cells, f"{row['device_ms']:.2f}")
     table.caption = (
-        f"one core reads, draws and packs {summary['feed_clips_per_second']:.0f} clips/s for the "
-        f"device; with all on the host, {summary['feed_on_host']:.0f} clips/s"
+        "one core reads, draws and packs {feed_clips_per_second:.0f} clips/s for the device, or "
+        "augments {feed_on_host:.0f} clips/s on the host".format(**result["summary"])
     )
     return table
 

@@ -1,8 +1,8 @@
 """How fast batches come: our loader beside its peers, and beside bare reading.
 
-Makes clips with the depths and sizes of the Clog Loss challenge's, writes them in each contender's
-own format, and takes balanced, shuffled batches of them through each, in fresh processes, by turns.
-benchmarks/loader.md says how to read the figures.
+Makes clips with the depths and sizes of the Clog Loss challenge's clips, writes them in the format
+of each contender, and loads balanced, shuffled batches, in fresh processes, in turns.
+benchmarks/loader.md explains the results.
 
     python tools/bench_loader.py [--clips N] [--rounds N] [--workers N] [--quick] [--no-peers]
         [--json FILE]
@@ -15,18 +15,24 @@ import os
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
-import venv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from loader_contenders import CONTENDERS, RATIO, WRITERS, Task
-from measuring import finish, options, say
+from measuring import (
+    add_goals,
+    finish,
+    in_turns,
+    new_table,
+    options,
+    say,
+    versions,
+    write_manifest,
+)
 from rich.table import Table
 
 from dist_train.data.raw.clip import PrepareSettings
@@ -37,100 +43,64 @@ from dist_train.data.table.manifest import read_manifest
 SEED = 3
 BATCH, PREFETCH = 64, 2
 OURS = ("ours", "ours, native")
-PEERS = ("original", "plain files", "WebDataset", "Streaming", "LitData")
-#: Without their own requirements: Streaming asks for an old NumPy, both for torchvision and clients
-#: of clouds. What they really import beside what this package has follows them.
-PACKAGES = {
-    "Streaming": (
-        "mosaicml-streaming==0.13.0",
-        *("brotli", "python-snappy", "cramjam", "zstd", "xxhash<4", "catalogue<3"),
-    ),
-    "LitData": ("litdata==0.2.76", "obstore"),
-}
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "dist_train", "bench_peers")
+PEERS = ("original", "plain files", "WebDataset")
 TOOL = Path(__file__).with_name("loader_contenders.py")
-#: Of what is prefetched at most: as much is taken before anything is timed, so that memory that is
-#: used again and again is there. With the batches that are timed it is less than an epoch, at whose
-#: end some peers start anew.
+#: Batches before the timed ones, as a multiple of the prefetched batches, so that buffers exist.
+#: Together with the timed batches they are less than an epoch, at whose end some peers restart.
 WARM_UP = 4
 #: Seconds for one contender.
-PATIENCE = 300
+TIMEOUT = 300
 
 
 def main() -> None:
     parser = options(__doc__, "one round, only some clips")
     parser.add_argument("--clips", type=int, default=3072, help="clips to make (default 3072)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (default 3)")
-    parser.add_argument("--batches", type=int, default=24, help="of a run (default 24)")
-    parser.add_argument("--batch", type=int, default=BATCH, help=f"clips (default {BATCH})")
+    parser.add_argument("--batches", type=int, default=24, help="timed in a run (default 24)")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"its clips (default {BATCH})")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--no-peers", action="store_true", help="only ours: installs nothing")
-    parser.add_argument("--peers-python", type=Path, help="has Streaming and LitData; else it is")
-    parser.add_argument("--folder", type=Path, help="keeps the clips; used again if they are there")
+    parser.add_argument("--no-peers", action="store_true", help="only our loader")
+    parser.add_argument("--folder", type=Path, help="folder to keep and reuse the clips")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.clips, arguments.rounds = min(arguments.clips, 256), 1
         arguments.batches = min(arguments.batches, 6)
+    if arguments.clips < 2 * arguments.batch:
+        parser.error("--clips must be at least twice --batch, for batches without repeated clips")
     with tempfile.TemporaryDirectory(prefix="bench_loader.") as temporary:
         folder = arguments.folder or Path(temporary)
-        if arguments.no_peers:
-            bench = Bench(folder, Path(sys.executable), OURS)
-        else:
-            bench = Bench(folder, arguments.peers_python or peers_python(CACHE))
+        bench = Bench(folder, OURS if arguments.no_peers else tuple(CONTENDERS))
         bench.write(arguments.clips)
         task = Task(arguments.batch, arguments.workers, PREFETCH)
         result = bench.measure(task, arguments.batches, arguments.rounds)
     finish(arguments.json, result, as_table(result))
 
 
-# --- the peers ------------------------------------------------------------------------------------
-
-
-def peers_python(folder: Path) -> Path:
-    """The Python of an environment that sees all of this one's packages, and has the peers."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        say(f"an environment for the peers, {folder}")
-        venv.create(folder, with_pip=True)
-        (own,) = folder.glob("lib/python*/site-packages")
-        (own / "dist_train.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    for name, packages in PACKAGES.items():
-        marker = folder / f"{name}.installed"
-        if not marker.exists():
-            command = [str(python), "-m", "pip", "install", "-q", "--no-deps", *packages]
-            if subprocess.run(command, check=False).returncode == 0:
-                marker.touch()
-    return python
-
-
 # --- the clips ------------------------------------------------------------------------------------
 
 
 def make_clips(folder: Path, clips: int) -> None:
-    """Noise, as .npy files, with the challenge's depths and about its sizes; and a store of them.
-
-    A share of ``RATIO`` is positive, so that all of them come equally often.
+    """Write clips of noise as .npy files, and a store of them. Depths and sizes are about those of
+    the challenge, and the classes have the ratio ``RATIO``, so that all clips come equally often.
     """
-    (folder / "raw").mkdir(parents=True, exist_ok=True)
+    raw = folder / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(SEED)
     counts = np.array(list(CLIPS_BY_DEPTH.values()))
     depths = rng.choice(np.array(list(CLIPS_BY_DEPTH)), clips, p=counts / counts.sum())
-    heights, widths = (sides(rng, facts, clips) for facts in (BOX_HEIGHT, BOX_WIDTH))
+    heights, widths = (sides(rng, limits, clips) for limits in (BOX_HEIGHT, BOX_WIDTH))
     labels = [int(number % sum(RATIO) < RATIO[0]) for number in range(clips)]
     noise = rng.integers(0, 256, int(np.max(depths * heights * widths)), dtype=np.uint8)
-    lines = ["filename,label"]
     for number, shape in enumerate(zip(depths, heights, widths, strict=True)):
-        np.save(folder / "raw" / f"{number:06d}.npy", noise[: np.prod(shape)].reshape(shape))
-        lines.append(f"{number:06d}.npy,{labels[number]}")
-    (folder / "clips.csv").write_text("\n".join(lines) + "\n")
+        np.save(raw / f"{number:06d}.npy", noise[: np.prod(shape)].reshape(shape))
     (folder / "labels.json").write_text(json.dumps(labels))
-    manifest = read_manifest(folder / "clips.csv")
-    prepare(manifest, folder / "raw", folder / "store", PrepareSettings(roi="none"), workers=1)
+    manifest = read_manifest(write_manifest(raw, labels))
+    prepare(manifest, raw, folder / "store", PrepareSettings(roi="none"), workers=1)
 
 
-def sides(rng: np.random.Generator, facts: tuple[int, int, int], clips: int) -> Any:
-    """Log-normal, with the mean and within the limits of the facts; a fifth of it is spread."""
-    least, mean, most = facts
+def sides(rng: np.random.Generator, limits: tuple[int, int, int], clips: int) -> Any:
+    """Log-normal sizes with the given least, mean and largest value."""
+    least, mean, most = limits
     drawn = np.exp(rng.normal(0, 0.25, clips))
     return np.clip(np.rint(drawn / drawn.mean() * mean), least, most).astype(np.int64)
 
@@ -143,17 +113,14 @@ class Bench:
 
     Args:
         folder: where their clips are or will be.
-        peers: the Python that has Streaming and LitData.
         contenders: names of those that run.
 
     Attributes:
-        cannot: by contender that failed, why.
+        cannot: contenders that failed, with the reason.
     """
 
-    def __init__(
-        self, folder: Path, peers: Path, contenders: Sequence[str] = tuple(CONTENDERS)
-    ) -> None:
-        self.folder, self.peers, self.contenders = folder, peers, contenders
+    def __init__(self, folder: Path, contenders: Sequence[str]) -> None:
+        self.folder, self.contenders = folder, contenders
         self.cannot: dict[str, str] = {}
 
     def write(self, clips: int) -> None:
@@ -167,18 +134,17 @@ class Bench:
                 if self.child(name, f"write {name}", {}) is not None:
                     done.touch()
 
-    def child(self, name: str, what: str, task: dict[str, Any]) -> dict[str, Any] | None:
-        """Of a fresh process; None, and why in ``cannot``, if it gives none."""
-        python = str(self.peers) if name in PACKAGES else sys.executable
-        command = [python, str(TOOL), what, str(self.folder), json.dumps(task)]
+    def child(self, name: str, work: str, task: dict[str, Any]) -> dict[str, Any] | None:
+        """The results of ``work`` in a fresh process. None if it fails; see ``cannot``."""
+        command = [sys.executable, str(TOOL), work, str(self.folder), json.dumps(task)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)])
         try:
             ended = subprocess.run(
-                command, capture_output=True, text=True, timeout=PATIENCE, env=environment
+                command, capture_output=True, text=True, timeout=TIMEOUT, env=environment
             )
         except subprocess.TimeoutExpired:
-            self.cannot[name] = f"no end within {PATIENCE} s"
+            self.cannot[name] = f"no end within {TIMEOUT} s"
             return None
         if ended.returncode:
             lines = ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"]
@@ -188,99 +154,91 @@ class Bench:
         found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
         return found
 
+    def value(self, work: str, task: dict[str, Any], name: str) -> float | None:
+        """One result of our loader; None if it fails."""
+        return (self.child("ours", work, task) or {}).get(name)
+
     def measure(self, task: Task, batches: int, rounds: int) -> dict[str, Any]:
-        versions = {name: found_version(name) for name in ("torch", "numpy", "webdataset", "lmdb")}
         timed = replace(task, warm_up=WARM_UP * task.workers * task.prefetch, batches=batches)
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in self.contenders}
-        # The first round warms the page cache up.
-        for number in range(rounds + 1):
-            say(f"round {number} of {rounds}")
-            for name in self.contenders:
-                if name in self.cannot:
-                    continue
-                found = self.child(name, name, asdict(timed if number else task))
-                if found is not None and number:
+        say("a round that fills the page cache")
+        for name in self.contenders:
+            self.child(name, name, asdict(task))
+        for name in in_turns(self.contenders, rounds):
+            if name not in self.cannot:
+                found = self.child(name, name, asdict(timed))
+                if found is not None:
                     runs[name].append(found)
-        clips_s = medians(runs, "clips_per_second")
-        first = medians(runs, "first_batch_s")
-        say("going on in the middle of an epoch")
+        say("resuming in the middle of an epoch")
         resumes = {
             name: self.resume(name, task) for name in self.contenders if name not in self.cannot
         }
-        again = {
-            what: (self.child("ours", "again", asdict(each)) or {}).get("first_batch_s")
-            for what, each in (("first", task), ("resume", replace(task, resume=True)))
-        }
+        again, resumed = (
+            self.value("again", asdict(each), "first_batch_s")
+            for each in (task, replace(task, resume=True))
+        )
         say("bare reading")
         read = self.child("ours", "pread", {"batch": task.batch, "rounds": 2 * rounds + 1}) or {}
         say("memory")
-        held = replace(task, batches=batches, pause=0.5)
-        own, empty = (
-            (self.child("ours", name, asdict(held)) or {})["peak_mb"]
-            for name in ("ours", "ours, empty")
-        )
-        queue = replace(task, warm_up=0, batches=batches)
-        queue_mb = (self.child("ours", "queue", asdict(queue)) or {})["queue_mb"]
-        rate, native = clips_s["ours"], clips_s["ours, native"]
-        peers = [of_peer for name in PEERS if (of_peer := clips_s.get(name)) is not None]
+        held = asdict(replace(task, batches=batches, pause=0.5))
+        own, empty = (self.value(work, held, "peak_mb") for work in ("ours", "ours, empty"))
+        queue = self.value("queue", asdict(replace(task, batches=batches)), "queue_mb")
+        clips_s, first = medians(runs, "clips_per_second"), medians(runs, "first_batch_s")
+        best_peer = max(filter(None, map(clips_s.get, PEERS)), default=None)
+        more = None if own is None or empty is None else own - empty
         return {
             "summary": {
-                "vs_best_peer": rate / max(peers) if rate and peers else None,
-                "native_vs_best_peer": native / max(peers) if native and peers else None,
-                "vs_pread": read["store_gb_s"] / read["pread_gb_s"],
-                "resume_s": resumes["ours"],
-                "resume_warm_s": again["resume"],
-                "first_batch_s": again["first"],
+                "vs_best_peer": ratio(clips_s["ours"], best_peer),
+                "native_vs_best_peer": ratio(clips_s["ours, native"], best_peer),
+                "vs_pread": ratio(read.get("store_gb_s"), read.get("pread_gb_s")),
+                "resume_s": resumes.get("ours"),
+                "resume_warm_s": resumed,
+                "first_batch_s": again,
                 "first_batch_cold_s": first["ours"],
-                "memory_vs_queue": (own - empty) / queue_mb,
+                "memory_vs_queue": ratio(more, queue),
             },
             "clips_per_second": clips_s,
             "first_batch_s": first,
             "resume_s": resumes,
             "memory_mb": {"with batches": own, "without": empty},
-            "queue_mb": queue_mb,
+            "queue_mb": queue,
             "read": read,
             "cannot": self.cannot,
             "runs": runs,
             "work": {"clips": len(json.loads((self.folder / "labels.json").read_text()))}
             | {"batch": task.batch, "workers": task.workers, "prefetch": task.prefetch},
-            "versions": versions,
-            "peers": {name: packages[0] for name, packages in PACKAGES.items()},
+            "versions": versions("torch", "numpy", "webdataset", "lmdb"),
         }
 
     def resume(self, name: str, task: Task) -> float | str | None:
-        """Seconds to the first batch, or why there is none."""
+        """Seconds to the first batch in mid-epoch, or why the contender cannot resume."""
         found = self.child(name, name, asdict(replace(task, resume=True)))
         if found is None:
             return None
         return str(found["cannot"]) if "cannot" in found else float(found["first_batch_s"])
 
 
-def found_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def ratio(ours: float | None, theirs: float | None) -> float | None:
+    return None if ours is None or theirs is None else ours / theirs
 
 
-def medians(runs: dict[str, list[dict[str, Any]]], what: str) -> dict[str, float | None]:
-    def median(values: Iterable[float]) -> float | None:
-        found = list(values)
-        return statistics.median(found) if found else None
-
-    return {name: median(run[what] for run in of_name) for name, of_name in runs.items()}
+def medians(runs: dict[str, list[dict[str, Any]]], key: str) -> dict[str, float | None]:
+    return {
+        name: statistics.median(run[key] for run in of_name) if of_name else None
+        for name, of_name in runs.items()
+    }
 
 
 # --- the table ------------------------------------------------------------------------------------
 
 
 def as_table(result: dict[str, Any]) -> Table:
-    summary, work = result["summary"], result["work"]
-    table = Table(
-        title="{clips} clips, batches of {batch}, {workers} workers x {prefetch}".format(**work)
+    table = new_table(
+        "{clips} clips, batches of {batch}, {workers} workers x {prefetch}".format(
+            **result["work"]
+        ),
+        *("", "clips/s", "first batch, cold", "resume, cold", "goal"),
     )
-    for heading in ("", "clips/s", "first batch, cold", "resume, cold"):
-        table.add_column(heading, justify="right" if heading else "left")
     for name in result["runs"]:
         if name in result["cannot"]:
             table.add_row(name, result["cannot"][name])
@@ -293,18 +251,18 @@ def as_table(result: dict[str, Any]) -> Table:
             f"{resume:.2f} s" if isinstance(resume, float) else "cannot",
         )
     table.add_section()
-    for label, name, goal in (
-        ("ours / best peer", "vs_best_peer", ">= 2"),
-        ("ours, native / best peer", "native_vs_best_peer", ">= 5"),
-        ("store / bare pread", "vs_pread", ">= 0.8"),
-        ("seconds to go on in mid-epoch, cold", "resume_s", "< 1"),
-        ("  with the fork server up", "resume_warm_s", "< 1"),
-        ("seconds to the first batch, cold", "first_batch_cold_s", "< 1"),
-        ("  with the fork server up", "first_batch_s", "< 1"),
-        ("memory / one prefetch queue", "memory_vs_queue", "<= 1.2"),
-    ):
-        figure = summary[name]
-        table.add_row(label, "-" if figure is None else f"{figure:.2f}", goal)
+    add_goals(
+        table,
+        result["summary"],
+        ("ours / best peer", "vs_best_peer", "{:.2f}", ">= 2"),
+        ("ours, native / best peer", "native_vs_best_peer", "{:.2f}", ">= 5"),
+        ("store / bare pread", "vs_pread", "{:.2f}", ">= 0.8"),
+        ("resume in mid-epoch, cold", "resume_s", "{:.2f} s", "< 1 s"),
+        ("  with a running fork server", "resume_warm_s", "{:.2f} s", "< 1 s"),
+        ("first batch, cold", "first_batch_cold_s", "{:.2f} s", "< 1 s"),
+        ("  with a running fork server", "first_batch_s", "{:.2f} s", "< 1 s"),
+        ("memory / one prefetch queue", "memory_vs_queue", "{:.2f}", "<= 1.2"),
+    )
     return table
 
 

@@ -1,8 +1,8 @@
 """How close `prepare` comes to the video decoder's speed, and how little memory it takes.
 
-Makes noisy videos and compares on them: bare decoding, which is the limit; `prepare`; and the way
-of the run that this package was born of. Then `prepare` on one core against all cores, and the
-resident memory of its process tree. benchmarks/prepare.md says how to read the figures.
+Compares on noisy videos: bare decoding, which is the limit; `prepare`; and the method of the
+original run. Then `prepare` on one core against more, and the resident memory of its process tree.
+benchmarks/prepare.md explains the results.
 
     python tools/bench_prepare.py [--clips N] [--seconds S] [--quick] [--json FILE]
 """
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,16 @@ import cv2
 import lmdb
 import numpy as np
 import psutil
-from measuring import finish, options, say
+from measuring import (
+    add_goals,
+    finish,
+    new_table,
+    options,
+    say,
+    seconds,
+    versions,
+    write_manifest,
+)
 from rich.table import Table
 
 from dist_train.data.raw.clip import PrepareSettings
@@ -43,17 +53,17 @@ from dist_train.data.table.manifest import read_manifest
 
 SEED = 3
 DEPTH, HEIGHT, WIDTH = 60, 384, 512
-# Together they give about 2.5 MB a clip, as the challenge's videos have.
+# About 2.5 MB a clip, like the challenge's videos.
 NOISE = 14.0
 ENCODER = {"preset": "medium", "crf": "23"}
-# The one large clip; its memory does not depend on how well it is compressed.
+# The one large clip. Fast to encode: its memory does not depend on its compression.
 LARGE_DEPTH, LARGE_SIDE, LARGE_ENCODER = 434, 1024, {"preset": "ultrafast", "crf": "23"}
 # Enough shards to keep every core busy to the end.
 SHARD_CLIPS = 4
 FEWEST_ROUNDS = 3
-# Of the bare decoder in a round: beside it the start of a worker process, a second, is little.
+# Length of the bare decoder's part of a round; the start of a worker takes a second.
 ROUND_SECONDS = 20
-# Tiny clips that the growth of memory is measured with.
+# Numbers of tiny clips for the growth of memory.
 FEW, MANY = 1_000, 20_000
 
 Work = Callable[[Path, Path], None]
@@ -66,7 +76,7 @@ def main() -> None:
         "--seconds",
         type=float,
         default=40,
-        help="least time for the rounds on one core (default 40)",
+        help="least time of the rounds on one core (default 40)",
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench_prepare.") as folder:
@@ -76,7 +86,7 @@ def main() -> None:
     finish(arguments.json, result, as_table(result))
 
 
-def measure(folder: Path, clips: int, seconds: float, *, growth: bool) -> dict[str, Any]:
+def measure(folder: Path, clips: int, limit: float, *, growth: bool) -> dict[str, Any]:
     say(f"making {clips} videos of {DEPTH} frames, {WIDTH}x{HEIGHT}, and a large one")
     videos = folder / "videos"
     make_videos(videos, clips)
@@ -84,26 +94,27 @@ def measure(folder: Path, clips: int, seconds: float, *, growth: bool) -> dict[s
     make_large_video(large)
 
     cores = sorted(os.sched_getaffinity(0))
-    once = timed(run_decode, videos, folder / "scratch", {cores[0]})
+    scratch = folder / "scratch"
+    once = timed(run_decode, videos, scratch, [{cores[0]}])
     copies = max(1, round(ROUND_SECONDS / once))
     many = folder / "many"
-    link_copies(videos, many, copies)
-    say(f"one core, on {copies * clips} clips, in rounds, for {seconds:.0f} s")
-    rounds = on_one_core(many, folder / "scratch", cores[0], seconds)
+    make_copies(videos, many, copies)
+    say(f"one core, on {copies * clips} clips, in rounds, for {limit:.0f} s")
+    rounds = on_one_core(many, scratch, cores[0], limit)
     best = {name: min(times) for name, times in rounds.items()}
 
     say(f"one core against more, on {copies * clips} clips")
     scaling = {
-        number: timed(run_prepare, many, folder / "scratch", set(cores[:number]))
+        number: timed(run_prepare, many, scratch, [set(cores[:number])])
         for number in sorted({1, min(2, len(cores)), len(cores)})
     }
 
-    both = cores[:2]
-    decoders = timed_together(run_decode, many, folder / "scratch", both)
+    both = [{core} for core in cores[:2]]
+    decoders = timed(run_decode, many, scratch, both)
 
     say("memory, with 2 workers and the large clip")
-    add_links(large, videos)
-    peak = peak_rss_mb(videos, folder / "scratch", "--shard-clips", "2")
+    add_copies(large, videos)
+    peak = peak_rss_mb(videos, scratch, "--shard-clips", "2")
     summary: dict[str, float | None] = {
         "vs_decode": best["decode"] / best["prepare"],
         "vs_original": best["original"] / best["prepare"],
@@ -124,7 +135,7 @@ def measure(folder: Path, clips: int, seconds: float, *, growth: bool) -> dict[s
             "frames": copies * clips * DEPTH,
             "megabytes": megabytes(many),
         },
-        "versions": {"av": av.__version__, "cv2": cv2.__version__, "numpy": np.__version__},
+        "versions": versions("av", "opencv-python-headless", "numpy"),
     }
 
 
@@ -132,22 +143,22 @@ def measure(folder: Path, clips: int, seconds: float, *, growth: bool) -> dict[s
 
 
 def make_videos(folder: Path, clips: int) -> None:
-    """``clips`` videos of 2.5 MB, long GOP, with their manifest beside them."""
+    """Make ``clips`` videos of 2.5 MB with a long GOP, and their manifest."""
     folder.mkdir()
     for number in range(clips):
         rng = np.random.default_rng([SEED, number])
         frames = rendered(number, DEPTH, HEIGHT, WIDTH)
         noisy = (with_noise(frame, rng) for frame in frames)
         encode(folder / f"clip{number:04d}.mp4", noisy, ENCODER)
-    write_manifest(folder)
+    label_in_turn(folder)
 
 
 def make_large_video(folder: Path) -> None:
-    """One clip of the challenge's greatest depth, with its largest outline, in a large frame."""
+    """Make a clip of the challenge's greatest depth, with its largest outline, in a large frame."""
     folder.mkdir()
     middle, half_height, half_width = LARGE_SIDE // 2, BOX_HEIGHT[2] // 2, BOX_WIDTH[2] // 2
     box = Box(middle - half_height, middle - half_width, middle + half_height, middle + half_width)
-    # A few frames, over and over: the clip as a whole would fill more than a gigabyte.
+    # A few frames, repeated: the whole clip would fill more than a gigabyte.
     few = rendered(0, 16, LARGE_SIDE, LARGE_SIDE, box)
     frames = itertools.islice(itertools.cycle(few), LARGE_DEPTH)
     encode(folder / "large.mp4", frames, LARGE_ENCODER)
@@ -163,7 +174,7 @@ def rendered(
 
 
 def with_noise(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Grey noise, fresh in every frame: that is what makes a video of this kind large."""
+    """Add grey noise, new in every frame, which makes the video large."""
     grain = rng.normal(0, NOISE, (*frame.shape[:2], 1))
     return np.clip(frame + grain, 0, 255).astype(np.uint8)
 
@@ -179,23 +190,21 @@ def encode(path: Path, frames: Iterable[np.ndarray], options: dict[str, str]) ->
         output.mux(stream.encode(None))
 
 
-def link_copies(source: Path, target: Path, copies: int) -> None:
-    """A folder that has each video ``copies`` times, as hard links."""
+def make_copies(source: Path, target: Path, copies: int) -> None:
+    """Make a folder that has each video ``copies`` times."""
     target.mkdir()
     for copy in range(copies):
-        add_links(source, target, prefix=f"copy{copy}_")
+        add_copies(source, target, prefix=f"copy{copy}_")
 
 
-def add_links(source: Path, target: Path, prefix: str = "") -> None:
+def add_copies(source: Path, target: Path, prefix: str = "") -> None:
     for path in sorted(source.glob("*.mp4")):
-        os.link(path, target / f"{prefix}{path.name}")
-    write_manifest(target)
+        shutil.copyfile(path, target / f"{prefix}{path.name}")
+    label_in_turn(target)
 
 
-def write_manifest(folder: Path) -> None:
-    names = sorted(path.name for path in folder.iterdir() if path.suffix in (".mp4", ".npy"))
-    lines = ["filename,label", *(f"{name},{i % 2}" for i, name in enumerate(names))]
-    (folder / "manifest.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def label_in_turn(folder: Path) -> None:
+    write_manifest(folder, [number % 2 for number in range(len(list(folder.glob("*.[mn]p[4y]"))))])
 
 
 def megabytes(folder: Path) -> float:
@@ -206,7 +215,7 @@ def megabytes(folder: Path) -> float:
 
 
 def run_decode(videos: Path, out: Path) -> None:
-    """The limit: demultiplex and decode, with one thread, and look at nothing."""
+    """The limit: demultiplex and decode with one thread."""
     for path in sorted(videos.glob("*.mp4")):
         with av.open(str(path)) as container:
             container.streams.video[0].codec_context.thread_count = 1
@@ -217,7 +226,7 @@ def run_decode(videos: Path, out: Path) -> None:
 def run_prepare(videos: Path, out: Path) -> None:
     """``prepare`` with a worker for each core that it may run on."""
     settings = PrepareSettings(shard_clips=SHARD_CLIPS)
-    prepare(read_manifest(videos / "manifest.csv"), videos, out, settings)
+    prepare(read_manifest(videos / "clips.csv"), videos, out, settings)
 
 
 def run_original(videos: Path, out: Path) -> None:
@@ -231,11 +240,11 @@ def run_original(videos: Path, out: Path) -> None:
 
 
 def original_crop(path: Path) -> np.ndarray:
-    """uint8 [D, h, w], cut at the least x and y and the greatest width and height of all boxes,
-    which is less than their union as soon as the outline moves."""
+    """uint8 [D, h, w], cropped to the least x and y and the greatest width and height of all boxes;
+    less than their union if the outline moves."""
     colour = OutlineColour()
     blue_green_red = np.array([colour.blue, colour.green, colour.red])
-    # One thread, as everybody here: it gains nothing from more on one core.
+    # One thread, as all contenders: each has one core.
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     frames, boxes = [], []
     while True:
@@ -257,8 +266,8 @@ def original_crop(path: Path) -> np.ndarray:
 # --- speed --------------------------------------------------------------------------------------
 
 
-def on_one_core(videos: Path, scratch: Path, core: int, seconds: float) -> dict[str, list[float]]:
-    """Times of every contender, who take turns so that what else the machine does hits them all."""
+def on_one_core(videos: Path, scratch: Path, core: int, limit: float) -> dict[str, list[float]]:
+    """Seconds of every contender, in turns, until ``limit`` seconds have passed."""
     contenders: dict[str, Work] = {
         "decode": run_decode,
         "prepare": run_prepare,
@@ -266,41 +275,24 @@ def on_one_core(videos: Path, scratch: Path, core: int, seconds: float) -> dict[
     }
     times: dict[str, list[float]] = {name: [] for name in contenders}
     began = time.monotonic()
-    for number in itertools.count():
-        if number >= FEWEST_ROUNDS and time.monotonic() - began > seconds:
-            return times
+    while len(times["decode"]) < FEWEST_ROUNDS or time.monotonic() - began <= limit:
         for name, work in contenders.items():
-            times[name].append(timed(work, videos, scratch, {core}))
-    raise AssertionError("the rounds end by time")
+            times[name].append(timed(work, videos, scratch, [{core}]))
+    return times
 
 
-def timed(work: Work, videos: Path, scratch: Path, cores: set[int]) -> float:
-    """Seconds that ``work`` takes in a process of its own, which may run on ``cores`` only."""
+def timed(work: Work, videos: Path, scratch: Path, cores: Sequence[set[int]]) -> float:
+    """Seconds until one process on each set of cores has done ``work``, all at the same time."""
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, os.sched_setaffinity, (0, cores)) as pool:
-        return pool.submit(seconds_of, work, videos, scratch).result()
-
-
-def timed_together(work: Work, videos: Path, scratch: Path, cores: Sequence[int]) -> float:
-    """Seconds until each of the cores has done ``work``, all at once."""
-    spawn = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
         pools = [
-            stack.enter_context(ProcessPoolExecutor(1, spawn, os.sched_setaffinity, (0, {core})))
-            for core in cores
+            stack.enter_context(ProcessPoolExecutor(1, spawn, os.sched_setaffinity, (0, own)))
+            for own in cores
         ]
-        return max(
-            run.result()
-            for run in [pool.submit(seconds_of, work, videos, scratch) for pool in pools]
-        )
-
-
-def seconds_of(work: Work, videos: Path, out: Path) -> float:
-    began = time.perf_counter()
-    work(videos, out)
-    return time.perf_counter() - began
+        runs = [pool.submit(seconds, partial(work, videos, scratch)) for pool in pools]
+        return max(run.result() for run in runs)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -316,21 +308,19 @@ def rss_growth(folder: Path) -> float:
         for number in range(clips):
             clip = rng.integers(0, 256, (4, 8, 8), dtype=np.uint8)
             np.save(volumes / f"clip{number:05d}.npy", clip)
-        write_manifest(volumes)
+        label_in_turn(volumes)
         peaks.append(peak_rss_mb(volumes, folder / "scratch", "--roi", "none"))
     few, many = peaks
     return many / few
 
 
 def peak_rss_mb(source: Path, scratch: Path, *options: str) -> float:
-    """Peak resident memory, in 10^6 bytes, of ``dist-train prepare --workers 2`` and all below it.
-
-    Pages that processes share count once for each of them.
-    """
+    """Peak resident memory, in 10^6 bytes, of ``dist-train prepare --workers 2`` and its children.
+    Pages that processes share are counted once for each."""
     shutil.rmtree(scratch, ignore_errors=True)
     command = [
         *(sys.executable, "-m", "dist_train", "prepare", "--workers", "2"),
-        *("--manifest", str(source / "manifest.csv"), "--source", str(source)),
+        *("--manifest", str(source / "clips.csv"), "--source", str(source)),
         *("--out", str(scratch), *options),
     ]
     with tempfile.TemporaryFile() as output:
@@ -363,32 +353,30 @@ def tree_rss(pid: int) -> int:
 
 def as_table(result: dict[str, Any]) -> Table:
     summary, scaling, clips = result["summary"], result["scaling"], result["clips"]
-    table = Table(title=f"{clips['number']} clips, {clips['megabytes']:.1f} MB in all")
-    for heading in ("", "frames/s", "figure", "goal"):
-        table.add_column(heading, justify="right" if heading else "left")
-    rates = {
-        name: f"{clips['frames'] / min(times):.0f}"
-        for name, times in result["seconds_a_round"].items()
-    }
-    table.add_row("bare decode, one core", rates["decode"])
-    table.add_row("the original's method, one core", rates["original"])
-    table.add_row("prepare, one core", rates["prepare"])
-    table.add_row("  over bare decode", "", f"{summary['vs_decode']:.3f}", ">= 0.85")
-    table.add_row("  over the original's method", "", f"{summary['vs_original']:.2f}", "> 1")
-    times = scaling["seconds_by_cores"]
-    for cores in sorted(times.keys() - {1}):
-        rate = f"{scaling['clips'] * DEPTH / times[cores]:.0f}"
-        goal = ">= 1.9" if cores == 2 else ""
-        table.add_row(f"prepare, {cores} cores", rate)
-        table.add_row("  over one core", "", f"{times[1] / times[cores]:.2f}", goal)
-    if summary["two_cores_of_decode"] is not None:
-        figure = f"{summary['two_cores_of_decode']:.2f}"
-        table.add_row("bare decode, 2 cores over one", "", figure)
+    table = new_table(
+        f"{clips['number']} clips, {clips['megabytes']:.1f} MB in all",
+        *("", "value", "frames/s", "goal"),
+    )
+    for label, name in (
+        ("bare decode, one core", "decode"),
+        ("the original's method, one core", "original"),
+        ("prepare, one core", "prepare"),
+    ):
+        rate = clips["frames"] / min(result["seconds_a_round"][name])
+        table.add_row(label, "", f"{rate:.0f}")
+    for cores, took in scaling["seconds_by_cores"].items():
+        table.add_row(f"prepare, {cores} cores", "", f"{scaling['clips'] * DEPTH / took:.0f}")
     table.add_section()
-    table.add_row("peak memory, 2 workers", "", f"{summary['peak_rss_mb']:.0f} MB", "<= 1000 MB")
-    if summary["rss_growth"] is not None:
-        growth = f"peak memory, {MANY} clips over {FEW}"
-        table.add_row(growth, "", f"{summary['rss_growth']:.3f}", "<= 1.1")
+    add_goals(
+        table,
+        summary,
+        ("prepare / bare decode, one core", "vs_decode", "{:.3f}", ">= 0.85"),
+        ("prepare / the original's method", "vs_original", "{:.2f}", "> 1"),
+        ("prepare, 2 cores / one core", "two_cores", "{:.2f}", ">= 1.9"),
+        ("bare decode, 2 cores / one core", "two_cores_of_decode", "{:.2f}", ""),
+        ("peak memory, 2 workers", "peak_rss_mb", "{:.0f} MB", "<= 1000 MB"),
+        (f"peak memory, {MANY} clips / {FEW}", "rss_growth", "{:.3f}", "<= 1.1"),
+    )
     return table
 
 

@@ -1,9 +1,8 @@
 """What each mode of recomputing keeps for the backward pass, and what it costs in time.
 
-What is kept is counted by hooks on saved tensors, each piece of memory once, without weights and
-buffers, in a forward pass of tensors without data; so is what is alive at once. Time is that of
-forward and backward passes, of all four modes in turn, for several rounds. benchmarks/recompute.md
-says how to read the figures.
+Kept bytes are counted by hooks on saved tensors, each storage once, without weights and buffers, in
+a forward pass of tensors without data; peak bytes come from the package's own estimate. Time is of
+forward and backward passes, all four modes in turn. benchmarks/recompute.md explains the results.
 
     python tools/bench_recompute.py [--quick] [--json FILE]
 """
@@ -11,14 +10,13 @@ says how to read the figures.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from measuring import finish, options, say, synchronize
+from measuring import CPU, finish, in_turns, new_table, options, say, seconds, versions
 from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -42,7 +40,7 @@ def main() -> None:
         type=int,
         nargs=4,
         metavar=axes,
-        help="shape of the clips that are timed; on CUDA the same, on a CPU 1 64 160 160",
+        help="shape of the timed clips; default on CUDA the same, on a CPU 1 64 160 160",
     )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16" if cuda else "fp32")
     parser.add_argument("--rounds", type=int, default=4)
@@ -57,12 +55,11 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     bfloat16 = arguments.precision == "bf16"
-    say("counting what is kept")
+    say("counting bytes")
     with FakeTensorMode():
-        # On any device the same: only shapes and dtypes matter.
-        fake = Bench(arguments.depth, arguments.shape, torch.device("cpu"), bfloat16=bfloat16)
+        # Only shapes and dtypes matter, so the device does not.
+        fake = Bench(arguments.depth, arguments.shape, CPU, bfloat16=bfloat16)
         kept = {mode: fake.kept_bytes(mode) for mode in MODES}
-    say("counting what is alive at once")
     clips, *size = arguments.shape
     costs = measure_parts(
         partial(ResNet3D, arguments.depth), (clips, 1, *size), torch.bfloat16 if bfloat16 else None
@@ -72,31 +69,24 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     say("warming up")
     for mode in MODES:
         bench.seconds(mode)
-    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for number in range(arguments.rounds):
-        say(f"round {number + 1} of {arguments.rounds}")
-        # Each round begins elsewhere, so that no mode always comes after the same one.
-        turn = number % len(MODES)
-        for mode in MODES[turn:] + MODES[:turn]:
-            seconds[mode].append(bench.seconds(mode))
+    times: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for mode in in_turns(MODES, arguments.rounds):
+        times[mode].append(bench.seconds(mode))
+    ratios = {mode: kept[mode] / kept["none"] for mode in MODES}
 
     def slower(mode: str) -> float:
-        """The median over rounds of the time against that of "none" in the same round."""
-        return median(a / b for a, b in zip(seconds[mode], seconds["none"], strict=True))
+        """Median over rounds of the time relative to "none" in the same round."""
+        return median(a / b for a, b in zip(times[mode], times["none"], strict=True))
 
     return {
         "summary": {
-            "full_bytes_ratio": min(kept[mode] / kept["none"] for mode in ("block", "stage")),
-            "block_bytes_ratio": kept["block"] / kept["none"],
-            "stage_bytes_ratio": kept["stage"] / kept["none"],
-            "cheap_bytes_ratio": kept["cheap"] / kept["none"],
-            "cheap_time_ratio": slower("cheap"),
-            "block_time_ratio": slower("block"),
-            "stage_time_ratio": slower("stage"),
+            "full_bytes_ratio": min(ratios["block"], ratios["stage"]),
+            **{f"{mode}_bytes_ratio": ratios[mode] for mode in MODES[1:]},
+            **{f"{mode}_time_ratio": slower(mode) for mode in MODES[1:]},
         },
         "kept_bytes": kept,
         "peak_bytes": peaks,
-        "seconds": seconds,
+        "seconds": times,
         "case": {
             "depth": arguments.depth,
             "shape": list(arguments.shape),
@@ -105,12 +95,12 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
         },
-        "versions": {"torch": torch.__version__},
+        "versions": versions("torch"),
     }
 
 
 class Bench:
-    """One training step, without the optimizer's, in any mode."""
+    """Forward and backward pass of a training step, in any mode."""
 
     def __init__(
         self, depth: int, shape: Sequence[int], device: torch.device, *, bfloat16: bool
@@ -121,12 +111,12 @@ class Bench:
             self.clips = torch.rand(clips, 1, *size)
             self.model = ResNet3D(depth)
         self.bfloat16 = bfloat16
-        # What bf16 is fast in. Tensors without data cannot be put into it, nor need to be.
+        # The layout in which bf16 is fast. Tensors without data cannot take it, and need not.
         if bfloat16 and not isinstance(self.clips, FakeTensor):
             layout = torch.channels_last_3d
             self.clips = self.clips.to(memory_format=layout)
             self.model = self.model.to(memory_format=layout)  # type: ignore[call-overload]
-        self.own = set(map(place, (*self.model.parameters(), *self.model.buffers())))
+        self.own = set(map(storage_id, (*self.model.parameters(), *self.model.buffers())))
 
     def forward(self, mode: Recompute) -> Tensor:
         self.model.recompute = mode
@@ -139,7 +129,7 @@ class Bench:
         kept: dict[int, Tensor] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            kept[place(tensor)] = tensor
+            kept[storage_id(tensor)] = tensor
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -148,29 +138,23 @@ class Bench:
         return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in self.own)
 
     def seconds(self, mode: Recompute) -> float:
-        synchronize(self.clips.device)
-        began = time.perf_counter()
-        self.forward(mode).backward()  # type: ignore[no-untyped-call]
-        synchronize(self.clips.device)
-        return time.perf_counter() - began
+        return seconds(lambda: self.forward(mode).backward(), self.clips.device)  # type: ignore[no-untyped-call]
 
 
-def place(tensor: Tensor) -> int:
-    """Identity of the memory that a tensor is a view of, also of one without data."""
+def storage_id(tensor: Tensor) -> int:
+    """Identity of a tensor's storage, also of a tensor without data."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def as_table(result: dict[str, Any]) -> Table:
-    case, kept, seconds = result["case"], result["kept_bytes"], result["seconds"]
+    case, kept, times = result["case"], result["kept_bytes"], result["seconds"]
     shape, timed = (" x ".join(map(str, case[name])) for name in ("shape", "timed"))
-    table = Table(
-        title=f"ResNet-{case['depth']}, {case['precision']}: kept at {shape}; "
-        f"timed at {timed} on {case['device']}"
+    table = new_table(
+        f"ResNet-{case['depth']}, {case['precision']}: kept at {shape}; "
+        f"timed at {timed} on {case['device']}",
+        *("recompute", "kept", "of none", "at once", "time", "of none", "goal"),
     )
-    for heading in ("recompute", "kept", "of none", "at once", "time", "of none", "goal"):
-        table.add_column(heading, justify="left" if heading == "recompute" else "right")
-    cuda = case["device"] != "cpu"
-    goals = {"cheap": f"<= 60 %, {105 if cuda else 112} %", "stage": "<= 15 %"}
+    goals = {"cheap": f"<= 60 %, {112 if case['device'] == 'cpu' else 105} %", "stage": "<= 15 %"}
     for mode in MODES:
         slower = 1.0 if mode == "none" else result["summary"][f"{mode}_time_ratio"]
         table.add_row(
@@ -178,7 +162,7 @@ def as_table(result: dict[str, Any]) -> Table:
             f"{kept[mode] / 2**30:.3f} GiB",
             f"{kept[mode] / kept['none']:.1%}",
             f"{result['peak_bytes'][mode] / 2**30:.2f} GiB",
-            f"{median(seconds[mode]):.2f} s",
+            f"{median(times[mode]):.2f} s",
             f"{slower:.1%}",
             goals.get(mode, ""),
         )

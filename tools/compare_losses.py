@@ -1,12 +1,12 @@
-"""Are two runs the same? Compares a figure of each step of their ``metrics.jsonl``.
+"""Are two runs the same? Compares a metric of each step of their ``metrics.jsonl``.
 
-Prints a table, and ends with 0 if no step differs by more than the tolerance, with 1 and the first
-step that does otherwise, and with 2 if they cannot be compared.
+Exits with 0 if no step differs by more than the tolerance; with 1 if one does, and names the first;
+with 2 if the runs cannot be compared.
 
     python tools/compare_losses.py RUN_A RUN_B --tolerance 1e-6 [--figure NAME] [--steps 5:24]
 
 A run is its folder or its ``metrics.jsonl``. A difference is relative: ``|a - b|`` over the larger
-of ``|a|`` and ``|b|``. Tolerance 0 wants every bit.
+of ``|a|`` and ``|b|``. Tolerance 0 asks for equal bits.
 """
 
 from __future__ import annotations
@@ -15,34 +15,31 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from measuring import new_table
 from rich.console import Console
-from rich.table import Table
 
 METRICS = "metrics.jsonl"
-#: Rows of the table, at most, but for the first step that differs and the worst one.
+#: Most rows of the table, besides the first step that differs and the worst one.
 ROWS = 24
-#: Figures by step; None where one is not finite, or the step was left out.
-Series = Mapping[int, float | None]
 
 
 class NotComparableError(Exception):
-    """A file is missing or damaged, or two runs do not have the same steps."""
+    """A file is missing or damaged, or the runs do not have the same steps."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of each step, ascending: its number, both figures, and their relative difference."""
+    """For each step, ascending: its number, both values (None if not finite), their difference."""
 
     rows: list[tuple[int, float | None, float | None, float]]
     tolerance: float
 
     @property
     def worst(self) -> tuple[int, float]:
-        """A step, and the largest difference."""
+        """The step with the largest difference, and the difference."""
         step, *_, difference = max(self.rows, key=lambda row: row[3])
         return step, difference
 
@@ -55,30 +52,29 @@ class Comparison:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("a", type=Path, help="folder of a run, or its metrics.jsonl")
-    parser.add_argument("b", type=Path, help="the other one")
+    parser.add_argument("b", type=Path, help="the other run")
     parser.add_argument("--tolerance", type=tolerance, required=True, help="relative, as 1e-6")
-    parser.add_argument("--figure", default="train/loss", help="by default train/loss")
-    parser.add_argument("--steps", type=step_range, help="FIRST:LAST; by default all of both")
+    parser.add_argument("--figure", default="train/loss", help="a metric; default train/loss")
+    parser.add_argument("--steps", type=step_range, help="FIRST:LAST; default all of both")
     arguments = parser.parse_args()
+    figure, limit = arguments.figure, arguments.tolerance
     try:
-        compared = compare(
-            arguments.a,
-            arguments.b,
-            arguments.tolerance,
-            figure=arguments.figure,
-            steps=arguments.steps,
-        )
+        compared = compare(arguments.a, arguments.b, limit, figure=figure, steps=arguments.steps)
     except NotComparableError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    Console().print(as_table(compared, arguments.figure))
-    worst_at, worst = compared.worst
-    said = f"{len(compared.rows)} steps, largest difference {worst:.3g} at step {worst_at}: "
-    if compared.first is None:
-        print(said + f"the same within {compared.tolerance:g}")
-        return
-    print(said + f"more than {compared.tolerance:g}, first at step {compared.first}")
-    sys.exit(1)
+    rows, first, (worst_at, worst) = compared.rows, compared.first, compared.worst
+    table = new_table(figure, "step", "A", "B", "difference", "")
+    shown = {step for step, *_ in rows[:: math.ceil(len(rows) / ROWS)]} | {worst_at, first}
+    for step, a, b, far in rows:
+        if step in shown:
+            table.add_row(str(step), repr(a), repr(b), f"{far:.2e}", "differs" * (far > limit))
+    Console().print(table)
+    summary = f"{len(rows)} steps, largest difference {worst:.3g} at step {worst_at}: "
+    if first is not None:
+        print(f"{summary}more than {limit:g}, first at step {first}")
+        sys.exit(1)
+    print(f"{summary}the same within {limit:g}")
 
 
 def compare(
@@ -89,15 +85,15 @@ def compare(
     figure: str = "train/loss",
     steps: tuple[int, int] | None = None,
 ) -> Comparison:
-    """Compare two runs.
+    """Compare a metric of two runs.
 
     Args:
-        steps: the first and the last step to look at, both of which must be there.
+        steps: the first and the last step to compare; both must exist.
 
     Raises:
-        NotComparableError: a file is missing or damaged, lacks the figure, or steps differ.
+        NotComparableError: a file is missing or damaged, lacks the metric, or steps differ.
     """
-    ours, theirs = (within(read(path, figure), steps, path) for path in (a, b))
+    ours, theirs = (read(path, figure, steps) for path in (a, b))
     for lacking, having, path in ((ours, theirs, a), (theirs, ours, b)):
         missing = sorted(having.keys() - lacking.keys())
         if missing:
@@ -109,67 +105,32 @@ def compare(
     return Comparison(rows, tolerance)
 
 
-def read(path: Path, figure: str) -> Series:
-    """A figure by step.
-
-    Raises:
-        NotComparableError: there is none, or the file is damaged.
-    """
+def read(path: Path, figure: str, steps: tuple[int, int] | None) -> dict[int, float | None]:
+    """A metric by step; None where it is not finite."""
     file = path / METRICS if path.is_dir() else path
-    found: dict[int, float | None] = {}
     try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                values = json.loads(line)
-                step = values["step"]
-                if step in found:
-                    raise NotComparableError(f"{file}:{number}: step {step} is there twice")
-                if figure in values:
-                    value = values[figure]
-                    found[step] = None if value is None else float(value)
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        found = {line["step"]: line[figure] for line in lines if figure in line}
     except OSError as error:
         raise NotComparableError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise NotComparableError(f"{file}:{number}: is no line of figures ({error!r})") from None
+        raise NotComparableError(f"{file}: has a line without metrics ({error!r})") from None
     if not found:
-        raise NotComparableError(f"{file}: no step has the figure '{figure}'")
-    return found
-
-
-def within(series: Series, steps: tuple[int, int] | None, path: Path) -> Series:
-    if steps is None:
-        return series
-    for step in steps:
-        if step not in series:
-            raise NotComparableError(f"{path}: has no step {step}; its last is {max(series)}")
-    first, last = steps
-    return {step: value for step, value in series.items() if first <= step <= last}
+        raise NotComparableError(f"{file}: no step has the metric '{figure}'")
+    if len(found) < sum(figure in line for line in lines):
+        raise NotComparableError(f"{file}: has a step twice")
+    first, last = steps or (min(found), max(found))
+    for step in (first, last):
+        if step not in found:
+            raise NotComparableError(f"{path}: has no step {step}; its last is {max(found)}")
+    return {step: value for step, value in found.items() if first <= step <= last}
 
 
 def difference(a: float | None, b: float | None) -> float:
-    """Relative; infinite where only one of two is a finite number."""
+    """Relative difference; infinite if only one value is finite."""
     if a == b:
         return 0.0
-    if a is None or b is None or not (math.isfinite(a) and math.isfinite(b)):
-        return math.inf
-    return abs(a - b) / max(abs(a), abs(b))
-
-
-def as_table(compared: Comparison, figure: str) -> Table:
-    table = Table(title=figure)
-    for heading in ("step", "A", "B", "difference", ""):
-        table.add_column(heading, justify="right")
-    stride = math.ceil(len(compared.rows) / ROWS)
-    shown = {step for step, *_ in compared.rows[::stride]} | {compared.worst[0], compared.first}
-    for step, a, b, far in compared.rows:
-        if step in shown:
-            mark = "differs" if far > compared.tolerance else ""
-            table.add_row(str(step), _text(a), _text(b), f"{far:.2e}", mark)
-    return table
-
-
-def _text(value: float | None) -> str:
-    return "none" if value is None else repr(value)
+    return math.inf if a is None or b is None else abs(a - b) / max(abs(a), abs(b))
 
 
 def tolerance(text: str) -> float:

@@ -1,6 +1,6 @@
 """The benches of a card in a minute: rows of the step, a profile, the loader, a checkpoint.
 
-No packages are installed, no other loaders run, and no operations are counted.
+Nothing is installed, no other loader runs, and no operations are counted.
 """
 
 from __future__ import annotations
@@ -8,25 +8,17 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
-import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_step import (
-    BY_NAME,
-    Workload,
-    challenge_clips,
-    figures_of,
-    make_batch,
-    settings_of,
-)
+from bench_step import CUDA_ROWS, Workload, challenge_clips, make_batch, metrics_of, settings_of
 from gpu_check import model_of, row_of
 from gpu_record import Record
 
-#: Rows of bench_step.py in the order of what they tell.
+#: Rows of bench_step.py, the most informative first.
 ROWS = ("batch16", "batch32", "graphs", "fused_norm", "fast", "original")
 #: Kernels of the profile.
 TOP = 15
@@ -39,8 +31,7 @@ def steps(record: Record) -> dict[str, Callable[[Record], None]]:
 
 def row(name: str, record: Record) -> None:
     """A row of bench_step.py at the depths of the challenge's clips."""
-    variant = BY_NAME[name]
-    if "cuda" in variant.needs and record.device == "cpu":
+    if name in CUDA_ROWS and record.device == "cpu":
         record.skip("CUDA graphs need CUDA")
         return
     if name == "fused_norm" and record.device == "cpu" and shutil.which("g++") is None:
@@ -51,18 +42,18 @@ def row(name: str, record: Record) -> None:
     load = workload(model, rounds, count)
     with row_of(record, name) as net:
         turns = [net.turn(steps) for steps in load.turns(net.config)]
-        figures = figures_of(variant, net.config, load, turns, net.device, None)
-    record.line(**figures | {"model": model, "settings": [*settings_of(variant), *more]})
+        results = metrics_of(net.config, load, turns, net.device, None)
+    record.line(**results | {"model": model, "settings": settings_of(name, more)})
 
 
 @cache
 def workload(model: str, rounds: int, steps: int) -> Workload:
-    """One for all rows, as each plan of an epoch takes a second."""
+    """The workload of all rows; it keeps the plans, each of which takes a second."""
     return Workload(challenge_clips(), model, 1.0, rounds, steps)
 
 
 def profile(record: Record) -> None:
-    """Of the fastest row: the kernels that take longest, launches and waits of a step."""
+    """The slowest kernels of the fastest row, and launches and waits of a step."""
     from profile_step import host_calls, profile_steps, top_kernels
 
     rows = [line for line in record.lines() if line["stage"] == "bench"]
@@ -89,8 +80,6 @@ def profile(record: Record) -> None:
 
 def loader(record: Record) -> None:
     """Clips a second of one node's workers: packed for the device, and resized on the host."""
-    from dataclasses import asdict
-
     from bench_loader import OURS, PREFETCH, Bench, make_clips
     from loader_contenders import Task
 
@@ -99,7 +88,7 @@ def loader(record: Record) -> None:
         (24, 4, 1, 3) if record.tiny else (768, 16, min(12, len(os.sched_getaffinity(0))), 40)
     )
     make_clips(folder, clips)
-    bench = Bench(folder, Path(sys.executable), OURS)
+    bench = Bench(folder, OURS)
     task = Task(batch, workers, PREFETCH, warm_up=PREFETCH * workers, batches=batches)
     for name in reversed(OURS):
         found = bench.child(name, name, asdict(task))
@@ -110,8 +99,6 @@ def loader(record: Record) -> None:
 
 def checkpoint(record: Record) -> None:
     """What a checkpoint costs the steps beside it."""
-    from dataclasses import asdict
-
     from bench_checkpoint import WARM_UP, Training, first_save, saved_beside
 
     folder = record.scratch / "checkpoint"
@@ -125,9 +112,5 @@ def checkpoint(record: Record) -> None:
         f"{name}_s": statistics.median(save[name] for save in saves)
         for name in ("stall", "slowdown", "durable", "step")
     }
-    record.line(
-        first_stall_s=first.stall,
-        **medians,
-        state_bytes=training.state_bytes,
-    )
+    record.line(first_stall_s=first.stall, **medians, state_bytes=training.state_bytes)
     training.close()

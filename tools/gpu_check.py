@@ -1,21 +1,19 @@
 """Does everything work, and how fast is a step: the first minute of tools/gpu.py on a card.
 
-The most telling steps come first. Imports of this repository are inside the steps, so that a
-package that is missing costs the steps that need it.
+The most informative steps come first. Imports of this repository are inside the steps, so that a
+missing package only fails the steps that need it.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from gpu_machine import found_version
 from gpu_record import Record
 from torch import Tensor
 from torch.nn.functional import batch_norm as torch_batch_norm
@@ -24,24 +22,9 @@ from torch.nn.functional import conv3d
 if TYPE_CHECKING:
     from bench_step import Row
 
-#: What training, prediction and evaluation import, by module, with the package's name.
-NEEDED = {
-    "numpy": "numpy", "pandas": "pandas", "scipy": "scipy", "pydantic": "pydantic",
-    "yaml": "pyyaml", "typer": "typer", "rich": "rich", "psutil": "psutil",
-    "packaging": "packaging", "accelerate": "accelerate",
-    "safetensors": "safetensors", "google_crc32c": "google-crc32c", "lmdb": "lmdb",
-    "cv2": "opencv-python-headless", "albumentations": "albumentations",
-    "dist_train.training.train": "dist_train", "dist_train.evaluation.predict": "dist_train",
-}  # fmt: skip
-#: What only some commands, backends or tests import.
-OTHERS = {
-    "tensorboard": "tensorboard", "fsspec": "fsspec", "av": "av", "tifffile": "tifffile",
-    "imagecodecs": "imagecodecs", "matplotlib": "matplotlib",
-    "jinja2": "jinja2", "transformers": "transformers", "deepspeed": "deepspeed",
-    "triton": "triton", "webdataset": "webdataset", "pytest": "pytest", "hypothesis": "hypothesis",
-    "onnx": "onnx",
-}  # fmt: skip
-#: Relative error, by norms, between bf16 and float32, and between orders of bf16 sums.
+#: They import all packages that training and prediction need.
+MODULES = ("dist_train.training.train", "dist_train.evaluation.predict")
+#: Largest relative error, by norms, of bf16 against float32 or other orders of bf16 sums.
 TOLERANCE = 2e-2
 DTYPES = torch.bfloat16, torch.float32
 
@@ -50,7 +33,7 @@ def steps(record: Record) -> dict[str, Callable[[Record], None]]:
     """The steps by name."""
     frames, deepest = (6, 24) if record.tiny else (60, 434)
     return {
-        "imports": partial(imports, NEEDED, required=True),
+        "imports": imports,
         "convolution": convolution,
         "batch_norm": batch_norm,
         f"fast 4x{frames}": partial(fast, 4, frames),
@@ -59,30 +42,20 @@ def steps(record: Record) -> dict[str, Callable[[Record], None]]:
         f"memory 4x{deepest}": partial(memory, 4, deepest, "none"),
         f"memory 4x{deepest} cheap": partial(memory, 4, deepest, "cheap"),
         "graph": graph,
-        "other imports": partial(imports, OTHERS, required=False),
     }
 
 
-def imports(modules: dict[str, str], record: Record, *, required: bool) -> None:
-    """A line for each module: its version, or why it cannot be imported."""
-    for module, package in modules.items():
-        try:
-            importlib.import_module(module)
-        except Exception as error:
-            missing = isinstance(error, ModuleNotFoundError) and error.name == module
-            if missing and not required:
-                record.skip(f"{package} is not installed", f"import {module}")
-            else:
-                record.fail(traceback.format_exc(), f"import {module}")
-        else:
-            record.line(f"import {module}", version=found_version(package))
+def imports(record: Record) -> None:
+    for module in MODULES:
+        importlib.import_module(module)
+    record.line()
 
 
 # --- operations -----------------------------------------------------------------------------------
 
 
 def convolution(record: Record) -> None:
-    """3x3x3 in bf16, forward and backward, against float32 without TF32."""
+    """Compare a 3x3x3 convolution in bf16, forward and backward, with float32 without TF32."""
     from roofline import best
 
     device, layout = torch.device(record.device), torch.channels_last_3d
@@ -109,7 +82,7 @@ def convolution(record: Record) -> None:
 
 
 def batch_norm(record: Record) -> None:
-    """Of a channels-last clip in bf16, as 5-D and viewed as 4-D: cuDNN takes the second alone."""
+    """Compare batch_norm of a channels-last bf16 clip as 5-D and as 4-D, which alone uses cuDNN."""
     from roofline import best
 
     device = torch.device(record.device)
@@ -151,7 +124,7 @@ def differences(
 
 
 def must_agree(errors: dict[str, float]) -> None:
-    # Written so that NaN fails too.
+    # "not <=" is true for NaN, too.
     bad = [f"{name} by {error:.2g}" for name, error in errors.items() if not error <= TOLERANCE]
     if bad:
         raise ArithmeticError(f"results differ by more than {TOLERANCE}: {', '.join(bad)}")
@@ -161,7 +134,7 @@ def must_agree(errors: dict[str, float]) -> None:
 
 
 def model_of(record: Record) -> tuple[str, list[str]]:
-    """The net of all steps, and settings beside a row's."""
+    """The model of all steps, and settings that replace those of a row."""
     if not record.tiny:
         return "resnet3d-101", []
     # bf16 is emulated on most CPUs.
@@ -173,18 +146,17 @@ def model_of(record: Record) -> tuple[str, list[str]]:
 @contextmanager
 def row_of(record: Record, name: str, *settings: str) -> Iterator[Row]:
     """A row of bench_step.py with other settings; its memory is free afterwards."""
-    from bench_step import BY_NAME, Row, config_of
+    from bench_step import Row, config_of
 
     model, more = model_of(record)
-    # What an error of the step before held is freed only now.
+    # An error of the step before may have kept memory.
     free_memory(record)
-    config = config_of(BY_NAME[name], model, [*more, *settings])
-    row = Row(config, knows_lengths=BY_NAME[name].knows_lengths)
+    row = Row(config_of(name, model, [*more, *settings]))
     try:
         yield row
     finally:
         row.close()
-        # The caller's variable still names the row here: let go of its tensors.
+        # The caller still refers to the row: drop its tensors.
         row.__dict__.clear()
         free_memory(record)
 
@@ -196,26 +168,25 @@ def free_memory(record: Record) -> None:
 
 
 def fast(clips: int, frames: int, record: Record) -> None:
-    """Ten timed steps with the settings of bench_step.py's row ``fast``."""
+    """Time ten steps with the settings of bench_step.py's row ``fast``."""
     import numpy as np
-    from bench_step import make_batch
+    from bench_step import PARTS, make_batch
 
     count = 2 if record.tiny else 10
     depths = np.full(clips, frames)
     with row_of(record, "fast", f"plan.batch={clips}") as row:
         row.warm_up(make_batch(depths, row.config, cuda=record.device == "cuda"))
         turn = row.turn([depths] * count)
-    parts = ("seconds", "forward", "backward", "optimizer")
     record.line(
         clips_per_second=clips * count / turn.seconds,
         reserved_gb=turn.peak / 1e9,
-        ms={part: getattr(turn, part) / count * 1e3 for part in parts},
+        ms={part: getattr(turn, part) / count * 1e3 for part in PARTS},
         steps=count,
     )
 
 
 def memory(clips: int, frames: int, recompute: str, record: Record) -> None:
-    """Peak memory reserved by a step. Too little memory is a result too."""
+    """Measure the peak memory reserved by a step. Running out of memory is a result, too."""
     import numpy as np
 
     from dist_train.distributed.out_of_memory import is_out_of_memory
@@ -233,7 +204,7 @@ def memory(clips: int, frames: int, recompute: str, record: Record) -> None:
 
 
 def graph(record: Record) -> None:
-    """Gradients of a step that is replayed as a CUDA graph against those of the eager step."""
+    """Compare gradients of a step replayed as a CUDA graph with those of the eager step."""
     if record.device == "cpu":
         record.skip("CUDA graphs need CUDA")
         return

@@ -6,25 +6,17 @@ import os
 import platform
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from typing import Any
 
 from gpu_record import Record
 
-PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "accelerate",
-    "transformers",
-    "deepspeed",
-    "lmdb",
-    "albumentations",
-    "av",
-)
+PACKAGES = {
+    *("torch", "triton", "numpy", "accelerate", "transformers", "deepspeed", "lmdb"),
+    *("albumentations", "av"),
+}
+SMI = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
 
 
 def steps(record: Record) -> dict[str, Callable[[Record], None]]:
@@ -32,65 +24,47 @@ def steps(record: Record) -> dict[str, Callable[[Record], None]]:
 
 
 def machine(record: Record) -> None:
-    """Raises ``SystemExit``: the device that is asked for is not there."""
-    facts: dict[str, Any] = {
+    """Record the machine.
+
+    Raises:
+        SystemExit: it has no CUDA device, and one was asked for.
+    """
+    import torch
+
+    found: dict[str, Any] = {
         "commit": record.commit,
         "device": record.device,
         "tiny": record.tiny,
         "smi": nvidia_smi(),
         "python": platform.python_version(),
         "cpus": len(os.sched_getaffinity(0)),
-        "versions": {name: found_version(name) for name in PACKAGES},
+        "versions": {each.name: each.version for each in distributions() if each.name in PACKAGES},
         "arguments": sys.argv[1:],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
     }
-    try:
-        import torch
-    except Exception:
-        record.fail(traceback.format_exc(), **facts)
-        return
-    facts |= {"torch": torch.__version__, "cuda": torch.version.cuda}
     cuda = torch.cuda.is_available()
     if cuda:
-        facts["card"] = torch.cuda.get_device_name(0)
-        with suppress(Exception):
-            # Names of these change between versions: no reason to measure nothing.
-            facts |= more_of_the_card()
-    record.line(**facts)
+        card = torch.cuda.get_device_properties(0)
+        found |= {
+            "card": card.name,
+            "gb": card.total_memory / 1e9,
+            "capability": f"{card.major}.{card.minor}",
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
+        }
+    record.line(**found)
     if record.device == "cuda" and not cuda:
         raise SystemExit(
-            f"torch {torch.__version__} sees no CUDA device here; --device cpu --tiny goes through "
-            "all steps without one"
+            f"torch {torch.__version__} sees no CUDA device here; --device cpu --tiny runs all "
+            "steps without one"
         )
 
 
-def more_of_the_card() -> dict[str, Any]:
-    import torch
-
-    card = torch.cuda.get_device_properties(0)
-    return {
-        "gb": card.total_memory / 1e9,
-        "capability": f"{card.major}.{card.minor}",
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
-    }
-
-
 def nvidia_smi() -> str | None:
-    """Name, driver and memory of each card; None where the tool is not there."""
-    command = [
-        "nvidia-smi",
-        "--query-gpu=name,driver_version,memory.total",
-        "--format=csv,noheader",
-    ]
+    """Name, driver and memory of each card; None without the program."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(SMI, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def found_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

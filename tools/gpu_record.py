@@ -1,4 +1,4 @@
-"""The results file of tools/gpu.py: one line of JSON for each figure, on the disk once written."""
+"""The results file of tools/gpu.py: one line of JSON for each result, synced once written."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Record:
 
     Attributes:
         out: folder of the results file and the log.
-        scratch: folder for stores and runs; it is removed in the end.
+        scratch: folder for stores and runs; it is removed at the end.
         device: "cuda" or "cpu".
-        tiny: small nets and clips, by which a CPU goes through all steps in a minute.
+        tiny: small models and clips, with which a CPU runs all steps in a minute.
         commit: of the code, or "unknown".
-        began: of the run, by ``time.monotonic``.
+        began: start of the run, by ``time.monotonic``.
         first: byte of the results file at which this run's lines begin.
-        stage, step: what is at work.
+        stage, step: the step that runs.
     """
 
     out: Path
@@ -38,10 +38,10 @@ class Record:
     stage: str = "machine"
     step: str = "machine"
 
-    def line(self, name: str | None = None, /, **figures: Any) -> None:
-        """Append figures; the line is synced before this returns."""
+    def line(self, name: str | None = None, /, **results: Any) -> None:
+        """Append results; the line is synced before this returns."""
         when = round(time.monotonic() - self.began, 2)
-        entry = {"stage": self.stage, "name": name or self.step, "at": when, **figures}
+        entry = {"stage": self.stage, "name": name or self.step, "at": when, **results}
         with (self.out / RESULTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
             file.flush()
@@ -51,20 +51,22 @@ class Record:
         self.line(name, skipped=reason)
 
     def fail(self, traceback: str, name: str | None = None, **more: Any) -> None:
-        """``failed`` is the last line of the traceback that says something."""
-        said = [line for line in traceback.splitlines() if line.strip()] or ["no message"]
-        self.line(name, failed=said[-1].strip(), traceback=traceback, **more)
+        """``failed`` is the last line of the traceback that is not blank."""
+        lines = [line for line in traceback.splitlines() if line.strip()] or ["no message"]
+        self.line(name, failed=lines[-1].strip(), traceback=traceback, **more)
 
     def lines(self) -> list[dict[str, Any]]:
-        """Of this run. A line that a killed process left unfinished is passed over."""
+        """Lines of this run, except one that a killed process left unfinished."""
         path = self.out / RESULTS
-        if not path.exists():
-            return []
-        text = path.read_bytes()[self.first :].decode("utf-8", errors="replace")
-        found = []
-        for line in text.splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return found
+        text = path.read_bytes()[self.first :] if path.exists() else b""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1:] == b"\n"]
+
+
+def log_size(record: Record) -> int:
+    log = record.out / LOG
+    return log.stat().st_size if log.exists() else 0
+
+
+def log_since(record: Record, size: int) -> str:
+    """The end of the log's text after its first ``size`` bytes."""
+    return (record.out / LOG).read_bytes()[size:].decode("utf-8", errors="replace")[-6000:]

@@ -1,4 +1,4 @@
-"""The tests that need CUDA, a line for each: by file, as other files import what is not there."""
+"""The tests that need CUDA, a line for each. Files run one by one, as imports of one may fail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpu_record import ROOT, Record
 
 
 def steps(record: Record) -> dict[str, Callable[[Record], None]]:
-    """A step for each file of tests that has CUDA tests, those of whole steps last."""
+    """A step for each file that has CUDA tests; the tests of whole training steps come last."""
     files = cuda_files(ROOT / "tests")
     return {str(file.relative_to(ROOT)): partial(run_file, file) for file in files}
 
@@ -22,7 +22,7 @@ def cuda_files(tests: Path) -> list[Path]:
 
 
 def run_file(file: Path, record: Record) -> None:
-    """Warnings are no errors here: another torch has others."""
+    """Run the tests of a file. Warnings are no errors, as each version of torch has its own."""
     try:
         import pytest
     except ImportError:
@@ -33,7 +33,6 @@ def run_file(file: Path, record: Record) -> None:
     lines = Lines(record)
     code = pytest.main(["-c", str(ROOT / "pyproject.toml"), *command], plugins=[lines])
     if not lines.written:
-        # Of an error before any test: the log has pytest's own words.
         raise RuntimeError(f"pytest ended with code {int(code)} and ran no test; see the log")
 
 
@@ -54,7 +53,7 @@ class Lines:
     def _write(self, report: Any, **more: Any) -> None:
         self.written += 1
         text, name = report.longreprtext, report.nodeid
-        # A package of the tests' own, which the package itself can do without.
+        # A package that only the tests need.
         missing = [line for line in text.splitlines() if "ModuleNotFoundError: " in line]
         if report.outcome == "skipped":
             self.record.skip(report.longrepr[2], name)

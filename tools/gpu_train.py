@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import os
 import re
@@ -11,12 +9,11 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from gpu_record import LOG, ROOT, Record
+from demo import checkpoints, metrics, resumed_from, run_until
+from gpu_record import ROOT, Record, log_since, log_size
 
 DIST_TRAIN = ["-m", "dist_train"]
 #: A launcher that needs no name of this machine.
@@ -27,11 +24,11 @@ TORCHRUN = [
 #: Positives and negatives of each split.
 SPLITS = {"train": (32, 96), "val": (8, 24), "test": (8, 24)}
 BATCH = 16
-EPOCH = sum(SPLITS["train"]) // BATCH
+STEPS_PER_EPOCH = sum(SPLITS["train"]) // BATCH
 
 
 def steps(record: Record) -> dict[str, Callable[[Record], None]]:
-    """The steps by name; each needs those before it."""
+    """The steps by name. Each needs the steps before it."""
     found: dict[str, Callable[[Record], None]] = {"store": store}
     for name, launcher in (("train", DIST_TRAIN), ("torchrun", TORCHRUN)):
         found |= {
@@ -43,34 +40,24 @@ def steps(record: Record) -> dict[str, Callable[[Record], None]]:
 
 
 def store(record: Record) -> None:
-    """Clips of noise, the positives with a bright middle, as a store."""
-    import numpy as np
+    from measuring import write_npz
 
     from dist_train.data.store.build import prepare_npz
 
-    frames, side = (8, 16) if record.tiny else (24, 64)
-    rng = np.random.default_rng(0)
-    arrays: dict[str, Any] = {}
-    for split, (positives, negatives) in SPLITS.items():
-        labels = rng.permutation([1] * positives + [0] * negatives)
-        images = rng.integers(0, 120, (len(labels), frames, side, side), dtype=np.uint8)
-        third = slice(side // 3, -(side // 3))
-        images[labels == 1, :, third, third] += 100
-        arrays |= {f"{split}_images": images, f"{split}_labels": labels[:, None].astype(np.uint8)}
-    np.savez(record.scratch / "clips.npz", **arrays)
-    prepare_npz(record.scratch / "clips.npz", record.scratch / "store")
+    clips = record.scratch / "clips.npz"
+    write_npz(clips, SPLITS, (8, 16, 16) if record.tiny else (24, 64, 64))
+    prepare_npz(clips, record.scratch / "store")
     record.line(clips=sum(map(sum, SPLITS.values())))
 
 
 def settings(record: Record) -> list[str]:
-    """Of a run of some seconds, that loads by workers and augments on the device."""
+    """Settings of a run of some seconds, with loader workers and augmentation on the device."""
     size = [
         "clip.size=[16, 16]", "model.name=resnet3d-10", "model.width=4", "model.stem_pool=false",
         "loader.workers=1", "optim.lr=0.01",
     ] if record.tiny else [
         "clip.size=[64, 64]", "model.name=resnet3d-18", "loader.workers=4",
     ]  # fmt: skip
-    precision = "fp32" if record.device == "cpu" else "bf16"
     epochs = epochs_of(record)
     return [
         f"store={record.scratch / 'store'}",
@@ -79,8 +66,8 @@ def settings(record: Record) -> list[str]:
         "augment.device=true",
         f"plan.batch={BATCH}",
         f"train.epochs={epochs}",
-        f"train.precision={precision}",
-        f"train.device={'cpu' if record.device == 'cpu' else 'cuda'}",
+        f"train.precision={'fp32' if record.device == 'cpu' else 'bf16'}",
+        f"train.device={record.device}",
         "checkpoint.every_steps=4",
         f"snapshots.at=[{epochs}]",
     ]
@@ -96,43 +83,35 @@ def run_of(record: Record) -> Path:
 
 
 def killed(launcher: list[str], record: Record) -> None:
-    """SIGKILL to all processes of a run, once its first checkpoint is there."""
-    from demo import kill_tree
-
+    """Kill all processes of a run by SIGKILL once its first checkpoint exists."""
     if not (record.scratch / "store").exists():
         record.skip("there is no store")
         return
+    before, out = log_size(record), run_of(record)
     command = [sys.executable, *launcher, "train", *settings(record)]
-    before = log_size(record)
-    training = subprocess.Popen(command, cwd=ROOT)
-    try:
-        while training.poll() is None and not checkpoints(run_of(record)):
-            with suppress(subprocess.TimeoutExpired):
-                training.wait(0.02)
-        code = training.poll()
-    finally:
-        kill_tree(training.pid)
-        training.wait()
+    code = run_until(command, lambda: bool(checkpoints(out)))
     if code is not None:
-        text = printed(record, before)
+        text = log_since(record, before)
         raise RuntimeError(f"{text}\ntraining ended with code {code} before it was killed")
-    record.line(after_step=len(metrics(run_of(record))))
+    record.line(after_step=len(metrics(out)))
 
 
 def resumed(launcher: list[str], record: Record) -> None:
-    """The rest of the run: its losses are finite and become lower."""
+    """Train the rest of the run: its losses are finite and become lower."""
     out = run_of(record)
     if not checkpoints(out):
         record.skip("there is no checkpoint")
         return
     text = call(record, [*launcher, "train", *settings(record), "--resume", "auto"])
-    rows, sessions = metrics(out), json.loads((out / "run.json").read_text())["sessions"]
+    rows, first_step = metrics(out), resumed_from(out)
     losses = [row["train/loss"] for row in rows]
     nccl = re.search(r"NCCL version (\S+)", text)
-    first, last = statistics.mean(losses[:EPOCH]), statistics.mean(losses[-EPOCH:])
+    first, last = (
+        statistics.mean(part) for part in (losses[:STEPS_PER_EPOCH], losses[-STEPS_PER_EPOCH:])
+    )
     rates = [row["speed/clips_per_second"] / BATCH for row in rows]
     record.line(
-        resumed_from_step=sessions[-1]["resumed_from_step"],
+        resumed_from_step=first_step,
         steps=len(rows),
         steps_per_second=statistics.median(rates[len(rates) // 2 :]),
         loss_of_first_epoch=first,
@@ -141,63 +120,41 @@ def resumed(launcher: list[str], record: Record) -> None:
         device_mb=rows[-1].get("memory/device_mb"),
         nccl=nccl and nccl[1],
     )
-    if sessions[-1]["resumed_from_step"] is None:
-        raise RuntimeError("the run began anew rather than from its checkpoint")
-    if [row["step"] for row in rows] != list(range(1, EPOCH * epochs_of(record) + 1)):
-        raise RuntimeError("not every step is there once")
+    if first_step is None:
+        raise RuntimeError("the run started again instead of resuming from its checkpoint")
+    if [row["step"] for row in rows] != list(range(1, STEPS_PER_EPOCH * epochs_of(record) + 1)):
+        raise RuntimeError("the metrics do not have every step once")
     if not (all(map(math.isfinite, losses)) and last < first):
         raise ArithmeticError(f"the loss went from {first} to {last}")
     if record.device == "cpu" and launcher is TORCHRUN:
-        record.skip("NCCL needs CUDA: gloo was in its place", "torchrun, NCCL")
+        record.skip("NCCL needs CUDA: the processes used gloo", "torchrun, NCCL")
 
 
 def predicted(record: Record) -> None:
-    """Held-out clips by the run's snapshot."""
+    """Predict held-out clips with the run's snapshot."""
+    import pandas as pd
+
+    from dist_train.metrics import binary_metrics
+
     run = run_of(record)
     if not (run / "snapshots").exists():
         record.skip("the run did not end")
         return
     call(record, [*DIST_TRAIN, "predict", str(run)])
-    with (run / "predictions.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
-    positives, negatives = (
-        [float(row["probability"]) for row in rows if float(row["label"]) == label]
-        for label in (1, 0)
-    )
-    # By its definition, as 'dist-train evaluate' would take a process more.
-    right = sum((a > b) + (a == b) / 2 for a in positives for b in negatives)
-    record.line(clips=len(rows), auc=right / len(positives) / len(negatives))
+    test = pd.read_csv(run / "predictions.csv").query("split == 'test'")
+    record.line(clips=len(test), auc=binary_metrics(test["probability"], test["label"])["auc"])
 
 
 def call(record: Record, arguments: list[str]) -> str:
-    """What a command of Python printed: into the log, which keeps it if the command is killed.
+    """Run a Python command; its output goes to the log, and is returned.
 
     Raises:
-        RuntimeError: it failed; the message begins with what it printed.
+        RuntimeError: it failed; the message begins with its output.
     """
     before = log_size(record)
     environment = {**os.environ, "NCCL_DEBUG": "VERSION"}
     code = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment).returncode
-    text = printed(record, before)
+    text = log_since(record, before)
     if code:
         raise RuntimeError(f"{text}\n{' '.join(arguments[:4])} ended with code {code}")
     return text
-
-
-def log_size(record: Record) -> int:
-    return (record.out / LOG).stat().st_size
-
-
-def printed(record: Record, since: int) -> str:
-    """The end of what was logged since the log had so many bytes."""
-    return (record.out / LOG).read_bytes()[since:].decode("utf-8", errors="replace")[-6000:]
-
-
-def checkpoints(run: Path) -> list[Path]:
-    return [path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """Whole lines of a run's metrics."""
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]

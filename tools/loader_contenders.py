@@ -3,20 +3,20 @@
     python tools/loader_contenders.py NAME FOLDER TASK.json
 
 Every contender gives batches of uint8 [B, 1, D, H, W] of the same clips: one positive to three
-negatives, in random order, every frame resized by the same cv2 calls, padded to the deepest. The
-peers' batches are made in shared memory at once, as PyTorch's own ``default_collate`` makes them.
+negatives, in random order, frames resized by the same cv2 calls, padded to the deepest clip. The
+peers make batches in shared memory, as PyTorch's ``default_collate`` does.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 import time
-import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 import psutil
 import torch
+from measuring import seconds
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -40,13 +41,13 @@ from dist_train.data.types import Volume
 
 SIZE, RATIO, SEED = (160, 160), (1, 3), 0
 CLASSES = ("negative", "positive")
-#: Clips of the epoch in whose middle a run goes on.
+#: Clips of an epoch when a run resumes in its middle.
 EPOCH = 100_000
 
 
 @dataclass(frozen=True)
 class Task:
-    """``resume``: the first batch is that in the middle of an epoch of ``EPOCH`` clips."""
+    """``resume``: begin in the middle of an epoch of ``EPOCH`` clips."""
 
     batch: int
     workers: int
@@ -58,13 +59,13 @@ class Task:
 
 
 class CannotError(Exception):
-    """What a contender cannot do."""
+    """The contender has no way to do this."""
 
 
 Loaders = Callable[[Path, Task], Iterable[Any]]
 
 
-# --- the same work for all peers ------------------------------------------------------------------
+# --- what all peers share -------------------------------------------------------------------------
 
 
 def prepared(clip: Volume) -> Tensor:
@@ -72,14 +73,12 @@ def prepared(clip: Volume) -> Tensor:
 
 
 def padded(clips: list[Any]) -> Tensor:
-    """Resized clips -> one batch in shared memory."""
-    clips = [clip["x"] if isinstance(clip, dict) else clip for clip in clips]
+    """One batch of resized clips, in shared memory."""
     shape = (len(clips), 1, max(map(len, clips)), *SIZE)
     pixels = int(np.prod(shape))
     if torch.utils.data.get_worker_info() is None:
         out = torch.zeros(shape, dtype=torch.uint8)
     else:
-        # The system gives it zeroed.
         none = torch.empty(0, dtype=torch.uint8)
         storage = none.untyped_storage()._new_shared(pixels)  # type: ignore[no-untyped-call]
         out = none.set_(storage).view(shape)
@@ -123,7 +122,7 @@ def planned(labels: Iterable[int], task: Task) -> PlanSampler:
 
 
 class Repeated(ClipDataset):
-    """``EPOCH`` clips: those of the store, again and again."""
+    """``EPOCH`` clips: the clips of the store, repeated."""
 
     def __init__(self, store: Store, **how: Any) -> None:
         super().__init__(store, **how)
@@ -156,12 +155,12 @@ def ours(
 
 
 def ours_native(folder: Path, task: Task) -> Loader:
-    """Clips at their own sizes, packed, for a device to resize."""
+    """Clips of their own sizes, packed for a device to resize."""
     return ours(folder, task, on_device=True)
 
 
 def ours_empty(folder: Path, task: Task) -> Loader:
-    """One frame of each clip: what the processes take without batches."""
+    """One frame of each clip: the memory of the processes without batches."""
     return ours(folder, task, max_frames=1)
 
 
@@ -250,133 +249,9 @@ def of_webdataset(folder: Path, task: Task) -> Any:
         )
         return read.shuffle(100).decode().to_tuple("npy").map(lambda sample: prepared(sample[0]))
 
-    shares = [part / sum(RATIO) for part in RATIO[::-1]]
-    mix = webdataset.RandomMix([clips(name) for name in CLASSES], probs=shares)
+    mix = webdataset.RandomMix([clips(name) for name in CLASSES], probs=RATIO[::-1])
     batches = webdataset.DataPipeline(mix, webdataset.batched(task.batch, collation_fn=padded))
     return of_torch(batches, task, batch_size=None)
-
-
-# --- MosaicML Streaming ---------------------------------------------------------------------------
-
-
-def stand_in_for_torchvision() -> None:
-    """Streaming imports it for data sets that are not used here; its wheel does not load beside a
-    CPU build of PyTorch."""
-    for name in ("", ".datasets", ".transforms", ".transforms.functional"):
-        module = types.ModuleType(f"torchvision{name}")
-        module.__spec__ = ModuleSpec(module.__name__, None)
-        sys.modules[module.__name__] = module
-    vars(sys.modules["torchvision.datasets"])["VisionDataset"] = object
-    vars(sys.modules["torchvision.transforms.functional"])["to_tensor"] = None
-    # Else it would look whether the stand-in has what it has not.
-    import transformers.utils.import_utils as asked
-
-    asked.is_torchvision_available = lambda: False
-
-
-def write_streaming(folder: Path) -> None:
-    stand_in_for_torchvision()
-    from streaming import MDSWriter
-
-    for label, name in enumerate(CLASSES):
-        out = str(folder / "streaming" / name)
-        with MDSWriter(out=out, columns={"x": "ndarray:uint8"}, size_limit=1 << 26) as writer:
-            for _, of_clip, clip in raw_clips(folder):
-                if of_clip == label:
-                    writer.write({"x": clip})
-
-
-def of_streaming(folder: Path, task: Task) -> Any:
-    stand_in_for_torchvision()
-    from streaming import Stream, StreamingDataLoader, StreamingDataset
-    from streaming.base.util import clean_stale_shared_memory
-
-    clean_stale_shared_memory()
-
-    class Clips(StreamingDataset):  # type: ignore[misc, unused-ignore]
-        def __getitem__(self, number: int) -> Tensor:
-            return prepared(super().__getitem__(number)["x"])
-
-    streams = [
-        Stream(local=str(folder / "streaming" / name), proportion=part / sum(RATIO))
-        for name, part in zip(CLASSES, RATIO[::-1], strict=True)
-    ]
-    clips = Clips(
-        streams=streams,
-        batch_size=task.batch,
-        shuffle=True,
-        shuffle_seed=SEED,
-        batching_method="stratified",
-        epoch_size=EPOCH,
-    )
-    batches = StreamingDataLoader(
-        clips,
-        batch_size=task.batch,
-        collate_fn=padded,
-        num_workers=task.workers,
-        prefetch_factor=task.prefetch,
-        worker_init_fn=one_thread,
-    )
-    if task.resume:
-        state = clips.state_dict(0, from_beginning=True) or {}
-        batches.load_state_dict(state | {"epoch": 0, "sample_in_epoch": EPOCH // 2})
-    return batches
-
-
-# --- LitData --------------------------------------------------------------------------------------
-
-
-def write_litdata(folder: Path) -> None:
-    from litdata import optimize
-
-    by_class: list[list[Path]] = [[], []]
-    for number, label in enumerate(read_labels(folder)):
-        by_class[label].append(folder / "raw" / f"{number:06d}.npy")
-    for name, paths in zip(CLASSES, by_class, strict=True):
-        optimize(
-            fn=_load,
-            inputs=[str(path) for path in paths],
-            output_dir=str(folder / "litdata" / name),
-            chunk_bytes="64MB",
-            num_workers=1,
-            reorder_files=False,
-            verbose=False,
-        )
-
-
-def _load(path: str) -> dict[str, Any]:
-    return {"x": np.load(path)}
-
-
-def of_litdata(folder: Path, task: Task) -> Any:
-    from litdata import CombinedStreamingDataset, StreamingDataLoader, StreamingDataset
-
-    if task.resume:
-        raise CannotError("its state is that of a loader that ran so far, and is not made by hand")
-
-    class Clips(StreamingDataset):  # type: ignore[misc, unused-ignore]
-        def __getitem__(self, number: Any) -> Tensor:
-            return prepared(super().__getitem__(number)["x"])
-
-    parts = [Clips(str(folder / "litdata" / name), shuffle=True, seed=SEED) for name in CLASSES]
-    shares = [part / sum(RATIO) for part in RATIO[::-1]]
-    mix = CombinedStreamingDataset(parts, seed=SEED, weights=shares, iterate_over_all=False)
-
-    def batches() -> Iterator[Tensor]:
-        # It ends where the first of the two does.
-        while True:
-            yield from StreamingDataLoader(
-                mix,
-                batch_size=task.batch,
-                collate_fn=padded,
-                num_workers=task.workers,
-                prefetch_factor=task.prefetch,
-                worker_init_fn=one_thread,
-                drop_last=True,
-                persistent_workers=False,
-            )
-
-    return batches()
 
 
 CONTENDERS: dict[str, Loaders] = {
@@ -385,14 +260,10 @@ CONTENDERS: dict[str, Loaders] = {
     "original": original,
     "plain files": plain,
     "WebDataset": of_webdataset,
-    "Streaming": of_streaming,
-    "LitData": of_litdata,
 }
 WRITERS: dict[str, Callable[[Path], None]] = {
     "original": write_original,
     "WebDataset": write_webdataset,
-    "Streaming": write_streaming,
-    "LitData": write_litdata,
 }
 OTHERS: dict[str, Loaders] = {"ours, empty": ours_empty}
 
@@ -401,13 +272,13 @@ OTHERS: dict[str, Loaders] = {"ours, empty": ours_empty}
 
 
 def run(loader: Loaders, folder: Path, task: Task) -> dict[str, Any]:
-    """Time to the first batch, from before the store is opened, and then, with all workers at work,
-    clips a second."""
+    """Measure seconds from opening the store to the first batch, and clips a second after the
+    warm-up, or with ``task.pause`` the peak memory."""
     began = time.perf_counter()
     made = loader(folder, task)
     batches = iter(made)
     next(batches)
-    found: dict[str, Any] = {"first_batch_s": time.perf_counter() - began}
+    found = {"first_batch_s": time.perf_counter() - began}
     if isinstance(made, Loader):
         made.wait()
     for _ in range(task.warm_up):
@@ -424,13 +295,11 @@ def run(loader: Loaders, folder: Path, task: Task) -> dict[str, Any]:
 
 
 def run_again(folder: Path, task: Task) -> dict[str, Any]:
-    """Of ours: seconds from making a loader to its first batch, where the store is open and the
-    server that forks workers is up, as after a first loader of the same process."""
+    """Measure seconds to the first batch of our second loader in a process: the store is open and
+    the fork server runs."""
     store = Store(folder / "store")
     next(iter(ours(folder, task)))
-    began = time.perf_counter()
-    next(iter(ours(folder, task, store=store)))
-    return {"first_batch_s": time.perf_counter() - began}
+    return {"first_batch_s": seconds(lambda: next(iter(ours(folder, task, store=store))))}
 
 
 def rows_of(batch: Any) -> Tensor:
@@ -438,13 +307,13 @@ def rows_of(batch: Any) -> Tensor:
 
 
 def tree_mb() -> float:
-    """Of this process and its children, shared pages counted once: 10^6 bytes."""
+    """Memory of this process and its children, shared pages counted once, in 10^6 bytes."""
     me = psutil.Process()
     return sum(int(each.memory_full_info().pss) for each in (me, *me.children(True))) / 1e6
 
 
 def queue_mb(folder: Path, task: Task) -> float:
-    """The largest that ``workers * prefetch`` batches and the one handed out are: 10^6 bytes."""
+    """Largest size of ``workers * prefetch + 1`` batches in a row, in 10^6 bytes."""
     clips = ClipDataset(Store(folder / "store"), size=SIZE, max_frames=None, augment=None)
     batches = planned(clips.labels.tolist(), task)
     sizes = np.array([size_of(clips, slots) for slots in batches])
@@ -452,9 +321,7 @@ def queue_mb(folder: Path, task: Task) -> float:
 
 
 def against_pread(folder: Path, batch: int, rounds: int) -> dict[str, float]:
-    """GB/s of bare ``preadv``, and of the store, of the same clips into the same buffer."""
-    import os
-
+    """GB/s of bare ``preadv``, and of the store, for the same clips into the same buffer."""
     store = Store(folder / "store")
     sizes = store.table[["frames", "height", "width"]].prod(axis=1).to_numpy()
     paths = sorted((folder / "store" / "shards").glob("*.tar"))
@@ -467,20 +334,19 @@ def against_pread(folder: Path, batch: int, rounds: int) -> dict[str, float]:
     def bare(clip: int, out: Volume) -> None:
         os.preadv(where[clip][0], [out.data], where[clip][1])
 
-    def seconds(read: Callable[[int, Volume], None]) -> float:
-        began = time.perf_counter()
+    def checked(clip: int, out: Volume) -> None:
+        store.read_into(out, clip)
+
+    def read_all(read: Callable[[int, Volume], None]) -> None:
         for clips in order:
             start = 0
             for clip in clips.tolist():
                 end = start + int(sizes[clip])
                 read(clip, buffer[start:end])
                 start = end
-        return time.perf_counter() - began
 
-    def checked(clip: int, out: Volume) -> None:
-        store.read_into(out, clip)
-
-    times = [(seconds(bare), seconds(checked)) for _ in range(rounds + 1)][1:]
+    ways = [partial(read_all, read) for read in (bare, checked)]
+    times = [[seconds(way) for way in ways] for _ in range(rounds + 1)][1:]
     raw, of_store = np.median(np.array(times), axis=0)
     total = sizes[order].sum() / 1e9
     return {"pread_gb_s": float(total / raw), "store_gb_s": float(total / of_store)}
@@ -502,8 +368,7 @@ def main() -> None:
             found = run((CONTENDERS | OTHERS)[name], folder, Task(**task))
     except CannotError as error:
         found = {"cannot": str(error)}
-    # Streaming and LitData print to standard output.
-    print("\n" + json.dumps(found), flush=True)
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: a trace to look at, and the kernels that take longest.
+"""Where the time of a training step goes: a trace, and the slowest kernels.
 
     python tools/profile_step.py [--config FILE] [key=value ...] [--out DIR]
 
@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from bench_step import Marks, Row, make_batch
-from measuring import synchronize
+from measuring import new_table, synchronize
 from rich.console import Console
-from rich.table import Table
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -30,7 +29,7 @@ TRACE = "trace.json.gz"
 
 
 class Named(Marks):
-    """Marks of a step that appear in the trace by name."""
+    """Marks that name the parts of a step in the trace."""
 
     NAMES = ("forward", "backward", "optimizer")
 
@@ -56,15 +55,13 @@ def main() -> None:
     parser.add_argument("--frames", type=int, help="of a clip; default 16 on a CPU, else 60")
     parser.add_argument("--steps", type=int, default=2, help="in the trace (default 2)")
     parser.add_argument("--top", type=int, default=20, help="rows of the table (default 20)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/profile"), help="folder of the trace"
-    )
+    parser.add_argument("--out", type=Path, default=Path("runs/profile"), help="trace's folder")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
     frames = arguments.frames or (60 if cuda else 16)
     try:
         config = load_config(arguments.config, ["store=none", *arguments.settings])
-        row = Row(config, knows_lengths=True)
+        row = Row(config)
     except DistTrainError as error:
         raise SystemExit(f"error: {error}") from None
     batch = make_batch(np.full(arguments.clips, frames), config, cuda=cuda)
@@ -75,14 +72,19 @@ def main() -> None:
     rows = top_kernels(profiled.key_averages(), cuda=cuda, steps=arguments.steps)
     calls = host_calls(profiled.key_averages(), steps=arguments.steps)
     net = f"{config.model.name}, {arguments.clips} clips of {frames} frames"
-    Console().print(as_table(rows[: arguments.top], f"{net}, {row.device}"))
+    table = new_table(
+        f"{net}, {row.device}", "kernel or operation", "calls a step", "ms a step", "share"
+    )
+    for name, count, milliseconds, share in rows[: arguments.top]:
+        table.add_row(name[:70], str(count), f"{milliseconds:.2f}", f"{share:.1%}")
+    Console().print(table)
     if cuda:
         print("host calls a step: {launches} launches, {waits} waits".format(**calls))
     print(f"trace: {trace} (open it at https://ui.perfetto.dev)")
 
 
 def profile_steps(row: Row, batch: Batch, steps: int) -> profile:
-    """So many steps of a row, after those that warm it up."""
+    """Profile steps of a row after warming it up."""
     row.warm_up(batch)
     cuda = row.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -97,9 +99,9 @@ def profile_steps(row: Row, batch: Batch, steps: int) -> profile:
 def top_kernels(
     events: Iterable[Any], *, cuda: bool, steps: int
 ) -> list[tuple[str, int, float, float]]:
-    """Name, calls a step, ms a step and share of all: on the device's own time where there is one.
+    """Name, calls a step, ms a step and share of each kernel, or of each operation on a CPU.
 
-    Time of what a kernel calls is not in it.
+    Times do not include the operations that an operation calls.
 
     Args:
         events: averages by name, as ``profile.key_averages`` gives them.
@@ -108,7 +110,7 @@ def top_kernels(
     found = [
         (event.key, event.count, float(getattr(event, own)))
         for event in events
-        # An operation also has the time of its kernels, which are events of their own.
+        # On CUDA an operation repeats the time of its kernels, which are events themselves.
         if event.key not in Named.NAMES and (event.device_type == DeviceType.CUDA) == cuda
     ]
     total = sum(time for *_, time in found) or 1.0
@@ -119,7 +121,7 @@ def top_kernels(
 def host_calls(events: Iterable[Any], *, steps: int) -> dict[str, float]:
     """How often a step launches kernels or graphs, and how often the host waits for the device.
 
-    ``cudaDeviceSynchronize`` is not counted: the profiler calls it, no step does.
+    ``cudaDeviceSynchronize`` is not counted, as only the profiler calls it.
     """
     found = {"launches": 0, "waits": 0}
     for event in events:
@@ -128,16 +130,6 @@ def host_calls(events: Iterable[Any], *, steps: int) -> dict[str, float]:
         elif re.match(r"cu(da)?((Stream|Event)Synchronize|Memcpy)$", event.key):
             found["waits"] += event.count
     return {name: count / steps for name, count in found.items()}
-
-
-def as_table(rows: list[tuple[str, int, float, float]], title: str) -> Table:
-    table = Table(title=title)
-    table.add_column("kernel or operation")
-    for heading in ("calls a step", "ms a step", "share"):
-        table.add_column(heading, justify="right")
-    for name, calls, milliseconds, share in rows:
-        table.add_row(name[:70], str(calls), f"{milliseconds:.2f}", f"{share:.1%}")
-    return table
 
 
 if __name__ == "__main__":

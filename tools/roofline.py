@@ -1,20 +1,20 @@
-"""What a machine can do at most, and how long a graph of operations takes on it at least.
+"""The ceilings of a machine, and the least time of a training step under them (roofline model).
 
-Ceilings are measured: the best of matrix products and convolutions in FLOP/s, and of copies in
-bytes/s. Of a graph each operation takes the longer of its FLOPs over the one and its bytes (inputs
-and outputs, each once) over the other (Williams et al. 2009). It is the graph as PyTorch runs it,
-operation by operation: a compiler that fuses some of them can be faster than this model.
+The ceilings are measured: FLOP/s of matrix products and convolutions, and bytes/s of copies. An
+operation takes the longer of its FLOPs over the first and its bytes (inputs and outputs, each once)
+over the second (Williams et al. 2009). Operations are those that PyTorch runs one by one, so a
+compiler that fuses them can be faster than this model.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from measuring import synchronize
+from measuring import seconds
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import binary_cross_entropy_with_logits, conv3d
@@ -25,19 +25,19 @@ from torch.utils.flop_counter import flop_registry
 from dist_train.models.registry import build_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: Seconds that a timed piece of work should take, and the repetitions of which the best counts.
+#: Seconds that timed work should take, and the number of repetitions, of which the best counts.
 LONG_ENOUGH, TIMES = 0.1, 4
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """FLOP/s by precision, and bytes/s of a copy, read and written."""
+    """FLOP/s by precision, and bytes/s of a copy (reading and writing)."""
 
     flops: dict[str, float]
     bandwidth: float
 
     def seconds(self, operations: Sequence[Operation]) -> float:
-        """How long a graph takes at least."""
+        """The least time of a graph."""
         peak = {DTYPES[name]: flops for name, flops in self.flops.items()}
         slowest = min(peak.values())
         return sum(
@@ -47,9 +47,9 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, precisions: Sequence[str]) -> Ceilings:
-    """By products of square matrices and 3x3x3 convolutions, as large as it takes to be fast.
+    """Measure products of square matrices, 3x3x3 convolutions and a copy.
 
-    Operands are random: on ones a GPU draws less power and clocks higher than in training.
+    Operands are random: with ones a GPU draws less power and clocks higher than in training.
     """
     flops = {
         name: max(_product_rate(device, DTYPES[name]), _convolution_rate(device, DTYPES[name]))
@@ -62,51 +62,44 @@ def measure_ceilings(device: torch.device, precisions: Sequence[str]) -> Ceiling
 
 
 def best(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: the least of a few, after one that does not count."""
+    """Seconds of the fastest of a few calls; a first call is not counted."""
     work()
-    found = []
-    for _ in range(TIMES):
-        synchronize(device)
-        began = time.perf_counter()
-        work()
-        synchronize(device)
-        found.append(time.perf_counter() - began)
-    return min(found)
+    return min(seconds(work, device) for _ in range(TIMES))
 
 
 @torch.no_grad()
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s; larger matrices until one product takes ``LONG_ENOUGH``, up to 8192."""
+    """FLOP/s; the matrices grow to 8192 rows, or until one product takes ``LONG_ENOUGH``."""
     rate = 0.0
     for power in range(8, 14):
         n = 2**power
         a = torch.randn(n, n, device=device).to(dtype)
-        seconds = best(lambda a=a: a @ a, device)  # type: ignore[misc]
-        rate = max(rate, 2 * n**3 / seconds)
-        if seconds > LONG_ENOUGH:
+        took = best(partial(torch.mm, a, a), device)
+        rate = max(rate, 2 * n**3 / took)
+        if took > LONG_ENOUGH:
             break
     return rate
 
 
 @torch.no_grad()
 def _convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of 3x3x3 with 256 channels, channels last; more frames until it takes long enough."""
+    """FLOP/s of 3x3x3 with 256 channels, channels last; frames as in ``_product_rate``."""
     rate, channels = 0.0, 256
     weight = torch.randn(channels, channels, 3, 3, 3, device=device)
     weight = weight.to(dtype, memory_format=torch.channels_last_3d)
     for power in range(0, 8):
         x = torch.randn(1, channels, 2**power, 20, 20, device=device)
         x = x.to(dtype, memory_format=torch.channels_last_3d)
-        seconds = best(lambda x=x: conv3d(x, weight, padding=1), device)  # type: ignore[misc]
-        rate = max(rate, 2 * 27 * channels**2 * x[0, 0].numel() / seconds)
-        if seconds > LONG_ENOUGH:
+        took = best(partial(conv3d, x, weight, padding=1), device)
+        rate = max(rate, 2 * 27 * channels**2 * x[0, 0].numel() / took)
+        if took > LONG_ENOUGH:
             break
     return rate
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of a graph: its name, FLOPs, bytes read and written, and its arithmetic."""
+    """One operation: its name, FLOPs, bytes read and written, and the dtype of its arithmetic."""
 
     name: str
     flops: int
@@ -115,7 +108,7 @@ class Operation:
 
 
 class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the operations that run within it; views, which do nothing, are left out."""
+    """Record the operations that run inside the block, except views."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -132,7 +125,7 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return out
         count = flop_registry.get(func.overloadpacket)
         flops = int(count(*args, **kwargs, out_val=out)) if count is not None else 0
-        # In the arithmetic of the largest tensor: the others are scales, sums and indices.
+        # The largest tensor has the dtype of the arithmetic; others are scales, sums or indices.
         largest = max(inputs + outputs, key=lambda tensor: tensor.numel())
         moved = sum(tensor.numel() * tensor.itemsize for tensor in inputs + outputs)
         self.operations.append(Operation(str(func), flops, moved, largest.dtype))
@@ -142,15 +135,14 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def count_step(
     model: str, shape: tuple[int, int, int, int, int], precision: str, device: torch.device
 ) -> list[Operation]:
-    """The operations of a forward and backward pass, by shapes alone: nothing is computed.
+    """The operations of a forward and backward pass, counted from shapes; nothing is computed.
 
     Args:
-        model: a name of the registry, in its plain form.
-        shape: [B, 1, D, H, W] of which all frames are real.
+        model: a name of the registry, with its default settings.
+        shape: [B, 1, D, H, W] of clips without padding.
         precision: of autocast.
     """
     dtype = DTYPES[precision]
-    # Random numbers for weights would be the slowest part.
     count = Count()
     with FakeTensorMode(), torch.device(device):
         net = build_model(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from typing import Any
 
 import bench_step
@@ -12,16 +13,18 @@ import torch
 from helpers import ROOT
 from roofline import Ceilings
 
-from dist_train.config import load_config
+from dist_train.config import Config, load_config
+
+FLOPS = {"fp32": 1.0, "bf16": 2.0}
 
 
-@pytest.mark.parametrize("variant", bench_step.ALL, ids=lambda variant: variant.name)
-def test_a_row_is_a_config(variant: bench_step.Variant) -> None:
-    assert bench_step.config_of(variant, "resnet3d-10").model.name == "resnet3d-10"
+@pytest.mark.parametrize("name", bench_step.VARIANTS)
+def test_a_row_is_a_config(name: str) -> None:
+    assert bench_step.config_of(name, "resnet3d-10").model.name == "resnet3d-10"
 
 
 def test_the_original_row_trains_as_the_original_recipe_does() -> None:
-    row = bench_step.config_of(bench_step.BY_NAME["original"], "resnet3d-101")
+    row = bench_step.config_of("original", "resnet3d-101")
     recipe = load_config(ROOT / "configs" / "clog_loss_seed.yaml")
     assert (row.train.precision, row.train.channels_last) == ("fp32", False)
     for section, names in {
@@ -37,7 +40,7 @@ def test_the_original_row_trains_as_the_original_recipe_does() -> None:
 def test_timed_steps_are_as_deep_as_the_epoch_is() -> None:
     load = bench_step.Workload(bench_step.challenge_clips(), "resnet3d-10", 0.25, 4, 2)
     for name, expected in (("original", (0.70, 0.80)), ("fast", (0.98, 1.0))):
-        config = bench_step.config_of(bench_step.BY_NAME[name], "resnet3d-10")
+        config = bench_step.config_of(name, "resnet3d-10")
         epoch = load.epoch(config)
         assert expected[0] <= bench_step.efficiency(epoch) <= expected[1]
         timed = [bench_step.padded(d) for turn in load.turns(config) for d in turn]
@@ -47,27 +50,26 @@ def test_timed_steps_are_as_deep_as_the_epoch_is() -> None:
         )
 
 
-def test_figures_are_kept_after_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bench that is killed in a round has those of the rounds before it."""
+class Rows:
+    """Stands for ``RowProcess``: the fourth turn of a row is interrupted."""
 
-    class Process:
-        def __init__(self, variant: bench_step.Variant, model: str) -> None:
-            self.turns = 0
+    def __init__(self, config: Config) -> None:
+        self.turns = 0
+        self.built: Future[None] = Future()
+        self.built.set_result(None)
 
-        def answer(self) -> None: ...
+    def close(self) -> None: ...
 
-        def close(self) -> None: ...
+    def turn(self, steps: list[Any]) -> bench_step.Turn:
+        self.turns += 1
+        if self.turns == 4:
+            raise KeyboardInterrupt
+        return bench_step.Turn(2.0, 1.0, 0.5, 0.5, 10, [depths.tolist() for depths in steps])
 
-        def take_turn(self, steps: list[Any]) -> bench_step.Turn:
-            self.turns += 1
-            # The first is a shallow one, which does not count.
-            if self.turns == 4:
-                raise KeyboardInterrupt
-            return bench_step.Turn(2.0, 1.0, 0.5, 0.5, 10, [depths.tolist() for depths in steps])
 
-    ceilings = Ceilings({"fp32": 1.0, "bf16": 2.0}, 1.0)
-    monkeypatch.setattr(bench_step, "Process", Process)
-    monkeypatch.setattr(bench_step, "measure_ceilings", lambda *_: ceilings)
+def test_a_killed_bench_keeps_its_finished_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_step, "RowProcess", Rows)
+    monkeypatch.setattr(bench_step, "measure_ceilings", lambda *_: Ceilings(FLOPS, 1.0))
     load = bench_step.Workload(bench_step.challenge_clips(), "resnet3d-10", 0.1, 3, 1)
     kept: list[dict[str, Any]] = []
     with pytest.raises(KeyboardInterrupt):
@@ -76,7 +78,7 @@ def test_figures_are_kept_after_each_round(monkeypatch: pytest.MonkeyPatch) -> N
     last = json.loads(json.dumps(kept[-1]))
     assert last["variants"]["fast"]["ms"]["seconds"] == pytest.approx(2000)
     assert last["summary"]["clips_per_second"] > 0
-    # Counting operations takes longer than a round, and comes at the end.
+    # Operations are counted at the end.
     assert last["summary"]["roofline_share"] is None
 
 
@@ -84,15 +86,14 @@ def test_rows_of_two_precisions_run_in_one_process() -> None:
     turns = []
     for precision in ("bf16", "fp32"):
         tiny = ["model.width=4", "clip.size=[32, 32]", f"train.precision={precision}"]
-        config = bench_step.config_of(bench_step.BY_NAME["fast"], "resnet3d-10", tiny)
-        row = bench_step.Row(config, knows_lengths=True)
+        row = bench_step.Row(bench_step.config_of("fast", "resnet3d-10", tiny))
         assert row.backend.accelerator.mixed_precision == {"bf16": "bf16", "fp32": "no"}[precision]
         turns.append(row.turn([np.full(4, 6)]))
         row.close()
     assert all(turn.seconds > 0 for turn in turns)
 
 
-def test_memory_that_graphs_own_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_cuda_graphs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is reserved, but does not count as allocated."""
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1)
@@ -104,17 +105,28 @@ def test_memory_that_graphs_own_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_rows_take_turns_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real rows of very shallow clips. Ceilings are given, as they take large products."""
+    """Real rows of very shallow clips. Ceilings are given, as measuring them takes long."""
     ceilings = Ceilings({"fp32": 1e12, "bf16": 2e12}, 1e10)
     monkeypatch.setattr(bench_step, "measure_ceilings", lambda *_: ceilings)
     load = bench_step.Workload(bench_step.challenge_clips(), "resnet3d-10", 0.03, 1, 1)
-    kept: list[dict[str, Any]] = []
-    result = bench_step.measure(load, ("original", "fast"), "given", kept.append)
-    assert kept[-1] == result
+    result = bench_step.measure(load, ("original", "fast"), "given", lambda result: None)
     assert result["failed"] == {}
     assert set(result["variants"]) == {"original", "fast"}
     assert all(value > 0 for value in result["summary"].values())
     for row in result["variants"].values():
-        parts = sum(row["ms"][part] for part in ("forward", "backward", "optimizer"))
+        parts = sum(row["ms"][part] for part in bench_step.PARTS[1:])
         assert parts == pytest.approx(row["ms"]["seconds"], rel=0.05)
         assert row["peak_bytes"] > 0
+
+
+def test_a_row_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def turn(self: Rows, steps: list[Any]) -> bench_step.Turn:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Rows, "turn", turn)
+    monkeypatch.setattr(bench_step, "RowProcess", Rows)
+    monkeypatch.setattr(bench_step, "measure_ceilings", lambda *_: Ceilings(FLOPS, 1.0))
+    load = bench_step.Workload(bench_step.challenge_clips(), "resnet3d-10", 0.1, 1, 1)
+    result = bench_step.measure(load, ("original",), "given", lambda result: None)
+    assert result["failed"] == {"original": "RuntimeError: out of memory"}
+    assert result["variants"] == {}

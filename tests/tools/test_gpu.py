@@ -53,74 +53,60 @@ def record_in(folder: Path, **more: Any) -> Record:
     return Record(out=out, scratch=folder, began=time.monotonic(), **fixed | more)
 
 
-@pytest.fixture(scope="module")
-def gpu_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
-    """The folder that it wrote to, and how it ended: every stage, on the CPU, at a tiny size."""
-    out = tmp_path_factory.mktemp("gpu") / "out"
-    # Limits that a busy machine meets too: what they do is tested with steps that hang.
-    command = ["--device", "cpu", "--tiny", "--seconds", "240", "--total", "600"]
-    done = subprocess.run(
-        [sys.executable, "tools/gpu.py", *command, "--out", str(out)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
+def tool(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment(**more), capture_output=True, text=True
     )
-    return out, done
+
+
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / RESULTS).read_text().splitlines()]
 
 
 # --- a run of all stages --------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_every_stage_runs_on_a_cpu(gpu_run: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    out, done = gpu_run
-    lines = [json.loads(line) for line in (out / RESULTS).read_text().splitlines()]
+@pytest.mark.timeout(700)
+def test_every_stage_runs_on_a_cpu(tmp_path: Path) -> None:
+    """At a tiny size, with time limits for a busy machine."""
+    out = tmp_path / "out"
+    command = ["--device", "cpu", "--tiny", "--seconds", "400", "--total", "650"]
+    done = tool("tools/gpu.py", *command, "--out", str(out))
+    lines = lines_of(out)
     assert [line for line in lines if "failed" in line] == []
     assert done.returncode == 0, done.stderr
     assert list(dict.fromkeys(line["stage"] for line in lines)) == ["machine", *gpu.STAGES]
+    assert {"commit", "python", "torch", "versions", "smi"} <= lines[0].keys()
     by_name = {(line["stage"], line["name"]): line for line in lines}
-    assert {name for stage, name in by_name if stage == "bench"} >= {
-        *("batch16", "batch32", "graphs", "fused_norm", "fast", "original", "profile"),
-        *("loader, ours", "loader, ours, native", "checkpoint"),
-    }
-    # What needs CUDA is told as skipped, with the reason.
+    # Steps that need CUDA are skipped, with the reason.
     cuda_only = [("check", "graph"), ("bench", "graphs"), ("train", "torchrun, NCCL")]
     assert all("CUDA" in by_name[key]["skipped"] for key in cuda_only)
     cuda_tests = [line for line in lines if line["stage"] == "tests"]
     assert len(cuda_tests) > 10
     assert all("CUDA" in line["skipped"] for line in cuda_tests)
 
-
-@pytest.mark.slow
-def test_the_first_line_is_of_the_machine_and_the_last_of_check_is_the_headline(
-    gpu_run: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
-    lines = [json.loads(line) for line in (gpu_run[0] / RESULTS).read_text().splitlines()]
-    assert {"commit", "python", "torch", "versions", "smi"} <= lines[0].keys()
     check = [line for line in lines if line["stage"] == "check"]
     rates = [line["clips_per_second"] for line in check[:-1] if "clips_per_second" in line]
     assert len(rates) == 2
-    assert check[-1]["name"] == "headline"
-    assert check[-1]["clips_per_second"] == max(rates)
+    assert (check[-1]["name"], check[-1]["clips_per_second"]) == ("headline", max(rates))
     hours = check[-1]["hours_for_the_recipe"]
     assert hours * 3600 * max(rates) == pytest.approx(gpu.VISITS)
 
-
-@pytest.mark.slow
-def test_runs_are_killed_resumed_and_predicted(
-    gpu_run: tuple[Path, subprocess.CompletedProcess[str]],
-) -> None:
-    lines = [json.loads(line) for line in (gpu_run[0] / RESULTS).read_text().splitlines()]
-    by_name = {line["name"]: line for line in lines if line["stage"] == "train"}
     for launcher in ("train", "torchrun"):
-        resumed = by_name[f"{launcher}, resumed"]
-        assert 0 < resumed["resumed_from_step"] <= by_name[f"{launcher}, killed"]["after_step"]
+        resumed = by_name["train", f"{launcher}, resumed"]
+        killed = by_name["train", f"{launcher}, killed"]
+        assert 0 < resumed["resumed_from_step"] <= killed["after_step"]
         assert resumed["resumed_from_step"] < resumed["steps"]
         assert resumed["loss_of_last_epoch"] < resumed["loss_of_first_epoch"]
         assert resumed["val_mcc"] > 0.5
         # A bright middle is easy to see.
-        assert by_name[f"{launcher}, predicted"]["auc"] > 0.9
+        assert by_name["train", f"{launcher}, predicted"]["auc"] > 0.9
+
+    assert {name for stage, name in by_name if stage == "bench"} >= {
+        *("batch16", "batch32", "graphs", "fused_norm", "fast", "original", "profile"),
+        *("loader, ours", "loader, ours, native", "checkpoint"),
+    }
 
 
 # --- failures -------------------------------------------------------------------------------------
@@ -136,7 +122,7 @@ def test_a_step_that_goes_wrong_costs_itself_alone(
     runner = gpu.Runner(record)
     try:
         # A hung step is killed after the larger of STEP_SECONDS and half of what is left.
-        runner.stage("fake", time.monotonic() + 8)
+        runner.stage("fake", time.monotonic() + 12)
     finally:
         runner.drop()
     lines = record.lines()
@@ -150,7 +136,7 @@ def test_a_step_that_goes_wrong_costs_itself_alone(
     # What it printed, and where it hung.
     assert "it hangs now" in by_name["hangs"]["traceback"]
     assert "in hangs" in by_name["hangs"]["traceback"]
-    assert "-9" in by_name["dies"]["failed"]
+    assert "its process died" in by_name["dies"]["failed"]
     assert "told by a tool" in by_name["exits"]["failed"]
     assert by_name["last"]["pid"] != by_name["well"]["pid"]
     assert runner.failed() == [f"fake {name}" for name in ("raises", "hangs", "dies", "exits")]
@@ -158,8 +144,6 @@ def test_a_step_that_goes_wrong_costs_itself_alone(
 
 
 def test_steps_that_find_no_time_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "gpu_fake.py").write_text(FAKE.replace("threading.Event().wait()", "pass"))
-    monkeypatch.syspath_prepend(str(tmp_path))
     record = record_in(tmp_path)
     runner = gpu.Runner(record)
     monkeypatch.setattr(runner, "ask", lambda *_, **__: ["well", "last"])
@@ -168,28 +152,17 @@ def test_steps_that_find_no_time_are_told(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_machine_without_cuda_is_one_message(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "tools/gpu.py", "check", "--out", str(tmp_path)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    done = tool("tools/gpu.py", "check", "--out", str(tmp_path))
     assert done.returncode == 1
     assert "sees no CUDA device here" in done.stdout
     assert done.stderr.startswith("error: 1 failed: machine machine")
-    lines = [json.loads(line) for line in (tmp_path / RESULTS).read_text().splitlines()]
-    assert {line["stage"] for line in lines} == {"machine"}
+    assert {line["stage"] for line in lines_of(tmp_path)} == {"machine"}
 
 
-# --- the record -----------------------------------------------------------------------------------
-
-
-def test_a_line_that_was_cut_off_is_passed_over_and_older_runs_are_too(tmp_path: Path) -> None:
+def test_unfinished_lines_and_older_runs_are_ignored(tmp_path: Path) -> None:
     older = record_in(tmp_path)
     older.line("old", value=1)
-    size = (older.out / RESULTS).stat().st_size
-    record = record_in(tmp_path, first=size)
+    record = record_in(tmp_path, first=(older.out / RESULTS).stat().st_size)
     record.line("new", value=2)
     with (record.out / RESULTS).open("a") as file:
         file.write('{"stage": "check", "na')
@@ -204,36 +177,9 @@ def test_a_headline_without_a_timed_step_is_a_failure(tmp_path: Path) -> None:
 
 def test_a_given_pythonpath_is_kept() -> None:
     assert gpu.python_path("/a:/b").split(os.pathsep)[-2:] == ["/a", "/b"]
-    assert gpu.python_path(None).split(os.pathsep) == [str(ROOT), str(ROOT / "tools")]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("worktree", [False, True])
-def test_the_commit_is_found_without_git(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool, worktree: bool
-) -> None:
-    monkeypatch.setenv("PATH", "")
-    root, git = tmp_path / "root", tmp_path / "root" / ".git"
-    git.mkdir(parents=True)
-    if packed:
-        (git / "packed-refs").write_text("# pack-refs\nabc refs/heads/x\ndef refs/heads/main\n")
-    else:
-        (git / "refs" / "heads").mkdir(parents=True)
-        (git / "refs" / "heads" / "main").write_text("def\n")
-    own = git
-    if worktree:
-        own, root = git / "worktrees" / "w", tmp_path / "w"
-        own.mkdir(parents=True)
-        root.mkdir()
-        (own / "commondir").write_text("../..\n")
-        (root / ".git").write_text(f"gitdir: {own}\n")
-    (own / "HEAD").write_text("ref: refs/heads/main\n")
-    assert gpu.commit_of(root) == "def"
-
-
-def test_where_nothing_tells_the_commit_it_is_unknown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_git_the_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert gpu.commit_of(tmp_path) == "unknown"
 
@@ -273,17 +219,11 @@ record = Record(out, out, "cpu", True, "unknown", time.monotonic(), 0, "tests")
 gpu_tests.run_file(Path({file!r}).resolve(), record)
 """
     path = gpu.python_path(os.environ.get("PYTHONPATH"))
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)],
-        cwd=ROOT,
-        env=environment(PYTHONPATH=path, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"),
-        capture_output=True,
-        text=True,
-    )
+    plugins = {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = tool("-c", program, str(tmp_path), **plugins)
     assert done.returncode == 0, done.stderr + done.stdout
-    lines = [json.loads(line) for line in (tmp_path / RESULTS).read_text().splitlines()]
-    assert len(lines) == 1
-    assert said in lines[0]["skipped"]
+    (line,) = lines_of(tmp_path)
+    assert said in line["skipped"]
 
 
 # --- killing --------------------------------------------------------------------------------------

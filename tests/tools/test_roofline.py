@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import roofline
 import torch
 from roofline import Ceilings, Operation, count_step
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_train.models.registry import build_model
@@ -39,32 +35,3 @@ def test_each_operation_takes_what_binds_it() -> None:
     faster = Operation("a", flops=1000, moved=10, dtype=torch.bfloat16)
     moving = Operation("b", flops=0, moved=40, dtype=torch.float32)
     assert ceilings.seconds([computing, faster, moving]) == pytest.approx(10 + 2.5 + 4)
-
-
-class Operands(TorchDispatchMode):
-    """The largest number of different values in operands of products and convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.different: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in ("mm", "convolution"):
-            self.different[name] = min(len(x.float().unique()) for x in args[:2])
-        return func(*args, **(kwargs or {}))
-
-
-def test_ceilings_are_measured_on_random_operands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On ones a card draws less power, and is faster than in training."""
-    monkeypatch.setattr(roofline, "LONG_ENOUGH", 0.0)
-    monkeypatch.setattr(roofline, "TIMES", 1)
-    cpu = torch.device("cpu")
-    with Operands() as operands:
-        rates = (
-            roofline._product_rate(cpu, torch.float32),
-            roofline._convolution_rate(cpu, torch.float32),
-        )
-    assert min(rates) > 0
-    assert operands.different.keys() == {"mm", "convolution"}
-    assert min(operands.different.values()) > 10_000
