@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -101,8 +102,11 @@ def web_server() -> Iterator[WebServer]:
             if answer.end == "hang":
                 web.half_sent.set()
                 self.rfile.read(1)
-            while answer.end in ("endless", "drip"):
-                self.wfile.write(bytes(1 << 16 if answer.end == "endless" else 1))
+            while answer.end == "endless":
+                self.wfile.write(bytes(1 << 16))
+            # A byte every 20 ms, until the client goes.
+            while answer.end == "drip" and not select.select([self.connection], [], [], 0.02)[0]:
+                self.wfile.write(b"x")
 
         def log_message(self, *_: object) -> None:
             pass

@@ -309,7 +309,7 @@ def test_urls_of_the_manifest(s3: WebServer, memory: MemoryFileSystem, tmp_path:
 
 
 def test_manifest_without_usable_urls(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match=r"url of 'b\.bin' \(line 3\) is ''"):
+    with pytest.raises(ManifestError, match=r"url of 'b\.bin' is '', not .*\(line 3"):
         manifest_with(tmp_path, lambda name: "memory://place/a" if name == "a.bin" else "")
     with pytest.raises(StoreError, match="'s4://' is not known"):
         manifest_with(tmp_path, lambda name: f"{'s3' if name == 'a.bin' else 's4'}://x/y")
