@@ -155,7 +155,7 @@ class Training:
         """Take one step as training/trainer.py does, with the exchange between ranks after it."""
         backend = self.backend
         began = time.perf_counter()
-        with backend.micro_step(last=True):
+        with backend.accumulating(last=True):
             logits = backend.model(self.volumes, self.frames)
             backend.backward(binary_cross_entropy_with_logits(logits.float(), self.labels))
         # It returns a number to the host, so the device has finished.

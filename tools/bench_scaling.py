@@ -376,7 +376,7 @@ class Apart:
         backend.backward(loss)
 
     def _whole(self) -> None:
-        with self.backend.micro_step(last=True):
+        with self.backend.accumulating(last=True):
             self._backward(self.backend.model)
         self.backend.update()
 

@@ -331,7 +331,7 @@ class Row:
         self.marks = marks
         marks.mark()
         moved = batch.to(self.device)
-        with self.backend.micro_step(last=True):
+        with self.backend.accumulating(last=True):
             frames = moved.frames if self.config.plan.order == "banded" else None
             self.passes(as_input(moved.volumes, self.config), frames, moved.labels, 1.0)
         if self.config.train.graphs:

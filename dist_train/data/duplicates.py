@@ -61,7 +61,7 @@ def duplicates_across(clips: pd.DataFrame, same: pd.Series) -> str | None:
     return _sentence(copies, "a clip in another split", "split")
 
 
-def refuse_duplicates(description: str, *, given: bool) -> PlanError:
+def duplicates_error(description: str, *, given: bool) -> PlanError:
     """The error for ``duplicates_across``; ``given``: the manifest gives the splits."""
     together = "" if given else "split.duplicates=together to have copies in one split, or "
     return PlanError(

@@ -63,4 +63,4 @@ class Orientation:
         return matrix
 
 
-AS_IT_IS = Orientation()
+IDENTITY = Orientation()

@@ -1,22 +1,15 @@
-"""Work whose outcome all ranks learn, and errors of communication: no rank waits for a dead one."""
+"""Work whose outcome all ranks learn, so that no rank waits for one that failed."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from torch.distributed import DistError
-
 from dist_train.distributed.process_group import ProcessGroup
-from dist_train.errors import DistTrainError, LostProcessError
+from dist_train.errors import DistTrainError
 from dist_train.system.advice import advice
 
 Result = TypeVar("Result")
-
-#: gloo's errors have no type of their own. All but the second name a source file of gloo.
-OF_GLOO = ("/gloo/", "Application timeout caused pair closure")
 
 
 class OfSomeRankError(Exception):
@@ -84,30 +77,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, DistTrainError):
         return str(error)
     return error.strerror or str(error) if isinstance(error, OSError) else repr(error)
-
-
-@contextmanager
-def translate_peer_loss(then: str = "Go on by --resume auto.") -> Iterator[None]:
-    """Turn torch's errors about processes that do not answer into errors for the user.
-
-    Args:
-        then: what the user does once the cause is removed.
-
-    Raises:
-        LostProcessError: in place of such an error.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not (isinstance(error, DistError) or any(part in str(error) for part in OF_GLOO)):
-            raise
-        raise LostProcessError(
-            f"another process of the run has ended, or cannot be reached ({first_sentence(error)})",
-            fix=f"What it said is above or in its own log. {then}",
-        ) from error
-
-
-def first_sentence(error: Exception) -> str:
-    """The first sentence of the error's message, without torch's source file and line."""
-    first_line = str(error).partition("\n")[0]
-    return re.sub(r"\[\S*\.cc:\d+\] ", "", first_line).partition(". ")[0]

@@ -1,4 +1,4 @@
-"""Which errors mean that the device's memory does not suffice."""
+"""Errors that mean that the device's memory does not suffice, and freeing of what torch holds."""
 
 from __future__ import annotations
 
@@ -32,3 +32,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+
+
+def free_cache(device: torch.device) -> None:
+    """Give memory that torch's allocator holds for reuse back to the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ from dist_train.data.loading.loader import Loader
 from dist_train.data.loading.sampler import dealt_batches
 from dist_train.data.store.reader import Store
 from dist_train.distributed.backends.base import autocast
-from dist_train.distributed.out_of_memory import is_out_of_memory
+from dist_train.distributed.out_of_memory import free_cache, is_out_of_memory
 from dist_train.distributed.process_group import ProcessGroup
 from dist_train.errors import RunError
 from dist_train.progress import Progress
@@ -29,7 +29,6 @@ from dist_train.run.data import clip_dataset
 from dist_train.run.model import held_out_logits, make_model
 from dist_train.run.snapshots import load_into
 from dist_train.system.advice import first_line
-from dist_train.training.memory_probe import free_cache
 
 log = logging.getLogger(__name__)
 

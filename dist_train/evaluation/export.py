@@ -29,11 +29,11 @@ from dist_train.run.snapshots import (
     fit_weights,
     load_into,
     save_snapshot,
-    snapshot_facts,
+    snapshot_metadata,
     stored_checksum,
 )
 from dist_train.training.fresh_statistics import statistics_of_run
-from dist_train.training.run_state import JUDGED, judged_weights
+from dist_train.training.run_state import EVALUATED, evaluated_weights
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def export_run(
         calibration, threshold = _calibration(run, config, sources)
     many = len(sources) > 1
     prefixes = [f"step-{source.step}/" for source in sources] if many else [""]
-    facts = snapshot_facts(config, sources[-1].step, record["store"]["content"]) | {
+    facts = snapshot_metadata(config, sources[-1].step, record["store"]["content"]) | {
         "steps": [source.step for source in sources],
         "from": "snapshots" if many else sources[0].kind,
         "networks": prefixes,
@@ -180,12 +180,12 @@ def _load(
         return model.eval()
     tensors, _ = load_checkpoint(source.path)
     try:
-        weights = judged_weights(tensors, model.state_dict())
+        weights = evaluated_weights(tensors, model.state_dict())
         check_finite(weights)
     except (ValueError, KeyError) as error:
         raise RunError(f"the weights do not fit the run ({error})", where=source.path) from None
     fit_weights(model, weights, source.path)
-    if config.norm.precise_steps and not any(name.startswith(JUDGED) for name in tensors):
+    if config.norm.precise_steps and not any(name.startswith(EVALUATED) for name in tensors):
         # Within an epoch a checkpoint holds only running statistics, which lag behind the weights.
         try:
             data = open_run_data(run, config, store_path=store_path)

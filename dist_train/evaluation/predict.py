@@ -14,8 +14,9 @@ import pandas as pd
 from dist_train.checkpoint.format import by_step
 from dist_train.config import Config
 from dist_train.data.store.reader import Store
-from dist_train.distributed.collectives import on_main, translate_peer_loss
+from dist_train.distributed.collectives import on_main
 from dist_train.distributed.device import chosen_cuda
+from dist_train.distributed.peer_loss import translate_peer_loss
 from dist_train.distributed.process_group import process_group
 from dist_train.errors import ConfigError, RunError
 from dist_train.evaluation.calibration import fit

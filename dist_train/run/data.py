@@ -15,7 +15,7 @@ from dist_train.checkpoint.superseded import set_aside
 from dist_train.config import AugmentSettings, Config
 from dist_train.data.augment.cpu import Augment
 from dist_train.data.augment.original import OriginalAugment
-from dist_train.data.duplicates import duplicates_across, find_duplicates, refuse_duplicates
+from dist_train.data.duplicates import duplicates_across, duplicates_error, find_duplicates
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.plan.plan import Plan, make_plan
 from dist_train.data.plan.weights import Floats
@@ -27,8 +27,8 @@ from dist_train.run.record import read_record
 from dist_train.run.splits import (
     MOST_BYTES,
     SPLITS,
-    facts_of,
     read_splits,
+    splits_record,
     splits_text,
     what_changed,
 )
@@ -137,7 +137,7 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
         assert same is not None
         copies = duplicates_across(clips, same[clips.index])
         if copies is not None and config.split.duplicates != "keep":
-            raise refuse_duplicates(copies, given=given)
+            raise duplicates_error(copies, given=given)
         if copies is not None and os.environ.get("RANK", "0") == "0":
             log.warning("%s", copies)
     return RunData(store, clips, config)
@@ -179,7 +179,7 @@ def open_run_data(run: Path, config: Config, *, store_path: Path | None = None) 
     _check_content(store, splits, record["store"], fix=RESTORE)
     if splits is None:
         clips = choose_clips(store.table, config.select, config.split, config.seed)
-        if facts_of(splits_text(store.table, clips)) != record["splits"]:
+        if splits_record(splits_text(store.table, clips)) != record["splits"]:
             raise RunError(
                 "the run's table of splits is missing, and cannot be made again",
                 where=run / SPLITS,
@@ -231,7 +231,7 @@ def check_same_data(run: Path, data: RunData) -> None:
     except RunError:
         splits = None
     _check_content(store, splits, record["store"], fix=f"Use the run's own store. {ACCEPT}")
-    if facts_of(splits_text(store.table, data.clips)) != record["splits"]:
+    if splits_record(splits_text(store.table, data.clips)) != record["splits"]:
         raise RunError(
             "these settings split the clips otherwise than the run did",
             where=run / SPLITS,
@@ -264,7 +264,7 @@ def write_splits(run: Path, data: RunData) -> dict[str, Any]:
             "content": store.content,
             "clips": len(store.table),
         },
-        "splits": facts_of(text),
+        "splits": splits_record(text),
     }
 
 

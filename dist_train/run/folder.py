@@ -17,7 +17,7 @@ from dist_train.system.file_locks import go_on_unlocked
 LOCK = ".lock"
 
 METRICS = "metrics.jsonl"
-BOARD = "tensorboard"
+TENSORBOARD = "tensorboard"
 
 CONFIG = "config.yaml"
 RECORD = "run.json"
@@ -36,8 +36,8 @@ _FILES = (*BEFORE_THE_FIRST_STEP, METRICS, PREDICTIONS, SUBMISSION, EVALUATION)
 def parts_of_run(folder: Path) -> list[str]:
     """Names of a run's files and folders in ``folder``; empty if there is no run."""
     found = [name for name in _FILES if os.path.lexists(folder / name)]
-    if any((folder / BOARD).glob("events.out.tfevents.*")):
-        found.append(BOARD)
+    if any((folder / TENSORBOARD).glob("events.out.tfevents.*")):
+        found.append(TENSORBOARD)
     if by_step(folder / SNAPSHOTS, SNAPSHOT):
         found.append(SNAPSHOTS)
     # A broken link may lead to a disk that is not mounted.
@@ -53,7 +53,7 @@ def check_folders(folder: Path) -> None:
     Raises:
         RunError: a file, or a broken link, has the name of a folder of the run.
     """
-    for name in (CHECKPOINTS, SNAPSHOTS, BOARD):
+    for name in (CHECKPOINTS, SNAPSHOTS, TENSORBOARD):
         if os.path.lexists(folder / name) and not (folder / name).is_dir():
             raise RunError(
                 "is no folder", where=folder / name, fix="Move it away, or choose another 'out'."
@@ -70,7 +70,7 @@ def refuse_own_place(run: Path, out: Path) -> None:
     if not place.is_relative_to(own) or place == own:
         return
     name = place.relative_to(own).parts[0]
-    if name in (*_FILES, SPLITS, CHECKPOINTS, SNAPSHOTS, BOARD):
+    if name in (*_FILES, SPLITS, CHECKPOINTS, SNAPSHOTS, TENSORBOARD):
         raise RunError(f"the run itself keeps its {name} there", where=out, fix="Choose another.")
 
 

@@ -43,7 +43,7 @@ class Snapshot(NamedTuple):
     facts: dict[str, Any]
 
 
-def snapshot_facts(config: Config, step: int, content: str) -> dict[str, Any]:
+def snapshot_metadata(config: Config, step: int, content: str) -> dict[str, Any]:
     """What the weights after ``step`` steps were trained on, as JSON types.
 
     Args:
@@ -171,7 +171,7 @@ def _check_facts(
 ) -> None:
     """Refuse weights that were not trained as the run was."""
     step = int(path.name.removeprefix("step-").removesuffix(SNAPSHOT))
-    for name, expected in snapshot_facts(config, step, record["store"]["content"]).items():
+    for name, expected in snapshot_metadata(config, step, record["store"]["content"]).items():
         changes = _differences(name, facts.get(name), expected)
         if not changes:
             continue

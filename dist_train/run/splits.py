@@ -35,7 +35,7 @@ def splits_text(table: pd.DataFrame, clips: pd.DataFrame) -> str:
     return str(table.assign(split=split)[COLUMNS].to_csv(index=False))
 
 
-def facts_of(text: str) -> dict[str, Any]:
+def splits_record(text: str) -> dict[str, Any]:
     """What ``run.json`` says of a ``splits.csv`` with this text."""
     return {"crc32c": crc32c(text.encode())}
 

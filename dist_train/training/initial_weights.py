@@ -17,7 +17,7 @@ from dist_train.files import reason_of
 from dist_train.run.folder import CHECKPOINTS, SNAPSHOT, SNAPSHOTS
 from dist_train.run.model import make_model, model_metadata
 from dist_train.run.snapshots import load_snapshot
-from dist_train.training.run_state import judged_weights, model_changes
+from dist_train.training.run_state import evaluated_weights, model_changes
 
 SETTING = "model.init"
 
@@ -88,7 +88,7 @@ def _read(path: Path, names: list[str]) -> tuple[dict[str, Tensor], dict[str, An
             if name.startswith("model/")
         }
         if set(names) <= weights.keys():
-            weights |= judged_weights(tensors, names)
+            weights |= evaluated_weights(tensors, names)
         return weights, marker["facts"]["model"], int(marker["step"])
     try:
         weights, metadata = load_snapshot(path)

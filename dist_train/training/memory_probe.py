@@ -9,7 +9,7 @@ from torch import nn
 
 from dist_train.config import Config
 from dist_train.distributed.backends.base import Backend
-from dist_train.distributed.out_of_memory import is_out_of_memory
+from dist_train.distributed.out_of_memory import free_cache, is_out_of_memory
 from dist_train.run.model import as_input
 from dist_train.system.advice import first_line
 
@@ -63,10 +63,3 @@ def _train_once(
         loss = model(as_input(volumes, config), lengths).float().mean()
     loss.backward()
     del reserve
-
-
-def free_cache(device: torch.device) -> None:
-    """Give memory that torch's allocator holds for reuse back to the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()

@@ -15,7 +15,7 @@ from typing import Any
 
 from dist_train.checkpoint.superseded import SUPERSEDED, append_aside
 from dist_train.files import crc32c, parse_object, plain_descriptor, read_plain, write_whole
-from dist_train.run.folder import BOARD, METRICS
+from dist_train.run.folder import METRICS, TENSORBOARD
 from dist_train.training.tensorboard_writer import TensorBoardWriter
 
 #: Some ten million steps.
@@ -42,7 +42,7 @@ class EventWriter:
         self._descriptor = plain_descriptor(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._unwritten = bytearray()
         self._has_warned = False
-        self.tensorboard = TensorBoardWriter(run / BOARD, after + 1, settings)
+        self.tensorboard = TensorBoardWriter(run / TENSORBOARD, after + 1, settings)
 
     def write(self, step: int, epoch: int, at: float, values: Mapping[str, float | None]) -> None:
         """Write the metrics of a step, counted from 1; values that are not finite become null.

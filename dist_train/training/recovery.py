@@ -10,11 +10,11 @@ import numpy as np
 from dist_train.config import Config
 from dist_train.distributed.backends.base import Backend
 from dist_train.distributed.collectives import on_main
+from dist_train.distributed.out_of_memory import free_cache
 from dist_train.distributed.signals import INTERRUPTED, TRY_AGAIN, StopSignals, exit_process
 from dist_train.errors import RunError, StoppedError
 from dist_train.run.snapshots import set_snapshots_aside
 from dist_train.training.initial_weights import initial_model
-from dist_train.training.memory_probe import free_cache
 from dist_train.training.micro_batch import MicroBatches
 from dist_train.training.run_state import Restored, RunState
 from dist_train.training.step import BadStepError

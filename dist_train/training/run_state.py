@@ -34,7 +34,7 @@ VERSION = 1
 #: Names of the epoch's training predictions so far, which its metrics need.
 EPOCH = ("epoch/logits", "epoch/labels")
 #: Prefix of BatchNorm statistics of the validation, if those are not the running ones.
-JUDGED = "judged/"
+EVALUATED = "judged/"
 #: Steps done, and the logits and labels of the epoch so far: float32 [N] each.
 Restored = tuple[int, np.ndarray, np.ndarray]
 
@@ -90,7 +90,7 @@ class RunState:
                 running ones; the same on all ranks. Training does not continue from them.
         """
         self.commit()
-        judged = {JUDGED + name: tensor for name, tensor in statistics.items()}
+        judged = {EVALUATED + name: tensor for name, tensor in statistics.items()}
         sizes = self.backend.sizes() | self.ema.sizes() | dict.fromkeys(EPOCH, len(logits))
         sizes |= {name: tensor.numel() for name, tensor in judged.items()}
         mine = assign_tensors(sizes, self.backend.rank, self.backend.world)
@@ -271,8 +271,8 @@ def model_changes(there: dict[str, Any], here: dict[str, Any]) -> str:
     )
 
 
-def judged_weights(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+def evaluated_weights(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Return the weights that a checkpoint was validated by: their average if there is one, with
     the statistics of that validation if there were some, else the running ones."""
     weights = averaged(state, names)
-    return {name: state.get(JUDGED + name, weights[name]) for name in weights}
+    return {name: state.get(EVALUATED + name, weights[name]) for name in weights}

@@ -150,7 +150,7 @@ class OptimizerStep:
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            with backend.micro_step(last=number == accumulate - 1):
+            with backend.accumulating(last=number == accumulate - 1):
                 logits, loss = self._forward_backward(
                     as_input(batch.volumes, config), batch.frames, batch.labels, weight
                 )

@@ -10,13 +10,9 @@ from typing import Any, Literal
 
 from dist_train.config import Config, changes, config_text
 from dist_train.distributed.backends import make_backend
-from dist_train.distributed.collectives import (
-    OfSomeRankError,
-    on_main,
-    run_on_all_ranks,
-    translate_peer_loss,
-)
+from dist_train.distributed.collectives import OfSomeRankError, on_main, run_on_all_ranks
 from dist_train.distributed.consistency import check_agreement
+from dist_train.distributed.peer_loss import translate_peer_loss
 from dist_train.errors import ConfigError, RunError, StoppedError
 from dist_train.files import write_whole
 from dist_train.progress import Progress

@@ -139,7 +139,7 @@ class Trainer:
         if not (epoch_ends or is_snapshot):
             return {}
         values: Values = {}
-        with self.validator.judged_weights(self.done):
+        with self.validator.evaluated_weights(self.done):
             if epoch_ends:
                 values |= self.validator.training_metrics(self.predictions)
                 self.predictions.cut(0)

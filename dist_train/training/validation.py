@@ -20,7 +20,7 @@ from dist_train.models.norm_statistics import by_running_and_own_statistics
 from dist_train.run.data import RunData
 from dist_train.run.folder import SNAPSHOTS
 from dist_train.run.model import as_input, held_out_logits
-from dist_train.run.snapshots import save_snapshot, snapshot_facts
+from dist_train.run.snapshots import save_snapshot, snapshot_metadata
 from dist_train.training.batches import Batches
 from dist_train.training.ema import Ema
 from dist_train.training.epoch_predictions import EpochPredictions, gather_pairs
@@ -41,7 +41,7 @@ class Validator:
         beat: watchdog heartbeat, called after each validation batch.
 
     Attributes:
-        statistics: BatchNorm statistics by buffer name of the last ``judged_weights``; empty if
+        statistics: BatchNorm statistics by buffer name of the last ``evaluated_weights``; empty if
             those were the running ones.
     """
 
@@ -61,7 +61,7 @@ class Validator:
         self.statistics: dict[str, Tensor] = {}
 
     @contextmanager
-    def judged_weights(self, done: int) -> Iterator[None]:
+    def evaluated_weights(self, done: int) -> Iterator[None]:
         """In the block, the module has the weights that are validated and saved after ``done``
         steps, and statistics that belong to them. Afterwards it is as before, to the bit."""
         self._backend.sync_buffers()
@@ -74,7 +74,7 @@ class Validator:
         return {f"train/{k}": v for k, v in binary_metrics(expit(logits), labels).items()}
 
     def validate(self, batches: Iterable[Batch]) -> tuple[Values, np.ndarray, np.ndarray]:
-        """Validate ``judged_weights`` on the val split at its natural class ratio.
+        """Validate ``evaluated_weights`` on the val split at its natural class ratio.
 
         Args:
             batches: this rank's share of the split.
@@ -104,8 +104,10 @@ class Validator:
         return {"val/loss": float(loss)} | metrics, labels, scores
 
     def norm_gap(self, batch: Batch, step: int) -> Values:
-        """Return the loss of ``judged_weights`` by their statistics, less the loss by the batch's
-        own statistics, without dropout, of a micro-batch of ``step`` on the device."""
+        """Return the loss by ``evaluated_weights`` and their statistics, less that by the batch's.
+
+        ``batch`` is a micro-batch of ``step`` on the device; dropout is off.
+        """
         volumes = as_input(batch.volumes, self._batches.config_at(step))
         with self._backend.autocast():
             both = by_running_and_own_statistics(self._backend.module, volumes, batch.frames)
@@ -127,7 +129,7 @@ class Validator:
         return {"norm/gap": gap}
 
     def save_snapshot(self, done: int) -> None:
-        """Save ``judged_weights`` after ``done`` steps, for prediction."""
+        """Save ``evaluated_weights`` after ``done`` steps, for prediction."""
         weights = self._backend.state(
             lambda name: self._backend.is_main and name.startswith("model/")
         )
@@ -137,7 +139,7 @@ class Validator:
             for name, tensor in weights.items()
         }
         path = self._config.out / SNAPSHOTS / f"step-{done}.safetensors"
-        metadata = snapshot_facts(self._config, done, self._data.store.content)
+        metadata = snapshot_metadata(self._config, done, self._data.store.content)
         on_main(self._backend, lambda: save_snapshot(path, copies, metadata))
 
     @contextmanager

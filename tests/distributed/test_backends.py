@@ -39,7 +39,7 @@ def backend() -> Iterator[Backend]:
 
 def step(backend: Backend, seed: int) -> float:
     inputs = torch.randn(4, 1, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
-    with backend.micro_step(last=True):
+    with backend.accumulating(last=True):
         backend.backward(backend.model(inputs).square().mean())
     return backend.update()
 

@@ -6,12 +6,8 @@ import pytest
 from thread_group import Threads, on_each_rank
 from torch.distributed import DistNetworkError, DistStoreError
 
-from dist_train.distributed.collectives import (
-    OfSomeRankError,
-    on_main,
-    run_on_all_ranks,
-    translate_peer_loss,
-)
+from dist_train.distributed.collectives import OfSomeRankError, on_main, run_on_all_ranks
+from dist_train.distributed.peer_loss import translate_peer_loss
 from dist_train.errors import CheckpointError, LostProcessError
 
 

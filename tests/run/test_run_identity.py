@@ -17,7 +17,7 @@ from dist_train.evaluation.predict import predict
 from dist_train.run.data import RunData, open_data, open_run_data
 from dist_train.run.record import _write_record, open_run, read_record
 from dist_train.run.seen_before import held_out_seen, held_out_seen_by_init
-from dist_train.run.splits import SPLITS, facts_of
+from dist_train.run.splits import SPLITS, splits_record
 from dist_train.training.train import train
 
 SHORT = ("train.epochs=1", "snapshots.at=[1]", "optim.lr=1e-3")
@@ -225,7 +225,7 @@ def test_other_held_out_clips_are_refused_where_training_is_the_same(
     text = (copy / SPLITS).read_text()
     swapped = text.replace(",val,", ",?,").replace(",test,", ",val,").replace(",?,", ",test,")
     (copy / SPLITS).write_text(swapped)
-    forge(copy, splits=facts_of(swapped))
+    forge(copy, splits=splits_record(swapped))
     assert record["splits"] != read_record(copy)["splits"]
     config = tiny_config(home / "S", copy, *SHORT, "train.epochs=2", "snapshots.at=[2]")
     with pytest.raises(DistTrainError, match="split the clips otherwise than the run did"):

@@ -15,7 +15,7 @@ from dist_train.errors import DistTrainError, RunError
 from dist_train.evaluation.predict import predict
 from dist_train.run.model import make_model
 from dist_train.run.record import open_run, read_record
-from dist_train.run.snapshots import load_into, load_snapshot, save_snapshot, snapshot_facts
+from dist_train.run.snapshots import load_into, load_snapshot, save_snapshot, snapshot_metadata
 from dist_train.training.train import train
 
 STEP = 6
@@ -42,7 +42,7 @@ def snapshot_of(run: Path) -> Path:
 def test_a_snapshot_says_what_its_weights_were_trained_on(trained: Path) -> None:
     facts = load_snapshot(snapshot_of(trained)).facts
     record = read_record(trained)
-    assert facts == snapshot_facts(open_run(trained), STEP, record["store"]["content"])
+    assert facts == snapshot_metadata(open_run(trained), STEP, record["store"]["content"])
     assert facts["clip"] == {"size": [16, 16], "max_frames": None}
 
 

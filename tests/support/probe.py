@@ -26,7 +26,7 @@ def main() -> None:
     model[0].register_forward_hook(lambda module, inputs, output: computed.add(str(output.dtype)))
     backend.wrap(model, lambda wrapped: make_optimizer(wrapped, OptimSettings()))
     for _ in range(2):
-        with backend.micro_step(last=True):
+        with backend.accumulating(last=True):
             output = backend.model(torch.randn(4, 1, 4, 4, 4))
             backend.backward(output.float().square().mean())
         backend.update()

@@ -12,7 +12,7 @@ import numpy as np
 
 from dist_train.config import AugmentSettings
 from dist_train.data.augment.params import AugmentSampler, Draw
-from dist_train.data.orientation import AS_IT_IS
+from dist_train.data.orientation import IDENTITY
 from dist_train.data.types import Plane, Volume
 
 Map = np.ndarray[tuple[int, int], np.dtype[np.float32]]
@@ -43,7 +43,7 @@ def augmented(clip: Volume, draw: Draw) -> Volume:
     """Apply a draw to a clip, uint8 [D, H, W]. The clip itself does not change."""
     if draw.affine is not None or draw.is_displaced:
         clip = _resampled(clip, draw)
-    elif draw.orientation != AS_IT_IS:
+    elif draw.orientation != IDENTITY:
         clip = np.stack([draw.orientation.apply(frame) for frame in clip])
     if (draw.contrast, draw.brightness, draw.gamma) != (1.0, 0.0, 1.0):
         clip = mapped(clip, _tone_table(draw))

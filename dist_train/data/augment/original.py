@@ -15,7 +15,7 @@ import numpy as np
 
 from dist_train.config import AugmentSettings
 from dist_train.data.augment.cpu import Frames, Map, change_each, change_together, mapped
-from dist_train.data.orientation import AS_IT_IS, Matrix, Orientation
+from dist_train.data.orientation import IDENTITY, Matrix, Orientation
 from dist_train.data.types import Plane, Volume
 
 Maps = tuple[Map, Map]
@@ -60,7 +60,7 @@ class OriginalDraw:
         affine: float64 [2, 3], shift, scale and rotation; outside is black.
     """
 
-    orientation: Orientation = AS_IT_IS
+    orientation: Orientation = IDENTITY
     contrast: float = 1.0
     brightness: float = 0.0
     gamma: float = 1.0
@@ -89,7 +89,7 @@ class OriginalAugment:
         def happens(probability: float) -> bool:
             return bool(random.random() < probability)
 
-        orientation = AS_IT_IS.flipped(columns=happens(s.flip))
+        orientation = IDENTITY.flipped(columns=happens(s.flip))
         orientation = orientation.flipped(rows=happens(s.flip))
         if happens(s.rotate90):
             orientation = orientation.turned(int(random.integers(4)))
@@ -191,7 +191,7 @@ def _draw_affine(random: np.random.Generator, size: Size) -> Matrix:
 
 def applied(clip: Volume, draw: OriginalDraw) -> Volume:
     """Apply a draw to a clip, uint8 [D, H, W]. The clip itself does not change."""
-    if draw.orientation != AS_IT_IS:
+    if draw.orientation != IDENTITY:
         clip = np.stack([draw.orientation.apply(frame) for frame in clip])
     levels = np.arange(256, dtype=np.float64)
     if (draw.contrast, draw.brightness) != (1.0, 0.0):

@@ -17,7 +17,7 @@ import albumentations as A
 import numpy as np
 
 from dist_train.config import AugmentSettings
-from dist_train.data.orientation import AS_IT_IS, Matrix, Orientation
+from dist_train.data.orientation import IDENTITY, Matrix, Orientation
 
 Pictures = np.ndarray[tuple[int, int, int], np.dtype[np.float32]]
 Kernel = np.ndarray[tuple[int], np.dtype[np.float64]]
@@ -45,7 +45,7 @@ class Draw:
         pictures: float32 [0 to 3, H, W].
     """
 
-    orientation: Orientation = AS_IT_IS
+    orientation: Orientation = IDENTITY
     affine: Matrix | None = None
     is_displaced: bool = False
     contrast: float = 1.0
@@ -107,7 +107,7 @@ class AugmentSampler:
 
 def _as_draw(applied: list[tuple[str, dict[str, Any]]], is_reversed: bool) -> Draw:
     """The draw of the transforms that albumentations applied: (name, parameters) of each."""
-    orientation, pictures, changes = AS_IT_IS, [], dict[str, Any](is_reversed=is_reversed)
+    orientation, pictures, changes = IDENTITY, [], dict[str, Any](is_reversed=is_reversed)
     for name, drawn in applied:
         match name:
             case "HorizontalFlip":

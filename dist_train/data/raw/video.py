@@ -11,7 +11,7 @@ import numpy as np
 from av.sidedata.sidedata import Type
 from av.video.reformatter import VideoReformatter
 
-from dist_train.data.orientation import AS_IT_IS, Orientation
+from dist_train.data.orientation import IDENTITY, Orientation
 from dist_train.data.raw.container import (
     declared_seconds,
     lacks_end,
@@ -207,4 +207,4 @@ def _turn(frame: av.VideoFrame) -> Orientation | None:
         turn = Orientation(True, rows_reversed=b < 0, columns_reversed=c < 0)
     else:
         return None
-    return None if turn == AS_IT_IS else turn
+    return None if turn == IDENTITY else turn

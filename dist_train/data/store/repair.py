@@ -70,16 +70,16 @@ def repair(
     """
     job = read_job(folder)
     shards = job.shards(folder)
-    marker = valid_marker(folder)
-    index = sound_index(folder, marker)
     bad = {fault.shard for fault in faults if fault.shard is not None}
-    numbers = set(bad)
-    if source is not None:
-        numbers |= {shard.number for shard in shards if lost_in(shard)}
     with (
         write_lock(folder, job),
         TemporaryDirectory(prefix=SCRATCH, dir=folder / SHARDS) as scratch,
     ):
+        marker = valid_marker(folder)
+        index = sound_index(folder, marker)
+        numbers = set(bad)
+        if source is not None:
+            numbers |= {shard.number for shard in shards if lost_in(shard)}
         damaged = [_Damaged.of(job, shards[n], index, Path(scratch)) for n in sorted(numbers)]
         raw, absent = _open_raw(job, source, damaged)
         lost = [name for d in damaged for name in d.give_up(absent)]

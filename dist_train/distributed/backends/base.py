@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.distributed import DistError
 
 from dist_train.config import TrainSettings
-from dist_train.distributed.collectives import first_sentence
 from dist_train.distributed.device import chosen_cuda
 from dist_train.distributed.hardware import cudnn_version, cudnn_warnings, lacks_bf16
+from dist_train.distributed.peer_loss import first_sentence
 from dist_train.distributed.process_group import ProcessGroup
 from dist_train.errors import BackendError, LostProcessError
 
@@ -142,7 +142,7 @@ class Backend(ProcessGroup, ABC):
     def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None: ...
 
     @abstractmethod
-    def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
+    def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
         """Context of one micro-batch; gradients are exchanged in the last one of a step only."""
 
     @abstractmethod

@@ -40,7 +40,7 @@ class DdpBackend(Backend):
         self.module = model.to(self.device)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model))
 
-    def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
+    def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
         if last or self.world == 1:
             return nullcontext()
         context: AbstractContextManager[Any] = self.model.no_sync()

@@ -40,7 +40,7 @@ class FsdpBackend(Backend):
         if not all(isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise BackendError("asked for FSDP, but parameters are not sharded")
 
-    def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
+    def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
         self.model.set_requires_gradient_sync(last)
         return self.autocast()
 

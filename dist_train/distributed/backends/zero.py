@@ -58,7 +58,7 @@ class ZeroBackend(Backend):
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # unused: the loader makes the batches
-            "gradient_accumulation_steps": 1,  # unused: ``micro_step`` marks the last one
+            "gradient_accumulation_steps": 1,  # unused: ``accumulating`` marks the last one
             "gradient_clipping": self.clip_norm or 0.0,
             "zero_optimization": zero,
             # torch's AdamW, for the same numbers as under DDP.
@@ -92,7 +92,7 @@ class ZeroBackend(Backend):
                 f"asked for ZeRO {self.stage}, got {self.model.zero_optimization_stage()}"
             )
 
-    def micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
+    def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
         self.model.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
