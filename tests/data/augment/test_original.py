@@ -147,5 +147,5 @@ def test_the_clip_is_left_alone() -> None:
 
 
 def test_the_device_does_not_know_the_preset() -> None:
-    with pytest.raises(ValueError, match="done on the host only; leave out device: true"):
+    with pytest.raises(ValueError, match="only the host can; leave out device: true"):
         AugmentSettings.model_validate({"preset": "original", "device": True})

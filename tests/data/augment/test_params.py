@@ -9,7 +9,8 @@ import pytest
 from uniform import assert_even, assert_share
 
 from dist_train.config import AugmentSettings
-from dist_train.data.augment.params import AS_IT_IS, AugmentSampler, Draw
+from dist_train.data.augment.params import AugmentSampler, Draw
+from dist_train.data.orientation import IDENTITY
 
 OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"preset", "device"}, 0.0)
 SIZE = 40, 40
@@ -36,7 +37,7 @@ def test_each_is_drawn_as_often_as_the_settings_say(probability: float) -> None:
 
 
 def test_the_four_turns_come_alike() -> None:
-    turns = [AS_IT_IS.turned(times) for times in range(4)]
+    turns = [IDENTITY.turned(times) for times in range(4)]
     for turn in turns:
         assert_share([d.orientation == turn for d in drawn("rotate90")], 1 / 4)
 
