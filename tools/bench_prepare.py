@@ -70,7 +70,7 @@ Work = Callable[[Path, Path], None]
 
 
 def main() -> None:
-    parser = options(__doc__, "leave the growth of memory out")
+    parser = options(__doc__, "one short round, without the growth of memory")
     parser.add_argument("--clips", type=int, default=8, help="videos to make (default 8)")
     parser.add_argument(
         "--seconds",
@@ -79,14 +79,16 @@ def main() -> None:
         help="least time of the rounds on one core (default 40)",
     )
     arguments = parser.parse_args()
+    quick = arguments.quick
+    limit, length = (0, ROUND_SECONDS / 5) if quick else (arguments.seconds, ROUND_SECONDS)
     with tempfile.TemporaryDirectory(prefix="bench_prepare.") as folder:
-        result = measure(
-            Path(folder), arguments.clips, arguments.seconds, growth=not arguments.quick
-        )
+        result = measure(Path(folder), arguments.clips, limit, length, growth=not quick)
     finish(arguments.json, result, as_table(result))
 
 
-def measure(folder: Path, clips: int, limit: float, *, growth: bool) -> dict[str, Any]:
+def measure(
+    folder: Path, clips: int, limit: float, length: float, *, growth: bool
+) -> dict[str, Any]:
     say(f"making {clips} videos of {DEPTH} frames, {WIDTH}x{HEIGHT}, and a large one")
     videos = folder / "videos"
     make_videos(videos, clips)
@@ -96,7 +98,7 @@ def measure(folder: Path, clips: int, limit: float, *, growth: bool) -> dict[str
     cores = sorted(os.sched_getaffinity(0))
     scratch = folder / "scratch"
     once = timed(run_decode, videos, scratch, [{cores[0]}])
-    copies = max(1, round(ROUND_SECONDS / once))
+    copies = max(1, round(length / once))
     many = folder / "many"
     make_copies(videos, many, copies)
     say(f"one core, on {copies * clips} clips, in rounds, for {limit:.0f} s")
@@ -275,7 +277,8 @@ def on_one_core(videos: Path, scratch: Path, core: int, limit: float) -> dict[st
     }
     times: dict[str, list[float]] = {name: [] for name in contenders}
     began = time.monotonic()
-    while len(times["decode"]) < FEWEST_ROUNDS or time.monotonic() - began <= limit:
+    fewest = FEWEST_ROUNDS if limit else 1
+    while len(times["decode"]) < fewest or time.monotonic() - began <= limit:
         for name, work in contenders.items():
             times[name].append(timed(work, videos, scratch, [{core}]))
     return times
