@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    AliasChoices,
     BaseModel,
     BeforeValidator,
     ByteSize,
@@ -35,6 +34,8 @@ from dist_train.metrics import higher_is_better
 from dist_train.plain_yaml import parse_yaml, read_yaml, yaml_text
 
 COMMAND_LINE = "command line"
+# Names of earlier versions, which are still read.
+RENAMED = {"train.hang": "hang_timeout", "train.slow": "straggler_ratio"}
 STORE_FIX = "Give the folder that 'dist-train prepare' wrote, as store=FOLDER."
 
 
@@ -372,9 +373,7 @@ class TrainSettings(Section):
     (CUDA graphs); docs/numerics.md says when."""
     timeout: Seconds = 1800.0
     """Seconds after which a process stops waiting for others."""
-    hang_timeout: Annotated[
-        Seconds | None, Field(validation_alias=AliasChoices("hang_timeout", "hang"))
-    ] = 3600.0
+    hang_timeout: Seconds | None = 3600.0
     """Seconds without a finished step or validation batch after which a run ends. At most three
     quarters of `train.timeout` count, so that a hung process reports its place before others stop
     waiting. Earlier versions call it "hang"."""
@@ -383,14 +382,20 @@ class TrainSettings(Section):
     again not on a second try."""
     check_steps: CountOrNone = 2
     """Number of first steps of a session after which all processes compare their weights."""
-    straggler_ratio: Annotated[
-        float, Field(gt=1.0, le=1e6, validation_alias=AliasChoices("straggler_ratio", "slow"))
-    ] = 1.5
+    straggler_ratio: Annotated[float, Field(gt=1.0, le=1e6)] = 1.5
     """Warn about a process whose own work takes this multiple of the median. Earlier versions call
     it "slow"."""
     probe: Literal["cuda", "always", "never"] = "cuda"
     """Devices on which the largest micro-batch is tried before the first step. If memory does not
     suffice, `train.accumulate` is raised for this machine."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        # A new name that is given too, by an override, comes later and counts.
+        return {RENAMED.get(f"train.{name}", name): value for name, value in given.items()}
 
     @model_validator(mode="after")
     def _backend_can(self) -> TrainSettings:
@@ -616,7 +621,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             raise _refused(f"the value of '{shown}' is not valid YAML ({error})") from None
         key = key.strip()
         leaves = _leaves(value, f"{key}.") if value and isinstance(value, dict) else [(key, value)]
-        for name, leaf in leaves:
+        for given_name, leaf in leaves:
+            name = f"train.{RENAMED[given_name]}" if given_name in RENAMED else given_name
             if any(f"{name}.".startswith(f"{o}.") or o.startswith(f"{name}.") for o in given):
                 raise _refused(f"'{name}' is given twice", fix="Give it once.")
             given[name] = leaf

@@ -254,3 +254,7 @@ def test_settings_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     path.write_text("store: s\nout: o\ntrain:\n  hang: 7\n  slow: 2.5\n")
     train = load_config(path).train
     assert (train.hang_timeout, train.straggler_ratio) == (7, 2.5)
+    train = load_config(path, ["train.hang_timeout=9", "train.slow=3"]).train
+    assert (train.hang_timeout, train.straggler_ratio) == (9, 3)
+    with pytest.raises(ConfigError, match=r"'train\.straggler_ratio' is given twice"):
+        load_config(path, ["train.slow=3", "train.straggler_ratio=4"])

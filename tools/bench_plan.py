@@ -1,10 +1,10 @@
 """How little the plan pads, and what it costs for a large set.
 
-Takes the depths of the Clog Loss challenge's clips from a table, and measures the share of true
+Takes the depths of the Clog Loss challenge's clips, and measures the share of true
 frames among the padded ones, in the plan's bands and in random order. Then a fresh process sorts
 many clips in memory and takes steps. benchmarks/plan.md explains the results.
 
-    python tools/bench_plan.py --depths FILE [--clips N] [--json FILE]
+    python tools/bench_plan.py [--depths FILE] [--clips N] [--quick] [--json FILE]
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dist_train.data.plan.plan import Plan, make_plan, plan_of
 from dist_train.data.plan.rules import PlanRules
 from dist_train.data.plan.shuffle import Ints
 from dist_train.data.plan.weights import Floats
+from dist_train.data.synthetic.challenge_stats import CLIPS_BY_DEPTH
 
 POSITIVES = 1_887
 #: Clips of a rank at a step, and positives to negatives.
@@ -44,8 +45,8 @@ def main() -> None:
     parser.add_argument(
         "--depths",
         type=Path,
-        required=True,
-        help="CSV of clips by num_frames, with the columns all and micro_stalled",
+        help="CSV of clips by num_frames, with the columns all and micro_stalled; without it both "
+        "classes have the depths of all clips of the challenge",
     )
     parser.add_argument(
         "--clips",
@@ -54,7 +55,7 @@ def main() -> None:
         help="clips of the large set, a million or more (75 bytes each)",
     )
     arguments = parser.parse_args()
-    clips = read_clips(arguments.depths)
+    clips = read_clips(arguments.depths) if arguments.depths else challenge_clips()
     result = measure(clips, large=0 if arguments.quick else arguments.clips)
     finish(arguments.json, result, as_table(result))
 
@@ -86,6 +87,15 @@ class Clips:
 
     positives: Ints
     negatives: Ints
+
+
+def challenge_clips() -> Clips:
+    """Depths of all clips of the challenge; each depth has the same share of positives."""
+    depths, counts = (
+        np.array(list(column)) for column in zip(*CLIPS_BY_DEPTH.items(), strict=True)
+    )
+    positives = spread(counts, POSITIVES)
+    return Clips(np.repeat(depths, positives), np.repeat(depths, counts - positives))
 
 
 def read_clips(path: Path) -> Clips:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_plan import Clips, read_clips, spread
+from bench_plan import Clips, challenge_clips, read_clips
 from measuring import (
     finish,
     in_turns,
@@ -46,7 +46,7 @@ from dist_train.data.augment.params import AugmentSampler
 from dist_train.data.loading.collate import Batch
 from dist_train.data.plan.plan import make_plan
 from dist_train.data.plan.shuffle import Ints
-from dist_train.data.synthetic.challenge_stats import BOX_HEIGHT, BOX_WIDTH, CLIPS_BY_DEPTH
+from dist_train.data.synthetic.challenge_stats import BOX_HEIGHT, BOX_WIDTH
 from dist_train.distributed.backends import make_backend
 from dist_train.models.registry import build_model
 from dist_train.run.model import as_input, make_model
@@ -55,7 +55,6 @@ from dist_train.training.forward_backward import ForwardBackward
 from dist_train.training.optimizer import make_optimizer
 
 MODEL = "resnet3d-101"
-POSITIVES = 1_887
 #: The network's stride in depth. A shallower clip would have no frame left in the last layers.
 LEAST_FRAMES = 4
 PARTS = ("seconds", "forward", "backward", "optimizer")
@@ -153,15 +152,6 @@ def main() -> None:
 
 
 # --- the clips ------------------------------------------------------------------------------------
-
-
-def challenge_clips() -> Clips:
-    """Depths of all clips of the challenge; each depth has the same share of positives."""
-    depths, counts = (
-        np.array(list(column)) for column in zip(*CLIPS_BY_DEPTH.items(), strict=True)
-    )
-    positives = spread(counts, POSITIVES)
-    return Clips(np.repeat(depths, positives), np.repeat(depths, counts - positives))
 
 
 @dataclass(frozen=True)

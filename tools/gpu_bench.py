@@ -14,7 +14,8 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from bench_step import CUDA_ROWS, Workload, challenge_clips, make_batch, metrics_of, settings_of
+from bench_plan import challenge_clips
+from bench_step import CUDA_ROWS, Workload, make_batch, metrics_of, settings_of
 from gpu_check import model_of, row_of
 from gpu_record import Record
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dist_train.config import LoaderSettings
-from dist_train.data.augment.params import Draw
+from dist_train.data.augment.draw import Draw
 from dist_train.data.augment.resize import resize
 from dist_train.data.loading.collate import size_of
 from dist_train.data.loading.dataset import ClipDataset

@@ -59,8 +59,10 @@ def main() -> None:
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available()
     frames = arguments.frames or (60 if cuda else 16)
+    # No store is read.
+    settings = [each for each in arguments.settings if not each.startswith("store=")]
     try:
-        config = load_config(arguments.config, ["store=none", *arguments.settings])
+        config = load_config(arguments.config, [*settings, "store=none"])
         row = Row(config)
     except DistTrainError as error:
         raise SystemExit(f"error: {error}") from None

@@ -216,9 +216,9 @@ def _is_own(path: Path) -> bool:
 
 def _clear(aside: Path) -> None:
     """Remove an unfinished checkpoint, but no foreign file in it."""
-    if aside.is_symlink() or not aside.is_dir():
-        return
     with suppress(OSError):
+        if aside.is_symlink() or not aside.is_dir():
+            return
         for path in filter(_is_own, aside.iterdir()):
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         aside.rmdir()

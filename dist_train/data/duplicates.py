@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 
 from dist_train.data.store.reader import Store
+from dist_train.data.types import CLASSES
 from dist_train.errors import PlanError, StoreError
-
-CLASSES = {0: "negative", 1: "positive", -1: "unlabelled"}
 
 # The most pixels that are read for the comparison. Beyond it checksum and shape are trusted: they
 # agree by chance for few clips, and reading all copies in a large store takes hours.

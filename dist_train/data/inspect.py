@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from dist_train.data.duplicates import CLASSES
 from dist_train.data.raw.clip import FEW_LEVELS
 from dist_train.data.raw.outline import LEAST, Box, OutlineColour, find_outline
 from dist_train.data.raw.video import Video
 from dist_train.data.raw.volume_file import VOLUME_SUFFIXES
 from dist_train.data.store.index import read_index
 from dist_train.data.store.reader import INDEX, SHARDS, Store
+from dist_train.data.types import CLASSES
 from dist_train.errors import FileError, RoiError
 from dist_train.files import check_replaceable, write_whole
 

@@ -97,7 +97,7 @@ class StragglerDetector:
         self._named_at[slowest] = now
         log.warning(
             "process %d on %s is slow: over the last %d steps its own work took %.1f times as long "
-            "as the median's (train.straggler_ratio), and all others wait for it",
+            "as that of the median process (train.straggler_ratio), and all others wait for it",
             slowest,
             self._hosts[slowest],
             WINDOW,

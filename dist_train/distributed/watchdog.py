@@ -61,7 +61,7 @@ class Watchdog:
                 continue
             print(
                 f"error (process {self.rank}): no step was finished in {seconds:g} s "
-                "(train.hang_timeout). A process hangs, or the network between them is gone. The "
+                "(train.hang_timeout). A process of the run hangs, or their network is down. The "
                 "stack of each thread follows here or in the log of its process. Go on by "
                 "--resume auto.",
                 file=sys.stderr,

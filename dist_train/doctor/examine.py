@@ -20,6 +20,7 @@ from dist_train.doctor.disk import check_disk
 from dist_train.doctor.finding import Finding, table
 from dist_train.doctor.limits import check_cpus, check_limits
 from dist_train.doctor.versions import check_versions, judge_pair
+from dist_train.system.advice import first_line
 from dist_train.system.cgroup import usable_cpus
 
 
@@ -41,7 +42,9 @@ def examine(folder: Path, *, timeout: float = 60.0) -> list[Finding]:
     # they cannot connect, and may explain why.
     findings = list(_check_machine(folder, processes)) if on_first else []
     try:
-        with process_group(timeout, cuda=torch.cuda.is_available()) as group:
+        # With too few GPUs, which is a finding already, the network is examined from the CPUs.
+        cuda = torch.cuda.is_available() and processes <= torch.cuda.device_count()
+        with process_group(timeout, cuda=cuda) as group:
             shows = group.is_main
             if group.world > 1:
                 findings = _check_launch(folder, findings, group, console)
@@ -100,7 +103,7 @@ def _not_connected(error: RuntimeError) -> Finding:
     return Finding(
         "processes find each other",
         "bad",
-        f"not at {where} ({str(error).partition(chr(10))[0]})",
+        f"not at {where} ({first_line(error)})",
         "Check that all machines resolve the name to the first machine, and that its port is open. "
         "Set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to the network that they share.",
     )

@@ -51,7 +51,8 @@ def interval(evaluation: Evaluation, bounds: Interval) -> str:
     rarer = min(evaluation.positives, evaluation.clips - evaluation.positives)
     kind = "positive" if rarer == evaluation.positives else "negative"
     if low == high:
-        return f"no interval: only {rarer} {kind} clips"
+        few = "only " if rarer < FEW_CLIPS else ""
+        return f"no interval: no resample of the {few}{rarer} {kind} clips differs"
     few = f", of only {rarer} {kind} clips" if rarer < FEW_CLIPS else ""
     return f"95 % CI {low:.3f} to {high:.3f}{few}"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -58,8 +59,7 @@ def onnx_bytes(
         )
     example = torch.zeros(2, 1, depth, *size), torch.full((2,), depth)
     # The exporter talks of its internals, and of packages that are not needed here.
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(action="ignore"), torch.no_grad():
+    with _quiet("torch.onnx"), warnings.catch_warnings(action="ignore"), torch.no_grad():
         program = torch.onnx.export(
             Ensemble(models).eval(),
             example,
@@ -75,3 +75,15 @@ def onnx_bytes(
     content.metadata_props.add(key="facts", value=json.dumps(dict(facts)))
     serialized: bytes = content.SerializeToString()
     return serialized
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Context in which a logger tells of errors only."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

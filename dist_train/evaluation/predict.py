@@ -23,12 +23,12 @@ from dist_train.evaluation.calibration import fit
 from dist_train.evaluation.ensemble import mean_probability
 from dist_train.evaluation.evaluate import check_threshold, val_threshold
 from dist_train.evaluation.prediction_origin import check_origin, origin_file, write_origin
-from dist_train.evaluation.prediction_table import CALIBRATION, COLUMNS, read_predictions, val_clips
+from dist_train.evaluation.prediction_table import COLUMNS, read_predictions, val_clips
 from dist_train.evaluation.submission import make_submission
 from dist_train.files import check_replaceable, check_writable, is_plain, open_plain, write_whole
 from dist_train.progress import Progress
 from dist_train.run.data import open_run_data
-from dist_train.run.folder import CONFIG, PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
+from dist_train.run.folder import CALIBRATION, CONFIG, PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
 from dist_train.run.record import open_run, read_record, warn_of_other_code
 from dist_train.safe_text import for_spreadsheet
 from dist_train.training.micro_batch import most_clips
@@ -150,8 +150,9 @@ def predict(
             names = {name: table[name].map(for_spreadsheet) for name in ("filename", "group")}
             text = table.assign(**names).to_csv(index=False)
             write_whole(folder / PREDICTIONS, text)
-            write_origin(folder / PREDICTIONS, text, snapshots, source.content)
-            write_whole(folder / CALIBRATION, calibration.model_dump_json(indent=2) + "\n")
+            mapping = calibration.model_dump_json(indent=2) + "\n"
+            write_origin(folder / PREDICTIONS, text, mapping, snapshots, source.content)
+            write_whole(folder / CALIBRATION, mapping)
             write_whole(folder / SUBMISSION, submission.to_csv(index=False))
 
         on_main(group, write)

@@ -31,14 +31,19 @@ class Origin(BaseModel):
     """Checksum of each snapshot by name."""
     store: str
     """``Store.content`` of the store whose clips were predicted."""
+    calibration: int | None = None
+    """CRC-32C of ``calibration.json``; None in files of earlier versions."""
 
 
 def origin_file(predictions: Path) -> Path:
     return predictions.with_suffix(".json")
 
 
-def write_origin(predictions: Path, table: str, snapshots: Sequence[Path], content: str) -> None:
-    """Write the origin of ``table``, the text of ``predictions``.
+def write_origin(
+    predictions: Path, table: str, calibration: str, snapshots: Sequence[Path], content: str
+) -> None:
+    """Write the origin of ``table`` and ``calibration``, the texts of ``predictions`` and of the
+    file beside it.
 
     Call it after writing the table: then a kill in between leaves a table that is refused.
 
@@ -53,6 +58,7 @@ def write_origin(predictions: Path, table: str, snapshots: Sequence[Path], conte
         table=crc32c(table.encode()),
         snapshots={path.stem: stored_checksum(path) for path in snapshots},
         store=content,
+        calibration=crc32c(calibration.encode()),
     )
     write_whole(origin_file(predictions), origin.model_dump_json(indent=2) + "\n")
 

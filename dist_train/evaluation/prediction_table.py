@@ -12,11 +12,11 @@ from pydantic import ValidationError
 
 from dist_train.errors import FileError, RunError
 from dist_train.evaluation.calibration import Calibration
-from dist_train.evaluation.prediction_origin import AGAIN, check_table
-from dist_train.files import MIB, read_plain, reason_of
+from dist_train.evaluation.prediction_origin import AGAIN, check_table, read_origin
+from dist_train.files import MIB, crc32c, read_plain, reason_of
+from dist_train.run.folder import CALIBRATION
 
 COLUMNS = ("key", "filename", "group", "split", "label", "probability", "calibrated", "frames")
-CALIBRATION = "calibration.json"
 
 #: Some ten million clips.
 MOST_BYTES = 2**31
@@ -103,14 +103,18 @@ def read_calibration(predictions: Path, frame: pd.DataFrame) -> Calibration | No
     if not os.path.lexists(path):
         return None
     try:
-        calibration = Calibration.model_validate_json(read_plain(path, most_bytes=MIB))
+        content = read_plain(path, most_bytes=MIB)
+        calibration = Calibration.model_validate_json(content)
     except (FileError, ValidationError) as error:
         raise RunError("this is not a calibration", where=path, fix=AGAIN) from error
     _, label = val_clips(frame)
     counts = (calibration.clips, calibration.positives)
     calibrated = calibration.apply(frame["probability"])
-    if counts != (len(label), label.sum()) or not np.allclose(
-        calibrated, frame["calibrated"], rtol=1e-6, atol=1e-9
+    origin = read_origin(predictions)
+    if (
+        counts != (len(label), label.sum())
+        or not np.allclose(calibrated, frame["calibrated"], rtol=1e-6, atol=1e-9)
+        or (origin and origin.calibration not in (None, crc32c(content)))
     ):
         raise RunError(
             "this is the calibration of other predictions than those beside it",

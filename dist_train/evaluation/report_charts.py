@@ -79,6 +79,8 @@ def over_steps(
         axes.axhline(limit, color=ORANGE, linestyle=DASHES, linewidth=1, label="too much")
     for name, colour, label in by_step:
         values = run.series(name)
+        if values.empty:
+            continue
         group = np.arange(len(values)) * CURVE_BINS // max(len(values), CURVE_BINS)
         x, bins = pd.Series(values.index).groupby(group).mean(), values.groupby(group)
         light = COLOURS[colour][0]
@@ -86,6 +88,8 @@ def over_steps(
         axes.plot(x, bins.mean(), color=light, label=label)
     for name, colour, label in by_epoch:
         values = run.series(name)
+        if values.empty:
+            continue
         style: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": "solid"}
         if name.startswith("train/"):
             style = {"linestyle": (0, (2, 1.5))}

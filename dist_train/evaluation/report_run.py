@@ -74,7 +74,10 @@ class Run:
         time = self.series("time")
         gaps = time.shift(-1) - time
         seconds = gaps[~gaps.index.isin(self.resumed_from)].sum()
-        return str(timedelta(seconds=round(seconds)))
+        try:
+            return str(timedelta(seconds=round(seconds)))
+        except OverflowError:
+            return "–"
 
 
 def read_run(run: Path) -> Run:
@@ -86,7 +89,7 @@ def read_run(run: Path) -> Run:
     predictions = evaluation = None
     if os.path.lexists(run / PREDICTIONS):
         check_origin(run)
-        evaluation = evaluate(run / PREDICTIONS, threshold=_given_threshold(run / EVALUATION))
+        evaluation = _evaluate(run)
         table = read_predictions(run / PREDICTIONS)
         predictions = table[table["label"].notna() & (table["split"] == evaluation.split)]
     return Run(
@@ -100,18 +103,33 @@ def read_run(run: Path) -> Run:
     )
 
 
-def _given_threshold(path: Path) -> float | None:
-    """The threshold that the user gave to ``evaluate``, if any. The rest of ``evaluation.json`` may
-    be of other predictions, and is computed again."""
+def _evaluate(run: Path) -> Evaluation:
+    """Evaluate the predictions, at the threshold that the user gave to ``evaluate`` for them."""
+    given = _stored_evaluation(run / EVALUATION)
+    if given is None or given.threshold_fitted_on is not None:
+        return evaluate(run / PREDICTIONS)
+    evaluation = evaluate(run / PREDICTIONS, threshold=given.threshold)
+    if (given.split, given.clips, given.confusion) == (
+        evaluation.split, evaluation.clips, evaluation.confusion,
+    ):  # fmt: skip
+        return evaluation
+    log.warning(
+        "%s is of other predictions, so its threshold is not used. Run `dist-train evaluate` again",
+        run / EVALUATION,
+    )
+    return evaluate(run / PREDICTIONS)
+
+
+def _stored_evaluation(path: Path) -> Evaluation | None:
+    """The content of ``evaluation.json``; None if there is no such file."""
     if not os.path.lexists(path):
         return None
     try:
-        evaluation = Evaluation.model_validate_json(_read(path, MIB))
+        return Evaluation.model_validate_json(_read(path, MIB))
     except ValidationError as error:
         raise RunError(
             "this is not an evaluation", where=path, fix="Run `dist-train evaluate` again"
         ) from error
-    return evaluation.threshold if evaluation.threshold_fitted_on is None else None
 
 
 def _read_steps(path: Path) -> pd.DataFrame:
@@ -131,7 +149,7 @@ def _read_steps(path: Path) -> pd.DataFrame:
             )
     if not steps:
         raise RunError("no step has finished yet", where=path, fix="Wait for the first step")
-    if lost := max(steps) - len(steps):
+    if (lost := max(steps) - len(steps)) > 0:
         log.warning("%s lacks the metrics of %d steps", path, lost)
     return pd.DataFrame.from_dict(steps, orient="index").sort_index()
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dist_train.checkpoint.format import by_step
+from dist_train.checkpoint.superseded import SUPERSEDED
 from dist_train.errors import RunError
 from dist_train.files import open_lock
 from dist_train.run.splits import SPLITS
@@ -27,10 +28,18 @@ SNAPSHOT = ".safetensors"
 PREDICTIONS = "predictions.csv"
 SUBMISSION = "submission.csv"
 EVALUATION = "evaluation.json"
+CALIBRATION = "calibration.json"
+ORIGIN = "predictions.json"
+MICRO_BATCH = "micro_batch.json"
 
 #: Written before the first step, so without any result of the training.
 BEFORE_THE_FIRST_STEP = (CONFIG, RECORD)
 _FILES = (*BEFORE_THE_FIRST_STEP, METRICS, PREDICTIONS, SUBMISSION, EVALUATION)
+#: Files and folders that no command writes on request.
+OWN = (
+    *_FILES, LOCK, SPLITS, CALIBRATION, ORIGIN, MICRO_BATCH,
+    CHECKPOINTS, SNAPSHOTS, TENSORBOARD, SUPERSEDED,
+)  # fmt: skip
 
 
 def parts_of_run(folder: Path) -> list[str]:
@@ -56,7 +65,9 @@ def check_folders(folder: Path) -> None:
     for name in (CHECKPOINTS, SNAPSHOTS, TENSORBOARD):
         if os.path.lexists(folder / name) and not (folder / name).is_dir():
             raise RunError(
-                "is no folder", where=folder / name, fix="Move it away, or choose another 'out'."
+                "has the name of a folder of the run, but is not a folder",
+                where=folder / name,
+                fix="Move it away, or choose another 'out'.",
             )
 
 
@@ -70,7 +81,7 @@ def refuse_own_place(run: Path, out: Path) -> None:
     if not place.is_relative_to(own) or place == own:
         return
     name = place.relative_to(own).parts[0]
-    if name in (*_FILES, SPLITS, CHECKPOINTS, SNAPSHOTS, TENSORBOARD):
+    if name in OWN:
         raise RunError(f"the run itself keeps its {name} there", where=out, fix="Choose another.")
 
 

@@ -32,11 +32,8 @@ def within_open_files(workers: int, files: int) -> int:
 
 
 @contextmanager
-def workers_started(without: str) -> Iterator[None]:
-    """Context for starting worker processes.
-
-    Args:
-        without: how the user can work without worker processes, for the message.
+def workers_started() -> Iterator[None]:
+    """Context for starting the loader's worker processes.
 
     Raises:
         MachineError: their shared memory cannot be created.
@@ -51,5 +48,5 @@ def workers_started(without: str) -> Iterator[None]:
         raise MachineError(
             f"worker processes need shared memory ({error.strerror})",
             where=FOLDER,
-            fix=f"Make it writable (Docker: --shm-size=16g), or {without}.",
+            fix="Make it writable (Docker: --shm-size=16g), or set loader.workers=0.",
         ) from None

@@ -16,7 +16,7 @@ from dist_train.errors import ConfigError, RunError
 from dist_train.files import reason_of
 from dist_train.run.folder import CHECKPOINTS, SNAPSHOT, SNAPSHOTS
 from dist_train.run.model import make_model, model_metadata
-from dist_train.run.snapshots import load_snapshot
+from dist_train.run.snapshots import check_finite, load_snapshot
 from dist_train.training.run_state import evaluated_weights, model_changes
 
 SETTING = "model.init"
@@ -89,6 +89,10 @@ def _read(path: Path, names: list[str]) -> tuple[dict[str, Tensor], dict[str, An
         }
         if set(names) <= weights.keys():
             weights |= evaluated_weights(tensors, names)
+        try:
+            check_finite(weights)
+        except ValueError as error:
+            raise _refused(path, str(error), "Use an earlier snapshot.") from None
         return weights, marker["facts"]["model"], int(marker["step"])
     try:
         weights, metadata = load_snapshot(path)
@@ -112,17 +116,21 @@ def _read(path: Path, names: list[str]) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def _load(path: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        # torch may name hundreds of weights, each on a line.
-        reason = textwrap.shorten(str(error), 300)
-        raise _refused(path, f"the weights do not fit ({reason})", "Use other weights.") from None
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise _refused(
-                path, f"not all numbers of {name} are finite", "Use an earlier snapshot."
-            )
+    own = model.state_dict()
+    faults = {
+        "lack": own.keys() - weights.keys(),
+        "have, unlike the model,": weights.keys() - own.keys(),
+        "have in another shape or type": {
+            name
+            for name in own.keys() & weights.keys()
+            if (own[name].shape, own[name].dtype) != (weights[name].shape, weights[name].dtype)
+        },
+    }
+    for what, names in faults.items():
+        if names:
+            shown = textwrap.shorten(", ".join(sorted(names)), 300)
+            raise _refused(path, f"the weights {what} {shown}", "Use other weights.")
+    model.load_state_dict(weights)
 
 
 def _refused(path: Path, what: str, fix: str) -> ConfigError:

@@ -25,9 +25,10 @@ from dist_train.models.largest_tensor import INDEXED_BY_32_BITS, largest_tensor
 from dist_train.models.norm import share_statistics
 from dist_train.models.resnet3d import PARTS, ResNet3D
 from dist_train.run.data import RunData
+from dist_train.run.folder import MICRO_BATCH
 from dist_train.run.model import configured_model, make_model
 from dist_train.training.memory_probe import find_shortage
-from dist_train.training.micro_batch_note import NOTE, conditions, noted_clips, write_note
+from dist_train.training.micro_batch_note import conditions, noted_clips, write_note
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class MicroBatches:
         fix = "Set model.recompute or model.activation_memory, or lower clip.max_frames."
         if NO_ENGINE in reason:
             # If memory was not the cause, a note of ever smaller sizes would be wrong.
-            (self.config.out / NOTE).unlink(missing_ok=True)
+            (self.config.out / MICRO_BATCH).unlink(missing_ok=True)
             fix += " If memory was left, cuDNN has no kernel for this: install another torch."
         raise RunError(
             f"memory does not suffice for a micro-batch of {ratio.positives} positives to "

@@ -14,10 +14,10 @@ from dist_train.config import Config
 from dist_train.distributed.hardware import cudnn_version
 from dist_train.errors import DistTrainError
 from dist_train.files import MIB, parse_object, read_plain, reason_of, write_whole
+from dist_train.run.folder import MICRO_BATCH
 
 log = logging.getLogger(__name__)
 
-NOTE = "micro_batch.json"
 #: Settings that memory depends on.
 SETTINGS: dict[str, Any] = {
     "model": True,
@@ -46,7 +46,7 @@ def noted_clips(run: Path, of: dict[str, Any] | None = None) -> int | None:
     Args:
         of: the ``conditions`` that the note must hold for; None accepts any.
     """
-    path = run / NOTE
+    path = run / MICRO_BATCH
     if not os.path.lexists(path):
         return None
     try:
@@ -64,4 +64,4 @@ def noted_clips(run: Path, of: dict[str, Any] | None = None) -> int | None:
 
 def write_note(run: Path, clips: int, of: dict[str, Any]) -> None:
     """Note for later sessions that micro-batches of ``clips`` clips fit under ``of``."""
-    write_whole(run / NOTE, json.dumps({"clips": clips, "of": of}, indent=2))
+    write_whole(run / MICRO_BATCH, json.dumps({"clips": clips, "of": of}, indent=2))

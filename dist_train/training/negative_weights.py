@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from dist_train.checkpoint.format import by_step
 from dist_train.checkpoint.superseded import set_aside
 from dist_train.config import Config
 from dist_train.data.plan.plan import Plan
@@ -47,7 +48,8 @@ class EpochWeights:
         """Move the copies that an earlier run left out of the way. A collective call."""
 
         def move() -> None:
-            for path in (self._run / FOLDER).glob("step-*.csv"):
+            # Other files in the folder are the user's.
+            for _, path in by_step(self._run / FOLDER, ".csv"):
                 set_aside(self._run, path)
 
         on_main(self._backend, move)

@@ -183,7 +183,14 @@ class RunState:
             step, metadata = int(marker["step"]), marker["facts"]
             try:
                 self._check(path, metadata, self.plan_at(step - 1))
-            except CheckpointError as error:
+            except (CheckpointError, KeyError, TypeError, AttributeError) as found:
+                error = (
+                    found
+                    if isinstance(found, CheckpointError)
+                    else CheckpointError(
+                        f"its facts are not those of a run ({found!r})", where=path
+                    )
+                )
                 if self.backend.is_main:
                     log.warning("skipped a checkpoint: %s", error)
                 self.writer.spared.add(step)

@@ -198,7 +198,7 @@ def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | Non
     if code := code_from_outside(config):
         session["code_from_outside"] = code
     begin_session(out, run, session)
-    # Last: after a kill before this line, the next session finds the changes again.
+    # Last: ``run.json`` has the changes already.
     set_foreign_settings_aside(out)
     write_whole(out / CONFIG, config_text(config))
 

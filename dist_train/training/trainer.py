@@ -98,8 +98,9 @@ class Trainer:
                     shortage = str(error)
                 # Not in the handler: the error's traceback keeps tensors alive.
                 if shortage is not None:
-                    self.recovery.halve_micro_batches(shortage)
+                    # First, so that the memory of the graphs is freed too.
                     self.step.drop_graphs()
+                    self.recovery.halve_micro_batches(shortage)
                     self._set_momentum(self.backend.module)
 
     def _train(self, progress: Progress | None, before_step: BeforeStep | None) -> None:

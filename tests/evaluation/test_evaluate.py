@@ -94,8 +94,11 @@ def test_an_interval_says_how_few_clips_there_are(tmp_path: Path, predictions: P
     assert mixed["MCC"].endswith(" to 1.000, of only 3 positive clips)")
     right = [("test", label, 0.1 + 0.8 * label) for label in (0, 0, 0, 1, 1)]
     sure = dict(rows(evaluate(write(tmp_path / "sure.csv", [*VAL, *right]))))
-    assert sure["MCC"] == "1.000  (no interval: only 2 positive clips)"
-    assert sure["Area under ROC"] == "1.000  (no interval: only 2 positive clips)"
+    assert sure["MCC"] == "1.000  (no interval: no resample of the only 2 positive clips differs)"
+    assert (
+        sure["Area under ROC"]
+        == "1.000  (no interval: no resample of the only 2 positive clips differs)"
+    )
 
 
 def test_out_holds_the_evaluation(predictions: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from dist_train.evaluation.exported import load_exported
 from dist_train.evaluation.onnx_model import onnx_bytes
 from dist_train.evaluation.predict import predict
 from dist_train.models.resnet3d import BLOCKS, Bottleneck
+from dist_train.run.folder import OWN
 from dist_train.run.model import make_model, model_metadata
 from dist_train.run.record import _write_record, open_run, read_record
 from dist_train.run.snapshots import load_snapshot, save_snapshot
@@ -213,11 +214,11 @@ def test_a_calibration_of_other_weights_or_predictions_is_not_exported(
     copy: Path, tmp_path: Path
 ) -> None:
     out, file = tmp_path / "file", copy / "calibration.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps(content | {"prior": 0.2}))
+    content = file.read_text()
+    file.write_text(json.dumps(json.loads(content) | {"prior": 0.2}))
     with pytest.raises(RunError, match="calibration of other predictions"):
         export_run(copy, out)
-    file.write_text(json.dumps(content))
+    file.write_text(content)
     # Other weights under the same name.
     path = copy / "snapshots" / "step-6.safetensors"
     weights, facts = load_snapshot(path)
@@ -349,8 +350,9 @@ def test_only_a_plain_file_outside_of_the_run_is_replaced(
     """As root, ``--out /dev/null`` would replace the device."""
     before = contents(run)
     paths = {"out": tmp_path / "model.safetensors"}
-    for name in ("snapshots/step-7.safetensors", "config.yaml"):
-        with pytest.raises(RunError, match=f"{name}: the run itself keeps its {name[:9]}"):
+    for own in OWN:
+        name = f"{own}/new" if (run / own).is_dir() else own
+        with pytest.raises(RunError, match=f"{name}: the run itself keeps its {own}"):
             export_run(run, **paths | {option: run / name})
     (tmp_path / "device").symlink_to("/dev/null")
     with pytest.raises(FileError, match="device: is a device, and would be replaced"):

@@ -22,6 +22,7 @@ USERS = (
     "deep/er/film.mp4.crdownload.partial",
     f"{SHARDS}/shard-000000.tar.partial",
     f"{SHARDS}/film.{TOKEN}.partial",
+    f"{SHARDS}/.repair-originals/precious.tif",
 )
 OWN = (
     f"store.json.{TOKEN}.partial",

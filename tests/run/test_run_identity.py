@@ -228,5 +228,5 @@ def test_other_held_out_clips_are_refused_where_training_is_the_same(
     forge(copy, splits=splits_record(swapped))
     assert record["splits"] != read_record(copy)["splits"]
     config = tiny_config(home / "S", copy, *SHORT, "train.epochs=2", "snapshots.at=[2]")
-    with pytest.raises(DistTrainError, match="split the clips otherwise than the run did"):
+    with pytest.raises(DistTrainError, match="give other splits than the run was trained with"):
         train(config, resume="auto")

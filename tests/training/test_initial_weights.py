@@ -89,6 +89,8 @@ def changed(before: Path, to: Path, how: str) -> Path:
             weights["other"] = torch.zeros(2)
         case "shape":
             weights[name] = torch.zeros(3)
+        case "type":
+            weights[name] = weights[name].half()
         case "nan":
             weights[name].view(-1)[0] = np.nan
         case "metadata":
@@ -103,9 +105,10 @@ def changed(before: Path, to: Path, how: str) -> Path:
 @pytest.mark.parametrize(
     ("how", "part"),
     [
-        ("missing", "the weights do not fit (Error(s) in loading state_dict for ResNet3D: Missing"),
-        ("extra", 'Unexpected key(s) in state_dict: "other"'),
-        ("shape", "size mismatch for "),
+        ("missing", "the weights lack "),
+        ("extra", "the weights have, unlike the model, other. Use other weights."),
+        ("shape", "the weights have in another shape or type "),
+        ("type", "the weights have in another shape or type "),
         ("nan", "is not finite"),
         ("metadata", "of another model (model.width is 8 there and 4 here)"),
         ("no metadata", "it is no snapshot or export of dist-train, or is damaged"),

@@ -26,11 +26,11 @@ from dist_train.models.activation_budget import measure_parts, weigh
 from dist_train.models.registry import build_model
 from dist_train.models.resnet3d import NOTHING_TWICE
 from dist_train.run.data import open_data
+from dist_train.run.folder import MICRO_BATCH
 from dist_train.run.model import make_model
 from dist_train.run.record import read_record
 from dist_train.training import micro_batch
 from dist_train.training.micro_batch import MicroBatches, largest_step, most_clips, next_cut
-from dist_train.training.micro_batch_note import NOTE
 from dist_train.training.train import train
 from dist_train.training.trainer import BeforeStep, Trainer
 
@@ -190,10 +190,10 @@ def test_a_note_counts_for_the_settings_that_it_was_found_with(
     note: str | None,
     accumulate: int,
 ) -> None:
-    (tmp_path / NOTE).write_text(note or (repeated / NOTE).read_text())
+    (tmp_path / MICRO_BATCH).write_text(note or (repeated / MICRO_BATCH).read_text())
     train_until(config_of(store, tmp_path, *more), 1)
     assert accumulated(tmp_path) == [accumulate]
-    assert (f"{tmp_path / NOTE} is ignored" in caplog.text) is (note is not None)
+    assert (f"{tmp_path / MICRO_BATCH} is ignored" in caplog.text) is (note is not None)
 
 
 def test_one_group_cannot_be_halved(store: Path, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_an_engine_that_is_missing_at_any_size_is_told_and_not_noted(
     def before_step(trainer: Trainer, coming: int) -> None:
         if coming == 2 and trainer.micro.accumulate == 1:
             limit(trainer.backend.module, clips=1, error=NO_ENGINE)
-        noted.append((tmp_path / NOTE).exists())
+        noted.append((tmp_path / MICRO_BATCH).exists())
 
     with pytest.raises(RunError) as caught:
         train(config_of(store, tmp_path), before_step=before_step)
@@ -220,7 +220,7 @@ def test_an_engine_that_is_missing_at_any_size_is_told_and_not_noted(
     assert str(NO_ENGINE) in text
     assert "cuDNN has no kernel for this: install another torch" in text
     assert noted == [False, False, False, True, True]
-    assert not (tmp_path / NOTE).exists()
+    assert not (tmp_path / MICRO_BATCH).exists()
 
 
 # Tensors that CUDA's kernels can index.

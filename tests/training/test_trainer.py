@@ -272,7 +272,7 @@ def test_a_file_in_the_place_of_a_folder_is_told_before_the_first_step(
     store: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "snapshots").write_text("mine")
-    with pytest.raises(RunError, match="snapshots: is no folder"):
+    with pytest.raises(RunError, match="snapshots: has the name of a folder of the run"):
         train(tiny_config(store, tmp_path))
     assert contents(tmp_path) == {".lock": b"", "snapshots": b"mine"}
 

@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 
 from dist_train.config import AugmentSettings
-from dist_train.data.augment.params import AugmentSampler, Draw
+from dist_train.data.augment.draw import Draw
+from dist_train.data.augment.params import AugmentSampler
 from dist_train.data.orientation import IDENTITY
 from dist_train.data.types import Plane, Volume
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_train.data.augment.draw import Draw, Kernel
 from dist_train.data.augment.packed_clips import NativeClips
-from dist_train.data.augment.params import Draw, Kernel
 from dist_train.data.augment.resize import resize_weights
 
 

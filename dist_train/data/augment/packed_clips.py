@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dist_train.data.augment.params import NO_PICTURES, Draw
+from dist_train.data.augment.draw import NO_PICTURES, Draw
 
 
 @dataclass(frozen=True, slots=True)

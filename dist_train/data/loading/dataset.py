@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from dist_train.data.augment.cpu import Augment
+from dist_train.data.augment.draw import Draw
 from dist_train.data.augment.original import OriginalAugment
-from dist_train.data.augment.params import Draw
 from dist_train.data.augment.resize import resize
 from dist_train.data.loading.sampler import Slot
 from dist_train.data.store.reader import Store

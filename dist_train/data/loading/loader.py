@@ -34,7 +34,6 @@ PATIENCE = 300.0
 REPORT_TIME = 1.0
 # Files that this process has open for each worker.
 OPEN_FILES = 4
-WITHOUT = "set loader.workers=0"
 
 # A worker's ``LentBatch`` arrives as the ``Batch`` that it holds.
 Fetched = Batch | DistTrainError
@@ -68,7 +67,7 @@ class Loader:
                 where="loader.workers",
                 fix=ADVICE[errno.EMFILE],
             )
-        with workers_started(WITHOUT):
+        with workers_started():
             context = worker_context(__name__) if self._has_workers else None
             statuses = context.RawArray(WorkerStatus, settings.workers) if context else None
         arena = arena_of_memory() if self._has_workers else None
@@ -119,7 +118,7 @@ class Loader:
         # One loader at a time, so that each knows its own workers.
         with _starting:
             others = multiprocessing.active_children()
-            with workers_started(WITHOUT):
+            with workers_started():
                 batches: Iterator[Fetched] = iter(self._fetched)
             self._workers = [p for p in multiprocessing.active_children() if p not in others]
         return batches

@@ -25,7 +25,7 @@ from dist_train.data.raw.source import MISSING, UNFETCHED, LocalFolder, Source
 from dist_train.data.store.build_spec import Job, Part, read_job, read_made_from
 from dist_train.data.store.finish import finish
 from dist_train.data.store.reader import MARKER
-from dist_train.data.store.rejects import by_class, count_classes, lost_in, read_rejects
+from dist_train.data.store.rejects import LOST, by_class, count_classes, lost_in, read_rejects
 from dist_train.data.store.salvage import good_clips
 from dist_train.data.store.shard_task import RawClips, Task, write_task
 from dist_train.data.store.shards import Shard
@@ -170,10 +170,10 @@ def reopen_source(job: Job, place: Path | str) -> RawClips:
         )
     reader = job.settings.reader
     if reader is not None and OutsideReader.named(reader.path).sha256 != reader.sha256:
+        version = "" if reader.version is None else f" (by version {reader.version})"
         raise StoreError(
-            f"the store was made by version {reader.version} of {reader.path}, and its source is "
-            "another one here",
-            fix="Install the version that made it, or prepare the store anew in another folder.",
+            f"the code of the reader {reader.path} has changed since the store was made{version}",
+            fix="Install the code that made it, or prepare the store anew in another folder.",
         )
     if "npz" not in job.made_from:
         return open_source(place)
@@ -297,14 +297,14 @@ def _is_finished(shard: Shard, raw: RawClips) -> bool:
     """
     if not shard.is_written():
         return False
-    lost = lost_in(shard)
     if not isinstance(raw, Source):
-        return not lost
+        return not lost_in(shard)
     rejects = read_rejects(shard.rejects_path)
-    if isinstance(raw, LocalFolder):
-        # A mount or a renamed folder brings files whose own times do not change.
-        lost = lost + list(rejects["file"][rejects["reason"].str.startswith(MISSING)])
-    if len(raw.missing(lost)) < len(lost) or rejects["reason"].str.startswith(UNFETCHED).any():
+    reasons = rejects["reason"].str
+    # A mount or a renamed folder brings files whose own times do not change.
+    gone = (LOST, MISSING) if isinstance(raw, LocalFolder) else LOST
+    absent = rejects["file"][reasons.startswith(gone)].tolist()
+    if len(raw.missing(absent)) < len(absent) or reasons.startswith(UNFETCHED).any():
         return False
     written = shard.path.stat().st_mtime
     return not any(raw.changed_since(name, written) for name in rejects["file"])
@@ -320,8 +320,9 @@ def _warn_of_changed(stored: Sequence[Shard], job: Job, raw: RawClips) -> None:
     changed = [
         name
         for shard in stored
+        for written in [shard.path.stat().st_mtime]
         for name in job.filenames(shard)
-        if raw.changed_since(name, shard.path.stat().st_mtime)
+        if raw.changed_since(name, written)
     ]
     if changed:
         log.warning(
@@ -336,9 +337,15 @@ def new_task(job: Job, shard: Shard, raw: RawClips) -> Task:
     """Return the task that writes a shard. Good clips of a shard that is there are kept."""
     rows = job.rows(shard)
     kept = good_clips(shard.path, rows)
-    # Without its list a shard counts as not written: no kill leaves a new shard with an old list.
-    shard.rejects_path.unlink(missing_ok=True)
-    return Task(shard, rows, job.settings, raw_of(raw, job, shard), shard.path, kept)
+    lost = lost_in(shard)
+    absent = set(raw.missing(list(lost))) if isinstance(raw, Source) else set()
+    # A lost clip keeps its reason, by which a later repair knows it.
+    rejected = {
+        position: lost[row["filename"]]
+        for position, row in enumerate(rows)
+        if row["filename"] in absent and position not in kept
+    }
+    return Task(shard, rows, job.settings, raw_of(raw, job, shard), shard.path, kept, rejected)
 
 
 def raw_of(raw: RawClips, job: Job, shard: Shard) -> RawClips:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from dist_train.data.store.shards import Shard
+from dist_train.data.types import CLASSES
 from dist_train.errors import FileError, StoreError
 from dist_train.files import read_plain
 from dist_train.safe_text import for_spreadsheet
@@ -43,14 +44,14 @@ def read_rejects(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows[1:], columns=rows[0], dtype=str)
 
 
-def lost_in(shard: Shard) -> list[str]:
-    """Files of a shard's rejects that were clips once; none if the list cannot be read."""
+def lost_in(shard: Shard) -> dict[str, str]:
+    """Reasons of rejects that were clips once, by file; none if the shard's list cannot be read."""
     try:
         rejects = read_rejects(shard.rejects_path)
     except StoreError:
-        return []
-    names: list[str] = rejects["file"][rejects["reason"].str.startswith(LOST)].tolist()
-    return names
+        return {}
+    lost = rejects[rejects["reason"].str.startswith(LOST)]
+    return dict(zip(lost["file"], lost["reason"], strict=True))
 
 
 def gather_rejects(shards: Sequence[Shard]) -> pd.DataFrame:
@@ -71,5 +72,5 @@ def count_classes(classes: pd.Series) -> dict[str, int]:
 
 def by_class(counts: Mapping[str, int]) -> str:
     """Counts by class, in words."""
-    names = {"0": "negative", "1": "positive", "-1": "unlabelled"}
-    return ", ".join(f"{counts[label]} {name}" for label, name in names.items() if label in counts)
+    named = ((str(label), name) for label, name in CLASSES.items())
+    return ", ".join(f"{counts[label]} {name}" for label, name in named if label in counts)

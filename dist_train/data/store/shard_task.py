@@ -79,6 +79,9 @@ def _samples(
         yield row["key"], clip, to_record(row) | record
         # Free it before the next clip is read.
         del clip
+    # Only now, just before the new shard is renamed into place: a failure before it leaves the old
+    # shard with its list, and no kill after it leaves a new shard with an old list.
+    task.shard.rejects_path.unlink(missing_ok=True)
 
 
 def _read(task: Task, steps: Steps, position: int) -> tuple[Volume, Record]:

@@ -23,7 +23,7 @@ from typing import IO
 
 import numpy as np
 
-from dist_train.data.types import Record, Volume
+from dist_train.data.types import SAFE_KEY, Record, Volume
 from dist_train.errors import FileError, StoreError
 from dist_train.files import crc32c, open_plain, parse_json, reason_of, written_whole
 from dist_train.system.advice import blame_machine
@@ -155,8 +155,8 @@ def read_sample(file: IO[bytes], at: int, size: int) -> tuple[str, Record, int] 
         return None
     name, begin, length = _member(file, at, size)
     key, end = name.removesuffix(".npy"), begin + length
-    if key == name:
-        raise ValueError(f"'{name}' is no array")
+    if key == name or not SAFE_KEY.fullmatch(key):
+        raise ValueError(f"'{name}' is no name of a clip")
     record_name, record_begin, record_length = _member(file, _padded(end), size)
     if record_name != f"{key}.json":
         raise ValueError(f"'{name}' has no record after it")

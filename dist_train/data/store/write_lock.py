@@ -6,9 +6,8 @@ import fcntl
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -122,7 +121,16 @@ def _remove_unfinished(out: Path) -> None:
         if SHARD_FILE.fullmatch(aside_for(path) or ""):
             path.unlink(missing_ok=True)
         elif _SCRATCH_FOLDER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            _remove_scratch(path)
+
+
+def _remove_scratch(folder: Path) -> None:
+    """Remove the folder of a killed repair; files that no repair writes stay, and so does it."""
+    for path in folder.iterdir():
+        if SHARD_FILE.fullmatch(path.name) or SHARD_FILE.fullmatch(aside_for(path) or ""):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _refuse_other_counts(out: Path, part: Part) -> None:

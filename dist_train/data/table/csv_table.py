@@ -52,7 +52,11 @@ def read_table(path: Path, column: str) -> pd.DataFrame:
             if head.startswith((b"\xff\xfe", b"\xfe\xff")):
                 encoding = "utf-16"
             elif head.startswith(_WORKBOOKS):
-                raise ManifestError("is an Excel workbook, not a CSV file", where=path, fix=RESAVE)
+                raise ManifestError(
+                    "is an Excel workbook or a zip archive, not a CSV file",
+                    where=path,
+                    fix=f"Unpack it. {RESAVE}",
+                )
             elif b"\0" in head:
                 raise ManifestError("is not a CSV file (it holds a byte 0)", where=path, fix=RESAVE)
             with io.TextIOWrapper(file, encoding, newline="") as lines:

@@ -20,8 +20,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from dist_train.data.table.csv_table import ROWS, read_table
+from dist_train.data.table.csv_table import read_table
 from dist_train.data.table.row_filter import select_rows
+from dist_train.data.types import SAFE_KEY
 from dist_train.errors import ManifestError
 
 log = logging.getLogger(__name__)
@@ -39,9 +40,6 @@ _STRINGS = ("filename", "group", "project_id", "split", "url")
 _BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 _LABELS = {word: int(value) for word, value in _BOOLEANS.items()} | {"0.0": 0, "1.0": 1}
 
-# A tar header (ustar) holds names of at most 100 bytes, of which ".json" takes five.
-_SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")
-
 
 @dataclass(frozen=True)
 class Manifest:
@@ -52,14 +50,11 @@ class Manifest:
             a tar archive), ``filename``, ``label`` (int8; -1 if unknown), ``group`` ("" if none),
             ``weight`` (float64), ``split`` ("train", "val", "test", or "" in every row),
             ``crowd_score`` (float64, NaN if none) and ``tier1`` (bool).
-        fingerprint: SHA-256 of ``table``. It does not depend on ``urls``, as the pixels of a clip
-            do not depend on where its file is.
         urls: the column ``url`` as written, row by row with ``table``; None if there is none.
         lines: the line of each row in the file.
     """
 
     table: pd.DataFrame
-    fingerprint: str
     urls: pd.Series | None
     lines: np.ndarray
 
@@ -194,7 +189,7 @@ def make_manifest(table: pd.DataFrame, path: Path, *, unlabelled: bool = False) 
     _check_values(table, "weight", usable, "a finite number of 0 or more", path)
     clean = clean.reset_index(drop=True)
     urls = table["url"].reset_index(drop=True) if "url" in table else None
-    return Manifest(clean, _digest(clean), urls, table.index.to_numpy())
+    return Manifest(clean, urls, table.index.to_numpy())
 
 
 def _read_labels(path: Path) -> pd.DataFrame:
@@ -384,15 +379,6 @@ def check_text(name: str, where: Path) -> None:
         ) from None
 
 
-def _digest(table: pd.DataFrame) -> str:
-    """SHA-256 of the table as a CSV file, made in parts to save memory."""
-    digest = hashlib.sha256()
-    for first in range(0, len(table), ROWS):
-        part = table.iloc[first : first + ROWS]
-        digest.update(part.to_csv(index=False, header=first == 0).encode())
-    return digest.hexdigest()
-
-
 def _keys(names: Iterable[str]) -> list[str]:
     """The stem of each name if it is safe and unique; otherwise a safe form with a hash.
 
@@ -403,7 +389,7 @@ def _keys(names: Iterable[str]) -> list[str]:
     counts = Counter(stems)
     return [
         stem
-        if _SAFE_KEY.fullmatch(stem) and counts[stem] == 1
+        if SAFE_KEY.fullmatch(stem) and counts[stem] == 1
         else re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:78]
         + "-"
         + hashlib.sha256(name.encode()).hexdigest()[:16]

@@ -25,8 +25,8 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
-    ast.In: lambda column, items: pd.Series(column).isin(items),
-    ast.NotIn: lambda column, items: ~pd.Series(column).isin(items),
+    ast.In: lambda column, items: column.isin(items),
+    ast.NotIn: lambda column, items: ~column.isin(items),
 }
 _ALLOWED: tuple[type[ast.AST], ...] = (
     *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare),
@@ -66,7 +66,10 @@ def select_rows(table: pd.DataFrame, condition: str, strings: tuple[str, ...]) -
         name: table[columns[name]] if columns[name] in strings else _typed(table[columns[name]])
         for name in used
     }
-    holds = _Evaluator(pd.DataFrame(values, table.index), condition).truth(tree.body)
+    try:
+        holds = _Evaluator(pd.DataFrame(values, table.index), condition).truth(tree.body)
+    except RecursionError:
+        raise _error(f"{condition[:50]}...", "it is nested too deeply") from None
     if not holds.any():
         raise _error(condition, f"it holds for none of {len(table)} rows")
     return table[holds]
@@ -127,18 +130,26 @@ class _Evaluator:
         holds = pd.Series(True, self.table.index)
         for left, how, right in zip(operands, node.ops, operands[1:], strict=False):
             is_in = isinstance(how, ast.In | ast.NotIn)
-            if isinstance(left, ast.List | ast.Tuple) or is_in != isinstance(
-                right, ast.List | ast.Tuple
-            ):
+            items = right.elts if isinstance(right, ast.List | ast.Tuple) else None
+            if isinstance(left, ast.List | ast.Tuple) or is_in != (items is not None):
                 raise _error(self.condition, "a list may only stand after 'in' or 'not in'")
+            if items is not None and not (
+                isinstance(left, ast.Name) and all(map(_is_constant, items))
+            ):
+                raise _error(self.condition, "'in' takes a column and a list of numbers or strings")
             holds &= _COMPARE[type(how)](self._values(left), self._values(right))
         return holds
 
     def _kinds(self, node: ast.expr) -> set[str]:
         if isinstance(node, ast.List | ast.Tuple):
             return set().union(*map(self._kinds, node.elts))
-        values = pd.Series(self._values(node))
-        return {"numbers" if pd.api.types.is_numeric_dtype(values) else "strings"}
+        values = self._values(node)
+        is_string = (
+            not pd.api.types.is_numeric_dtype(values)
+            if isinstance(values, pd.Series)
+            else isinstance(values, str)
+        )
+        return {"strings" if is_string else "numbers"}
 
     def _values(self, node: ast.expr) -> Any:
         """A column, a number, a string, or a list of them."""
@@ -153,6 +164,10 @@ class _Evaluator:
         if isinstance(node, ast.Constant) and isinstance(node.value, str | int | float):
             return node.value
         raise _error(self.condition, f"'{ast.unparse(node)}' is no column, number or string")
+
+
+def _is_constant(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant | ast.UnaryOp)
 
 
 def _typed(column: pd.Series) -> pd.Series:

@@ -177,12 +177,14 @@ class ZeroBackend(Backend):
         else:
             self._partition_all()
         for name, parameter in self.trained():
-            self._set_master(parameter, state[f"model/{name}"], None)
+            # Each lookup may be a broadcast.
+            weight = state[f"model/{name}"]
+            self._set_master(parameter, weight, None)
             for moment in MOMENTS:
                 self._set_master(parameter, state[f"{moment}/{name}"], moment)
             if self.stage < 3:
                 # Before the first step nothing else copies the partitions into the parameters.
-                parameter.copy_(state[f"model/{name}"])
+                parameter.copy_(weight)
         if self.stage == 3:
             # Copy the float32 partitions into the weights that the model computes with.
             for number in range(len(zero.fp16_groups)):

@@ -13,7 +13,7 @@ import pytest
 
 from dist_train.config import AugmentSettings
 from dist_train.data.augment.cpu import Augment
-from dist_train.data.augment.params import Orientation
+from dist_train.data.orientation import Orientation
 from dist_train.data.types import Volume
 
 OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"preset", "device"}, 0.0)

@@ -11,9 +11,10 @@ import torch
 
 from dist_train.config import AugmentSettings
 from dist_train.data.augment.cpu import augmented
+from dist_train.data.augment.draw import Draw
 from dist_train.data.augment.gpu import augmented_batch, blur_weights
 from dist_train.data.augment.packed_clips import pack
-from dist_train.data.augment.params import AugmentSampler, Draw
+from dist_train.data.augment.params import AugmentSampler
 from dist_train.data.augment.resize import resize
 from dist_train.data.types import Volume
 

@@ -9,7 +9,8 @@ import pytest
 from uniform import assert_even, assert_share
 
 from dist_train.config import AugmentSettings
-from dist_train.data.augment.params import AugmentSampler, Draw
+from dist_train.data.augment.draw import Draw
+from dist_train.data.augment.params import AugmentSampler
 from dist_train.data.orientation import IDENTITY
 
 OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"preset", "device"}, 0.0)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from make_media import store_of
 
+from dist_train.data.augment.draw import Draw
 from dist_train.data.augment.packed_clips import NativeClips, pack
-from dist_train.data.augment.params import Draw
 from dist_train.data.loading.collate import Batch, collate, fill, size_of
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.sampler import Slot

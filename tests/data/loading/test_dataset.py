@@ -9,7 +9,7 @@ from make_media import store_of
 
 from dist_train.config import AugmentSettings
 from dist_train.data.augment.cpu import Augment, augmented
-from dist_train.data.augment.params import Draw
+from dist_train.data.augment.draw import Draw
 from dist_train.data.augment.resize import resize
 from dist_train.data.loading.collate import collate
 from dist_train.data.loading.dataset import ClipDataset

@@ -55,18 +55,9 @@ def test_missing(tmp_path: Path) -> None:
         list(read_index(tmp_path / "index"))
 
 
-@pytest.mark.parametrize("damage", ["empty", "garbage"])
-def test_damaged(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("content", [b"", b"garbage" * 5000])
+def test_damaged(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "index"
-    write_index(path, make_shards(tmp_path, [[f"clip{i}" for i in range(300)]]))
-    whole = path.read_bytes()
-    path.write_bytes(
-        {
-            "empty": b"",
-            "garbage": b"garbage" * 5000,
-            "half": whole[: len(whole) // 2],
-            "one page short": whole[:-4096],
-        }[damage]
-    )
+    path.write_bytes(content)
     with pytest.raises(StoreError, match=r"the index cannot be read.*finalize"):
         list(read_index(path))

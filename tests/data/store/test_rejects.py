@@ -236,6 +236,23 @@ def test_a_mended_file_is_not_lost_by_a_kill(
     assert contents(store) == contents(make(tmp_path, NAMES, "straight"))
 
 
+def test_a_failure_half_way_leaves_the_old_shard_with_its_list(
+    tmp_path: Path, raw: Path, good: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    (raw / NAMES[5]).write_bytes(good)
+    shards = {name: content for name, content in contents(store).items() if name.startswith(SHARDS)}
+
+    def fail(*_: object) -> None:
+        raise StoreError("the server is down")
+
+    job = read_job(store)
+    monkeypatch.setattr("dist_train.data.store.shard_task.read_clip", fail)
+    with pytest.raises(StoreError, match="the server is down"):
+        write_task(new_task(job, job.shards(store)[1], open_source(raw)), UNWATCHED)
+    assert shards.items() <= contents(store).items()
+
+
 # Real clips.
 
 

@@ -377,6 +377,21 @@ def test_lost_clips_come_back_one_by_one(made: Path, store: Path, way: str) -> N
     assert contents(store) == contents(made / "store")
 
 
+def test_a_lost_clip_is_known_after_another_of_its_shard_came_back(made: Path, store: Path) -> None:
+    raw = store.parent / "raw"
+    (store / SHARD).write_bytes(b"x")
+    mend(store, None, salvage=True)
+    assert lost_files(store) == ["clip003.npy", "clip005.npy"]
+    reason = rejected(store)["clip005.npy"]
+    (raw / "clip005.npy").rename(raw.parent / "clip005.npy")
+    manifest = read_manifest(made / "clips.csv")
+    prepare(manifest, raw, store, THREES, workers=1, max_rejected=0.2)
+    assert rejected(store)["clip005.npy"] == reason
+    (raw.parent / "clip005.npy").rename(raw / "clip005.npy")
+    mend(store, raw)
+    assert contents(store) == contents(made / "store")
+
+
 def test_another_clip_does_not_come_back(store: Path) -> None:
     raw = store.parent / "raw"
     flip_pixel(store)
