@@ -214,7 +214,7 @@ def test_a_reader_makes_a_store_that_is_mended_by_it(
     monkeypatch.setenv(ALLOW, "")
     assert "add --allow mylab" in refused(*mend)
     lab.write_text(SOURCE + "\n# changed\n")
-    assert "its source is another one here" in refused(*mend, "--allow", "mylab")
+    assert "code of the reader mylab:read_raw has changed" in refused(*mend, "--allow", "mylab")
     lab.write_text(SOURCE)
     said(*mend, "--allow", "mylab")
     assert shard.read_bytes() == whole

@@ -44,7 +44,9 @@ def _own_groups(controller: str) -> Iterator[Path]:
 def usable_cpus() -> float:
     """CPUs of this process: its affinity, limited by the CPU quotas of its groups."""
     version_1 = (group_values(f"cpu.cfs_{name}_us", "cpu") for name in ("quota", "period"))
-    quotas = chain(map(str.split, group_values("cpu.max")), zip(*version_1, strict=False))
+    # Some container runtimes leave out the period.
+    version_2 = ((*text.split(), "100000")[:2] for text in group_values("cpu.max"))
+    quotas = chain(version_2, zip(*version_1, strict=False))
     limits = [int(quota) / int(period) for quota, period in quotas if quota not in ("max", "-1")]
     return min([float(len(os.sched_getaffinity(0))), *limits])
 

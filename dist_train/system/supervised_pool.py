@@ -170,7 +170,9 @@ class _Worker(Generic[Item, Result]):
     crashes: Counter[int]
 
     def __init__(self, function: Callable[[Item, Steps], Result], limits: Limits) -> None:
-        context = worker_context(getattr(function, "__module__", __name__))
+        # The function of ``each_done`` is the argument of a partial one.
+        imported = function.args[0] if isinstance(function, partial) else function
+        context = worker_context(imported.__module__)
         self.limits = limits
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, function, limits), daemon=True)

@@ -54,6 +54,10 @@ def test_a_quota_of_a_container_is_cpus(root: Path, version: str) -> None:
     assert usable_cpus() == len(os.sched_getaffinity(0))
     write(own / half[0], half[1])
     assert usable_cpus() == 0.5
+    if version != "1":
+        # Some runtimes leave out the period.
+        write(own / half[0], "50000")
+        assert usable_cpus() == 0.5
     write(memory, "123456789")
     assert usable_memory() == 123456789
     if version != "1":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -23,14 +24,16 @@ from short_runs import assert_same_run, train_until
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dist_train.checkpoint.format import by_step, load_checkpoint
+from dist_train.checkpoint.format import MARKER, by_step, load_checkpoint
 from dist_train.config import Config
 from dist_train.data.loading.collate import Batch, collate
 from dist_train.data.loading.sampler import Slot
 from dist_train.errors import CheckpointError, RunError
 from dist_train.evaluation.export import export_run
+from dist_train.files import sealed
 from dist_train.models.norm_statistics import precise_statistics
 from dist_train.run.data import open_data
+from dist_train.run.folder import CHECKPOINTS
 from dist_train.run.model import as_input, make_model
 from dist_train.run.record import open_run, read_record
 from dist_train.training.schedule import Schedule
@@ -253,6 +256,20 @@ def test_a_checkpoint_of_other_settings_is_refused(
     with pytest.raises(CheckpointError) as caught:
         train(tiny_config(store, straight, "model.dropout=0.3", change), resume="auto")
     assert part in str(caught.value)
+
+
+def test_a_checkpoint_of_another_program_is_skipped(
+    store: Path, straight: Path, tmp_path: Path
+) -> None:
+    """Its checksums are right, and it says nothing of a run."""
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    for path in (out / CHECKPOINTS).iterdir():
+        marker = json.loads((path / MARKER).read_text())
+        del marker["crc32c"]
+        (path / MARKER).write_text(sealed(marker | {"facts": {}}))
+    with pytest.raises(CheckpointError, match="its facts are not those of a run"):
+        train(tiny_config(store, out, "model.dropout=0.3"), resume="auto")
 
 
 def test_settings_that_the_user_wrote_are_not_replaced(

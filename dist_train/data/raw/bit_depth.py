@@ -65,7 +65,7 @@ def depth_of_files(
         for name in names
         if PurePosixPath(name).suffix.lower() in SUFFIXES or (reader and reader.reads(name))
     ]
-    names = [name for name in named if _may_be_deep(source, name)]
+    names = [name for name in named if _may_be_deep(source, name, reader)]
     if not names:
         return None
     parts = [names[first : first + FILES] for first in range(0, len(names), FILES)]
@@ -85,7 +85,7 @@ def depth_of_files(
 
 def depth_of_arrays(volumes: Sequence[Volume]) -> int | None:
     """Return the bits that the uint16 arrays need, None without such arrays."""
-    deep = [int(volume.max(initial=0)) for volume in volumes if volume.dtype.itemsize == 2]
+    deep = [int(volume.max(initial=0)) for volume in volumes if is_deep(volume.dtype)]
     return depth_of(max(deep)) if deep else None
 
 
@@ -143,15 +143,15 @@ def _video_bits(path: Path) -> int | None:
         return depth_of(max(largest, default=0))
 
 
-def _may_be_deep(source: Source, name: str) -> bool:
+def _may_be_deep(source: Source, name: str, reader: OutsideReader | None) -> bool:
     """Whether a file may have 16-bit values: False for missing local files, and for npy files of
     other types, which need no process to examine them."""
     if not isinstance(source, LocalFolder):
         return True
-    path = source.folder / name
-    if not path.is_file():
+    path = source.path(name)
+    if path is None or not path.is_file():
         return False
-    if path.suffix.lower() != ".npy":
+    if path.suffix.lower() != ".npy" or (reader and reader.reads(name)):
         return True
     try:
         return is_deep(values_of(path, ".npy")[0])

@@ -59,6 +59,8 @@ def permanent_error(error: Exception, url: str, *, one_server: bool) -> DistTrai
         )
     if isinstance(error, TooLargeError):
         return of_one_file(str(error), "--fetch-mib sets the limit.")
+    if name == "TooManyRedirects":
+        return of_one_file("its URL redirects without an end")
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StoreError(
             f"no room for a copy of {where}",

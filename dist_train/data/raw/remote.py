@@ -91,7 +91,9 @@ def open_source(place: str | Path, access: Access | None = None) -> Source:
             raise StoreError("is not the URL of one place", where=shown(url))
         _check_protocol(url)
         access = access or Access()
-        host = urlsplit(url).hostname if protocol in _NAMES_HOST else None
+        host = _host(url) if protocol in _NAMES_HOST else None
+        if protocol in _NAMES_HOST and not host:
+            raise StoreError("is not the URL of one place", where=shown(url))
         if host and private_address_of(host):
             access = replace(access, private=True)
         return RemoteFolder(url.rstrip("/"), access=access)

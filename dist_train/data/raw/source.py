@@ -72,7 +72,7 @@ class LocalFolder(Source):
 
     @contextmanager
     def fetched(self, name: str) -> Iterator[Path]:
-        path = self._path(name)
+        path = self.path(name)
         if path is None:
             raise DecodeError(MISSING, where=self.where(name), fix=self.hint(name))
         if path.is_dir():
@@ -90,13 +90,13 @@ class LocalFolder(Source):
         return str(self.folder / name)
 
     def missing(self, names: Sequence[str]) -> list[str]:
-        return [name for name in names if self._path(name) is None]
+        return [name for name in names if self.path(name) is None]
 
     def twice(self, names: Sequence[str]) -> tuple[str, str] | None:
         seen: dict[tuple[int, int], str] = {}
         for name in names:
             # Links, '..' and file systems that ignore case give one file several names.
-            path = self._path(name)
+            path = self.path(name)
             file = path.stat() if path else None
             if file and stat.S_ISREG(file.st_mode):
                 other = seen.setdefault((file.st_dev, file.st_ino), name)
@@ -128,13 +128,15 @@ class LocalFolder(Source):
         return found
 
     def changed_since(self, name: str, time: float) -> bool:
-        path = self._path(name)
+        path = self.path(name)
         # The inode's time: a good copy that was moved here may have an old modification time.
         return path is not None and path.stat().st_ctime > time
 
-    def _path(self, name: str) -> Path | None:
+    def path(self, name: str) -> Path | None:
+        """The path of a file, by any form of its name; None if it is missing."""
         slashes = name.replace("\\", "/")
-        forms = (name, unicodedata.normalize("NFC", slashes), unicodedata.normalize("NFD", slashes))
+        composed, decomposed = (unicodedata.normalize(form, slashes) for form in ("NFC", "NFD"))
+        forms = dict.fromkeys((name, composed, decomposed))
         return next((self.folder / form for form in forms if _exists(self.folder / form)), None)
 
 

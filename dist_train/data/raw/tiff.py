@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import tifffile
@@ -61,6 +61,8 @@ def read_tiff(file: IO[bytes], where: object) -> np.ndarray:
 
 def _read(file: IO[bytes], name: str) -> np.ndarray:
     with TiffFile(_OnlyFile(file), name=name, _multifile=False) as tif:
+        # First of all: tifffile follows some damaged chains of pages without an end.
+        _check_chain(tif)
         _check_alone(tif)
         series = tif.series
         if not series:
@@ -254,6 +256,33 @@ def _declared(tif: TiffFile, series: TiffPageSeries) -> int:
         return 0
     shape = tifffile.tifffile.shaped_description_metadata(description)["shape"]
     return int(_frames(series) * math.prod(shape) // max(1, series.size))
+
+
+def _check_chain(tif: TiffFile) -> None:
+    """Follow the chain of the pages' directories to its end.
+
+    tifffile takes a directory that it cannot read for the end of the chain.
+    """
+    form, size = tif.tiff, tif.filehandle.size
+    order: Literal["little", "big"] = "little" if form.byteorder == "<" else "big"
+    seen: set[int] = set()
+
+    def number(at: int, length: int) -> int:
+        if at + length > size:
+            raise _cut(f"page {len(seen)} is not there")
+        tif.filehandle.seek(at)
+        return int.from_bytes(tif.filehandle.read(length), order)
+
+    # The header of a classic TIFF has 8 bytes, that of a BigTIFF 16; the last ones are an offset.
+    at = number(form.offsetsize if form.offsetsize == 8 else 4, form.offsetsize)
+    while at and at not in seen:
+        if at < 8:
+            raise _cut(f"page {len(seen)} is not there")
+        tags = number(at, form.tagnosize)
+        seen.add(at)
+        at = number(at + form.tagnosize + tags * form.tagsize, form.offsetsize)
+    if len(tif.pages) < len(seen):
+        raise _cut(f"{len(seen)} pages are declared, {len(tif.pages)} can be read")
 
 
 def _cut(what: str) -> DecodeError:

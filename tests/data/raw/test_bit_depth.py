@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -12,13 +14,16 @@ import tifffile
 from helpers import contents, said
 from make_media import write_manifest
 
-from dist_train.data.raw.bit_depth import file_bits
+from dist_train.data.raw.bit_depth import depth_of_arrays, depth_of_files, file_bits
 from dist_train.data.raw.clip import PrepareSettings
 from dist_train.data.raw.grey import depth_of
+from dist_train.data.raw.outside_reader import OutsideReader
+from dist_train.data.raw.source import LocalFolder
 from dist_train.data.store.build import finalize, prepare, prepare_part
 from dist_train.data.store.build_spec import Part
 from dist_train.data.store.reader import Store
 from dist_train.errors import StoreError
+from dist_train.system.supervised_pool import UNWATCHED
 
 WHOLE = PrepareSettings(roi="none", shard_clips=2)
 RAMP = (np.arange(8 * 64 * 64) % 4096).astype("u2").reshape(8, 64, 64)
@@ -139,3 +144,29 @@ def test_sixteen_bits_in_mp4_need_to_be_told(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path / "t.csv", ["a.mp4"])
     with pytest.raises(StoreError, match=r"is not known\. Prepare with --bits, such as"):
         prepare(manifest, tmp_path, tmp_path / "s", WHOLE)
+
+
+def test_other_types_of_16_bits_do_not_count() -> None:
+    others = [np.full((1, 2, 2), 30000, kind) for kind in ("i2", "f2")]
+    assert depth_of_arrays(others) is None
+    assert depth_of_arrays([*others, RAMP]) == 12
+
+
+@dataclass(frozen=True)
+class ScaledReader(OutsideReader):
+    """Reads .npy files of floats as 12-bit values, without an import."""
+
+    def read(self, path: Path) -> np.ndarray:
+        return (np.load(path) * 4095).astype("u2")
+
+
+def test_a_reader_decides_on_its_own_suffixes(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.linspace(0, 1, 64, dtype=np.float32).reshape(4, 4, 4))
+    reader = ScaledReader("mylab:read", (".npy",), None, "")
+
+    def run(function: Any, items: Any, without: Any) -> Any:
+        return (function(item, UNWATCHED) for item in items)
+
+    source = LocalFolder(tmp_path)
+    assert depth_of_files(source, ["a.npy"], run) is None
+    assert depth_of_files(source, ["a.npy"], run, reader) == 12

@@ -14,6 +14,7 @@ import tifffile
 from make_media import read_volume
 from tifffile import TiffWriter, imwrite
 
+from dist_train.data.raw.tiff import read_tiff
 from dist_train.errors import DecodeError
 
 STACK = np.random.default_rng(0).integers(0, 256, (6, 20, 24), dtype=np.uint8)
@@ -298,3 +299,24 @@ def test_a_tag_that_cannot_be_read(
     else:
         np.testing.assert_array_equal(read_volume(path), STACK)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("page", [0, 2])
+@pytest.mark.parametrize("to", [4, 1 << 30])
+def test_a_chain_of_pages_that_leads_nowhere(tmp_path: Path, page: int, to: int) -> None:
+    """tifffile follows some of these for ever."""
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as writer:
+        for picture in np.arange(5 * 6 * 7, dtype=np.uint8).reshape(5, 6, 7):
+            writer.write(picture, photometric="minisblack", contiguous=False)
+    with tifffile.TiffFile(path) as tif:
+        found = tif.pages[page]
+        at = found.offset + tif.tiff.tagnosize + len(found.tags) * tif.tiff.tagsize
+    content = bytearray(path.read_bytes())
+    content[at : at + 4] = to.to_bytes(4, "little")
+    path.write_bytes(content)
+    with (
+        path.open("rb") as file,
+        pytest.raises(DecodeError, match=f"is cut short: page {page + 1} is not there"),
+    ):
+        read_tiff(file, path)

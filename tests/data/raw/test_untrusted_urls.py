@@ -75,7 +75,7 @@ REASONS = {
     "refused": r"the server refuses it \(HTTP 410\)$",
     "declared": r"it is larger than 1 MiB. --fetch-mib sets the limit",
     "endless": r"it is larger than 1 MiB",
-    "loop": r"cannot be fetched, after 2 tries \(TooManyRedirects\)$",
+    "loop": r"its URL redirects without an end$",
     "to_a_file": r"cannot be fetched, after 2 tries \(NonHttpUrlRedirectClientError\)$",
     "silent": r"cannot be fetched, after 2 tries \(\w*Timeout\w*\)$",
     "drip": r"cannot be fetched, after 2 tries \(less than 64 KiB came in 0.2 s\)$",
