@@ -38,6 +38,7 @@ def steps(record: Record) -> dict[str, Callable[[Record], None]]:
         "batch_norm": batch_norm,
         f"fast 4x{frames}": partial(fast, 4, frames),
         f"fast 16x{frames}": partial(fast, 16, frames),
+        f"fast 16x{frames}, kernels searched": partial(searched, 16, frames),
         f"memory 1x{deepest}": partial(memory, 1, deepest, "none"),
         f"memory 4x{deepest}": partial(memory, 4, deepest, "none"),
         f"memory 4x{deepest} cheap": partial(memory, 4, deepest, "cheap"),
@@ -183,6 +184,15 @@ def fast(clips: int, frames: int, record: Record) -> None:
         ms={part: getattr(turn, part) / count * 1e3 for part in PARTS},
         steps=count,
     )
+
+
+def searched(clips: int, frames: int, record: Record) -> None:
+    """The same, where cuDNN tries all its kernels in the first step: worth it for few depths."""
+    torch.backends.cudnn.benchmark = True
+    try:
+        fast(clips, frames, record)
+    finally:
+        torch.backends.cudnn.benchmark = False
 
 
 def memory(clips: int, frames: int, recompute: str, record: Record) -> None:

@@ -75,7 +75,7 @@ def settings(record: Record) -> list[str]:
 
 def epochs_of(record: Record) -> int:
     """Enough for some seconds after the first checkpoint, in which the run is killed."""
-    return 3 if record.tiny else 10
+    return 3 if record.tiny else 5
 
 
 def run_of(record: Record) -> Path:

@@ -118,7 +118,7 @@ class _Tape:
                 kept.append(saved)
                 tensors.append(saved.tensor)
         anchor = torch.empty(0, requires_grad=True)
-        keeper = _Keeper.apply(anchor, *tensors).grad_fn  # type: ignore[no-untyped-call]
+        keeper = _Keeper.apply(anchor, *tensors)  # type: ignore[no-untyped-call]
         for number, saved in enumerate(kept):
             saved.tensor, saved.recipe = None, partial(_kept_by, keeper, number)
         self._saved.clear()
@@ -137,6 +137,7 @@ class _Keeper(torch.autograd.Function):
         raise AssertionError("this node is not part of the graph")
 
 
-def _kept_by(keeper: Any, number: int) -> Tensor:
-    tensor: Tensor = keeper.saved_tensors[number]
+def _kept_by(keeper: Tensor, number: int) -> Tensor:
+    # The tensor is held, not its node: before torch 2.12 a node ended with its tensor.
+    tensor: Tensor = keeper.grad_fn.saved_tensors[number]  # type: ignore[union-attr]
     return tensor
