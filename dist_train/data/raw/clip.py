@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
 
+from dist_train.data.raw.formats import format_of
+from dist_train.data.raw.formats import suffixes as format_suffixes
 from dist_train.data.raw.outline import LEAST, Box, OutlineColour, crop_to_outline, stack_planes
 from dist_train.data.raw.outside_reader import OutsideReader
+from dist_train.data.raw.stack import LUMA, Choices, Stack, chosen_channels
 from dist_train.data.raw.video import VIDEO_SUFFIXES, Video
 from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, is_deep, read_raw, to_grey, too_large
 from dist_train.data.types import Record, Volume
@@ -17,6 +20,9 @@ from dist_train.errors import DecodeError, DistTrainError, RoiError
 
 # Fewer grey levels in a clip of more than 8 bits are reported: --bits may be wrong.
 FEW_LEVELS = 32
+
+# Settings that later versions added. A job has them only if they are not the default.
+LATER = ("reader", "choices")
 
 # Raised whenever the same file and settings give other pixels.
 PIXELS_VERSION = 4
@@ -34,6 +40,7 @@ class PrepareSettings:
         bits: bits in use in the 16-bit values of all files. If None, such files are rejected.
         least_outline: least height and width of an outline in pixels.
         reader: reads the files of its suffixes, before all other readers.
+        choices: what to take from files of several axes, channels or series.
     """
 
     roi: Literal["outline", "none"] = "outline"
@@ -46,6 +53,7 @@ class PrepareSettings:
     bits: int | None = None
     least_outline: int = LEAST
     reader: OutsideReader | None = None
+    choices: Choices = field(default_factory=Choices)
 
 
 # What to do with files in formats that are not read.
@@ -106,7 +114,12 @@ def suffix_of(name: str) -> str:
 
 
 def _read(path: Path, name: str, where: str, settings: PrepareSettings) -> tuple[Volume, Record]:
+    name, _, dataset = name.partition("::")
     suffix, reader = suffix_of(name), settings.reader
+    form = format_of(name, path)
+    if form is not None:
+        choices = replace(settings.choices, dataset=dataset or None)
+        return _from_stack(form.read(path, where, choices), settings)
     own = reader is not None and reader.reads(name)
     if own or suffix in VOLUME_SUFFIXES:
         if settings.roi == "outline":
@@ -116,7 +129,8 @@ def _read(path: Path, name: str, where: str, settings: PrepareSettings) -> tuple
         record: Record = {"frames_declared": clip.shape[0], "box": None}
         return clip, record | (_few_levels(clip) if is_deep(raw.dtype) else {})
     if suffix not in VIDEO_SUFFIXES:
-        known = " ".join(sorted({*VIDEO_SUFFIXES, *VOLUME_SUFFIXES, *suffixes_of(reader)}))
+        own_suffixes = {*VIDEO_SUFFIXES, *VOLUME_SUFFIXES, *format_suffixes()}
+        known = " ".join(sorted({*own_suffixes, *suffixes_of(reader)}))
         raise DecodeError(
             f"unknown kind of file '{suffix}'",
             fix=f"{CONVERT.get(suffix, '')} Known: {known}.".lstrip(),
@@ -134,6 +148,28 @@ def _read(path: Path, name: str, where: str, settings: PrepareSettings) -> tuple
     if video.frames_damaged:
         record["frames_damaged"] = video.frames_damaged
     return clip, record | (_few_levels(clip) if video.is_deep else {})
+
+
+def _from_stack(stack: Stack, settings: PrepareSettings) -> tuple[Volume, Record]:
+    if settings.roi == "outline":
+        raise RoiError("a volume has no coloured outline", fix="Prepare it with --roi none.")
+    chosen = chosen_channels(stack.channels, settings.choices.channels)
+    frames = [_channels_of(frame, chosen) for frame in stack.frames]
+    if not frames:
+        raise DecodeError("holds no frame")
+    clip = to_grey(np.stack(frames), settings.bits or stack.bits)
+    record: Record = {"frames_declared": stack.count, "box": None}
+    return clip, record | (_few_levels(clip) if is_deep(stack.dtype) else {})
+
+
+def _channels_of(frame: np.ndarray, chosen: tuple[int, ...] | None) -> np.ndarray:
+    """The chosen channels of a frame: [H, W] for one channel or luma, else [H, W, C]."""
+    if frame.ndim == 2:
+        return frame
+    if chosen is None:
+        luma = frame[..., :3] @ np.array(LUMA, np.float32)
+        return np.asarray(np.rint(luma).astype(frame.dtype))
+    return frame[..., chosen[0]] if len(chosen) == 1 else frame[..., list(chosen)]
 
 
 def _refuse_faulty(video: Video, settings: PrepareSettings) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from dist_train.data.raw.bit_depth import depth_of_arrays, depth_of_files
-from dist_train.data.raw.clip import PIXELS_VERSION, PrepareSettings
+from dist_train.data.raw.clip import LATER, PIXELS_VERSION, PrepareSettings
 from dist_train.data.raw.medmnist import read_medmnist
 from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.remote import open_source
@@ -225,10 +225,10 @@ def _plan(
 
 
 def _job(table: pd.DataFrame, settings: PrepareSettings, **more: str) -> Job:
-    entries = asdict(settings)
-    if settings.reader is None:
-        # Keep the fingerprint of stores of earlier versions, which have no such entry.
-        del entries["reader"]
+    default = PrepareSettings()
+    # Stores of earlier versions have no such entries: without them the fingerprint stays.
+    absent = {name for name in LATER if getattr(settings, name) == getattr(default, name)}
+    entries = {name: value for name, value in asdict(settings).items() if name not in absent}
     return Job.of(table, pixels_version=PIXELS_VERSION, settings=entries, **more)
 
 
