@@ -180,6 +180,36 @@ def prepare(
         int | None,
         typer.Option(min=8, max=16, help="Significant bits of 16-bit values; detected if unset."),
     ] = None,
+    intensity: Annotated[
+        str,
+        typer.Option(
+            help="Which values become black and white: auto, dtype, bits, 'window LOW HIGH' or "
+            "'percentile LOW HIGH'."
+        ),
+    ] = "auto",
+    intensity_over: Annotated[
+        Literal["set", "clip"], typer.Option(help="Take bits and percentiles from all or each.")
+    ] = "set",
+    store_dtype: Annotated[
+        Literal["uint8", "uint16", "float16"], typer.Option(help="Type of the stored values.")
+    ] = "uint8",
+    channels: Annotated[
+        str, typer.Option(help="grey, rgb, all, or numbers from 0 as 0,2; auto is grey.")
+    ] = "auto",
+    depth_axis: Annotated[
+        Literal["T", "Z"] | None,
+        typer.Option(help="Axis of the frames in files that have both time and depth."),
+    ] = None,
+    plane: Annotated[
+        int | None, typer.Option(min=0, help="Position on the other of the two axes.")
+    ] = None,
+    series: Annotated[
+        int | None, typer.Option(min=0, help="Image to take from files that hold several.")
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Take all that pixels depend on, and what was found, from this store."),
+    ] = None,
     max_rejected: MaxRejected = "1%",
     shard_clips: ShardClips = 128,
     clip_seconds: Annotated[
@@ -205,8 +235,10 @@ def prepare(
 ) -> None:
     """Decode videos or volumes, crop them, and write a store. Resumes if it was killed."""
     from dist_train.data.raw.clip import PrepareSettings, suffixes_of
+    from dist_train.data.raw.intensity import Intensity
     from dist_train.data.raw.outside_reader import OutsideReader
     from dist_train.data.raw.remote import Access, manifest_source, open_source
+    from dist_train.data.raw.stack import Choices, check_channels
     from dist_train.data.store.build import prepare as write_store
     from dist_train.data.store.build import prepare_part
     from dist_train.data.store.build_spec import Part
@@ -249,11 +281,22 @@ def prepare(
         clip_memory=clip_memory,
         bits=bits,
         reader=own_reader,
+        choices=Choices(depth_axis, plane, check_channels(channels), series),
+        intensity=Intensity.parse(intensity, intensity_over),
+        store_dtype=store_dtype,
     )
     with progress("prepare") as report:
         if own is not None:
             prepare_part(
-                table, files, out, settings, own, engine=engine, workers=workers, progress=report
+                table,
+                files,
+                out,
+                settings,
+                own,
+                like=like,
+                engine=engine,
+                workers=workers,
+                progress=report,
             )
             return
         store = write_store(
@@ -261,6 +304,7 @@ def prepare(
             files,
             out,
             settings,
+            like=like,
             engine=engine,
             workers=workers,
             max_rejected=most_rejected,

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dist_train.data.raw.clip import PrepareSettings, read_clip
+from dist_train.data.raw.clip import PrepareSettings, decoding, read_clip, to_clip, values_of
 from dist_train.data.raw.source import Source
-from dist_train.data.raw.volume_file import to_uint8_volume
+from dist_train.data.raw.stack import stack_of
 from dist_train.data.store.salvage import read_good
 from dist_train.data.store.shards import Shard, to_record, write_shard
 from dist_train.data.types import Record, Volume
@@ -97,7 +97,7 @@ def _read(task: Task, steps: Steps, position: int) -> tuple[Volume, Record]:
         raise DecodeError(task.rejected[position])
     name = task.rows[position]["filename"]
     if not isinstance(task.raw, Source):
-        clip = to_uint8_volume(task.raw[position], name)
-        return clip, {"frames_declared": clip.shape[0], "box": None}
+        with decoding(name):
+            return to_clip(values_of(stack_of(task.raw[position]), task.settings), task.settings)
     with task.raw.fetched(name) as path, steps.at(position):
         return read_clip(path, name, task.raw.where(name), task.settings)
