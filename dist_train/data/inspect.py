@@ -33,13 +33,17 @@ STRIP = 6
 def describe_store(store: Store) -> list[Table]:
     """Terminal tables: counts by split, group and class, shapes, depths, and metadata."""
     clips = store.table
-    size = sum(path.stat().st_size for path in (store.folder / SHARDS).glob("*.tar"))
+    # A cache holds parts of a remote store.
+    shards = [] if store.is_remote else (store.folder / SHARDS).glob("*.tar")
+    size = sum(path.stat().st_size for path in shards)
     rejected = sum(store.info["rejected"].values())
     metadata = Table.grid(padding=(0, 2))
-    metadata.add_row("shards", f"{store.info['shards']}, {size / 2**20:.1f} MiB")
+    metadata.add_row(
+        "shards", f"{store.info['shards']}" + (f", {size / 2**20:.1f} MiB" if size else "")
+    )
     metadata.add_row("rejected", f"{rejected}" + (" (see rejected.csv)" if rejected else ""))
     metadata.add_row("fingerprint", store.fingerprint)
-    return [_counts(clips, str(store.folder)), _shapes(clips), _depths(clips), metadata]
+    return [_counts(clips, store.name), _shapes(clips), _depths(clips), metadata]
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:

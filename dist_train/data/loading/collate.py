@@ -94,6 +94,7 @@ def fill(
     Args:
         announce: called with each slot before its clip is read.
     """
+    clips.prefetch(slots)
     shapes, memory = _shapes(clips, slots), pixels.numpy()
     draws, end = [], 0
     for slot, shape in zip(slots, shapes, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from dist_train.data.augment.cpu import Augment
@@ -46,6 +48,10 @@ class ClipDataset:
             resize(clip, self.size, out)
         else:
             out[:] = self.augment(resize(clip, self.size), epoch=slot.epoch, number=slot.clip)
+
+    def prefetch(self, slots: Iterable[Slot]) -> None:
+        """Start reading the clips of a batch that is soon made, if the store is remote."""
+        self.store.prefetch(slot.clip for slot in slots)
 
     def native_shape(self, clip: int) -> tuple[int, int, int]:
         """(D, H, W) of a clip that is cut and not resized."""
