@@ -450,6 +450,9 @@ class CheckpointSettings(Section):
     max_failures: CountOrNone = 3
     """Number of failed writes in a row that only cause a warning, while an older checkpoint
     exists."""
+    mirror: str | None = None
+    """URL such as s3://bucket/run below which the run is copied with each checkpoint, beside the
+    training. --resume auto on another machine goes on from there."""
     accept_other_order: bool = False
     """Resume from a checkpoint of another store, selection, split, plan or seed, at the same step
     of the new order; otherwise it is ignored."""

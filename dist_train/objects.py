@@ -22,7 +22,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from dist_train.errors import MissingObjectError, RemoteError
 from dist_train.places import shown
@@ -90,11 +90,23 @@ class Objects:
         """Write an object to an existing file."""
         self.start(self._download(name, to)).result()
 
-    def put(self, name: str, content: bytes | Path) -> None:
+    def remove(self, name: str) -> None:
+        """Remove an object; nothing happens if there is none."""
+        import obstore
+
+        async def ask() -> None:
+            await obstore.delete_async(self._opened(), name)
+
+        with suppress(MissingObjectError):
+            self.start(self._tried(name, ask)).result()
+
+    def put(self, name: str, content: bytes | Path | IO[bytes]) -> None:
         """Write an object, which appears whole or not at all."""
         import obstore
 
         async def ask() -> object:
+            if not isinstance(content, bytes | Path):
+                content.seek(0)
             return await obstore.put_async(self._opened(), name, content)
 
         self.start(self._tried(name, ask)).result()
@@ -179,7 +191,7 @@ class Objects:
                 final = _permanent(error, self.where(name))
                 if final is None and not left:
                     final = RemoteError(
-                        f"cannot be read, after {TRIES} tries ({_reason(error)})",
+                        f"cannot be reached, after {TRIES} tries ({_reason(error)})",
                         where=self.where(name),
                         fix="Check the network and the server, then run the command again.",
                     )
