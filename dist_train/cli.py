@@ -34,7 +34,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Number of processes; one per core if unset.")
 ]
-OutStore = Annotated[Path, typer.Option("--out", help="Folder of the new store.")]
+OutStore = Annotated[str, typer.Option("--out", help="Folder or URL of the new store.")]
 MaxRejected = Annotated[
     str, typer.Option(help="Fail if a larger share of the clips is rejected, as 1% or 0.01.")
 ]
@@ -319,7 +319,7 @@ def prepare(
 
 @app.command()
 def finalize(
-    store: Annotated[Path, typer.Argument(help="Store with all parts.")],
+    store: Annotated[str, typer.Argument(help="Store with all parts: folder or URL.")],
     max_rejected: MaxRejected = "1%",
 ) -> None:
     """Join the parts of a store that 'prepare --part' has written."""
@@ -337,8 +337,11 @@ def prepare_npz(
     """Write a store from a MedMNIST 3D file, with the file's split."""
     from dist_train.data.store.build import prepare_npz as write_store
 
+    if is_url(out):
+        raise ConfigError("is a URL", where="--out", fix="Give a folder; 'prepare' writes to URLs.")
+    folder = local_path(out)
     with progress("prepare") as report:
-        store = write_store(file, out, shard_clips=shard_clips, progress=report)
+        store = write_store(file, folder, shard_clips=shard_clips, progress=report)
     _print_store(out, store)
 
 
@@ -657,18 +660,19 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _print_store(out: Path, store: dict[str, Any]) -> None:
+def _print_store(out: Location, store: dict[str, Any]) -> None:
     from dist_train.data.inspect import remarks
+    from dist_train.data.store.publish import folder_of
     from dist_train.data.store.rejects import by_class
 
     rejected = store["rejected"]
     _echo(f"{store['clips']} clips in {out}")
     if rejected:
         number = sum(rejected.values())
-        _echo(f"rejected: {number} ({by_class(rejected)}), see {out / 'rejected.csv'}")
-    for line in remarks(out):
+        _echo(f"rejected: {number} ({by_class(rejected)}), see {out}/rejected.csv")
+    for line in remarks(folder_of(out)):
         _echo(line)
-    _print_copies(out)
+    _print_copies(folder_of(out))
 
 
 def _print_copies(store: Location | Store) -> None:

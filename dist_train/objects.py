@@ -123,6 +123,10 @@ class Objects:
 
         return sorted(self.start(self._tried(prefix, ask)).result())
 
+    def size(self, name: str) -> int:
+        """Number of bytes of an object."""
+        return self.start(self._size(name)).result()
+
     async def read(self, name: str, start: int, end: int) -> memoryview:
         """The bytes of an object from ``start`` to ``end`` (excluded)."""
         if end - start <= PIECE:
@@ -162,13 +166,16 @@ class Objects:
 
         return await self._tried(name, ask)
 
-    async def _download(self, name: str, to: Path) -> None:
+    async def _size(self, name: str) -> int:
         import obstore
 
         async def ask() -> int:
             return int((await obstore.head_async(self._opened(), name))["size"])
 
-        size = await self._tried(name, ask)
+        return await self._tried(name, ask)
+
+    async def _download(self, name: str, to: Path) -> None:
+        size = await self._size(name)
         with to.open("r+b") as file:
 
             async def fill(at: int) -> None:

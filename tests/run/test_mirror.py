@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
+from fsspec import AbstractFileSystem
 from helpers import (
     InterruptedSessionError,
     contents,
@@ -20,7 +18,6 @@ from helpers import (
     metrics_of,
     tiny_config,
 )
-from moto.server import ThreadedMotoServer
 
 from dist_train import objects
 from dist_train.checkpoint.format import by_step, check_checkpoint
@@ -34,50 +31,17 @@ KEEP = RetentionPolicy(2)
 URL = "s3://lab/runs/first"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    """An S3 server of another maker; the environment for its clients."""
-    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    moto.start()
-    url = "http://{}:{}".format(*moto.get_host_and_port())
-    yield {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-        "AWS_ENDPOINT_URL": url,
-    }
-    moto.stop()
-
-
-@pytest.fixture
-def bucket(
-    server: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[fsspec.AbstractFileSystem]:
-    for name, value in server.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(objects, "FIRST_WAIT", 0.01)
-    files = fsspec.filesystem(
-        "s3", endpoint_url=server["AWS_ENDPOINT_URL"], use_listings_cache=False
-    )
-    files.mkdir("lab")
-    yield files
-    files.rm("lab", recursive=True)
-
-
-def there(bucket: fsspec.AbstractFileSystem) -> set[str]:
+def there(bucket: AbstractFileSystem) -> set[str]:
     return {name.removeprefix("lab/runs/first/") for name in bucket.find("lab/runs/first")}
 
 
-def steps_there(bucket: fsspec.AbstractFileSystem) -> list[int]:
+def steps_there(bucket: AbstractFileSystem) -> list[int]:
     marked = [name for name in there(bucket) if name.endswith("checkpoint.json")]
     return sorted(int(name.split("/")[1].removeprefix("step-")) for name in marked)
 
 
 def test_goes_on_on_another_machine_bit_for_bit(
-    store: Path, tmp_path: Path, bucket: fsspec.AbstractFileSystem
+    store: Path, tmp_path: Path, bucket: AbstractFileSystem
 ) -> None:
     whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
     train(tiny_config(store, whole, *SETTINGS))
@@ -111,7 +75,7 @@ def copied(run: Path, step: int, mirror: Mirror) -> None:
 
 
 def test_what_is_cut_off_leaves_the_checkpoint_before(
-    run: Path, tmp_path: Path, bucket: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, bucket: AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection ends for good before each of the objects in turn."""
     put, left = objects.Objects.put, [0]
@@ -162,12 +126,12 @@ Mirror(run, sys.argv[4], RetentionPolicy(2))._copy(run / f"checkpoints/step-{ste
 @pytest.mark.slow
 @pytest.mark.parametrize("last", ["rank-00000.safetensors", "run.json", "checkpoint.json"])
 def test_a_kill_leaves_the_checkpoint_before(
-    run: Path, tmp_path: Path, bucket: fsspec.AbstractFileSystem, last: str
+    run: Path, tmp_path: Path, bucket: AbstractFileSystem, last: str
 ) -> None:
     first, second = [step for step, _ in by_step(run / "checkpoints")][:2]
     copied(run, first, Mirror(run, URL, KEEP))
     command = [sys.executable, "-c", KILLED, str(run), str(second), last, URL]
-    ended = subprocess.run(command, env=environment(**os.environ), check=False)
+    ended = subprocess.run(command, env=environment(), check=False)
     assert ended.returncode == -signal.SIGKILL
     Mirror(here := tmp_path / "here", URL, KEEP).fetch()
     assert [step for step, _ in by_step(here / "checkpoints")] == [first]
@@ -175,7 +139,7 @@ def test_a_kill_leaves_the_checkpoint_before(
 
 
 def test_a_damaged_object_is_not_gone_on_from(
-    run: Path, tmp_path: Path, bucket: fsspec.AbstractFileSystem
+    run: Path, tmp_path: Path, bucket: AbstractFileSystem
 ) -> None:
     first, second = [step for step, _ in by_step(run / "checkpoints")][:2]
     for step in (first, second):
@@ -189,7 +153,7 @@ def test_a_damaged_object_is_not_gone_on_from(
 
 
 def test_a_run_that_is_older_here_is_set_aside(
-    run: Path, tmp_path: Path, bucket: fsspec.AbstractFileSystem
+    run: Path, tmp_path: Path, bucket: AbstractFileSystem
 ) -> None:
     step = by_step(run / "checkpoints")[1][0]
     copied(run, step, Mirror(run, URL, KEEP))
@@ -202,7 +166,7 @@ def test_a_run_that_is_older_here_is_set_aside(
 
 
 def test_without_a_server_training_goes_on_and_says_so_at_its_end(
-    store: Path, tmp_path: Path, bucket: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch,
+    store: Path, tmp_path: Path, bucket: AbstractFileSystem, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     def gone(self: objects.Objects, name: str, content: object) -> None:

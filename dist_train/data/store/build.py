@@ -24,6 +24,7 @@ from dist_train.data.raw.source import MISSING, UNFETCHED, LocalFolder, Source
 from dist_train.data.raw.survey import survey, survey_arrays
 from dist_train.data.store.build_spec import Job, Part, as_in, read_job, read_made_from, settings_of
 from dist_train.data.store.finish import finish
+from dist_train.data.store.publish import Publisher, folder_of, publisher_of
 from dist_train.data.store.reader import MARKER
 from dist_train.data.store.rejects import LOST, by_class, count_classes, lost_in, read_rejects
 from dist_train.data.store.salvage import good_clips
@@ -33,6 +34,7 @@ from dist_train.data.store.write_lock import write_lock
 from dist_train.data.table.manifest import Manifest
 from dist_train.errors import ManifestError, StoreError
 from dist_train.files import open_plain
+from dist_train.places import Location
 from dist_train.progress import Progress
 from dist_train.system.supervised_pool import UNWATCHED, Limits, supervised
 
@@ -49,7 +51,7 @@ Pool = Callable[..., Iterator[Any]]
 def prepare(
     manifest: Manifest,
     source: Source | Path | str,
-    out: Path,
+    out: Location,
     settings: PrepareSettings,
     *,
     like: Path | None = None,
@@ -61,6 +63,7 @@ def prepare(
     """Write, or continue, the store ``out`` from the files of ``manifest`` in ``source``.
 
     Args:
+        out: folder or URL. Shards go to a URL as they are finished.
         source: a folder, a URL that file names are added to, or a ``Source``, such as that of
             ``manifest_source``.
         like: a store from which all settings are taken that pixels depend on, and what was found
@@ -78,16 +81,17 @@ def prepare(
     """
     files = source if isinstance(source, Source) else open_source(source)
     run = _pool(engine, workers)
-    job, shards = _plan(manifest, files, out, settings, None, max_rejected, run, like)
-    with write_lock(out, job):
-        _write_unfinished(out, job, shards, files, run, progress)
-        return finish(out, job, shards, max_rejected)
+    publisher, folder = publisher_of(out), folder_of(out)
+    job, shards = _plan(manifest, files, folder, settings, None, max_rejected, run, like)
+    with write_lock(folder, job):
+        _write_unfinished(folder, job, shards, files, run, progress, publisher)
+        return _finish(folder, job, shards, max_rejected, publisher)
 
 
 def prepare_part(
     manifest: Manifest,
     source: Source | Path | str,
-    out: Path,
+    out: Location,
     settings: PrepareSettings,
     part: Part,
     *,
@@ -108,12 +112,13 @@ def prepare_part(
     files = source if isinstance(source, Source) else open_source(source)
     run = _pool(engine, workers)
     # ``finalize`` counts the rejects.
-    job, shards = _plan(manifest, files, out, settings, part, 1.0, run, like)
-    with write_lock(out, job, part):
-        _write_unfinished(out, job, shards, files, run, progress)
+    publisher, folder = publisher_of(out), folder_of(out)
+    job, shards = _plan(manifest, files, folder, settings, part, 1.0, run, like)
+    with write_lock(folder, job, part):
+        _write_unfinished(folder, job, shards, files, run, progress, publisher)
 
 
-def finalize(out: Path, *, max_rejected: float = 0.01) -> dict[str, Any]:
+def finalize(out: Location, *, max_rejected: float = 0.01) -> dict[str, Any]:
     """Join the shards that parts wrote into a finished store, the same as ``prepare`` gives.
 
     Returns:
@@ -122,21 +127,22 @@ def finalize(out: Path, *, max_rejected: float = 0.01) -> dict[str, Any]:
     Raises:
         StoreError: shards are missing, the store is being written, or too many clips were rejected.
     """
-    job = read_job(out)
-    shards = job.shards(out)
-    with write_lock(out, job):
+    publisher, folder = publisher_of(out), folder_of(out)
+    job = read_job(folder)
+    shards = job.shards(folder)
+    with write_lock(folder, job):
         missing = [shard for shard in shards if not shard.is_written()]
         if missing:
             raise StoreError(
                 f"{len(missing)} of {len(shards)} shards are not written yet, the first is "
                 f"{missing[0].path.name}",
-                where=out,
+                where=str(out),
                 fix=f"Part i of N has the shards whose number divided by N leaves i - 1: run "
                 f"'dist-train prepare --part i/N' where one is missing (numbers: "
                 f"{', '.join(str(shard.number) for shard in missing[:10])}"
                 f"{', ...' if len(missing) > 10 else ''}).",
             )
-        return finish(out, job, shards, max_rejected)
+        return _finish(folder, job, shards, max_rejected, publisher)
 
 
 def prepare_npz(
@@ -275,6 +281,19 @@ def _check_missing(job: Job, shards: Sequence[Shard], source: Source, max_missin
     )
 
 
+def _finish(
+    out: Path,
+    job: Job,
+    shards: Sequence[Shard],
+    max_rejected: float,
+    publisher: Publisher | None,
+) -> dict[str, Any]:
+    marker = finish(out, job, shards, max_rejected)
+    if publisher is not None:
+        publisher.finish()
+    return marker
+
+
 def _digest(path: Path) -> str:
     with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -287,17 +306,26 @@ def _write_unfinished(
     raw: RawClips,
     run: Pool,
     progress: Progress | None,
+    publisher: Publisher | None = None,
 ) -> None:
+    if publisher is not None:
+        publisher.begin()
     pending = {shard for shard in shards if not _is_finished(shard, raw)}
     stored = [shard for shard in shards if shard not in pending]
     _warn_of_changed(stored, job, raw)
     if pending:
         # A store with a marker counts as finished.
         (out / MARKER).unlink(missing_ok=True)
+        if publisher is not None:
+            publisher.drop_marker()
     total, done = (sum(len(job.filenames(shard)) for shard in some) for some in (shards, stored))
     if progress:
         progress(done, total)
-    tasks = (new_task(job, shard, raw) for shard in shards if shard in pending)
+    tasks = (
+        replace(new_task(job, shard, raw), publisher=publisher)
+        for shard in shards
+        if shard in pending
+    )
     write_tasks(tasks, job, raw, run, progress, done, total)
 
 

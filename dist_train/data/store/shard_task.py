@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_train.data.raw.clip import PrepareSettings, decoding, read_clip, to_clip, values_of
 from dist_train.data.raw.source import Source
@@ -21,6 +22,9 @@ from dist_train.errors import DecodeError, RoiError
 from dist_train.files import write_whole
 from dist_train.safe_text import without_content
 from dist_train.system.supervised_pool import Steps
+
+if TYPE_CHECKING:
+    from dist_train.data.store.publish import Publisher
 
 # Files by name, or a volume for each row of the manifest.
 RawClips = Source | Sequence[Volume]
@@ -36,6 +40,7 @@ class Task:
         old: an earlier version of the shard.
         kept: by position, records of rows whose clips are copied from ``old`` (see ``good_clips``).
         rejected: by position, reasons of rows that are rejected without reading their files.
+        publisher: uploads the shard, if the store is behind a URL.
     """
 
     shard: Shard
@@ -45,6 +50,7 @@ class Task:
     old: Path
     kept: Mapping[int, Record] = field(default_factory=dict)
     rejected: Mapping[int, str] = field(default_factory=dict)
+    publisher: Publisher | None = None
 
     def without(self, position: int, reason: str) -> Task:
         """The same task without a file that crashes the decoder."""
@@ -63,6 +69,8 @@ def write_task(task: Task, steps: Steps) -> int:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("file", "reason", "class"))
     writer.writerows(rejects)
+    if task.publisher is not None:
+        task.publisher.put_shard(task.shard, text.getvalue())
     write_whole(task.shard.rejects_path, text.getvalue())
     return len(task.rows)
 

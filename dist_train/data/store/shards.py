@@ -98,9 +98,9 @@ def around_pixels(key: str, record: Record) -> tuple[bytes, bytes]:
     text = json.dumps(without_place(record), sort_keys=True).encode()
     return (
         _header(f"{key}.npy", size) + npy.getvalue(),
-        bytes(_padded(size) - size)
+        bytes(padded(size) - size)
         + _header(f"{key}.json", len(text))
-        + text.ljust(_padded(len(text)), b"\0"),
+        + text.ljust(padded(len(text)), b"\0"),
     )
 
 
@@ -150,14 +150,13 @@ def read_sample(file: IO[bytes], at: int, size: int) -> tuple[str, Record, int] 
     Raises:
         tarfile.TarError, ValueError: there is no valid sample.
     """
-    file.seek(at)
-    if file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE):
+    if is_end(file, at):
         return None
-    name, begin, length = _member(file, at, size)
+    name, begin, length = member(file, at, size)
     key, end = name.removesuffix(".npy"), begin + length
     if key == name or not SAFE_KEY.fullmatch(key):
         raise ValueError(f"'{name}' is no name of a clip")
-    record_name, record_begin, record_length = _member(file, _padded(end), size)
+    record_name, record_begin, record_length = member(file, padded(end), size)
     if record_name != f"{key}.json":
         raise ValueError(f"'{name}' has no record after it")
     if record_length > MOST_RECORD:
@@ -176,10 +175,16 @@ def read_sample(file: IO[bytes], at: int, size: int) -> tuple[str, Record, int] 
     if pixels > length:
         raise ValueError(f"'{name}' is shorter than its shape")
     place = {"offset": end - pixels, "length": pixels}
-    return key, record | place, _padded(record_begin + record_length)
+    return key, record | place, padded(record_begin + record_length)
 
 
-def _member(file: IO[bytes], at: int, size: int) -> tuple[str, int, int]:
+def is_end(file: IO[bytes], at: int) -> bool:
+    """Whether the archive ends at byte ``at``."""
+    file.seek(at)
+    return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+
+
+def member(file: IO[bytes], at: int, size: int) -> tuple[str, int, int]:
     """Name, begin and length in bytes of the file whose tar header is at ``at``."""
     file.seek(at)
     header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "strict")
@@ -191,5 +196,5 @@ def _member(file: IO[bytes], at: int, size: int) -> tuple[str, int, int]:
     return header.name, begin, header.size
 
 
-def _padded(end: int) -> int:
+def padded(end: int) -> int:
     return -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

@@ -213,8 +213,8 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     "bucket": (s3_error(404, "NoSuchBucket"), "there is no such bucket"),
     "missing": (s3_error(404, "NoSuchKey"), "is not there"),
     "bad": (s3_error(400, "BadDigest"), "the server refuses it (HTTP 400)"),
-    "busy": (s3_error(503, "SlowDown"), "cannot be read, after 5 tries (HTTP 503)"),
-    "cut": ("cut", "cannot be read, after 5 tries (the connection broke)"),
+    "busy": (s3_error(503, "SlowDown"), "cannot be reached, after 5 tries (HTTP 503)"),
+    "cut": ("cut", "cannot be reached, after 5 tries (the connection broke)"),
     "no ranges": (Answer(b"all of it"), "does not give parts of files (HTTP ranges)"),
 }
 
@@ -238,7 +238,7 @@ def test_what_does_not_come_ends_in_one_message(
 def test_no_server(monkeypatch: pytest.MonkeyPatch, server: WebServer) -> None:
     # Port 9 discards, and is closed nearly everywhere.
     monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": "http://127.0.0.1:9"})
-    message = "store.json: cannot be read, after 5 tries (the server cannot be reached)"
+    message = "store.json: cannot be reached, after 5 tries (the server cannot be reached)"
     assert message in fails("info", URL)
 
 
