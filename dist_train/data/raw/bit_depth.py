@@ -15,10 +15,12 @@ from typing import Any
 from av.video.reformatter import VideoReformatter
 
 from dist_train.data.raw.container import open_container, video_stream
+from dist_train.data.raw.formats import format_of, suffixes
 from dist_train.data.raw.frame import has_any_depth, unpacked
 from dist_train.data.raw.grey import depth_of
 from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.source import LocalFolder, Source
+from dist_train.data.raw.stack import Choices
 from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, is_deep, read_raw, values_of
 from dist_train.data.types import Volume
 from dist_train.errors import DecodeError, DistTrainError, StoreError
@@ -26,7 +28,7 @@ from dist_train.files import open_plain
 from dist_train.system.supervised_pool import Steps
 
 # Other containers hold no raw values of cameras, and opening half a million of them takes hours.
-SUFFIXES = VOLUME_SUFFIXES | {".avi", ".mkv", ".mov"}
+SUFFIXES = (*VOLUME_SUFFIXES, ".avi", ".mkv", ".mov", *suffixes())
 # Number of files that a process examines before it reports.
 FILES = 64
 
@@ -61,9 +63,7 @@ def depth_of_files(
         StoreError: there are such files, and others are missing, so the number is not known.
     """
     named = [
-        name
-        for name in names
-        if PurePosixPath(name).suffix.lower() in SUFFIXES or (reader and reader.reads(name))
+        name for name in names if name.lower().endswith(SUFFIXES) or (reader and reader.reads(name))
     ]
     names = [name for name in named if _may_be_deep(source, name, reader)]
     if not names:
@@ -103,7 +103,7 @@ def _bits(part: Look, steps: Steps) -> Iterator[int]:
                 if part.reader is not None and part.reader.reads(name):
                     bits = depth_of_arrays([part.reader.read(path)])
                 else:
-                    bits = file_bits(path, PurePosixPath(name).suffix.lower())
+                    bits = file_bits(path, name)
         except DecodeError:
             continue
         # The network or the machine is at fault.
@@ -116,17 +116,22 @@ def _bits(part: Look, steps: Steps) -> Iterator[int]:
             yield bits
 
 
-def file_bits(path: Path, suffix: str) -> int | None:
+def file_bits(path: Path, name: str) -> int | None:
     """Return the bits in use by a file's metadata, else by its largest value.
 
     None if its values do not have 16 bits. Raises what the decoders raise.
     """
-    if suffix not in VOLUME_SUFFIXES:
+    form = format_of(name, path)
+    if form is not None:
+        stack = form.read(path, name, Choices())
+        if not is_deep(stack.dtype):
+            return None
+        return stack.bits or depth_of(max(int(frame.max(initial=0)) for frame in stack.frames))
+    if PurePosixPath(name).suffix.lower() not in VOLUME_SUFFIXES:
         return _video_bits(path)
-    dtype, bits = values_of(path, suffix)
-    if not is_deep(dtype):
+    if not is_deep(values_of(path)):
         return None
-    return bits or depth_of(int(read_raw(path, path, suffix).max(initial=0)))
+    return depth_of(int(read_raw(path, path).max(initial=0)))
 
 
 def _video_bits(path: Path) -> int | None:
@@ -154,7 +159,7 @@ def _may_be_deep(source: Source, name: str, reader: OutsideReader | None) -> boo
     if path.suffix.lower() != ".npy" or (reader and reader.reads(name)):
         return True
     try:
-        return is_deep(values_of(path, ".npy")[0])
+        return is_deep(values_of(path))
     # NumPy's parser raises anything on damaged bytes.
     except Exception:
         return False

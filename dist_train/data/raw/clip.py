@@ -14,9 +14,17 @@ from dist_train.data.raw.outline import LEAST, Box, OutlineColour, crop_to_outli
 from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.stack import LUMA, Choices, Stack, chosen_channels
 from dist_train.data.raw.video import VIDEO_SUFFIXES, Video
-from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, is_deep, read_raw, to_grey, too_large
+from dist_train.data.raw.volume_file import (
+    OF_A_FILE,
+    VOLUME_SUFFIXES,
+    is_deep,
+    read_raw,
+    to_grey,
+    too_large,
+)
 from dist_train.data.types import Record, Volume
 from dist_train.errors import DecodeError, DistTrainError, RoiError
+from dist_train.system.advice import blame_machine
 
 # Fewer grey levels in a clip of more than 8 bits are reported: --bits may be wrong.
 FEW_LEVELS = 32
@@ -65,7 +73,7 @@ CONVERT = {
     ".dcm": f"{_ARRAY}, as by pydicom's pixel_array.",
     ".png": "It is one picture of a clip: put all of them into one multi-page TIFF, in order.",
     ".zip": "Unpack it, and list what is in it.",
-} | dict.fromkeys((".h5", ".hdf5", ".mat", ".mha", ".mhd", ".nrrd", ".nd2", ".czi"), f"{_ARRAY}.")
+} | dict.fromkeys((".h5", ".hdf5", ".mat", ".mha", ".mhd", ".nrrd"), f"{_ARRAY}.")
 CONVERT |= {
     ".nii": CONVERT[".nii.gz"],
     ".jpg": CONVERT[".png"],
@@ -100,6 +108,7 @@ def read_clip(
         raise too_large(where) from None
     # Corrupt files reach untested decoder paths. The file is rejected, and the run goes on.
     except Exception as error:
+        blame_machine(error, where, but=OF_A_FILE)
         raise DecodeError(f"cannot be decoded ({error!r})", where=where) from None
 
 
@@ -116,15 +125,15 @@ def suffix_of(name: str) -> str:
 def _read(path: Path, name: str, where: str, settings: PrepareSettings) -> tuple[Volume, Record]:
     name, _, dataset = name.partition("::")
     suffix, reader = suffix_of(name), settings.reader
-    form = format_of(name, path)
+    own = reader is not None and reader.reads(name)
+    form = None if own else format_of(name, path)
     if form is not None:
         choices = replace(settings.choices, dataset=dataset or None)
         return _from_stack(form.read(path, where, choices), settings)
-    own = reader is not None and reader.reads(name)
     if own or suffix in VOLUME_SUFFIXES:
         if settings.roi == "outline":
             raise RoiError("a volume has no coloured outline", fix="Prepare it with --roi none.")
-        raw = reader.read(path) if reader and own else read_raw(path, where, suffix)
+        raw = reader.read(path) if reader and own else read_raw(path, where)
         clip = to_grey(raw, settings.bits)
         record: Record = {"frames_declared": clip.shape[0], "box": None}
         return clip, record | (_few_levels(clip) if is_deep(raw.dtype) else {})
