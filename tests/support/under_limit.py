@@ -11,7 +11,7 @@ from helpers import ROOT, environment
 # Reads a file under a limit of memory, and prints what was said and how much was taken (MiB).
 UNDER_LIMIT = """
 import resource, sys
-import av.subtitles.stream
+import av.subtitles.stream, imagecodecs, tifffile
 from pathlib import Path
 from dist_train.data.raw.clip import PrepareSettings, read_clip
 from dist_train.data.raw.video import VIDEO_SUFFIXES, Video

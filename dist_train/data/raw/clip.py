@@ -166,6 +166,17 @@ def _from_stack(stack: Stack, settings: PrepareSettings) -> tuple[Volume, Record
     frames = [_channels_of(frame, chosen) for frame in stack.frames]
     if not frames:
         raise DecodeError("holds no frame")
+    if (stack.stopped_by or len(frames) < stack.count) and settings.truncated == "reject":
+        because = f": {stack.stopped_by}" if stack.stopped_by else ""
+        raise DecodeError(
+            f"stops after {len(frames)} of {stack.count} declared frames{because}",
+            fix="Replace the file, or prepare with --truncated keep.",
+        )
+    if stack.damaged and settings.damaged == "reject":
+        raise DecodeError(
+            f"{stack.damaged} of {stack.count} frames are damaged",
+            fix="Replace the file, or prepare with --damaged keep.",
+        )
     clip = to_grey(np.stack(frames), settings.bits or stack.bits)
     record: Record = {"frames_declared": stack.count, "box": None}
     return clip, record | (_few_levels(clip) if is_deep(stack.dtype) else {})

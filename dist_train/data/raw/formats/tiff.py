@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
 import numpy as np
 
-from dist_train.data.raw.open_frames import Frames, holding
+from dist_train.data.raw.open_frames import Frames, OnlyFile, holding
 from dist_train.data.raw.stack import (
     ALPHA,
     GREY,
@@ -72,7 +72,7 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
         file = opened.enter_context(open_plain(path))
         # OME-TIFF refers to its pages by the file's name.
         name = PurePath(str(where)).name
-        tif = opened.enter_context(TiffFile(_OnlyFile(file), name=name, _multifile=False))
+        tif = opened.enter_context(TiffFile(OnlyFile(file), name=name, _multifile=False))
         # First of all: tifffile follows some damaged chains of pages without an end.
         _check_chain(tif)
         _check_alone(tif)
@@ -142,20 +142,6 @@ class _GraveMessages(logging.Handler):
             is_grave = record.levelno >= logging.ERROR or " series " in text
         if is_grave:
             self.last = re.sub(r"^<tifffile\.\w+ .*?> ", "", text)
-
-
-class _OnlyFile:
-    """A file without a descriptor, so that tifffile looks for no other files of a set."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.name = ""
-        self.read, self.seek, self.tell, self.close = file.read, file.seek, file.tell, file.close
-        self.closed = False
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:
-        data = self.read(len(memoryview(buffer).cast("B")))
-        memoryview(buffer).cast("B")[: len(data)] = data
-        return len(data)
 
 
 def _one_stack(
