@@ -7,15 +7,17 @@ import struct
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pandas as pd
 from av.video.reformatter import Colorspace, VideoReformatter
 
+from dist_train.data.raw.clip import PrepareSettings, read_clip
 from dist_train.data.raw.outline import Box
-from dist_train.data.raw.volume_file import read_raw, to_grey
-from dist_train.data.store.build import PrepareSettings, prepare
+from dist_train.data.raw.stack import Choices
+from dist_train.data.store.build import prepare
 from dist_train.data.store.reader import Store
 from dist_train.data.table.manifest import Manifest, read_manifest
 
@@ -180,7 +182,13 @@ def volumes(count: int, *, seed: int = 0) -> list[np.ndarray]:
 
 
 def read_volume(
-    path: Path, where: object | None = None, suffix: str | None = None, bits: int | None = None
+    path: Path,
+    where: object | None = None,
+    suffix: str | None = None,
+    bits: int | None = None,
+    **choices: Any,
 ) -> np.ndarray:
     """Read a volume file as ``prepare`` does: uint8 [D, H, W]."""
-    return to_grey(read_raw(path, path if where is None else where, suffix), bits)
+    settings = PrepareSettings(roi="none", bits=bits, choices=Choices(**choices))
+    name = path.name if suffix is None else f"a{suffix}"
+    return read_clip(path, name, str(path if where is None else where), settings)[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from dist_train.data.raw.clip import CONVERT, suffix_of
+from dist_train.data.raw.formats import suffixes as format_suffixes
 from dist_train.data.raw.video import VIDEO_SUFFIXES
 from dist_train.data.raw.volume_file import VOLUME_SUFFIXES
 from dist_train.data.table.manifest import Manifest, check_text, make_manifest
@@ -43,6 +44,7 @@ def manifest_from_folders(
                 where=folder,
                 fix=f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(classes)}.",
             )
+    read = (*VIDEO_SUFFIXES, *VOLUME_SUFFIXES, *format_suffixes(), *suffixes)
     clips: dict[str, list[str]] = {name: [] for name in classes}
     left = [path.name for path in folder.iterdir() if _seen(path.name) and not path.is_dir()]
     for name in classes:
@@ -52,7 +54,7 @@ def manifest_from_folders(
             # Links to folders may form circles, and are not followed.
             left += [str(here / link) for link in folders if (folder / here / link).is_symlink()]
             for file in filter(_seen, files):
-                is_clip = file.lower().endswith((*VIDEO_SUFFIXES, *VOLUME_SUFFIXES, *suffixes))
+                is_clip = file.lower().endswith(read)
                 (clips[name] if is_clip else left).append(str(here / file))
     if left:
         first = min(left)

@@ -17,9 +17,10 @@ from dist_train.data.raw.outline import LEAST, Box, OutlineColour, crop_to_outli
 from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.stack import GREY, LUMA, RGB, Choices, Stack, chosen_channels, stack_of
 from dist_train.data.raw.video import VIDEO_SUFFIXES, Video
-from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, read_raw, too_large
+from dist_train.data.raw.volume_file import OF_A_FILE, VOLUME_SUFFIXES, read_raw, too_large
 from dist_train.data.types import Record, Volume
 from dist_train.errors import DecodeError, DistTrainError, RoiError
+from dist_train.system.advice import blame_machine
 
 # Clips with fewer grey levels, or a larger share of pixels of the largest value, are reported.
 FEW_LEVELS, MOST_SATURATED = 16, 0.01
@@ -77,7 +78,7 @@ CONVERT = {
     ".dcm": f"{_ARRAY}, as by pydicom's pixel_array.",
     ".png": "It is one picture of a clip: put all of them into one multi-page TIFF, in order.",
     ".zip": "Unpack it, and list what is in it.",
-} | dict.fromkeys((".h5", ".hdf5", ".mat", ".mha", ".mhd", ".nrrd", ".nd2", ".czi"), f"{_ARRAY}.")
+} | dict.fromkeys((".h5", ".hdf5", ".mat", ".mha", ".mhd", ".nrrd"), f"{_ARRAY}.")
 CONVERT |= {
     ".nii": CONVERT[".nii.gz"],
     ".jpg": CONVERT[".png"],
@@ -141,6 +142,7 @@ def decoding(where: str) -> Iterator[None]:
         raise too_large(where) from None
     # Corrupt files reach untested decoder paths. The file is rejected, and the run goes on.
     except Exception as error:
+        blame_machine(error, where, but=OF_A_FILE)
         raise DecodeError(f"cannot be decoded ({error!r})", where=where) from None
 
 
@@ -167,7 +169,7 @@ def open_stack(path: Path, name: str, where: str, settings: PrepareSettings) -> 
     if form is not None:
         return form.read(path, where, replace(settings.choices, dataset=dataset or None))
     if suffix in VOLUME_SUFFIXES:
-        return stack_of(read_raw(path, where, suffix))
+        return stack_of(read_raw(path, where))
     if suffix in VIDEO_SUFFIXES:
         return None
     own_suffixes = {*VIDEO_SUFFIXES, *VOLUME_SUFFIXES, *format_suffixes()}

@@ -1,4 +1,4 @@
-"""Volume files -> uint8 [D, H, W]: TIFF stacks by tifffile, npy and npz without pickle."""
+"""Volumes -> uint8 [D, H, W]; files of arrays (npy, npz) without pickle."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from typing import IO, Any
 import numpy as np
 
 from dist_train.data.raw.grey import to_8_bits
-from dist_train.data.raw.tiff import read_tiff, tiff_values
 from dist_train.data.types import Volume
 from dist_train.errors import DecodeError, DistTrainError
 from dist_train.files import open_plain, reason_of
 from dist_train.system.advice import blame_machine
 
-_TIFF_SUFFIXES = {".tif", ".tiff"}
-VOLUME_SUFFIXES = {".npy", ".npz"} | _TIFF_SUFFIXES
+VOLUME_SUFFIXES = {".npy", ".npz"}
 
 # Errors of the machine that a single file may cause.
 OF_A_FILE = {errno.EACCES, errno.EPERM, errno.ENOMEM}
 
 
-def read_raw(path: Path, where: object, suffix: str | None = None) -> np.ndarray:
-    """Return the stack in a TIFF, npy, or npz file of one array, with the values of the file.
+def read_raw(path: Path, where: object) -> np.ndarray:
+    """Return the stack in an npy file, or an npz file of one array, with the values of the file.
 
     Returns:
         [D, H, W], or [D, H, W, 3 or 4] in colour.
@@ -36,13 +34,9 @@ def read_raw(path: Path, where: object, suffix: str | None = None) -> np.ndarray
     Raises:
         DecodeError: the file cannot be read.
     """
-    suffix = (path.suffix if suffix is None else suffix).lower()
     try:
-        with open_plain(path) as file:
-            if suffix in _TIFF_SUFFIXES:
-                return read_tiff(file, where)
-            with _npy_inside(file) as (member, size):
-                return _as_stack(read_npy(member, size))
+        with open_plain(path) as file, _npy_inside(file) as (member, size):
+            return _as_stack(read_npy(member, size))
     except DistTrainError:
         raise
     except MemoryError:
@@ -53,16 +47,13 @@ def read_raw(path: Path, where: object, suffix: str | None = None) -> np.ndarray
         raise DecodeError(f"cannot be read ({reason_of(error)})", where=where) from None
 
 
-def values_of(path: Path, suffix: str) -> tuple[np.dtype[Any] | None, int | None]:
-    """Return the type of a file's values by its header, and their depth by its metadata.
+def values_of(path: Path) -> np.dtype[Any]:
+    """Return the type of a file's values by its header.
 
     Raises what the parsers raise on damaged bytes.
     """
-    with open_plain(path) as file:
-        if suffix in _TIFF_SUFFIXES:
-            return tiff_values(file)
-        with _npy_inside(file) as (member, _):
-            return _npy_header(member)[1], None
+    with open_plain(path) as file, _npy_inside(file) as (member, _):
+        return _npy_header(member)[1]
 
 
 def to_uint8_volume(array: np.ndarray, where: object, bits: int | None = None) -> Volume:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,7 +14,11 @@ import psutil
 import pytest
 import tifffile
 from helpers import ROOT, dist_train, environment
+from lif_writer import image, write_lif
 from make_media import grey_frames, outlined_frames, write_video
+from nd2_writer import write_nd2
+from pylibCZIrw import czi
+from zarr_writer import write_array
 
 from dist_train.data.raw.outline import Box
 from dist_train.data.store.reader import REJECTED, Store
@@ -44,7 +49,20 @@ def sound_files(folder: Path) -> list[Path]:
     tifffile.imwrite(folder / "v.tif", volume, photometric="minisblack")
     tifffile.imwrite(folder / "z.tif", volume, photometric="minisblack", compression="zlib")
     tifffile.imwrite(folder / "w.tif", volume.astype(np.uint16) * 257, photometric="minisblack")
-    return files + [folder / name for name in ("v.npy", "v.npz", "v.tif", "z.tif", "w.tif")]
+    write_nd2(folder / "v.nd2", volume[..., None], [("Z", 6)])
+    write_nd2(folder / "z.nd2", volume[..., None], [("Z", 6)], compressed=True)
+    write_lif(folder / "v.lif", {"a": (image("a", "a", volume, "ZYX"), volume)})
+    write_czi(folder / "v.czi", volume)
+    write_array(folder / "a", volume, packed=True)
+    shutil.make_archive(str(folder / "v.zarr"), "zip", folder / "a")
+    shutil.rmtree(folder / "a")
+    return sorted({*files, *folder.iterdir()})
+
+
+def write_czi(path: Path, volume: np.ndarray) -> None:
+    with czi.create_czi(str(path), compression_options="zstd1:") as writer:
+        for z, picture in enumerate(volume):
+            writer.write(picture[..., None], plane={"Z": z})
 
 
 def flip_bits(content: bytes, rng: np.random.Generator) -> bytes:
@@ -95,7 +113,7 @@ def test_mutated_files(tmp_path: Path, files: int) -> None:
     for number in range(files):
         path = sound[number % len(sound)]
         change = CHANGES[number // len(sound) % len(CHANGES)]
-        names.append(f"m{number:04d}-{change.__name__}{path.suffix}")
+        names.append(f"m{number:04d}-{change.__name__}{''.join(path.suffixes)}")
         (raw / names[-1]).write_bytes(change(path.read_bytes(), rng))
     rows = "".join(f"{name},{number % 2}\n" for number, name in enumerate(names))
     (raw / "clips.csv").write_text(f"filename,label\n{rows}")
