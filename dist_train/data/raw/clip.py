@@ -12,7 +12,7 @@ from dist_train.data.raw.formats import format_of
 from dist_train.data.raw.formats import suffixes as format_suffixes
 from dist_train.data.raw.outline import LEAST, Box, OutlineColour, crop_to_outline, stack_planes
 from dist_train.data.raw.outside_reader import OutsideReader
-from dist_train.data.raw.stack import LUMA, Choices, Stack, chosen_channels
+from dist_train.data.raw.stack import LUMA, RGB, Choices, Stack, chosen_channels
 from dist_train.data.raw.video import VIDEO_SUFFIXES, Video
 from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, is_deep, read_raw, to_grey, too_large
 from dist_train.data.types import Record, Volume
@@ -26,6 +26,9 @@ LATER = ("reader", "choices")
 
 # Raised whenever the same file and settings give other pixels.
 PIXELS_VERSION = 4
+# Raised whenever the record of the same file and settings gets other entries. A store is continued
+# and repaired with its own: 1 has no times between frames.
+RECORD_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class PrepareSettings:
         least_outline: least height and width of an outline in pixels.
         reader: reads the files of its suffixes, before all other readers.
         choices: what to take from files of several axes, channels or series.
+        record_version: ``RECORD_VERSION`` of the release that began the store.
     """
 
     roi: Literal["outline", "none"] = "outline"
@@ -54,6 +58,7 @@ class PrepareSettings:
     least_outline: int = LEAST
     reader: OutsideReader | None = None
     choices: Choices = field(default_factory=Choices)
+    record_version: int = RECORD_VERSION
 
 
 # What to do with files in formats that are not read.
@@ -135,19 +140,34 @@ def _read(path: Path, name: str, where: str, settings: PrepareSettings) -> tuple
             f"unknown kind of file '{suffix}'",
             fix=f"{CONVERT.get(suffix, '')} Known: {known}.".lstrip(),
         )
-    video = Video(path, where, settings.bits)
+    chosen = chosen_channels(RGB, settings.choices.channels)
+    video = Video(path, where, settings.bits, "grey" if chosen is None else "rgb")
     box = None
     if settings.roi == "outline":
         clip, found = crop_to_outline(video, settings.colour, settings.least_outline)
         box = list(astuple(found))
     else:
-        planes = [frame.luma for frame in video]
-        clip = stack_planes(planes, Box(0, 0, *planes[0].shape))
+        planes = [frame.part(slice(None), slice(None)) for frame in video]
+        clip = stack_planes(planes, Box(0, 0, *planes[0].shape[:2]))
     _refuse_faulty(video, settings)
     record = {"frames_declared": video.frames_declared, "box": box}
     if video.frames_damaged:
         record["frames_damaged"] = video.frames_damaged
+    if settings.record_version > 1:
+        record |= _timing(video)
+    if chosen is not None:
+        clip = np.ascontiguousarray(_channels_of(clip, chosen))
     return clip, record | (_few_levels(clip) if video.is_deep else {})
+
+
+def _timing(video: Video) -> Record:
+    """The record's entries on the time between frames and the light of their values."""
+    record: Record = {"frame_rate": "variable"} if video.is_variable else {}
+    if video.interval is not None:
+        record["interval"] = video.interval
+    if video.transfer is not None:
+        record["transfer"] = video.transfer
+    return record
 
 
 def _from_stack(stack: Stack, settings: PrepareSettings) -> tuple[Volume, Record]:

@@ -145,7 +145,8 @@ def prepare_npz(
     """
     table, volumes = read_medmnist(path)
     bits = depth_of_arrays(volumes)
-    settings = PrepareSettings(roi="none", shard_clips=shard_clips, bits=bits)
+    # Their records have nothing that came later.
+    settings = PrepareSettings(roi="none", shard_clips=shard_clips, bits=bits, record_version=1)
     job = _job(table, settings, npz=_digest(path))
     shards = job.shards(out)
     with write_lock(out, job):
@@ -210,14 +211,20 @@ def _plan(
             f"'{twice[0]}' ({lines[0]}) and '{twice[1]}' ({lines[1]}) are one file",
             fix="Each clip may be listed once.",
         )
+    try:
+        made: dict[str, Any] | None = read_made_from(out)["settings"]
+    except StoreError:
+        # A new folder, or one that ``write_lock`` will refuse.
+        made = None
+    if made is not None:
+        settings = replace(settings, record_version=made.get("record_version", 1))
     job = _job(manifest.table, settings)
     shards = job.shards(out) if part is None else part.of(job.shards(out))
     _check_missing(job, shards, source, max_missing)
     if settings.bits is None:
-        try:
-            bits = read_made_from(out)["settings"].get("bits")
-        except StoreError:
-            # A new folder, or one that ``write_lock`` will refuse.
+        if made is not None:
+            bits = made.get("bits")
+        else:
             run = partial(run, limits=_limits(settings))
             bits = depth_of_files(source, list(names), run, settings.reader)
         job = _job(job.table, replace(settings, bits=bits))
@@ -228,6 +235,7 @@ def _job(table: pd.DataFrame, settings: PrepareSettings, **more: str) -> Job:
     default = PrepareSettings()
     # Stores of earlier versions have no such entries: without them the fingerprint stays.
     absent = {name for name in LATER if getattr(settings, name) == getattr(default, name)}
+    absent |= {"record_version"} if settings.record_version == 1 else set()
     entries = {name: value for name, value in asdict(settings).items() if name not in absent}
     return Job.of(table, pixels_version=PIXELS_VERSION, settings=entries, **more)
 

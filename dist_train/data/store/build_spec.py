@@ -66,7 +66,9 @@ class Job:
 
     @cached_property
     def settings(self) -> PrepareSettings:
-        return TypeAdapter(PrepareSettings).validate_python(self.made_from["settings"])
+        # The first version of records has no number.
+        settings = {"record_version": 1} | self.made_from["settings"]
+        return TypeAdapter(PrepareSettings).validate_python(settings)
 
     @cached_property
     def manifest(self) -> bytes:
