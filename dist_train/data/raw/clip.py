@@ -68,17 +68,15 @@ CONVERT = {
     "np.save(name, np.clip((a - LOW) * 255 / (HIGH - LOW), 0, 255).astype('uint8')), with the same "
     "LOW and HIGH for all files.",
     ".dcm": f"{_ARRAY}, as by pydicom's pixel_array.",
-    ".png": "It is one picture of a clip: put all of them into one multi-page TIFF, in order.",
+    ".jpg": "It is a single picture: let the table name the folder of a clip's pictures, or put "
+    "them into one multi-page TIFF, in order.",
     ".zip": "Unpack it, and list what is in it.",
 } | dict.fromkeys((".h5", ".hdf5", ".mat", ".mha", ".mhd", ".nrrd", ".nd2", ".czi"), f"{_ARRAY}.")
 CONVERT |= {
     ".nii": CONVERT[".nii.gz"],
-    ".jpg": CONVERT[".png"],
-    ".jpeg": CONVERT[".png"],
-    ".bmp": CONVERT[".png"],
     ".gz": CONVERT[".zip"],
     ".tar": CONVERT[".zip"],
-}
+} | dict.fromkeys((".jpeg", ".bmp", ".pgm", ".ppm", ".pnm"), CONVERT[".jpg"])
 
 
 def read_clip(
@@ -177,6 +175,11 @@ def _from_stack(stack: Stack, settings: PrepareSettings) -> tuple[Volume, Record
     frames = [_channels_of(frame, chosen) for frame in stack.frames]
     if not frames:
         raise DecodeError("holds no frame")
+    if stack.stopped_by and settings.truncated == "reject":
+        raise DecodeError(
+            f"{len(frames)} of {stack.count} frames are there: {stack.stopped_by}",
+            fix="Replace the file, or prepare with --truncated keep.",
+        )
     clip = to_grey(np.stack(frames), settings.bits or stack.bits)
     record: Record = {"frames_declared": stack.count, "box": None}
     return clip, record | (_few_levels(clip) if is_deep(stack.dtype) else {})
