@@ -80,6 +80,44 @@ def with_display_matrix(path: Path, a: float, b: float, c: float, d: float) -> P
     return path
 
 
+def with_edits(
+    source: Path, path: Path, edits: Sequence[tuple[float, float | None, float]]
+) -> Path:
+    """Copy an mp4 of ``write_video``, with another edit list.
+
+    Args:
+        edits: for each, how long it is shown, from which second of the media (None for a pause),
+            and at which speed.
+    """
+    content = bytearray(source.read_bytes())
+    # ISO/IEC 14496-12, version 0 of all.
+    movie, media = (
+        struct.unpack_from(">I", content, content.index(kind) + 16)[0]
+        for kind in (b"mvhd", b"mdhd")
+    )
+    entries = b"".join(
+        struct.pack(
+            ">Iii",
+            round(lasts * movie),
+            -1 if start is None else round(start * media),
+            round(rate * (1 << 16)),
+        )
+        for lasts, start, rate in edits
+    )
+    new = struct.pack(">I4sII", 16 + len(entries), b"elst", 0, len(edits)) + entries
+    at = content.index(b"elst") - 4
+    (old,) = struct.unpack_from(">I", content, at)
+    content[at : at + old] = new
+    # The header comes last, so that no place of a frame changes.
+    assert content.index(b"moov") > content.index(b"mdat")
+    for kind in (b"edts", b"trak", b"moov"):
+        place = content.index(kind) - 4
+        (size,) = struct.unpack_from(">I", content, place)
+        struct.pack_into(">I", content, place, size + len(new) - old)
+    path.write_bytes(content)
+    return path
+
+
 def grey_frames(depth: int = 8, height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
     """A smooth ramp that brightens from frame to frame: uint8 RGB [D, H, W, 3]."""
     start = np.random.default_rng(seed).integers(0, 40)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from dist_train.data.raw.intensity import Intensity, SetRange, StoreDtype, range
 from dist_train.data.raw.outline import LEAST, Box, OutlineColour, crop_to_outline, stack_planes
 from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.stack import GREY, LUMA, RGB, Choices, Stack, chosen_channels, stack_of
+from dist_train.data.raw.stored_picture import Pixels
 from dist_train.data.raw.video import VIDEO_SUFFIXES, Video
 from dist_train.data.raw.volume_file import OF_A_FILE, VOLUME_SUFFIXES, read_raw, too_large
 from dist_train.data.types import Record, Volume
@@ -30,6 +31,9 @@ LATER = (*("reader", "choices", "intensity", "black", "white", "store_dtype", "c
 
 # Raised whenever the same file and settings give other pixels.
 PIXELS_VERSION = 4
+# Raised whenever the record of the same file and settings gets other entries. A store is continued
+# and repaired with its own: 1 has no times between frames.
+RECORD_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class PrepareSettings:
         black, white: of each channel, found in the set; None if the rule needs none.
         store_dtype: type of the stored values.
         channel_names: of the store; all clips have as many.
+        record_version: ``RECORD_VERSION`` of the release that began the store.
     """
 
     roi: Literal["outline", "none"] = "outline"
@@ -67,6 +72,7 @@ class PrepareSettings:
     white: tuple[float, ...] | None = None
     store_dtype: StoreDtype = "uint8"
     channel_names: tuple[str, ...] = GREY
+    record_version: int = RECORD_VERSION
 
 
 # What to do with files in formats that are not read.
@@ -76,17 +82,15 @@ CONVERT = {
     "np.save(name, np.clip((a - LOW) * 255 / (HIGH - LOW), 0, 255).astype('uint8')), with the same "
     "LOW and HIGH for all files.",
     ".dcm": f"{_ARRAY}, as by pydicom's pixel_array.",
-    ".png": "It is one picture of a clip: put all of them into one multi-page TIFF, in order.",
+    ".jpg": "It is a single picture: let the table name the folder of a clip's pictures, or put "
+    "them into one multi-page TIFF, in order.",
     ".zip": "Unpack it, and list what is in it.",
 } | dict.fromkeys((".h5", ".hdf5", ".mat", ".mha", ".mhd", ".nrrd"), f"{_ARRAY}.")
 CONVERT |= {
     ".nii": CONVERT[".nii.gz"],
-    ".jpg": CONVERT[".png"],
-    ".jpeg": CONVERT[".png"],
-    ".bmp": CONVERT[".png"],
     ".gz": CONVERT[".zip"],
     ".tar": CONVERT[".zip"],
-}
+} | dict.fromkeys((".jpeg", ".bmp", ".pgm", ".ppm", ".pnm"), CONVERT[".jpg"])
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ class Values:
         channels: names of what is stored.
         bits, window: see ``Stack``.
         record: what its record says of the decoding.
+        is_deep: the file has more than 8 bits.
+        is_full: 0 and the largest value of the type are black and white already.
     """
 
     pixels: np.ndarray
@@ -106,6 +112,8 @@ class Values:
     bits: int | None
     window: tuple[float, float] | None
     record: Record
+    is_deep: bool = False
+    is_full: bool = False
 
 
 def read_clip(
@@ -211,7 +219,8 @@ def values_of(stack: Stack, settings: PrepareSettings) -> Values:
     if stack.interval is not None:
         record["interval"] = stack.interval
     names = GREY if chosen is None else tuple(stack.channels[n] for n in chosen)
-    return Values(np.stack(frames), names, stack.bits, stack.window, record)
+    is_deep = stack.dtype.itemsize > 1
+    return Values(np.stack(frames), names, stack.bits, stack.window, record, is_deep)
 
 
 def _channels_of(frame: np.ndarray, chosen: tuple[int, ...] | None) -> np.ndarray:
@@ -224,22 +233,40 @@ def _channels_of(frame: np.ndarray, chosen: tuple[int, ...] | None) -> np.ndarra
 
 
 def _of_video(path: Path, where: str, settings: PrepareSettings) -> Values:
-    video = Video(path, where, settings.bits)
+    chosen = chosen_channels(RGB, settings.choices.channels)
+    colours = "grey" if chosen is None else "rgb"
+    deep = "" if settings.store_dtype == "uint8" else "16"
+    video = Video(path, where, settings.bits, cast(Pixels, colours + deep))
     box = None
     if settings.roi == "outline":
         clip, found = crop_to_outline(video, settings.colour, settings.least_outline)
         box = list(astuple(found))
     else:
-        planes = [frame.luma for frame in video]
-        clip = stack_planes(planes, Box(0, 0, *planes[0].shape))
+        planes = [frame.part(slice(None), slice(None)) for frame in video]
+        clip = stack_planes(planes, Box(0, 0, *planes[0].shape[:2]))
     declared, damaged = video.frames_declared, video.frames_damaged
     if video.truncated or damaged:
         because = video.stopped_by
-        _refuse_faulty(video.frames_decoded, declared, damaged, because, settings)
-    record = {"frames_declared": declared, "box": box}
+        _refuse_faulty(video.frames_decoded, declared, damaged, because, settings, "video")
+    record: Record = {"frames_declared": declared, "box": box}
     if damaged:
         record["frames_damaged"] = damaged
-    return Values(clip, GREY, None, None, record)
+    if settings.record_version > 1:
+        record |= _timing(video)
+    if chosen is not None:
+        clip = np.ascontiguousarray(_channels_of(clip, chosen))
+    names = GREY if chosen is None else tuple(RGB[n] for n in chosen)
+    return Values(clip, names, None, None, record, video.is_deep, is_full=True)
+
+
+def _timing(video: Video) -> Record:
+    """The record's entries on the time between frames and the light of their values."""
+    record: Record = {"frame_rate": "variable"} if video.is_variable else {}
+    if video.interval is not None:
+        record["interval"] = video.interval
+    if video.transfer is not None:
+        record["transfer"] = video.transfer
+    return record
 
 
 def to_clip(values: Values, settings: PrepareSettings) -> tuple[Volume, Record]:
@@ -255,9 +282,12 @@ def to_clip(values: Values, settings: PrepareSettings) -> tuple[Volume, Record]:
             f"{len(names)} ({', '.join(names)})",
             fix="Choose the same channels in all files: --channels.",
         )
+    rule = settings.intensity
+    if values.is_full and rule.rule in ("auto", "bits"):
+        rule = Intensity("dtype")
     black, white = range_of(
         values.pixels,
-        settings.intensity,
+        rule,
         SetRange(settings.bits, settings.black, settings.white),
         channels=len(names),
         bits=values.bits,
@@ -268,7 +298,10 @@ def to_clip(values: Values, settings: PrepareSettings) -> tuple[Volume, Record]:
     if clip.ndim == 4 and values.channels == GREY:
         luma = clip @ np.array(LUMA, np.float32)
         clip = (luma if clip.dtype.kind == "f" else np.rint(luma)).astype(clip.dtype)
-    record = values.record | _remarks(clip)
+    if settings.record_version == 1:
+        # As the release wrote them that began the store.
+        return clip, values.record | (_few_levels(clip, 32) if values.is_deep else {})
+    record = values.record | _few_levels(clip, FEW_LEVELS) | _saturated(clip)
     if values.pixels.dtype != np.uint8 or settings.intensity != Intensity():
         record["intensity"] = [list(black), list(white)]
     if not_numbers:
@@ -276,31 +309,37 @@ def to_clip(values: Values, settings: PrepareSettings) -> tuple[Volume, Record]:
     return clip, record
 
 
-def _remarks(clip: np.ndarray) -> Record:
-    """The record's entries for a clip with few grey levels, or many pixels of the largest value."""
-    found: Record = {}
-    top = 1 if clip.dtype.kind == "f" else np.iinfo(clip.dtype).max
-    saturated = np.count_nonzero(clip == top) / clip.size
-    if saturated > MOST_SATURATED:
-        found["saturated"] = round(saturated, 4)
+def _few_levels(clip: np.ndarray, enough: int) -> Record:
+    """The record's entry for a clip with few grey levels."""
     pixels = clip.reshape(-1)
-    # Most clips have enough levels in a small part.
-    if len(np.unique(pixels[:: max(1, len(pixels) >> 12)])) < FEW_LEVELS:
-        levels = len(np.unique(pixels))
-        if levels < FEW_LEVELS:
-            found["grey_levels"] = levels
-    return found
+    # Most clips have enough in a small part.
+    if len(np.unique(pixels[:: max(1, len(pixels) >> 12)])) >= enough:
+        return {}
+    levels = len(np.unique(pixels))
+    return {"grey_levels": levels} if levels < enough else {}
+
+
+def _saturated(clip: np.ndarray) -> Record:
+    """The record's entry for a clip with many pixels of the largest value."""
+    top = 1 if clip.dtype.kind == "f" else np.iinfo(clip.dtype).max
+    share = np.count_nonzero(clip == top) / clip.size
+    return {"saturated": round(share, 4)} if share > MOST_SATURATED else {}
 
 
 def _refuse_faulty(
-    frames: int, declared: int, damaged: int, stopped_by: str | None, settings: PrepareSettings
+    frames: int,
+    declared: int,
+    damaged: int,
+    stopped_by: str | None,
+    settings: PrepareSettings,
+    kind: str = "clip",
 ) -> None:
     """Raise DecodeError for a truncated or damaged clip, unless the settings keep it."""
     if (frames < declared or stopped_by is not None) and settings.truncated == "reject":
         because = f": {stopped_by}" if stopped_by else ""
         of = f" of {declared} declared" if declared else ""
         raise DecodeError(
-            f"the video stops after {frames}{of} frames{because}",
+            f"the {kind} stops after {frames}{of} frames{because}",
             fix="Replace the file, or prepare with --truncated keep.",
         )
     if damaged and settings.damaged == "reject":

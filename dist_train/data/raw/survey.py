@@ -27,7 +27,7 @@ from dist_train.data.raw.frame import has_any_depth, unpacked
 from dist_train.data.raw.grey import depth_of
 from dist_train.data.raw.intensity import black_and_white, sample_of
 from dist_train.data.raw.source import LocalFolder, Source
-from dist_train.data.raw.stack import RGB
+from dist_train.data.raw.stack import RGB, chosen_channels
 from dist_train.data.raw.video import VIDEO_SUFFIXES
 from dist_train.errors import DecodeError, DistTrainError, StoreError
 from dist_train.files import open_plain
@@ -170,14 +170,17 @@ def _look_at(path: Path, name: str, where: str, part: Look, position: int) -> Se
     rule, by_set = settings.intensity, settings.intensity.over == "set"
     # The store's channels are not known yet.
     stack = open_stack(path, name, where, settings)
+    needs_names = settings.choices.channels not in ("auto", "grey")
     if stack is None:
+        chosen = chosen_channels(RGB, settings.choices.channels)
+        if chosen is not None:
+            return Seen(channels={number: tuple(RGB[n] for n in chosen)})
         if rule.rule == "percentile" and by_set and position in part.sampled:
             return _sampled(read_values(path, name, where, settings), number)
         return Seen(bits=video_bits(path) if by_set and settings.bits is None else None)
     seen = Seen()
     needs_bits = by_set and settings.bits is None and rule.needs_bits(stack.dtype)
     needs_values = by_set and rule.needs_percentiles(stack.dtype) and position in part.sampled
-    needs_names = settings.choices.channels not in ("auto", "grey")
     if needs_bits and stack.bits is not None:
         seen.bits, needs_bits = stack.bits, False
     if needs_bits or needs_values or (needs_names and number < PART):
@@ -223,7 +226,9 @@ def _may_matter(name: str, settings: PrepareSettings) -> bool:
     """Whether black, white or the channels of the set may depend on a file of this name."""
     reader, suffix = settings.reader, PurePosixPath(name.partition("::")[0]).suffix.lower()
     is_video = suffix in VIDEO_SUFFIXES and not (reader and reader.reads(name))
-    if settings.intensity.over == "clip" and settings.choices.channels in ("auto", "grey"):
+    if settings.choices.channels not in ("auto", "grey"):
+        return True
+    if settings.intensity.over == "clip":
         return is_video and suffix in DEEP_VIDEO and settings.bits is None
     if settings.intensity.rule == "percentile" or not is_video:
         return True

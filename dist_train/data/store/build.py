@@ -154,7 +154,9 @@ def prepare_npz(
         StoreError: the file is not of this form, or the folder belongs to other settings.
     """
     table, volumes = read_medmnist(path)
-    settings = survey_arrays(volumes, PrepareSettings(roi="none", shard_clips=shard_clips))
+    # Their records have nothing that came later.
+    given = PrepareSettings(roi="none", shard_clips=shard_clips, record_version=1)
+    settings = survey_arrays(volumes, given)
     job = _job(table, settings, npz=_digest(path))
     shards = job.shards(out)
     with write_lock(out, job):
@@ -233,6 +235,7 @@ def _plan(
             black=found.black,
             white=found.white,
             channel_names=found.channel_names,
+            record_version=found.record_version,
         )
     except StoreError:
         # A new folder, or one that ``write_lock`` will refuse.
@@ -245,6 +248,7 @@ def _job(table: pd.DataFrame, settings: PrepareSettings, **more: str) -> Job:
     default = PrepareSettings()
     # Stores of earlier versions have no such entries: without them the fingerprint stays.
     absent = {name for name in LATER if getattr(settings, name) == getattr(default, name)}
+    absent |= {"record_version"} if settings.record_version == 1 else set()
     entries = {name: value for name, value in asdict(settings).items() if name not in absent}
     return Job.of(table, pixels_version=PIXELS_VERSION, settings=entries, **more)
 

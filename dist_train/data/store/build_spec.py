@@ -163,7 +163,9 @@ def read_made_from(out: Path) -> dict[str, Any]:
 
 def settings_of(made_from: dict[str, Any]) -> PrepareSettings:
     """The settings of a store's ``made_from``."""
-    return TypeAdapter(PrepareSettings).validate_python(made_from["settings"])
+    # The first version of records has no number.
+    settings = {"record_version": 1} | made_from["settings"]
+    return TypeAdapter(PrepareSettings).validate_python(settings)
 
 
 def as_in(store: Path, settings: PrepareSettings) -> PrepareSettings:

@@ -17,6 +17,7 @@ from helpers import ROOT, dist_train, environment
 from lif_writer import image, write_lif
 from make_media import grey_frames, outlined_frames, write_video
 from nd2_writer import write_nd2
+from PIL import Image
 from pylibCZIrw import czi
 from zarr_writer import write_array
 
@@ -43,6 +44,10 @@ def sound_files(folder: Path) -> list[Path]:
         write_video(folder / "a.gif", grey, codec="gif", pix_fmt="rgb8"),
         write_video(folder / "mjpeg.avi", grey, codec="mjpeg", pix_fmt="yuvj420p"),
     ]
+    for suffix in ("png", "webp"):
+        first, *more = map(Image.fromarray, grey)
+        first.save(folder / f"a.{suffix}", save_all=True, append_images=more, duration=40)
+        files.append(folder / f"a.{suffix}")
     volume = np.random.default_rng(0).integers(0, 256, (6, 20, 24), np.uint8)
     np.save(folder / "v.npy", volume)
     np.savez_compressed(folder / "v.npz", volume)

@@ -57,7 +57,7 @@ def test_every_bad_file_is_rejected_with_its_reason(tmp_path: Path, raw: Path) -
         "no_header.mp4": "cannot be opened",
         "zero.npy": "cannot be read",
         "garbage.mp4": "cannot be opened",
-        "garbage.tif": "cannot be read",
+        "garbage.tif": "cannot be decoded .*not a TIFF file",
         "notes.txt": r"unknown kind of file '.txt'.*Known: .avi",
         "brain.nii.gz": r"unknown kind of file '.nii.gz'. Convert.*\.astype\('uint8'\)",
         "c.dcm": "unknown kind of file '.dcm'. Convert it .*pydicom.*Known",
