@@ -12,6 +12,7 @@ from dist_train.data.raw.formats import format_of
 from dist_train.data.raw.formats import suffixes as format_suffixes
 from dist_train.data.raw.outline import LEAST, Box, OutlineColour, crop_to_outline, stack_planes
 from dist_train.data.raw.outside_reader import OutsideReader
+from dist_train.data.raw.source import split_dataset
 from dist_train.data.raw.stack import LUMA, Choices, Stack, chosen_channels
 from dist_train.data.raw.video import VIDEO_SUFFIXES, Video
 from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, is_deep, read_raw, to_grey, too_large
@@ -114,7 +115,7 @@ def suffix_of(name: str) -> str:
 
 
 def _read(path: Path, name: str, where: str, settings: PrepareSettings) -> tuple[Volume, Record]:
-    name, _, dataset = name.partition("::")
+    name, dataset = split_dataset(name)
     suffix, reader = suffix_of(name), settings.reader
     form = format_of(name, path)
     if form is not None:

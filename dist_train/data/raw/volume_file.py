@@ -1,30 +1,24 @@
-"""Volume files -> uint8 [D, H, W]: TIFF stacks by tifffile, npy and npz without pickle."""
+"""Volumes in TIFF and NumPy's files, or in memory -> uint8 [D, H, W]."""
 
 from __future__ import annotations
 
-import errno
-import math
-import os
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
+from dist_train.data.raw.axes import axes_of_plain, stack_of
+from dist_train.data.raw.damage import reading
+from dist_train.data.raw.formats import npy
 from dist_train.data.raw.grey import to_8_bits
+from dist_train.data.raw.stack import Choices
 from dist_train.data.raw.tiff import read_tiff, tiff_values
 from dist_train.data.types import Volume
-from dist_train.errors import DecodeError, DistTrainError
-from dist_train.files import open_plain, reason_of
-from dist_train.system.advice import blame_machine
+from dist_train.errors import DecodeError
+from dist_train.files import open_plain
 
 _TIFF_SUFFIXES = {".tif", ".tiff"}
 VOLUME_SUFFIXES = {".npy", ".npz"} | _TIFF_SUFFIXES
-
-# Errors of the machine that a single file may cause.
-OF_A_FILE = {errno.EACCES, errno.EPERM, errno.ENOMEM}
 
 
 def read_raw(path: Path, where: object, suffix: str | None = None) -> np.ndarray:
@@ -38,19 +32,12 @@ def read_raw(path: Path, where: object, suffix: str | None = None) -> np.ndarray
     """
     suffix = (path.suffix if suffix is None else suffix).lower()
     try:
-        with open_plain(path) as file:
-            if suffix in _TIFF_SUFFIXES:
-                return read_tiff(file, where)
-            with _npy_inside(file) as (member, size):
-                return _as_stack(read_npy(member, size))
-    except DistTrainError:
-        raise
+        if suffix not in _TIFF_SUFFIXES:
+            return np.stack(list(npy.read(path, where, Choices()).frames))
+        with reading(where), open_plain(path) as file:
+            return read_tiff(file, where)
     except MemoryError:
         raise too_large(where) from None
-    # On damaged bytes the parsers raise anything: struct, zlib, zipfile, index and type errors.
-    except Exception as error:
-        blame_machine(error, where, but=OF_A_FILE)
-        raise DecodeError(f"cannot be read ({reason_of(error)})", where=where) from None
 
 
 def values_of(path: Path, suffix: str) -> tuple[np.dtype[Any] | None, int | None]:
@@ -58,24 +45,24 @@ def values_of(path: Path, suffix: str) -> tuple[np.dtype[Any] | None, int | None
 
     Raises what the parsers raise on damaged bytes.
     """
+    if suffix not in _TIFF_SUFFIXES:
+        return npy.npy_dtype(path), None
     with open_plain(path) as file:
-        if suffix in _TIFF_SUFFIXES:
-            return tiff_values(file)
-        with _npy_inside(file) as (member, _):
-            return _npy_header(member)[1], None
+        return tiff_values(file)
 
 
 def to_uint8_volume(array: np.ndarray, where: object, bits: int | None = None) -> Volume:
     """Bring an array without metadata to uint8 [D, H, W].
 
-    A last axis of 3 or 4 is colour in a single picture and in more than three axes; a last axis of
-    1 after three others is dropped. A picture is a volume of depth 1.
+    Its axes are those of ``axes_of_plain``.
 
     Raises:
         DecodeError: see ``to_grey``.
     """
     try:
-        return to_grey(_as_stack(array), bits)
+        axes, channels = axes_of_plain(array.shape, Choices())
+        stack = stack_of(array, axes, Choices(), array.dtype, channels=channels)
+        return to_grey(np.stack(list(stack.frames)), bits)
     except DecodeError as error:
         raise DecodeError(error.what, where=where, fix=error.fix) from None
 
@@ -116,56 +103,3 @@ def too_large(where: object) -> DecodeError:
         where=where,
         fix="Cut it into shorter clips, or prepare anew with a larger --clip-memory.",
     )
-
-
-def read_npy(file: IO[bytes], size: int) -> np.ndarray:
-    """Read the one array in a file of NumPy's format (NEP 1).
-
-    Memory is taken only after the header was compared with ``size``.
-
-    Args:
-        file: at its start, and able to go back there.
-        size: number of bytes in ``file``.
-    """
-    shape, dtype = _npy_header(file)
-    declared, held = math.prod(shape) * dtype.itemsize, size - file.tell()
-    # A second np.save to the same file would leave more.
-    if declared != held and not dtype.hasobject:
-        raise ValueError(f"declares {declared} bytes of values, holds {held}")
-    file.seek(0)
-    return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
-
-
-def _as_stack(array: np.ndarray) -> np.ndarray:
-    if array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4)):
-        array = array[None]
-    return array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
-
-
-@contextmanager
-def _npy_inside(file: IO[bytes]) -> Iterator[tuple[IO[bytes], int]]:
-    """Give an npy file, or the only one in an npz archive, and its size in bytes."""
-    is_zip = file.read(2) == b"PK"
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if not is_zip:
-        yield file, size
-        return
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-        if len(members) != 1:
-            raise ValueError(f"holds {len(members)} arrays, one is needed")
-        with archive.open(members[0]) as member:
-            yield member, members[0].file_size
-
-
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    elif version == (2, 0):
-        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-    else:
-        # Only structured arrays with field names beyond Latin-1 need a later one.
-        raise ValueError(f"version {version[0]}.{version[1]} of the npy format")
-    return shape, dtype
