@@ -16,7 +16,6 @@ from dist_train.data.raw.clip import FEW_LEVELS, MOST_SATURATED
 from dist_train.data.raw.formats import suffixes as format_suffixes
 from dist_train.data.raw.outline import LEAST, Box, OutlineColour, find_outline
 from dist_train.data.raw.video import Video
-from dist_train.data.raw.volume_file import VOLUME_SUFFIXES
 from dist_train.data.store.index import read_index
 from dist_train.data.store.reader import INDEX, SHARDS, Store
 from dist_train.data.types import CLASSES
@@ -144,7 +143,7 @@ def find_boxes(
         DecodeError: the video cannot be decoded.
         RoiError: the file is a volume.
     """
-    if path.name.lower().endswith((*VOLUME_SUFFIXES, *format_suffixes())):
+    if path.name.lower().endswith(format_suffixes()):
         raise RoiError(
             "a volume has no coloured outline", where=path, fix="Prepare it with --roi none."
         )

@@ -13,7 +13,6 @@ import pandas as pd
 from dist_train.data.raw.clip import CONVERT, suffix_of
 from dist_train.data.raw.formats import suffixes as format_suffixes
 from dist_train.data.raw.video import VIDEO_SUFFIXES
-from dist_train.data.raw.volume_file import VOLUME_SUFFIXES
 from dist_train.data.table.manifest import Manifest, check_text, make_manifest
 from dist_train.errors import ManifestError
 
@@ -44,7 +43,7 @@ def manifest_from_folders(
                 where=folder,
                 fix=f"Did you mean '{near[0]}'?" if near else f"There are: {', '.join(classes)}.",
             )
-    read = (*VIDEO_SUFFIXES, *VOLUME_SUFFIXES, *format_suffixes(), *suffixes)
+    read = (*VIDEO_SUFFIXES, *format_suffixes(), *suffixes)
     clips: dict[str, list[str]] = {name: [] for name in classes}
     left = [path.name for path in folder.iterdir() if _seen(path.name) and not path.is_dir()]
     for name in classes:

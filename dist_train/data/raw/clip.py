@@ -10,15 +10,17 @@ from typing import Literal, cast
 
 import numpy as np
 
+from dist_train.data.raw.axes import plain_stack
+from dist_train.data.raw.damage import OF_A_FILE, too_large
 from dist_train.data.raw.formats import format_of
 from dist_train.data.raw.formats import suffixes as format_suffixes
 from dist_train.data.raw.intensity import Intensity, SetRange, StoreDtype, range_of, to_stored
 from dist_train.data.raw.outline import LEAST, Box, OutlineColour, crop_to_outline, stack_planes
 from dist_train.data.raw.outside_reader import OutsideReader
-from dist_train.data.raw.stack import GREY, LUMA, RGB, Choices, Stack, chosen_channels, stack_of
+from dist_train.data.raw.source import split_dataset
+from dist_train.data.raw.stack import GREY, LUMA, RGB, Choices, Stack, chosen_channels
 from dist_train.data.raw.stored_picture import Pixels
 from dist_train.data.raw.video import VIDEO_SUFFIXES, Video
-from dist_train.data.raw.volume_file import OF_A_FILE, VOLUME_SUFFIXES, read_raw, too_large
 from dist_train.data.types import Record, Volume
 from dist_train.errors import DecodeError, DistTrainError, RoiError
 from dist_train.system.advice import blame_machine
@@ -169,18 +171,16 @@ def open_stack(path: Path, name: str, where: str, settings: PrepareSettings) -> 
 
     Raises what decoders raise.
     """
-    name, _, dataset = name.partition("::")
+    name, dataset = split_dataset(name)
     suffix, reader = suffix_of(name), settings.reader
     if reader is not None and reader.reads(name):
-        return stack_of(reader.read(path))
+        return plain_stack(reader.read(path))
     form = format_of(name, path)
     if form is not None:
         return form.read(path, where, replace(settings.choices, dataset=dataset or None))
-    if suffix in VOLUME_SUFFIXES:
-        return stack_of(read_raw(path, where))
     if suffix in VIDEO_SUFFIXES:
         return None
-    own_suffixes = {*VIDEO_SUFFIXES, *VOLUME_SUFFIXES, *format_suffixes()}
+    own_suffixes = {*VIDEO_SUFFIXES, *format_suffixes()}
     known = " ".join(sorted({*own_suffixes, *suffixes_of(reader)}))
     raise DecodeError(
         f"unknown kind of file '{suffix}'",

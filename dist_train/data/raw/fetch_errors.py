@@ -32,6 +32,10 @@ class TooLargeError(Exception):
         super().__init__(f"it is larger than {most_bytes / 2**20:g} MiB")
 
 
+class FolderError(Exception):
+    """A folder is there, not a file."""
+
+
 class ShortFileError(Exception):
     """A file has another size than the server declared."""
 
@@ -60,6 +64,11 @@ def permanent_error(error: Exception, url: str, *, one_server: bool) -> DistTrai
         )
     if isinstance(error, TooLargeError):
         return of_one_file(str(error), "--fetch-mib sets the limit.")
+    if isinstance(error, FolderError):
+        return of_one_file(
+            "is a folder, and folders are read on a local disk only",
+            "Copy it there, or make one file of it.",
+        )
     if name == "TooManyRedirects":
         return of_one_file("its URL redirects without an end")
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -15,8 +15,8 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from dist_train.data.raw.chunks import PNG, PngChunks, png_chunks
+from dist_train.data.raw.damage import OF_A_FILE, too_large
 from dist_train.data.raw.stack import GREY, RGB, Choices
-from dist_train.data.raw.volume_file import OF_A_FILE, too_large
 from dist_train.errors import DecodeError, DistTrainError
 from dist_train.files import open_plain, reason_of
 from dist_train.system.advice import blame_machine

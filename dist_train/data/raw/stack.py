@@ -65,29 +65,6 @@ class Stack:
     stopped_by: str | None = None
 
 
-def stack_of(array: np.ndarray) -> Stack:
-    """The stack of an array without metadata.
-
-    A last axis of 3 or 4 is colour in a single picture and in more than three axes; a last axis of
-    1 after three others is dropped. A picture is a stack of one frame.
-
-    Raises:
-        DecodeError: the array has another shape, no values, or values that are no numbers.
-    """
-    if array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4)):
-        array = array[None]
-    if array.ndim == 4 and array.shape[-1] == 1:
-        array = array[..., 0]
-    is_colour = array.ndim == 4 and array.shape[-1] in (3, 4)
-    if not (array.ndim == 3 or is_colour) or 0 in array.shape:
-        raise DecodeError(f"has shape {list(array.shape)}, not [depth, height, width]")
-    if array.dtype.kind not in "buif":
-        raise DecodeError(f"holds {array.dtype} values", fix="Use integers, float or bool.")
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    names = (*RGB, ALPHA)[: array.shape[-1]] if is_colour else GREY
-    return Stack(array, array.dtype, len(array), names)
-
-
 def check_channels(channels: str) -> str:
     """Return the setting ``Choices.channels`` if it has a known form.
 

@@ -21,11 +21,11 @@ from dist_train.data.raw.container import (
     shown_frames,
     video_stream,
 )
+from dist_train.data.raw.damage import too_large
 from dist_train.data.raw.edit_list import check_edits
 from dist_train.data.raw.frame import Frame, read_frame
 from dist_train.data.raw.frame_times import interval_of
 from dist_train.data.raw.stored_picture import Pixels, stored_picture
-from dist_train.data.raw.volume_file import too_large
 from dist_train.errors import DecodeError
 from dist_train.files import open_plain, reason_of
 from dist_train.system.advice import ADVICE, blame_machine

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_train.data.raw.axes import plain_stack
 from dist_train.data.raw.clip import PrepareSettings, decoding, read_clip, to_clip, values_of
 from dist_train.data.raw.source import Source
-from dist_train.data.raw.stack import stack_of
 from dist_train.data.store.salvage import read_good
 from dist_train.data.store.shards import Shard, to_record, write_shard
 from dist_train.data.types import Record, Volume
@@ -106,6 +106,6 @@ def _read(task: Task, steps: Steps, position: int) -> tuple[Volume, Record]:
     name = task.rows[position]["filename"]
     if not isinstance(task.raw, Source):
         with decoding(name):
-            return to_clip(values_of(stack_of(task.raw[position]), task.settings), task.settings)
+            return to_clip(values_of(plain_stack(task.raw[position]), task.settings), task.settings)
     with task.raw.fetched(name) as path, steps.at(position):
         return read_clip(path, name, task.raw.where(name), task.settings)

@@ -77,9 +77,11 @@ class Manifest:
         fix = "Correct it, or say where the files are with --source."
         valid = urls.str.contains("://", regex=False)
         _check_values(table, "url", valid, "of the form s3://bucket/name", fix=fix)
-        if urls.duplicated().any():
-            row = int(urls.duplicated().argmax())
-            first = int((urls == urls.iloc[row]).argmax())
+        # One file may have several clips, by FILE::ARRAY.
+        clips = urls + "::" + self.table["filename"].str.partition("::")[2].to_numpy()
+        if clips.duplicated().any():
+            row = int(clips.duplicated().argmax())
+            first = int((clips == clips.iloc[row]).argmax())
             raise ManifestError(
                 f"{self.line(first)} and {self.line(row)} of the clip table have the same url, "
                 f"'{urls.iloc[row]}'",

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make_media import write_manifest
 
+from dist_train.data.raw.axes import plain_stack
 from dist_train.data.raw.clip import PrepareSettings, decoding, to_clip, values_of
 from dist_train.data.raw.intensity import Intensity, to_stored
-from dist_train.data.raw.stack import Choices, stack_of
+from dist_train.data.raw.stack import Choices
 from dist_train.data.store.build import prepare
 from dist_train.data.store.index import read_index
 from dist_train.data.store.reader import INDEX, Store
@@ -27,7 +28,7 @@ RAMP = np.arange(16 * 16 * 16, dtype=np.uint16).reshape(16, 16, 16)
 def stored(array: np.ndarray, **settings: Any) -> tuple[np.ndarray, dict[str, Any]]:
     given = PrepareSettings(roi="none", **settings)
     with decoding("x"):
-        return to_clip(values_of(stack_of(array), given), given)
+        return to_clip(values_of(plain_stack(array, given.choices), given), given)
 
 
 def of_set(folder: Path, arrays: list[np.ndarray], *options: object) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from pkgutil import iter_modules
 from typing import Protocol, cast
 
@@ -43,6 +43,18 @@ def formats() -> tuple[Format, ...]:
 
 def suffixes() -> tuple[str, ...]:
     return tuple(suffix for each in formats() for suffix in each.SUFFIXES)
+
+
+def may_be_folder(name: str) -> bool:
+    """Whether a clip of this name may be a folder: without a suffix, or with that of a format."""
+    ends = [end for each in formats() if hasattr(each, "reads_folder") for end in each.SUFFIXES]
+    return not PurePosixPath(name).suffix or name.lower().endswith(tuple(ends))
+
+
+def reads_folder(path: Path) -> bool:
+    """Whether a format reads a folder as one clip."""
+    folders = (each for each in formats() if hasattr(each, "reads_folder"))
+    return any(each.reads_folder(path) for each in folders)
 
 
 def format_of(name: str, path: Path) -> Format | None:

@@ -188,7 +188,10 @@ def test_names_without_an_order(tmp_path: Path, kind: str) -> None:
 def test_a_gap_in_the_numbers(tmp_path: Path) -> None:
     folder = written(tmp_path / "a", np.repeat(GREY, 3, axis=0), by_opencv, ".png")
     (folder / "frame4.png").unlink()
-    with pytest.raises(DecodeError, match=r"here: the clip stops after 8 of 9 declared frames: .*frame3.png and frame5.png"):
+    with pytest.raises(
+        DecodeError,
+        match=r"here: the clip stops after 8 of 9 declared frames: .*frame3.png and frame5.png",
+    ):
         read_clip(folder, "a", "here", WHOLE)
     clip, record = read_clip(folder, "a", "here", replace(WHOLE, truncated="keep"))
     assert (len(clip), record["frames_declared"]) == (8, 9)
