@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cut_files import read_cut_anywhere
+from cut_files import damage_is_named, read_cut_anywhere
 from make_media import read_volume
 
 from dist_train.data.raw.formats.czi import read
@@ -134,3 +134,4 @@ def test_cut_or_damaged_anywhere(tmp_path: Path, compression: str) -> None:
     path = write(tmp_path / "a.czi", hyperstack(VALUES[:1, :, :1]), compression)
     # The last byte fills up the metadata.
     assert read_cut_anywhere(path, VALUES[0, :, 0] >> 8, bits=16) <= 1
+    damage_is_named(path, "CZI")
