@@ -83,8 +83,9 @@ def _numbers(
     """Numbers of the frames in the file, in the order of the clip."""
     loops: Sequence[Mapping[str, int]] = form.loop_indices or ({},)
     frames = math.prod(size for axis, size in sizes.items() if axis in "TZ")
-    if len(loops) < frames or (depth and depth not in loops[0]):
-        raise DecodeError(f"declares {frames} frames, its loops {len(loops)}", fix=_SAVE)
+    declared = max(frames, form.attributes.sequenceCount if loops == ({},) else 0)
+    if len(loops) < declared or (depth and depth not in loops[0]):
+        raise DecodeError(f"declares {declared} frames, its loops {len(loops)}", fix=_SAVE)
     found = {
         place.get(depth or "", 0): number
         for number, place in enumerate(loops)

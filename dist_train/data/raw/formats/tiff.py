@@ -154,7 +154,10 @@ def _one_stack(
     }
     if choices.series is None and len(alike) == 1 and all(_count(one) == 1 for one in series):
         return 0, series
-    names = [f"{one.axes} {list(one.shape)}" for one in series]
+    names = [
+        f"{f'{one.name} ' if one.kind == 'ome' else ''}{one.axes} {list(one.shape)}"
+        for one in series
+    ]
     number = chosen_series(names, choices.series)
     return number, series[number : number + 1]
 

@@ -112,6 +112,12 @@ def test_a_missing_frame(tmp_path: Path) -> None:
         read(path, path, Choices())
 
 
+def test_frames_without_loops(tmp_path: Path) -> None:
+    path = write_nd2(tmp_path / "a.nd2", VALUES[0, 0, ..., :1])
+    with pytest.raises(DecodeError, match="declares 4 frames, its loops 1"):
+        read(path, path, Choices())
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_cut_or_damaged_anywhere(tmp_path: Path, compressed: bool) -> None:
     frames = VALUES[0, 0, ..., :1]
