@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from make_media import read_volume
 
 from dist_train.errors import DecodeError
@@ -32,3 +33,13 @@ def read_cut_anywhere(path: Path, clip: np.ndarray, parts: int = 60, **choices: 
         read += 1
     path.write_bytes(content)
     return read
+
+
+def damage_is_named(path: Path, kind: str) -> None:
+    """Assert that an empty file and one of another kind are refused in words, not by an error."""
+    content = path.read_bytes()
+    for bytes_, said in ((b"", "is empty"), (b"%PDF-1.7" + content[8:], f"is no {kind} file")):
+        path.write_bytes(bytes_)
+        with pytest.raises(DecodeError, match=said):
+            read_volume(path)
+    path.write_bytes(content)

@@ -9,6 +9,8 @@ from typing import IO
 
 import numpy as np
 
+from dist_train.errors import DecodeError
+
 Frames = Generator[np.ndarray, None, None]
 
 
@@ -16,6 +18,23 @@ def holding(frames: Frames, opened: ExitStack) -> Frames:
     """Return ``frames``; what is open closes with them, also if nobody reads them."""
     weakref.finalize(frames, opened.pop_all().close)
     return frames
+
+
+def check_magic(file: IO[bytes], magic: bytes, kind: str) -> int:
+    """Return the size of a file in bytes, and go to its start.
+
+    Raises:
+        DecodeError: the file is empty, or does not begin with ``magic``.
+    """
+    size = file.seek(0, 2)
+    file.seek(0)
+    begins = file.read(len(magic))
+    file.seek(0)
+    if begins != magic:
+        raise DecodeError(
+            f"is no {kind} file" if size else "is empty", fix="Replace the file, or leave it out."
+        )
+    return size
 
 
 class OnlyFile:

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from dist_train.data.raw.open_frames import Frames, holding
+from dist_train.data.raw.open_frames import Frames, check_magic, holding
 from dist_train.data.raw.stack import GREY, RGB, Choices, Stack, chosen_depth, chosen_series
 from dist_train.data.raw.units import micrometres, names_of, seconds
 from dist_train.errors import DecodeError
@@ -53,7 +53,7 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
         czi = import_module("pylibCZIrw.czi")
 
         with open_plain(path) as file:
-            size = file.seek(0, 2)
+            size = check_magic(file, b"ZISRAWFILE", "CZI")
         form = opened.enter_context(czi.open_czi(str(path)))
         tiles = _tiles(form, size)
         scenes = sorted({tile.at.get("S", -1) for tile in tiles})

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from dist_train.data.raw.open_frames import Frames, OnlyFile, holding
+from dist_train.data.raw.open_frames import Frames, OnlyFile, check_magic, holding
 from dist_train.data.raw.stack import GREY, RGB, Choices, Stack, chosen_depth, chosen_series
 from dist_train.data.raw.units import micrometres, names_of, regular_interval, seconds
 from dist_train.errors import DecodeError
@@ -21,6 +21,7 @@ PACKAGES = ("liffile",)
 
 _SAVE = "Export it from LAS X as OME-TIFF."
 _DESCRIPTION = "./Data/Image/ImageDescription"
+_MAGIC = b"\x70\0\0\0"
 # Numbers of axes in the file, and of channels that are colours.
 _AXES = {"1": "X", "2": "Y", "3": "Z", "4": "T"}
 _RED, _BLUE = "1", "3"
@@ -36,10 +37,9 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
 
     with ExitStack() as opened:
         file = opened.enter_context(open_plain(path))
-        size = file.seek(0, 2)
-        file.seek(0)
+        size = check_magic(file, _MAGIC, "LIF")
         form = LifFile(cast(Any, OnlyFile(file)), squeeze=False)
-        # Other kinds of Leica's files consist of several.
+        # Other kinds of Leica's files consist of several, and name them.
         if form.type is not LifFileType.LIF:
             raise DecodeError(f"is no LIF file, but {form.type.name}", fix=_SAVE)
         images = list(form.images)

@@ -12,7 +12,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from dist_train.data.raw.open_frames import Frames, holding
+from dist_train.data.raw.open_frames import Frames, check_magic, holding
 from dist_train.data.raw.stack import GREY, RGB, Choices, Stack, chosen_depth, chosen_series
 from dist_train.data.raw.units import names_of, regular_interval
 from dist_train.errors import DecodeError
@@ -25,6 +25,9 @@ _SAVE = "Save it anew with NIS-Elements."
 # A chunk's header: magic, length of its name, length of its data. Frames have names of one length,
 # and data of a time stamp and pixels.
 _HEADER, _MAGIC, _NAME, _STAMP = struct.Struct("<IIQ"), 0x0ABECEDA, 4072, 8
+# Bytes at the end of the file that say where the list of chunks is.
+_END = 40
+_LEGACY = b"\0\0\0\x0c"
 
 
 def read(path: Path, where: object, choices: Choices) -> Stack:
@@ -38,9 +41,15 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
     with ExitStack() as opened, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = opened.enter_context(open_plain(path))
-        form: Any = opened.enter_context(nd2.ND2File(file))
-        if form.is_legacy:
+        if file.read(len(_LEGACY)) == _LEGACY:
             raise DecodeError("is an ND2 file of the form before 2010", fix=_SAVE)
+        size = check_magic(file, _MAGIC.to_bytes(4, "little"), "ND2")
+        file.seek(max(0, size - _END))
+        if not file.read().startswith(b"ND2 CHUNK MAP SIGNATURE"):
+            raise DecodeError(
+                "is cut short: its list of chunks is not there", fix="Replace the file."
+            )
+        form: Any = opened.enter_context(nd2.ND2File(file))
         sizes = {str(axis): int(size) for axis, size in form.sizes.items()}
         names = [f"position {number}" for number in range(sizes.pop("P", 1))]
         for loop in form.experiment:
@@ -49,7 +58,7 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
         position = chosen_series(names, choices.series)
         depth, plane = chosen_depth(sizes, choices)
         numbers = _numbers(form, {"P": position, "T": plane, "Z": plane}, sizes, depth)
-        _check_whole(file, form, numbers)
+        _check_whole(file, size, form, numbers)
         attributes = form.attributes
         bits = int(attributes.bitsPerComponentSignificant)
         volume = form.metadata.channels[0].volume
@@ -74,8 +83,9 @@ def _numbers(
     """Numbers of the frames in the file, in the order of the clip."""
     loops: Sequence[Mapping[str, int]] = form.loop_indices or ({},)
     frames = math.prod(size for axis, size in sizes.items() if axis in "TZ")
-    if len(loops) < frames or (depth and depth not in loops[0]):
-        raise DecodeError(f"declares {frames} frames, its loops {len(loops)}", fix=_SAVE)
+    declared = max(frames, form.attributes.sequenceCount if loops == ({},) else 0)
+    if len(loops) < declared or (depth and depth not in loops[0]):
+        raise DecodeError(f"declares {declared} frames, its loops {len(loops)}", fix=_SAVE)
     found = {
         place.get(depth or "", 0): number
         for number, place in enumerate(loops)
@@ -84,12 +94,11 @@ def _numbers(
     return [found[at] for at in range(sizes.get(depth or "", 1))]
 
 
-def _check_whole(file: IO[bytes], form: Any, numbers: Sequence[int]) -> None:
+def _check_whole(file: IO[bytes], size: int, form: Any, numbers: Sequence[int]) -> None:
     """Raise DecodeError unless the file has these frames: nd2 gives zeros for missing ones."""
     from nd2._parse._chunk_decode import get_chunkmap
 
     attributes = form.attributes
-    size = file.seek(0, 2)
     if attributes.tileWidthPx is not None:
         raise DecodeError("has frames of tiles", fix=_SAVE)
     kind = attributes.compressionType

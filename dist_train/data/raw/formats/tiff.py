@@ -6,15 +6,12 @@ incomplete, or one of a set, is refused.
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal
-from xml.etree import ElementTree
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,13 +25,19 @@ from dist_train.data.raw.stack import (
     chosen_depth,
     chosen_series,
 )
-from dist_train.data.raw.units import micrometres, names_of, regular_interval, seconds
+from dist_train.data.raw.tiff_checks import (
+    check_alone,
+    check_chain,
+    check_whole,
+    count_of,
+    grave_messages,
+)
+from dist_train.data.raw.tiff_metadata import bits_of, metadata_of
+from dist_train.data.raw.units import names_of
 from dist_train.errors import DecodeError
 from dist_train.files import open_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tifffile import TiffFile, TiffPage, TiffPageSeries
 
 SUFFIXES = (".tif", ".tiff")
@@ -43,17 +46,9 @@ PACKAGES = ("tifffile", "imagecodecs")
 # Axes without a meaning: images, and what tifffile cannot name.
 _UNNAMED = "IQ"
 _PLAIN = "Save it as one stack of grey or RGB pictures, with the axes ZYX or TYX."
-# Tags of sizes, colours, the places of the pixels, and descriptions.
-_NEEDED = {254, *range(256, 260), 262, 266, 270, 273, 274, *range(277, 280), 284, 317, 320}
-_NEEDED |= {*range(322, 326), 338, 339}
 # Photometric interpretations and compressions (TIFF 6.0).
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
-_UNCOMPRESSED, _JPEGS = 1, (6, 7)
-
-# tifffile's messages are judged here, and not shown.
-_LOG = logging.getLogger("tifffile")
-_LOG.propagate = False
-_LOG.addHandler(logging.NullHandler())
+_JPEGS = (6, 7)
 
 
 def read(path: Path, where: object, choices: Choices) -> Stack:
@@ -68,14 +63,14 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
     """
     from tifffile import TiffFile
 
-    with ExitStack() as opened, _grave_messages():
+    with ExitStack() as opened, grave_messages():
         file = opened.enter_context(open_plain(path))
         # OME-TIFF refers to its pages by the file's name.
         name = PurePath(str(where)).name
         tif = opened.enter_context(TiffFile(OnlyFile(file), name=name, _multifile=False))
         # First of all: tifffile follows some damaged chains of pages without an end.
-        _check_chain(tif)
-        _check_alone(tif)
+        check_chain(tif)
+        check_alone(tif)
         series = tif.series
         if not series:
             raise DecodeError("holds no picture")
@@ -83,10 +78,11 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
             raise DecodeError("its OME metadata do not fit its pages", fix=_PLAIN)
         number, chosen = _one_stack(series, choices)
         for one in chosen:
-            _check_whole(tif, one)
+            check_whole(tif, one)
         layouts = [_Layout.of(one, choices) for one in chosen]
         first = layouts[0]
-        meta = _metadata(tif, number, first)
+        frames = sum(len(one.places) for one in layouts)
+        meta = metadata_of(tif, number, first.page, first.depth, first.plane, frames)
         spacing = meta.spacing
         if _orientation(first.page) >= 5:
             spacing = (spacing[0], spacing[2], spacing[1])
@@ -94,16 +90,16 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
         return Stack(
             frames=holding(_frames(tif, layouts, signed), opened),
             dtype=np.dtype(np.int16) if signed else _dtype(first.page),
-            count=sum(len(one.places) for one in layouts),
+            count=frames,
             channels=_channels(first, meta.channels),
-            bits=_bits(tif, first.page, meta),
+            bits=bits_of(tif, first.page, meta),
             spacing=spacing,
             interval=meta.interval,
         )
 
 
 def _frames(tif: TiffFile, layouts: Sequence[_Layout], signed: bool) -> Frames:
-    with _grave_messages():
+    with grave_messages():
         for layout in layouts:
             pictures = _Pictures(tif, layout)
             for places in layout.places:
@@ -111,37 +107,6 @@ def _frames(tif: TiffFile, layouts: Sequence[_Layout], signed: bool) -> Frames:
                 frame = picture[0] if len(picture) == 1 else np.stack(picture, axis=-1)
                 frame = _upright(_positive(frame, layout.page), layout.page)
                 yield (frame.astype(np.int32) - 32768).astype(np.int16) if signed else frame
-
-
-@contextmanager
-def _grave_messages() -> Iterator[None]:
-    """Raise DecodeError at the end if tifffile told of something that it does not read as meant."""
-    messages = _GraveMessages()
-    _LOG.addHandler(messages)
-    try:
-        yield
-    finally:
-        _LOG.removeHandler(messages)
-    if messages.last:
-        raise DecodeError(
-            f"cannot be read as it is meant ({messages.last})",
-            fix="Replace the file, or save all of it anew as one stack.",
-        )
-
-
-class _GraveMessages(logging.Handler):
-    """Keeps the last message about a file that tifffile reads in part, or wrongly."""
-
-    last = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        if tag := re.search(r"TiffTag (\d+) ", text):
-            is_grave = "fromfile" in text and int(tag[1]) in _NEEDED
-        else:
-            is_grave = record.levelno >= logging.ERROR or " series " in text
-        if is_grave:
-            self.last = re.sub(r"^<tifffile\.\w+ .*?> ", "", text)
 
 
 def _one_stack(
@@ -152,17 +117,14 @@ def _one_stack(
         (one.get_shape(squeeze=True), one.dtype, one.keyframe.photometric, one.get_axes(True))
         for one in series
     }
-    if choices.series is None and len(alike) == 1 and all(_count(one) == 1 for one in series):
+    if choices.series is None and len(alike) == 1 and all(count_of(one) == 1 for one in series):
         return 0, series
-    names = [f"{one.axes} {list(one.shape)}" for one in series]
+    names = [
+        f"{f'{one.name} ' if one.kind == 'ome' else ''}{one.axes} {list(one.shape)}"
+        for one in series
+    ]
     number = chosen_series(names, choices.series)
     return number, series[number : number + 1]
-
-
-def _count(series: TiffPageSeries) -> int:
-    """Number of pictures."""
-    sizes = zip(series.axes, series.shape, strict=True)
-    return int(math.prod(size for axis, size in sizes if axis not in "YXS"))
 
 
 class _Layout:
@@ -320,186 +282,8 @@ def _upright(picture: np.ndarray, page: TiffPage) -> np.ndarray:
     return picture
 
 
-@dataclass(frozen=True)
-class _Metadata:
-    """What the metadata of a program say of a stack; see ``Stack``."""
-
-    channels: Sequence[str | None] = ()
-    spacing: tuple[float | None, float | None, float | None] = (None, None, None)
-    interval: float | None = None
-    bits: int | None = None
-
-
-def _metadata(tif: TiffFile, number: int, layout: _Layout) -> _Metadata:
-    if tif.is_ome:
-        found = _of_ome(tif, number, layout)
-    elif tif.is_imagej and tif.imagej_metadata:
-        found = _of_imagej(tif.imagej_metadata, layout.page)
-    elif tif.is_micromanager and tif.micromanager_metadata:
-        found = _of_micro_manager(tif.micromanager_metadata.get("Summary") or {})
-    else:
-        return _Metadata()
-    z, y, x = found.spacing
-    return replace(
-        found,
-        spacing=(z if layout.depth != "T" else None, y, x),
-        interval=found.interval if layout.depth != "Z" else None,
-    )
-
-
-def _of_ome(tif: TiffFile, number: int, layout: _Layout) -> _Metadata:
-    """Read the OME-XML of one image (OME schema 2016-06)."""
-    root = ElementTree.fromstring(tif.ome_metadata)
-    images = [pixels for image in root.findall("{*}Image") for pixels in image.findall("{*}Pixels")]
-    if len(images) != len(tif.series):
-        return _Metadata()
-    pixels = images[number]
-    z, y, x = (
-        micrometres(pixels.get(f"PhysicalSize{axis}"), pixels.get(f"PhysicalSize{axis}Unit", "µm"))
-        for axis in "ZYX"
-    )
-    channels = [c.get("Name") or c.get("Fluor") for c in pixels.findall("{*}Channel")]
-    stamps = {
-        int(plane.get("TheT", 0)): _time_stamp(plane)
-        for plane in pixels.findall("{*}Plane")
-        if int(plane.get("TheC", 0)) == 0 and int(plane.get("TheZ", 0)) == layout.plane
-    }
-    times = [stamps.get(t) for t in range(len(layout.places))]
-    known = [time for time in times if time is not None]
-    if layout.depth == "T" and len(known) == len(times):
-        interval = regular_interval(known)
-    else:
-        unit = pixels.get("TimeIncrementUnit", "s")
-        interval = seconds(pixels.get("TimeIncrement"), unit)
-    return _Metadata(channels, (z, y, x), interval)
-
-
-def _time_stamp(plane: ElementTree.Element) -> float | None:
-    """Time stamp of a plane in seconds, which may be 0 or less; None without one."""
-    time, one = plane.get("DeltaT"), seconds(1, plane.get("DeltaTUnit", "s"))
-    return None if time is None or one is None else float(time) * one
-
-
-def _of_imagej(said: dict[str, Any], page: TiffPage) -> _Metadata:
-    """Read ImageJ's description, as its ``ij.io.FileInfo`` and ``FileOpener`` have it."""
-    unit = str(said.get("unit", ""))
-    y, x = (_pixel_size(page.tags.valueof(f"{axis}Resolution"), unit) for axis in "YX")
-    interval = seconds(said.get("finterval"), str(said.get("tunit", "s")))
-    return _Metadata(spacing=(micrometres(said.get("spacing"), unit), y, x), interval=interval)
-
-
-def _pixel_size(resolution: tuple[int, int] | None, unit: str) -> float | None:
-    """Size of a pixel in µm, by the pixels a unit."""
-    return (
-        micrometres(resolution[1] / resolution[0], unit) if resolution and resolution[0] else None
-    )
-
-
-def _of_micro_manager(summary: dict[str, Any]) -> _Metadata:
-    """Read the summary of a Micro-Manager stack."""
-    size = micrometres(summary.get("PixelSize_um"), "µm")
-    names, bits = summary.get("ChNames"), summary.get("BitDepth")
-    return _Metadata(
-        [str(name) for name in names] if isinstance(names, list) else [],
-        (micrometres(summary.get("z-step_um"), "µm"), size, size),
-        seconds(summary.get("Interval_ms"), "ms"),
-        bits if isinstance(bits, int) else None,
-    )
-
-
-def _bits(tif: TiffFile, page: TiffPage, meta: _Metadata) -> int | None:
-    """Depth of the values by the metadata, None if it is 8 or 16 bits."""
-    declared = [page.bitspersample, meta.bits or 0]
-    if tif.ome_metadata:
-        declared += map(int, re.findall(r'\bSignificantBits="(\d{1,2})"', tif.ome_metadata))
-    return max((bits for bits in declared if 8 < bits < 16), default=None)
-
-
 def _is_signed(tif: TiffFile, page: TiffPage) -> bool:
     """Whether these are int16 values, which ImageJ stores as uint16, with a calibration."""
     said = tif.imagej_metadata or {}
     line = [said.get(name) for name in ("cf", "c0", "c1")]
     return page.dtype == np.uint16 and line == [0, -32768, 1]
-
-
-def _check_alone(tif: TiffFile) -> None:
-    if not tif.is_ome or not tif.ome_metadata:
-        return
-    text = tif.ome_metadata
-    files = set(re.findall(r"<(?:\w+:)?UUID\b[^>]*>\s*([^<]*?)\s*</", text))
-    if len(files) > 1 or re.search(r"<(?:\w+:)?BinaryOnly\b", text):
-        names = sorted(
-            {*re.findall(r'\b(?:FileName|MetadataFile)="([^"]*)"', text)} - {tif.filename}
-        )
-        others = f" with {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
-        raise DecodeError(
-            f"is one file of an OME set{others}, whose metadata are for all of them",
-            fix="Save the whole set as one stack.",
-        )
-
-
-def _check_whole(tif: TiffFile, series: TiffPageSeries) -> None:
-    """Raise DecodeError unless the file has all pixels that the series declares."""
-    size, frames = tif.filehandle.size, _count(series)
-    start, declared = series.dataoffset, _declared(tif, series)
-    if start is not None and start + series.nbytes > size:
-        held = max(0, size - start) // max(1, series.nbytes // max(1, frames))
-        raise _cut(f"{frames} frames are declared, {held} are there")
-    if declared > frames:
-        raise _cut(f"{declared} frames are declared, {frames} are there")
-    form, least = series.keyframe, 0
-    if form.compression == _UNCOMPRESSED and form.bitspersample == 8 * form.dtype.itemsize:
-        least = form.nbytes
-    for number, page in enumerate(series.pages if start is None else ()):
-        if page is None:
-            raise _cut(f"{frames} frames are declared, page {number} is not there")
-        ends = zip(page.dataoffsets, page.databytecounts, strict=True)
-        if any(count == 0 or offset + count > size for offset, count in ends) or (
-            sum(page.databytecounts) < least
-        ):
-            raise _cut(f"pixels of page {number} of {frames} are not there")
-
-
-def _declared(tif: TiffFile, series: TiffPageSeries) -> int:
-    """Number of frames by ImageJ's or tifffile's description, 0 without one."""
-    if tif.is_imagej and tif.imagej_metadata:
-        sizes = [tif.imagej_metadata.get(name, 1) for name in ("channels", "slices", "frames")]
-        return max(int(tif.imagej_metadata.get("images", 1)), int(math.prod(sizes)))
-    description = series.keyframe.shaped_description
-    if description is None:
-        return 0
-    from tifffile.tifffile import shaped_description_metadata
-
-    shape = shaped_description_metadata(description)["shape"]
-    return int(_count(series) * math.prod(shape) // max(1, series.size))
-
-
-def _check_chain(tif: TiffFile) -> None:
-    """Follow the chain of the pages' directories to its end.
-
-    tifffile takes a directory that it cannot read for the end of the chain.
-    """
-    form, size = tif.tiff, tif.filehandle.size
-    order: Literal["little", "big"] = "little" if form.byteorder == "<" else "big"
-    seen: set[int] = set()
-
-    def number(at: int, length: int) -> int:
-        if at + length > size:
-            raise _cut(f"page {len(seen)} is not there")
-        tif.filehandle.seek(at)
-        return int.from_bytes(tif.filehandle.read(length), order)
-
-    # The header of a classic TIFF has 8 bytes, that of a BigTIFF 16; the last ones are an offset.
-    at = number(form.offsetsize if form.offsetsize == 8 else 4, form.offsetsize)
-    while at and at not in seen:
-        if at < 8:
-            raise _cut(f"page {len(seen)} is not there")
-        tags = number(at, form.tagnosize)
-        seen.add(at)
-        at = number(at + form.tagnosize + tags * form.tagsize, form.offsetsize)
-    if len(tif.pages) < len(seen):
-        raise _cut(f"{len(seen)} pages are declared, {len(tif.pages)} can be read")
-
-
-def _cut(what: str) -> DecodeError:
-    return DecodeError(f"is cut short: {what}", fix="Replace the file.")

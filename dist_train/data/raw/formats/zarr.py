@@ -128,8 +128,11 @@ def _keys(path: Path) -> tuple[set[str], str]:
                     raise DecodeError("holds links to other files", fix="Copy it without links.")
             keys |= {Path(folder, name).relative_to(path).as_posix() for name in files}
         return keys, ""
-    with open_plain(path) as file, zipfile.ZipFile(file) as archive:
-        keys = {name for name in archive.namelist() if not name.endswith("/")}
+    with open_plain(path) as file:
+        if not zipfile.is_zipfile(file):
+            raise DecodeError("is no zip archive, or is cut short", fix="Replace the file.")
+        with zipfile.ZipFile(file) as archive:
+            keys = {name for name in archive.namelist() if not name.endswith("/")}
     tops = {PurePosixPath(name).parts[0] for name in keys}
     is_inside = len(tops) == 1 and not keys & set(_MARKS)
     return keys, tops.pop() if is_inside else ""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cut_files import read_cut_anywhere
+from cut_files import damage_is_named, read_cut_anywhere
 from make_media import read_volume
 
 from dist_train.data.raw.formats.czi import read
@@ -74,6 +74,21 @@ def test_another_library_sees_the_same(tmp_path: Path) -> None:
     np.testing.assert_array_equal(stack_of(path)[0], other)
 
 
+def test_metadata_of_zen(tmp_path: Path) -> None:
+    """The writer does not have them: they take the room of a long name."""
+    values = VALUES[:, :1, :1] >> 4
+    path = write(tmp_path / "a.czi", hyperstack(values), channel_names={0: "x" * 200})
+    content = path.read_bytes()
+    start, end = content.index(b"<Dimensions>"), content.index(b"</Dimensions>")
+    interval = "<Interval><Start>0</Start><Increment>0.5</Increment></Interval>"
+    said = f"<Dimensions><T><Positions>{interval}</Positions></T></Dimensions>"
+    said = f"<ComponentBitCount>12</ComponentBitCount>{said}<Dimensions>"
+    path.write_bytes(content[:start] + said.encode().ljust(end - start) + content[end:])
+    frames, stack = stack_of(path)
+    np.testing.assert_array_equal(frames, values[:, 0, 0])
+    assert (stack.interval, stack.bits) == (0.5, 12)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_types_of_values(tmp_path: Path, dtype: type) -> None:
     values = VALUES[:1, :, :1].astype(dtype)
@@ -134,3 +149,4 @@ def test_cut_or_damaged_anywhere(tmp_path: Path, compression: str) -> None:
     path = write(tmp_path / "a.czi", hyperstack(VALUES[:1, :, :1]), compression)
     # The last byte fills up the metadata.
     assert read_cut_anywhere(path, VALUES[0, :, 0] >> 8, bits=16) <= 1
+    damage_is_named(path, "CZI")

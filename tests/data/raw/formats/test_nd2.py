@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import lzma
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cut_files import read_cut_anywhere
+from cut_files import damage_is_named, read_cut_anywhere
 from make_media import read_volume
 from nd2_writer import write_nd2
 
@@ -15,6 +16,7 @@ from dist_train.data.raw.formats.nd2 import read
 from dist_train.data.raw.stack import RGB, Choices, Stack
 from dist_train.errors import DecodeError
 
+SAMPLES = Path(__file__).parent / "samples"
 VALUES = np.random.default_rng(0).integers(0, 1 << 12, (2, 3, 4, 5, 6, 2), np.uint16)
 LOOPS = [("T", 2), ("P", 3), ("Z", 4)]
 
@@ -84,6 +86,24 @@ def test_colour_is_stored_blue_first(tmp_path: Path) -> None:
     assert stack.channels == RGB
 
 
+def test_a_file_of_nis_elements(tmp_path: Path) -> None:
+    """Names, sizes and times are those that Bio-Formats gives for it, as PIMS's own tests say."""
+    content = lzma.decompress((SAMPLES / "cluster.nd2.xz").read_bytes())
+    path = tmp_path / "cluster.nd2"
+    path.write_bytes(content)
+    frames, stack = stack_of(path, depth_axis="Z", plane=1)
+    assert stack.channels == ("5-FAM/pH 9.0", "FM 4-64/2% CHAPS")
+    assert (frames.shape, stack.bits) == ((10, 31, 38, 2), 12)
+    assert stack.spacing == pytest.approx((0.5, 0.167808983, 0.167808983))
+    # The pixels follow the chunk's header of 4096 bytes with a time stamp of 8 at its end.
+    for z in range(10):
+        at = content.index(b"ImageDataSeq|%d!" % (10 + z)) - 16 + 4096
+        raw = np.frombuffer(content, "<u2", 31 * 38 * 2, at).reshape(31, 38, 2)
+        np.testing.assert_array_equal(frames[z], raw)
+    _, stack = stack_of(path, depth_axis="T", plane=0)
+    assert stack.interval == pytest.approx((21.740178 - 0.445083) / 2, rel=1e-3)
+
+
 def test_a_missing_frame(tmp_path: Path) -> None:
     """nd2 gives zeros."""
     frames = VALUES[0, 0, ..., :1]
@@ -92,8 +112,15 @@ def test_a_missing_frame(tmp_path: Path) -> None:
         read(path, path, Choices())
 
 
+def test_frames_without_loops(tmp_path: Path) -> None:
+    path = write_nd2(tmp_path / "a.nd2", VALUES[0, 0, ..., :1])
+    with pytest.raises(DecodeError, match="declares 4 frames, its loops 1"):
+        read(path, path, Choices())
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_cut_or_damaged_anywhere(tmp_path: Path, compressed: bool) -> None:
     frames = VALUES[0, 0, ..., :1]
     path = write_nd2(tmp_path / "a.nd2", frames, [("Z", 4)], compressed=compressed)
     assert read_cut_anywhere(path, frames[..., 0] >> 4, bits=12) == 0
+    damage_is_named(path, "ND2")

@@ -379,11 +379,31 @@ def test_series_of_ome(tmp_path: Path) -> None:
             metadata = {"axes": "ZYX", "Name": name, "PhysicalSizeZ": number + 1}
             tif.write(stack, subifds=1, metadata=metadata, **how)
             tif.write(stack[:, ::2, ::2], subfiletype=1, **how)
-    with pytest.raises(DecodeError, match="holds 2 series of pictures"):
+    with pytest.raises(DecodeError, match=r"holds 2 series of pictures \(0 first ZYX \["):
         read(tmp_path / "a.tif", "a", Choices())
     frames, stack = stack_of(tmp_path / "a.tif", series=1)
     np.testing.assert_array_equal(frames, STACK + np.uint8(1))
     assert stack.spacing[0] == 2
+
+
+@pytest.mark.parametrize("how", ["ome", "imagej"])
+def test_stacks_of_colour(tmp_path: Path, how: str) -> None:
+    colours = np.random.default_rng(2).integers(0, 256, (4, 6, 7, 3), dtype=np.uint8)
+    metadata = {"axes": "TYXS"}
+    imwrite(tmp_path / "a.tif", colours, photometric="rgb", metadata=metadata, **{how: True})
+    frames, stack = stack_of(tmp_path / "a.tif")
+    np.testing.assert_array_equal(frames, colours)
+    assert stack.channels == ("red", "green", "blue")
+
+
+def test_planes_that_ome_declares_and_are_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.ome.tif"
+    imwrite(path, STACK, ome=True, metadata={"axes": "TYX"}, **GREY)
+    said = tifffile.tiffcomment(path)
+    for before, after in (('SizeT="6"', 'SizeT="7"'), ('PlaneCount="6"', 'PlaneCount="7"')):
+        tifffile.tiffcomment(path, said := said.replace(before, after))
+        with pytest.raises(DecodeError, match=r"is cut short|as it is meant"):
+            stack_of(path)
 
 
 def test_hyperstacks_of_imagej(tmp_path: Path) -> None:
