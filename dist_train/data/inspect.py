@@ -37,6 +37,7 @@ def describe_store(store: Store) -> list[Table]:
     rejected = sum(store.info["rejected"].values())
     metadata = Table.grid(padding=(0, 2))
     metadata.add_row("shards", f"{store.info['shards']}, {size / 2**20:.1f} MiB")
+    metadata.add_row("channels", f"{', '.join(store.channels)} ({store.dtype})")
     metadata.add_row("rejected", f"{rejected}" + (" (see rejected.csv)" if rejected else ""))
     metadata.add_row("fingerprint", store.fingerprint)
     return [_counts(clips, str(store.folder)), _shapes(clips), _depths(clips), metadata]

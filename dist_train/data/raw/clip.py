@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -12,8 +13,8 @@ from dist_train.data.raw.outline import LEAST, Box, OutlineColour, crop_to_outli
 from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.video import VIDEO_SUFFIXES, Video
 from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, is_deep, read_raw, to_grey, too_large
-from dist_train.data.types import Record, Volume
-from dist_train.errors import DecodeError, DistTrainError, RoiError
+from dist_train.data.types import GREY, DtypeName, Record, Volume
+from dist_train.errors import ConfigError, DecodeError, DistTrainError, RoiError
 
 # Fewer grey levels in a clip of more than 8 bits are reported: --bits may be wrong.
 FEW_LEVELS = 32
@@ -34,6 +35,8 @@ class PrepareSettings:
         bits: bits in use in the 16-bit values of all files. If None, such files are rejected.
         least_outline: least height and width of an outline in pixels.
         reader: reads the files of its suffixes, before all other readers.
+        store_dtype: dtype of the stored clips; uint16 and float16 stand for 0 to 1, as uint8 does.
+        channel_names: names of the channels of the stored clips.
     """
 
     roi: Literal["outline", "none"] = "outline"
@@ -46,6 +49,17 @@ class PrepareSettings:
     bits: int | None = None
     least_outline: int = LEAST
     reader: OutsideReader | None = None
+    store_dtype: DtypeName = "uint8"
+    channel_names: tuple[str, ...] = GREY
+
+    def __post_init__(self) -> None:
+        check_names(self.channel_names)
+
+
+def check_names(channels: Sequence[str]) -> None:
+    """Raise ConfigError unless these are names of channels: not empty, and each once."""
+    if not channels or len(set(channels)) < len(channels) or not all(map(str.strip, channels)):
+        raise ConfigError(f"channels are {list(channels)}", fix="Give each a name of its own.")
 
 
 # What to do with files in formats that are not read.

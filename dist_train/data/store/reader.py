@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +21,8 @@ from pydantic import (
 )
 
 from dist_train.data.store.index import check_index, digest_of, read_index
-from dist_train.data.store.shards import REPAIR, shard_name
-from dist_train.data.types import Volume
+from dist_train.data.store.shards import REPAIR, Form, form_of, form_text, shard_name
+from dist_train.data.types import DTYPES, GREY, DtypeName, Volume
 from dist_train.errors import FileError, StoreError
 from dist_train.files import crc32c, is_sealed, plain_descriptor, read_json
 from dist_train.system.advice import blame_machine, open_files
@@ -33,6 +34,7 @@ SHARDS = "shards"
 REJECTED = "rejected.csv"
 MANIFEST = "manifest.csv"
 MOST_MARKER = 1 << 20
+Name = Annotated[str, StringConstraints(min_length=1)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 # Most shards that are kept open: a large store has more of them than a process may open files.
@@ -54,6 +56,8 @@ class Store:
             ``height``, ``width``, ``shard``, ``offset``, ``crc32c``. The position of a row is the
             number of the clip.
         info: the content of ``store.json``.
+        channels: names of the channels of all clips.
+        dtype: dtype of all clips: uint8, uint16 or float16.
 
     Raises:
         StoreError: there is no store, or it is not finished, or its index is damaged.
@@ -63,8 +67,11 @@ class Store:
         self.folder = folder
         self.info = read_marker(folder)
         check_index(folder / INDEX, self.info["index_crc32c"])
+        self.channels: tuple[str, ...] = tuple(self.info.get("channels", GREY))
+        self.dtype = DTYPES[self.info.get("dtype", "uint8")]
+        form = self.dtype, len(self.channels)
         try:
-            self.table = _read_table(folder / INDEX, self.info["clips"], self.info["shards"])
+            self.table = _read_table(folder / INDEX, self.info["clips"], self.info["shards"], form)
         except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise StoreError(
                 f"the index is not that of the store ({error})",
@@ -92,24 +99,26 @@ class Store:
         )
 
     def read(self, clip: int) -> Volume:
-        """Return the native crop of clip number ``clip``: uint8 [D, H, W], by one ``pread``.
+        """Return the native crop of clip number ``clip``, by one ``pread``: of ``dtype`` and
+        ``shape``.
 
         Raises:
             StoreError: there is no such clip, or its shard is missing or damaged.
             MachineError: too many files are open, or the disk fails.
         """
         self._check(clip)
-        pixels = np.empty(self._shape[clip], dtype=np.uint8)
+        pixels = np.empty(self.shape(clip), self.dtype)
         self.read_into(pixels, clip)
         return pixels
 
     def read_into(self, out: Volume, clip: int) -> None:
-        """Read a clip into ``out``: uint8, C order, as many pixels as the clip has."""
+        """Read a clip into ``out``: of ``dtype``, C order, as many values as the clip has."""
         self._check(clip)
-        if out.dtype != np.uint8 or not out.flags.c_contiguous or out.size != self._length(clip):
+        length = math.prod(self.shape(clip))
+        if out.dtype != self.dtype or not out.flags.c_contiguous or out.size != length:
             raise StoreError(
                 f"clip {clip} is not to be read into {out.dtype} {list(out.shape)}: it has "
-                f"{self._length(clip)} pixels, uint8 in C order",
+                f"{length} pixels, {self.dtype} in C order",
                 where=self.folder,
             )
         try:
@@ -119,8 +128,33 @@ class Store:
             raise self._damage(clip, error.strerror or str(error)) from None
         except FileError as error:
             raise self._damage(clip, error.what) from None
-        if read != out.size or crc32c(out) != self._crc32c[clip]:
+        if read != out.nbytes or crc32c(out) != self._crc32c[clip]:
             raise self._damage(clip, "the bytes are not those that were stored")
+
+    @cached_property
+    def sampling(self) -> tuple[np.ndarray, np.ndarray]:
+        """Spacing of voxels in um, z, y, x, and seconds between frames, NaN where unknown:
+        float64 [clips, 3] and [clips].
+
+        They are read from the index, which takes seconds for a large store.
+
+        Raises:
+            StoreError: the index cannot be read, or a clip's record is not valid.
+        """
+        spacing = np.full((len(self.table), 3), np.nan)
+        interval = np.full(len(self.table), np.nan)
+        for number, (key, record) in enumerate(read_index(self.folder / INDEX)):
+            try:
+                spacing[number] = record.get("spacing") or np.nan
+                interval[number] = record.get("interval") or np.nan
+                if (spacing[number] <= 0).any() or interval[number] <= 0:
+                    raise ValueError("it is not above 0")
+            except (TypeError, ValueError) as error:
+                raise StoreError(
+                    f"clip '{key}' has no valid spacing or interval ({error})",
+                    where=self.folder / INDEX,
+                ) from None
+        return spacing, interval
 
     def clip_of(self, key: str) -> int:
         """Return the number of the clip with this key."""
@@ -136,8 +170,10 @@ class Store:
                 f"holds no clip {clip}; they are 0 to {len(self.table) - 1}", where=self.folder
             )
 
-    def _length(self, clip: int) -> int:
-        return int(self._shape[clip].prod())
+    def shape(self, clip: int) -> tuple[int, ...]:
+        """[D, H, W], or [D, H, W, C] with several channels."""
+        channels = len(self.channels)
+        return (*self._shape[clip].tolist(), *([channels] if channels > 1 else ()))
 
     def _descriptor(self, clip: int) -> int:
         shard = int(self._shard[clip])
@@ -175,10 +211,12 @@ class Store:
             os.close(descriptor)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_descriptors": {}}
+        state = self.__dict__ | {"_descriptors": {}}
+        state.pop("sampling", None)
+        return state
 
 
-def _read_table(index: Path, clips: int, shards: int) -> pd.DataFrame:
+def _read_table(index: Path, clips: int, shards: int, form: Form) -> pd.DataFrame:
     """Read ``Store.table``, and check that its values have the right types and bounds.
 
     Raises:
@@ -186,7 +224,9 @@ def _read_table(index: Path, clips: int, shards: int) -> pd.DataFrame:
     """
     rows = []
     for key, record in read_index(index):
-        frames, height, width = record["shape"]
+        frames, height, width, *_ = record["shape"]
+        if form_of(record) != form:
+            raise ValueError(f"a clip is {form_text(form_of(record))}, not {form_text(form)}")
         rows.append(
             {"key": key, "frames": frames, "height": height, "width": width}
             | {name: record[name] for name in (*COLUMNS, "shard", "offset", "crc32c")}
@@ -272,3 +312,5 @@ class _Marker(BaseModel):
     rejected: dict[Literal["-1", "0", "1"], NonNegativeInt]
     index_crc32c: Annotated[int, Field(ge=0, lt=1 << 32)]
     content: Digest | None = None
+    channels: Annotated[list[Name], Field(min_length=1)] = list(GREY)
+    dtype: DtypeName = "uint8"

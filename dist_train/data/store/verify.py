@@ -18,7 +18,7 @@ from dist_train.data.store.index import content_digest, index_checksum, look_up
 from dist_train.data.store.reader import INDEX, MARKER, REJECTED, SHARDS, read_marker
 from dist_train.data.store.rejects import gather_rejects, read_rejects, rejects_csv
 from dist_train.data.store.salvage import good_clips
-from dist_train.data.store.shards import Shard, archive_size, around_pixels
+from dist_train.data.store.shards import Form, Shard, archive_size, around_pixels
 from dist_train.data.types import Record
 from dist_train.errors import StoreError
 from dist_train.progress import Progress
@@ -62,7 +62,7 @@ def verify(
     if marker is not None and index is None:
         faults.append(Fault(folder / INDEX, "is not the index that was written"))
     done, total = 0, len(job.table)
-    checks = ((shard, job.rows(shard), index) for shard in shards)
+    checks = ((shard, job.rows(shard), job.form, index) for shard in shards)
     for rows, found in each_done(check_shard, checks, workers):
         faults += found
         done += rows
@@ -112,13 +112,16 @@ def _check_summaries(
         yield Fault(folder / MARKER, "does not say what the store holds")
 
 
-def check_shard(check: tuple[Shard, Sequence[Record], Path | None]) -> tuple[int, list[Fault]]:
+def check_shard(
+    check: tuple[Shard, Sequence[Record], Form, Path | None],
+) -> tuple[int, list[Fault]]:
     """Return the number of a shard's rows, and its faults.
 
     Args:
-        check: the shard, its rows of the manifest, and the index if that is sound.
+        check: the shard, its rows of the manifest, the form of its clips, and the index if that is
+            sound.
     """
-    shard, rows, index_path = check
+    shard, rows, form, index_path = check
     if not shard.path.is_file():
         return len(rows), [Fault(shard.path, "the shard is missing", shard.number)]
     try:
@@ -131,7 +134,7 @@ def check_shard(check: tuple[Shard, Sequence[Record], Path | None]) -> tuple[int
         what = "the list names files that are not of this shard"
         return len(rows), [Fault(shard.rejects_path, what, shard.number)]
     index = None if index_path is None else look_up(index_path, [row["key"] for row in rows])
-    good = good_clips(shard.path, rows, index)
+    good = good_clips(shard.path, rows, form, index)
     names = set(rejects["file"])
     expected = {row["key"]: i for i, row in enumerate(rows) if row["filename"] not in names}
     found = [f"clip '{k}' is missing or damaged" for k, i in expected.items() if i not in good]
