@@ -32,11 +32,12 @@ def legend(channels: Sequence[str]) -> str:
     """Which channels the colours of a picture are, as "dapi red, gfp green"; empty if that is
     plain."""
     shown = _shown(channels)
-    if len(channels) == 1 or tuple(name.lower() for name in channels) == RGB:
-        return ""
-    pairs = [f"{name} {colour}" for name, colour in zip(shown, RGB, strict=False)]
-    left_out = len(channels) - len(shown)
-    return ", ".join(pairs) + (f", {left_out} more not shown" if left_out else "")
+    told = [f"{name} {colour}" for name, colour in zip(shown, RGB, strict=False)]
+    if len(channels) == 1 or tuple(name.lower() for name in shown) == RGB:
+        told = []
+    if len(channels) > len(shown):
+        told.append(f"{len(channels) - len(shown)} more not shown")
+    return ", ".join(told)
 
 
 def _shown(channels: Sequence[str]) -> list[str]:

@@ -21,6 +21,8 @@ from dist_train.evaluation.exported import load_exported
 from dist_train.run.record import open_run
 from dist_train.training.train import train
 
+pytestmark = pytest.mark.slow
+
 TWO = ("dapi", "gfp")
 # Positives and negatives of each split.
 SPLITS = {"train": (12, 36), "val": (8, 12), "test": (2, 3)}
@@ -77,7 +79,6 @@ def trained_two(two: Path) -> Path:
     return run
 
 
-@pytest.mark.slow
 def test_colour_tells_the_class_and_grey_does_not(tmp_path: Path) -> None:
     store = array_store(tmp_path / "rgb", coloured(), ("red", "green", "blue"))
     train(tiny_config(store, tmp_path / "run", *SETTINGS))
@@ -93,7 +94,6 @@ def test_the_second_channel_of_a_uint16_store_tells_the_class(trained_two: Path)
     assert config.model.channels == TWO
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("device", [False, True])
 def test_a_resumed_run_equals_the_straight_one(two: Path, tmp_path: Path, device: bool) -> None:
     """Also if a worker reads the clips of the second session."""
@@ -126,7 +126,6 @@ def test_an_export_gives_the_predictions(trained_two: Path, two: Path, tmp_path:
         assert exported.probability(volume).item() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.slow
 def test_an_onnx_export_gives_the_predictions(trained_two: Path, two: Path, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     files = ("--step", "60", "--out", tmp_path / "m.safetensors", "--onnx", tmp_path / "m.onnx")
