@@ -15,6 +15,7 @@ import typer
 from dist_train import __version__
 from dist_train.errors import ConfigError, DistTrainError, StoreError
 from dist_train.extensions import allow as allow_code
+from dist_train.places import Location, is_url, local_path
 from dist_train.progress import console, progress
 from dist_train.quiet import hush_libraries, is_told
 from dist_train.safe_text import printable
@@ -23,6 +24,7 @@ from dist_train.system.cgroup import heed_quota
 
 if TYPE_CHECKING:
     from dist_train.data.raw.outline import OutlineColour
+    from dist_train.data.store.reader import Store
 
 #: Message of ``tempfile``.
 NO_TEMPORARY_FOLDER = "No usable temporary directory"
@@ -37,9 +39,11 @@ MaxRejected = Annotated[
     str, typer.Option(help="Fail if a larger share of the clips is rejected, as 1% or 0.01.")
 ]
 ShardClips = Annotated[int, typer.Option(min=1, help="Number of clips in a shard (tar file).")]
-StoreArgument = Annotated[Path, typer.Argument(help="Folder of a store.")]
+StoreArgument = Annotated[str, typer.Argument(help="Folder or URL of a store.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
-StorePath = Annotated[Path | None, typer.Option(help="Folder of the run's store, if it was moved.")]
+StorePath = Annotated[
+    str | None, typer.Option(help="Folder or URL of the run's store, if it was moved.")
+]
 Threshold = Annotated[
     float | None,
     typer.Option(
@@ -180,6 +184,36 @@ def prepare(
         int | None,
         typer.Option(min=8, max=16, help="Significant bits of 16-bit values; detected if unset."),
     ] = None,
+    intensity: Annotated[
+        str,
+        typer.Option(
+            help="Which values become black and white: auto, dtype, bits, 'window LOW HIGH' or "
+            "'percentile LOW HIGH'."
+        ),
+    ] = "auto",
+    intensity_over: Annotated[
+        Literal["set", "clip"], typer.Option(help="Take bits and percentiles from all or each.")
+    ] = "set",
+    store_dtype: Annotated[
+        Literal["uint8", "uint16", "float16"], typer.Option(help="Type of the stored values.")
+    ] = "uint8",
+    channels: Annotated[
+        str, typer.Option(help="grey, rgb, all, or numbers from 0 as 0,2; auto is grey.")
+    ] = "auto",
+    depth_axis: Annotated[
+        Literal["T", "Z"] | None,
+        typer.Option(help="Axis of the frames in files that have both time and depth."),
+    ] = None,
+    plane: Annotated[
+        int | None, typer.Option(min=0, help="Position on the other of the two axes.")
+    ] = None,
+    series: Annotated[
+        int | None, typer.Option(min=0, help="Image to take from files that hold several.")
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Take all that pixels depend on, and what was found, from this store."),
+    ] = None,
     max_rejected: MaxRejected = "1%",
     shard_clips: ShardClips = 128,
     clip_seconds: Annotated[
@@ -205,8 +239,10 @@ def prepare(
 ) -> None:
     """Decode videos or volumes, crop them, and write a store. Resumes if it was killed."""
     from dist_train.data.raw.clip import PrepareSettings, suffixes_of
+    from dist_train.data.raw.intensity import Intensity
     from dist_train.data.raw.outside_reader import OutsideReader
     from dist_train.data.raw.remote import Access, manifest_source, open_source
+    from dist_train.data.raw.stack import Choices, check_channels
     from dist_train.data.store.build import prepare as write_store
     from dist_train.data.store.build import prepare_part
     from dist_train.data.store.build_spec import Part
@@ -249,11 +285,22 @@ def prepare(
         clip_memory=clip_memory,
         bits=bits,
         reader=own_reader,
+        choices=Choices(depth_axis, plane, check_channels(channels), series),
+        intensity=Intensity.parse(intensity, intensity_over),
+        store_dtype=store_dtype,
     )
     with progress("prepare") as report:
         if own is not None:
             prepare_part(
-                table, files, out, settings, own, engine=engine, workers=workers, progress=report
+                table,
+                files,
+                out,
+                settings,
+                own,
+                like=like,
+                engine=engine,
+                workers=workers,
+                progress=report,
             )
             return
         store = write_store(
@@ -261,6 +308,7 @@ def prepare(
             files,
             out,
             settings,
+            like=like,
             engine=engine,
             workers=workers,
             max_rejected=most_rejected,
@@ -313,12 +361,24 @@ def verify(
     from dist_train.data.store.repair import lost_files
     from dist_train.data.store.repair import repair as mend
 
-    faults, lost = _faults_of(store, workers), lost_files(store)
-    if (faults and salvage) or ((faults or lost) and repair is not None):
-        with progress("repair") as report:
-            mended = mend(store, repair, faults, salvage=salvage, workers=workers, progress=report)
-        _print_store(store, mended)
-        faults, lost = _faults_of(store, workers), lost_files(store)
+    if is_url(store):
+        if repair is not None or salvage:
+            raise ConfigError(
+                "a store behind a URL is only read",
+                where=store,
+                fix="Repair the local copy, and upload the files that changed.",
+            )
+        faults, lost = _faults_of(store, workers), []
+    else:
+        folder = local_path(store)
+        faults, lost = _faults_of(folder, workers), lost_files(folder)
+        if (faults and salvage) or ((faults or lost) and repair is not None):
+            with progress("repair") as report:
+                mended = mend(
+                    folder, repair, faults, salvage=salvage, workers=workers, progress=report
+                )
+            _print_store(folder, mended)
+            faults, lost = _faults_of(folder, workers), lost_files(folder)
     for name in lost:
         _echo(f"lost: {name}: --repair with the folder that has it brings its clip back")
     if faults:
@@ -339,9 +399,10 @@ def info(store: StoreArgument) -> None:
     from dist_train.data.inspect import describe_store
     from dist_train.data.store.reader import Store
 
-    for table in describe_store(Store(store)):
+    opened = Store(store)
+    for table in describe_store(opened):
         console.print(table)
-    _print_copies(store)
+    _print_copies(opened)
 
 
 @app.command()
@@ -418,7 +479,7 @@ def doctor(
 def predict(
     run: Run,
     store: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Predict all clips of this store, not the run's val and test clips."),
     ] = None,
     store_path: StorePath = None,
@@ -610,15 +671,15 @@ def _print_store(out: Path, store: dict[str, Any]) -> None:
     _print_copies(out)
 
 
-def _print_copies(store: Path) -> None:
+def _print_copies(store: Location | Store) -> None:
     from dist_train.data.duplicates import describe_duplicates
     from dist_train.data.store.reader import Store
 
-    if copies := describe_duplicates(Store(store)):
+    if copies := describe_duplicates(store if isinstance(store, Store) else Store(store)):
         _echo(copies)
 
 
-def _faults_of(store: Path, workers: int | None) -> list[Any]:
+def _faults_of(store: Location, workers: int | None) -> list[Any]:
     from dist_train.data.store.verify import verify as find_faults
 
     with progress("verify") as report:

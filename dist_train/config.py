@@ -23,7 +23,9 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    PlainValidator,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -31,12 +33,13 @@ from pydantic_core import ErrorDetails
 from dist_train.class_ratio import ClassRatio
 from dist_train.errors import ConfigError
 from dist_train.metrics import higher_is_better
+from dist_train.places import Location, is_url, local_path
 from dist_train.plain_yaml import parse_yaml, read_yaml, yaml_text
 
 COMMAND_LINE = "command line"
 # Names of earlier versions, which are still read.
 RENAMED = {"train.hang": "hang_timeout", "train.slow": "straggler_ratio"}
-STORE_FIX = "Give the folder that 'dist-train prepare' wrote, as store=FOLDER."
+STORE_FIX = "Give the folder that 'dist-train prepare' wrote, or its URL, as store=FOLDER."
 
 
 def _usable(path: Path) -> Path:
@@ -44,6 +47,16 @@ def _usable(path: Path) -> Path:
     if not text.isprintable() or text == ".":
         raise ValueError("a path must not be empty or hold control characters")
     return path
+
+
+def _store_place(value: object) -> Location:
+    if not isinstance(value, str | Path):
+        raise ValueError("Input should be a path or a URL")
+    if not is_url(value):
+        return _usable(local_path(value))
+    if not str(value).isprintable():
+        raise ValueError("a URL must not hold control characters")
+    return value
 
 
 def _whole_size(size: object) -> object:
@@ -80,6 +93,12 @@ Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
 # At most 15 months.
 Seconds = Annotated[float, Field(gt=0.0, le=4e7)]
 Place = Annotated[Path, AfterValidator(_usable)]
+# A URL is text: as a path it would lose a slash.
+StorePlace = Annotated[
+    Location,
+    PlainValidator(_store_place),
+    WithJsonSchema({"type": "string", "format": "path or URL"}),
+]
 #: Arguments of a function or class, by name.
 Arguments = dict[str, JsonValue]
 #: A metric of held-out clips, as the log names it.
@@ -284,6 +303,16 @@ class LoaderSettings(Section):
     """Number of micro-batches that each worker keeps ready."""
 
 
+class CacheSettings(Section):
+    """The parts of a remote store that were read, kept on this machine."""
+
+    dir: Place | None = None
+    """Folder that all processes of a machine share, and all stores; null takes dist_train/stores
+    in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+    size: Bytes = ByteSize(100 << 30)
+    """Most bytes in the folder (100GiB). Shards that were used least recently give way."""
+
+
 class ModelSettings(Section):
     """The network."""
 
@@ -464,6 +493,9 @@ class CheckpointSettings(Section):
     max_failures: CountOrNone = 3
     """Number of failed writes in a row that only cause a warning, while an older checkpoint
     exists."""
+    mirror: str | None = None
+    """URL such as s3://bucket/run below which the run is copied with each checkpoint, beside the
+    training. --resume auto on another machine goes on from there."""
     accept_other_order: bool = False
     """Resume from a checkpoint of another store, selection, split, plan or seed, at the same step
     of the new order; otherwise it is ignored."""
@@ -484,8 +516,8 @@ class Config(Section):
 
     out: Place = Path("runs/default")
     """Folder that the run is written to."""
-    store: Place
-    """The store that the run reads."""
+    store: StorePlace
+    """The store that the run reads: its folder, or its URL (s3, gs, az, http, https)."""
     # torch's generators take 64 bits.
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random: folds, order, augmentation, dropout and first weights."""
@@ -495,6 +527,7 @@ class Config(Section):
     augment: AugmentSettings = AugmentSettings()
     plan: PlanSettings = PlanSettings()
     loader: LoaderSettings = LoaderSettings()
+    cache: CacheSettings = CacheSettings()
     model: ModelSettings = ModelSettings()
     loss: LossSettings = LossSettings()
     norm: NormSettings = NormSettings()

@@ -16,7 +16,8 @@ PACKAGE = ROOT / "dist_train"
 LEVELS = [
     {"errors", "safe_text"},
     {"system"},
-    {"files", "plain_yaml", "extensions", "progress", "quiet", "shipped"},
+    {"places"},
+    {"files", "objects", "plain_yaml", "extensions", "progress", "quiet", "shipped"},
     {"metrics", "class_ratio"},
     {"config", "config_help"},
     {"models", "data.types", "data.orientation", "data.plan", "data.table"},

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from dist_train.data.raw.clip import FEW_LEVELS
+from dist_train.data.raw.clip import FEW_LEVELS, MOST_SATURATED
 from dist_train.data.raw.outline import LEAST, Box, OutlineColour, find_outline
 from dist_train.data.raw.video import Video
 from dist_train.data.raw.volume_file import VOLUME_SUFFIXES
@@ -33,14 +33,18 @@ STRIP = 6
 def describe_store(store: Store) -> list[Table]:
     """Terminal tables: counts by split, group and class, shapes, depths, and metadata."""
     clips = store.table
-    size = sum(path.stat().st_size for path in (store.folder / SHARDS).glob("*.tar"))
+    # A cache holds parts of a remote store.
+    shards = [] if store.is_remote else (store.folder / SHARDS).glob("*.tar")
+    size = sum(path.stat().st_size for path in shards)
     rejected = sum(store.info["rejected"].values())
     metadata = Table.grid(padding=(0, 2))
-    metadata.add_row("shards", f"{store.info['shards']}, {size / 2**20:.1f} MiB")
+    metadata.add_row(
+        "shards", f"{store.info['shards']}" + (f", {size / 2**20:.1f} MiB" if size else "")
+    )
     metadata.add_row("channels", f"{', '.join(store.channels)} ({store.dtype})")
     metadata.add_row("rejected", f"{rejected}" + (" (see rejected.csv)" if rejected else ""))
     metadata.add_row("fingerprint", store.fingerprint)
-    return [_counts(clips, str(store.folder)), _shapes(clips), _depths(clips), metadata]
+    return [_counts(clips, store.name), _shapes(clips), _depths(clips), metadata]
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
@@ -109,17 +113,23 @@ def _bar(share: float) -> str:
 
 def remarks(store: Path) -> list[str]:
     """Warnings about clips that are in the store, one a line."""
-    few_levels, damaged = [], 0
+    few_levels, saturated, not_numbers, damaged = [], 0, 0, 0
     for _, record in read_index(store / INDEX):
         damaged += "frames_damaged" in record
+        saturated += "saturated" in record
+        not_numbers += "not_numbers" in record
         if "grey_levels" in record:
             few_levels.append(record["grey_levels"])
     lines = []
     if few_levels:
         lines.append(
-            f"fewer than {FEW_LEVELS} grey levels: {len(few_levels)} clips of more than 8 bits "
-            f"(the least: {min(few_levels)}); --bits says how many bits their values have"
+            f"fewer than {FEW_LEVELS} grey levels: {len(few_levels)} clips (the least: "
+            f"{min(few_levels)}); --intensity or --bits says which values are black and white"
         )
+    if saturated:
+        lines.append(f"more than {MOST_SATURATED:.0%} of the pixels are white: {saturated} clips")
+    if not_numbers:
+        lines.append(f"values that are no numbers (NaN), stored as black: {not_numbers} clips")
     if damaged:
         lines.append(f"kept with damaged frames: {damaged} clips")
     return lines

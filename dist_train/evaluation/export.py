@@ -20,6 +20,7 @@ from dist_train.evaluation.onnx_model import check_packages, onnx_bytes
 from dist_train.evaluation.prediction_origin import check_origin
 from dist_train.evaluation.prediction_table import read_calibration, read_predictions, val_clips
 from dist_train.files import check_replaceable, write_whole
+from dist_train.places import Location
 from dist_train.run.data import open_run_data
 from dist_train.run.folder import CHECKPOINTS, PREDICTIONS, SNAPSHOT, SNAPSHOTS, refuse_own_place
 from dist_train.run.model import model_metadata, model_of
@@ -88,7 +89,7 @@ def export_run(
     *,
     onnx: Path | None = None,
     step: int | None = None,
-    store_path: Path | None = None,
+    store_path: Location | None = None,
 ) -> dict[str, Any]:
     """Write the model of a run, as ``predict`` uses it: all its snapshots in one file, whose
     probabilities are averaged. A run without snapshots gives its newest valid checkpoint.
@@ -195,7 +196,7 @@ def _find_weights(run: Path, step: int | None) -> list[_Source]:
 
 
 def _load(
-    run: Path, config: Config, record: dict[str, Any], source: _Source, store_path: Path | None
+    run: Path, config: Config, record: dict[str, Any], source: _Source, store_path: Location | None
 ) -> nn.Module:
     """The model with the weights of a source, in eval mode."""
     # Without ``model.stem_folded``, which the ONNX exporter cannot trace for any depth.

@@ -26,6 +26,7 @@ from dist_train.evaluation.prediction_origin import check_origin, origin_file, w
 from dist_train.evaluation.prediction_table import COLUMNS, read_predictions, val_clips
 from dist_train.evaluation.submission import make_submission
 from dist_train.files import check_replaceable, check_writable, is_plain, open_plain, write_whole
+from dist_train.places import Location
 from dist_train.progress import Progress
 from dist_train.run.data import check_channels, frames_of, open_run_data
 from dist_train.run.folder import CALIBRATION, CONFIG, PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
@@ -43,8 +44,8 @@ MOST_ELEMENTS = 2**27
 def predict(
     run: Path,
     *,
-    store: Path | None = None,
-    store_path: Path | None = None,
+    store: Location | None = None,
+    store_path: Location | None = None,
     out: Path | None = None,
     prior: float | None = None,
     threshold: float | None = None,
@@ -176,7 +177,7 @@ def find_snapshots(run: Path) -> list[Path]:
     return found
 
 
-def _held_out(run: Path, config: Config, store_path: Path | None) -> tuple[Store, pd.DataFrame]:
+def _held_out(run: Path, config: Config, store_path: Location | None) -> tuple[Store, pd.DataFrame]:
     """The run's store, and its val and test clips."""
     data = open_run_data(run, config, store_path=store_path)
     clips = data.clips[data.clips["split"] != "train"]

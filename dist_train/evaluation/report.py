@@ -13,11 +13,12 @@ from dist_train.evaluation import evaluation_text, report_charts
 from dist_train.evaluation.report_mistakes import Clips, worst_mistakes
 from dist_train.evaluation.report_run import read_run
 from dist_train.files import write_whole
+from dist_train.places import Location
 from dist_train.run.data import open_run_data
 from dist_train.run.record import open_run
 
 
-def report_run(run: Path, *, store_path: Path | None = None) -> Path:
+def report_run(run: Path, *, store_path: Location | None = None) -> Path:
     """Write the page with pictures of the worst mistakes, and return its path.
 
     Args:

@@ -25,6 +25,7 @@ from dist_train.data.store.reader import MARKER, Store
 from dist_train.data.types import GREY
 from dist_train.errors import ConfigError, FileError, RunError, StoreError
 from dist_train.files import read_plain, write_whole
+from dist_train.places import Location, is_url, local_path
 from dist_train.run.record import read_record
 from dist_train.run.splits import (
     MOST_BYTES,
@@ -133,7 +134,7 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
         ConfigError: a setting does not fit the clips.
     """
     _check_sizes(config)
-    store = Store(config.store)
+    store = Store(config.store, config.cache)
     config = with_channels(config, store)
     together = config.split.duplicates == "together"
     same = find_duplicates(store) if training or together else None
@@ -169,10 +170,10 @@ def _check_sizes(config: Config) -> None:
         )
 
 
-def open_run_data(run: Path, config: Config, *, store_path: Path | None = None) -> RunData:
+def open_run_data(run: Path, config: Config, *, store_path: Location | None = None) -> RunData:
     """The store and the splits that a run was trained with.
 
-    The store is looked for at its former absolute path, and then at the path of the settings.
+    The store is looked for at its former URL or absolute path, and then at that of the settings.
 
     Args:
         config: the run's settings.
@@ -183,7 +184,7 @@ def open_run_data(run: Path, config: Config, *, store_path: Path | None = None) 
         StoreError: the store is not there, or has changed.
     """
     record = read_record(run)
-    store = Store(store_path or _find_store(record["store"]["path"], config))
+    store = Store(store_path or _find_store(record["store"]["path"], config), config.cache)
     check_channels(config, store)
     splits = read_splits(run, record["splits"])
     _check_content(store, splits, record["store"], fix=RESTORE)
@@ -200,10 +201,10 @@ def open_run_data(run: Path, config: Config, *, store_path: Path | None = None) 
     return RunData(store, store.table.assign(split=split)[split != ""], config)
 
 
-def _find_store(former: str, config: Config) -> Path:
-    for folder in (Path(former), config.store):
-        if (folder / MARKER).is_file():
-            return folder
+def _find_store(former: str, config: Config) -> Location:
+    for place in (former, config.store):
+        if is_url(place) or (local_path(place) / MARKER).is_file():
+            return place
     raise StoreError(
         "the store that the run was trained on is not there",
         where=former,
@@ -217,7 +218,9 @@ def _check_content(
     if store.content != said["content"]:
         changes = what_changed(splits, store.table, said["clips"])
         raise StoreError(
-            f"this is not what the run was trained on ({changes})", where=store.folder, fix=fix
+            f"this is not what the run was trained on ({changes})",
+            where=store.name,
+            fix=fix,
         )
 
 
@@ -269,7 +272,7 @@ def write_splits(run: Path, data: RunData) -> dict[str, Any]:
         write_whole(path, text)
     return {
         "store": {
-            "path": str(store.folder.resolve()),
+            "path": store.place if isinstance(store.place, str) else str(store.place.resolve()),
             "configured": str(data.config.store),
             "fingerprint": store.fingerprint,
             "content": store.content,

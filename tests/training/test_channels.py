@@ -128,7 +128,7 @@ def test_an_export_gives_the_predictions(trained_two: Path, two: Path, tmp_path:
 
 def test_an_onnx_export_gives_the_predictions(trained_two: Path, two: Path, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
-    files = ("--step", "60", "--out", tmp_path / "m.safetensors", "--onnx", tmp_path / "m.onnx")
+    files = ("--step", "36", "--out", tmp_path / "m.safetensors", "--onnx", tmp_path / "m.onnx")
     said("export", trained_two, *files)
     session = runtime.InferenceSession(str(tmp_path / "m.onnx"))
     exported = load_exported(tmp_path / "m.safetensors")

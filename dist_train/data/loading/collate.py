@@ -104,6 +104,7 @@ def fill(
     Args:
         announce: called with each slot before its clip is read.
     """
+    clips.prefetch(slots)
     shapes, memory = _shapes(clips, slots), pixels.numpy().view(clips.dtype)
     pixels = pixels.view(torch.from_numpy(memory[:0]).dtype)
     channels = (clips.channels,) if clips.channels > 1 else ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from dist_train.data.augment.cpu import Augment
@@ -68,6 +70,10 @@ class ClipDataset:
         assert self._sizes is not None
         height, width = self._sizes[slot.clip].tolist()
         fit(clip, (height, width), self.size, out)
+
+    def prefetch(self, slots: Iterable[Slot]) -> None:
+        """Start reading the clips of a batch that is soon made, if the store is remote."""
+        self.store.prefetch(slot.clip for slot in slots)
 
     def native_shape(self, clip: int) -> tuple[int, int, int]:
         """(D, H, W) of a clip that is resampled and cut, and not resized."""

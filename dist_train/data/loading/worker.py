@@ -21,8 +21,6 @@ from dist_train.data.loading.collate import Batch, channels_first, collate, fill
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.sampler import Slot
 from dist_train.data.loading.shared_buffer import Arena, lent_tensor
-from dist_train.data.store.reader import SHARDS
-from dist_train.data.store.shards import shard_name
 from dist_train.errors import DistTrainError, StoreError
 from dist_train.system.advice import first_line, lack_of_memory
 from dist_train.system.main_guard import FIX, WHAT, were_unguarded
@@ -41,10 +39,16 @@ class WorkerStatus(ctypes.Structure):
 
 
 class BatchRequest(NamedTuple):
-    """A batch to make, and its offset in the arena; None for memory of its own."""
+    """A batch to make.
+
+    Attributes:
+        offset: its place in the arena; None for memory of its own.
+        coming: the batches that the same worker probably makes next, of a remote store.
+    """
 
     slots: list[Slot]
     offset: int | None
+    coming: list[list[Slot]]
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,9 @@ class BatchDataset(Dataset[Batch | LentBatch | DistTrainError]):
 
     def _in_worker(self, request: BatchRequest, status: WorkerStatus) -> Batch | LentBatch:
         try:
-            slots, offset = request
+            slots, offset, coming = request
+            for batch in (slots, *coming):
+                self.clips.prefetch(batch)
             announce = partial(self._announce, status)
             size = size_of(self.clips, slots)
             if self.arena is None or offset is None:
@@ -172,10 +178,9 @@ class BatchDataset(Dataset[Batch | LentBatch | DistTrainError]):
     def _error_at(self, clip: int, what: str, fix: str) -> StoreError:
         store = self.clips.store
         if clip == NO_CLIP:
-            return StoreError(f"{what} between two batches", where=store.folder, fix=fix)
-        row = store.table.iloc[clip]
-        shard = store.folder / SHARDS / shard_name(int(row["shard"]))
-        return StoreError(f"{what} at clip '{row['key']}'", where=shard, fix=fix)
+            return StoreError(f"{what} between two batches", where=store.place, fix=fix)
+        key = store.table["key"].iloc[clip]
+        return StoreError(f"{what} at clip '{key}'", where=store.where(clip), fix=fix)
 
 
 def begin_worker(worker: int) -> None:

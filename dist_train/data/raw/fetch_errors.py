@@ -9,6 +9,7 @@ import tempfile
 from dist_train.data.raw.public_address import PrivateAddressError
 from dist_train.data.raw.source import MISSING
 from dist_train.errors import DecodeError, DistTrainError, StoreError
+from dist_train.places import shown
 
 WEB = ("http", "https")
 # S3 refuses one object by these codes. By others (an unknown key, a wrong signature, an expired
@@ -92,13 +93,6 @@ def is_unreachable(error: Exception, *, one_server: bool) -> bool:
     """Whether the server of all files cannot be reached. S3 has one server for all files."""
     name = type(error).__name__
     return name == _S3_UNREACHABLE or (one_server and name in _UNREACHABLE)
-
-
-def shown(url: str) -> str:
-    """A URL without its password and signed query, for messages."""
-    if url.startswith(WEB):
-        url = url.partition("?")[0]
-    return re.sub(r"//[^/@]*@", "//", url)
 
 
 def reason(error: Exception) -> str:

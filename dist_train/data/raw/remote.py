@@ -28,7 +28,6 @@ from dist_train.data.raw.fetch_errors import (
     is_unreachable,
     permanent_error,
     reason,
-    shown,
 )
 from dist_train.data.raw.public_address import (
     PrivateAddressError,
@@ -40,6 +39,7 @@ from dist_train.data.raw.public_address import (
 from dist_train.data.raw.source import UNFETCHED, LocalFolder, Source
 from dist_train.data.table.manifest import Manifest
 from dist_train.errors import DecodeError, DistTrainError, ManifestError, StoreError
+from dist_train.places import shown
 
 Result = TypeVar("Result")
 

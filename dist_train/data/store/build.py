@@ -18,13 +18,13 @@ from typing import Any, Literal, cast
 import numpy as np
 import pandas as pd
 
-from dist_train.data.raw.bit_depth import depth_of_arrays, depth_of_files
-from dist_train.data.raw.clip import PIXELS_VERSION, PrepareSettings
+from dist_train.data.raw.clip import LATER, PIXELS_VERSION, PrepareSettings
 from dist_train.data.raw.medmnist import read_medmnist
 from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.remote import open_source
 from dist_train.data.raw.source import MISSING, UNFETCHED, LocalFolder, Source
-from dist_train.data.store.build_spec import Job, Part, read_job, read_made_from
+from dist_train.data.raw.survey import survey, survey_arrays
+from dist_train.data.store.build_spec import Job, Part, as_in, read_job, read_made_from, settings_of
 from dist_train.data.store.finish import finish
 from dist_train.data.store.reader import MARKER
 from dist_train.data.store.rejects import LOST, by_class, count_classes, lost_in, read_rejects
@@ -47,8 +47,6 @@ log = logging.getLogger(__name__)
 Engine = Literal["local", "ray"]
 # ``supervised``, with a number of workers, or the same on a Ray cluster.
 Pool = Callable[..., Iterator[Any]]
-# Settings that are recorded only if they are not the default.
-LATER_SETTINGS = ("reader", "store_dtype", "channel_names")
 
 
 def prepare(
@@ -57,6 +55,7 @@ def prepare(
     out: Path,
     settings: PrepareSettings,
     *,
+    like: Path | None = None,
     engine: Engine = "local",
     workers: int | None = None,
     max_rejected: float = 0.01,
@@ -67,6 +66,8 @@ def prepare(
     Args:
         source: a folder, a URL that file names are added to, or a ``Source``, such as that of
             ``manifest_source``.
+        like: a store from which all settings are taken that pixels depend on, and what was found
+            in its files, such as black and white.
         workers: processes, or tasks at a time; None takes one per available core.
         max_rejected: largest share of the clips that may be rejected.
         progress: called with (clips done, clips in all).
@@ -80,7 +81,7 @@ def prepare(
     """
     files = source if isinstance(source, Source) else open_source(source)
     run = _pool(engine, workers)
-    job, shards = _plan(manifest, files, out, settings, None, max_rejected, run)
+    job, shards = _plan(manifest, files, out, settings, None, max_rejected, run, like)
     with write_lock(out, job):
         _write_unfinished(out, job, shards, files, run, progress)
         return finish(out, job, shards, max_rejected)
@@ -93,6 +94,7 @@ def prepare_part(
     settings: PrepareSettings,
     part: Part,
     *,
+    like: Path | None = None,
     engine: Engine = "local",
     workers: int | None = None,
     progress: Progress | None = None,
@@ -109,7 +111,7 @@ def prepare_part(
     files = source if isinstance(source, Source) else open_source(source)
     run = _pool(engine, workers)
     # ``finalize`` counts the rejects.
-    job, shards = _plan(manifest, files, out, settings, part, 1.0, run)
+    job, shards = _plan(manifest, files, out, settings, part, 1.0, run, like)
     with write_lock(out, job, part):
         _write_unfinished(out, job, shards, files, run, progress)
 
@@ -158,9 +160,9 @@ def prepare_npz(
         StoreError: the file is not of this form, or the folder belongs to other settings.
     """
     table, volumes = read_medmnist(path)
-    bits = depth_of_arrays(volumes)
-    settings = PrepareSettings(
-        roi="none", shard_clips=shard_clips, bits=bits, channel_names=tuple(channels)
+    settings = survey_arrays(
+        volumes,
+        PrepareSettings(roi="none", shard_clips=shard_clips, channel_names=tuple(channels)),
     )
     return _write_arrays(_job(table, settings, npz=_digest(path)), volumes, out, progress)
 
@@ -265,6 +267,7 @@ def _plan(
     part: Part | None,
     max_missing: float,
     run: Pool,
+    like: Path | None,
 ) -> tuple[Job, Sequence[Shard]]:
     """Return the job and the shards to write, after the checks that need no decoding."""
     names = manifest.table["filename"]
@@ -278,23 +281,29 @@ def _plan(
     job = _job(manifest.table, settings)
     shards = job.shards(out) if part is None else part.of(job.shards(out))
     _check_missing(job, shards, source, max_missing)
-    if settings.bits is None:
-        try:
-            bits = read_made_from(out)["settings"].get("bits")
-        except StoreError:
-            # A new folder, or one that ``write_lock`` will refuse.
-            run = partial(run, limits=_limits(settings))
-            bits = depth_of_files(source, list(names), run, settings.reader)
-        job = _job(job.table, replace(settings, bits=bits))
-    return job, shards
+    if like is not None:
+        return _job(job.table, as_in(like, settings)), shards
+    try:
+        found = settings_of(read_made_from(out))
+        settings = replace(
+            settings,
+            bits=found.bits if settings.bits is None else settings.bits,
+            black=found.black,
+            white=found.white,
+            channel_names=found.channel_names,
+        )
+    except StoreError:
+        # A new folder, or one that ``write_lock`` will refuse.
+        run = partial(run, limits=_limits(settings))
+        settings = survey(source, list(names), settings, run)
+    return _job(job.table, settings), shards
 
 
 def _job(table: pd.DataFrame, settings: PrepareSettings, **more: str) -> Job:
-    entries = asdict(settings)
-    for name in LATER_SETTINGS:
-        # Keep the fingerprint of stores of earlier versions, which have no such entry.
-        if getattr(settings, name) == getattr(PrepareSettings, name):
-            del entries[name]
+    default = PrepareSettings()
+    # Stores of earlier versions have no such entries: without them the fingerprint stays.
+    absent = {name for name in LATER if getattr(settings, name) == getattr(default, name)}
+    entries = {name: value for name, value in asdict(settings).items() if name not in absent}
     return Job.of(table, pixels_version=PIXELS_VERSION, settings=entries, **more)
 
 

@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Job:
 
     @cached_property
     def settings(self) -> PrepareSettings:
-        return TypeAdapter(PrepareSettings).validate_python(self.made_from["settings"])
+        return settings_of(self.made_from)
 
     @property
     def form(self) -> Form:
@@ -164,6 +164,28 @@ def read_made_from(out: Path) -> dict[str, Any]:
         raise _damaged(path, f"its '{name}' is not valid") from None
     made_from: dict[str, Any] = content
     return made_from
+
+
+def settings_of(made_from: dict[str, Any]) -> PrepareSettings:
+    """The settings of a store's ``made_from``."""
+    return TypeAdapter(PrepareSettings).validate_python(made_from["settings"])
+
+
+def as_in(store: Path, settings: PrepareSettings) -> PrepareSettings:
+    """Return settings that give pixels as those of ``store``: for clips to predict, for example.
+
+    The size of shards and the limits stay those of ``settings``.
+
+    Raises:
+        StoreError: there is no store, or its ``job.json`` is damaged.
+    """
+    other = settings_of(read_made_from(store))
+    return replace(
+        other,
+        shard_clips=settings.shard_clips,
+        clip_seconds=settings.clip_seconds,
+        clip_memory=settings.clip_memory,
+    )
 
 
 class _MadeFrom(BaseModel):

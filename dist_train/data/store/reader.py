@@ -1,10 +1,10 @@
-"""A finished store: its clip table, and any clip by one ``pread``."""
+"""A finished store: its clip table, and any clip by one ``pread``, or from a server."""
 
 from __future__ import annotations
 
-import errno
 import math
 import os
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,12 +20,16 @@ from pydantic import (
     ValidationError,
 )
 
+from dist_train.config import CacheSettings
 from dist_train.data.store.index import check_index, digest_of, read_index
-from dist_train.data.store.shards import REPAIR, Form, form_of, form_text, shard_name
+from dist_train.data.store.remote_store import RemoteStore
+from dist_train.data.store.shard_bytes import LocalShards, ShardBytes, Span
+from dist_train.data.store.shards import Form, form_of, form_text
 from dist_train.data.types import DTYPES, GREY, DtypeName, Volume
 from dist_train.errors import FileError, StoreError
-from dist_train.files import crc32c, is_sealed, plain_descriptor, read_json
-from dist_train.system.advice import blame_machine, open_files
+from dist_train.files import is_sealed, read_json
+from dist_train.places import Location, is_url, local_path, shown
+from dist_train.system.advice import blame_machine
 
 FORMAT = "dist_train store 1"
 MARKER = "store.json"
@@ -37,21 +41,23 @@ MOST_MARKER = 1 << 20
 Name = Annotated[str, StringConstraints(min_length=1)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
-# Most shards that are kept open: a large store has more of them than a process may open files.
-# Three quarters of the files that it may open are left to workers, connections, checkpoints.
-OPEN_SHARDS = 256
-SHARE_OF_OPEN_FILES = 4
-
 COLUMNS = ("filename", "label", "group", "weight", "split", "crowd_score", "tier1")
 
 
 class Store:
     """Read access to a store.
 
-    Workers may inherit it by a fork, as a ``pread`` moves no shared file position, or by pickling,
-    as the copy opens its own files. Threads must not share it.
+    Workers may inherit a local one by a fork, as a ``pread`` moves no shared file position, or any
+    by pickling, as the copy opens its own files. Threads must not share it.
+
+    Args:
+        place: its folder or URL.
+        cache: where to keep the parts of a remote store that were read.
 
     Attributes:
+        place: its folder or URL.
+        name: the same for messages, without secrets.
+        folder: where its files beside the shards are; for a remote store, in the cache.
         table: one row per clip, ordered by key: ``key``, the manifest's columns, ``frames``,
             ``height``, ``width``, ``shard``, ``offset``, ``crc32c``. The position of a row is the
             number of the clip.
@@ -61,29 +67,52 @@ class Store:
 
     Raises:
         StoreError: there is no store, or it is not finished, or its index is damaged.
+        RemoteError: the server of a remote store cannot be reached, or refuses.
+        MachineError: the cache cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.info = read_marker(folder)
-        check_index(folder / INDEX, self.info["index_crc32c"])
+    def __init__(self, place: Location, cache: CacheSettings | None = None) -> None:
+        self.place = place if is_url(place) else local_path(place)
+        self.name = shown(str(self.place))
+        self._remote: RemoteStore | None = None
+        self._bytes: ShardBytes
+        if isinstance(self.place, str):
+            remote = RemoteStore(
+                self.place, cache or CacheSettings(), marker=MARKER, most_bytes=MOST_MARKER
+            )
+            self._remote = remote
+            self.folder, self._bytes = remote.folder, remote.shards
+            try:
+                self.info = read_marker(self.folder)
+            except StoreError as error:
+                raise StoreError(error.what, where=f"{self.name}/{MARKER}", fix=error.fix) from None
+            remote.bring(INDEX, self.info["index_crc32c"])
+        else:
+            self.folder = self.place
+            self._bytes = LocalShards(self.folder / SHARDS)
+            self.info = read_marker(self.folder)
+        check_index(self.folder / INDEX, self.info["index_crc32c"])
         self.channels: tuple[str, ...] = tuple(self.info.get("channels", GREY))
         self.dtype = DTYPES[self.info.get("dtype", "uint8")]
         form = self.dtype, len(self.channels)
+        clips, shards = self.info["clips"], self.info["shards"]
         try:
-            self.table = _read_table(folder / INDEX, self.info["clips"], self.info["shards"], form)
+            self.table = _read_table(self.folder / INDEX, clips, shards, form)
         except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise StoreError(
                 f"the index is not that of the store ({error})",
-                where=folder / INDEX,
+                where=self.folder / INDEX,
                 fix="Run 'dist-train verify' with --repair.",
             ) from None
         self._shard = self.table["shard"].to_numpy(np.int64)
         self._offset = self.table["offset"].to_numpy(np.int64)
         self._shape = self.table[["frames", "height", "width"]].to_numpy(np.int64)
         self._crc32c = self.table["crc32c"].to_numpy(np.uint32)
-        # Shard number to file descriptor, least recently used first.
-        self._descriptors: dict[int, int] = {}
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether clips come from a server, unless they are in the cache."""
+        return self._bytes.is_remote
 
     @property
     def fingerprint(self) -> str:
@@ -105,6 +134,7 @@ class Store:
         Raises:
             StoreError: there is no such clip, or its shard is missing or damaged.
             MachineError: too many files are open, or the disk fails.
+            RemoteError: the server of a remote store does not give it.
         """
         self._check(clip)
         pixels = np.empty(self.shape(clip), self.dtype)
@@ -122,13 +152,13 @@ class Store:
                 where=self.folder,
             )
         try:
-            read = os.preadv(self._descriptor(clip), [out.data], int(self._offset[clip]))
+            is_right = self._bytes.read_into(out, self._span(clip))
         except OSError as error:
-            blame_machine(error, self._path(clip))
+            blame_machine(error, self.where(clip))
             raise self._damage(clip, error.strerror or str(error)) from None
         except FileError as error:
             raise self._damage(clip, error.what) from None
-        if read != out.nbytes or crc32c(out) != self._crc32c[clip]:
+        if not is_right:
             raise self._damage(clip, "the bytes are not those that were stored")
 
     @cached_property
@@ -156,6 +186,21 @@ class Store:
                 ) from None
         return spacing, interval
 
+    def file(self, name: str) -> Path:
+        """The local path of a file beside the shards, which may be missing."""
+        if self._remote is not None:
+            self._remote.bring_optional(name)
+        return self.folder / name
+
+    def prefetch(self, clips: Iterable[int]) -> None:
+        """Start reading clips that are soon asked for, if the store is remote."""
+        if self.is_remote:
+            self._bytes.prefetch([self._span(clip) for clip in clips])
+
+    def where(self, clip: int) -> Location:
+        """The shard of a clip, for messages."""
+        return self._bytes.where(int(self._shard[clip]))
+
     def clip_of(self, key: str) -> int:
         """Return the number of the clip with this key."""
         found = np.flatnonzero(self.table["key"].to_numpy() == key)
@@ -175,45 +220,20 @@ class Store:
         channels = len(self.channels)
         return (*self._shape[clip].tolist(), *([channels] if channels > 1 else ()))
 
-    def _descriptor(self, clip: int) -> int:
-        shard = int(self._shard[clip])
-        descriptor = self._descriptors.pop(shard, None)
-        if descriptor is None:
-            if len(self._descriptors) >= min(OPEN_SHARDS, open_files() // SHARE_OF_OPEN_FILES):
-                self._close_one()
-            try:
-                descriptor = plain_descriptor(self._path(clip), os.O_RDONLY)
-            except OSError as error:
-                if error.errno != errno.EMFILE or not self._descriptors:
-                    raise
-                # This process has opened too many other files.
-                self._close_one()
-                descriptor = plain_descriptor(self._path(clip), os.O_RDONLY)
-        self._descriptors[shard] = descriptor
-        return descriptor
-
-    def _close_one(self) -> None:
-        if self._descriptors:
-            os.close(self._descriptors.pop(next(iter(self._descriptors))))
-
-    def _path(self, clip: int) -> Path:
-        return self.folder / SHARDS / shard_name(int(self._shard[clip]))
+    def _span(self, clip: int) -> Span:
+        shard, offset, checksum = self._shard[clip], self._offset[clip], self._crc32c[clip]
+        length = math.prod(self.shape(clip)) * self.dtype.itemsize
+        return Span(int(shard), int(offset), length, int(checksum))
 
     def _damage(self, clip: int, what: str) -> StoreError:
         return StoreError(
             f"clip '{self.table['key'].iloc[clip]}' cannot be read ({what})",
-            where=self._path(clip),
-            fix=REPAIR,
+            where=self.where(clip),
+            fix=self._bytes.repair,
         )
 
-    def __del__(self) -> None:
-        for descriptor in self.__dict__.get("_descriptors", {}).values():
-            os.close(descriptor)
-
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {"_descriptors": {}}
-        state.pop("sampling", None)
-        return state
+        return {name: value for name, value in self.__dict__.items() if name != "sampling"}
 
 
 def _read_table(index: Path, clips: int, shards: int, form: Form) -> pd.DataFrame:

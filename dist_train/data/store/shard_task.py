@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dist_train.data.raw.clip import PrepareSettings, read_clip
+from dist_train.data.raw.clip import PrepareSettings, decoding, read_clip, to_clip, values_of
 from dist_train.data.raw.source import Source
-from dist_train.data.raw.volume_file import to_uint8_volume
+from dist_train.data.raw.stack import stack_of
 from dist_train.data.store.salvage import read_good
 from dist_train.data.store.shards import Shard, to_record, write_shard
 from dist_train.data.types import DTYPES, GREY, Record, Volume
@@ -101,10 +101,12 @@ def _read(task: Task, steps: Steps, position: int) -> tuple[Volume, Record]:
     if not isinstance(task.raw, Source):
         raw = task.raw[position]
         clip, more = raw if isinstance(raw, tuple) else (raw, {})
+        record = {"frames_declared": clip.shape[0], "box": None}
         if (task.settings.store_dtype, task.settings.channel_names) == ("uint8", GREY):
-            clip = to_uint8_volume(clip, name)
+            with decoding(name):
+                clip, record = to_clip(values_of(stack_of(clip), task.settings), task.settings)
         _check(clip, task.settings)
-        return clip, {"frames_declared": clip.shape[0], "box": None} | more
+        return clip, record | more
     with task.raw.fetched(name) as path, steps.at(position):
         clip, record = read_clip(path, name, task.raw.where(name), task.settings)
     _check(clip, task.settings)
