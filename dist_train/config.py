@@ -88,6 +88,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0, le=10.0)]
 Bytes = Annotated[ByteSize, BeforeValidator(_whole_size), Field(ge=1, le=2**60)]
+# Of a microscope: beyond these bounds it is in another unit.
+Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
 # At most 15 months.
 Seconds = Annotated[float, Field(gt=0.0, le=4e7)]
 Place = Annotated[Path, AfterValidator(_usable)]
@@ -165,6 +167,14 @@ class ClipSettings(Section):
     max_frames: Frames | None = None
     """Longer clips are cut to this many consecutive frames, at a random place in training and in
     the middle otherwise; null keeps all frames."""
+    spacing: tuple[Scale | None, Scale | None, Scale | None] | None = None
+    """Distance of voxels over depth, height and width in um, to which clips are resampled: depth is
+    interpolated linearly between frames; each frame is resized, and then cropped or padded with
+    black around its middle to `size`. Null for an axis leaves it: depth as it is, and frames
+    resized to `size`. The store's clips must say their spacing."""
+    fps: Scale | None = None
+    """Frames a second, to which clips are resampled linearly between frames; null keeps all frames.
+    The store's clips must say the interval between frames."""
     growth: Annotated[tuple[ClipStage, ...], Field(max_length=100)] = ()
     """Smaller clips for the first epochs of training, stage by stage (multigrid training, Wu et
     al. 2020); held-out clips always have full size."""
@@ -174,7 +184,32 @@ class ClipSettings(Section):
         for stage, end in zip(self.growth, self.stage_ends, strict=True):
             if epoch < end:
                 caps = [most for most in (stage.max_frames, self.max_frames) if most is not None]
-                return ClipSettings(size=stage.size, max_frames=min(caps, default=None))
+                update: dict[str, Any] = {
+                    "size": stage.size,
+                    "max_frames": min(caps, default=None),
+                    "growth": (),
+                }
+                if self.spacing is not None:
+                    update["spacing"] = self._coarser(self.spacing, stage.size)
+                return self.model_copy(update=update)
+        return self
+
+    def _coarser(
+        self, spacing: tuple[float | None, float | None, float | None], size: tuple[int, int]
+    ) -> tuple[float | None, float | None, float | None]:
+        """The spacing by which frames of ``size`` show as much as those of the section's size."""
+        z, y, x = spacing
+        if y is None or x is None:
+            return spacing
+        return z, y * self.size[0] / size[0], x * self.size[1] / size[1]
+
+    @model_validator(mode="after")
+    def _axes_fit(self) -> ClipSettings:
+        z, y, x = self.spacing or (None, None, None)
+        if (y is None) != (x is None):
+            raise ValueError("spacing must have both height and width, or null for both")
+        if z is not None and self.fps is not None:
+            raise ValueError("depth is either space (spacing) or time (fps); leave out one of them")
         return self
 
     @property
@@ -284,6 +319,9 @@ class ModelSettings(Section):
     name: str = "resnet3d-101"
     """Architecture, such as resnet3d-10 (an unknown name is refused with a list of all), or the
     import path of a class, such as mylab.nets:Net (docs/extending.md)."""
+    channels: Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] | None = None
+    """Names of the channels of clips, in order. A run takes those of its store, and keeps them;
+    null is one, "grey"."""
     args: Arguments = {}
     """Arguments of a model other than resnet3d, whose settings are `model.width` to
     `model.dropout`."""
@@ -306,6 +344,11 @@ class ModelSettings(Section):
     activation_memory: Bytes | None = None
     """Memory for activations; each part of the network gets the cheapest mode of recomputing with
     which all fit."""
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels of clips."""
+        return 1 if self.channels is None else len(self.channels)
 
     @model_validator(mode="after")
     def _budget_chooses(self) -> ModelSettings:

@@ -23,7 +23,7 @@ LEVELS = [
     {"models", "data.types", "data.orientation", "data.plan", "data.table"},
     {"data.raw", "data.augment"},
     {"data.store", "data.synthetic"},
-    {"data.splits", "data.inspect", "data.duplicates", "data.loading"},
+    {"data.splits", "data.inspect", "data.duplicates", "data.loading", "data.pictures"},
     {"distributed"},
     {"checkpoint"},
     {"run"},

@@ -41,6 +41,7 @@ def describe_store(store: Store) -> list[Table]:
     metadata.add_row(
         "shards", f"{store.info['shards']}" + (f", {size / 2**20:.1f} MiB" if size else "")
     )
+    metadata.add_row("channels", f"{', '.join(store.channels)} ({store.dtype})")
     metadata.add_row("rejected", f"{rejected}" + (" (see rejected.csv)" if rejected else ""))
     metadata.add_row("fingerprint", store.fingerprint)
     return [_counts(clips, store.name), _shapes(clips), _depths(clips), metadata]

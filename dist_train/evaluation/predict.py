@@ -28,7 +28,7 @@ from dist_train.evaluation.submission import make_submission
 from dist_train.files import check_replaceable, check_writable, is_plain, open_plain, write_whole
 from dist_train.places import Location
 from dist_train.progress import Progress
-from dist_train.run.data import open_run_data
+from dist_train.run.data import check_channels, frames_of, open_run_data
 from dist_train.run.folder import CALIBRATION, CONFIG, PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
 from dist_train.run.record import open_run, read_record, warn_of_other_code
 from dist_train.safe_text import for_spreadsheet
@@ -107,6 +107,7 @@ def predict(
                     fix="Choose one by --out.",
                 )
             source, folder = Store(store), out
+            check_channels(config, source)
             chosen = source.table.assign(split="")
             if threshold is None and config.split.train_on_all:
                 raise RunError(
@@ -129,7 +130,7 @@ def predict(
             chosen,
             record,
             group,
-            batch=_clips_at_once(config, run, record, chosen),
+            batch=_clips_at_once(config, run, record, frames_of(source, config.clip)[chosen.index]),
             progress=progress if group.is_main else None,
         )
         val = _val_clips(run, chosen, probability, own=store is None)
@@ -217,12 +218,12 @@ def _is_table(path: Path) -> bool:
         return file.readline(1000) == f"{','.join(COLUMNS)}\n".encode()
 
 
-def _clips_at_once(config: Config, run: Path, record: dict[str, Any], chosen: pd.DataFrame) -> int:
+def _clips_at_once(config: Config, run: Path, record: dict[str, Any], frames: np.ndarray) -> int:
     """Clips per batch: as many as fitted in training, and few enough for a smaller machine.
 
     It does not depend on this launch, because sums in another order differ in their last digits.
     """
-    deepest = min(int(chosen["frames"].max()), config.clip.max_frames or sys.maxsize)
+    deepest = min(int(frames.max()), config.clip.max_frames or sys.maxsize)
     most = most_clips(config.model, (deepest, *config.clip.size), MOST_ELEMENTS)
     found = [config.plan.batch, most, noted_clips(run)]
     try:

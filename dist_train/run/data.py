@@ -12,15 +12,17 @@ import numpy as np
 import pandas as pd
 
 from dist_train.checkpoint.superseded import set_aside
-from dist_train.config import AugmentSettings, Config
+from dist_train.config import AugmentSettings, ClipSettings, Config
 from dist_train.data.augment.cpu import Augment
 from dist_train.data.augment.original import OriginalAugment
 from dist_train.data.duplicates import duplicates_across, duplicates_error, find_duplicates
 from dist_train.data.loading.dataset import ClipDataset
+from dist_train.data.loading.resample import resampling_of
 from dist_train.data.plan.plan import Plan, make_plan
 from dist_train.data.plan.weights import Floats
 from dist_train.data.splits import check_splits, choose_clips
 from dist_train.data.store.reader import MARKER, Store
+from dist_train.data.types import GREY
 from dist_train.errors import ConfigError, FileError, RunError, StoreError
 from dist_train.files import read_plain, write_whole
 from dist_train.places import Location, is_url, local_path
@@ -62,6 +64,11 @@ class RunData:
             chosen &= self.clips["label"] == label
         return self.clips.index[chosen].to_numpy(np.int64)
 
+    @property
+    def frames(self) -> np.ndarray:
+        """``frames_of`` the store."""
+        return frames_of(self.store, self.config.clip)
+
     def plan(self, weights: Floats | None = None) -> Plan:
         """The order of training.
 
@@ -74,8 +81,9 @@ class RunData:
         """
         plan, clip, table = self.config.plan, self.config.clip, self.store.table
         positives, negatives = self.numbers("train", 1), self.numbers("train", 0)
-        most = clip.max_frames or table["frames"].max()
-        depths = table["frames"].clip(upper=most).to_numpy(np.int64)
+        frames = self.frames
+        most = clip.max_frames or frames.max()
+        depths = np.minimum(frames, most)
         own = table["weight"].to_numpy(np.float64)[negatives]
         if weights is not None:
             own = own * weights[negatives]
@@ -97,7 +105,7 @@ class RunData:
 
     def deepest(self) -> int:
         """Frames of the deepest clip of the train split, as the model gets it."""
-        deepest = int(self.store.table["frames"].to_numpy()[self.numbers("train")].max())
+        deepest = int(self.frames[self.numbers("train")].max())
         return min(deepest, self.config.clip.max_frames or deepest)
 
     def natural_rate(self) -> float:
@@ -127,6 +135,7 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
     """
     _check_sizes(config)
     store = Store(config.store, config.cache)
+    config = with_channels(config, store)
     together = config.split.duplicates == "together"
     same = find_duplicates(store) if training or together else None
     clips = choose_clips(
@@ -176,6 +185,7 @@ def open_run_data(run: Path, config: Config, *, store_path: Location | None = No
     """
     record = read_record(run)
     store = Store(store_path or _find_store(record["store"]["path"], config), config.cache)
+    check_channels(config, store)
     splits = read_splits(run, record["splits"])
     _check_content(store, splits, record["store"], fix=RESTORE)
     if splits is None:
@@ -280,11 +290,50 @@ def make_augment(settings: AugmentSettings, seed: int) -> Augment | OriginalAugm
 def clip_dataset(
     config: Config, store: Store, augment: Augment | OriginalAugment | None
 ) -> ClipDataset:
-    """Clips in the shape of the config's model."""
+    """Clips in the shape of the config's model.
+
+    Raises:
+        StoreError: clips do not say what ``clip.spacing`` or ``clip.fps`` needs.
+    """
     return ClipDataset(
         store,
         size=config.clip.size,
         max_frames=config.clip.max_frames,
         augment=augment,
         on_device=config.augment.device,
+        resampling=resampling_of(store, config.clip.spacing, config.clip.fps),
     )
+
+
+def frames_of(store: Store, clip: ClipSettings) -> np.ndarray:
+    """Frames of each clip of a store after resampling, before the cut: int64 [clips]. StoreError as
+    ``clip_dataset``."""
+    resampling = resampling_of(store, clip.spacing, clip.fps)
+    if resampling is not None:
+        return resampling.frames
+    return store.table["frames"].to_numpy(np.int64)
+
+
+def with_channels(config: Config, store: Store) -> Config:
+    """The settings with the channels of a store; the only one, "grey", is not named.
+
+    Raises:
+        StoreError: the settings name other channels.
+    """
+    if config.model.channels is not None:
+        check_channels(config, store)
+    channels = None if store.channels == GREY else store.channels
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"channels": channels})}
+    )
+
+
+def check_channels(config: Config, store: Store) -> None:
+    """Raise StoreError unless a store has the channels that the model takes."""
+    own = config.model.channels or GREY
+    if store.channels != own:
+        raise StoreError(
+            f"its channels are {', '.join(store.channels)}, and the model takes {', '.join(own)}",
+            where=store.folder,
+            fix="Prepare a store with the model's channels, in its order.",
+        )

@@ -246,6 +246,18 @@ def test_large_and_short_clips_make_strips(whole: Path) -> None:
     assert decoded.shape == (128, 3 * 64 + 2 * 2)
 
 
+def test_strips_of_channels_are_in_colour(whole: Path) -> None:
+    clip = np.zeros((3, 40, 30, 2), np.uint16)
+    clip[..., 1] = 65535
+    mistakes = worst_mistakes(read_run(whole), lambda key: clip, ("dapi", "gfp"))
+    mistake = mistakes["False positives"][0]
+    assert mistake.frames == "3 of 3 frames; dapi red, gfp green"
+    image = base64.b64decode(mistake.image.partition(",")[2])
+    decoded = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+    # Blue, green and red of OpenCV.
+    assert (decoded[:, :30] == (0, 255, 0)).all()
+
+
 def test_area_under_the_drawn_precision_and_recall_is_the_average_precision(whole: Path) -> None:
     run = read_run(whole)
     assert run.evaluation is not None

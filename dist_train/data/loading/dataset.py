@@ -10,20 +10,25 @@ from dist_train.data.augment.cpu import Augment
 from dist_train.data.augment.draw import Draw
 from dist_train.data.augment.original import OriginalAugment
 from dist_train.data.augment.resize import resize
+from dist_train.data.loading.resample import Resampling, fit, resample_depth
 from dist_train.data.loading.sampler import Slot
 from dist_train.data.store.reader import Store
 from dist_train.data.types import Volume
 
 
 class ClipDataset:
-    """Clips of a store, cut to ``max_frames``, resized to ``size`` and augmented.
+    """Clips of a store, resampled, cut to ``max_frames``, resized to ``size`` and augmented.
 
+    If the resampling gives frames a size of their own, they are cropped or padded to ``size``.
     With ``augment`` the place of the cut is random, keyed like the augmentation; without, it is the
-    middle of the clip. With ``on_device`` clips are only cut: the device does the rest.
+    middle of the clip. With ``on_device`` clips are only resampled and cut: the device does the
+    rest.
 
     Attributes:
         labels: int64 [clips].
         depths: int64 [clips], the frames of each clip after the cut.
+        channels: number of channels.
+        dtype: of the pixels, as in the store.
     """
 
     def __init__(
@@ -34,37 +39,57 @@ class ClipDataset:
         max_frames: int | None,
         augment: Augment | OriginalAugment | None,
         on_device: bool = False,
+        resampling: Resampling | None = None,
     ) -> None:
         self.store, self.size, self.augment, self.on_device = store, size, augment, on_device
+        self.channels, self.dtype = len(store.channels), store.dtype
+        self._resampling = resampling
         self.labels = store.table["label"].to_numpy(np.int64)
         self._shapes = store.table[["frames", "height", "width"]].to_numpy(np.int64)
-        frames = self._shapes[:, 0]
+        frames = self._shapes[:, 0] if resampling is None else resampling.frames
+        self._frames = frames
         self.depths = frames if max_frames is None else np.minimum(frames, max_frames)
 
     def fill(self, out: Volume, slot: Slot) -> None:
-        """Write a clip as the model sees it to ``out``, uint8 [D, *size], C-contiguous."""
+        """Write a clip as the model sees it to ``out``, [D, *size] or [D, *size, C],
+        C-contiguous."""
         clip = self._cut(slot)
+        if self._sizes is not None:
+            self._fit(clip, slot, out)
+            clip = out
         if self.augment is None:
             resize(clip, self.size, out)
         else:
             out[:] = self.augment(resize(clip, self.size), epoch=slot.epoch, number=slot.clip)
+
+    @property
+    def _sizes(self) -> np.ndarray | None:
+        return None if self._resampling is None else self._resampling.sizes
+
+    def _fit(self, clip: Volume, slot: Slot, out: Volume) -> None:
+        assert self._sizes is not None
+        height, width = self._sizes[slot.clip].tolist()
+        fit(clip, (height, width), self.size, out)
 
     def prefetch(self, slots: Iterable[Slot]) -> None:
         """Start reading the clips of a batch that is soon made, if the store is remote."""
         self.store.prefetch(slot.clip for slot in slots)
 
     def native_shape(self, clip: int) -> tuple[int, int, int]:
-        """(D, H, W) of a clip that is cut and not resized."""
-        _, height, width = self._shapes[clip].tolist()
+        """(D, H, W) of a clip that is resampled and cut, and not resized."""
+        height, width = self.size if self._sizes is not None else self._shapes[clip, 1:].tolist()
         return int(self.depths[clip]), height, width
 
     def fill_native(self, out: Volume, slot: Slot) -> Draw:
-        """Write a clip, only cut, to ``out``, uint8 of ``native_shape``, C-contiguous.
+        """Write a clip, only resampled and cut, to ``out``, of ``native_shape`` and channels,
+        C-contiguous.
 
         Returns:
             The augmentation that the device applies after it has resized the clip.
         """
-        if self.depths[slot.clip] == self._shapes[slot.clip, 0]:
+        if self._sizes is not None:
+            self._fit(self._cut(slot), slot, out)
+        elif self._resampling is None and self.depths[slot.clip] == self._frames[slot.clip]:
             self.store.read_into(out, slot.clip)
         else:
             out[:] = self._cut(slot)
@@ -75,10 +100,11 @@ class ClipDataset:
 
     def _cut(self, slot: Slot) -> Volume:
         clip, depth = self.store.read(slot.clip), int(self.depths[slot.clip])
-        start = spare = len(clip) - depth
+        start = spare = int(self._frames[slot.clip]) - depth
         if self.augment is None:
             start = spare // 2
         elif spare:
             key = (self.augment.seed, slot.epoch, slot.clip, 1)
             start = int(np.random.default_rng(key).integers(spare + 1))
-        return clip[start : start + depth]
+        step = 1.0 if self._resampling is None else float(self._resampling.step[slot.clip])
+        return resample_depth(clip, step, start, depth)

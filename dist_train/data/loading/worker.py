@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from dist_train.data.augment.packed_clips import NativeClips
-from dist_train.data.loading.collate import Batch, collate, fill, size_of
+from dist_train.data.loading.collate import Batch, channels_first, collate, fill, size_of
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.sampler import Slot
 from dist_train.data.loading.shared_buffer import Arena, lent_tensor
@@ -62,20 +62,26 @@ class LentBatch:
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
         volumes, native = self.batch.volumes, None
         if isinstance(volumes, NativeClips):
-            native = volumes.shapes, volumes.draws, volumes.pictures.numpy()
+            native = volumes.shapes, volumes.draws, volumes.pictures.numpy(), volumes.channels
             volumes = volumes.pixels
-        region = self.arena.number, self.offset, tuple(volumes.shape)
+        else:
+            volumes = volumes.permute(0, 2, 3, 4, 1)
+        region = self.arena.number, self.offset, tuple(volumes.shape), volumes.dtype
         # As arrays, which are pickled: each tensor would take a file descriptor.
         others = (self.batch.frames, self.batch.labels, self.batch.clips)
         return _arrived, (region, native, *(None if t is None else t.numpy() for t in others))
 
 
-def _arrived(region: tuple[int, int, tuple[int, ...]], native: Any, *others: Any) -> Batch:
+def _arrived(
+    region: tuple[int, int, tuple[int, ...], torch.dtype], native: Any, *others: Any
+) -> Batch:
     pixels = lent_tensor(*region)
-    volumes: Tensor | NativeClips = pixels
-    if native is not None:
-        shapes, draws, pictures = native
-        volumes = NativeClips(pixels, shapes, draws, torch.from_numpy(pictures))
+    volumes: Tensor | NativeClips
+    if native is None:
+        volumes = channels_first(pixels)
+    else:
+        shapes, draws, pictures, channels = native
+        volumes = NativeClips(pixels, shapes, draws, torch.from_numpy(pictures), channels)
     frames, labels, clips = (None if each is None else torch.from_numpy(each) for each in others)
     assert labels is not None
     assert clips is not None

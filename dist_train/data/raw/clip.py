@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -14,15 +14,15 @@ from dist_train.data.raw.axes import plain_stack
 from dist_train.data.raw.damage import OF_A_FILE, too_large
 from dist_train.data.raw.formats import format_of
 from dist_train.data.raw.formats import suffixes as format_suffixes
-from dist_train.data.raw.intensity import Intensity, SetRange, StoreDtype, range_of, to_stored
+from dist_train.data.raw.intensity import Intensity, SetRange, range_of, to_stored
 from dist_train.data.raw.outline import LEAST, Box, OutlineColour, crop_to_outline, stack_planes
 from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.source import split_dataset
-from dist_train.data.raw.stack import GREY, LUMA, RGB, Choices, Stack, chosen_channels
+from dist_train.data.raw.stack import LUMA, RGB, Choices, Stack, chosen_channels
 from dist_train.data.raw.stored_picture import Pixels
 from dist_train.data.raw.video import VIDEO_SUFFIXES, Video
-from dist_train.data.types import Record, Volume
-from dist_train.errors import DecodeError, DistTrainError, RoiError
+from dist_train.data.types import GREY, DtypeName, Record, Volume
+from dist_train.errors import ConfigError, DecodeError, DistTrainError, RoiError
 from dist_train.system.advice import blame_machine
 
 # Clips with fewer grey levels, or a larger share of pixels of the largest value, are reported.
@@ -72,9 +72,18 @@ class PrepareSettings:
     intensity: Intensity = field(default_factory=Intensity)
     black: tuple[float, ...] | None = None
     white: tuple[float, ...] | None = None
-    store_dtype: StoreDtype = "uint8"
+    store_dtype: DtypeName = "uint8"
     channel_names: tuple[str, ...] = GREY
     record_version: int = RECORD_VERSION
+
+    def __post_init__(self) -> None:
+        check_names(self.channel_names)
+
+
+def check_names(channels: Sequence[str]) -> None:
+    """Raise ConfigError unless these are names of channels: not empty, and each once."""
+    if not channels or len(set(channels)) < len(channels) or not all(map(str.strip, channels)):
+        raise ConfigError(f"channels are {list(channels)}", fix="Give each a name of its own.")
 
 
 # What to do with files in formats that are not read.

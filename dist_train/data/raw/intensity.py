@@ -12,10 +12,10 @@ from typing import Literal, cast
 import numpy as np
 
 from dist_train.data.raw.grey import depth_of, to_8_bits
+from dist_train.data.types import DtypeName
 from dist_train.errors import ConfigError, DecodeError
 
 Rule = Literal["auto", "dtype", "bits", "window", "percentile"]
-StoreDtype = Literal["uint8", "uint16", "float16"]
 #: Percentiles of types that have no plain black and white, such as float32 and int16.
 PERCENTILES = (0.5, 99.5)
 MOST = float(np.finfo(np.float32).max)
@@ -186,7 +186,7 @@ def _bits_of(values: np.ndarray, intensity: Intensity, found: SetRange, bits: in
 
 
 def to_stored(
-    values: np.ndarray, black: tuple[float, ...], white: tuple[float, ...], dtype: StoreDtype
+    values: np.ndarray, black: tuple[float, ...], white: tuple[float, ...], dtype: DtypeName
 ) -> tuple[np.ndarray, int]:
     """Map ``values`` linearly from black..white to the stored range, and cut what is outside.
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
+from dist_train.data.types import GREY as GREY
 from dist_train.errors import ConfigError, DecodeError
 
-GREY = ("grey",)
 RGB = ("red", "green", "blue")
 ALPHA = "alpha"
 #: BT.601.

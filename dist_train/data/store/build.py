@@ -7,13 +7,15 @@ shard is rewritten only if a file that it rejected was mended, so a killed run c
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import numpy as np
 import pandas as pd
 
 from dist_train.data.raw.clip import LATER, PIXELS_VERSION, PrepareSettings
@@ -28,10 +30,11 @@ from dist_train.data.store.publish import Publisher, folder_of, publisher_of
 from dist_train.data.store.reader import MARKER
 from dist_train.data.store.rejects import LOST, by_class, count_classes, lost_in, read_rejects
 from dist_train.data.store.salvage import good_clips
-from dist_train.data.store.shard_task import RawClips, Task, write_task
+from dist_train.data.store.shard_task import RawArray, RawClips, Task, write_task
 from dist_train.data.store.shards import Shard
 from dist_train.data.store.write_lock import write_lock
 from dist_train.data.table.manifest import Manifest
+from dist_train.data.types import DTYPES, GREY, DtypeName
 from dist_train.errors import ManifestError, StoreError
 from dist_train.files import open_plain
 from dist_train.places import Location
@@ -146,21 +149,79 @@ def finalize(out: Location, *, max_rejected: float = 0.01) -> dict[str, Any]:
 
 
 def prepare_npz(
-    path: Path, out: Path, *, shard_clips: int = 128, progress: Progress | None = None
+    path: Path,
+    out: Path,
+    *,
+    shard_clips: int = 128,
+    channels: Sequence[str] = GREY,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a store from a MedMNIST 3D file (see ``medmnist``), with its official split.
+
+    Args:
+        channels: names of the channels of images [N, D, H, W, C], which are kept; by default one,
+            to which colour is converted.
 
     Raises:
         StoreError: the file is not of this form, or the folder belongs to other settings.
     """
     table, volumes = read_medmnist(path)
     # Their records have nothing that came later.
-    given = PrepareSettings(roi="none", shard_clips=shard_clips, record_version=1)
+    given = PrepareSettings(
+        roi="none", shard_clips=shard_clips, channel_names=tuple(channels), record_version=1
+    )
     settings = survey_arrays(volumes, given)
-    job = _job(table, settings, npz=_digest(path))
+    return _write_arrays(_job(table, settings, npz=_digest(path)), volumes, out, progress)
+
+
+def prepare_arrays(
+    manifest: Manifest,
+    clips: Sequence[RawArray],
+    out: Path,
+    *,
+    channels: Sequence[str] = GREY,
+    shard_clips: int = 128,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a store from arrays in memory, one for each row of ``manifest``.
+
+    Args:
+        clips: arrays of one dtype, uint8, uint16 or float16 (from 0 to 1): [D, H, W], or
+            [D, H, W, C] with several ``channels``. Or pairs of an array and further entries of its
+            record: ``spacing`` ([z, y, x] in um) and ``interval`` (seconds between frames).
+
+    Returns:
+        The content of ``store.json``.
+
+    Raises:
+        StoreError: the folder belongs to other settings, or a clip has another form.
+    """
+    if len(clips) != len(manifest.table):
+        raise StoreError(f"{len(clips)} clips for {len(manifest.table)} rows of the table")
+    pairs = [clip if isinstance(clip, tuple) else (clip, {}) for clip in clips]
+    dtype = pairs[0][0].dtype.name if pairs else "uint8"
+    if dtype not in DTYPES:
+        raise StoreError(f"clips are {dtype}", fix=f"Give one of {', '.join(DTYPES)}.")
+    settings = PrepareSettings(
+        roi="none",
+        shard_clips=shard_clips,
+        store_dtype=cast(DtypeName, dtype),
+        channel_names=tuple(channels),
+    )
+    digest = hashlib.sha256()
+    for array, record in pairs:
+        digest.update(json.dumps([list(array.shape), record]).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    job = _job(manifest.table, settings, arrays=digest.hexdigest())
+    return _write_arrays(job, pairs, out, progress)
+
+
+def _write_arrays(
+    job: Job, clips: Sequence[RawArray], out: Path, progress: Progress | None
+) -> dict[str, Any]:
     shards = job.shards(out)
     with write_lock(out, job):
-        _write_unfinished(out, job, shards, volumes, supervised, progress)
+        _write_unfinished(out, job, shards, clips, supervised, progress)
         return finish(out, job, shards, 0.0)
 
 
@@ -186,6 +247,8 @@ def reopen_source(job: Job, place: Path | str) -> RawClips:
             f"the code of the reader {reader.path} has changed since the store was made{version}",
             fix="Install the code that made it, or prepare the store anew in another folder.",
         )
+    if "arrays" in job.made_from:
+        raise StoreError("the store was made from arrays in memory, which cannot be read again")
     if "npz" not in job.made_from:
         return open_source(place)
     path = Path(place)
@@ -379,7 +442,7 @@ def _warn_of_changed(stored: Sequence[Shard], job: Job, raw: RawClips) -> None:
 def new_task(job: Job, shard: Shard, raw: RawClips) -> Task:
     """Return the task that writes a shard. Good clips of a shard that is there are kept."""
     rows = job.rows(shard)
-    kept = good_clips(shard.path, rows)
+    kept = good_clips(shard.path, rows, job.form)
     lost = lost_in(shard)
     absent = set(raw.missing(list(lost))) if isinstance(raw, Source) else set()
     # A lost clip keeps its reason, by which a later repair knows it.

@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_
 
 from dist_train.data.raw.clip import PrepareSettings
 from dist_train.data.store.reader import MANIFEST, SHARDS, Digest
-from dist_train.data.store.shards import Shard
-from dist_train.data.types import Record
+from dist_train.data.store.shards import Form, Shard
+from dist_train.data.types import DTYPES, Record
 from dist_train.errors import ConfigError, FileError, StoreError
 from dist_train.files import read_json, read_plain
 
@@ -67,6 +67,11 @@ class Job:
     @cached_property
     def settings(self) -> PrepareSettings:
         return settings_of(self.made_from)
+
+    @property
+    def form(self) -> Form:
+        """The dtype and the number of channels of all clips."""
+        return DTYPES[self.settings.store_dtype], len(self.settings.channel_names)
 
     @cached_property
     def manifest(self) -> bytes:

@@ -13,6 +13,7 @@ from dist_train.data.store.index import content_digest, index_checksum, write_in
 from dist_train.data.store.reader import FORMAT, INDEX, MARKER, REJECTED, read_marker
 from dist_train.data.store.rejects import by_class, count_classes, gather_rejects, rejects_csv
 from dist_train.data.store.shards import Shard
+from dist_train.data.types import GREY
 from dist_train.errors import StoreError
 from dist_train.files import sealed, write_whole
 
@@ -85,4 +86,9 @@ def marker_of(
         "rejected": count_classes(rejects["class"]),
         "index_crc32c": index_crc32c,
     }
+    # Stores of earlier versions have none of these.
+    if job.settings.channel_names != GREY:
+        marker["channels"] = list(job.settings.channel_names)
+    if job.settings.store_dtype != "uint8":
+        marker["dtype"] = job.settings.store_dtype
     return marker if content is None else marker | {"content": content}

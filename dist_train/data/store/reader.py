@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from functools import cached_property
@@ -23,7 +24,8 @@ from dist_train.config import CacheSettings
 from dist_train.data.store.index import check_index, digest_of, read_index
 from dist_train.data.store.remote_store import RemoteStore
 from dist_train.data.store.shard_bytes import LocalShards, ShardBytes, Span
-from dist_train.data.types import Volume
+from dist_train.data.store.shards import Form, form_of, form_text
+from dist_train.data.types import DTYPES, GREY, DtypeName, Volume
 from dist_train.errors import FileError, StoreError
 from dist_train.files import is_sealed, read_json
 from dist_train.places import Location, is_url, local_path, shown
@@ -36,6 +38,7 @@ SHARDS = "shards"
 REJECTED = "rejected.csv"
 MANIFEST = "manifest.csv"
 MOST_MARKER = 1 << 20
+Name = Annotated[str, StringConstraints(min_length=1)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 COLUMNS = ("filename", "label", "group", "weight", "split", "crowd_score", "tier1")
@@ -59,6 +62,8 @@ class Store:
             ``height``, ``width``, ``shard``, ``offset``, ``crc32c``. The position of a row is the
             number of the clip.
         info: the content of ``store.json``.
+        channels: names of the channels of all clips.
+        dtype: dtype of all clips: uint8, uint16 or float16.
 
     Raises:
         StoreError: there is no store, or it is not finished, or its index is damaged.
@@ -87,8 +92,12 @@ class Store:
             self._bytes = LocalShards(self.folder / SHARDS)
             self.info = read_marker(self.folder)
         check_index(self.folder / INDEX, self.info["index_crc32c"])
+        self.channels: tuple[str, ...] = tuple(self.info.get("channels", GREY))
+        self.dtype = DTYPES[self.info.get("dtype", "uint8")]
+        form = self.dtype, len(self.channels)
+        clips, shards = self.info["clips"], self.info["shards"]
         try:
-            self.table = _read_table(self.folder / INDEX, self.info["clips"], self.info["shards"])
+            self.table = _read_table(self.folder / INDEX, clips, shards, form)
         except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise StoreError(
                 f"the index is not that of the store ({error})",
@@ -119,7 +128,8 @@ class Store:
         )
 
     def read(self, clip: int) -> Volume:
-        """Return the native crop of clip number ``clip``: uint8 [D, H, W], by one ``pread``.
+        """Return the native crop of clip number ``clip``, by one ``pread``: of ``dtype`` and
+        ``shape``.
 
         Raises:
             StoreError: there is no such clip, or its shard is missing or damaged.
@@ -127,17 +137,18 @@ class Store:
             RemoteError: the server of a remote store does not give it.
         """
         self._check(clip)
-        pixels = np.empty(self._shape[clip], dtype=np.uint8)
+        pixels = np.empty(self.shape(clip), self.dtype)
         self.read_into(pixels, clip)
         return pixels
 
     def read_into(self, out: Volume, clip: int) -> None:
-        """Read a clip into ``out``: uint8, C order, as many pixels as the clip has."""
+        """Read a clip into ``out``: of ``dtype``, C order, as many values as the clip has."""
         self._check(clip)
-        if out.dtype != np.uint8 or not out.flags.c_contiguous or out.size != self._length(clip):
+        length = math.prod(self.shape(clip))
+        if out.dtype != self.dtype or not out.flags.c_contiguous or out.size != length:
             raise StoreError(
                 f"clip {clip} is not to be read into {out.dtype} {list(out.shape)}: it has "
-                f"{self._length(clip)} pixels, uint8 in C order",
+                f"{length} pixels, {self.dtype} in C order",
                 where=self.folder,
             )
         try:
@@ -149,6 +160,31 @@ class Store:
             raise self._damage(clip, error.what) from None
         if not is_right:
             raise self._damage(clip, "the bytes are not those that were stored")
+
+    @cached_property
+    def sampling(self) -> tuple[np.ndarray, np.ndarray]:
+        """Spacing of voxels in um, z, y, x, and seconds between frames, NaN where unknown:
+        float64 [clips, 3] and [clips].
+
+        They are read from the index, which takes seconds for a large store.
+
+        Raises:
+            StoreError: the index cannot be read, or a clip's record is not valid.
+        """
+        spacing = np.full((len(self.table), 3), np.nan)
+        interval = np.full(len(self.table), np.nan)
+        for number, (key, record) in enumerate(read_index(self.folder / INDEX)):
+            try:
+                spacing[number] = record.get("spacing") or np.nan
+                interval[number] = record.get("interval") or np.nan
+                if (spacing[number] <= 0).any() or interval[number] <= 0:
+                    raise ValueError("it is not above 0")
+            except (TypeError, ValueError) as error:
+                raise StoreError(
+                    f"clip '{key}' has no valid spacing or interval ({error})",
+                    where=self.folder / INDEX,
+                ) from None
+        return spacing, interval
 
     def file(self, name: str) -> Path:
         """The local path of a file beside the shards, which may be missing."""
@@ -179,12 +215,15 @@ class Store:
                 f"holds no clip {clip}; they are 0 to {len(self.table) - 1}", where=self.folder
             )
 
-    def _length(self, clip: int) -> int:
-        return int(self._shape[clip].prod())
+    def shape(self, clip: int) -> tuple[int, ...]:
+        """[D, H, W], or [D, H, W, C] with several channels."""
+        channels = len(self.channels)
+        return (*self._shape[clip].tolist(), *([channels] if channels > 1 else ()))
 
     def _span(self, clip: int) -> Span:
         shard, offset, checksum = self._shard[clip], self._offset[clip], self._crc32c[clip]
-        return Span(int(shard), int(offset), self._length(clip), int(checksum))
+        length = math.prod(self.shape(clip)) * self.dtype.itemsize
+        return Span(int(shard), int(offset), length, int(checksum))
 
     def _damage(self, clip: int, what: str) -> StoreError:
         return StoreError(
@@ -193,8 +232,11 @@ class Store:
             fix=self._bytes.repair,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "sampling"}
 
-def _read_table(index: Path, clips: int, shards: int) -> pd.DataFrame:
+
+def _read_table(index: Path, clips: int, shards: int, form: Form) -> pd.DataFrame:
     """Read ``Store.table``, and check that its values have the right types and bounds.
 
     Raises:
@@ -202,7 +244,9 @@ def _read_table(index: Path, clips: int, shards: int) -> pd.DataFrame:
     """
     rows = []
     for key, record in read_index(index):
-        frames, height, width = record["shape"]
+        frames, height, width, *_ = record["shape"]
+        if form_of(record) != form:
+            raise ValueError(f"a clip is {form_text(form_of(record))}, not {form_text(form)}")
         rows.append(
             {"key": key, "frames": frames, "height": height, "width": width}
             | {name: record[name] for name in (*COLUMNS, "shard", "offset", "crc32c")}
@@ -288,3 +332,5 @@ class _Marker(BaseModel):
     rejected: dict[Literal["-1", "0", "1"], NonNegativeInt]
     index_crc32c: Annotated[int, Field(ge=0, lt=1 << 32)]
     content: Digest | None = None
+    channels: Annotated[list[Name], Field(min_length=1)] = list(GREY)
+    dtype: DtypeName = "uint8"

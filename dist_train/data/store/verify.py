@@ -20,7 +20,7 @@ from dist_train.data.store.index import content_digest, index_checksum, look_up
 from dist_train.data.store.reader import INDEX, MANIFEST, MARKER, REJECTED, SHARDS, read_marker
 from dist_train.data.store.rejects import gather_rejects, read_rejects, rejects_csv
 from dist_train.data.store.salvage import good_clips
-from dist_train.data.store.shards import Shard, archive_size, around_pixels
+from dist_train.data.store.shards import Form, Shard, archive_size, around_pixels
 from dist_train.data.types import Record
 from dist_train.errors import MissingObjectError, StoreError
 from dist_train.objects import Objects
@@ -28,8 +28,8 @@ from dist_train.places import Location, is_url, local_path
 from dist_train.progress import Progress
 from dist_train.system.supervised_pool import each_done
 
-#: A shard, its rows of the manifest, and the index if that is sound.
-Check = tuple[Shard, Sequence[Record], Path | None]
+#: A shard, its rows of the manifest, the form of its clips, and the index if that is sound.
+Check = tuple[Shard, Sequence[Record], Form, Path | None]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _verify(
     if marker is not None and index is None:
         faults.append(Fault(folder / INDEX, "is not the index that was written"))
     done, total = 0, len(job.table)
-    checks = ((shard, job.rows(shard), index) for shard in shards)
+    checks = ((shard, job.rows(shard), job.form, index) for shard in shards)
     for rows, found in each_done(partial(_brought_and_checked, objects), checks, workers):
         faults += found
         done += rows
@@ -130,7 +130,7 @@ def _in_shards(folder: Path, objects: Objects | None) -> list[Path]:
 
 
 def _brought_and_checked(objects: Objects | None, check: Check) -> tuple[int, list[Fault]]:
-    shard, _, _ = check
+    shard, *_ = check
     if objects is None:
         return check_shard(check)
     try:
@@ -179,7 +179,7 @@ def _check_summaries(
 
 def check_shard(check: Check) -> tuple[int, list[Fault]]:
     """Return the number of a shard's rows, and its faults."""
-    shard, rows, index_path = check
+    shard, rows, form, index_path = check
     if not shard.path.is_file():
         return len(rows), [Fault(shard.path, "the shard is missing", shard.number)]
     try:
@@ -192,7 +192,7 @@ def check_shard(check: Check) -> tuple[int, list[Fault]]:
         what = "the list names files that are not of this shard"
         return len(rows), [Fault(shard.rejects_path, what, shard.number)]
     index = None if index_path is None else look_up(index_path, [row["key"] for row in rows])
-    good = good_clips(shard.path, rows, index)
+    good = good_clips(shard.path, rows, form, index)
     names = set(rejects["file"])
     expected = {row["key"]: i for i, row in enumerate(rows) if row["filename"] not in names}
     found = [f"clip '{k}' is missing or damaged" for k, i in expected.items() if i not in good]
