@@ -185,6 +185,11 @@ def open_stack(path: Path, name: str, where: str, settings: PrepareSettings) -> 
     if reader is not None and reader.reads(name):
         return plain_stack(reader.read(path))
     form = format_of(name, path)
+    if dataset and not getattr(form, "HAS_DATASETS", False):
+        raise DecodeError(
+            f"'::{dataset}' names an array in the file, and such a file has none by name",
+            fix="Give the file's name alone; --series chooses an image.",
+        )
     if form is not None:
         return form.read(path, where, replace(settings.choices, dataset=dataset or None))
     if suffix in VIDEO_SUFFIXES:

@@ -6,6 +6,7 @@ A module has
 - ``PACKAGES``: the packages that it imports when it reads, by the names that pip knows;
 - ``read(path, where, choices)``: path of a file -> ``Stack``; it raises DecodeError, or anything
   on damaged bytes;
+- if its files hold arrays by name, as ``FILE::ARRAY``: ``HAS_DATASETS = True``;
 - if its clips may be folders: ``reads_folder(path)``, whether it reads this one.
 
 Its heavy imports are inside ``read``, so that the list of formats is cheap. A new module in this

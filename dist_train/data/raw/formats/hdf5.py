@@ -22,6 +22,7 @@ from dist_train.errors import DecodeError
 
 SUFFIXES = (".h5", ".hdf5", ".hdf")
 PACKAGES = ("h5py",)
+HAS_DATASETS = True
 
 
 def read(path: Path, where: object, choices: Choices) -> Stack:

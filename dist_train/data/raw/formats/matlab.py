@@ -25,6 +25,7 @@ from dist_train.files import open_plain
 
 SUFFIXES = (".mat",)
 PACKAGES = ("h5py",)
+HAS_DATASETS = True
 
 _NUMBERS = {"single", "double", "logical"}
 _NUMBERS |= {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}

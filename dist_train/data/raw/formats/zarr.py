@@ -24,6 +24,7 @@ from dist_train.files import open_plain
 
 SUFFIXES = (".zarr", ".zarr.zip")
 PACKAGES = ("zarr",)
+HAS_DATASETS = True
 
 # Files that make a folder a group or an array of version 2 or 3.
 _MARKS = ("zarr.json", ".zgroup", ".zarray")
