@@ -245,4 +245,5 @@ def test_bombs_are_refused_within_the_limit(tmp_path: Path, name: str) -> None:
     said, took = read_under_limit(path, 100)
     assert said.startswith(f"{path}: ")
     assert message in said
-    assert took <= 100
+    # Code that is loaded meanwhile comes on top.
+    assert took <= 110
