@@ -108,8 +108,10 @@ def _bar(share: float) -> str:
 
 def remarks(store: Path) -> list[str]:
     """Warnings about clips that are in the store, one a line."""
-    few_levels, damaged = [], 0
+    few_levels, damaged, variable, hdr = [], 0, 0, 0
     for _, record in read_index(store / INDEX):
+        variable += "frame_rate" in record
+        hdr += "transfer" in record
         damaged += "frames_damaged" in record
         if "grey_levels" in record:
             few_levels.append(record["grey_levels"])
@@ -121,6 +123,10 @@ def remarks(store: Path) -> list[str]:
         )
     if damaged:
         lines.append(f"kept with damaged frames: {damaged} clips")
+    if variable:
+        lines.append(f"variable frame rate: {variable} clips; every frame is stored once")
+    if hdr:
+        lines.append(f"HDR video (PQ or HLG): {hdr} clips; values are stored as they are coded")
     return lines
 
 
