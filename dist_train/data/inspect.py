@@ -113,8 +113,10 @@ def _bar(share: float) -> str:
 
 def remarks(store: Path) -> list[str]:
     """Warnings about clips that are in the store, one a line."""
-    few_levels, saturated, not_numbers, damaged = [], 0, 0, 0
+    few_levels, saturated, not_numbers, damaged, variable, hdr = [], 0, 0, 0, 0, 0
     for _, record in read_index(store / INDEX):
+        variable += "frame_rate" in record
+        hdr += "transfer" in record
         damaged += "frames_damaged" in record
         saturated += "saturated" in record
         not_numbers += "not_numbers" in record
@@ -132,6 +134,10 @@ def remarks(store: Path) -> list[str]:
         lines.append(f"values that are no numbers (NaN), stored as black: {not_numbers} clips")
     if damaged:
         lines.append(f"kept with damaged frames: {damaged} clips")
+    if variable:
+        lines.append(f"variable frame rate: {variable} clips; every frame is stored once")
+    if hdr:
+        lines.append(f"HDR video (PQ or HLG): {hdr} clips; values are stored as they are coded")
     return lines
 
 

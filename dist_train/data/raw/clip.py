@@ -101,7 +101,7 @@ CONVERT |= {
     ".nii": CONVERT[".nii.gz"],
     ".gz": CONVERT[".zip"],
     ".tar": CONVERT[".zip"],
-} | dict.fromkeys((".jpeg", ".bmp", ".pgm", ".ppm", ".pnm"), CONVERT[".jpg"])
+} | dict.fromkeys((".png", ".webp", ".jpeg", ".bmp", ".pgm", ".ppm", ".pnm"), CONVERT[".jpg"])
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ class Video:
         self.stopped_by: str | None = None
         self.is_deep = self.is_variable = False
         self.interval: float | None = None
+        self._stamps: list[int | None] = []
         self.transfer: str | None = None
 
     def again(self) -> Video:
@@ -103,6 +104,7 @@ class Video:
 
     def __iter__(self) -> Iterator[Frame]:
         self.frames_decoded, self.frames_damaged, self.stopped_by = 0, 0, None
+        self._stamps = []
         try:
             with open_plain(self.path) as file, open_container(file) as container:
                 stream = video_stream(container)
@@ -117,6 +119,8 @@ class Video:
                     if isinstance(error, MemoryError) or _memory_is_short(stream):
                         raise MemoryError from None
                     self.stopped_by = reason_of(error)
+                unit = float(stream.time_base or 1)
+                self.interval, self.is_variable = interval_of(self._stamps, unit)
             if self.frames_decoded == 0:
                 because = f" ({self.stopped_by})" if self.stopped_by else ""
                 raise DecodeError(f"holds no frame that decodes{because}")
@@ -135,7 +139,6 @@ class Video:
         turn = None
         end = lasts = 0.0
         is_cut = False
-        stamps: list[int | None] = []
         converter = VideoReformatter()
         for packet in container.demux(stream):
             # The file has fewer bytes than the packet's size.
@@ -164,11 +167,9 @@ class Video:
                 if self.pixels != "grey":
                     wanted = stored_picture(frame, planes, converter, self.bits, self.pixels)
                     planes = replace(planes, wanted=wanted)
-                stamps.append(frame.pts)
+                self._stamps.append(frame.pts)
                 yield _upright(planes, turn) if turn else planes
                 self.frames_decoded += 1
-        unit = float(stream.time_base or 1)
-        self.interval, self.is_variable = interval_of(stamps, unit)
         self.stopped_by = self._missing(container, stream, end, lasts)
         if self.stopped_by is None and is_cut:
             self.stopped_by = "a packet is cut short"

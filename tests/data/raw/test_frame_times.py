@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import said
 from hypothesis import given
 from hypothesis import strategies as st
-from make_media import grey_frames, write_video
+from make_media import grey_frames, write_manifest, write_video
 
 from dist_train.data.raw.clip import PrepareSettings, read_clip
 from dist_train.data.raw.frame_times import interval_of
@@ -68,6 +69,26 @@ def test_records_tell_the_interval(tmp_path: Path, kind: str) -> None:
     # A store of an earlier release is continued with its own records.
     _, record = read_clip(path, path.name, "here", PrepareSettings(roi="none", record_version=1))
     assert set(record) == {"frames_declared", "box"}
+
+
+def test_a_cut_video_keeps_its_interval(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (12, 48, 64, 3), dtype=np.uint8)
+    path = write_video(tmp_path / "a.mkv", noise, codec="ffv1")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    settings = PrepareSettings(roi="none", truncated="keep")
+    clip, record = read_clip(path, path.name, "here", settings)
+    assert 2 < len(clip) < 12
+    assert record["interval"] == 0.05
+
+
+def test_variable_rates_are_told(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", grey_frames())
+    write_video(tmp_path / "b.mp4", grey_frames(4), times=[0, 1, 2, 9])
+    for names in (["a.mp4"], ["a.mp4", "b.mp4"]):
+        write_manifest(tmp_path / "t.csv", names, labels=[1] * len(names))
+        common = ("prepare", "--manifest", tmp_path / "t.csv", "--source", tmp_path)
+        told = said(*common, "--roi", "none", "--out", tmp_path / f"s{len(names)}")
+        assert ("variable frame rate: 1 clips" in told) == (len(names) == 2)
 
 
 def test_one_frame_has_no_interval(tmp_path: Path) -> None:
