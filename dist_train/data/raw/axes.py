@@ -72,7 +72,9 @@ def stack_of(
                 else 0
                 for axis in axes
             ]
-            part = np.asarray(array[tuple(place)]).astype(native, copy=False).transpose(order)
+            # Scaled values beyond float32 become infinite, which counts as no number.
+            with np.errstate(over="ignore"):
+                part = np.asarray(array[tuple(place)]).astype(native, copy=False).transpose(order)
             yield from part if depth else [part]
 
     number = sizes.get("C", 1)

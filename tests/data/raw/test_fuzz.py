@@ -7,13 +7,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import SimpleITK
 import tifffile
 from helpers import ROOT, dist_train, environment
 from make_media import grey_frames, outlined_frames, write_video
+from scipy.io import savemat
 
 from dist_train.data.raw.outline import Box
 from dist_train.data.store.reader import REJECTED, Store
@@ -44,7 +47,20 @@ def sound_files(folder: Path) -> list[Path]:
     tifffile.imwrite(folder / "v.tif", volume, photometric="minisblack")
     tifffile.imwrite(folder / "z.tif", volume, photometric="minisblack", compression="zlib")
     tifffile.imwrite(folder / "w.tif", volume.astype(np.uint16) * 257, photometric="minisblack")
-    return files + [folder / name for name in ("v.npy", "v.npz", "v.tif", "z.tif", "w.tif")]
+    files += [folder / name for name in ("v.npy", "v.npz", "v.tif", "z.tif", "w.tif")]
+    return files + medical_files(folder, volume)
+
+
+def medical_files(folder: Path, volume: np.ndarray) -> list[Path]:
+    """By ITK, HDF5 and MATLAB's older form."""
+    names = ("v.nii", "v.nii.gz", "v.nrrd", "v.mha", "v.dcm")
+    for name in names:
+        image = SimpleITK.GetImageFromArray(volume)
+        SimpleITK.WriteImage(image, str(folder / name), name in ("v.nrrd", "v.mha"))
+    with h5py.File(folder / "v.h5", "w") as file:
+        file.create_dataset("volume", data=volume, compression=4)
+    savemat(folder / "v.mat", {"volume": volume})
+    return [folder / name for name in (*names, "v.h5", "v.mat")]
 
 
 def flip_bits(content: bytes, rng: np.random.Generator) -> bytes:
@@ -95,7 +111,7 @@ def test_mutated_files(tmp_path: Path, files: int) -> None:
     for number in range(files):
         path = sound[number % len(sound)]
         change = CHANGES[number // len(sound) % len(CHANGES)]
-        names.append(f"m{number:04d}-{change.__name__}{path.suffix}")
+        names.append(f"m{number:04d}-{change.__name__}{path.name[1:]}")
         (raw / names[-1]).write_bytes(change(path.read_bytes(), rng))
     rows = "".join(f"{name},{number % 2}\n" for number, name in enumerate(names))
     (raw / "clips.csv").write_text(f"filename,label\n{rows}")
