@@ -26,7 +26,7 @@ class LazyArray(Protocol):
     def __getitem__(self, place: Any, /) -> Any: ...
 
 
-def stack_of(
+def stack_from_axes(
     array: LazyArray,
     axes: str,
     choices: Choices,

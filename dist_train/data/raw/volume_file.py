@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_train.data.raw.axes import axes_of_plain, stack_of
+from dist_train.data.raw.axes import axes_of_plain, stack_from_axes
 from dist_train.data.raw.damage import reading
 from dist_train.data.raw.formats import npy
 from dist_train.data.raw.grey import to_8_bits
@@ -61,7 +61,7 @@ def to_uint8_volume(array: np.ndarray, where: object, bits: int | None = None) -
     """
     try:
         axes, channels = axes_of_plain(array.shape, Choices())
-        stack = stack_of(array, axes, Choices(), array.dtype, channels=channels)
+        stack = stack_from_axes(array, axes, Choices(), array.dtype, channels=channels)
         return to_grey(np.stack(list(stack.frames)), bits)
     except DecodeError as error:
         raise DecodeError(error.what, where=where, fix=error.fix) from None

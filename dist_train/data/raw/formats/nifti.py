@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from dist_train.data.raw.axes import MICROMETRES, stack_of, while_open
+from dist_train.data.raw.axes import MICROMETRES, stack_from_axes, while_open
 from dist_train.data.raw.damage import check_held, check_packed
 from dist_train.data.raw.stack import ALPHA, RGB, Choices, Stack
 from dist_train.errors import DecodeError
@@ -75,7 +75,7 @@ def _opened(path: Path, choices: Choices) -> Iterator[Stack]:
         else:
             check_held(declared, size - offset)
         low, high = float(header["cal_min"]), float(header["cal_max"])
-        stack = stack_of(
+        stack = stack_from_axes(
             ArrayProxy(file, (shape, stored, offset, *scaling), mmap=False),
             axes,
             choices,
