@@ -26,7 +26,7 @@ class LazyArray(Protocol):
     def __getitem__(self, place: Any, /) -> Any: ...
 
 
-def stack_of(
+def stack_from_axes(
     array: LazyArray,
     axes: str,
     choices: Choices,
@@ -72,7 +72,9 @@ def stack_of(
                 else 0
                 for axis in axes
             ]
-            part = np.asarray(array[tuple(place)]).astype(native, copy=False).transpose(order)
+            # Scaled values beyond float32 become infinite, which counts as no number.
+            with np.errstate(over="ignore"):
+                part = np.asarray(array[tuple(place)]).astype(native, copy=False).transpose(order)
             yield from part if depth else [part]
 
     number = sizes.get("C", 1)

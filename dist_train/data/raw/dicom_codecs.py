@@ -74,8 +74,9 @@ def check_packed_frames(file: IO[bytes], header: Any) -> None:
     count, starts = parse_fragments(file)
     frames = int(header.get("NumberOfFrames") or 1)
     # The first one has the places of the others.
-    if count - 1 < frames:
-        raise DecodeError(f"is cut short: {frames} frames are declared, {count - 1} are there")
+    count = max(0, count - 1)
+    if count < frames:
+        raise DecodeError(f"is cut short: {frames} frames are declared, {count} are there")
     file.seek(starts[-1] + 4)
     length = int.from_bytes(file.read(4), "little")
     start = file.tell()

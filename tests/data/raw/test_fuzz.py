@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import SimpleITK
 import tifffile
 from helpers import ROOT, dist_train, environment
 from lif_writer import image, write_lif
@@ -19,6 +21,7 @@ from make_media import grey_frames, outlined_frames, write_video
 from nd2_writer import write_nd2
 from PIL import Image
 from pylibCZIrw import czi
+from scipy.io import savemat
 from zarr_writer import write_array
 
 from dist_train.data.raw.outline import Box
@@ -61,6 +64,7 @@ def sound_files(folder: Path) -> list[Path]:
     write_array(folder / "a", volume, packed=True)
     shutil.make_archive(str(folder / "v.zarr"), "zip", folder / "a")
     shutil.rmtree(folder / "a")
+    medical_files(folder, volume)
     return sorted({*files, *folder.iterdir()})
 
 
@@ -68,6 +72,17 @@ def write_czi(path: Path, volume: np.ndarray) -> None:
     with czi.create_czi(str(path), compression_options="zstd1:") as writer:
         for z, picture in enumerate(volume):
             writer.write(picture[..., None], plane={"Z": z})
+
+
+def medical_files(folder: Path, volume: np.ndarray) -> None:
+    """By ITK, HDF5 and MATLAB's older form."""
+    names = ("v.nii", "v.nii.gz", "v.nrrd", "v.mha", "v.dcm")
+    for name in names:
+        image = SimpleITK.GetImageFromArray(volume)
+        SimpleITK.WriteImage(image, str(folder / name), name in ("v.nrrd", "v.mha"))
+    with h5py.File(folder / "v.h5", "w") as file:
+        file.create_dataset("volume", data=volume, compression=4)
+    savemat(folder / "v.mat", {"volume": volume})
 
 
 def flip_bits(content: bytes, rng: np.random.Generator) -> bytes:

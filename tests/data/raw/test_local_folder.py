@@ -95,6 +95,10 @@ def test_a_folder_that_is_one_clip(tmp_path: Path) -> None:
     changed = (tmp_path / "scan" / "1").stat().st_ctime
     assert source.changed_since("scan", changed - 1)
     assert not source.changed_since("scan", changed)
+    # A name that is another format's.
+    (tmp_path / "scan.npy").symlink_to("scan")
+    with pytest.raises(DecodeError, match="is a folder, and none"), source.fetched("scan.npy"):
+        pass
     (tmp_path / "scan" / "1").write_bytes(b"no mark")
     with pytest.raises(DecodeError, match="is a folder, and none"), source.fetched("scan"):
         pass

@@ -52,12 +52,6 @@ def may_be_folder(name: str) -> bool:
     return not PurePosixPath(name).suffix or name.lower().endswith(tuple(ends))
 
 
-def reads_folder(path: Path) -> bool:
-    """Whether a format reads a folder as one clip."""
-    folders = (each for each in formats() if hasattr(each, "reads_folder"))
-    return any(each.reads_folder(path) for each in folders)
-
-
 def format_of(name: str, path: Path) -> Format | None:
     """Return the format of a clip by its file's name, or what a folder holds; None if unknown.
 
@@ -87,3 +81,15 @@ def format_of(name: str, path: Path) -> Format | None:
                     fix="Install dist_train[formats], or leave these files out of the table.",
                 ) from None
     return found
+
+
+def reads_folder(name: str, path: Path) -> bool:
+    """Whether a folder is one clip of the format that its name and content tell.
+
+    Raises:
+        ConfigError: see ``format_of``.
+    """
+    found = format_of(name, path)
+    if found is None or not hasattr(found, "reads_folder"):
+        return False
+    return bool(found.reads_folder(path))

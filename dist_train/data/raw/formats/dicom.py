@@ -64,8 +64,7 @@ def reads_folder(path: Path) -> bool:
 
 
 def read(path: Path, where: object, choices: Choices) -> Stack:
-    with reading(where), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with reading(where), warnings.catch_warnings(action="ignore"):
         files = _candidates(path) if path.is_dir() else [path]
         headers = _chosen([(file, _header(file)) for file in files], choices)
         slices = [one for file, header in headers for one in _slices(file, header)]
@@ -277,13 +276,12 @@ def _frames(slices: Sequence[_Slice], dtype: np.dtype[Any], where: object) -> It
                 ) as decoded,
             ):
                 for one in ours:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")
+                    with warnings.catch_warnings(action="ignore"):
                         frame = next(decoded, None)
                     if frame is None:
                         raise DecodeError(f"{path.name} lacks frame {one.number} of {whole}")
                     values = _values(frame, one)
-                    if not np.can_cast(values.dtype, dtype, "same_kind"):
+                    if dtype.kind not in "bf" and not np.can_cast(values.dtype, dtype):
                         raise DecodeError(f"{path.name} holds {values.dtype}, others {dtype}")
                     yield values.astype(dtype, copy=False)
 
@@ -291,8 +289,7 @@ def _frames(slices: Sequence[_Slice], dtype: np.dtype[Any], where: object) -> It
 def _whole(file: IO[bytes]) -> Any:
     from pydicom import dcmread
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         return dcmread(file)
 
 
@@ -344,9 +341,9 @@ def _dtype(slices: Sequence[_Slice]) -> np.dtype[Any]:
     stored = pixel_dtype(header, as_float=header.get("PixelRepresentation") is None)
     if header.get("ModalityLUTSequence"):
         return np.dtype(np.uint16)
-    if _is_mapped(slices):
-        return np.dtype(np.float64)
-    return np.dtype(str(stored)).newbyteorder("=")
+    native = np.dtype(str(stored)).newbyteorder("=")
+    # float32 for 16 bits: their rescaled values have no more.
+    return np.result_type(native, np.float32) if _is_mapped(slices) else native
 
 
 def _window(one: _Slice) -> tuple[float, float] | None:

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dist_train.data.raw.axes import axes_of_plain, stack_of, while_open
+from dist_train.data.raw.axes import axes_of_plain, stack_from_axes, while_open
 from dist_train.data.raw.damage import check_held
 from dist_train.data.raw.stack import Choices, Stack
 from dist_train.errors import DecodeError
@@ -36,7 +36,7 @@ def _opened(path: Path, choices: Choices) -> Iterator[Stack]:
         if axes is None:
             axes, channels = axes_of_plain(array.shape, choices)
         sizes = array.attrs.get("element_size_um", ())
-        yield stack_of(
+        yield stack_from_axes(
             array,
             axes,
             choices,

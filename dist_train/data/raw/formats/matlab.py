@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from dist_train.data.raw.axes import stack_of, while_open
+from dist_train.data.raw.axes import stack_from_axes, while_open
 from dist_train.data.raw.damage import check_packed
 from dist_train.data.raw.formats.hdf5 import block_of, chosen_array, is_picture, opened_array
 from dist_train.data.raw.stack import RGB, Choices, Stack
@@ -46,7 +46,7 @@ def _new(path: Path, choices: Choices) -> Iterator[Stack]:
         kind = array.attrs.get("MATLAB_class", b"")
         if kind in (b"char", b"cell", b"struct"):
             raise DecodeError(f"has a {kind.decode()} in {array.name}, no array of numbers")
-        yield stack_of(
+        yield stack_from_axes(
             array,
             axes[::-1],
             choices,
@@ -75,7 +75,7 @@ def _old(path: Path, choices: Choices) -> Iterator[Stack]:
         # MATLAB stores whole numbers as integers, whatever the variable's type.
         array = loadmat(file, mat_dtype=True, variable_names=[chosen.name])[chosen.name]
     axes, channels = _axes(array.shape, choices)
-    yield stack_of(array, axes, choices, array.dtype, channels=channels)
+    yield stack_from_axes(array, axes, choices, array.dtype, channels=channels)
 
 
 def _axes(shape: tuple[int, ...], choices: Choices) -> tuple[str, tuple[str, ...] | None]:

@@ -15,7 +15,7 @@ from typing import IO
 
 import numpy as np
 
-from dist_train.data.raw.axes import MICROMETRES, stack_of
+from dist_train.data.raw.axes import MICROMETRES, stack_from_axes
 from dist_train.data.raw.damage import check_held, check_packed, reading
 from dist_train.data.raw.stack import RGB, Choices, Stack
 from dist_train.errors import DecodeError
@@ -62,7 +62,7 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
         values = _values(file, header, math.prod(shape) * dtype.itemsize)
         unit = MICROMETRES.get(header.get("DistanceUnits", "mm"), math.nan)
         steps = header.get("ElementSpacing", header.get("ElementSize", "")).split()
-        return stack_of(
+        return stack_from_axes(
             np.frombuffer(values, dtype).reshape(shape),
             "XYZT"[: len(sizes)][::-1] + "C",
             choices,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from dist_train.data.raw.axes import MICROMETRES, stack_of, while_open
+from dist_train.data.raw.axes import MICROMETRES, stack_from_axes, while_open
 from dist_train.data.raw.damage import check_held, check_packed
 from dist_train.data.raw.stack import ALPHA, RGB, Choices, Stack
 from dist_train.errors import DecodeError
@@ -74,11 +75,12 @@ def _opened(path: Path, choices: Choices) -> Iterator[Stack]:
         else:
             check_held(declared, size - offset)
         low, high = float(header["cal_min"]), float(header["cal_max"])
-        stack = stack_of(
+        stack = stack_from_axes(
             ArrayProxy(file, (shape, stored, offset, *scaling), mmap=False),
             axes,
             choices,
-            stored if scaling == (1.0, 0.0) else np.dtype(np.float64),
+            # float32 for 16 bits: their scaled values have no more.
+            stored if scaling == (1.0, 0.0) else np.result_type(stored, np.float32),
             channels=colours,
             spacing=_spacing(header),
             interval=_interval(header),
@@ -104,7 +106,10 @@ def _header(file: IO[bytes]) -> Any:
     sizes = {int.from_bytes(start, "little"), int.from_bytes(start, "big")}
     if len(start) < 4 or not sizes & {348, 540}:
         raise DecodeError("is no NIfTI file")
-    header = (Nifti1Header if 348 in sizes else Nifti2Header).from_fileobj(file, check=False)
+    kind = Nifti1Header if 348 in sizes else Nifti2Header
+    # About extensions, which are not read.
+    with warnings.catch_warnings(action="ignore"):
+        header = kind.from_fileobj(file, check=False)
     magic = bytes(header["magic"].tobytes())
     if not magic.startswith((b"n+1", b"n+2")):
         raise DecodeError(

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from dist_train.data.raw.axes import axes_of_plain, stack_of
+from dist_train.data.raw.axes import axes_of_plain, stack_from_axes
 from dist_train.data.raw.damage import reading
 from dist_train.data.raw.stack import Choices, Stack
 from dist_train.files import open_plain
@@ -26,7 +26,7 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
     with reading(where), open_plain(path) as file, _npy_inside(file) as (member, size):
         array = read_npy(member, size)
     axes, channels = axes_of_plain(array.shape, choices)
-    return stack_of(array, axes, choices, array.dtype, channels=channels)
+    return stack_from_axes(array, axes, choices, array.dtype, channels=channels)
 
 
 def read_npy(file: IO[bytes], size: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_train.data.raw.axes import MICROMETRES, stack_of
+from dist_train.data.raw.axes import MICROMETRES, stack_from_axes
 from dist_train.data.raw.damage import reading
 from dist_train.data.raw.stack import ALPHA, RGB, Choices, Stack
 from dist_train.errors import DecodeError
@@ -48,7 +48,7 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
         # Memory is taken as bytes are read, and not by the header.
         array = nrrd.read_data(header, file, index_order="C")
         axes, colours = _axes(header)
-        return stack_of(
+        return stack_from_axes(
             array,
             axes[::-1],
             choices,

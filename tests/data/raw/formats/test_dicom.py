@@ -124,7 +124,8 @@ def test_colours_and_other_kinds(name: str, shape: tuple[int, ...]) -> None:
     assert frames.shape == shape
     assert stack.channels == (RGB if len(shape) == 4 else ("grey",))
     if name != "examples_palette.dcm":
-        np.testing.assert_array_equal(frames, pixel_array(real(name)).reshape(shape))
+        right = pixel_array(pydicom.dcmread(real(name)))
+        np.testing.assert_array_equal(frames, right.reshape(shape))
 
 
 # JPEG is lossless here.
@@ -276,7 +277,7 @@ def test_frames_with_places_of_their_own(tmp_path: Path) -> None:
     stack, frames = stack_in(changed(path, path, lambda header: enhanced(header, places)))
     scaled = VOLUME * (np.array(places)[:, None, None] + 1.0)
     np.testing.assert_array_equal(frames, scaled[np.argsort(places)])
-    assert stack.dtype == np.float64
+    assert stack.dtype == np.float32
     assert stack.spacing == (2000, 250, 500)
 
 

@@ -78,7 +78,7 @@ def test_slope_and_intercept_are_applied(tmp_path: Path) -> None:
     nibabel.save(image, tmp_path / "a.nii.gz")
     stack, frames = stack_in(tmp_path / "a.nii.gz")
     np.testing.assert_array_equal(frames, VOLUME * 0.5 - 1024)
-    assert stack.dtype == np.float64
+    assert stack.dtype == np.float32
     assert stack.window == (-1000, -900)
     # Units that the file does not name are not guessed.
     assert stack.spacing == (None, None, None)
