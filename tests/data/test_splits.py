@@ -176,10 +176,15 @@ def test_a_fold_without_a_class_is_refused() -> None:
     table.loc[table["group"].isin(["g0", "g1"]), "label"] = 1
     said = []
     for fold in range(4):
-        message = rf"split\.fold={fold}: split '\w+' holds no positives \(train: \d+ pos"
+        message = (
+            rf"split\.fold={fold}: split '\w+' holds no positives \((fold \d of 4; )?train: \d+ pos"
+        )
         with pytest.raises(PlanError, match=message) as raised:
             check(table, SplitSettings(folds=4, fold=fold, groups="disjoint"))
         said.append(str(raised.value))
+    for fold, text in enumerate(said):
+        if "split 'test'" in text:
+            assert f"fold {fold} of 4" in text
     assert any("split 'test'" in text for text in said)
     check(table, SplitSettings(folds=4))
 

@@ -31,6 +31,7 @@ from dist_train.data.store.shard_task import RawClips, Task, write_task
 from dist_train.data.store.shards import Shard
 from dist_train.data.store.write_lock import write_lock
 from dist_train.data.table.manifest import Manifest
+from dist_train.data.types import CLASSES, class_names
 from dist_train.errors import ManifestError, StoreError
 from dist_train.files import open_plain
 from dist_train.progress import Progress
@@ -210,7 +211,7 @@ def _plan(
             f"'{twice[0]}' ({lines[0]}) and '{twice[1]}' ({lines[1]}) are one file",
             fix="Each clip may be listed once.",
         )
-    job = _job(manifest.table, settings)
+    job = _job(manifest.table, settings, **_class_names(manifest))
     shards = job.shards(out) if part is None else part.of(job.shards(out))
     _check_missing(job, shards, source, max_missing)
     if settings.bits is None:
@@ -220,11 +221,17 @@ def _plan(
             # A new folder, or one that ``write_lock`` will refuse.
             run = partial(run, limits=_limits(settings))
             bits = depth_of_files(source, list(names), run, settings.reader)
-        job = _job(job.table, replace(settings, bits=bits))
+        job = _job(job.table, replace(settings, bits=bits), **_class_names(manifest))
     return job, shards
 
 
-def _job(table: pd.DataFrame, settings: PrepareSettings, **more: str) -> Job:
+def _class_names(manifest: Manifest) -> dict[str, dict[str, str]]:
+    """The entry of ``job.json`` for classes with names of their own."""
+    names = {str(label): name for label, name in manifest.classes.items()}
+    return {} if class_names(names) == CLASSES else {"classes": names}
+
+
+def _job(table: pd.DataFrame, settings: PrepareSettings, **more: Any) -> Job:
     entries = asdict(settings)
     if settings.reader is None:
         # Keep the fingerprint of stores of earlier versions, which have no such entry.
@@ -255,7 +262,8 @@ def _check_missing(job: Job, shards: Sequence[Shard], source: Source, max_missin
     classes = job.table["label"][job.table["filename"].isin(set(missing))].astype(str)
     hint = source.hint(missing[0])
     raise StoreError(
-        f"{MISSING} ({len(missing)} of {len(names)} files are: {by_class(count_classes(classes))})",
+        f"{MISSING} ({len(missing)} of {len(names)} files are: "
+        f"{by_class(count_classes(classes), job.classes)})",
         where=source.where(missing[0]),
         fix=f"{hint} The manifest must name files that are there."
         if hint

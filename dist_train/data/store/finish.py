@@ -33,7 +33,7 @@ def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) ->
         # An existing marker stays: the store was finished with a larger --max-rejected.
         raise StoreError(
             f"{len(rejects)} of {total} clips were rejected "
-            f"({by_class(count_classes(rejects['class']))}), and --max-rejected is "
+            f"({by_class(count_classes(rejects['class']), job.classes)}), and --max-rejected is "
             f"{max_rejected:g}; the first: {rejects['file'].iloc[0]}: "
             f"{rejects['reason'].iloc[0].rstrip('.')}",
             where=out / REJECTED,
@@ -85,4 +85,6 @@ def marker_of(
         "rejected": count_classes(rejects["class"]),
         "index_crc32c": index_crc32c,
     }
+    if job.classes is not None:
+        marker["classes"] = job.classes
     return marker if content is None else marker | {"content": content}

@@ -21,7 +21,7 @@ from pydantic import (
 
 from dist_train.data.store.index import check_index, digest_of, read_index
 from dist_train.data.store.shards import REPAIR, shard_name
-from dist_train.data.types import Volume
+from dist_train.data.types import METADATA, Volume, class_names, metadata_columns
 from dist_train.errors import FileError, StoreError
 from dist_train.files import crc32c, is_sealed, plain_descriptor, read_json
 from dist_train.system.advice import blame_machine, open_files
@@ -34,6 +34,8 @@ REJECTED = "rejected.csv"
 MANIFEST = "manifest.csv"
 MOST_MARKER = 1 << 20
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+#: Names of the labels, where they are not the default ones.
+ClassNames = dict[Literal["0", "1"], str]
 
 # Most shards that are kept open: a large store has more of them than a process may open files.
 # Three quarters of the files that it may open are left to workers, connections, checkpoints.
@@ -50,9 +52,9 @@ class Store:
     as the copy opens its own files. Threads must not share it.
 
     Attributes:
-        table: one row per clip, ordered by key: ``key``, the manifest's columns, ``frames``,
-            ``height``, ``width``, ``shard``, ``offset``, ``crc32c``. The position of a row is the
-            number of the clip.
+        table: one row per clip, ordered by key: ``key``, the manifest's columns (metadata too),
+            ``frames``, ``height``, ``width``, ``shard``, ``offset``, ``crc32c``. The position of a
+            row is the number of the clip.
         info: the content of ``store.json``.
 
     Raises:
@@ -82,6 +84,11 @@ class Store:
     def fingerprint(self) -> str:
         """Identity of what the store was made from: names, settings, decoder; not pixels."""
         return str(self.info["fingerprint"])
+
+    @property
+    def classes(self) -> dict[int, str]:
+        """Names of the labels 0, 1 and -1."""
+        return class_names(self.info.get("classes"))
 
     @cached_property
     def content(self) -> str:
@@ -190,6 +197,7 @@ def _read_table(index: Path, clips: int, shards: int) -> pd.DataFrame:
         rows.append(
             {"key": key, "frames": frames, "height": height, "width": width}
             | {name: record[name] for name in (*COLUMNS, "shard", "offset", "crc32c")}
+            | {f"{METADATA}{name}": text for name, text in record.get("metadata", {}).items()}
         )
     if len(rows) != clips:
         raise ValueError(f"it holds {len(rows)} clips, not {clips}")
@@ -205,7 +213,7 @@ def _read_table(index: Path, clips: int, shards: int) -> pd.DataFrame:
         raise ValueError("a clip has no valid 'weight'")
     if table["tier1"].dtype != np.bool_:
         raise ValueError("a clip has no valid 'tier1'")
-    for name in ("key", "filename", "group", "split"):
+    for name in ("key", "filename", "group", "split", *metadata_columns(table)):
         if not all(type(value) is str for value in table[name]):
             raise ValueError(f"a clip has no valid '{name}'")
     return table
@@ -272,3 +280,4 @@ class _Marker(BaseModel):
     rejected: dict[Literal["-1", "0", "1"], NonNegativeInt]
     index_crc32c: Annotated[int, Field(ge=0, lt=1 << 32)]
     content: Digest | None = None
+    classes: ClassNames | None = None
