@@ -30,7 +30,8 @@ def slices(evaluation: Evaluation) -> Table:
     """The metrics of each value of the column ``by``, for the terminal."""
     view = Table(title=f"by {evaluation.by}", title_justify="left")
     for number, name in enumerate(slice_header(evaluation)):
-        view.add_column(name, justify="right" if number else "left")
+        # A terminal of 80 columns has room for "(missing)".
+        view.add_column(name, justify="right" if number else "left", min_width=0 if number else 9)
     for cells in slice_rows(evaluation):
         view.add_row(*cells)
     return view
@@ -39,7 +40,7 @@ def slices(evaluation: Evaluation) -> Table:
 def slice_header(evaluation: Evaluation) -> list[str]:
     """Titles of the columns of ``slice_rows``."""
     negative, positive = evaluation.classes
-    of_each = [f"called {positive}", "MCC", "95 % CI", "average precision"]
+    of_each = [f"called {positive}", "MCC", "95 % CI", "AP"]
     return [evaluation.by or "", "clips", positive, negative, *of_each]
 
 

@@ -287,8 +287,8 @@ class _Scan:
             return "links that lead nowhere"
         if not stat.S_ISREG(state.st_mode):
             return "that are no plain files"
-        if path != path.strip():
-            return "files whose names begin or end with a blank"
+        if path != path.strip() or len(path.splitlines()) > 1:
+            return "files whose names begin or end with a blank, or hold a line break"
         return None if state.st_size else "empty files"
 
 

@@ -42,9 +42,12 @@ class Naming:
             ConfigError: a name is not of that form.
         """
         pairs = [pair.partition("=") for text in names for pair in text.split(",")]
-        if bad := next(("".join(pair) for pair in pairs if not (pair[0] and pair[2])), None):
+        bad = next((pair for pair in pairs if not (pair[0] and pair[2])), None)
+        if bad is not None:
             raise ConfigError(
-                f"'{bad}' names no label", where="--label-names", fix="Give it as 0=flowing."
+                f"'{''.join(bad)}' names no label",
+                where="--label-names",
+                fix="Give it as 0=flowing.",
             )
         return cls(positive, {plain_text(label): plain_text(name) for label, _, name in pairs})
 
@@ -85,8 +88,10 @@ def read_labels(text: pd.Series, naming: Naming, where: Path) -> Labels:
         return Labels(text.map(words).astype("int8"), classes)
     spelled = rename_classes(text, naming.names, where)
     counts = spelled.value_counts()
-    _refuse_strangers(naming.positive, counts.index, "--positive", where)
-    wanted = {plain_text(name).casefold() for name in naming.positive}
+    called = {label.casefold(): name for label, name in naming.names.items()}
+    asked = [called.get(plain_text(name).casefold(), name) for name in naming.positive]
+    _refuse_strangers(asked, counts.index, "--positive", where)
+    wanted = {plain_text(name).casefold() for name in asked}
     sides: dict[int, list[str]] = {0: [], 1: []}
     for name in sorted(counts.index):
         sides[name.casefold() in wanted].append(name)
