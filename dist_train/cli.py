@@ -56,6 +56,10 @@ Threshold = Annotated[
 LeastOutline = Annotated[
     int, typer.Option(min=1, help="Least height and width of an outline, in pixels.")
 ]
+LabelNames = Annotated[
+    list[str] | None,
+    typer.Option(help="What labels are called: 0=flowing,1=stalled."),
+]
 Allow = Annotated[
     list[str] | None,
     typer.Option(help="Package of your own whose code may be imported, such as mylab."),
@@ -135,19 +139,65 @@ def synth(
     _echo(f"{clips} clips in {out}")
 
 
+@app.command("manifest")
+def write_manifest(
+    folder: Annotated[Path, typer.Argument(help="Folder of clips.")],
+    out: Annotated[Path, typer.Option(help="CSV file to write.")],
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="What the files' names say, as {group}/{label}_*.tif; if unset, there is one "
+            "folder for each class.",
+        ),
+    ] = None,
+    label_names: LabelNames = None,
+    clip_folders: Annotated[
+        bool, typer.Option("--clip-folders", help="A folder of pictures of one kind is one clip.")
+    ] = False,
+    suffix: Annotated[
+        list[str] | None, typer.Option(help="Further suffix of files, as .raw, of your own reader.")
+    ] = None,
+) -> None:
+    """Write a clip table from a folder of classes, or from a pattern of names."""
+    from dist_train.data.raw.folder_table import folder_table, write_table
+    from dist_train.data.table.labels import Naming
+
+    found = folder_table(
+        folder,
+        pattern=pattern,
+        suffixes=[name.lower() for name in suffix or []],
+        clip_folders=clip_folders,
+        names=Naming.parse([], label_names or []).names,
+    )
+    write_table(found, out)
+    for line in found.lines():
+        _echo(line)
+    _echo(f"{len(found.rows)} clips in {out}")
+
+
 @app.command()
 def prepare(
     out: OutStore,
     manifest: Annotated[
         Path | None,
-        typer.Option(help="CSV of clips with the columns filename and label (0 or 1)."),
+        typer.Option(help="CSV of clips with the columns filename and label; docs/tables.md."),
     ] = None,
     from_folders: Annotated[
         Path | None, typer.Option(help="Folder with a folder of files for each class; no manifest.")
     ] = None,
     positive: Annotated[
         list[str] | None,
-        typer.Option(help="With --from-folders: name of a folder whose clips are positive."),
+        typer.Option(help="Label, or folder of --from-folders, whose clips are positive."),
+    ] = None,
+    label_names: LabelNames = None,
+    file_column: Annotated[
+        str | None, typer.Option(help="Column of file names, if it is not filename.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of labels, if it is not label.")
+    ] = None,
+    group_column: Annotated[
+        str | None, typer.Option(help="Column of groups, if it is not group.")
     ] = None,
     source: Annotated[
         str | None,
@@ -246,31 +296,42 @@ def prepare(
     from dist_train.data.store.build import prepare as write_store
     from dist_train.data.store.build import prepare_part
     from dist_train.data.store.build_spec import Part
+    from dist_train.data.table.labels import Naming
 
     allow_code(allow or [])
     own_reader = None if reader is None else OutsideReader.named(reader)
     own = None if part is None else Part.parse(part)
     most_rejected = _share(max_rejected)
-    if (manifest is None) == (from_folders is None) or (positive is None) != (from_folders is None):
+    if (manifest is None) == (from_folders is None) or (from_folders and not positive):
         raise ConfigError(
             "give either --manifest FILE, or --from-folders DIR with --positive FOLDER"
         )
+    naming = Naming.parse(positive or [], label_names or []) if positive or label_names else None
+    columns = {"filename": file_column, "label": label_column, "group": group_column}
+    named = {role: column for role, column in columns.items() if column is not None}
     if manifest is not None:
         from dist_train.data.table.manifest import read_manifest
 
         table = read_manifest(
-            manifest, labels=labels, unlabelled=unlabelled, where=where, allow_local=allow_local
+            manifest,
+            labels=labels,
+            unlabelled=unlabelled,
+            where=where,
+            allow_local=allow_local,
+            columns=named,
+            naming=naming,
         )
     else:
-        from dist_train.data.raw.class_folders import manifest_from_folders
+        from dist_train.data.raw.folder_table import manifest_from_folders
 
-        if source is not None or labels is not None or unlabelled or where is not None:
+        if source is not None or labels is not None or unlabelled or where is not None or named:
             raise ConfigError(
                 "--from-folders takes files and labels from the folders; leave out --source, "
-                "--labels, --unlabelled and --where"
+                "--labels, --unlabelled, --where, and names of columns"
             )
         assert from_folders is not None
-        table = manifest_from_folders(from_folders, positive or [], suffixes_of(own_reader))
+        assert naming is not None
+        table = manifest_from_folders(from_folders, naming, suffixes_of(own_reader))
         source = str(from_folders)
     access = Access(local=allow_local, private=allow_private, most_bytes=fetch_mib << 20)
     files = manifest_source(table, access) if source is None else open_source(source, access)
@@ -527,12 +588,19 @@ def predict(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a run with predictions.")],
     threshold: Threshold = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="Metrics for each value of this column of the clip table, or of group."),
+    ] = None,
 ) -> None:
     """Print the metrics of a run's predictions, with confidence intervals."""
     from dist_train.evaluation.evaluate import evaluate_run
-    from dist_train.evaluation.evaluation_text import table
+    from dist_train.evaluation.evaluation_text import slices, table
 
-    console.print(table(evaluate_run(run, threshold=threshold)))
+    evaluation = evaluate_run(run, threshold=threshold, by=by)
+    console.print(table(evaluation))
+    if by is not None:
+        console.print(slices(evaluation))
 
 
 @app.command()
@@ -669,7 +737,8 @@ def _print_store(out: Location, store: dict[str, Any]) -> None:
     _echo(f"{store['clips']} clips in {out}")
     if rejected:
         number = sum(rejected.values())
-        _echo(f"rejected: {number} ({by_class(rejected)}), see {out}/rejected.csv")
+        classes = by_class(rejected, store.get("classes"))
+        _echo(f"rejected: {number} ({classes}), see {out}/rejected.csv")
     for line in remarks(folder_of(out)):
         _echo(line)
     _print_copies(folder_of(out))

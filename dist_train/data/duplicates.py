@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -45,19 +46,22 @@ def describe_duplicates(store: Store) -> str | None:
     """A sentence that counts the clips with copies; None if there are none."""
     clips = store.table.assign(same=find_duplicates(store))
     copies = clips[clips["same"].duplicated(keep=False)]
-    return _sentence(copies, "another clip", "label")
+    return _sentence(copies, "another clip", "label", store.classes)
 
 
-def duplicates_across(clips: pd.DataFrame, same: pd.Series) -> str | None:
+def duplicates_across(
+    clips: pd.DataFrame, same: pd.Series, classes: Mapping[int, str] = CLASSES
+) -> str | None:
     """A sentence that counts the clips with copies in another split; None if there are none.
 
     Args:
         clips: columns ``filename``, ``label``, ``split``; one row a clip.
         same: the result of ``find_duplicates`` for these rows.
+        classes: names of the labels.
     """
     clips = clips.assign(same=same)
     copies = clips[clips.groupby("same")["split"].transform("nunique") > 1]
-    return _sentence(copies, "a clip in another split", "split")
+    return _sentence(copies, "a clip in another split", "split", classes)
 
 
 def duplicates_error(description: str, *, given: bool) -> PlanError:
@@ -69,7 +73,9 @@ def duplicates_error(description: str, *, given: bool) -> PlanError:
     )
 
 
-def _sentence(copies: pd.DataFrame, other: str, differ: str) -> str | None:
+def _sentence(
+    copies: pd.DataFrame, other: str, differ: str, classes: Mapping[int, str]
+) -> str | None:
     """The number of copies, and a pair of them as an example.
 
     The pair has opposite labels if any copies have; its clips differ in the column ``differ`` if
@@ -86,7 +92,7 @@ def _sentence(copies: pd.DataFrame, other: str, differ: str) -> str | None:
     names = []
     for clip in (first, second):
         split = f"{clip['split']}, " if clip["split"] else ""
-        names.append(f"'{clip['filename']}' ({split}{CLASSES[clip['label']]})")
+        names.append(f"'{clip['filename']}' ({split}{classes[clip['label']]})")
     return (
         f"{len(copies)} clips have the same pixels as {other}{share}, such as {' and '.join(names)}"
     )

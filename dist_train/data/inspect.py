@@ -18,7 +18,7 @@ from dist_train.data.raw.outline import LEAST, Box, OutlineColour, find_outline
 from dist_train.data.raw.video import Video
 from dist_train.data.store.index import read_index
 from dist_train.data.store.reader import INDEX, SHARDS, Store
-from dist_train.data.types import CLASSES
+from dist_train.data.types import CLASSES, METADATA, metadata_columns
 from dist_train.errors import FileError, RoiError
 from dist_train.files import check_replaceable, write_whole
 
@@ -26,6 +26,8 @@ from dist_train.files import check_replaceable, write_whole
 BINS, BAR = 12, 18
 # The most rows for groups, as a group may be a single clip.
 GROUPS = 40
+# The most values of a column of metadata that are shown.
+VALUES = 5
 # Frames that ``draw_outline`` draws.
 STRIP = 6
 
@@ -44,7 +46,9 @@ def describe_store(store: Store) -> list[Table]:
     metadata.add_row("channels", f"{', '.join(store.channels)} ({store.dtype})")
     metadata.add_row("rejected", f"{rejected}" + (" (see rejected.csv)" if rejected else ""))
     metadata.add_row("fingerprint", store.fingerprint)
-    return [_counts(clips, store.name), _shapes(clips), _depths(clips), metadata]
+    tables = [_counts(store), _shapes(clips), _depths(store), metadata]
+    columns = metadata_columns(clips)
+    return [*tables, _metadata(clips[columns])] if columns else tables
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
@@ -57,9 +61,10 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return table
 
 
-def _counts(clips: pd.DataFrame, title: str) -> Table:
+def _counts(store: Store) -> Table:
     """Clips by split, group and class: the ``GROUPS`` largest groups, the rest, and all."""
-    table = _table(title, ("split", "group"), ("clips", *CLASSES.values()))
+    clips = store.table
+    table = _table(str(store.folder), ("split", "group"), ("clips", *store.classes.values()))
     by_class = clips.groupby(["split", "group", "label"]).size().unstack(fill_value=0)
     by_class = by_class.reindex(columns=list(CLASSES), fill_value=0)
     by_class.insert(0, "clips", by_class.sum(axis=1))
@@ -73,6 +78,19 @@ def _counts(clips: pd.DataFrame, title: str) -> Table:
     return table
 
 
+def _metadata(columns: pd.DataFrame) -> Table:
+    """For each column of metadata: how many values it has, and the most frequent ones."""
+    table = _table("metadata", ["column"], ("values", "missing"))
+    table.add_column("most frequent")
+    for name in columns:
+        counts = columns[name].value_counts()
+        missing = int(counts.pop("")) if "" in counts else 0
+        most = ", ".join(f"{value} ({clips})" for value, clips in counts.iloc[:VALUES].items())
+        cells = str(name).removeprefix(METADATA), str(len(counts)), str(missing), most
+        table.add_row(*cells)
+    return table
+
+
 def _shapes(clips: pd.DataFrame) -> Table:
     levels = {"min": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "max": 1.0}
     table = _table("shape in voxels", [""], list(levels))
@@ -82,19 +100,19 @@ def _shapes(clips: pd.DataFrame) -> Table:
     return table
 
 
-def _depths(clips: pd.DataFrame) -> Table:
+def _depths(store: Store) -> Table:
     """A depth histogram of each class, in at most ``BINS`` bins of equal width.
 
     Bars are relative to the largest bin of their class, so that a rare class can be compared with a
     frequent one.
     """
-    frames = clips["frames"].to_numpy()
+    clips, frames = store.table, store.table["frames"].to_numpy()
     least, most = int(frames.min()), int(frames.max())
     width = -(-(most + 1 - least) // BINS)
     edges = np.arange(least, most + 1 + width, width)
     table = _table("depth in frames", [], ["depth"])
     columns: list[list[str]] = []
-    for label, name in CLASSES.items():
+    for label, name in store.classes.items():
         depths = frames[clips["label"].to_numpy() == label]
         if len(depths):
             table.add_column(name, justify="right")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
 
 from dist_train.config import SelectSettings, SplitSettings
 from dist_train.data.table.manifest import SPLITS, plain_group
+from dist_train.data.types import CLASSES, clips_of_class
 from dist_train.errors import PlanError
-
-CLASS_NAMES = {1: "positives", 0: "negatives"}
 
 
 def choose_clips(
@@ -21,17 +20,19 @@ def choose_clips(
     split: SplitSettings,
     seed: int,
     same: pd.Series | None = None,
+    classes: Mapping[int, str] = CLASSES,
 ) -> pd.DataFrame:
     """The rows of the clips in a run, with ``split`` filled in; the index is the clip number.
 
     Args:
         table: a store's clip table.
         same: a name for each clip that only its copies share. Copies get one fold.
+        classes: names of the labels.
 
     Raises:
         PlanError: a class is missing, there are too few groups, or train or val is empty.
     """
-    chosen = select_clips(table, tier2_crowd_score=select.tier2_crowd_score)
+    chosen = select_clips(table, tier2_crowd_score=select.tier2_crowd_score, classes=classes)
     if split.train_on_all:
         held_out = chosen["split"].isin(("val", "test")).sum()
         if held_out:
@@ -51,25 +52,35 @@ def choose_clips(
     return chosen.assign(split=splits)
 
 
-def check_splits(clips: pd.DataFrame, split: SplitSettings, *, given: bool) -> None:
+def check_splits(
+    clips: pd.DataFrame,
+    split: SplitSettings,
+    *,
+    given: bool,
+    classes: Mapping[int, str] = CLASSES,
+) -> None:
     """Refuse splits that cannot be trained with or evaluated.
 
     Args:
         clips: the result of ``choose_clips``.
         given: the manifest gives the splits; otherwise they are folds.
+        classes: names of the labels.
 
     Raises:
         PlanError: a split lacks a class, or a class has fewer clips than there are folds.
     """
     counts = pd.crosstab(clips["split"], clips["label"]).reindex(columns=[1, 0], fill_value=0)
     counts = counts.loc[[name for name in SPLITS if name in counts.index]]
+    named = {label: clips_of_class(classes[label]) for label in (1, 0)}
     summary = "; ".join(
-        f"{name}: {p} positives, {n} negatives" for name, p, n in counts.itertuples()
+        f"{name}: {p} {named[1]}, {n} {named[0]}" for name, p, n in counts.itertuples()
     )
-    for label, class_name in CLASS_NAMES.items():
+    folds = {"test": split.fold, "val": (split.fold + 1) % split.folds}
+    for label, class_name in named.items():
         for name in counts.index[counts[label] == 0]:
+            fold = f"fold {folds[name]} of {split.folds}; " if name in folds and not given else ""
             raise PlanError(
-                f"split '{name}' holds no {class_name} ({summary})",
+                f"split '{name}' holds no {class_name} ({fold}{summary})",
                 where=None if given else f"split.fold={split.fold}",
                 fix="Give it some in the manifest's split column."
                 if given
@@ -84,12 +95,18 @@ def check_splits(clips: pd.DataFrame, split: SplitSettings, *, given: bool) -> N
             )
 
 
-def select_clips(table: pd.DataFrame, *, tier2_crowd_score: float | None) -> pd.DataFrame:
+def select_clips(
+    table: pd.DataFrame,
+    *,
+    tier2_crowd_score: float | None,
+    classes: Mapping[int, str] = CLASSES,
+) -> pd.DataFrame:
     """The rows of the labelled clips in a run.
 
     Args:
         tier2_crowd_score: keep all of tier 1, and the positives of tier 2 with a greater crowd
             score. None keeps all labelled clips.
+        classes: names of the labels.
 
     Raises:
         PlanError: no positive or no negative is left.
@@ -99,11 +116,11 @@ def select_clips(table: pd.DataFrame, *, tier2_crowd_score: float | None) -> pd.
         confident = (table["label"] == 1) & (table["crowd_score"] > tier2_crowd_score)
         chosen &= table["tier1"] | confident
     selected = table[chosen]
-    for label, class_name in CLASS_NAMES.items():
+    for label in (1, 0):
         if not (selected["label"] == label).any():
             raise PlanError(
-                f"the selection holds no {class_name} ({len(selected)} clips of {len(table)} "
-                "selected)",
+                f"the selection holds no {clips_of_class(classes[label])} ({len(selected)} clips "
+                f"of {len(table)} selected)",
                 fix="Check the labels with 'dist-train info', or loosen the select settings.",
             )
     return selected
@@ -180,9 +197,14 @@ def _joined(groups: pd.Series, same: pd.Series) -> pd.Series:
     return groups.map({group: root(group) for group in parent})
 
 
+def crossed_groups(table: pd.DataFrame) -> pd.Series:
+    """The splits of each group that is in more than one of them; blank is no group."""
+    splits = table[table["group"] != ""].groupby("group")["split"].unique()
+    return splits[splits.map(len) > 1]
+
+
 def _refuse_crossed_groups(table: pd.DataFrame) -> None:
-    splits = table.groupby("group")["split"].unique()
-    crossed = splits[splits.map(len) > 1]
+    crossed = crossed_groups(table)
     if len(crossed):
         raise PlanError(
             f"group '{crossed.index[0]}' is in splits {' and '.join(sorted(crossed.iloc[0]))} of "

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 Record = dict[str, Any]
 
-#: Names of the labels.
+#: Names of the labels, where a store has no other ones.
 CLASSES = {0: "negative", 1: "positive", -1: "unlabelled"}
+#: Begins the names of columns that are metadata: further columns of the clip table, as text.
+METADATA = "meta:"
 #: Keys of clips. A tar header (ustar) holds names of at most 100 bytes, and ".json" takes five.
 SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")
 
@@ -27,3 +30,22 @@ DTYPES: dict[str, np.dtype[Any]] = {
 Volume = np.ndarray[tuple[int, ...], np.dtype[Any]]
 #: One frame, or one of its planes: uint8 [H, W].
 Plane = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
+
+
+def metadata_columns(columns: Iterable[object]) -> list[str]:
+    """Those of a table's columns that are metadata."""
+    return [str(name) for name in columns if str(name).startswith(METADATA)]
+
+
+def class_names(classes: Mapping[str, str] | None) -> dict[int, str]:
+    """Names of the labels 0, 1 and -1.
+
+    Args:
+        classes: names by "0" and "1", as ``store.json`` has them; None if it has none.
+    """
+    return CLASSES | {int(label): name for label, name in (classes or {}).items()}
+
+
+def clips_of_class(name: str) -> str:
+    """A class in messages: "positives", or "'stalled' clips" if it has a name of its own."""
+    return f"{name}s" if name in CLASSES.values() else f"'{name}' clips"

@@ -14,6 +14,7 @@ import pandas as pd
 from dist_train.checkpoint.format import by_step
 from dist_train.config import Config
 from dist_train.data.store.reader import Store
+from dist_train.data.types import CLASSES, metadata_columns
 from dist_train.distributed.collectives import on_main
 from dist_train.distributed.device import chosen_cuda
 from dist_train.distributed.peer_loss import translate_peer_loss
@@ -71,8 +72,9 @@ def predict(
     Returns:
         The path of ``predictions.csv``: key, filename, group, split, label (empty if unknown),
         probability (mean over snapshots, at the training batches' share of positives), calibrated
-        (mapped as ``calibration.py`` says, at ``prior``) and frames. ``calibration.json`` beside it
-        holds the mapping.
+        (mapped as ``calibration.py`` says, at ``prior``), frames, class (the label's name, if the
+        store has names), and the store's metadata. ``calibration.json`` beside it holds the
+        mapping.
 
     Raises:
         RunError: there is no run, snapshot or folder to write to, or, for another store, no
@@ -143,14 +145,20 @@ def predict(
             calibrated=calibration.apply(probability),
             frames=chosen["frames"],
         )
+        names = {label: source.classes[label] for label in (0, 1)}
+        if names != {0: CLASSES[0], 1: CLASSES[1]}:
+            table["class"] = chosen["label"].map(names).fillna("")
+        metadata = metadata_columns(chosen)
+        table[metadata] = chosen[metadata]
         if threshold is None:
             threshold = val_threshold(calibration, *val)
         submission = make_submission(table, threshold, source, rejected_as=int(world > 0.5))
 
         def write() -> None:
             # People open it in spreadsheets. The submission keeps the names of its form.
-            names = {name: table[name].map(for_spreadsheet) for name in ("filename", "group")}
-            text = table.assign(**names).to_csv(index=False)
+            texts = {"filename", "group", "class", *metadata} & set(table)
+            safe = {str(name): table[name].map(for_spreadsheet) for name in texts}
+            text = table.assign(**safe).to_csv(index=False)
             write_whole(folder / PREDICTIONS, text)
             mapping = calibration.model_dump_json(indent=2) + "\n"
             write_origin(folder / PREDICTIONS, text, mapping, snapshots, source.content)
@@ -215,7 +223,9 @@ def _is_table(path: Path) -> bool:
     if not is_plain(path):
         return False
     with open_plain(path) as file:
-        return file.readline(1000) == f"{','.join(COLUMNS)}\n".encode()
+        return file.readline(1000).rstrip(b"\n").split(b",")[: len(COLUMNS)] == [
+            name.encode() for name in COLUMNS
+        ]
 
 
 def _clips_at_once(config: Config, run: Path, record: dict[str, Any], frames: np.ndarray) -> int:

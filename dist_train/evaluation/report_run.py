@@ -104,11 +104,13 @@ def read_run(run: Path) -> Run:
 
 
 def _evaluate(run: Path) -> Evaluation:
-    """Evaluate the predictions, at the threshold that the user gave to ``evaluate`` for them."""
+    """Evaluate the predictions, at the threshold and by the column that the user gave to
+    ``evaluate`` for them."""
     given = _stored_evaluation(run / EVALUATION)
+    by = None if given is None else given.by
     if given is None or given.threshold_fitted_on is not None:
-        return evaluate(run / PREDICTIONS)
-    evaluation = evaluate(run / PREDICTIONS, threshold=given.threshold)
+        return evaluate(run / PREDICTIONS, by=by)
+    evaluation = evaluate(run / PREDICTIONS, threshold=given.threshold, by=by)
     if (given.split, given.clips, given.confusion) == (
         evaluation.split, evaluation.clips, evaluation.confusion,
     ):  # fmt: skip

@@ -20,7 +20,7 @@ from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.resample import resampling_of
 from dist_train.data.plan.plan import Plan, make_plan
 from dist_train.data.plan.weights import Floats
-from dist_train.data.splits import check_splits, choose_clips
+from dist_train.data.splits import check_splits, choose_clips, crossed_groups
 from dist_train.data.store.reader import MARKER, Store
 from dist_train.data.types import GREY
 from dist_train.errors import ConfigError, FileError, RunError, StoreError
@@ -139,18 +139,35 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
     together = config.split.duplicates == "together"
     same = find_duplicates(store) if training or together else None
     clips = choose_clips(
-        store.table, config.select, config.split, config.seed, same if together else None
+        store.table,
+        config.select,
+        config.split,
+        config.seed,
+        same if together else None,
+        store.classes,
     )
     if training:
         given = bool((store.table["split"] != "").all())
-        check_splits(clips, config.split, given=given)
+        check_splits(clips, config.split, given=given, classes=store.classes)
+        if given and os.environ.get("RANK", "0") == "0":
+            _warn_of_crossed_groups(clips)
         assert same is not None
-        copies = duplicates_across(clips, same[clips.index])
+        copies = duplicates_across(clips, same[clips.index], store.classes)
         if copies is not None and config.split.duplicates != "keep":
             raise duplicates_error(copies, given=given)
         if copies is not None and os.environ.get("RANK", "0") == "0":
             log.warning("%s", copies)
     return RunData(store, clips, config)
+
+
+def _warn_of_crossed_groups(clips: pd.DataFrame) -> None:
+    crossed = crossed_groups(clips)
+    if len(crossed):
+        log.warning(
+            "%d groups are in more than one split of the manifest, such as '%s' in %s: held-out "
+            "metrics do not tell of new groups. split.groups=disjoint refuses this",
+            len(crossed), crossed.index[0], " and ".join(sorted(crossed.iloc[0])),
+        )  # fmt: skip
 
 
 def _check_sizes(config: Config) -> None:
@@ -277,7 +294,8 @@ def write_splits(run: Path, data: RunData) -> dict[str, Any]:
             "fingerprint": store.fingerprint,
             "content": store.content,
             "clips": len(store.table),
-        },
+        }
+        | {key: store.info[key] for key in ("classes",) if key in store.info},
         "splits": splits_record(text),
     }
 

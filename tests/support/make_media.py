@@ -19,6 +19,7 @@ from dist_train.data.raw.outline import Box
 from dist_train.data.raw.stack import Choices
 from dist_train.data.store.build import prepare
 from dist_train.data.store.reader import Store
+from dist_train.data.table.labels import Naming
 from dist_train.data.table.manifest import Manifest, read_manifest
 
 ORANGE = (224, 107, 34)
@@ -192,11 +193,16 @@ def write_volumes(folder: Path, count: int, *, seed: int = 0) -> list[str]:
 
 
 def store_of(
-    folder: Path, clips: Sequence[np.ndarray], shard_clips: int = 1000, **columns: Sequence[object]
+    folder: Path,
+    clips: Sequence[np.ndarray],
+    shard_clips: int = 1000,
+    positive: Sequence[str] = (),
+    **columns: Sequence[object],
 ) -> Store:
     """A store of clips, uint8 [D, H, W], named clip000.npy and so on.
 
-    ``columns`` are those of the clip table; labels are 0 and 1 in turn unless given.
+    ``columns`` are those of the clip table; labels are 0 and 1 in turn unless given. ``positive``
+    are names of labels.
     """
     (folder / "raw").mkdir(parents=True)
     names = [f"clip{i:03d}.npy" for i in range(len(clips))]
@@ -205,7 +211,7 @@ def store_of(
     table = {"filename": names, "label": [i % 2 for i in range(len(names))], **columns}
     pd.DataFrame(table).to_csv(folder / "clips.csv", index=False)
     settings = PrepareSettings(roi="none", shard_clips=shard_clips)
-    manifest = read_manifest(folder / "clips.csv")
+    manifest = read_manifest(folder / "clips.csv", naming=Naming(positive))
     prepare(manifest, folder / "raw", folder / "store", settings, workers=1)
     return Store(folder / "store")
 

@@ -116,7 +116,7 @@ def plain_stack(array: np.ndarray, choices: Choices | None = None) -> Stack:
     """Return the stack of an array without metadata (see ``axes_of_plain``)."""
     choices = choices or Choices()
     axes, channels = axes_of_plain(array.shape, choices)
-    return stack_of(array, axes, choices, array.dtype, channels=channels)
+    return stack_from_axes(array, axes, choices, array.dtype, channels=channels)
 
 
 def axes_of_plain(shape: Sequence[int], choices: Choices) -> tuple[str, tuple[str, ...] | None]:

@@ -87,21 +87,14 @@ def check_names(channels: Sequence[str]) -> None:
 
 
 # What to do with files in formats that are not read.
-_ARRAY = "Convert it to uint8 or uint16, as an npy array [frames, height, width] or multi-page TIFF"
-CONVERT = {
-    ".nii.gz": f"{_ARRAY}: a = nibabel.load(file).get_fdata().transpose(2, 1, 0), then "
-    "np.save(name, np.clip((a - LOW) * 255 / (HIGH - LOW), 0, 255).astype('uint8')), with the same "
-    "LOW and HIGH for all files.",
-    ".dcm": f"{_ARRAY}, as by pydicom's pixel_array.",
-    ".jpg": "It is a single picture: let the table name the folder of a clip's pictures, or put "
-    "them into one multi-page TIFF, in order.",
-    ".zip": "Unpack it, and list what is in it.",
-} | dict.fromkeys((".h5", ".hdf5", ".mat", ".mha", ".mhd", ".nrrd"), f"{_ARRAY}.")
-CONVERT |= {
-    ".nii": CONVERT[".nii.gz"],
-    ".gz": CONVERT[".zip"],
-    ".tar": CONVERT[".zip"],
-} | dict.fromkeys((".png", ".webp", ".jpeg", ".bmp", ".pgm", ".ppm", ".pnm"), CONVERT[".jpg"])
+_PICTURE = (
+    "It is a single picture: let the table name the folder of a clip's pictures, or put them into "
+    "one multi-page TIFF, in order."
+)
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".pgm", ".ppm", ".pnm")
+CONVERT = dict.fromkeys(_PICTURES, _PICTURE) | dict.fromkeys(
+    (".zip", ".gz", ".tar"), "Unpack it, and list what is in it."
+)
 
 
 @dataclass(frozen=True)

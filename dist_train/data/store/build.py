@@ -34,7 +34,7 @@ from dist_train.data.store.shard_task import RawArray, RawClips, Task, write_tas
 from dist_train.data.store.shards import Shard
 from dist_train.data.store.write_lock import write_lock
 from dist_train.data.table.manifest import Manifest
-from dist_train.data.types import DTYPES, GREY, DtypeName
+from dist_train.data.types import CLASSES, DTYPES, GREY, DtypeName, class_names
 from dist_train.errors import ManifestError, StoreError
 from dist_train.files import open_plain
 from dist_train.places import Location
@@ -285,11 +285,12 @@ def _plan(
             f"'{twice[0]}' ({lines[0]}) and '{twice[1]}' ({lines[1]}) are one file",
             fix="Each clip may be listed once.",
         )
-    job = _job(manifest.table, settings)
+    job = _job(manifest.table, settings, **_class_names(manifest))
     shards = job.shards(out) if part is None else part.of(job.shards(out))
     _check_missing(job, shards, source, max_missing)
+    named = _class_names(manifest)
     if like is not None:
-        return _job(job.table, as_in(like, settings)), shards
+        return _job(job.table, as_in(like, settings), **named), shards
     try:
         found = settings_of(read_made_from(out))
         settings = replace(
@@ -304,10 +305,16 @@ def _plan(
         # A new folder, or one that ``write_lock`` will refuse.
         run = partial(run, limits=_limits(settings))
         settings = survey(source, list(names), settings, run)
-    return _job(job.table, settings), shards
+    return _job(job.table, settings, **named), shards
 
 
-def _job(table: pd.DataFrame, settings: PrepareSettings, **more: str) -> Job:
+def _class_names(manifest: Manifest) -> dict[str, dict[str, str]]:
+    """The entry of ``job.json`` for classes with names of their own."""
+    names = {str(label): name for label, name in manifest.classes.items()}
+    return {} if class_names(names) == CLASSES else {"classes": names}
+
+
+def _job(table: pd.DataFrame, settings: PrepareSettings, **more: Any) -> Job:
     default = PrepareSettings()
     # Stores of earlier versions have no such entries: without them the fingerprint stays.
     absent = {name for name in LATER if getattr(settings, name) == getattr(default, name)}
@@ -339,7 +346,8 @@ def _check_missing(job: Job, shards: Sequence[Shard], source: Source, max_missin
     classes = job.table["label"][job.table["filename"].isin(set(missing))].astype(str)
     hint = source.hint(missing[0])
     raise StoreError(
-        f"{MISSING} ({len(missing)} of {len(names)} files are: {by_class(count_classes(classes))})",
+        f"{MISSING} ({len(missing)} of {len(names)} files are: "
+        f"{by_class(count_classes(classes), job.classes)})",
         where=source.where(missing[0]),
         fix=f"{hint} The manifest must name files that are there."
         if hint

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,9 +21,9 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
 
 from dist_train.data.raw.clip import PrepareSettings
-from dist_train.data.store.reader import MANIFEST, SHARDS, Digest
+from dist_train.data.store.reader import MANIFEST, SHARDS, ClassNames, Digest
 from dist_train.data.store.shards import Form, Shard
-from dist_train.data.types import DTYPES, Record
+from dist_train.data.types import DTYPES, Record, metadata_columns
 from dist_train.errors import ConfigError, FileError, StoreError
 from dist_train.files import read_json, read_plain
 
@@ -63,6 +64,11 @@ class Job:
     @property
     def fingerprint(self) -> str:
         return _fingerprint(self.made_from)
+
+    @property
+    def classes(self) -> dict[str, str] | None:
+        """Names of the labels "0" and "1"; None if they are the default ones."""
+        return self.made_from.get("classes")
 
     @cached_property
     def settings(self) -> PrepareSettings:
@@ -131,14 +137,15 @@ def read_job(out: Path) -> Job:
 def _read_table(text: bytes) -> pd.DataFrame:
     table = pd.read_csv(
         io.BytesIO(text),
-        dtype=_TYPES,
+        # Further columns are metadata.
+        dtype=defaultdict(lambda: str, _TYPES),
         keep_default_na=False,
         na_values={"crowd_score": [""]},
         float_precision="round_trip",
         # A name may hold a carriage return.
         lineterminator="\n",
     )
-    if table.columns.tolist() != list(_TYPES):
+    if table.columns.tolist() != [*_TYPES, *metadata_columns(table)]:
         raise ValueError(f"its columns are not {', '.join(_TYPES)}")
     return table
 
@@ -199,6 +206,7 @@ class _MadeFrom(BaseModel):
     pixels_version: int
     settings: PrepareSettings
     npz: Digest | None = None
+    classes: ClassNames | None = None
 
     @field_validator("settings")
     @classmethod

@@ -34,7 +34,7 @@ def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) ->
         # An existing marker stays: the store was finished with a larger --max-rejected.
         raise StoreError(
             f"{len(rejects)} of {total} clips were rejected "
-            f"({by_class(count_classes(rejects['class']))}), and --max-rejected is "
+            f"({by_class(count_classes(rejects['class']), job.classes)}), and --max-rejected is "
             f"{max_rejected:g}; the first: {rejects['file'].iloc[0]}: "
             f"{rejects['reason'].iloc[0].rstrip('.')}",
             where=out / REJECTED,
@@ -91,4 +91,6 @@ def marker_of(
         marker["channels"] = list(job.settings.channel_names)
     if job.settings.store_dtype != "uint8":
         marker["dtype"] = job.settings.store_dtype
+    if job.classes is not None:
+        marker["classes"] = job.classes
     return marker if content is None else marker | {"content": content}

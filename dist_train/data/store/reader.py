@@ -25,7 +25,15 @@ from dist_train.data.store.index import check_index, digest_of, read_index
 from dist_train.data.store.remote_store import RemoteStore
 from dist_train.data.store.shard_bytes import LocalShards, ShardBytes, Span
 from dist_train.data.store.shards import Form, form_of, form_text
-from dist_train.data.types import DTYPES, GREY, DtypeName, Volume
+from dist_train.data.types import (
+    DTYPES,
+    GREY,
+    METADATA,
+    DtypeName,
+    Volume,
+    class_names,
+    metadata_columns,
+)
 from dist_train.errors import FileError, StoreError
 from dist_train.files import is_sealed, read_json
 from dist_train.places import Location, is_url, local_path, shown
@@ -40,6 +48,8 @@ MANIFEST = "manifest.csv"
 MOST_MARKER = 1 << 20
 Name = Annotated[str, StringConstraints(min_length=1)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+#: Names of the labels, where they are not the default ones.
+ClassNames = dict[Literal["0", "1"], str]
 
 COLUMNS = ("filename", "label", "group", "weight", "split", "crowd_score", "tier1")
 
@@ -58,9 +68,9 @@ class Store:
         place: its folder or URL.
         name: the same for messages, without secrets.
         folder: where its files beside the shards are; for a remote store, in the cache.
-        table: one row per clip, ordered by key: ``key``, the manifest's columns, ``frames``,
-            ``height``, ``width``, ``shard``, ``offset``, ``crc32c``. The position of a row is the
-            number of the clip.
+        table: one row per clip, ordered by key: ``key``, the manifest's columns (metadata too),
+            ``frames``, ``height``, ``width``, ``shard``, ``offset``, ``crc32c``. The position of a
+            row is the number of the clip.
         info: the content of ``store.json``.
         channels: names of the channels of all clips.
         dtype: dtype of all clips: uint8, uint16 or float16.
@@ -118,6 +128,11 @@ class Store:
     def fingerprint(self) -> str:
         """Identity of what the store was made from: names, settings, decoder; not pixels."""
         return str(self.info["fingerprint"])
+
+    @property
+    def classes(self) -> dict[int, str]:
+        """Names of the labels 0, 1 and -1."""
+        return class_names(self.info.get("classes"))
 
     @cached_property
     def content(self) -> str:
@@ -250,6 +265,7 @@ def _read_table(index: Path, clips: int, shards: int, form: Form) -> pd.DataFram
         rows.append(
             {"key": key, "frames": frames, "height": height, "width": width}
             | {name: record[name] for name in (*COLUMNS, "shard", "offset", "crc32c")}
+            | {f"{METADATA}{name}": text for name, text in record.get("metadata", {}).items()}
         )
     if len(rows) != clips:
         raise ValueError(f"it holds {len(rows)} clips, not {clips}")
@@ -265,7 +281,7 @@ def _read_table(index: Path, clips: int, shards: int, form: Form) -> pd.DataFram
         raise ValueError("a clip has no valid 'weight'")
     if table["tier1"].dtype != np.bool_:
         raise ValueError("a clip has no valid 'tier1'")
-    for name in ("key", "filename", "group", "split"):
+    for name in ("key", "filename", "group", "split", *metadata_columns(table)):
         if not all(type(value) is str for value in table[name]):
             raise ValueError(f"a clip has no valid '{name}'")
     return table
@@ -334,3 +350,4 @@ class _Marker(BaseModel):
     content: Digest | None = None
     channels: Annotated[list[Name], Field(min_length=1)] = list(GREY)
     dtype: DtypeName = "uint8"
+    classes: ClassNames | None = None

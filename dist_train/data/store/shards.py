@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from dist_train.data.types import DTYPES, SAFE_KEY, Record, Volume
+from dist_train.data.types import DTYPES, METADATA, SAFE_KEY, Record, Volume, metadata_columns
 from dist_train.errors import FileError, StoreError
 from dist_train.files import crc32c, open_plain, parse_json, reason_of, written_whole
 from dist_train.system.advice import blame_machine
@@ -66,8 +66,11 @@ def shard_name(number: int) -> str:
 def to_record(row: Record) -> Record:
     """The part of a clip's record that comes from its row of the manifest."""
     crowd = row["crowd_score"]
-    record = {name: value for name, value in row.items() if name != "key"}
-    return record | {"crowd_score": None if math.isnan(crowd) else crowd}
+    further = metadata_columns(row)
+    known = {name: row[name] for name in row if name != "key" and name not in further}
+    metadata = {name.removeprefix(METADATA): row[name] for name in further}
+    record = known | {"crowd_score": None if math.isnan(crowd) else crowd}
+    return record | {"metadata": metadata} if metadata else record
 
 
 def without_place(record: Record) -> Record:
