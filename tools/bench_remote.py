@@ -101,6 +101,11 @@ class RemoteBench(Bench):
             },
             "first_epoch_clips_per_second": first,
             "second_epoch_clips_per_second": second,
+            "processor_ms": {
+                name: [median(run["processor_ms"][epoch] for run in of_name) for epoch in (0, 1)]
+                for name, of_name in runs.items()
+                if of_name
+            },
             "cannot": self.cannot,
             "runs": runs,
             "server": self.server,
@@ -110,18 +115,18 @@ class RemoteBench(Bench):
 
 
 def as_table(result: dict[str, Any]) -> Table:
-    title = (
-        "{clips} clips, batches of {batch}, {workers} workers x {prefetch}; a server {latency} s "
-    )
-    title += "away, {mb-s} MB/s, {stream-mb-s} a connection"
+    title = "{clips} clips, batches of {batch}, {workers} workers x {prefetch}; a server "
+    title += "{latency} s away, {mb-s} MB/s, {stream-mb-s} a connection"
     table = new_table(
         title.format(**result["work"], **result["server"]),
-        *("", "clips/s, first epoch", "second epoch", "goal"),
+        *("", "clips/s, first epoch", "second epoch", "processor ms a clip", "goal"),
     )
     for name in result["runs"]:
         rates = [result[f"{epoch}_epoch_clips_per_second"][name] for epoch in ("first", "second")]
         shown = ["-" if rate is None else f"{rate:.0f}" for rate in rates]
-        table.add_row(name, result["cannot"].get(name, shown[0]), shown[1])
+        took = result["processor_ms"].get(name, [None])[0]
+        shown.append("-" if took is None else f"{took:.2f}")
+        table.add_row(name, result["cannot"].get(name, shown[0]), *shown[1:])
     table.add_section()
     add_goals(
         table,

@@ -95,6 +95,8 @@ class SlowServer:
             now = loop.time()
             self.line_free = max(self.line_free, now) + size / self.rate
             stream_free = max(stream_free, now) + size / self.stream_rate
+            if writer.transport.is_closing():
+                raise ConnectionError("the client is gone")
             await loop.sendfile(writer.transport, file, start, size)  # type: ignore[arg-type]
             start += size
             # Sleeping is no more exact than a millisecond; what is slept too long is made up for.
