@@ -144,6 +144,7 @@ def test_long_clips_come_in_pieces(
     assert len(server.seen) > CLIPS * 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_losses_are_those_of_the_local_store(
     server: WebServer, store: Path, tmp_path: Path, workers: int
@@ -335,6 +336,16 @@ def test_shards_of_other_stores_give_way_first(
     assert all(path.stat().st_size for path in shards_of(CacheSettings(dir=tmp_path / "cache"))[:3])
 
 
+def test_a_store_is_used_when_it_is_opened(
+    server: WebServer, folder: Path, cache: CacheSettings
+) -> None:
+    assert_same(Store(URL, cache), folder)
+    for path in shards_of(cache):
+        os.utime(path, (0, 0))
+    Store(URL, cache)
+    assert all(path.stat().st_mtime > 0 for path in shards_of(cache))
+
+
 def test_a_full_disk_is_told_once(
     server: WebServer,
     folder: Path,
@@ -409,6 +420,7 @@ def reading(cache: Path, size: int, seed: int) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_processes_share_a_cache_that_is_too_small(
     server: WebServer, folder: Path, tmp_path: Path
 ) -> None:
@@ -420,6 +432,7 @@ def test_processes_share_a_cache_that_is_too_small(
         assert output == f"{total}\n", errors
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_good_cache(
     server: WebServer, folder: Path, cache: CacheSettings
 ) -> None:
@@ -434,6 +447,7 @@ def test_a_killed_process_leaves_a_good_cache(
     assert_same(Store(URL, cache), folder)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_named_and_the_next_run_goes_on(
     server: WebServer, folder: Path, cache: CacheSettings
 ) -> None:
