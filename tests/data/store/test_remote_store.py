@@ -261,6 +261,13 @@ def test_what_is_no_place_of_a_store(server: WebServer, url: str) -> None:
     assert "secret" not in message
 
 
+def test_without_its_library(monkeypatch: pytest.MonkeyPatch, server: WebServer) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    assert fails("info", URL) == (
+        f"{URL}: obstore is not installed. Run: pip install 'dist_train[remote]'."
+    )
+
+
 def test_wrong_bytes_are_fetched_again(
     server: WebServer, folder: Path, cache: CacheSettings
 ) -> None:
