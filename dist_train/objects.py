@@ -70,6 +70,10 @@ class Objects:
             )
         if not rest.strip("/") or "::" in url or "?" in url or "#" in url:
             raise RemoteError("is not the URL of one folder", where=shown(url))
+        try:
+            import obstore  # noqa: F401
+        except ImportError:
+            raise RemoteError("obstore is not installed", where=shown(url), fix=_INSTALL) from None
         self._settings = _settings() if protocol in _S3 else {}
         self._client: Any = None
 
@@ -282,11 +286,9 @@ def _settings() -> dict[str, Any]:
 
 def _open(url: str, settings: dict[str, Any]) -> Any:
     """obstore's client for a URL."""
-    try:
-        from obstore.exceptions import BaseError
-        from obstore.store import from_url
-    except ImportError:
-        raise RemoteError("obstore is not installed", where=shown(url), fix=_INSTALL) from None
+    from obstore.exceptions import BaseError
+    from obstore.store import from_url
+
     options = _s3_options(url, settings) if url.startswith(_S3) else {"config": {}}
     endpoint = str(options["config"].get("endpoint", url))
     options["retry_config"] = {"max_retries": 0}

@@ -1,7 +1,7 @@
 """A local S3 server of the files in a folder, as far away and as narrow as a real one.
 
-It answers GET (with Range), HEAD and ListObjectsV2, and does not check signatures. The first part
-of a path is the bucket. It prints its URL, and ends with its standard input.
+It answers GET (with Range), HEAD and ListObjectsV2, and does not check signatures. Every bucket is
+the folder. It prints its URL, and ends with its standard input.
 
     python tools/slow_s3.py FOLDER [--latency S] [--mb-s N] [--stream-mb-s N]
 """
@@ -59,10 +59,10 @@ class SlowServer:
         if method not in (b"GET", b"HEAD"):
             raise OSError("only reading is possible here")
         if "list-type=2" in query:
-            xml = self.listed(path.strip("/"), query).encode()
+            xml = self.listed(path.strip("/").partition("/")[0], query).encode()
             writer.write(_head(200, len(xml), "Content-Type: application/xml") + xml)
             return
-        file = self.folder / unquote(path).lstrip("/")
+        file = self.folder / unquote(path).lstrip("/").partition("/")[2]
         if not file.is_file():
             xml = b"<Error><Code>NoSuchKey</Code></Error>"
             body = b"" if method == b"HEAD" else xml
@@ -95,6 +95,8 @@ class SlowServer:
             now = loop.time()
             self.line_free = max(self.line_free, now) + size / self.rate
             stream_free = max(stream_free, now) + size / self.stream_rate
+            if writer.transport.is_closing():
+                raise ConnectionError("the client is gone")
             await loop.sendfile(writer.transport, file, start, size)  # type: ignore[arg-type]
             start += size
             # Sleeping is no more exact than a millisecond; what is slept too long is made up for.
@@ -104,8 +106,9 @@ class SlowServer:
     def listed(self, bucket: str, query: str) -> str:
         asked = {name: values[0] for name, values in parse_qs(query).items()}
         prefix, after = asked.get("prefix", ""), asked.get("continuation-token", "")
-        root = self.folder / bucket
-        sizes = {str(p.relative_to(root)): p.stat().st_size for p in root.rglob("*") if p.is_file()}
+        root, within = self.folder, self.folder / prefix.rpartition("/")[0]
+        files = [path for path in within.rglob("*") if path.is_file()]
+        sizes = {str(path.relative_to(root)): path.stat().st_size for path in files}
         keys = sorted(key for key in sizes if key.startswith(prefix) and key > after)
         folders = set()
         if delimiter := asked.get("delimiter"):
@@ -115,7 +118,7 @@ class SlowServer:
         shown = keys[: int(asked.get("max-keys", MOST_KEYS))]
         is_cut = len(shown) < len(keys)
         token = f"<NextContinuationToken>{escape(shown[-1])}</NextContinuationToken>"
-        files = (
+        entries = (
             f"<Contents><Key>{escape(key)}</Key><Size>{sizes[key]}</Size>"
             f"<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>&quot;0&quot;</ETag>"
             "<StorageClass>STANDARD</StorageClass></Contents>"
@@ -129,7 +132,7 @@ class SlowServer:
             f"<ListBucketResult><Name>{escape(bucket)}</Name><Prefix>{escape(prefix)}</Prefix>"
             f"<KeyCount>{len(shown)}</KeyCount><MaxKeys>{MOST_KEYS}</MaxKeys>"
             f"<IsTruncated>{str(is_cut).lower()}</IsTruncated>{token if is_cut else ''}"
-            f"{''.join(files)}{''.join(groups)}</ListBucketResult>"
+            f"{''.join(entries)}{''.join(groups)}</ListBucketResult>"
         )
 
 

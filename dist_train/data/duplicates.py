@@ -31,6 +31,7 @@ def find_duplicates(store: Store) -> pd.Series:
     identity = alike[copies].map(str)
     shape = table.loc[copies, ["frames", "height", "width"]].to_numpy(np.int64)
     if shape.prod(axis=1).sum() <= MOST_PIXELS:
+        store.prefetch(map(int, copies))
         for clip in copies:
             try:
                 digest = hashlib.sha256(store.read(int(clip)).data).hexdigest()

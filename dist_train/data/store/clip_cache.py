@@ -65,6 +65,10 @@ class ClipCache:
                         self.folder, self.size / 2**30,
                     )  # fmt: skip
                 (self._own / "shards").mkdir(parents=True, exist_ok=True)
+            # Reading leaves no trace, so a store counts as used when it is opened.
+            for path in self._own.rglob("*"):
+                with suppress(OSError):
+                    os.utime(path)
             # Whether there is room is found out, and told, again.
             (self._own / NO_ROOM).unlink(missing_ok=True)
         return self._own
@@ -121,9 +125,9 @@ class ClipCache:
             self._make_room()
 
     def _make_room(self) -> None:
-        """Cut the shards that were used least recently, unless another process does.
+        """Cut the shards that were used least recently, unless another process does so.
 
-        The files of other stores go as well, and then the lists of this one remain.
+        Other files of other stores are removed as well. Those of this one remain.
         """
         with open_lock(self.folder / ".lock") as lock:
             try:
@@ -156,7 +160,7 @@ class ClipCache:
                 # Not removed: others have it open, and would go on writing to what nobody counts.
                 os.truncate(path, 0)
                 return True
-            if path.parent != self._own:
+            if path.parent != self._own and not path.name.startswith("."):
                 path.unlink()
                 return True
         return False

@@ -144,6 +144,7 @@ def test_long_clips_come_in_pieces(
     assert len(server.seen) > CLIPS * 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_losses_are_those_of_the_local_store(
     server: WebServer, store: Path, tmp_path: Path, workers: int
@@ -260,6 +261,13 @@ def test_what_is_no_place_of_a_store(server: WebServer, url: str) -> None:
     assert "secret" not in message
 
 
+def test_without_its_library(monkeypatch: pytest.MonkeyPatch, server: WebServer) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    assert fails("info", URL) == (
+        f"{URL}: obstore is not installed. Run: pip install 'dist_train[remote]'."
+    )
+
+
 def test_wrong_bytes_are_fetched_again(
     server: WebServer, folder: Path, cache: CacheSettings
 ) -> None:
@@ -333,6 +341,16 @@ def test_shards_of_other_stores_give_way_first(
     assert_same(Store(URL, CacheSettings(dir=tmp_path / "cache", size=2_000_000)), folder)
     assert other.stat().st_size == 0
     assert all(path.stat().st_size for path in shards_of(CacheSettings(dir=tmp_path / "cache"))[:3])
+
+
+def test_a_store_is_used_when_it_is_opened(
+    server: WebServer, folder: Path, cache: CacheSettings
+) -> None:
+    assert_same(Store(URL, cache), folder)
+    for path in shards_of(cache):
+        os.utime(path, (0, 0))
+    Store(URL, cache)
+    assert all(path.stat().st_mtime > 0 for path in shards_of(cache))
 
 
 def test_a_full_disk_is_told_once(
@@ -409,6 +427,7 @@ def reading(cache: Path, size: int, seed: int) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_processes_share_a_cache_that_is_too_small(
     server: WebServer, folder: Path, tmp_path: Path
 ) -> None:
@@ -420,6 +439,7 @@ def test_processes_share_a_cache_that_is_too_small(
         assert output == f"{total}\n", errors
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_good_cache(
     server: WebServer, folder: Path, cache: CacheSettings
 ) -> None:
@@ -434,6 +454,7 @@ def test_a_killed_process_leaves_a_good_cache(
     assert_same(Store(URL, cache), folder)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_named_and_the_next_run_goes_on(
     server: WebServer, folder: Path, cache: CacheSettings
 ) -> None:
