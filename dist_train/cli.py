@@ -336,12 +336,17 @@ def verify(
 @app.command()
 def info(store: StoreArgument) -> None:
     """Show the clips of a store: classes, groups, splits and sizes."""
+    from dist_train.data.check.check import check_records
     from dist_train.data.inspect import describe_store
     from dist_train.data.store.reader import Store
 
-    for table in describe_store(Store(store)):
+    opened = Store(store)
+    for table in describe_store(opened):
         console.print(table)
     _print_copies(store)
+    for line in check_records(opened):
+        _say(line)
+    _say("'dist-train check' looks for faulty clips, near copies and leaks in the pixels, too")
 
 
 @app.command()

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from dist_train.data.check import text as check_text
 from dist_train.evaluation import evaluation_text, report_charts
 from dist_train.evaluation.report_mistakes import Clips, worst_mistakes
 from dist_train.evaluation.report_run import read_run
@@ -56,6 +57,7 @@ def write_report(run: Path, *, out: Path | None = None, clips: Clips | None = No
             run=record,
             e=record.evaluation,
             text=evaluation_text,
+            check_text=check_text,
             charts=report_charts,
             mistakes=None if clips is None else worst_mistakes(record, clips),
         )

@@ -10,7 +10,7 @@ import pandas as pd
 
 from dist_train.config import Config
 from dist_train.data.check.clips import describing, recorded
-from dist_train.data.check.findings import copies, faults, identical_pairs
+from dist_train.data.check.findings import copies, faults, identical_pairs, record_faults
 from dist_train.data.check.measure import measure, near_copies
 from dist_train.data.check.result import MOST_NAMED, CheckResult, Finding, Leak
 from dist_train.data.check.shifts import find_shifts
@@ -24,6 +24,8 @@ from dist_train.progress import Progress
 QUICK = 5_000
 #: Most clips on which leaks are tried.
 MOST_TRIED = 50_000
+#: The same, and the most clips of a store, for ``check_records``.
+MOST_TRIED_BRIEFLY, MOST_BRIEFLY = 2_000, 100_000
 
 
 def check_store(
@@ -55,6 +57,7 @@ def check_store(
     findings = [
         Finding(kind="cannot be read", clips=len(unreadable), names=unreadable[:MOST_NAMED]),
         *faults(clips, statistics),
+        *record_faults(clips),
         *copies("identical", identical_pairs(clips["label"], same), clips),
     ]
     if len(chosen) == len(clips):
@@ -75,13 +78,38 @@ def check_store(
         sampled=len(chosen),
         findings=findings,
         shifts=find_shifts(grey, own["group"], own["split"]),
-        leaks=leaks_of(own, grey, notes),
+        leaks=_leaks(own, grey, notes),
         notes=notes,
     )
 
 
-def leaks_of(clips: pd.DataFrame, grey: pd.DataFrame | None, notes: list[str]) -> list[Leak]:
-    """``find_leaks`` for at most ``MOST_TRIED`` random clips.
+def check_records(store: Store) -> list[str]:
+    """What the records say without a look at the pixels, in seconds: a line per finding.
+
+    Empty for a store of more than ``MOST_BRIEFLY`` clips.
+    """
+    if store.info["clips"] > MOST_BRIEFLY:
+        return []
+    clips = recorded(store)
+    lines = [f"{one.clips} clips: {one.kind}" for one in record_faults(clips) if one.clips]
+    leaks = _leaks(clips, None, [], most=MOST_TRIED_BRIEFLY, alone=False)
+    return lines + [
+        f"the label can be told from {', '.join(leak.columns)}: MCC {leak.mcc:.2f} "
+        f"({leak.low:.2f} to {leak.high:.2f})"
+        for leak in leaks
+        if leak.is_leak
+    ]
+
+
+def _leaks(
+    clips: pd.DataFrame,
+    grey: pd.DataFrame | None,
+    notes: list[str],
+    *,
+    most: int = MOST_TRIED,
+    alone: bool = True,
+) -> list[Leak]:
+    """``find_leaks`` for at most ``most`` random clips.
 
     Args:
         clips: rows of ``recorded``.
@@ -97,13 +125,13 @@ def leaks_of(clips: pd.DataFrame, grey: pd.DataFrame | None, notes: list[str]) -
     if min(np.bincount(labelled["label"], minlength=2)) < FEWEST:
         notes.append(f"leaks: not looked for, as a class has fewer than {FEWEST} clips")
         return []
-    if len(labelled) > MOST_TRIED:
-        notes.append(f"leaks: tried on {MOST_TRIED} random clips of {len(labelled)}")
-        labelled = labelled.iloc[_sample(len(labelled), MOST_TRIED)]
+    if len(labelled) > most:
+        notes.append(f"leaks: tried on {most} random clips of {len(labelled)}")
+        labelled = labelled.iloc[_sample(len(labelled), most)]
     columns = describing(labelled)
     if grey is not None:
         columns = columns.join(grey, rsuffix=" (pixels)")
-    leaks = find_leaks(columns, labelled["label"].to_numpy(np.int64))
+    leaks = find_leaks(columns, labelled["label"].to_numpy(np.int64), alone=alone)
     if GROUP in columns and not any(leak.apart for leak in leaks):
         notes.append("leaks: groups are too few, or too uneven, to be kept apart by folds")
     if "bytes (stored)" in columns:

@@ -24,7 +24,7 @@ TORN = 2.5
 
 
 def faults(clips: pd.DataFrame, statistics: pd.DataFrame) -> Iterator[Finding]:
-    """Faults of single clips. A black or constant clip does not count as one of few levels, too.
+    """Faults of pixels. A black or constant clip does not count as one of few levels, too.
 
     Args:
         clips: ``recorded``.
@@ -33,7 +33,6 @@ def faults(clips: pd.DataFrame, statistics: pd.DataFrame) -> Iterator[Finding]:
     black = statistics["brightest"] <= BLACK
     constant = ~black & (statistics["spreads"].map(max) < CONSTANT)
     few = ~black & ~constant & (statistics["levels"] < FEW_LEVELS)
-    declared = clips["declared"]
     for kind, is_so in {
         f"black: no pixel above {BLACK} of 255": black,
         f"constant: spread below {CONSTANT:g} grey level": constant,
@@ -41,12 +40,24 @@ def faults(clips: pd.DataFrame, statistics: pd.DataFrame) -> Iterator[Finding]:
         f"saturated: over {SATURATED:.0%} of pixels": statistics["saturated"] > SATURATED,
         f"frozen: over {FROZEN:.0%} of frames repeat": statistics["repeated"] > FROZEN,
         "torn: part of a frame is of another picture": statistics["tear"] >= TORN,
+    }.items():
+        yield _finding(kind, is_so, clips)
+
+
+def record_faults(clips: pd.DataFrame) -> Iterator[Finding]:
+    """Faults that ``prepare`` has recorded, of clips that it was told to keep."""
+    declared = clips["declared"]
+    for kind, is_so in {
         "other number of frames than declared": (declared > 0) & (declared != clips["depth"]),
         "decoded with damaged frames": clips["damaged"] > 0,
     }.items():
-        found = is_so.index[is_so.astype(bool)]
-        names = clips["filename"][found[:MOST_NAMED]].tolist()
-        yield Finding(kind=kind, clips=len(found), names=names)
+        yield _finding(kind, is_so, clips)
+
+
+def _finding(kind: str, is_so: pd.Series, clips: pd.DataFrame) -> Finding:
+    found = is_so.index[is_so.astype(bool)]
+    names = clips["filename"][found[:MOST_NAMED]].tolist()
+    return Finding(kind=kind, clips=len(found), names=names)
 
 
 def copies(kind: str, pairs: Pairs, clips: pd.DataFrame) -> Iterator[Finding]:

@@ -42,7 +42,9 @@ GROUP = "group"
 _RESAMPLES = 1000
 
 
-def find_leaks(columns: pd.DataFrame, label: Labels, seed: int = 0) -> list[Leak]:
+def find_leaks(
+    columns: pd.DataFrame, label: Labels, *, seed: int = 0, alone: bool = True
+) -> list[Leak]:
     """Try each column alone, and all together.
 
     A leak has an MCC of ``NEGLIGIBLE`` at least, which chance would not give (``CERTAIN``).
@@ -51,6 +53,7 @@ def find_leaks(columns: pd.DataFrame, label: Labels, seed: int = 0) -> list[Leak
         columns: one row per clip; numbers, or texts, which are categories. NaN is a value. The
             column ``GROUP``, if there is one, is also what folds keep apart.
         label: 0 or 1, int64 [N].
+        alone: also try each column alone, not only the group.
 
     Returns:
         One ``Leak`` per column that has two values or more, the best first; then that of all
@@ -67,14 +70,14 @@ def find_leaks(columns: pd.DataFrame, label: Labels, seed: int = 0) -> list[Leak
     varied = [str(name) for name in columns if columns[name].nunique(dropna=False) > 1]
     # In folds that keep groups apart, the group says nothing.
     several = [name for name in varied if apart is None or name != GROUP]
-    sets = [[name] for name in varied] + ([several] if len(several) > 1 else [])
+    single = [[name] for name in varied if alone or name == GROUP]
+    sets = single + ([several] if len(several) > 1 else [])
     leaks = []
     for names in sets:
         own = None if names == [GROUP] else apart
         called = _out_of_fold(columns[names], label, mixed if own is None else own, seed)
         leaks.append(_judged(names, called, label, mixed, None if own is None else groups, seed))
-    alone, together = leaks[: len(varied)], leaks[len(varied) :]
-    return sorted(alone, key=lambda leak: -leak.mcc) + together
+    return sorted(leaks[: len(single)], key=lambda leak: -leak.mcc) + leaks[len(single) :]
 
 
 def _folds(label: Labels, groups: Labels | None, seed: int) -> Labels | None:
@@ -171,7 +174,7 @@ def _between(called: Labels, label: Labels, groups: Labels) -> float:
 def _classifier(columns: pd.DataFrame, seed: int) -> Pipeline:
     texts = [name for name in columns if not pd.api.types.is_numeric_dtype(columns[name])]
     boosting = HistGradientBoostingClassifier(
-        max_iter=60, max_leaf_nodes=8, early_stopping=False, random_state=seed
+        max_iter=60, max_leaf_nodes=8, min_samples_leaf=10, early_stopping=False, random_state=seed
     )
     # A category becomes the share of positives among its clips, of other folds.
     encoder = TargetEncoder(

@@ -8,6 +8,8 @@ from dist_train.data.check.result import CheckResult, Leak, Shift
 
 #: Most rows of a table.
 MOST_ROWS = 20
+SHIFT_HEAD = ["brightness or contrast", "clips", "mean", "of others", "difference"]
+LEAK_HEAD = ["what the label is told from", "MCC", "95 % interval", "folds", "leak"]
 
 
 def tables(result: CheckResult) -> list[Table]:
@@ -16,15 +18,13 @@ def tables(result: CheckResult) -> list[Table]:
     for finding in result.findings:
         shown[0].add_row(finding.kind, str(finding.clips or "-"), "".join(finding.names[:1]))
     if result.shifts:
-        head = ["brightness or contrast", "clips", "mean", "of others", "difference"]
-        shown.append(_table("groups and splits that differ", head))
+        shown.append(_table("groups and splits that differ", SHIFT_HEAD))
         for row in map(shift_cells, result.shifts[:MOST_ROWS]):
             shown[-1].add_row(*row)
         if len(result.shifts) > MOST_ROWS:
             shown[-1].add_row(f"{len(result.shifts) - MOST_ROWS} more, see --json")
     if result.leaks:
-        head = ["what the label is told from", "MCC", "95 % interval", "folds", "leak"]
-        shown.append(_table("labels without a look at the pixels", head))
+        shown.append(_table("labels without a look at the pixels", LEAK_HEAD))
         for leak in result.leaks:
             shown[-1].add_row(*leak_cells(leak))
     return shown

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from capillaries import capillaries
 from helpers import ended, fails, said, tiny_config
-from make_media import store_of
+from make_media import store_of, write_manifest, write_video
 
 from dist_train.data.check import check as module
-from dist_train.data.check.check import check_store
+from dist_train.data.check.check import check_records, check_store
 from dist_train.data.check.result import CheckResult, read_result
 from dist_train.data.store.reader import SHARDS, Store
 from dist_train.errors import FileError
 
 CLIPS = 60
-GROUPS = [f"g{n % 6}" for n in range(CLIPS)]
+GROUPS = [f"g{n % 5}" for n in range(CLIPS)]
 LABELS = [int(n % 3 == 0) for n in range(CLIPS)]
 
 
@@ -54,7 +54,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clips[9], clips[10] = clips[6], clips[6]
     clips[12] = (clips[7] * 0.9).astype(np.uint8)
     for n in range(CLIPS):
-        if GROUPS[n] == "g5" and n > 12:
+        if GROUPS[n] == "g4" and n > 12:
             clips[n] = np.clip(clips[n].astype(int) + 70, 0, 250).astype(np.uint8)
     folder = tmp_path_factory.mktemp("faulty")
     return store_of(folder, clips, label=LABELS, group=GROUPS).folder
@@ -89,7 +89,7 @@ def test_every_fault_is_named(faulty: Path, tmp_path: Path) -> None:
     seeds = [check_store(Store(faulty), tiny_config(faulty, tmp_path, f"seed={n}")) for n in (2, 3)]
     assert len({json.dumps(splits)} | {json.dumps(found(one)) for one in seeds}) > 1
     shifted = {(shift.of, shift.name) for shift in result.shifts if shift.statistic == "mean grey"}
-    assert shifted == {("group", "g5")}
+    assert shifted == {("group", "g4")}
     assert not result.is_clean
     assert ended("check", faulty, "--strict", "--quick")[0] == 1
 
@@ -115,6 +115,30 @@ def test_a_sound_store_is_clean(sound: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert without.leaks == []
     assert any("pip install 'dist_train[check]'" in note for note in without.notes)
     assert without.findings == result.findings
+
+
+def test_info_tells_what_the_records_say(tmp_path: Path, sound: Path) -> None:
+    assert "can be told" not in (printed := said("info", sound))
+    assert "'dist-train check' looks for" in printed
+    # Positives are wider than negatives.
+    clips = [clip[:, :, : 16 + 8 * label] for clip, label in zip(noise(), LABELS, strict=True)]
+    store = store_of(tmp_path, clips, label=LABELS)
+    (line,) = check_records(store)
+    assert line == "the label can be told from width, bytes (stored): MCC 1.00 (1.00 to 1.00)"
+    assert line in said("info", store.folder).replace("\n", " ")
+
+
+def test_frames_that_are_not_there_are_told(tmp_path: Path) -> None:
+    clip = np.random.default_rng(0).integers(0, 255, (30, 48, 64, 3), dtype=np.uint8)
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, clip, container_options={"movflags": "faststart"})
+    content = (tmp_path / "b.mp4").read_bytes()
+    (tmp_path / "b.mp4").write_bytes(content[: len(content) // 2])
+    write_manifest(tmp_path / "t.csv", ["a.mp4", "b.mp4"])
+    common = ("prepare", "--manifest", tmp_path / "t.csv", "--source", tmp_path, "--roi", "none")
+    said(*common, "--out", tmp_path / "store", "--truncated", "keep", "--damaged", "keep")
+    lines = check_records(Store(tmp_path / "store"))
+    assert lines[0] == "1 clips: other number of frames than declared"
 
 
 def test_brightness_that_gives_the_label_away_is_named(tmp_path: Path) -> None:
