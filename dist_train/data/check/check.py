@@ -134,7 +134,7 @@ def _leaks(
     leaks = find_leaks(columns, labelled["label"].to_numpy(np.int64), alone=alone)
     if GROUP in columns and not any(leak.apart for leak in leaks):
         notes.append("leaks: groups are too few, or too uneven, to be kept apart by folds")
-    if "bytes (stored)" in columns:
+    if any("bytes (stored)" in leak.columns for leak in leaks):
         notes.append("leaks: the store has no sizes of raw files, so those of its clips are tried")
     return leaks
 

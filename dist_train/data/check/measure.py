@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
 import pandas as pd
 
-from dist_train.data.check.near_copies import are_near_copies, similar_hashes
+from dist_train.data.check.near_copies import are_near_copies, similar_hashes, summary_of
 from dist_train.data.check.statistics import ClipStatistics, statistics_of
 from dist_train.data.store.reader import Store
 from dist_train.errors import StoreError
@@ -114,5 +114,11 @@ def _statistics(task: tuple[Place, Sequence[int]]) -> list[tuple[int, ClipStatis
 
 
 def _confirmed(task: tuple[Place, Sequence[tuple[int, int]]]) -> Pairs:
-    store = _opened(task[0])
-    return [(a, b) for a, b in task[1] if are_near_copies(store.read(a), store.read(b))]
+    place, pairs = task
+    return [(a, b) for a, b in pairs if are_near_copies(_summary(place, a), _summary(place, b))]
+
+
+@lru_cache(maxsize=4096)
+def _summary(place: Place, number: int) -> tuple[int, np.ndarray[Any, Any]]:
+    """A clip that is like many others is read once; 12 KiB each are kept."""
+    return summary_of(_opened(place).read(number))

@@ -76,10 +76,16 @@ def _close(hashes: np.ndarray[Any, np.dtype[np.uint8]], members: Numbers) -> Num
     return np.column_stack([differ[a, b], pairs])
 
 
-def are_near_copies(one: Clip, other: Clip) -> bool:
-    """Whether two clips have like depths, and nearly the same mean pictures."""
-    depths = sorted((len(one), len(other)))
-    if depths[1] > MOST_DEPTH * depths[0] + 1:
+def summary_of(clip: Clip) -> tuple[int, np.ndarray[Any, np.dtype[np.float32]]]:
+    """Depth, and the mean pictures in one row, as ``are_near_copies`` compares them."""
+    return len(clip), mean_pictures(grey_of(clip), _SIDE, _SIDE).ravel()
+
+
+def are_near_copies(
+    one: tuple[int, np.ndarray[Any, Any]], other: tuple[int, np.ndarray[Any, Any]]
+) -> bool:
+    """Whether two clips, by their ``summary_of``, have like depths and nearly the same pictures."""
+    shallow, deep = sorted((one[0], other[0]))
+    if deep > MOST_DEPTH * shallow + 1:
         return False
-    a, b = (mean_pictures(grey_of(clip), _SIDE, _SIDE).ravel() for clip in (one, other))
-    return bool(np.corrcoef(a, b)[0, 1] >= LEAST_CORRELATION)
+    return bool(np.corrcoef(one[1], other[1])[0, 1] >= LEAST_CORRELATION)
