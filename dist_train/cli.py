@@ -460,6 +460,7 @@ def verify(
 @app.command()
 def info(store: StoreArgument) -> None:
     """Show the clips of a store: classes, groups, splits and sizes."""
+    from dist_train.data.check.check import check_records
     from dist_train.data.inspect import describe_store
     from dist_train.data.store.reader import Store
 
@@ -467,6 +468,55 @@ def info(store: StoreArgument) -> None:
     for table in describe_store(opened):
         console.print(table)
     _print_copies(opened)
+    for line in check_records(opened):
+        _say(line)
+    _say("'dist-train check' looks for faulty clips, near copies and leaks in the pixels, too")
+
+
+@app.command()
+def check(
+    store: StoreArgument,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value of select, split and seed, as for 'train'."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(help="File for the result; the report shows RUN/check.json of its store."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Read the pixels of 5,000 clips only.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if anything is found.")] = False,
+    allow: Allow = None,
+    workers: Workers = None,
+) -> None:
+    """Look for faulty clips, copies across splits, and what gives the label away."""
+    from dist_train.config import load_config
+
+    allow_code(allow or [])
+    # The store is the argument, whatever the file says.
+    settings = load_config(config, [*(overrides or []), f"store={store}"])
+    from dist_train.data.check.check import check_store
+    from dist_train.data.check.text import tables
+    from dist_train.data.store.reader import Store
+    from dist_train.files import check_replaceable, check_writable, write_whole
+
+    if json is not None:
+        check_writable(json.parent)
+        check_replaceable(json)
+    with progress("check") as report:
+        result = check_store(Store(store), settings, quick=quick, workers=workers, progress=report)
+    for table in tables(result):
+        console.print(table)
+    for note in result.notes:
+        _say(note)
+    if json is not None:
+        write_whole(json, result.model_dump_json(indent=1) + "\n")
+        _echo(f"result in {json}")
+    if strict and not result.is_clean:
+        raise typer.Exit(1)
 
 
 @app.command()

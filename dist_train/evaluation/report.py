@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from dist_train.data.check import text as check_text
 from dist_train.data.types import GREY
 from dist_train.evaluation import evaluation_text, report_charts
 from dist_train.evaluation.report_mistakes import Clips, worst_mistakes
@@ -67,6 +68,7 @@ def write_report(
             run=record,
             e=record.evaluation,
             text=evaluation_text,
+            check_text=check_text,
             charts=report_charts,
             mistakes=None if clips is None else worst_mistakes(record, clips, channels),
         )
