@@ -10,7 +10,6 @@ from typing import Literal, cast
 
 import numpy as np
 
-from dist_train.data.raw.axes import plain_stack
 from dist_train.data.raw.damage import OF_A_FILE, too_large
 from dist_train.data.raw.formats import format_of
 from dist_train.data.raw.formats import suffixes as format_suffixes
@@ -176,7 +175,7 @@ def open_stack(path: Path, name: str, where: str, settings: PrepareSettings) -> 
     name, dataset = split_dataset(name)
     suffix, reader = suffix_of(name), settings.reader
     if reader is not None and reader.reads(name):
-        return plain_stack(reader.read(path))
+        return reader.read(path)
     form = format_of(name, path)
     if dataset and not getattr(form, "HAS_DATASETS", False):
         raise DecodeError(

@@ -9,6 +9,8 @@ from types import FunctionType
 
 import numpy as np
 
+from dist_train.data.raw.axes import plain_stack
+from dist_train.data.raw.stack import Stack
 from dist_train.errors import ConfigError
 from dist_train.extensions import load, origin
 
@@ -20,8 +22,9 @@ class OutsideReader:
     """A reader as the store records it.
 
     Attributes:
-        path: import path of a function: path of a file -> uint8 or uint16 [D, H, W]. Its attribute
-            ``suffixes`` has the suffixes of its files, such as (".dcm",).
+        path: import path of a function: path of a file -> ``Stack``, or an array (see
+            ``plain_stack``). Its attribute ``suffixes`` has the suffixes of its files, such as
+            (".dcm",).
         suffixes: the same, in lower case.
         version: of the reader's package, None without one.
         sha256: of the Python files of the reader's package.
@@ -59,17 +62,18 @@ class OutsideReader:
         """Whether the name has one of the reader's suffixes."""
         return name.lower().endswith(self.suffixes)
 
-    def read(self, path: Path) -> np.ndarray:
+    def read(self, path: Path) -> Stack:
         """Read a file, in a process whose parent called ``check``."""
-        return np.asarray(load(self.path, OPTION, checked=True)(path))
+        found = load(self.path, OPTION, checked=True)(path)
+        return found if isinstance(found, Stack) else plain_stack(np.asarray(found))
 
     def check(self) -> None:
         """Raise ConfigError unless the user allows this process to import the reader."""
         _function(self.path)
 
 
-def _function(path: str) -> Callable[[Path], np.ndarray]:
-    found: Callable[[Path], np.ndarray] = load(path, OPTION)
+def _function(path: str) -> Callable[[Path], object]:
+    found: Callable[[Path], object] = load(path, OPTION)
     if not isinstance(found, FunctionType):
         raise ConfigError(
             f"{path} is no reader", where=OPTION, fix="Name a function of the path of a file."

@@ -14,10 +14,12 @@ import tifffile
 from helpers import contents, said
 from make_media import write_manifest
 
+from dist_train.data.raw.axes import plain_stack
 from dist_train.data.raw.clip import PrepareSettings
 from dist_train.data.raw.grey import depth_of
 from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.source import LocalFolder
+from dist_train.data.raw.stack import Stack
 from dist_train.data.raw.survey import survey, survey_arrays
 from dist_train.data.store.build import finalize, prepare, prepare_part
 from dist_train.data.store.build_spec import Part
@@ -163,8 +165,8 @@ def test_volumes_in_memory() -> None:
 class ScaledReader(OutsideReader):
     """Reads .npy files of floats as 12-bit values, without an import."""
 
-    def read(self, path: Path) -> np.ndarray:
-        return (np.load(path) * 4095).astype("u2")
+    def read(self, path: Path) -> Stack:
+        return plain_stack((np.load(path) * 4095).astype("u2"))
 
 
 def test_a_reader_decides_on_its_own_suffixes(tmp_path: Path) -> None:
