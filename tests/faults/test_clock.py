@@ -12,9 +12,11 @@ from helpers import ROOT, overrides
 from launcher import Launcher
 from run_files import DROPOUT, assert_same
 
-#: Modules that show the wall clock to users, or compare the clocks of machines.
+#: Modules that show the wall clock to users, compare the clocks of machines, or tell a library when
+#: to ask for credentials again.
 DISPLAYS = {
     "doctor/links.py",
+    "objects.py",
     "run/record.py",
     "training/reporting.py",
 }
