@@ -16,7 +16,7 @@ PACKAGE = ROOT / "dist_train"
 LEVELS = [
     {"errors", "safe_text"},
     {"system"},
-    {"files", "plain_yaml", "extensions", "progress", "quiet", "shipped"},
+    {"files", "array_file", "plain_yaml", "extensions", "progress", "quiet", "shipped"},
     {"metrics", "class_ratio"},
     {"config", "config_help"},
     {"models", "data.types", "data.orientation", "data.plan", "data.table"},

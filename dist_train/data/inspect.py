@@ -32,7 +32,7 @@ STRIP = 6
 
 def describe_store(store: Store) -> list[Table]:
     """Terminal tables: counts by split, group and class, shapes, depths, and metadata."""
-    clips = store.table
+    clips = store.table.frame(columns=["split", "group", "label", "frames", "height", "width"])
     size = sum(path.stat().st_size for path in (store.folder / SHARDS).glob("*.tar"))
     rejected = sum(store.info["rejected"].values())
     metadata = Table.grid(padding=(0, 2))

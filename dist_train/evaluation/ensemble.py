@@ -67,8 +67,8 @@ def mean_probability(
         StoreError: a clip cannot be read.
     """
     batches = dealt_batches(
-        clips.index.tolist(),
-        clips["frames"].tolist(),
+        clips.index,
+        clips["frames"],
         rank=group.rank,
         world=group.world,
         batch=batch,

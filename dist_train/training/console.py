@@ -35,8 +35,7 @@ def opening(config: Config, backend: Backend, data: RunData, plan: Plan, done: i
         f"{train.backend}, {train.precision}",
         "clips: "
         + "; ".join(
-            f"{split} {len(data.numbers(split, 1)):,} positive, "
-            f"{len(data.numbers(split, 0)):,} negative"
+            f"{split} {data.count(split, 1):,} positive, {data.count(split, 0):,} negative"
             for split in ("train", "val", "test")
         ),
         f"{train.epochs:,} epochs of {steps / train.epochs:,.0f} steps of {plan.batch} clips: "

@@ -103,7 +103,7 @@ def read_all(store: Path) -> dict[str, tuple[object, ...]]:
     """As training opens and reads it: facts and pixels of each clip that can be read."""
     opened = Store(store)
     found = {}
-    for clip, row in enumerate(opened.table.itertuples()):
+    for clip, row in enumerate(opened.table.frame().itertuples()):
         try:
             found[str(row.key)] = row.label, row.split, opened.read(clip).tobytes()
         except DistTrainError:

@@ -167,9 +167,8 @@ class BatchDataset(Dataset[Batch | LentBatch | DistTrainError]):
         store = self.clips.store
         if clip == NO_CLIP:
             return StoreError(f"{what} between two batches", where=store.folder, fix=fix)
-        row = store.table.iloc[clip]
-        shard = store.folder / SHARDS / shard_name(int(row["shard"]))
-        return StoreError(f"{what} at clip '{row['key']}'", where=shard, fix=fix)
+        shard = store.folder / SHARDS / shard_name(int(store.table.unchecked("shard")[clip]))
+        return StoreError(f"{what} at clip '{store.table.text('key', clip)}'", where=shard, fix=fix)
 
 
 def begin_worker(worker: int) -> None:

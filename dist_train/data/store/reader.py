@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import logging
+import math
 import os
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import pandas as pd
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -19,6 +20,7 @@ from pydantic import (
     ValidationError,
 )
 
+from dist_train.data.store.clip_table import TABLE, ClipTable
 from dist_train.data.store.index import check_index, digest_of, read_index
 from dist_train.data.store.shards import REPAIR, shard_name
 from dist_train.data.types import Volume
@@ -39,8 +41,12 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # Three quarters of the files that it may open are left to workers, connections, checkpoints.
 OPEN_SHARDS = 256
 SHARE_OF_OPEN_FILES = 4
+# Clips from which opening a store without a clip table takes seconds.
+MANY = 100_000
+# Clips whose keys are in memory at a time.
+PIECE = 1 << 16
 
-COLUMNS = ("filename", "label", "group", "weight", "split", "crowd_score", "tier1")
+log = logging.getLogger(__name__)
 
 
 class Store:
@@ -50,31 +56,24 @@ class Store:
     as the copy opens its own files. Threads must not share it.
 
     Attributes:
-        table: one row per clip, ordered by key: ``key``, the manifest's columns, ``frames``,
-            ``height``, ``width``, ``shard``, ``offset``, ``crc32c``. The position of a row is the
-            number of the clip.
+        table: one row per clip, ordered by key. The position of a row is the number of the clip.
         info: the content of ``store.json``.
 
     Raises:
-        StoreError: there is no store, or it is not finished, or its index is damaged.
+        StoreError: there is no store, or it is not finished, or its clip table is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.info = read_marker(folder)
-        check_index(folder / INDEX, self.info["index_crc32c"])
-        try:
-            self.table = _read_table(folder / INDEX, self.info["clips"], self.info["shards"])
-        except (KeyError, ValueError, TypeError, OverflowError) as error:
-            raise StoreError(
-                f"the index is not that of the store ({error})",
-                where=folder / INDEX,
-                fix="Run 'dist-train verify' with --repair.",
-            ) from None
-        self._shard = self.table["shard"].to_numpy(np.int64)
-        self._offset = self.table["offset"].to_numpy(np.int64)
-        self._shape = self.table[["frames", "height", "width"]].to_numpy(np.int64)
-        self._crc32c = self.table["crc32c"].to_numpy(np.uint32)
+        self.table = _open_table(folder, self.info)
+        self._begin()
+
+    def _begin(self) -> None:
+        # Not checked, as the checksum of the pixels tells whether a clip's place is right.
+        names = "shard", "offset", "crc32c"
+        self._shard, self._offset, self._crc32c = map(self.table.unchecked, names)
+        self._sizes = [self.table.unchecked(name) for name in ("frames", "height", "width")]
         # Shard number to file descriptor, least recently used first.
         self._descriptors: dict[int, int] = {}
 
@@ -86,10 +85,7 @@ class Store:
     @cached_property
     def content(self) -> str:
         """Identity of the content: SHA-256, in hex, over key, label and CRC-32C of each clip."""
-        columns = (self.table[name] for name in ("key", "label", "crc32c"))
-        return digest_of(
-            (key, {"label": label, "crc32c": crc}) for key, label, crc in zip(*columns, strict=True)
-        )
+        return str(self.info.get("content") or content_of(self.table))
 
     def read(self, clip: int) -> Volume:
         """Return the native crop of clip number ``clip``: uint8 [D, H, W], by one ``pread``.
@@ -99,7 +95,7 @@ class Store:
             MachineError: too many files are open, or the disk fails.
         """
         self._check(clip)
-        pixels = np.empty(self._shape[clip], dtype=np.uint8)
+        pixels = np.empty(self._shape(clip), dtype=np.uint8)
         self.read_into(pixels, clip)
         return pixels
 
@@ -124,10 +120,10 @@ class Store:
 
     def clip_of(self, key: str) -> int:
         """Return the number of the clip with this key."""
-        found = np.flatnonzero(self.table["key"].to_numpy() == key)
-        if not len(found):
+        found = self.table.clip_of(key)
+        if found is None:
             raise StoreError(f"holds no clip '{key}'", where=self.folder)
-        return int(found[0])
+        return found
 
     def _check(self, clip: int) -> None:
         # An array would take a negative number from its end.
@@ -137,7 +133,11 @@ class Store:
             )
 
     def _length(self, clip: int) -> int:
-        return int(self._shape[clip].prod())
+        return math.prod(self._shape(clip))
+
+    def _shape(self, clip: int) -> tuple[int, int, int]:
+        frames, height, width = (int(sizes[clip]) for sizes in self._sizes)
+        return frames, height, width
 
     def _descriptor(self, clip: int) -> int:
         shard = int(self._shard[clip])
@@ -165,7 +165,7 @@ class Store:
 
     def _damage(self, clip: int, what: str) -> StoreError:
         return StoreError(
-            f"clip '{self.table['key'].iloc[clip]}' cannot be read ({what})",
+            f"clip '{self.table.text('key', clip)}' cannot be read ({what})",
             where=self._path(clip),
             fix=REPAIR,
         )
@@ -175,40 +175,51 @@ class Store:
             os.close(descriptor)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_descriptors": {}}
+        return {"folder": self.folder, "info": self.info, "table": self.table}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._begin()
 
 
-def _read_table(index: Path, clips: int, shards: int) -> pd.DataFrame:
-    """Read ``Store.table``, and check that its values have the right types and bounds.
-
-    Raises:
-        KeyError, ValueError, TypeError, OverflowError: they do not.
-    """
-    rows = []
-    for key, record in read_index(index):
-        frames, height, width = record["shape"]
-        rows.append(
-            {"key": key, "frames": frames, "height": height, "width": width}
-            | {name: record[name] for name in (*COLUMNS, "shard", "offset", "crc32c")}
+def _open_table(folder: Path, info: dict[str, Any]) -> ClipTable:
+    """The clip table; of a store without one, made of the index."""
+    if "table_crc32c" in info:
+        return ClipTable.open(folder / TABLE, info["table_crc32c"], info["clips"])
+    if info["clips"] >= MANY and os.environ.get("RANK", "0") == "0":
+        log.warning(
+            "%s has no clip table, as an earlier version wrote it, so each process reads the whole "
+            "index; 'dist-train finalize' writes the table",
+            folder,
         )
-    if len(rows) != clips:
-        raise ValueError(f"it holds {len(rows)} clips, not {clips}")
-    table = pd.DataFrame(rows)
-    table = table.astype({"crowd_score": "float64", "weight": "float64"})
-    bounds = {"frames": (1, np.inf), "height": (1, np.inf), "width": (1, np.inf)}
-    bounds |= {"offset": (0, np.inf), "shard": (0, shards - 1)}
-    bounds |= {"label": (-1, 1), "crc32c": (0, 2**32 - 1)}
-    for name, (least, most) in bounds.items():
-        if table[name].dtype != np.int64 or not table[name].between(least, most).all():
-            raise ValueError(f"a clip has no valid '{name}'")
-    if not table["weight"].between(0, np.inf, inclusive="left").all():
-        raise ValueError("a clip has no valid 'weight'")
-    if table["tier1"].dtype != np.bool_:
-        raise ValueError("a clip has no valid 'tier1'")
-    for name in ("key", "filename", "group", "split"):
-        if not all(type(value) is str for value in table[name]):
-            raise ValueError(f"a clip has no valid '{name}'")
+    check_index(folder / INDEX, info["index_crc32c"])
+    try:
+        table = ClipTable.of(read_index(folder / INDEX), info["shards"])
+        if len(table) != info["clips"]:
+            raise ValueError(f"it holds {len(table)} clips, not {info['clips']}")
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
+        raise StoreError(
+            f"the index is not that of the store ({error})",
+            where=folder / INDEX,
+            fix="Run 'dist-train verify' with --repair.",
+        ) from None
     return table
+
+
+def content_of(table: ClipTable) -> str:
+    """Identity of a store's clips: see ``digest_of``."""
+    pieces = (
+        zip(
+            table.texts("key", np.arange(first, min(first + PIECE, len(table)))),
+            table["label"][first : first + PIECE].tolist(),
+            table["crc32c"][first : first + PIECE].tolist(),
+            strict=True,
+        )
+        for first in range(0, len(table), PIECE)
+    )
+    return digest_of(
+        (key, {"label": label, "crc32c": crc}) for piece in pieces for key, label, crc in piece
+    )
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
@@ -272,3 +283,4 @@ class _Marker(BaseModel):
     rejected: dict[Literal["-1", "0", "1"], NonNegativeInt]
     index_crc32c: Annotated[int, Field(ge=0, lt=1 << 32)]
     content: Digest | None = None
+    table_crc32c: Annotated[int, Field(ge=0, lt=1 << 32)] | None = None

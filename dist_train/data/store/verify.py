@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from dist_train.data.store.build_spec import Job, read_job
+from dist_train.data.store.clip_table import TABLE, ClipTable
 from dist_train.data.store.finish import marker_of
-from dist_train.data.store.index import content_digest, index_checksum, look_up
+from dist_train.data.store.index import content_digest, index_checksum, look_up, read_index
 from dist_train.data.store.reader import INDEX, MARKER, REJECTED, SHARDS, read_marker
 from dist_train.data.store.rejects import gather_rejects, read_rejects, rejects_csv
 from dist_train.data.store.salvage import good_clips
@@ -71,6 +72,7 @@ def verify(
     if marker is None:
         faults.append(Fault(folder / MARKER, "is missing, or not the marker of a store"))
     elif all(fault.shard is None for fault in faults):
+        faults += _check_table(folder, marker, index)
         faults += _check_summaries(folder, job, shards, marker, index)
     return sorted(faults, key=lambda fault: (fault.where, fault.what))
 
@@ -93,6 +95,21 @@ def sound_index(folder: Path, marker: Mapping[str, Any] | None) -> Path | None:
     return path if sound else None
 
 
+def _check_table(folder: Path, marker: dict[str, Any], index: Path | None) -> Iterator[Fault]:
+    """Compare the clip table with its checksums, and with the index if that is sound."""
+    if "table_crc32c" not in marker:
+        return
+    path = folder / TABLE
+    try:
+        table = ClipTable.open(path, marker["table_crc32c"], None)
+        table.check()
+    except StoreError as error:
+        yield Fault(path, error.what)
+        return
+    if index is not None and (what := table.differs(read_index(index), marker["shards"])):
+        yield Fault(path, what)
+
+
 def _check_summaries(
     folder: Path,
     job: Job,
@@ -108,7 +125,8 @@ def _check_summaries(
     content = marker.get("content")
     if content is not None and index is not None:
         content = content_digest(index)
-    if marker != marker_of(job, shards, rejects, marker["index_crc32c"], content):
+    table = marker.get("table_crc32c")
+    if marker != marker_of(job, shards, rejects, marker["index_crc32c"], content, table):
         yield Fault(folder / MARKER, "does not say what the store holds")
 
 

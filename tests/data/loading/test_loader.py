@@ -75,7 +75,7 @@ def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shard_of(store: Store, clip: int) -> Path:
-    return store.folder / SHARDS / shard_name(int(store.table["shard"].iloc[clip]))
+    return store.folder / SHARDS / shard_name(int(store.table["shard"][clip]))
 
 
 def augmented(store: Store, workers: int) -> Loader:
@@ -299,7 +299,7 @@ def test_damaged_clip_is_named_by_its_key(store: Store, tmp_path: Path, workers:
     clip = damaged.clip_of("clip008")
     path = shard_of(damaged, clip)
     content = bytearray(path.read_bytes())
-    content[int(damaged.table["offset"].iloc[clip])] ^= 0xFF
+    content[int(damaged.table["offset"][clip])] ^= 0xFF
     path.write_bytes(content)
     _, error = error_of(augmented(damaged, workers))
     assert "clip 'clip008' cannot be read" in error.what
@@ -330,7 +330,7 @@ def troubled(store: Store, trouble: Callable[[], object]) -> StoreError:
     came, error = error_of(batches)
     assert came == [[0, 1], [2, 3], [4, 5]][: len(came)]
     assert error.where == shard_of(store, 7)
-    assert f"at clip '{store.table['key'].iloc[7]}'" in error.what
+    assert f"at clip '{store.table['key'][7]}'" in error.what
     return error
 
 

@@ -32,7 +32,7 @@ def test_every_file_is_stored_or_told(
     assert "positive clips are those of stalled (2)" in caplog.text
     assert "negative clips are those of flowing (3), unclear (1)" in caplog.text
     assert "3 files and links are left out" in caplog.text
-    table = Store(tmp_path / "store").table
+    table = Store(tmp_path / "store").table.frame()
     assert table["label"].tolist() == [int(name[0] == "s") for name in table["filename"]]
 
     (raw / "clip000.npy").unlink()
