@@ -349,11 +349,13 @@ def _converted(
     if not all(type(value) is bool for value in columns["tier1"]):
         raise ValueError("a clip has no valid 'tier1'")
     numbers["tier1"] = np.array(columns["tier1"], np.bool_)
+    crowd = [np.nan if r["crowd_score"] is None else r["crowd_score"] for r in records]
+    if not all(type(value) in (int, float) for value in (*columns["weight"], *crowd)):
+        raise ValueError("a clip has no valid 'weight' or 'crowd_score'")
     numbers["weight"] = np.array(columns["weight"], np.float64)
+    numbers["crowd_score"] = np.array(crowd, np.float64)
     if not ((numbers["weight"] >= 0) & (numbers["weight"] < np.inf)).all():
         raise ValueError("a clip has no valid 'weight'")
-    crowd = [record["crowd_score"] for record in records]
-    numbers["crowd_score"] = np.array([np.nan if c is None else c for c in crowd], np.float64)
     texts = {"key": [key for key, _ in part]}
     texts |= {name: columns[name] for name in (*NAMED, "filename")}
     extra = {name for record in records for name in record.get("metadata", ())}
