@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from tables import table_of
 
 from dist_train.config import SelectSettings, SplitSettings
+from dist_train.data import splits as splits_module
 from dist_train.data.splits import (
     CODES,
     NAMES,
@@ -224,3 +226,19 @@ def test_groups_that_look_the_same_are_one_in_an_old_store_too() -> None:
     table = clips(60).assign(group=[("m1", "m2", "m3", "m3 ")[i % 4] for i in range(60)])
     splits = assigned(table, folds=3, groups="disjoint")
     assert splits[table["group"].str.strip() == "m3"].nunique() == 1
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_clips_are_dealt_in_the_order_of_their_hashes(
+    ties: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly, as runs that were begun before must find the same splits."""
+    table = clips(120).sort_values("key", ignore_index=True)
+    if ties:
+        none = np.zeros(len(table), np.uint64)
+        monkeypatch.setattr(splits_module, "_first_digests", lambda *_: none)
+    rows = table.assign(hash=[hashlib.sha256(f"3/{k}".encode()).hexdigest() for k in table["key"]])
+    rows = rows.sort_values(["label", "group", "hash"])
+    fold = rows.groupby("label").cumcount() % 5
+    expected = fold.map({0: "test", 1: "val"}).fillna("train").sort_index()
+    assert assigned(table).tolist() == expected.tolist()
