@@ -70,9 +70,12 @@ def given_splits(table: ClipTable) -> Splits:
 
 def counts_by_class(splits: Splits, labels: np.ndarray) -> dict[str, tuple[int, int]]:
     """(positives, negatives) of each split that has clips."""
-    counts = np.bincount((splits * 2 + (labels == 1))[splits > 0], minlength=2 * len(NAMES))
-    pairs = {name: (int(counts[2 * n + 1]), int(counts[2 * n])) for name, n in CODES.items()}
-    return {name: pair for name, pair in pairs.items() if any(pair)}
+    is_positive, counts = labels == 1, {}
+    for name, code in CODES.items():
+        are_in = splits == code
+        positives = int(np.count_nonzero(are_in & is_positive))
+        counts[name] = positives, int(np.count_nonzero(are_in)) - positives
+    return {name: pair for name, pair in counts.items() if any(pair)}
 
 
 def check_splits(counts: dict[str, tuple[int, int]], split: SplitSettings, *, given: bool) -> None:
@@ -302,8 +305,9 @@ def _first_digests(table: ClipTable, clips: Ints, seed: int) -> np.ndarray:
 def _digests_of(piece: tuple[ClipTable, Ints, int]) -> tuple[int, np.ndarray]:
     table, clips, seed = piece
     first, last = int(clips[0]), int(clips[-1]) + 1
-    keys = table.keys(first, last)
-    content = b"".join(_digest(seed, keys[clip - first])[:8] for clip in clips.tolist())
+    keys, prefix, sha256 = table.keys(first, last), f"{seed}/".encode(), hashlib.sha256
+    # As ``_digest``, in half the time.
+    content = b"".join([sha256(prefix + keys[n]).digest()[:8] for n in (clips - first).tolist()])
     return first, np.frombuffer(content, ">u8").astype(np.uint64)
 
 

@@ -95,5 +95,11 @@ def dealt_batches(
 
 
 def _by_depth(clips: ArrayLike, frames: ArrayLike) -> Ints:
-    numbers = np.asarray(clips, np.int64)
-    return numbers[np.lexsort((numbers, np.asarray(frames)))]
+    numbers, depths = np.asarray(clips, np.int64), np.asarray(frames)
+    order = np.argsort(numbers, kind="stable")
+    depths = depths[order]
+    # numpy sorts small integers in a time like their number.
+    is_small = depths.max(initial=0) < 1 << 16
+    by_depth = np.argsort(depths.astype(np.uint16) if is_small else depths, kind="stable")
+    ordered: Ints = numbers[order[by_depth]]
+    return ordered
