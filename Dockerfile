@@ -11,4 +11,4 @@ COPY pyproject.toml README.md ./
 COPY configs configs
 COPY launch launch
 COPY dist_train dist_train
-RUN DS_BUILD_OPS=0 pip install --no-cache-dir -c constraints.txt -e '.[s3]'
+RUN DS_BUILD_OPS=0 pip install --no-cache-dir -c constraints.txt -e '.[check,formats,remote,s3]'

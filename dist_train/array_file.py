@@ -37,7 +37,8 @@ DTYPES = {
     "F64": np.dtype(np.float64),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MOST_HEADER = MIB
+#: Some 50,000 columns.
+MOST_HEADER = 16 * MIB
 Array = np.ndarray[Any, np.dtype[Any]]
 
 

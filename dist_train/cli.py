@@ -15,6 +15,7 @@ import typer
 from dist_train import __version__
 from dist_train.errors import ConfigError, DistTrainError, StoreError
 from dist_train.extensions import allow as allow_code
+from dist_train.places import Location, is_url, local_path
 from dist_train.progress import console, progress
 from dist_train.quiet import hush_libraries, is_told
 from dist_train.safe_text import printable
@@ -23,6 +24,7 @@ from dist_train.system.cgroup import heed_quota
 
 if TYPE_CHECKING:
     from dist_train.data.raw.outline import OutlineColour
+    from dist_train.data.store.reader import Store
 
 #: Message of ``tempfile``.
 NO_TEMPORARY_FOLDER = "No usable temporary directory"
@@ -32,14 +34,16 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Number of processes; one per core if unset.")
 ]
-OutStore = Annotated[Path, typer.Option("--out", help="Folder of the new store.")]
+OutStore = Annotated[str, typer.Option("--out", help="Folder or URL of the new store.")]
 MaxRejected = Annotated[
     str, typer.Option(help="Fail if a larger share of the clips is rejected, as 1% or 0.01.")
 ]
 ShardClips = Annotated[int, typer.Option(min=1, help="Number of clips in a shard (tar file).")]
-StoreArgument = Annotated[Path, typer.Argument(help="Folder of a store.")]
+StoreArgument = Annotated[str, typer.Argument(help="Folder or URL of a store.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
-StorePath = Annotated[Path | None, typer.Option(help="Folder of the run's store, if it was moved.")]
+StorePath = Annotated[
+    str | None, typer.Option(help="Folder or URL of the run's store, if it was moved.")
+]
 Threshold = Annotated[
     float | None,
     typer.Option(
@@ -51,6 +55,10 @@ Threshold = Annotated[
 ]
 LeastOutline = Annotated[
     int, typer.Option(min=1, help="Least height and width of an outline, in pixels.")
+]
+LabelNames = Annotated[
+    list[str] | None,
+    typer.Option(help="What labels are called: 0=flowing,1=stalled."),
 ]
 Allow = Annotated[
     list[str] | None,
@@ -131,19 +139,65 @@ def synth(
     _echo(f"{clips} clips in {out}")
 
 
+@app.command("manifest")
+def write_manifest(
+    folder: Annotated[Path, typer.Argument(help="Folder of clips.")],
+    out: Annotated[Path, typer.Option(help="CSV file to write.")],
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="What the files' names say, as {group}/{label}_*.tif; if unset, there is one "
+            "folder for each class.",
+        ),
+    ] = None,
+    label_names: LabelNames = None,
+    clip_folders: Annotated[
+        bool, typer.Option("--clip-folders", help="A folder of pictures of one kind is one clip.")
+    ] = False,
+    suffix: Annotated[
+        list[str] | None, typer.Option(help="Further suffix of files, as .raw, of your own reader.")
+    ] = None,
+) -> None:
+    """Write a clip table from a folder of classes, or from a pattern of names."""
+    from dist_train.data.raw.folder_table import folder_table, write_table
+    from dist_train.data.table.labels import Naming
+
+    found = folder_table(
+        folder,
+        pattern=pattern,
+        suffixes=[name.lower() for name in suffix or []],
+        clip_folders=clip_folders,
+        names=Naming.parse([], label_names or []).names,
+    )
+    write_table(found, out)
+    for line in found.lines():
+        _echo(line)
+    _echo(f"{len(found.rows)} clips in {out}")
+
+
 @app.command()
 def prepare(
     out: OutStore,
     manifest: Annotated[
         Path | None,
-        typer.Option(help="CSV of clips with the columns filename and label (0 or 1)."),
+        typer.Option(help="CSV of clips with the columns filename and label; docs/tables.md."),
     ] = None,
     from_folders: Annotated[
         Path | None, typer.Option(help="Folder with a folder of files for each class; no manifest.")
     ] = None,
     positive: Annotated[
         list[str] | None,
-        typer.Option(help="With --from-folders: name of a folder whose clips are positive."),
+        typer.Option(help="Label, or folder of --from-folders, whose clips are positive."),
+    ] = None,
+    label_names: LabelNames = None,
+    file_column: Annotated[
+        str | None, typer.Option(help="Column of file names, if it is not filename.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of labels, if it is not label.")
+    ] = None,
+    group_column: Annotated[
+        str | None, typer.Option(help="Column of groups, if it is not group.")
     ] = None,
     source: Annotated[
         str | None,
@@ -180,6 +234,36 @@ def prepare(
         int | None,
         typer.Option(min=8, max=16, help="Significant bits of 16-bit values; detected if unset."),
     ] = None,
+    intensity: Annotated[
+        str,
+        typer.Option(
+            help="Which values become black and white: auto, dtype, bits, 'window LOW HIGH' or "
+            "'percentile LOW HIGH'."
+        ),
+    ] = "auto",
+    intensity_over: Annotated[
+        Literal["set", "clip"], typer.Option(help="Take bits and percentiles from all or each.")
+    ] = "set",
+    store_dtype: Annotated[
+        Literal["uint8", "uint16", "float16"], typer.Option(help="Type of the stored values.")
+    ] = "uint8",
+    channels: Annotated[
+        str, typer.Option(help="grey, rgb, all, or numbers from 0 as 0,2; auto is grey.")
+    ] = "auto",
+    depth_axis: Annotated[
+        Literal["T", "Z"] | None,
+        typer.Option(help="Axis of the frames in files that have both time and depth."),
+    ] = None,
+    plane: Annotated[
+        int | None, typer.Option(min=0, help="Position on the other of the two axes.")
+    ] = None,
+    series: Annotated[
+        int | None, typer.Option(min=0, help="Image to take from files that hold several.")
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Take all that pixels depend on, and what was found, from this store."),
+    ] = None,
     max_rejected: MaxRejected = "1%",
     shard_clips: ShardClips = 128,
     clip_seconds: Annotated[
@@ -205,36 +289,49 @@ def prepare(
 ) -> None:
     """Decode videos or volumes, crop them, and write a store. Resumes if it was killed."""
     from dist_train.data.raw.clip import PrepareSettings, suffixes_of
+    from dist_train.data.raw.intensity import Intensity
     from dist_train.data.raw.outside_reader import OutsideReader
     from dist_train.data.raw.remote import Access, manifest_source, open_source
+    from dist_train.data.raw.stack import Choices, check_channels
     from dist_train.data.store.build import prepare as write_store
     from dist_train.data.store.build import prepare_part
     from dist_train.data.store.build_spec import Part
+    from dist_train.data.table.labels import Naming
 
     allow_code(allow or [])
     own_reader = None if reader is None else OutsideReader.named(reader)
     own = None if part is None else Part.parse(part)
     most_rejected = _share(max_rejected)
-    if (manifest is None) == (from_folders is None) or (positive is None) != (from_folders is None):
+    if (manifest is None) == (from_folders is None) or (from_folders and not positive):
         raise ConfigError(
             "give either --manifest FILE, or --from-folders DIR with --positive FOLDER"
         )
+    naming = Naming.parse(positive or [], label_names or []) if positive or label_names else None
+    columns = {"filename": file_column, "label": label_column, "group": group_column}
+    named = {role: column for role, column in columns.items() if column is not None}
     if manifest is not None:
         from dist_train.data.table.manifest import read_manifest
 
         table = read_manifest(
-            manifest, labels=labels, unlabelled=unlabelled, where=where, allow_local=allow_local
+            manifest,
+            labels=labels,
+            unlabelled=unlabelled,
+            where=where,
+            allow_local=allow_local,
+            columns=named,
+            naming=naming,
         )
     else:
-        from dist_train.data.raw.class_folders import manifest_from_folders
+        from dist_train.data.raw.folder_table import manifest_from_folders
 
-        if source is not None or labels is not None or unlabelled or where is not None:
+        if source is not None or labels is not None or unlabelled or where is not None or named:
             raise ConfigError(
                 "--from-folders takes files and labels from the folders; leave out --source, "
-                "--labels, --unlabelled and --where"
+                "--labels, --unlabelled, --where, and names of columns"
             )
         assert from_folders is not None
-        table = manifest_from_folders(from_folders, positive or [], suffixes_of(own_reader))
+        assert naming is not None
+        table = manifest_from_folders(from_folders, naming, suffixes_of(own_reader))
         source = str(from_folders)
     access = Access(local=allow_local, private=allow_private, most_bytes=fetch_mib << 20)
     files = manifest_source(table, access) if source is None else open_source(source, access)
@@ -249,11 +346,22 @@ def prepare(
         clip_memory=clip_memory,
         bits=bits,
         reader=own_reader,
+        choices=Choices(depth_axis, plane, check_channels(channels), series),
+        intensity=Intensity.parse(intensity, intensity_over),
+        store_dtype=store_dtype,
     )
     with progress("prepare") as report:
         if own is not None:
             prepare_part(
-                table, files, out, settings, own, engine=engine, workers=workers, progress=report
+                table,
+                files,
+                out,
+                settings,
+                own,
+                like=like,
+                engine=engine,
+                workers=workers,
+                progress=report,
             )
             return
         store = write_store(
@@ -261,6 +369,7 @@ def prepare(
             files,
             out,
             settings,
+            like=like,
             engine=engine,
             workers=workers,
             max_rejected=most_rejected,
@@ -271,7 +380,7 @@ def prepare(
 
 @app.command()
 def finalize(
-    store: Annotated[Path, typer.Argument(help="Store with all parts.")],
+    store: Annotated[str, typer.Argument(help="Store with all parts: folder or URL.")],
     max_rejected: MaxRejected = "1%",
 ) -> None:
     """Join the parts of a store that 'prepare --part' has written."""
@@ -289,8 +398,11 @@ def prepare_npz(
     """Write a store from a MedMNIST 3D file, with the file's split."""
     from dist_train.data.store.build import prepare_npz as write_store
 
+    if is_url(out):
+        raise ConfigError("is a URL", where="--out", fix="Give a folder; 'prepare' writes to URLs.")
+    folder = local_path(out)
     with progress("prepare") as report:
-        store = write_store(file, out, shard_clips=shard_clips, progress=report)
+        store = write_store(file, folder, shard_clips=shard_clips, progress=report)
     _print_store(out, store)
 
 
@@ -313,12 +425,24 @@ def verify(
     from dist_train.data.store.repair import lost_files
     from dist_train.data.store.repair import repair as mend
 
-    faults, lost = _faults_of(store, workers), lost_files(store)
-    if (faults and salvage) or ((faults or lost) and repair is not None):
-        with progress("repair") as report:
-            mended = mend(store, repair, faults, salvage=salvage, workers=workers, progress=report)
-        _print_store(store, mended)
-        faults, lost = _faults_of(store, workers), lost_files(store)
+    if is_url(store):
+        if repair is not None or salvage:
+            raise ConfigError(
+                "a store behind a URL is only read",
+                where=store,
+                fix="Repair the local copy, and upload the files that changed.",
+            )
+        faults, lost = _faults_of(store, workers), []
+    else:
+        folder = local_path(store)
+        faults, lost = _faults_of(folder, workers), lost_files(folder)
+        if (faults and salvage) or ((faults or lost) and repair is not None):
+            with progress("repair") as report:
+                mended = mend(
+                    folder, repair, faults, salvage=salvage, workers=workers, progress=report
+                )
+            _print_store(folder, mended)
+            faults, lost = _faults_of(folder, workers), lost_files(folder)
     for name in lost:
         _echo(f"lost: {name}: --repair with the folder that has it brings its clip back")
     if faults:
@@ -336,12 +460,63 @@ def verify(
 @app.command()
 def info(store: StoreArgument) -> None:
     """Show the clips of a store: classes, groups, splits and sizes."""
+    from dist_train.data.check.check import check_records
     from dist_train.data.inspect import describe_store
     from dist_train.data.store.reader import Store
 
-    for table in describe_store(Store(store)):
+    opened = Store(store)
+    for table in describe_store(opened):
         console.print(table)
-    _print_copies(store)
+    _print_copies(opened)
+    for line in check_records(opened):
+        _say(line)
+    _say("'dist-train check' looks for faulty clips, near copies and leaks in the pixels, too")
+
+
+@app.command()
+def check(
+    store: StoreArgument,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="key=value of select, split and seed, as for 'train'."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(help="File for the result; the report shows RUN/check.json of its store."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Read the pixels of 5,000 clips only.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail if anything is found.")] = False,
+    allow: Allow = None,
+    workers: Workers = None,
+) -> None:
+    """Look for faulty clips, copies across splits, and what gives the label away."""
+    from dist_train.config import load_config
+
+    allow_code(allow or [])
+    # The store is the argument, whatever the file says.
+    settings = load_config(config, [*(overrides or []), f"store={store}"])
+    from dist_train.data.check.check import check_store
+    from dist_train.data.check.text import tables
+    from dist_train.data.store.reader import Store
+    from dist_train.files import check_replaceable, check_writable, write_whole
+
+    if json is not None:
+        check_writable(json.parent)
+        check_replaceable(json)
+    with progress("check") as report:
+        result = check_store(Store(store), settings, quick=quick, workers=workers, progress=report)
+    for table in tables(result):
+        console.print(table)
+    for note in result.notes:
+        _say(note)
+    if json is not None:
+        write_whole(json, result.model_dump_json(indent=1) + "\n")
+        _echo(f"result in {json}")
+    if strict and not result.is_clean:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -418,7 +593,7 @@ def doctor(
 def predict(
     run: Run,
     store: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Predict all clips of this store, not the run's val and test clips."),
     ] = None,
     store_path: StorePath = None,
@@ -463,12 +638,19 @@ def predict(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a run with predictions.")],
     threshold: Threshold = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="Metrics for each value of this column of the clip table, or of group."),
+    ] = None,
 ) -> None:
     """Print the metrics of a run's predictions, with confidence intervals."""
     from dist_train.evaluation.evaluate import evaluate_run
-    from dist_train.evaluation.evaluation_text import table
+    from dist_train.evaluation.evaluation_text import slices, table
 
-    console.print(table(evaluate_run(run, threshold=threshold)))
+    evaluation = evaluate_run(run, threshold=threshold, by=by)
+    console.print(table(evaluation))
+    if by is not None:
+        console.print(slices(evaluation))
 
 
 @app.command()
@@ -596,29 +778,31 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _print_store(out: Path, store: dict[str, Any]) -> None:
+def _print_store(out: Location, store: dict[str, Any]) -> None:
     from dist_train.data.inspect import remarks
+    from dist_train.data.store.publish import folder_of
     from dist_train.data.store.rejects import by_class
 
     rejected = store["rejected"]
     _echo(f"{store['clips']} clips in {out}")
     if rejected:
         number = sum(rejected.values())
-        _echo(f"rejected: {number} ({by_class(rejected)}), see {out / 'rejected.csv'}")
-    for line in remarks(out):
+        classes = by_class(rejected, store.get("classes"))
+        _echo(f"rejected: {number} ({classes}), see {out}/rejected.csv")
+    for line in remarks(folder_of(out)):
         _echo(line)
-    _print_copies(out)
+    _print_copies(folder_of(out))
 
 
-def _print_copies(store: Path) -> None:
+def _print_copies(store: Location | Store) -> None:
     from dist_train.data.duplicates import describe_duplicates
     from dist_train.data.store.reader import Store
 
-    if copies := describe_duplicates(Store(store)):
+    if copies := describe_duplicates(store if isinstance(store, Store) else Store(store)):
         _echo(copies)
 
 
-def _faults_of(store: Path, workers: int | None) -> list[Any]:
+def _faults_of(store: Location, workers: int | None) -> list[Any]:
     from dist_train.data.store.verify import verify as find_faults
 
     with progress("verify") as report:

@@ -23,7 +23,9 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    PlainValidator,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -31,12 +33,13 @@ from pydantic_core import ErrorDetails
 from dist_train.class_ratio import ClassRatio
 from dist_train.errors import ConfigError
 from dist_train.metrics import higher_is_better
+from dist_train.places import Location, is_url, local_path
 from dist_train.plain_yaml import parse_yaml, read_yaml, yaml_text
 
 COMMAND_LINE = "command line"
 # Names of earlier versions, which are still read.
 RENAMED = {"train.hang": "hang_timeout", "train.slow": "straggler_ratio"}
-STORE_FIX = "Give the folder that 'dist-train prepare' wrote, as store=FOLDER."
+STORE_FIX = "Give the folder that 'dist-train prepare' wrote, or its URL, as store=FOLDER."
 
 
 def _usable(path: Path) -> Path:
@@ -44,6 +47,16 @@ def _usable(path: Path) -> Path:
     if not text.isprintable() or text == ".":
         raise ValueError("a path must not be empty or hold control characters")
     return path
+
+
+def _store_place(value: object) -> Location:
+    if not isinstance(value, str | Path):
+        raise ValueError("Input should be a path or a URL")
+    if not is_url(value):
+        return _usable(local_path(value))
+    if not str(value).isprintable():
+        raise ValueError("a URL must not hold control characters")
+    return value
 
 
 def _whole_size(size: object) -> object:
@@ -75,9 +88,17 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0, le=10.0)]
 Bytes = Annotated[ByteSize, BeforeValidator(_whole_size), Field(ge=1, le=2**60)]
+# Of a microscope: beyond these bounds it is in another unit.
+Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
 # At most 15 months.
 Seconds = Annotated[float, Field(gt=0.0, le=4e7)]
 Place = Annotated[Path, AfterValidator(_usable)]
+# A URL is text: as a path it would lose a slash.
+StorePlace = Annotated[
+    Location,
+    PlainValidator(_store_place),
+    WithJsonSchema({"type": "string", "format": "path or URL"}),
+]
 #: Arguments of a function or class, by name.
 Arguments = dict[str, JsonValue]
 #: A metric of held-out clips, as the log names it.
@@ -146,6 +167,14 @@ class ClipSettings(Section):
     max_frames: Frames | None = None
     """Longer clips are cut to this many consecutive frames, at a random place in training and in
     the middle otherwise; null keeps all frames."""
+    spacing: tuple[Scale | None, Scale | None, Scale | None] | None = None
+    """Distance of voxels over depth, height and width in um, to which clips are resampled: depth is
+    interpolated linearly between frames; each frame is resized, and then cropped or padded with
+    black around its middle to `size`. Null for an axis leaves it: depth as it is, and frames
+    resized to `size`. The store's clips must say their spacing."""
+    fps: Scale | None = None
+    """Frames a second, to which clips are resampled linearly between frames; null keeps all frames.
+    The store's clips must say the interval between frames."""
     growth: Annotated[tuple[ClipStage, ...], Field(max_length=100)] = ()
     """Smaller clips for the first epochs of training, stage by stage (multigrid training, Wu et
     al. 2020); held-out clips always have full size."""
@@ -155,7 +184,32 @@ class ClipSettings(Section):
         for stage, end in zip(self.growth, self.stage_ends, strict=True):
             if epoch < end:
                 caps = [most for most in (stage.max_frames, self.max_frames) if most is not None]
-                return ClipSettings(size=stage.size, max_frames=min(caps, default=None))
+                update: dict[str, Any] = {
+                    "size": stage.size,
+                    "max_frames": min(caps, default=None),
+                    "growth": (),
+                }
+                if self.spacing is not None:
+                    update["spacing"] = self._coarser(self.spacing, stage.size)
+                return self.model_copy(update=update)
+        return self
+
+    def _coarser(
+        self, spacing: tuple[float | None, float | None, float | None], size: tuple[int, int]
+    ) -> tuple[float | None, float | None, float | None]:
+        """The spacing by which frames of ``size`` show as much as those of the section's size."""
+        z, y, x = spacing
+        if y is None or x is None:
+            return spacing
+        return z, y * self.size[0] / size[0], x * self.size[1] / size[1]
+
+    @model_validator(mode="after")
+    def _axes_fit(self) -> ClipSettings:
+        z, y, x = self.spacing or (None, None, None)
+        if (y is None) != (x is None):
+            raise ValueError("spacing must have both height and width, or null for both")
+        if z is not None and self.fps is not None:
+            raise ValueError("depth is either space (spacing) or time (fps); leave out one of them")
         return self
 
     @property
@@ -249,12 +303,25 @@ class LoaderSettings(Section):
     """Number of micro-batches that each worker keeps ready."""
 
 
+class CacheSettings(Section):
+    """The parts of a remote store that were read, kept on this machine."""
+
+    dir: Place | None = None
+    """Folder that all processes of a machine share, and all stores; null takes dist_train/stores
+    in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+    size: Bytes = ByteSize(100 << 30)
+    """Most bytes in the folder (100GiB). Shards that were used least recently give way."""
+
+
 class ModelSettings(Section):
     """The network."""
 
     name: str = "resnet3d-101"
     """Architecture, such as resnet3d-10 (an unknown name is refused with a list of all), or the
     import path of a class, such as mylab.nets:Net (docs/extending.md)."""
+    channels: Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] | None = None
+    """Names of the channels of clips, in order. A run takes those of its store, and keeps them;
+    null is one, "grey"."""
     args: Arguments = {}
     """Arguments of a model other than resnet3d, whose settings are `model.width` to
     `model.dropout`."""
@@ -277,6 +344,11 @@ class ModelSettings(Section):
     activation_memory: Bytes | None = None
     """Memory for activations; each part of the network gets the cheapest mode of recomputing with
     which all fit."""
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels of clips."""
+        return 1 if self.channels is None else len(self.channels)
 
     @model_validator(mode="after")
     def _budget_chooses(self) -> ModelSettings:
@@ -421,6 +493,9 @@ class CheckpointSettings(Section):
     max_failures: CountOrNone = 3
     """Number of failed writes in a row that only cause a warning, while an older checkpoint
     exists."""
+    mirror: str | None = None
+    """URL such as s3://bucket/run below which the run is copied with each checkpoint, beside the
+    training. --resume auto on another machine goes on from there."""
     accept_other_order: bool = False
     """Resume from a checkpoint of another store, selection, split, plan or seed, at the same step
     of the new order; otherwise it is ignored."""
@@ -441,8 +516,8 @@ class Config(Section):
 
     out: Place = Path("runs/default")
     """Folder that the run is written to."""
-    store: Place
-    """The store that the run reads."""
+    store: StorePlace
+    """The store that the run reads: its folder, or its URL (s3, gs, az, http, https)."""
     # torch's generators take 64 bits.
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random: folds, order, augmentation, dropout and first weights."""
@@ -452,6 +527,7 @@ class Config(Section):
     augment: AugmentSettings = AugmentSettings()
     plan: PlanSettings = PlanSettings()
     loader: LoaderSettings = LoaderSettings()
+    cache: CacheSettings = CacheSettings()
     model: ModelSettings = ModelSettings()
     loss: LossSettings = LossSettings()
     norm: NormSettings = NormSettings()

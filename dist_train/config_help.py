@@ -125,8 +125,8 @@ def _type_of(schema: dict[str, Any]) -> str:
             return "section"
         case {"items": item}:
             return f"list of: {_type_of(item)}"
-        case {"format": "path"}:
-            return "path"
+        case {"format": "path" | "path or URL" as form}:
+            return str(form)
         case {"type": "string"}:
             return "text"
         case {"type": "boolean"}:

@@ -52,6 +52,14 @@ class StoreError(DistTrainError):
     """A store is missing, unfinished, damaged, or has other settings."""
 
 
+class RemoteError(DistTrainError):
+    """A server of objects cannot be reached, refuses, or gives wrong bytes."""
+
+
+class MissingObjectError(RemoteError):
+    """There is no object of this name."""
+
+
 class PlanError(DistTrainError):
     """The selected clips cannot fill the requested batches."""
 

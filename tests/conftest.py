@@ -4,6 +4,7 @@ the server that starts launches of several ranks."""
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
     from launcher import Launcher
     from room import LittleRoom
 
@@ -100,3 +102,43 @@ def launcher() -> Iterator[Launcher]:
 
     with Launcher() as launcher:
         yield launcher
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[dict[str, str]]:
+    """The environment for the clients of an S3 server of another maker."""
+    from moto.server import ThreadedMotoServer
+
+    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto.start()
+    url = "http://{}:{}".format(*moto.get_host_and_port())
+    yield {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_ENDPOINT_URL": url,
+    }
+    moto.stop()
+
+
+@pytest.fixture
+def bucket(
+    s3_server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[AbstractFileSystem]:
+    """The bucket "lab" of that server, for one test. This process is a client of the server."""
+    import fsspec
+
+    from dist_train import objects
+
+    for name, value in s3_server.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(objects, "FIRST_WAIT", 0.01)
+    files = fsspec.filesystem(
+        "s3", endpoint_url=s3_server["AWS_ENDPOINT_URL"], use_listings_cache=False
+    )
+    files.mkdir("lab")
+    yield files
+    files.rm("lab", recursive=True)

@@ -31,7 +31,7 @@ def test_each_setting_has_a_meaning_and_the_default_that_holds(setting: Setting)
 @pytest.mark.parametrize(
     ("key", "type", "default"),
     [
-        ("store", "path", None),
+        ("store", "path or URL", None),
         ("optim.lr", "number above 0 to 10", "0.001"),
         ("plan.ratio", "list of 2: integer from 1 to 1024", "[1, 3]"),
         ("model.dropout", "number from 0 below 1", "0"),

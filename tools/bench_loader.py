@@ -6,6 +6,7 @@ benchmarks/loader.md explains the results.
 
     python tools/bench_loader.py [--clips N] [--rounds N] [--workers N] [--quick] [--no-peers]
         [--json FILE]
+    python tools/bench_loader.py --remote [--peers-python FILE] ...
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=BATCH, help=f"its clips (default {BATCH})")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--no-peers", action="store_true", help="only our loader")
+    parser.add_argument("--remote", action="store_true", help="read from a local S3 server")
+    parser.add_argument("--peers-python", type=Path, help="Python that has Streaming and LitData")
+    parser.add_argument("--latency", type=float, default=0.02, help="of the server (default 0.02)")
+    parser.add_argument("--mb-s", type=float, default=1250.0, help="of the server (default 1250)")
+    parser.add_argument("--stream-mb-s", type=float, default=80.0, help="of a connection (80)")
     parser.add_argument("--folder", type=Path, help="folder to keep and reuse the clips")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -69,11 +75,17 @@ def main() -> None:
         parser.error("--clips must be at least twice --batch, for batches without repeated clips")
     with tempfile.TemporaryDirectory(prefix="bench_loader.") as temporary:
         folder = arguments.folder or Path(temporary)
-        bench = Bench(folder, OURS if arguments.no_peers else tuple(CONTENDERS))
+        bench, show = Bench(folder, OURS if arguments.no_peers else tuple(CONTENDERS)), as_table
+        if arguments.remote:
+            import bench_remote
+
+            server = {name: getattr(arguments, name) for name in ("latency", "mb_s", "stream_mb_s")}
+            bench = bench_remote.RemoteBench(folder, arguments.peers_python, **server)
+            show = bench_remote.as_table
         bench.write(arguments.clips)
         task = Task(arguments.batch, arguments.workers, PREFETCH)
         result = bench.measure(task, arguments.batches, arguments.rounds)
-    finish(arguments.json, result, as_table(result))
+    finish(arguments.json, result, show(result))
 
 
 # --- the clips ------------------------------------------------------------------------------------
@@ -117,17 +129,23 @@ class Bench:
 
     Attributes:
         cannot: contenders that failed, with the reason.
+        pythons: of contenders that need another one.
+        environment: variables for all contenders.
     """
+
+    tool, writers = TOOL, WRITERS
 
     def __init__(self, folder: Path, contenders: Sequence[str]) -> None:
         self.folder, self.contenders = folder, contenders
         self.cannot: dict[str, str] = {}
+        self.pythons: dict[str, str] = {}
+        self.environment: dict[str, str] = {}
 
     def write(self, clips: int) -> None:
         if not (self.folder / "store" / "store.json").exists():
             say(f"making {clips} clips")
             make_clips(self.folder, clips)
-        for name in filter(WRITERS.__contains__, self.contenders):
+        for name in filter(self.writers.__contains__, self.contenders):
             done = self.folder / f"{name}.written"
             if not done.exists():
                 say(f"writing them for {name}")
@@ -136,8 +154,9 @@ class Bench:
 
     def child(self, name: str, work: str, task: dict[str, Any]) -> dict[str, Any] | None:
         """The results of ``work`` in a fresh process. None if it fails; see ``cannot``."""
-        command = [sys.executable, str(TOOL), work, str(self.folder), json.dumps(task)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        python = self.pythons.get(name, sys.executable)
+        command = [python, str(self.tool), work, str(self.folder), json.dumps(task)]
+        environment = {**os.environ, **self.environment, "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)])
         try:
             ended = subprocess.run(
@@ -205,9 +224,14 @@ class Bench:
             "read": read,
             "cannot": self.cannot,
             "runs": runs,
-            "work": {"clips": len(json.loads((self.folder / "labels.json").read_text()))}
-            | {"batch": task.batch, "workers": task.workers, "prefetch": task.prefetch},
+            "work": self.work(task),
             "versions": versions("torch", "numpy", "webdataset", "lmdb"),
+        }
+
+    def work(self, task: Task) -> dict[str, int]:
+        clips = len(json.loads((self.folder / "labels.json").read_text()))
+        return {"clips": clips} | {
+            name: getattr(task, name) for name in ("batch", "workers", "prefetch")
         }
 
     def resume(self, name: str, task: Task) -> float | str | None:

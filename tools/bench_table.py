@@ -121,7 +121,7 @@ def open_store(folder: Path) -> dict[str, float]:
     numbers = np.random.default_rng(0).integers(0, len(store.table), READ).tolist()
     assert len(clips.depths(numbers)) == len(clips.labels(numbers)) == READ
     for clip in numbers:
-        assert clips.native_shape(clip) == store._shape(clip)
+        assert clips.native_shape(clip) == store.shape(clip)
     extra = memory("VmRSS") - before
     # As the loader pickles it for a worker.
     pickled = pickle.dumps(BatchDataset(clips, None, None, 0.0))

@@ -62,7 +62,7 @@ def latest_valid(folder: Path, *, before: int | None = None) -> Path | None:
     found = [path for step, path in by_step(folder) if before is None or step < before]
     for path in reversed(found):
         try:
-            _check(path)
+            check_checkpoint(path)
         except CheckpointError as error:
             log.warning("skipped a damaged checkpoint: %s", error)
         else:
@@ -89,7 +89,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: it is missing, torn or damaged.
     """
-    marker = _check(path, rank, world)
+    marker = check_checkpoint(path, rank, world)
     tensors: dict[str, Tensor] = {}
     for entry in marker["files"][rank::world]:
         file = path / entry["name"]
@@ -139,8 +139,12 @@ def read_marker(path: Path) -> dict[str, Any]:
     return marker
 
 
-def _check(path: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
-    """Check that all files are there, and every byte of those that ``rank`` reads; the marker."""
+def check_checkpoint(path: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """Check that all files are there, and every byte of those that ``rank`` reads; the marker.
+
+    Raises:
+        CheckpointError: it is missing, torn or damaged.
+    """
     marker = read_marker(path)
     expected = {entry["name"] for entry in marker["files"]} | {MARKER}
     try:

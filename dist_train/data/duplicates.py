@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +47,7 @@ def find_duplicates(store: Store) -> Copies:
     # Few clips have copies: strings are made for these alone.
     identity = alike.groupby(["crc32c", *shape], sort=False).ngroup().map(str)
     if alike[shape].prod(axis=1).sum() <= MOST_PIXELS:
+        store.prefetch(map(int, alike.index))
         for clip in alike.index:
             try:
                 digest = hashlib.sha256(store.read(int(clip)).data).hexdigest()
@@ -74,18 +76,24 @@ def _of_equal_checksums(crc32c: np.ndarray) -> Ints:
 def describe_duplicates(store: Store) -> str | None:
     """A sentence that counts the clips with copies; None if there are none."""
     copies = find_duplicates(store)
-    return _sentence(_frame(store.table, copies), "another clip", "label")
+    return _sentence(_frame(store.table, copies), "another clip", "label", store.classes)
 
 
-def duplicates_across(table: ClipTable, splits: pd.Series, copies: Copies) -> str | None:
+def duplicates_across(
+    table: ClipTable,
+    splits: pd.Series,
+    copies: Copies,
+    classes: Mapping[int, str] = CLASSES,
+) -> str | None:
     """A sentence that counts the clips with copies in another split; None if there are none.
 
     Args:
         splits: the split of each of the ``copies``.
+        classes: names of the labels.
     """
     clips = _frame(table, copies).assign(split=splits.to_numpy())
     across = clips[clips.groupby("same")["split"].transform("nunique") > 1]
-    return _sentence(across, "a clip in another split", "split")
+    return _sentence(across, "a clip in another split", "split", classes)
 
 
 def _frame(table: ClipTable, copies: Copies) -> pd.DataFrame:
@@ -102,7 +110,9 @@ def duplicates_error(description: str, *, given: bool) -> PlanError:
     )
 
 
-def _sentence(copies: pd.DataFrame, other: str, differ: str) -> str | None:
+def _sentence(
+    copies: pd.DataFrame, other: str, differ: str, classes: Mapping[int, str]
+) -> str | None:
     """The number of copies, and a pair of them as an example.
 
     The pair has opposite labels if any copies have; its clips differ in the column ``differ`` if
@@ -119,7 +129,7 @@ def _sentence(copies: pd.DataFrame, other: str, differ: str) -> str | None:
     names = []
     for clip in (first, second):
         split = f"{clip['split']}, " if clip["split"] else ""
-        names.append(f"'{clip['filename']}' ({split}{CLASSES[clip['label']]})")
+        names.append(f"'{clip['filename']}' ({split}{classes[clip['label']]})")
     return (
         f"{len(copies)} clips have the same pixels as {other}{share}, such as {' and '.join(names)}"
     )

@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from dist_train.data.raw.clip import FEW_LEVELS
+from dist_train.data.raw.clip import FEW_LEVELS, MOST_SATURATED
+from dist_train.data.raw.formats import suffixes as format_suffixes
 from dist_train.data.raw.outline import LEAST, Box, OutlineColour, find_outline
 from dist_train.data.raw.video import Video
-from dist_train.data.raw.volume_file import VOLUME_SUFFIXES
 from dist_train.data.store.index import read_index
 from dist_train.data.store.reader import INDEX, SHARDS, Store
-from dist_train.data.types import CLASSES
+from dist_train.data.types import CLASSES, METADATA
 from dist_train.errors import FileError, RoiError
 from dist_train.files import check_replaceable, write_whole
 
@@ -26,20 +26,30 @@ from dist_train.files import check_replaceable, write_whole
 BINS, BAR = 12, 18
 # The most rows for groups, as a group may be a single clip.
 GROUPS = 40
+# The most values of a column of metadata that are shown.
+VALUES = 5
 # Frames that ``draw_outline`` draws.
 STRIP = 6
 
 
 def describe_store(store: Store) -> list[Table]:
     """Terminal tables: counts by split, group and class, shapes, depths, and metadata."""
-    clips = store.table.frame(columns=["split", "group", "label", "frames", "height", "width"])
-    size = sum(path.stat().st_size for path in (store.folder / SHARDS).glob("*.tar"))
+    shape = ("frames", "height", "width")
+    columns = store.table.metadata
+    clips = store.table.frame(columns=["split", "group", "label", *shape, *columns])
+    # A cache holds parts of a remote store.
+    shards = [] if store.is_remote else (store.folder / SHARDS).glob("*.tar")
+    size = sum(path.stat().st_size for path in shards)
     rejected = sum(store.info["rejected"].values())
     metadata = Table.grid(padding=(0, 2))
-    metadata.add_row("shards", f"{store.info['shards']}, {size / 2**20:.1f} MiB")
+    metadata.add_row(
+        "shards", f"{store.info['shards']}" + (f", {size / 2**20:.1f} MiB" if size else "")
+    )
+    metadata.add_row("channels", f"{', '.join(store.channels)} ({store.dtype})")
     metadata.add_row("rejected", f"{rejected}" + (" (see rejected.csv)" if rejected else ""))
     metadata.add_row("fingerprint", store.fingerprint)
-    return [_counts(clips, str(store.folder)), _shapes(clips), _depths(clips), metadata]
+    tables = [_counts(clips, store), _shapes(clips), _depths(clips, store), metadata]
+    return [*tables, _metadata(clips[list(columns)])] if columns else tables
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
@@ -52,9 +62,9 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return table
 
 
-def _counts(clips: pd.DataFrame, title: str) -> Table:
+def _counts(clips: pd.DataFrame, store: Store) -> Table:
     """Clips by split, group and class: the ``GROUPS`` largest groups, the rest, and all."""
-    table = _table(title, ("split", "group"), ("clips", *CLASSES.values()))
+    table = _table(str(store.folder), ("split", "group"), ("clips", *store.classes.values()))
     by_class = clips.groupby(["split", "group", "label"]).size().unstack(fill_value=0)
     by_class = by_class.reindex(columns=list(CLASSES), fill_value=0)
     by_class.insert(0, "clips", by_class.sum(axis=1))
@@ -68,6 +78,19 @@ def _counts(clips: pd.DataFrame, title: str) -> Table:
     return table
 
 
+def _metadata(columns: pd.DataFrame) -> Table:
+    """For each column of metadata: how many values it has, and the most frequent ones."""
+    table = _table("metadata", ["column"], ("values", "missing"))
+    table.add_column("most frequent")
+    for name in columns:
+        counts = columns[name].value_counts()
+        missing = int(counts.pop("")) if "" in counts else 0
+        most = ", ".join(f"{value} ({clips})" for value, clips in counts.iloc[:VALUES].items())
+        cells = str(name).removeprefix(METADATA), str(len(counts)), str(missing), most
+        table.add_row(*cells)
+    return table
+
+
 def _shapes(clips: pd.DataFrame) -> Table:
     levels = {"min": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "max": 1.0}
     table = _table("shape in voxels", [""], list(levels))
@@ -77,7 +100,7 @@ def _shapes(clips: pd.DataFrame) -> Table:
     return table
 
 
-def _depths(clips: pd.DataFrame) -> Table:
+def _depths(clips: pd.DataFrame, store: Store) -> Table:
     """A depth histogram of each class, in at most ``BINS`` bins of equal width.
 
     Bars are relative to the largest bin of their class, so that a rare class can be compared with a
@@ -89,7 +112,7 @@ def _depths(clips: pd.DataFrame) -> Table:
     edges = np.arange(least, most + 1 + width, width)
     table = _table("depth in frames", [], ["depth"])
     columns: list[list[str]] = []
-    for label, name in CLASSES.items():
+    for label, name in store.classes.items():
         depths = frames[clips["label"].to_numpy() == label]
         if len(depths):
             table.add_column(name, justify="right")
@@ -108,19 +131,31 @@ def _bar(share: float) -> str:
 
 def remarks(store: Path) -> list[str]:
     """Warnings about clips that are in the store, one a line."""
-    few_levels, damaged = [], 0
+    few_levels, saturated, not_numbers, damaged, variable, hdr = [], 0, 0, 0, 0, 0
     for _, record in read_index(store / INDEX):
+        variable += "frame_rate" in record
+        hdr += "transfer" in record
         damaged += "frames_damaged" in record
+        saturated += "saturated" in record
+        not_numbers += "not_numbers" in record
         if "grey_levels" in record:
             few_levels.append(record["grey_levels"])
     lines = []
     if few_levels:
         lines.append(
-            f"fewer than {FEW_LEVELS} grey levels: {len(few_levels)} clips of more than 8 bits "
-            f"(the least: {min(few_levels)}); --bits says how many bits their values have"
+            f"fewer than {FEW_LEVELS} grey levels: {len(few_levels)} clips (the least: "
+            f"{min(few_levels)}); --intensity or --bits says which values are black and white"
         )
+    if saturated:
+        lines.append(f"more than {MOST_SATURATED:.0%} of the pixels are white: {saturated} clips")
+    if not_numbers:
+        lines.append(f"values that are no numbers (NaN), stored as black: {not_numbers} clips")
     if damaged:
         lines.append(f"kept with damaged frames: {damaged} clips")
+    if variable:
+        lines.append(f"variable frame rate: {variable} clips; every frame is stored once")
+    if hdr:
+        lines.append(f"HDR video (PQ or HLG): {hdr} clips; values are stored as they are coded")
     return lines
 
 
@@ -133,7 +168,7 @@ def find_boxes(
         DecodeError: the video cannot be decoded.
         RoiError: the file is a volume.
     """
-    if path.suffix.lower() in VOLUME_SUFFIXES:
+    if path.name.lower().endswith(format_suffixes()):
         raise RoiError(
             "a volume has no coloured outline", where=path, fix="Prepare it with --roi none."
         )

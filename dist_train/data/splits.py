@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,10 @@ from dist_train.data.duplicates import Copies
 from dist_train.data.plan.shuffle import Ints
 from dist_train.data.store.clip_table import ClipTable
 from dist_train.data.table.manifest import SPLITS, plain_group
+from dist_train.data.types import CLASSES, clips_of_class
 from dist_train.errors import PlanError
 from dist_train.system.supervised_pool import each_done
 
-CLASS_NAMES = {1: "positives", 0: "negatives"}
 #: The code of each split; 0 is a clip that takes no part.
 CODES = {name: number for number, name in enumerate(SPLITS, start=1)}
 #: Split of a code.
@@ -33,16 +33,18 @@ def choose_clips(
     split: SplitSettings,
     seed: int,
     copies: Copies | None = None,
+    classes: Mapping[int, str] = CLASSES,
 ) -> Splits:
     """The split of each clip of a store.
 
     Args:
         copies: clips that get one fold with their copies.
+        classes: names of the labels.
 
     Raises:
         PlanError: a class is missing, there are too few groups, or train or val is empty.
     """
-    chosen = select_clips(table, tier2_crowd_score=select.tier2_crowd_score)
+    chosen = select_clips(table, tier2_crowd_score=select.tier2_crowd_score, classes=classes)
     if split.train_on_all:
         held_out = int(np.count_nonzero((given_splits(table) > CODES["train"]) & chosen))
         if held_out:
@@ -78,23 +80,35 @@ def counts_by_class(splits: Splits, labels: np.ndarray) -> dict[str, tuple[int, 
     return {name: pair for name, pair in counts.items() if any(pair)}
 
 
-def check_splits(counts: dict[str, tuple[int, int]], split: SplitSettings, *, given: bool) -> None:
+def check_splits(
+    counts: Mapping[str, tuple[int, int]],
+    split: SplitSettings,
+    *,
+    given: bool,
+    classes: Mapping[int, str] = CLASSES,
+) -> None:
     """Refuse splits that cannot be trained with or evaluated.
 
     Args:
         counts: the result of ``counts_by_class``.
         given: the manifest gives the splits; otherwise they are folds.
+        classes: names of the labels.
 
     Raises:
         PlanError: a split lacks a class, or a class has fewer clips than there are folds.
     """
-    summary = "; ".join(f"{name}: {p} positives, {n} negatives" for name, (p, n) in counts.items())
-    for column, class_name in enumerate(CLASS_NAMES.values()):
+    named = [clips_of_class(classes[label]) for label in (1, 0)]
+    summary = "; ".join(
+        f"{name}: {p} {named[0]}, {n} {named[1]}" for name, (p, n) in counts.items()
+    )
+    folds = {"test": split.fold, "val": (split.fold + 1) % split.folds}
+    for column, class_name in enumerate(named):
         for name, pair in counts.items():
             if pair[column]:
                 continue
+            fold = f"fold {folds[name]} of {split.folds}; " if name in folds and not given else ""
             raise PlanError(
-                f"split '{name}' holds no {class_name} ({summary})",
+                f"split '{name}' holds no {class_name} ({fold}{summary})",
                 where=None if given else f"split.fold={split.fold}",
                 fix="Give it some in the manifest's split column."
                 if given
@@ -109,12 +123,18 @@ def check_splits(counts: dict[str, tuple[int, int]], split: SplitSettings, *, gi
             )
 
 
-def select_clips(table: ClipTable, *, tier2_crowd_score: float | None) -> np.ndarray:
+def select_clips(
+    table: ClipTable,
+    *,
+    tier2_crowd_score: float | None,
+    classes: Mapping[int, str] = CLASSES,
+) -> np.ndarray:
     """Which clips are in a run, by their label: bool [clips].
 
     Args:
         tier2_crowd_score: keep all of tier 1, and the positives of tier 2 with a greater crowd
             score. None keeps all labelled clips.
+        classes: names of the labels.
 
     Raises:
         PlanError: no positive or no negative is left.
@@ -124,11 +144,11 @@ def select_clips(table: ClipTable, *, tier2_crowd_score: float | None) -> np.nda
     if tier2_crowd_score is not None:
         confident = (labels == 1) & (table["crowd_score"] > tier2_crowd_score)
         chosen &= table["tier1"] | confident
-    for label, class_name in CLASS_NAMES.items():
+    for label in (1, 0):
         if not ((labels == label) & chosen).any():
             raise PlanError(
-                f"the selection holds no {class_name} ({np.count_nonzero(chosen)} clips of "
-                f"{len(table)} selected)",
+                f"the selection holds no {clips_of_class(classes[label])} "
+                f"({np.count_nonzero(chosen)} clips of {len(table)} selected)",
                 fix="Check the labels with 'dist-train info', or loosen the select settings.",
             )
     return chosen
@@ -242,15 +262,30 @@ def _joined(names: Sequence[str], linked_groups: Iterable[Ints]) -> Ints:
     return np.array(parent, np.int64)
 
 
+def crossed_groups(table: ClipTable, splits: Splits) -> dict[str, str]:
+    """Groups that are in more than one split, by name, and these splits; blank is no group."""
+    clips = np.flatnonzero(splits)
+    crossed = _crossed(table.codes("group")[clips], table.names("group"), splits[clips])
+    crossed.pop("", None)
+    return crossed
+
+
+def _crossed(groups: Ints, names: Sequence[str], splits: Splits) -> dict[str, str]:
+    are_in = np.zeros((len(names), len(NAMES)), np.bool_)
+    are_in[groups, splits] = True
+    crossed = np.flatnonzero(are_in.sum(axis=1) > 1).tolist()
+    return {
+        names[group]: " and ".join(sorted(NAMES[n] for n in np.flatnonzero(are_in[group])))
+        for group in sorted(crossed, key=names.__getitem__)
+    }
+
+
 def _refuse_crossed_groups(groups: Ints, names: Sequence[str], splits: Splits) -> None:
-    pairs = np.unique(groups * len(NAMES) + splits)
-    first, counts = np.unique(pairs // len(NAMES), return_counts=True)
-    crossed = sorted(first[counts > 1].tolist(), key=names.__getitem__)
+    crossed = _crossed(groups, names, splits)
     if crossed:
-        of_first = pairs[pairs // len(NAMES) == crossed[0]] % len(NAMES)
-        found = sorted(NAMES[code] for code in of_first.tolist())
+        name, found = next(iter(crossed.items()))
         raise PlanError(
-            f"group '{names[crossed[0]]}' is in splits {' and '.join(found)} of the manifest "
+            f"group '{name}' is in splits {found} of the manifest "
             f"({len(crossed)} such groups), and split.groups=disjoint keeps each in one",
             fix="Correct the manifest's split column, or set split.groups=stratify.",
         )

@@ -3,18 +3,49 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import numpy as np
 
 Record = dict[str, Any]
 
-#: Names of the labels.
+#: Names of the labels, where a store has no other ones.
 CLASSES = {0: "negative", 1: "positive", -1: "unlabelled"}
+#: Begins the names of columns that are metadata: further columns of the clip table, as text.
+METADATA = "meta:"
 #: Keys of clips. A tar header (ustar) holds names of at most 100 bytes, and ".json" takes five.
 SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")
 
-#: A clip: uint8 [D, H, W].
-Volume = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]
+#: Names of the channels of a store that names none.
+GREY = ("grey",)
+#: The types of stored pixels. All clips of a store have one of them.
+DtypeName = Literal["uint8", "uint16", "float16"]
+DTYPES: dict[str, np.dtype[Any]] = {
+    "uint8": np.dtype("|u1"),
+    "uint16": np.dtype("<u2"),
+    "float16": np.dtype("<f2"),
+}
+#: A clip: of one of ``DTYPES``; [D, H, W], or [D, H, W, C] with several channels.
+Volume = np.ndarray[tuple[int, ...], np.dtype[Any]]
 #: One frame, or one of its planes: uint8 [H, W].
 Plane = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
+
+
+def metadata_columns(columns: Iterable[object]) -> list[str]:
+    """Those of a table's columns that are metadata."""
+    return [str(name) for name in columns if str(name).startswith(METADATA)]
+
+
+def class_names(classes: Mapping[str, str] | None) -> dict[int, str]:
+    """Names of the labels 0, 1 and -1.
+
+    Args:
+        classes: names by "0" and "1", as ``store.json`` has them; None if it has none.
+    """
+    return CLASSES | {int(label): name for label, name in (classes or {}).items()}
+
+
+def clips_of_class(name: str) -> str:
+    """A class in messages: "positives", or "'stalled' clips" if it has a name of its own."""
+    return f"{name}s" if name in CLASSES.values() else f"'{name}' clips"

@@ -25,7 +25,7 @@ from dist_train.distributed.out_of_memory import free_cache, is_out_of_memory
 from dist_train.distributed.process_group import ProcessGroup
 from dist_train.errors import RunError
 from dist_train.progress import Progress
-from dist_train.run.data import clip_dataset
+from dist_train.run.data import clip_dataset, frames_of
 from dist_train.run.model import held_out_logits, make_model
 from dist_train.run.snapshots import load_into
 from dist_train.system.advice import first_line
@@ -68,7 +68,7 @@ def mean_probability(
     """
     batches = dealt_batches(
         clips.index,
-        clips["frames"],
+        frames_of(store, config.clip)[clips.index],
         rank=group.rank,
         world=group.world,
         batch=batch,

@@ -11,16 +11,17 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 from dist_train import metrics
+from dist_train.data.types import CLASSES
 from dist_train.errors import ConfigError, RunError
 from dist_train.evaluation.calibration import Calibration, Reliability, reliability_of
 from dist_train.evaluation.prediction_origin import check_origin
 from dist_train.evaluation.prediction_table import read_calibration, read_predictions
+from dist_train.evaluation.slices import Interval, Slice, column_of, interval_of, slices_by
 from dist_train.files import write_whole
 from dist_train.run.folder import CONFIG, EVALUATION, PREDICTIONS
 from dist_train.run.record import open_run
 
 Split = Literal["val", "test"]
-Interval = tuple[float, float]
 
 
 class Evaluation(BaseModel):
@@ -60,9 +61,15 @@ class Evaluation(BaseModel):
     calibrated: Reliability
     calibration: Calibration | None
     """How ``calibrated`` was computed, with cross-validated metrics on val; None if unknown."""
+    classes: tuple[str, str] = (CLASSES[0], CLASSES[1])
+    """Names of the labels 0 and 1."""
+    by: str | None = None
+    """The column of ``slices``."""
+    slices: tuple[Slice, ...] = ()
+    """The values with the most clips, see ``slices_by``."""
 
 
-def evaluate_run(run: Path, *, threshold: float | None = None) -> Evaluation:
+def evaluate_run(run: Path, *, threshold: float | None = None, by: str | None = None) -> Evaluation:
     """Evaluate the predictions of a run as ``evaluate`` does, and write ``evaluation.json``.
 
     Raises:
@@ -72,11 +79,15 @@ def evaluate_run(run: Path, *, threshold: float | None = None) -> Evaluation:
     if os.path.lexists(run / CONFIG) and os.path.lexists(run / PREDICTIONS):
         open_run(run)
         check_origin(run)
-    return evaluate(run / PREDICTIONS, out=run / EVALUATION, threshold=threshold)
+    return evaluate(run / PREDICTIONS, out=run / EVALUATION, threshold=threshold, by=by)
 
 
 def evaluate(
-    predictions: Path, *, out: Path | None = None, threshold: float | None = None
+    predictions: Path,
+    *,
+    out: Path | None = None,
+    threshold: float | None = None,
+    by: str | None = None,
 ) -> Evaluation:
     """Evaluate a table of predictions.
 
@@ -88,14 +99,16 @@ def evaluate(
         predictions: a CSV file with the columns ``COLUMNS``; an empty label is unknown.
         out: JSON file to write the evaluation to; None writes nothing.
         threshold: use this one instead of fitting one.
+        by: a column of metadata, or "group": metrics of the clips of each of its values, too.
 
     Raises:
         RunError: the file is missing or unusable, or has no labelled clip, or only labels of one
-            class.
+            class, or not the column ``by``.
         ConfigError: the threshold is not in 0..1.
     """
     check_threshold(threshold)
     frame = read_predictions(predictions)
+    column = None if by is None else column_of(frame, by, predictions)
     labelled = {str(split): clips for split, clips in frame.dropna(subset="label").groupby("split")}
     if not labelled:
         raise RunError(
@@ -111,7 +124,13 @@ def evaluate(
         threshold = metrics.best_threshold(fitting["calibrated"], fitting["label"])
     clips = _both_classes(labelled[reported], reported, predictions)
     calibration = read_calibration(predictions, frame)
-    evaluation = _evaluation(clips, reported, threshold, fitted_on, calibration)
+    evaluation = _evaluation(clips, reported, threshold, fitted_on, calibration).model_copy(
+        update={
+            "classes": _class_names(frame),
+            "by": by,
+            "slices": () if column is None else slices_by(clips, column, threshold),
+        }
+    )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, evaluation.model_dump_json(indent=2) + "\n")
@@ -140,7 +159,7 @@ def _both_classes(clips: pd.DataFrame, split: str, path: Path) -> pd.DataFrame:
     if not 0 < positives < len(clips):
         raise RunError(
             f"the {len(clips)} labelled {split} clips are all "
-            f"{'positive' if positives else 'negative'}",
+            f"{_class_names(clips)[1 if positives else 0]}",
             where=path,
             fix="Predict clips of both classes",
         )
@@ -168,11 +187,11 @@ def _evaluation(
         threshold_fitted_on=fitted_on,
         threshold_fitted_on_same_clips=fitted_on == split,
         mcc=metrics.mcc(counts),
-        mcc_ci95=_interval(mcc_draws),
+        mcc_ci95=interval_of(mcc_draws),
         mcc_at={str(t): fixed[f"mcc@{t}"] for t in metrics.THRESHOLDS},
         accuracy=(tp + tn) / len(clips),
         auc=fixed["auc"],
-        auc_ci95=_interval(auc_draws),
+        auc_ci95=interval_of(auc_draws),
         ap=fixed["ap"],
         f1=2 * tp / (2 * tp + fp + fn),
         precision=tp / (tp + fp) if tp + fp else None,
@@ -184,6 +203,10 @@ def _evaluation(
     )
 
 
-def _interval(draws: metrics.Floats) -> Interval:
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
+def _class_names(frame: pd.DataFrame) -> tuple[str, str]:
+    """Names of the labels 0 and 1, by the column ``class`` of the labelled clips."""
+    names = dict(CLASSES)
+    if "class" in frame:
+        known = frame.dropna(subset="label").drop_duplicates("label")
+        names |= dict(zip(known["label"].astype(int), known["class"], strict=True))
+    return names[0], names[1]

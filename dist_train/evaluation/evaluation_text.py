@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.table import Table
 
 from dist_train.evaluation.calibration import Calibration
-from dist_train.evaluation.evaluate import Evaluation, Interval
+from dist_train.evaluation.evaluate import Evaluation
+from dist_train.evaluation.slices import Interval
 
 #: With fewer clips of the rarer class, an interval says how many there are.
 FEW_CLIPS = 30
@@ -15,13 +16,49 @@ def table(evaluation: Evaluation) -> Table:
     """All metrics as a table for the terminal."""
     e = evaluation
     (tn, fp), (fn, tp) = e.confusion
-    view = Table(title=f"{e.split}: {e.clips} clips, {e.positives} positive", title_justify="left")
+    title = f"{e.split}: {e.clips} clips, {e.positives} {e.classes[1]}"
+    view = Table(title=title, title_justify="left")
     view.add_column("metric")
     view.add_column("value")
     for name, value in rows(evaluation):
         view.add_row(name, value)
     view.add_row("Confusion", f"{tp} TP  {fn} FN  {fp} FP  {tn} TN")
     return view
+
+
+def slices(evaluation: Evaluation) -> Table:
+    """The metrics of each value of the column ``by``, for the terminal."""
+    view = Table(title=f"by {evaluation.by}", title_justify="left")
+    for number, name in enumerate(slice_header(evaluation)):
+        # A terminal of 80 columns has room for "(missing)".
+        view.add_column(name, justify="right" if number else "left", min_width=0 if number else 9)
+    for cells in slice_rows(evaluation):
+        view.add_row(*cells)
+    return view
+
+
+def slice_header(evaluation: Evaluation) -> list[str]:
+    """Titles of the columns of ``slice_rows``."""
+    negative, positive = evaluation.classes
+    of_each = [f"called {positive}", "MCC", "95 % CI", "AP"]
+    return [evaluation.by or "", "clips", positive, negative, *of_each]
+
+
+def slice_rows(evaluation: Evaluation) -> list[list[str]]:
+    """A row of formatted metrics for each value; "–" stands for what one class does not define."""
+    return [
+        [
+            s.value or "(missing)",
+            f"{s.clips:,}",
+            f"{s.positives:,}",
+            f"{s.clips - s.positives:,}",
+            f"{s.confusion[0][1] + s.confusion[1][1]:,}",
+            "–" if s.mcc is None else f"{s.mcc:.3f}",
+            "–" if s.mcc_ci95 is None else "{:.3f} to {:.3f}".format(*s.mcc_ci95),
+            "–" if s.ap is None else f"{s.ap:.3f}",
+        ]
+        for s in evaluation.slices
+    ]
 
 
 def rows(evaluation: Evaluation) -> list[tuple[str, str]]:
@@ -33,7 +70,10 @@ def rows(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("Average precision", f"{e.ap:.3f}  (chance {e.positives / e.clips:.3f})"),
         ("Threshold", f"{e.threshold:.4f}  ({threshold_origin(e)})"),
         *((f"MCC at {threshold}", f"{value:.3f}") for threshold, value in e.mcc_at.items()),
-        ("Precision", "none called positive" if e.precision is None else f"{e.precision:.3f}"),
+        (
+            "Precision",
+            f"none called {e.classes[1]}" if e.precision is None else f"{e.precision:.3f}",
+        ),
         ("Recall", f"{e.recall:.3f}"),
         ("F1", f"{e.f1:.3f}"),
         ("Accuracy", f"{e.accuracy:.3f}"),
@@ -49,7 +89,7 @@ def interval(evaluation: Evaluation, bounds: Interval) -> str:
     """
     low, high = bounds
     rarer = min(evaluation.positives, evaluation.clips - evaluation.positives)
-    kind = "positive" if rarer == evaluation.positives else "negative"
+    kind = evaluation.classes[rarer == evaluation.positives]
     if low == high:
         few = "only " if rarer < FEW_CLIPS else ""
         return f"no interval: no resample of the {few}{rarer} {kind} clips differs"

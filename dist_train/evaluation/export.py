@@ -20,6 +20,7 @@ from dist_train.evaluation.onnx_model import check_packages, onnx_bytes
 from dist_train.evaluation.prediction_origin import check_origin
 from dist_train.evaluation.prediction_table import read_calibration, read_predictions, val_clips
 from dist_train.files import check_replaceable, write_whole
+from dist_train.places import Location
 from dist_train.run.data import open_run_data
 from dist_train.run.folder import CHECKPOINTS, PREDICTIONS, SNAPSHOT, SNAPSHOTS, refuse_own_place
 from dist_train.run.model import model_metadata, model_of
@@ -37,17 +38,41 @@ from dist_train.training.run_state import EVALUATED, evaluated_weights
 
 log = logging.getLogger(__name__)
 
-#: How a clip becomes the model's input; the same words in every file.
+RESIZING = (
+    "area averaging along an axis that shrinks, then bilinear along one that grows (OpenCV), "
+    "rounded to the dtype of the pixels"
+)
+#: How a clip becomes the model's input.
 PREPROCESSING = {
     "channels": "one: grey, uint8, 0 black and 255 white; colour is converted when the store is "
     "made, and an outline is cropped to if the store was made so",
     "frames": "a clip of more than max_frames is cut to those in its middle, from frame "
     "(frames - max_frames) // 2 on",
-    "resize": "each frame to size (height, width): area averaging along an axis that shrinks, then "
-    "bilinear along one that grows (OpenCV), rounded to uint8",
+    "resize": f"each frame to size (height, width): {RESIZING}",
     "scale": "divided by 255, to float32 of 0 to 1",
     "padding": "clips of a batch are padded with frames at their end, which change nothing",
 }
+
+
+def preprocessing(config: Config) -> dict[str, str]:
+    """``PREPROCESSING`` as the settings of a run have it."""
+    changed: dict[str, str] = {}
+    if config.model.channels is not None:
+        changed["channels"] = (
+            f"{len(config.model.channels)}, in this order: {', '.join(config.model.channels)}; "
+            "uint8, or uint16 for values of 0 to 65535, or float16 for values of 0 to 1"
+        )
+        changed["scale"] = "divided by the dtype's largest value, to float32 of 0 to 1"
+    z, y, x = config.clip.spacing or (None, None, None)
+    if z is not None or config.clip.fps is not None:
+        to = f"{config.clip.fps:g} frames a second" if z is None else f"{z:g} um"
+        changed["depth"] = f"resampled to {to}, linearly between frames, before frames are cut"
+    if y is not None:
+        changed["resize"] = (
+            f"each frame to pixels of {y:g} by {x:g} um (height, width): {RESIZING}; "
+            "then cropped or padded with black around its middle to size"
+        )
+    return PREPROCESSING | changed
 
 
 class _Source(NamedTuple):
@@ -64,13 +89,13 @@ def export_run(
     *,
     onnx: Path | None = None,
     step: int | None = None,
-    store_path: Path | None = None,
+    store_path: Location | None = None,
 ) -> dict[str, Any]:
     """Write the model of a run, as ``predict`` uses it: all its snapshots in one file, whose
     probabilities are averaged. A run without snapshots gives its newest valid checkpoint.
 
     ``load_exported`` reads the safetensors file. The ONNX model takes ``volumes``, float32
-    [B, 1, D, H, W] of 0 to 1, with the run's H and W, and ``frames``, int64 [B], the real frames of
+    [B, C, D, H, W] of 0 to 1, with the run's H and W, and ``frames``, int64 [B], the real frames of
     each clip, from 1 to D. It gives ``probability``, float32 [B], the mean over the snapshots, and
     ``logits``, float32 [B, snapshots]. B and D are free. The content of padded frames is ignored.
 
@@ -126,7 +151,7 @@ def export_run(
         "from": "snapshots" if many else sources[0].kind,
         "networks": prefixes,
         "precision": config.train.precision,
-        "preprocessing": PREPROCESSING,
+        "preprocessing": preprocessing(config),
         "positive_rate": record["positive_rate"],
         "calibration": None if calibration is None else calibration.model_dump(mode="json"),
         "threshold": threshold,
@@ -143,7 +168,8 @@ def export_run(
     save_snapshot(out, weights, facts)
     if onnx is not None:
         sealed = facts | {"crc32c": stored_checksum(out)}
-        write_whole(onnx, onnx_bytes(models, config.clip.size, sealed))
+        shape = config.model.in_channels, *config.clip.size
+        write_whole(onnx, onnx_bytes(models, shape, sealed))
     return facts
 
 
@@ -170,7 +196,7 @@ def _find_weights(run: Path, step: int | None) -> list[_Source]:
 
 
 def _load(
-    run: Path, config: Config, record: dict[str, Any], source: _Source, store_path: Path | None
+    run: Path, config: Config, record: dict[str, Any], source: _Source, store_path: Location | None
 ) -> nn.Module:
     """The model with the weights of a source, in eval mode."""
     # Without ``model.stem_folded``, which the ONNX exporter cannot trace for any depth.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dist_train.errors import RunError
 from dist_train.evaluation.calibration import Calibration
 from dist_train.files import reason_of
-from dist_train.run.model import model_of
+from dist_train.run.model import as_unit, model_of
 from dist_train.run.snapshots import load_snapshot
 
 
@@ -25,7 +25,7 @@ class Ensemble(nn.Module):
         self.models = nn.ModuleList(models)
 
     def forward(self, volumes: Tensor, frames: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Of float32 [B, 1, D, H, W] of 0 to 1 with ``frames`` real ones each, int64 [B]: the mean
+        """Of float32 [B, C, D, H, W] of 0 to 1 with ``frames`` real ones each, int64 [B]: the mean
         probability, [B], and the logits, a column for each network, [B, networks]."""
         logits = torch.stack([model(volumes, frames) for model in self.models], dim=1)
         return torch.sigmoid(logits).mean(dim=1), logits
@@ -44,11 +44,12 @@ class ExportedModel:
         """As ``probability`` of predictions.csv: float64 [B].
 
         Args:
-            volumes: uint8 [B, 1, D, H, W], with the H and W of ``facts["clip"]["size"]``, prepared
-                as ``facts["preprocessing"]`` says, but for the scale, which is applied here.
+            volumes: uint8, uint16 or float16 [B, C, D, H, W], with the H and W of
+                ``facts["clip"]["size"]``, prepared as ``facts["preprocessing"]`` says, but for the
+                scale, which is applied here.
             frames: int64 [B], real frames of each clip; None where all have D.
         """
-        _, logits = self.model(volumes.float().div_(255), frames)
+        _, logits = self.model(as_unit(volumes), frames)
         return torch.sigmoid(logits.double()).mean(dim=1).numpy()
 
     def calibrated(self, probability: np.ndarray) -> np.ndarray:

@@ -33,19 +33,19 @@ def check_packages() -> None:
 
 
 def onnx_bytes(
-    models: Sequence[nn.Module], size: tuple[int, int], facts: Mapping[str, Any]
+    models: Sequence[nn.Module], shape: tuple[int, int, int], facts: Mapping[str, Any]
 ) -> bytes:
     """Content of an ONNX file with models in eval mode, whose probabilities are averaged.
 
     Args:
-        size: height and width of the clips.
+        shape: channels, height and width of the clips.
         facts: metadata, written as JSON.
 
     Raises:
         RunError: a model has no ONNX form, or together they are too large for one file.
     """
     # Deep enough that no axis has length 1 in any layer, which would be exported as a constant.
-    depth = 0
+    depth, (channels, height, width) = 0, shape
     for model in models:
         if not isinstance(model, ResNet3D):
             raise RunError(
@@ -57,7 +57,7 @@ def onnx_bytes(
             "the model is larger than the 2 GiB of an ONNX file",
             fix="Leave out --onnx, or take one snapshot of several by --step.",
         )
-    example = torch.zeros(2, 1, depth, *size), torch.full((2,), depth)
+    example = torch.zeros(2, channels, depth, height, width), torch.full((2,), depth)
     # The exporter talks of its internals, and of packages that are not needed here.
     with _quiet("torch.onnx"), warnings.catch_warnings(action="ignore"), torch.no_grad():
         program = torch.onnx.export(

@@ -14,6 +14,7 @@ import pandas as pd
 from dist_train.checkpoint.format import by_step
 from dist_train.config import Config
 from dist_train.data.store.reader import Store
+from dist_train.data.types import CLASSES, metadata_columns
 from dist_train.distributed.collectives import on_main
 from dist_train.distributed.device import chosen_cuda
 from dist_train.distributed.peer_loss import translate_peer_loss
@@ -26,8 +27,9 @@ from dist_train.evaluation.prediction_origin import check_origin, origin_file, w
 from dist_train.evaluation.prediction_table import COLUMNS, read_predictions, val_clips
 from dist_train.evaluation.submission import make_submission
 from dist_train.files import check_replaceable, check_writable, is_plain, open_plain, write_whole
+from dist_train.places import Location
 from dist_train.progress import Progress
-from dist_train.run.data import open_run_data
+from dist_train.run.data import check_channels, frames_of, open_run_data
 from dist_train.run.folder import CALIBRATION, CONFIG, PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
 from dist_train.run.record import open_run, read_record, warn_of_other_code
 from dist_train.safe_text import for_spreadsheet
@@ -43,8 +45,8 @@ MOST_ELEMENTS = 2**27
 def predict(
     run: Path,
     *,
-    store: Path | None = None,
-    store_path: Path | None = None,
+    store: Location | None = None,
+    store_path: Location | None = None,
     out: Path | None = None,
     prior: float | None = None,
     threshold: float | None = None,
@@ -70,8 +72,9 @@ def predict(
     Returns:
         The path of ``predictions.csv``: key, filename, group, split, label (empty if unknown),
         probability (mean over snapshots, at the training batches' share of positives), calibrated
-        (mapped as ``calibration.py`` says, at ``prior``) and frames. ``calibration.json`` beside it
-        holds the mapping.
+        (mapped as ``calibration.py`` says, at ``prior``), frames, class (the label's name, if the
+        store has names), and the store's metadata. ``calibration.json`` beside it holds the
+        mapping.
 
     Raises:
         RunError: there is no run, snapshot or folder to write to, or, for another store, no
@@ -106,6 +109,7 @@ def predict(
                     fix="Choose one by --out.",
                 )
             source, folder = Store(store), out
+            check_channels(config, source)
             chosen = source.table.frame().assign(split="")
             if threshold is None and config.split.train_on_all:
                 raise RunError(
@@ -128,7 +132,7 @@ def predict(
             chosen,
             record,
             group,
-            batch=_clips_at_once(config, run, record, chosen),
+            batch=_clips_at_once(config, run, record, frames_of(source, config.clip)[chosen.index]),
             progress=progress if group.is_main else None,
         )
         val = _val_clips(run, chosen, probability, own=store is None)
@@ -141,14 +145,20 @@ def predict(
             calibrated=calibration.apply(probability),
             frames=chosen["frames"],
         )
+        names = {label: source.classes[label] for label in (0, 1)}
+        if names != {0: CLASSES[0], 1: CLASSES[1]}:
+            table["class"] = chosen["label"].map(names).fillna("")
+        metadata = metadata_columns(chosen)
+        table[metadata] = chosen[metadata]
         if threshold is None:
             threshold = val_threshold(calibration, *val)
         submission = make_submission(table, threshold, source, rejected_as=int(world > 0.5))
 
         def write() -> None:
             # People open it in spreadsheets. The submission keeps the names of its form.
-            names = {name: table[name].map(for_spreadsheet) for name in ("filename", "group")}
-            text = table.assign(**names).to_csv(index=False)
+            texts = {"filename", "group", "class", *metadata} & set(table)
+            safe = {str(name): table[name].map(for_spreadsheet) for name in texts}
+            text = table.assign(**safe).to_csv(index=False)
             write_whole(folder / PREDICTIONS, text)
             mapping = calibration.model_dump_json(indent=2) + "\n"
             write_origin(folder / PREDICTIONS, text, mapping, snapshots, source.content)
@@ -175,7 +185,7 @@ def find_snapshots(run: Path) -> list[Path]:
     return found
 
 
-def _held_out(run: Path, config: Config, store_path: Path | None) -> tuple[Store, pd.DataFrame]:
+def _held_out(run: Path, config: Config, store_path: Location | None) -> tuple[Store, pd.DataFrame]:
     """The run's store, and its val and test clips."""
     data = open_run_data(run, config, store_path=store_path)
     clips = data.held_out
@@ -213,15 +223,17 @@ def _is_table(path: Path) -> bool:
     if not is_plain(path):
         return False
     with open_plain(path) as file:
-        return file.readline(1000) == f"{','.join(COLUMNS)}\n".encode()
+        return file.readline(1000).rstrip(b"\n").split(b",")[: len(COLUMNS)] == [
+            name.encode() for name in COLUMNS
+        ]
 
 
-def _clips_at_once(config: Config, run: Path, record: dict[str, Any], chosen: pd.DataFrame) -> int:
+def _clips_at_once(config: Config, run: Path, record: dict[str, Any], frames: np.ndarray) -> int:
     """Clips per batch: as many as fitted in training, and few enough for a smaller machine.
 
     It does not depend on this launch, because sums in another order differ in their last digits.
     """
-    deepest = min(int(chosen["frames"].max()), config.clip.max_frames or sys.maxsize)
+    deepest = min(int(frames.max()), config.clip.max_frames or sys.maxsize)
     most = most_clips(config.model, (deepest, *config.clip.size), MOST_ELEMENTS)
     found = [config.plan.batch, most, noted_clips(run)]
     try:

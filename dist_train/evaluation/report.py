@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from dist_train.data.check import text as check_text
+from dist_train.data.types import GREY
 from dist_train.evaluation import evaluation_text, report_charts
 from dist_train.evaluation.report_mistakes import Clips, worst_mistakes
 from dist_train.evaluation.report_run import read_run
 from dist_train.files import write_whole
+from dist_train.places import Location
 from dist_train.run.data import open_run_data
 from dist_train.run.record import open_run
 
 
-def report_run(run: Path, *, store_path: Path | None = None) -> Path:
+def report_run(run: Path, *, store_path: Location | None = None) -> Path:
     """Write the page with pictures of the worst mistakes, and return its path.
 
     Args:
@@ -26,10 +30,17 @@ def report_run(run: Path, *, store_path: Path | None = None) -> Path:
         StoreError: the store cannot be used, or has changed.
     """
     store = open_run_data(run, open_run(run), store_path=store_path).store
-    return write_report(run, clips=lambda key: store.read(store.clip_of(key)))
+    clips = lambda key: store.read(store.clip_of(key))  # noqa: E731
+    return write_report(run, clips=clips, channels=store.channels)
 
 
-def write_report(run: Path, *, out: Path | None = None, clips: Clips | None = None) -> Path:
+def write_report(
+    run: Path,
+    *,
+    out: Path | None = None,
+    clips: Clips | None = None,
+    channels: Sequence[str] = GREY,
+) -> Path:
     """Write the page, and return its path.
 
     Args:
@@ -38,6 +49,7 @@ def write_report(run: Path, *, out: Path | None = None, clips: Clips | None = No
         out: the page to write. Default: ``report.html`` in the run folder.
         clips: returns the frames of a clip by its key. None leaves out the pictures of the worst
             mistakes.
+        channels: names of the channels of these clips.
 
     Raises:
         RunError: the run has no metrics or an unreadable file, or its predictions are not those of
@@ -56,8 +68,9 @@ def write_report(run: Path, *, out: Path | None = None, clips: Clips | None = No
             run=record,
             e=record.evaluation,
             text=evaluation_text,
+            check_text=check_text,
             charts=report_charts,
-            mistakes=None if clips is None else worst_mistakes(record, clips),
+            mistakes=None if clips is None else worst_mistakes(record, clips, channels),
         )
     out = run / "report.html" if out is None else out
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,21 @@ import pandas as pd
 from pydantic import ValidationError
 
 from dist_train.checkpoint.format import by_step
+from dist_train.data.check.result import CheckResult, read_result
 from dist_train.errors import FileError, RunError
 from dist_train.evaluation.evaluate import Evaluation, evaluate
 from dist_train.evaluation.prediction_origin import check_origin
 from dist_train.evaluation.prediction_table import read_predictions
 from dist_train.files import MIB, read_plain
-from dist_train.run.folder import CONFIG, EVALUATION, METRICS, PREDICTIONS, SNAPSHOT, SNAPSHOTS
+from dist_train.run.folder import (
+    CHECK,
+    CONFIG,
+    EVALUATION,
+    METRICS,
+    PREDICTIONS,
+    SNAPSHOT,
+    SNAPSHOTS,
+)
 from dist_train.run.record import read_record
 from dist_train.training.metrics_log import MOST_BYTES, parse_metrics
 
@@ -38,6 +47,8 @@ class Run:
     predictions: pd.DataFrame | None
     """The labelled clips of the evaluated split."""
     evaluation: Evaluation | None
+    check: CheckResult | None
+    """What ``dist-train check`` found in the store of the training."""
     snapshots: int
 
     @property
@@ -92,23 +103,27 @@ def read_run(run: Path) -> Run:
         evaluation = _evaluate(run)
         table = read_predictions(run / PREDICTIONS)
         predictions = table[table["label"].notna() & (table["split"] == evaluation.split)]
+    info = read_record(run)
     return Run(
         path=run,
         steps=_read_steps(run / METRICS),
-        info=read_record(run),
+        info=info,
         settings=_read_settings(run / CONFIG),
         predictions=predictions,
         evaluation=evaluation,
+        check=_read_check(run / CHECK, info),
         snapshots=len(by_step(run / SNAPSHOTS, SNAPSHOT)),
     )
 
 
 def _evaluate(run: Path) -> Evaluation:
-    """Evaluate the predictions, at the threshold that the user gave to ``evaluate`` for them."""
+    """Evaluate the predictions, at the threshold and by the column that the user gave to
+    ``evaluate`` for them."""
     given = _stored_evaluation(run / EVALUATION)
+    by = None if given is None else given.by
     if given is None or given.threshold_fitted_on is not None:
-        return evaluate(run / PREDICTIONS)
-    evaluation = evaluate(run / PREDICTIONS, threshold=given.threshold)
+        return evaluate(run / PREDICTIONS, by=by)
+    evaluation = evaluate(run / PREDICTIONS, threshold=given.threshold, by=by)
     if (given.split, given.clips, given.confusion) == (
         evaluation.split, evaluation.clips, evaluation.confusion,
     ):  # fmt: skip
@@ -130,6 +145,20 @@ def _stored_evaluation(path: Path) -> Evaluation | None:
         raise RunError(
             "this is not an evaluation", where=path, fix="Run `dist-train evaluate` again"
         ) from error
+
+
+def _read_check(path: Path, info: dict[str, Any]) -> CheckResult | None:
+    """The result of a check of the run's store; None if there is none, or if it is of another."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        result = read_result(path)
+    except FileError as error:
+        raise RunError(error.what, where=path, fix=error.fix) from None
+    if result.content == info.get("store", {}).get("content"):
+        return result
+    log.warning("%s is of another store than the run's, and is not shown", path)
+    return None
 
 
 def _read_steps(path: Path) -> pd.DataFrame:

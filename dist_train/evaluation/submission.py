@@ -51,7 +51,7 @@ def make_submission(
         log.warning(
             "%d of the %d rows of %s are of clips that the store rejected (see %s): they have %d, "
             "the likelier class",
-            len(rejected), len(rows), SUBMISSION, store.folder / REJECTED, rejected_as,
+            len(rejected), len(rows), SUBMISSION, f"{store.name}/{REJECTED}", rejected_as,
         )  # fmt: skip
     place = pd.Series(manifest.index, index=manifest["filename"])
     return rows.iloc[rows["filename"].map(place).argsort(kind="stable")]
@@ -60,7 +60,7 @@ def make_submission(
 def _read_manifest(store: Store) -> pd.DataFrame:
     """The store's list of all clips, with ``filename`` and ``split``."""
     try:
-        content = read_plain(store.folder / MANIFEST, most_bytes=MOST_BYTES)
+        content = read_plain(store.file(MANIFEST), most_bytes=MOST_BYTES)
         # A name may hold a carriage return.
         table = pd.read_csv(
             io.BytesIO(content), dtype=str, keep_default_na=False, lineterminator="\n"
@@ -75,6 +75,6 @@ def _read_manifest(store: Store) -> pd.DataFrame:
 def _unusable(store: Store, reason: str) -> StoreError:
     return StoreError(
         f"rows of rejected clips are missing from the submission ({reason})",
-        where=store.folder / MANIFEST,
+        where=f"{store.name}/{MANIFEST}",
         fix="Run 'dist-train verify', or prepare the store anew in another folder.",
     )

@@ -61,7 +61,7 @@ def find_model(name: str) -> Callable[..., nn.Module]:
         raise ModelError(
             f"{name} is no model of clips: its forward does not take two arguments",
             where="model.name",
-            fix="It takes volumes [B, 1, D, H, W] and frames, the true depths [B] or None, and "
+            fix="It takes volumes [B, C, D, H, W] and frames, the true depths [B] or None, and "
             "gives logits [B].",
         ) from None
     return found

@@ -14,7 +14,7 @@ import pandas as pd
 
 from dist_train.checkpoint.superseded import set_aside
 from dist_train.class_ratio import ClassRatio
-from dist_train.config import AugmentSettings, Config
+from dist_train.config import AugmentSettings, ClipSettings, Config
 from dist_train.data.augment.cpu import Augment
 from dist_train.data.augment.original import OriginalAugment
 from dist_train.data.duplicates import (
@@ -24,6 +24,7 @@ from dist_train.data.duplicates import (
     find_duplicates,
 )
 from dist_train.data.loading.dataset import ClipDataset
+from dist_train.data.loading.resample import resampling_of
 from dist_train.data.plan.depth_order import ByDepth
 from dist_train.data.plan.plan import VERSION as PLAN_VERSION
 from dist_train.data.plan.plan import Plan, plan_of, sorted_classes
@@ -37,11 +38,14 @@ from dist_train.data.splits import (
     check_splits,
     choose_clips,
     counts_by_class,
+    crossed_groups,
     given_splits,
 )
 from dist_train.data.store.reader import MARKER, Store
+from dist_train.data.types import GREY
 from dist_train.errors import ConfigError, FileError, RunError, StoreError
 from dist_train.files import crc32c, read_plain, write_whole
+from dist_train.places import Location, is_url, local_path
 from dist_train.run.record import read_record
 from dist_train.run.shared_arrays import shared_arrays
 from dist_train.run.splits import (
@@ -109,6 +113,11 @@ class RunData:
             split=np.array(NAMES, object)[self.splits[clips]]
         )
 
+    @property
+    def frames(self) -> np.ndarray:
+        """``frames_of`` the store."""
+        return frames_of(self.store, self.config.clip)
+
     def plan(self, weights: Floats | None = None) -> Plan:
         """The order of training.
 
@@ -131,14 +140,15 @@ class RunData:
         if weights is not None or len(self.store.table) < SHARED:
             return plan_of(*self._sorted_classes(weights), rules)
         table = self.store.table
-        settings = plan.order, plan.balance_groups, self.config.clip.max_frames
+        clip = self.config.clip
+        settings = plan.order, plan.balance_groups, clip.max_frames, clip.spacing, clip.fps
         key = PLAN_VERSION, self.store.content, table.checksum, crc32c(self.splits), *settings
         arrays = shared_arrays("order", key, lambda: _as_arrays(self._sorted_classes(None)))
         return plan_of(_of_arrays(arrays, "positives"), _of_arrays(arrays, "negatives"), rules)
 
     def _sorted_classes(self, weights: Floats | None) -> tuple[ByDepth, ByDepth]:
         """Positives and negatives of the train split in the plan's order."""
-        table = self.store.table
+        table, frames = self.store.table, self.frames
         positives, negatives = self.numbers("train", 1), self.numbers("train", 0)
         own = table["weight"][negatives]
         if weights is not None:
@@ -147,7 +157,8 @@ class RunData:
         def depths(clips: Ints) -> Ints | None:
             if self.config.plan.order != "banded":
                 return None
-            return np.minimum(table["frames"][clips], self.config.clip.max_frames or MOST_FRAMES)
+            cut: Ints = np.minimum(frames[clips], self.config.clip.max_frames or MOST_FRAMES)
+            return cut
 
         return sorted_classes(
             positives,
@@ -160,8 +171,7 @@ class RunData:
 
     def deepest(self) -> int:
         """Frames of the deepest clip of the train split, as the model gets it."""
-        trained = self._are_in("train", None)
-        deepest = int(np.max(self.store.table["frames"], where=trained, initial=0))
+        deepest = int(np.max(self.frames, where=self._are_in("train", None), initial=0))
         return min(deepest, self.config.clip.max_frames or deepest)
 
     def natural_rate(self) -> float:
@@ -190,17 +200,21 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
         ConfigError: a setting does not fit the clips.
     """
     _check_sizes(config)
-    store = Store(config.store)
+    store = Store(config.store, config.cache)
+    config = with_channels(config, store)
     together = config.split.duplicates == "together"
     copies = _copies(store) if training or together else None
     splits = _choose(store, config, copies if together else None)
     if training:
         given = bool(given_splits(store.table).all())
-        check_splits(counts_by_class(splits, store.table["label"]), config.split, given=given)
+        counts = counts_by_class(splits, store.table["label"])
+        check_splits(counts, config.split, given=given, classes=store.classes)
+        if given and os.environ.get("RANK", "0") == "0":
+            _warn_of_crossed_groups(store, splits)
         assert copies is not None
         chosen = copies.among(splits > 0)
         names = pd.Series(np.array(NAMES, object)[splits[chosen.clips]])
-        across = duplicates_across(store.table, names, chosen)
+        across = duplicates_across(store.table, names, chosen, store.classes)
         if across is not None and config.split.duplicates != "keep":
             raise duplicates_error(across, given=given)
         if across is not None and os.environ.get("RANK", "0") == "0":
@@ -221,8 +235,8 @@ def _choose(store: Store, config: Config, copies: Copies | None) -> Splits:
     """``choose_clips``, once on a node for a large store."""
 
     def choose() -> dict[str, Splits]:
-        chosen = choose_clips(store.table, config.select, config.split, config.seed, copies)
-        return {"splits": chosen}
+        settings = config.select, config.split, config.seed
+        return {"splits": choose_clips(store.table, *settings, copies, store.classes)}
 
     if len(store.table) < SHARED:
         return choose()["splits"]
@@ -246,6 +260,16 @@ def _of_arrays(arrays: Mapping[str, np.ndarray], name: str) -> ByDepth:
     return ByDepth(clips, depths, starts, arrays.get(f"{name}.weights"))
 
 
+def _warn_of_crossed_groups(store: Store, splits: Splits) -> None:
+    crossed = crossed_groups(store.table, splits)
+    if crossed:
+        log.warning(
+            "%d groups are in more than one split of the manifest, such as '%s' in %s: held-out "
+            "metrics do not tell of new groups. split.groups=disjoint refuses this",
+            len(crossed), *next(iter(crossed.items())),
+        )  # fmt: skip
+
+
 def _check_sizes(config: Config) -> None:
     sizes = config.clip.size, *(stage.size for stage in config.clip.growth)
     if config.augment.rotate90 > 0 and any(height != width for height, width in sizes):
@@ -263,10 +287,10 @@ def _check_sizes(config: Config) -> None:
         )
 
 
-def open_run_data(run: Path, config: Config, *, store_path: Path | None = None) -> RunData:
+def open_run_data(run: Path, config: Config, *, store_path: Location | None = None) -> RunData:
     """The store and the splits that a run was trained with.
 
-    The store is looked for at its former absolute path, and then at the path of the settings.
+    The store is looked for at its former URL or absolute path, and then at that of the settings.
 
     Args:
         config: the run's settings.
@@ -277,7 +301,8 @@ def open_run_data(run: Path, config: Config, *, store_path: Path | None = None) 
         StoreError: the store is not there, or has changed.
     """
     record = read_record(run)
-    store = Store(store_path or _find_store(record["store"]["path"], config))
+    store = Store(store_path or _find_store(record["store"]["path"], config), config.cache)
+    check_channels(config, store)
     splits = read_splits(run, record["splits"])
     _check_content(store, splits, record["store"], fix=RESTORE)
     if splits is None:
@@ -292,10 +317,10 @@ def open_run_data(run: Path, config: Config, *, store_path: Path | None = None) 
     return RunData(store, splits.codes, config)
 
 
-def _find_store(former: str, config: Config) -> Path:
-    for folder in (Path(former), config.store):
-        if (folder / MARKER).is_file():
-            return folder
+def _find_store(former: str, config: Config) -> Location:
+    for place in (former, config.store):
+        if is_url(place) or (local_path(place) / MARKER).is_file():
+            return place
     raise StoreError(
         "the store that the run was trained on is not there",
         where=former,
@@ -309,7 +334,9 @@ def _check_content(
     if store.content != said["content"]:
         changes = what_changed(splits, store.table, said["clips"])
         raise StoreError(
-            f"this is not what the run was trained on ({changes})", where=store.folder, fix=fix
+            f"this is not what the run was trained on ({changes})",
+            where=store.name,
+            fix=fix,
         )
 
 
@@ -362,12 +389,13 @@ def write_splits(run: Path, data: RunData) -> dict[str, Any]:
         write_whole(path, content)
     return {
         "store": {
-            "path": str(store.folder.resolve()),
+            "path": store.place if isinstance(store.place, str) else str(store.place.resolve()),
             "configured": str(data.config.store),
             "fingerprint": store.fingerprint,
             "content": store.content,
             "clips": len(store.table),
-        },
+        }
+        | {key: store.info[key] for key in ("classes",) if key in store.info},
         "splits": splits_record(name, content),
     }
 
@@ -380,11 +408,49 @@ def make_augment(settings: AugmentSettings, seed: int) -> Augment | OriginalAugm
 def clip_dataset(
     config: Config, store: Store, augment: Augment | OriginalAugment | None
 ) -> ClipDataset:
-    """Clips in the shape of the config's model."""
+    """Clips in the shape of the config's model.
+
+    Raises:
+        StoreError: clips do not say what ``clip.spacing`` or ``clip.fps`` needs.
+    """
     return ClipDataset(
         store,
         size=config.clip.size,
         max_frames=config.clip.max_frames,
         augment=augment,
         on_device=config.augment.device,
+        resampling=resampling_of(store, config.clip.spacing, config.clip.fps),
     )
+
+
+def frames_of(store: Store, clip: ClipSettings) -> np.ndarray:
+    """Frames of each clip of a store after resampling, before the cut: int32 or int64 [clips].
+    StoreError as ``clip_dataset``."""
+    resampling = resampling_of(store, clip.spacing, clip.fps)
+    frames: np.ndarray = store.table["frames"]
+    return frames if resampling is None else resampling.frames(slice(None))
+
+
+def with_channels(config: Config, store: Store) -> Config:
+    """The settings with the channels of a store; the only one, "grey", is not named.
+
+    Raises:
+        StoreError: the settings name other channels.
+    """
+    if config.model.channels is not None:
+        check_channels(config, store)
+    channels = None if store.channels == GREY else store.channels
+    return config.model_copy(
+        update={"model": config.model.model_copy(update={"channels": channels})}
+    )
+
+
+def check_channels(config: Config, store: Store) -> None:
+    """Raise StoreError unless a store has the channels that the model takes."""
+    own = config.model.channels or GREY
+    if store.channels != own:
+        raise StoreError(
+            f"its channels are {', '.join(store.channels)}, and the model takes {', '.join(own)}",
+            where=store.folder,
+            fix="Prepare a store with the model's channels, in its order.",
+        )

@@ -31,6 +31,8 @@ EVALUATION = "evaluation.json"
 CALIBRATION = "calibration.json"
 ORIGIN = "predictions.json"
 MICRO_BATCH = "micro_batch.json"
+#: Written by ``dist-train check --json`` on request, for the report.
+CHECK = "check.json"
 
 #: Written before the first step, so without any result of the training.
 BEFORE_THE_FIRST_STEP = (CONFIG, RECORD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_train.config import Config, ModelSettings
 from dist_train.data.augment.gpu import augmented_batch
+from dist_train.data.augment.levels import WHITE
 from dist_train.data.augment.packed_clips import NativeClips
 from dist_train.data.loading.collate import Batch
+from dist_train.data.types import GREY
 from dist_train.errors import ModelError
 from dist_train.extensions import is_import_path
 from dist_train.models.norm import BatchNorm3d, fuse
@@ -79,6 +82,7 @@ def configured_model(settings: ModelSettings) -> nn.Module:
     """
     name, args = settings.name, settings.args
     own = settings.model_dump(include=set(OF_RESNET3D))
+    channels = settings.in_channels
     if _is_resnet3d(name):
         if args:
             raise ModelError(
@@ -86,8 +90,17 @@ def configured_model(settings: ModelSettings) -> nn.Module:
                 where=f"model.args.{next(iter(args))}",
                 fix=f"Its settings are {', '.join(f'model.{setting}' for setting in own)}.",
             )
-        return build_model(name, **own, recompute=settings.recompute)
-    find_model(name)
+        return build_model(name, in_channels=channels, **own, recompute=settings.recompute)
+    takes_channels = "in_channels" in signature(find_model(name)).parameters
+    given = args.get("in_channels", channels if takes_channels else 1)
+    if given != channels:
+        raise ModelError(
+            f"{name} takes clips of {given} channels, and the store's have {channels}"
+            if takes_channels
+            else f"{name} does not say that it takes clips of {channels} channels",
+            where="model.name",
+            fix="Let its constructor take in_channels, and leave it out of model.args.",
+        )
     standard = ModelSettings()
     for setting in (*own, "recompute"):
         if getattr(settings, setting) != getattr(standard, setting):
@@ -96,7 +109,7 @@ def configured_model(settings: ModelSettings) -> nn.Module:
                 where=f"model.{setting}",
                 fix="It is of resnet3d; give a model's own by model.args.",
             )
-    model = build_model(name, **args)
+    model = build_model(name, **({"in_channels": channels} if takes_channels else {}) | args)
     _warn_of_plain_norms(name, model)
     return model
 
@@ -122,11 +135,17 @@ def _warn_of_plain_norms(name: str, model: nn.Module) -> None:
 
 
 def as_input(volumes: Tensor | NativeClips, config: Config) -> Tensor:
-    """Scale uint8 [B, 1, D, H, W], or clips of unequal sizes, to float32 [B, 1, D, H, W] of 0 to
-    1 in the run's memory layout, on the same device."""
+    """Scale [B, C, D, H, W], or clips of unequal sizes, to float32 [B, C, D, H, W] of 0 to 1 in the
+    run's memory layout, on the same device."""
     if isinstance(volumes, NativeClips):
         return augmented_batch(volumes, config.clip.size).to(memory_format=_layout(config))
-    return volumes.to(memory_format=_layout(config)).float().div_(255)
+    return as_unit(volumes.to(memory_format=_layout(config)))
+
+
+def as_unit(volumes: Tensor) -> Tensor:
+    """Scale stored pixels to float32 of 0 to 1: uint8, uint16, or floats, which are so already."""
+    white = WHITE[volumes.dtype]
+    return volumes.float() if white == 1 else volumes.float().div_(white)
 
 
 def _layout(config: Config) -> torch.memory_format:
@@ -137,6 +156,9 @@ def model_metadata(config: Config) -> dict[str, Any]:
     """Settings that give a checkpoint's weights their meaning, as JSON types."""
     settings = config.model
     keys = set(OF_RESNET3D) - {"stem_folded"} if _is_resnet3d(settings.name) else {"args"}
+    if settings.channels is not None:
+        # Absent for grey, as in files of earlier versions.
+        keys |= {"channels"}
     metadata: dict[str, Any] = settings.model_dump(mode="json", include={"name"} | keys)
     return metadata
 
@@ -178,6 +200,10 @@ def _flat(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _defaults(name: str) -> dict[str, Any]:
+    return {"channels": list(GREY)} | _own_defaults(name)
+
+
+def _own_defaults(name: str) -> dict[str, Any]:
     if _is_resnet3d(name):
         keys = set(OF_RESNET3D) - {"stem_folded"}
         return ModelSettings().model_dump(mode="json", include=keys)

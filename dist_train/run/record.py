@@ -42,6 +42,7 @@ MOST_OF_RECORD, MOST_OF_CONFIG = 64 * MIB, MIB
 FREE = (
     "out:",
     "loader.",
+    "cache.",
     "augment.device:",
     "model.recompute:",
     "model.activation_memory:",

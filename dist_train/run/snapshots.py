@@ -49,10 +49,12 @@ def snapshot_metadata(config: Config, step: int, content: str) -> dict[str, Any]
     Args:
         content: ``Store.content`` of the run's store.
     """
+    clip = config.clip.model_dump(mode="json", exclude={"growth"})
     return {
         "step": step,
         "model": model_metadata(config),
-        "clip": {"size": list(config.clip.size), "max_frames": config.clip.max_frames},
+        # Files of earlier versions have no resampling.
+        "clip": {k: v for k, v in clip.items() if k in ("size", "max_frames") or v is not None},
         "store": content,
         "data": config.model_dump(mode="json", include={"seed", "select", "split"}),
     }

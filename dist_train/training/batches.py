@@ -74,7 +74,7 @@ class Batches:
         clips = self._data.numbers("val")
         batches = held_out_batches(
             clips,
-            self._data.store.table["frames"][clips],
+            self._data.frames[clips],
             rank=self._backend.rank,
             world=self._backend.world,
             batch=self._micro.clips,

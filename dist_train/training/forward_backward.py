@@ -36,7 +36,7 @@ class ForwardBackward:
         """Run both passes.
 
         Args:
-            x: float32 [B, 1, D, H, W] on the device.
+            x: float32 [B, C, D, H, W] on the device.
             frames: int64 [B], the true depths, best on the host; None if no clip is padded.
             labels: float32 [B] on the device.
             weight: factor of the micro-batch's mean loss in the loss of the step.

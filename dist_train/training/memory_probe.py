@@ -54,7 +54,7 @@ def _train_once(
     if device.type == "cuda":
         reserved += int(torch.cuda.get_device_properties(device).total_memory * MARGIN)
     reserve = torch.empty(reserved, dtype=torch.uint8, device=device)
-    shape = (clips, 1, frames, *config.clip.size)
+    shape = (clips, config.model.in_channels, frames, *config.clip.size)
     volumes = torch.zeros(shape, dtype=torch.uint8, device=device)
     # One clip is padded, as a padded batch takes more memory than another.
     lengths = torch.full((clips,), frames)

@@ -62,7 +62,7 @@ def most_clips(model: ModelSettings, shape: Sequence[int], elements: int | None 
     Args:
         elements: the most elements of a tensor; None for what 32 bits can index.
     """
-    per_clip = largest_tensor(lambda: configured_model(model), (1, 1, *shape))
+    per_clip = largest_tensor(lambda: configured_model(model), (1, model.in_channels, *shape))
     return max(1, (INDEXED_BY_32_BITS - 1 if elements is None else elements) // per_clip)
 
 
@@ -174,7 +174,7 @@ class MicroBatches:
             return None
         # fp16 takes as much memory as bf16.
         precision = None if config.train.precision == "fp32" else torch.bfloat16
-        shape = (self._largest, 1, self.frames, *config.clip.size)
+        shape = (self._largest, config.model.in_channels, self.frames, *config.clip.size)
         # Compiled kernels cannot run without data, so norms are not fused here.
         costs = measure_parts(
             lambda: self._without_peers(configured_model(config.model)), shape, precision

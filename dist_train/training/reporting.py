@@ -11,7 +11,9 @@ import torch
 
 from dist_train.config import Config
 from dist_train.data.loading.collate import Batch
+from dist_train.data.pictures import as_picture, legend
 from dist_train.data.plan.plan import Plan
+from dist_train.data.types import GREY
 from dist_train.distributed.backends.base import Backend
 from dist_train.distributed.collectives import on_main
 from dist_train.progress import Progress
@@ -66,8 +68,12 @@ class Reporter:
         volumes = as_input(batch.volumes, config)
         count, _, depth, *_ = volumes.shape
         depths = torch.full((count,), depth) if batch.frames is None else batch.frames
-        frames = volumes[torch.arange(count), 0, (depths // 2).cpu()].mul(255).byte()
-        self._events.tensorboard.clips(done, frames.cpu().numpy(), batch.labels.cpu().numpy())
+        frames = volumes[torch.arange(count), :, (depths // 2).cpu()].movedim(1, -1).cpu().numpy()
+        channels = config.model.channels or GREY
+        frames = frames[..., 0] if len(channels) == 1 else frames
+        self._events.tensorboard.clips(
+            done, as_picture(frames, channels), batch.labels.cpu().numpy(), legend(channels)
+        )
 
     def show_curve(self, done: int, labels: np.ndarray, scores: np.ndarray) -> None:
         """Show precision against recall of the val split, if it has clips, in TensorBoard."""

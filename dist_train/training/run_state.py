@@ -47,6 +47,7 @@ class RunState:
         model: metadata that the weights depend on, as JSON types.
         store, content: fingerprint of the store, and digest of what it holds.
         completed: called on rank 0 once there is a checkpoint.
+        committed: called on rank 0 after each checkpoint.
     """
 
     def __init__(
@@ -62,16 +63,17 @@ class RunState:
         store: str,
         content: str,
         completed: Callable[[], None] = lambda: None,
+        committed: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.backend, self.settings = folder, backend, settings
         self.ema = ema
         self.plan_at = plan_at
         self.seed, self.model, self.store, self.content = seed, model, store, content
-        keep = RetentionPolicy(settings.keep_last, settings.keep_every, settings.best)
-        self.writer = CheckpointWriter(folder, backend, keep=keep)
+        self.writer = CheckpointWriter(folder, backend, keep=retention(settings))
         self.saved_at: int | None = None
         self._failures, self._has_one = 0, False
         self._completed: Callable[[], None] | None = completed if backend.is_main else None
+        self._committed = committed if backend.is_main else lambda: None
 
     def save(
         self,
@@ -140,6 +142,7 @@ class RunState:
                 log.warning("the first checkpoint is not noted in the run's record: %s", error)
             else:
                 self._completed = None
+        self._committed()
 
     @contextmanager
     def failures_survived(self) -> Iterator[None]:
@@ -268,6 +271,10 @@ class RunState:
                 "order.",
             )
         log.warning("%s was trained with another %s; accepted", path, what)
+
+
+def retention(settings: CheckpointSettings) -> RetentionPolicy:
+    return RetentionPolicy(settings.keep_last, settings.keep_every, settings.best)
 
 
 def model_changes(there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -72,15 +72,18 @@ class TensorBoardWriter:
         [N] each."""
         self._try(lambda writer: writer.add_pr_curve("val", labels, scores, step))
 
-    def clips(self, step: int, frames: np.ndarray, labels: np.ndarray) -> None:
+    def clips(self, step: int, frames: np.ndarray, labels: np.ndarray, colours: str = "") -> None:
         """Show a picture of positives and one of negatives, from one frame of each clip, uint8
-        [N, H, W], and labels (0 or 1), [N]."""
+        [N, H, W] or [N, H, W, 3], and labels (0 or 1), [N]. ``colours`` says what they show."""
+        told = f" ({colours})" if colours else ""
 
         def add(writer: SummaryWriter) -> None:
             for label, name in enumerate(("negatives", "positives")):
-                shown = frames[labels == label][:MOST_CLIPS, None]
+                shown = frames[labels == label][:MOST_CLIPS]
+                shown = shown[..., None] if shown.ndim == 3 else shown
                 if len(shown):
-                    writer.add_images(f"training clips/{name}", shown, step)
+                    tag = f"training clips/{name}{told}"
+                    writer.add_images(tag, shown, step, dataformats="NHWC")
 
         self._try(add)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from dist_train.distributed.backends import make_backend
 from dist_train.distributed.collectives import OfSomeRankError, on_main, run_on_all_ranks
 from dist_train.distributed.consistency import check_agreement
 from dist_train.distributed.peer_loss import translate_peer_loss
-from dist_train.errors import ConfigError, RunError, StoppedError
+from dist_train.errors import ConfigError, RemoteError, RunError, StoppedError
 from dist_train.files import write_whole
 from dist_train.progress import Progress
 from dist_train.run.data import check_same_data, write_splits
@@ -77,6 +78,7 @@ def train(
                 on_main(backend, lambda: opened.enter_context(only_session(config.out)))
                 opened.enter_context(trainer.recovery.stop)
                 begin(trainer, resume)
+                opened.enter_context(_mirrored(trainer))
                 if say is not None and backend.is_main:
                     trainer.reporter.say = say
                     for line in opening(
@@ -105,6 +107,7 @@ def begin(trainer: Trainer, resume: Resume) -> None:
     backend, config = trainer.backend, trainer.config
     out, data = config.out, trainer.data
     restored, init = None, None
+    on_main(backend, lambda: _look_into_mirror(trainer, resume))
     if resume == "auto":
         if not config.checkpoint.accept_other_order:
             on_main(backend, lambda: check_same_data(out, data))
@@ -136,6 +139,31 @@ def begin(trainer: Trainer, resume: Resume) -> None:
         resumed_from = trainer.done if restored else None
         on_main(backend, lambda: _note_session(trainer, resumed_from, init))
     trainer.first_step = trainer.done
+
+
+def _look_into_mirror(trainer: Trainer, resume: Resume) -> None:
+    """Bring the run here from ``checkpoint.mirror``, or refuse a second one there. On rank 0."""
+    if trainer.mirror is not None:
+        if resume == "never":
+            trainer.mirror.refuse_existing()
+        else:
+            trainer.mirror.fetch()
+
+
+@contextmanager
+def _mirrored(trainer: Trainer) -> Iterator[None]:
+    """At the end, also of a run that is stopped, wait until ``checkpoint.mirror`` has it all."""
+    mirror = trainer.mirror
+    try:
+        yield
+    except Exception:
+        if mirror is not None:
+            # Its failure was told already.
+            with suppress(RemoteError):
+                mirror.finish()
+        raise
+    if mirror is not None:
+        mirror.finish()
 
 
 def _begin_with_given_weights(trainer: Trainer) -> Source:

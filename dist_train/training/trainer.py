@@ -19,6 +19,7 @@ from dist_train.models.norm import set_momentum, share_statistics
 from dist_train.progress import Progress
 from dist_train.run.data import open_data
 from dist_train.run.folder import CHECKPOINTS
+from dist_train.run.mirror import Mirror
 from dist_train.run.model import model_metadata
 from dist_train.run.record import note_checkpoint
 from dist_train.training.batches import Batches
@@ -28,7 +29,7 @@ from dist_train.training.micro_batch import MicroBatches
 from dist_train.training.optimizer import make_optimizer
 from dist_train.training.recovery import Recovery
 from dist_train.training.reporting import Reporter
-from dist_train.training.run_state import RunState
+from dist_train.training.run_state import RunState, retention
 from dist_train.training.schedule import Schedule
 from dist_train.training.small_sets import with_batch_that_fits
 from dist_train.training.step import BadStepError, OptimizerStep, ShortMemoryError, Values
@@ -73,6 +74,12 @@ class Trainer:
         self.validator = Validator(
             config, self.data, self.batches, backend, self.ema, beat=self.watchdog.beat
         )
+        url = config.checkpoint.mirror
+        self.mirror = (
+            Mirror(config.out, url, retention(config.checkpoint))
+            if url is not None and backend.is_main
+            else None
+        )
         self.state = RunState(
             config.out / CHECKPOINTS, backend, self.ema, self.batches.plan_at, config.checkpoint,
             seed=config.seed,
@@ -80,6 +87,7 @@ class Trainer:
             store=self.data.store.fingerprint,
             content=self.data.store.content,
             completed=lambda: note_checkpoint(config.out),
+            committed=self._copy_to_mirror,
         )  # fmt: skip
         self.recovery = Recovery(config, backend, self.state, self.micro)
         self.reporter = Reporter(config, backend, self.plan)
@@ -216,6 +224,10 @@ class Trainer:
         for batch in on_device(self.batches.from_step(self.done), self.backend.device):
             self._last_batch = batch
             yield batch
+
+    def _copy_to_mirror(self) -> None:
+        if self.mirror is not None:
+            self.mirror.add()
 
     @contextmanager
     def _checkpoint_completed(self) -> Iterator[None]:

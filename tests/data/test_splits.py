@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import overrides, refused, tiny_config
+from make_media import store_of, volumes
 from tables import table_of
 
 from dist_train.config import SelectSettings, SplitSettings
@@ -22,6 +25,7 @@ from dist_train.data.splits import (
     select_clips,
 )
 from dist_train.errors import PlanError
+from dist_train.run.data import open_data
 
 
 def clips(count: int, *, groups: int = 5, rate: float = 0.2, seed: int = 0) -> pd.DataFrame:
@@ -193,10 +197,15 @@ def test_a_fold_without_a_class_is_refused() -> None:
     table.loc[table["group"].isin(["g0", "g1"]), "label"] = 1
     said = []
     for fold in range(4):
-        message = rf"split\.fold={fold}: split '\w+' holds no positives \(train: \d+ pos"
+        message = (
+            rf"split\.fold={fold}: split '\w+' holds no positives \((fold \d of 4; )?train: \d+ pos"
+        )
         with pytest.raises(PlanError, match=message) as raised:
             check(table, SplitSettings(folds=4, fold=fold, groups="disjoint"))
         said.append(str(raised.value))
+    for fold, text in enumerate(said):
+        if "split 'test'" in text:
+            assert f"fold {fold} of 4" in text
     assert any("split 'test'" in text for text in said)
     check(table, SplitSettings(folds=4))
 
@@ -242,3 +251,58 @@ def test_clips_are_dealt_in_the_order_of_their_hashes(
     fold = rows.groupby("label").cumcount() % 5
     expected = fold.map({0: "test", 1: "val"}).fillna("train").sort_index()
     assert assigned(table).tolist() == expected.tolist()
+
+
+def test_a_class_is_named_as_in_the_table() -> None:
+    table = clips(60, rate=0.5).assign(split=["train", "val", "test"] * 20)
+    table.loc[table["split"] == "val", "label"] = 1
+    names = {0: "flowing", 1: "stalled"}
+    with pytest.raises(PlanError, match=r"split 'val' holds no 'flowing' clips \(train: \d+ 'stal"):
+        check_splits(table, SplitSettings(), given=True, classes=names)
+    with pytest.raises(PlanError, match="the selection holds no 'stalled' clips"):
+        select_clips(table.assign(label=0), tier2_crowd_score=None, classes=names)
+
+
+BAD_SPLITS = {
+    "a blank group": (
+        {"group": ["a", "b", "c", ""] * 6},
+        ("split.folds=3", "split.groups=disjoint"),
+        "6 of 24 clips have no group",
+    ),
+    "a group in two splits": (
+        {"group": ["a", "b", "c"] * 8, "split": ["train"] * 12 + ["val"] * 6 + ["test"] * 6},
+        ("split.groups=disjoint",),
+        "group 'a' is in splits test and train and val of the manifest (3 such groups)",
+    ),
+    "a split without a class": (
+        {"split": ["train"] * 16 + ["val", "test"] * 4},
+        (),
+        "split 'val' holds no positives (train: 8 positives, 8 negatives; val: 0 positives, 4",
+    ),
+    "a fold without a class": (
+        {"group": ["a", "b", "c", "d"] * 6},
+        ("split.folds=4", "split.groups=disjoint", "split.fold=1"),
+        "split.fold=1: split 'train' holds no positives (train: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SPLITS)
+def test_bad_splits_are_refused_before_the_first_step(tmp_path: Path, kind: str) -> None:
+    columns, settings, message = BAD_SPLITS[kind]
+    store = store_of(tmp_path, volumes(24), **columns)
+    out = tmp_path / "run"
+    said = refused("train", *overrides(store.folder, out, "split.duplicates=keep", *settings))
+    assert message in said
+    assert not (out / "metrics.jsonl").exists()
+
+
+def test_groups_in_two_given_splits_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    splits = ["train"] * 12 + ["val"] * 6 + ["test"] * 6
+    store = store_of(tmp_path, volumes(24), group=["a", "b", ""] * 8, split=splits)
+    open_data(tiny_config(store.folder, tmp_path / "run"), training=True)
+    assert "2 groups are in more than one split of the manifest, such as 'a' in test and" in (
+        caplog.text
+    )

@@ -340,7 +340,7 @@ def test_without_onnx_it_says_what_to_install(
 
 def test_a_network_without_an_onnx_form() -> None:
     with pytest.raises(RunError, match=r"Linear cannot be written as ONNX. Leave out --onnx"):
-        onnx_bytes([nn.Linear(1, 1)], (SIDE, SIDE), {})
+        onnx_bytes([nn.Linear(1, 1)], (1, SIDE, SIDE), {})
 
 
 @pytest.mark.parametrize("option", ["out", "onnx"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from dist_train.data.check.result import CheckResult, Finding, Leak, Shift
 from dist_train.errors import RunError
 from dist_train.evaluation.calibration import fit
 from dist_train.evaluation.evaluate import evaluate
@@ -25,7 +26,9 @@ from dist_train.run.record import _write_record, read_record
 EPOCHS, STEPS_AN_EPOCH = 8, 40
 RESUMED = 130
 HOSTILE = '"><script>alert(1)</script>.mp4'
-SECTIONS = ["results", "curves", "judgement", "mistakes", "speed", "settings", "provenance"]
+SECTIONS = [
+    "results", "curves", "judgement", "mistakes", "data", "speed", "settings", "provenance",
+]  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -193,6 +196,46 @@ def test_page_of_a_finished_run(whole: Path, page: Page) -> None:
     assert all(b"prefers-color-scheme:dark" in svg and b"var(--ink)" in svg for svg in svgs)
 
 
+def test_page_shows_the_check_of_its_store(training: Path, caplog: Any) -> None:
+    assert "The store was not checked" in Page(write_report(training)).text
+    finding = Finding(kind="torn", clips=3, names=[HOSTILE])
+    leak = Leak(
+        columns=["width"], mcc=0.16, low=0.12, high=0.2, clips=900, apart=True, is_leak=True
+    )
+    shift = Shift(
+        of="group", name="P03", statistic="mean grey", clips=40, value=90, others=70, difference=1.5
+    )
+    result = CheckResult(
+        content="abc",
+        clips=900,
+        sampled=900,
+        findings=[finding],
+        shifts=[shift],
+        leaks=[leak],
+        notes=["leaks: a note"],
+    )
+    (training / "check.json").write_text(result.model_dump_json())
+    _write_record(training, read_record(training) | {"store": {"content": "abc"}})
+    text = Page(write_report(training)).text
+    for expected in (
+        "in the 900 clips of the store",
+        f"torn 3 {HOSTILE}",
+        "width 0.160 0.120 to 0.200 groups apart yes",
+        "mean grey of group P03 40 90.0 70.0 +1.50 SD",
+        "leaks: a note",
+    ):
+        assert expected in text
+    # A check of another store is not shown, and one that is none is refused.
+    (training / "check.json").write_text(
+        result.model_copy(update={"content": "x"}).model_dump_json()
+    )
+    assert "The store was not checked" in Page(write_report(training)).text
+    assert "of another store" in caplog.text
+    (training / "check.json").write_text("{}")
+    with pytest.raises(RunError, match=r"check\.json: is not the result of a check"):
+        write_report(training)
+
+
 def test_page_needs_nothing_but_itself(page: Page) -> None:
     assert page.all("script") == page.all("link") == []
     assert all(str(image["src"]).startswith("data:image/") for image in page.all("img"))
@@ -244,6 +287,18 @@ def test_large_and_short_clips_make_strips(whole: Path) -> None:
     image = base64.b64decode(mistakes["False positives"][0].image.partition(",")[2])
     decoded = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_GRAYSCALE)
     assert decoded.shape == (128, 3 * 64 + 2 * 2)
+
+
+def test_strips_of_channels_are_in_colour(whole: Path) -> None:
+    clip = np.zeros((3, 40, 30, 2), np.uint16)
+    clip[..., 1] = 65535
+    mistakes = worst_mistakes(read_run(whole), lambda key: clip, ("dapi", "gfp"))
+    mistake = mistakes["False positives"][0]
+    assert mistake.frames == "3 of 3 frames; dapi red, gfp green"
+    image = base64.b64decode(mistake.image.partition(",")[2])
+    decoded = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+    # Blue, green and red of OpenCV.
+    assert (decoded[:, :30] == (0, 255, 0)).all()
 
 
 def test_area_under_the_drawn_precision_and_recall_is_the_average_precision(whole: Path) -> None:

@@ -7,16 +7,19 @@ import struct
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pandas as pd
 from av.video.reformatter import Colorspace, VideoReformatter
 
+from dist_train.data.raw.clip import PrepareSettings, read_clip
 from dist_train.data.raw.outline import Box
-from dist_train.data.raw.volume_file import read_raw, to_grey
-from dist_train.data.store.build import PrepareSettings, prepare
+from dist_train.data.raw.stack import Choices
+from dist_train.data.store.build import prepare
 from dist_train.data.store.reader import Store
+from dist_train.data.table.labels import Naming
 from dist_train.data.table.manifest import Manifest, read_manifest
 
 ORANGE = (224, 107, 34)
@@ -74,6 +77,44 @@ def with_display_matrix(path: Path, a: float, b: float, c: float, d: float) -> P
     assert struct.unpack_from(">5i", content, matrix) == (1 << 16, 0, 0, 0, 1 << 16)
     fixed = [round(value * (1 << 16)) for value in (a, b, 0, c, d)]
     struct.pack_into(">5i", content, matrix, *fixed)
+    path.write_bytes(content)
+    return path
+
+
+def with_edits(
+    source: Path, path: Path, edits: Sequence[tuple[float, float | None, float]]
+) -> Path:
+    """Copy an mp4 of ``write_video``, with another edit list.
+
+    Args:
+        edits: for each, how long it is shown, from which second of the media (None for a pause),
+            and at which speed.
+    """
+    content = bytearray(source.read_bytes())
+    # ISO/IEC 14496-12, version 0 of all.
+    movie, media = (
+        struct.unpack_from(">I", content, content.index(kind) + 16)[0]
+        for kind in (b"mvhd", b"mdhd")
+    )
+    entries = b"".join(
+        struct.pack(
+            ">Iii",
+            round(lasts * movie),
+            -1 if start is None else round(start * media),
+            round(rate * (1 << 16)),
+        )
+        for lasts, start, rate in edits
+    )
+    new = struct.pack(">I4sII", 16 + len(entries), b"elst", 0, len(edits)) + entries
+    at = content.index(b"elst") - 4
+    (old,) = struct.unpack_from(">I", content, at)
+    content[at : at + old] = new
+    # The header comes last, so that no place of a frame changes.
+    assert content.index(b"moov") > content.index(b"mdat")
+    for kind in (b"edts", b"trak", b"moov"):
+        place = content.index(kind) - 4
+        (size,) = struct.unpack_from(">I", content, place)
+        struct.pack_into(">I", content, place, size + len(new) - old)
     path.write_bytes(content)
     return path
 
@@ -152,11 +193,16 @@ def write_volumes(folder: Path, count: int, *, seed: int = 0) -> list[str]:
 
 
 def store_of(
-    folder: Path, clips: Sequence[np.ndarray], shard_clips: int = 1000, **columns: Sequence[object]
+    folder: Path,
+    clips: Sequence[np.ndarray],
+    shard_clips: int = 1000,
+    positive: Sequence[str] = (),
+    **columns: Sequence[object],
 ) -> Store:
     """A store of clips, uint8 [D, H, W], named clip000.npy and so on.
 
-    ``columns`` are those of the clip table; labels are 0 and 1 in turn unless given.
+    ``columns`` are those of the clip table; labels are 0 and 1 in turn unless given. ``positive``
+    are names of labels.
     """
     (folder / "raw").mkdir(parents=True)
     names = [f"clip{i:03d}.npy" for i in range(len(clips))]
@@ -165,7 +211,7 @@ def store_of(
     table = {"filename": names, "label": [i % 2 for i in range(len(names))], **columns}
     pd.DataFrame(table).to_csv(folder / "clips.csv", index=False)
     settings = PrepareSettings(roi="none", shard_clips=shard_clips)
-    manifest = read_manifest(folder / "clips.csv")
+    manifest = read_manifest(folder / "clips.csv", naming=Naming(positive))
     prepare(manifest, folder / "raw", folder / "store", settings, workers=1)
     return Store(folder / "store")
 
@@ -180,7 +226,13 @@ def volumes(count: int, *, seed: int = 0) -> list[np.ndarray]:
 
 
 def read_volume(
-    path: Path, where: object | None = None, suffix: str | None = None, bits: int | None = None
+    path: Path,
+    where: object | None = None,
+    suffix: str | None = None,
+    bits: int | None = None,
+    **choices: Any,
 ) -> np.ndarray:
     """Read a volume file as ``prepare`` does: uint8 [D, H, W]."""
-    return to_grey(read_raw(path, path if where is None else where, suffix), bits)
+    settings = PrepareSettings(roi="none", bits=bits, choices=Choices(**choices))
+    name = path.name if suffix is None else f"a{suffix}"
+    return read_clip(path, name, str(path if where is None else where), settings)[0]

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from dist_train.data.store.clip_table import ClipTable
+from dist_train.data.types import DTYPES
 
 DEFAULTS = {
     "key": "clip", "filename": "a.npy", "group": "", "split": "", "label": 0, "weight": 1.0,
@@ -24,4 +25,4 @@ def table_of(frame: pd.DataFrame) -> ClipTable:
         }
         record["shape"] = [record[name] for name in ("frames", "height", "width")]
         records.append((row["key"], record))
-    return ClipTable.of(records, shards=1)
+    return ClipTable.of(records, 1, (DTYPES["uint8"], 1))

@@ -11,10 +11,10 @@ from helpers import ROOT, environment
 # Reads a file under a limit of memory, and prints what was said and how much was taken (MiB).
 UNDER_LIMIT = """
 import resource, sys
-import av.subtitles.stream
+import av.subtitles.stream, imagecodecs, tifffile
 from pathlib import Path
-from dist_train.data.raw.video import Video
-from dist_train.data.raw.volume_file import VOLUME_SUFFIXES, read_raw
+from dist_train.data.raw.clip import PrepareSettings, read_clip
+from dist_train.data.raw.video import VIDEO_SUFFIXES, Video
 from dist_train.errors import DecodeError
 
 def taken(kind):
@@ -24,10 +24,10 @@ path, before = Path(sys.argv[1]), taken("VmHWM")
 limit = taken("VmData") + (int(sys.argv[2]) << 20)
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 try:
-    if path.suffix in VOLUME_SUFFIXES:
-        read_raw(path, path)
-    else:
+    if path.suffix in VIDEO_SUFFIXES:
         print(sum(1 for _ in Video(path)))
+    else:
+        read_clip(path, path.name, str(path), PrepareSettings(roi="none"))
 except DecodeError as error:
     print(error)
 print(taken("VmHWM") - before >> 20)

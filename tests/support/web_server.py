@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 # How an answer ends: whole; not sent at all; after half of the body the connection is closed, or
 # nothing more comes; 64 KiB at a time, or a byte at a time, without an end.
@@ -50,14 +50,36 @@ class WebServer:
     half_sent: threading.Event = field(default_factory=threading.Event)
 
     def answer(self, path: str, *, signed: bool) -> Answer:
-        path = unquote(path.partition("?")[0]).strip("/")
+        path, _, query = path.partition("?")
+        path = unquote(path).strip("/")
         found = self.files.get(path)
         if path == "bucket":
-            return Answer(b"<ListBucketResult/>", headers={"Content-Type": "application/xml"})
+            return self.listed(parse_qs(query).get("prefix", [""])[0])
         if found is None:
             return s3_error(404, "NoSuchKey" if path.startswith("bucket/") else "NoSuchBucket")
         answer = found if isinstance(found, Answer) else Answer(found)
         return s3_error(403, "AccessDenied") if answer.private and not signed else answer
+
+    def listed(self, prefix: str) -> Answer:
+        keys = sorted(name.removeprefix("bucket/") for name in self.files)
+        when = "<LastModified>1970-01-03T00:00:00.000Z</LastModified>"
+        entries = (
+            f"<Contents><Key>{key}</Key><Size>1</Size>{when}</Contents>"
+            for key in keys
+            if key.startswith(prefix)
+        )
+        xml = f"<ListBucketResult>{''.join(entries)}</ListBucketResult>"
+        return Answer(xml.encode(), headers={"Content-Type": "application/xml"})
+
+
+def part_of(answer: Answer, asked: str) -> Answer:
+    """The answer to a request for ``bytes=FIRST-LAST``."""
+    first, last = (int(each) for each in asked.removeprefix("bytes=").split("-"))
+    if first >= len(answer.body):
+        return s3_error(416, "InvalidRange")
+    body = answer.body[first : last + 1]
+    where = f"bytes {first}-{first + len(body) - 1}/{len(answer.body)}"
+    return replace(answer, body=body, status=206, headers={"Content-Range": where})
 
 
 @contextmanager
@@ -67,6 +89,7 @@ def web_server() -> Iterator[WebServer]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
         def do_HEAD(self) -> None:
             self.send(web.answer(self.path, signed="Authorization" in self.headers))
@@ -75,6 +98,8 @@ def web_server() -> Iterator[WebServer]:
             web.seen.append(dict(self.headers))
             fault = web.faults.pop(0) if web.faults else "whole"
             answer = web.answer(self.path, signed="Authorization" in self.headers)
+            if "Range" in self.headers and answer.status == 200:
+                answer = part_of(answer, self.headers["Range"])
             if isinstance(fault, Answer):
                 answer = fault
             elif fault != "whole":

@@ -17,7 +17,7 @@ from make_media import write_manifest
 from room import files_all_open
 
 from dist_train.checkpoint.format import latest_valid
-from dist_train.data.store import reader as store_module
+from dist_train.data.store import shard_bytes
 from dist_train.data.store.build import PrepareSettings, prepare, prepare_npz
 from dist_train.data.store.build_spec import read_job
 from dist_train.data.store.index import read_index
@@ -112,7 +112,7 @@ def test_a_clip_is_read_with_the_last_descriptor(store: Path) -> None:
 
 def test_open_shards_follow_the_limit(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_files() == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    monkeypatch.setattr(store_module, "open_files", lambda: 80)
+    monkeypatch.setattr(shard_bytes, "open_files", lambda: 80)
     opened = Store(store)
     before = len(list(Path("/proc/self/fd").iterdir()))
     for clip in range(60):

@@ -13,6 +13,7 @@ import bench_loader
 import measuring
 import pytest
 from bench_loader import OURS, Bench, make_clips
+from bench_remote import RemoteBench
 from loader_contenders import Task
 
 
@@ -60,6 +61,19 @@ def test_ours_and_plain_files(bench: Bench, resume: bool) -> None:
         assert found is not None, bench.cannot
         assert found["first_batch_s"] > 0
         assert found["clips_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_ours_from_a_distant_server(bench: Bench) -> None:
+    how = {"latency": 0.001, "mb_s": 1000.0, "stream_mb_s": 1000.0}
+    remote = RemoteBench(bench.folder, None, **how)
+    assert "LitData" not in remote.contenders
+    remote.contenders = ("ours", "ours, native", "ours, local")
+    result = remote.measure(Task(4, 1, 1), 0, 1)
+    assert not result["cannot"]
+    assert result["summary"]["second_epoch_vs_local"] > 0
+    assert result["summary"]["remote_vs_best_peer"] is None
+    assert all(rate > 0 for rate in result["first_epoch_clips_per_second"].values())
 
 
 @pytest.mark.slow

@@ -37,6 +37,14 @@ def test_augment(bench: Bench) -> None:
 
 
 @pytest.mark.slow
+def test_check(bench: Bench) -> None:
+    summary = bench("bench_check")["summary"]
+    assert 0 < summary["clips_per_s_read_and_measured"] < summary["clips_per_s_read"]
+    assert all(value == 1 for name, value in summary.items() if name.startswith("hashes_found"))
+    assert summary["columns_tried_apart"] == summary["columns_tried_mixed"] == 10
+
+
+@pytest.mark.slow
 def test_plan(bench: Bench, tmp_path: Path) -> None:
     depths = tmp_path / "depths.csv"
     rows = [f"{depth},{100_000 // depth},{1000 // depth}\n" for depth in range(20, 60)]

@@ -23,9 +23,9 @@ def shown(folder: Path) -> EventAccumulator:
     return board
 
 
-def picture(board: EventAccumulator, name: str) -> np.ndarray:
+def picture(board: EventAccumulator, name: str, mode: str = "L") -> np.ndarray:
     (image,) = board.Images(f"training clips/{name}")
-    return np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("L"))
+    return np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert(mode))
 
 
 def test_positives_and_negatives_have_a_picture_each(tmp_path: Path) -> None:
@@ -36,6 +36,16 @@ def test_positives_and_negatives_have_a_picture_each(tmp_path: Path) -> None:
     board = shown(tmp_path)
     assert set(picture(board, "positives").ravel()) == {10, 20}
     assert set(picture(board, "negatives").ravel()) == {90, 80, 70}
+
+
+def test_pictures_of_channels_are_in_colour(tmp_path: Path) -> None:
+    frames = np.zeros((2, 4, 3, 3), np.uint8)
+    frames[0] = 10, 20, 30
+    writer = TensorBoardWriter(tmp_path, 1, {})
+    writer.clips(1, frames, np.array([1, 0]), "dapi red, gfp green")
+    writer.close()
+    given = picture(shown(tmp_path), "positives (dapi red, gfp green)", "RGB")
+    assert (given == (10, 20, 30)).all()
 
 
 def test_a_run_shows_settings_clips_and_a_curve_each_epoch(store: Path, tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ class Draw:
         gamma: then v becomes 255 * (v / 255) ** gamma.
         kernel: float64 [taps], a blur along both axes, mirrored at the edge pixels. None does not
             blur.
-        is_noisy: whether pictures[-1] is noise, in whole grey levels, to be added; the sum is
-            clipped to 0 to 255.
+        is_noisy: whether pictures[-1] is noise, in grey levels, to be added (to uint8 truncated to
+            whole levels); the sum is clipped to 0 to 255.
         is_reversed: whether the order of frames is reversed.
         pictures: float32 [0 to 3, H, W].
     """

@@ -7,26 +7,31 @@ native clip. So it blurs less than the CPU version.
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dist_train.data.augment.draw import Draw, Kernel
+from dist_train.data.augment.levels import WHITE
 from dist_train.data.augment.packed_clips import NativeClips
 from dist_train.data.augment.resize import resize_weights
 
 
 @torch.no_grad()
 def augmented_batch(clips: NativeClips, size: tuple[int, int]) -> Tensor:
-    """Resize and augment a batch: float32 [B, 1, D, *size] from 0 to 1, on the pixels' device.
+    """Resize and augment a batch: float32 [B, C, D, *size] from 0 to 1, on the pixels' device.
 
     Shorter clips end in black frames. A clip's result does not depend on the others.
     """
-    device = clips.pixels.device
+    device, channels = clips.pixels.device, clips.channels
+    # Draws are in grey levels.
+    level = WHITE[clips.pixels.dtype] / 255
     depth = max(shape[0] for shape in clips.shapes)
-    volumes = torch.zeros(len(clips.shapes), 1, depth, *size, device=device)
-    pixels = torch.split_with_sizes(clips.pixels, [d * h * w for d, h, w in clips.shapes])
+    volumes = torch.zeros(len(clips.shapes), channels, depth, *size, device=device)
+    pixels = torch.split_with_sizes(clips.pixels, [channels * prod(s) for s in clips.shapes])
     pictures = torch.split_with_sizes(
         clips.pictures, [2 * draw.is_displaced + draw.is_noisy for draw in clips.draws]
     )
@@ -35,12 +40,13 @@ def augmented_batch(clips: NativeClips, size: tuple[int, int]) -> Tensor:
         for volume, flat, shape, draw, own_pictures in zip(
             volumes, pixels, clips.shapes, clips.draws, pictures, strict=True
         ):
-            frames = flat.view(shape)
+            frames = flat.view(*shape, channels).permute(3, 0, 1, 2).float()
+            frames = frames if level == 1 else frames / level
             # All frames get the same changes, so reverse them first, at their native size.
-            frames = frames.flip(0) if draw.is_reversed else frames
-            volume = volume[0, : shape[0]]
-            volume.copy_(_resampled(frames.float(), draw, own_pictures, size))
-            _tone(volume, draw, own_pictures)
+            frames = frames.flip(1) if draw.is_reversed else frames
+            changed = _resampled(frames.flatten(0, 1), draw, own_pictures, size)
+            _tone(changed, draw, own_pictures, whole_levels=flat.dtype == torch.uint8)
+            volume[:, : shape[0]] = changed.view(channels, -1, *size)
     return volumes.div_(255)
 
 
@@ -107,8 +113,11 @@ def _normalised(position: Tensor, length: int) -> Tensor:
     return (2 * position.clamp(0, length - 1) + 1) / length - 1
 
 
-def _tone(frames: Tensor, draw: Draw, pictures: Tensor) -> None:
-    """Apply brightness, contrast, gamma, blur and noise to float32 [D, H, W], in place."""
+def _tone(frames: Tensor, draw: Draw, pictures: Tensor, *, whole_levels: bool) -> None:
+    """Apply brightness, contrast, gamma, blur and noise to float32 [D, H, W], in place.
+
+    ``whole_levels``: truncate noise to whole grey levels.
+    """
     if (draw.contrast, draw.brightness) != (1.0, 0.0):
         frames.mul_(draw.contrast).add_(draw.brightness).clamp_(0, 255)
     if draw.gamma != 1.0:
@@ -120,7 +129,8 @@ def _tone(frames: Tensor, draw: Draw, pictures: Tensor) -> None:
         )
         frames.copy_(rows @ (frames @ columns.T))
     if draw.is_noisy:
-        frames.add_(pictures[-1]).clamp_(0, 255)
+        noise = pictures[-1].trunc() if whole_levels else pictures[-1]
+        frames.add_(noise).clamp_(0, 255)
 
 
 def blur_weights(kernel: Kernel, length: int) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:

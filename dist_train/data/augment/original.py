@@ -7,14 +7,16 @@ same. Each block draws one of its transforms, all equally likely (docs/augmentat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 
 from dist_train.config import AugmentSettings
 from dist_train.data.augment.cpu import Frames, Map, change_each, change_together, mapped
+from dist_train.data.augment.levels import change_channels
 from dist_train.data.orientation import IDENTITY, Matrix, Orientation
 from dist_train.data.types import Plane, Volume
 
@@ -73,7 +75,7 @@ class OriginalDraw:
 
 
 class OriginalAugment:
-    """Augments uint8 [D, H, W], with the interface of ``Augment``. The clip does not change."""
+    """Augments clips with the interface of ``Augment``. The clip itself does not change."""
 
     def __init__(self, settings: AugmentSettings, seed: int) -> None:
         self.settings, self.seed = settings, seed
@@ -190,14 +192,21 @@ def _draw_affine(random: np.random.Generator, size: Size) -> Matrix:
 
 
 def applied(clip: Volume, draw: OriginalDraw) -> Volume:
-    """Apply a draw to a clip, uint8 [D, H, W]. The clip itself does not change."""
+    """Apply a draw to each channel of a clip, which itself does not change.
+
+    uint8 is truncated to grey levels after each change, other dtypes are rounded at the end.
+    """
+    return change_channels(clip, lambda channel: _applied(channel, draw))
+
+
+def _applied(clip: Volume, draw: OriginalDraw) -> Volume:
+    """Apply a draw to uint8 or float32 levels, [D, H, W]."""
     if draw.orientation != IDENTITY:
         clip = np.stack([draw.orientation.apply(frame) for frame in clip])
-    levels = np.arange(256, dtype=np.float64)
     if (draw.contrast, draw.brightness) != (1.0, 0.0):
-        clip = mapped(clip, _grey(levels * draw.contrast + draw.brightness))
+        clip = _toned(clip, lambda levels: levels * draw.contrast + draw.brightness)
     if draw.gamma != 1.0:
-        clip = mapped(clip, _grey(255 * (levels / 255) ** draw.gamma))
+        clip = _toned(clip, lambda levels: 255 * (levels / 255) ** draw.gamma)
     if draw.blur is not None:
         clip = _blurred(clip, *draw.blur)
     if draw.noise is not None:
@@ -207,10 +216,17 @@ def applied(clip: Volume, draw: OriginalDraw) -> Volume:
     return clip[::-1] if draw.is_reversed else clip
 
 
-def _grey(values: np.ndarray) -> np.ndarray:
-    """Truncate to grey levels."""
+def _toned(clip: Volume, change: Callable[[np.ndarray], np.ndarray]) -> Volume:
+    """A new clip, in which each grey level is changed."""
+    if clip.dtype == np.uint8:
+        return mapped(clip, _grey(change(np.arange(256, dtype=np.float64)), clip.dtype))
+    return _grey(change(clip), clip.dtype)
+
+
+def _grey(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """Clip to 0 to 255; truncate to whole grey levels if ``dtype`` is uint8."""
     clipped: np.ndarray = np.clip(values, 0, 255)
-    return clipped.astype(np.uint8)
+    return clipped.astype(dtype)
 
 
 def _blurred(clip: Volume, kind: str, taps: int) -> Volume:
@@ -233,13 +249,13 @@ def _with_noise(clip: Volume, noise: Noise) -> Volume:
             low, high = FACTOR
             drawn = random.random(frame.shape, np.float32)
             values = frame * (np.float32(low) + np.float32(high - low) * drawn)
-        out[:] = _grey(values)
+        out[:] = _grey(values, out.dtype)
 
     return change_each(clip, change)
 
 
 def _resampled(clip: Volume, draw: OriginalDraw) -> Volume:
-    """Apply the distortion, then the affine map, each rounded to grey levels."""
+    """Apply the distortion, then the affine map, each rounded to the clip's dtype."""
     size, border = (clip.shape[2], clip.shape[1]), cv2.BORDER_REFLECT_101
 
     def resample(frames: Frames) -> Frames:

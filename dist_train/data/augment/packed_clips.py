@@ -14,14 +14,15 @@ from dist_train.data.augment.draw import NO_PICTURES, Draw
 
 @dataclass(frozen=True, slots=True)
 class NativeClips:
-    """Clips to be resized and augmented on a device: their pixels, uint8 [N], flattened and
-    concatenated; shapes (D, H, W); draws without their pictures; and the pictures of all draws,
-    float32 [P, height, width]."""
+    """Clips to be resized and augmented on a device: their pixels, [N], each clip's [D, H, W, C]
+    flattened and concatenated; shapes (D, H, W); draws without their pictures; the pictures of all
+    draws, float32 [P, height, width]; and the number of channels."""
 
     pixels: Tensor
     shapes: tuple[tuple[int, int, int], ...]
     draws: tuple[Draw, ...]
     pictures: Tensor
+    channels: int = 1
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -31,7 +32,8 @@ class NativeClips:
         """Clips ``start`` to ``stop`` (excluded), as views. Only for clips without pictures."""
         assert not len(self.pictures), "the split of pictures between clips is unknown"
         before, own = (
-            sum(map(math.prod, shapes)) for shapes in (self.shapes[:start], self.shapes[start:stop])
+            sum(map(math.prod, shapes)) * self.channels
+            for shapes in (self.shapes[:start], self.shapes[start:stop])
         )
         return replace(
             self,
@@ -50,19 +52,24 @@ class NativeClips:
 
 
 def pack(clips: Sequence[Tensor], draws: Sequence[Draw]) -> NativeClips:
-    """Concatenate clips, uint8 [D, H, W] each, and their draws."""
+    """Concatenate clips, [D, H, W] or [D, H, W, C] each, and their draws."""
     shapes = tuple((clip.shape[0], clip.shape[1], clip.shape[2]) for clip in clips)
-    return packed(torch.cat([clip.reshape(-1) for clip in clips]), shapes, draws)
+    channels = math.prod(clips[0].shape[3:])
+    return packed(torch.cat([clip.reshape(-1) for clip in clips]), shapes, draws, channels)
 
 
 def packed(
-    pixels: Tensor, shapes: tuple[tuple[int, int, int], ...], draws: Sequence[Draw]
+    pixels: Tensor,
+    shapes: tuple[tuple[int, int, int], ...],
+    draws: Sequence[Draw],
+    channels: int = 1,
 ) -> NativeClips:
-    """``NativeClips`` of pixels that are concatenated already, uint8 [N], and the clips' draws."""
+    """``NativeClips`` of pixels that are concatenated already, [N], and the clips' draws."""
     pictures = [torch.from_numpy(draw.pictures) for draw in draws if len(draw.pictures)]
     return NativeClips(
         pixels,
         shapes,
         tuple(replace(draw, pictures=NO_PICTURES) for draw in draws),
         torch.cat(pictures) if pictures else torch.from_numpy(NO_PICTURES.copy()),
+        channels,
     )

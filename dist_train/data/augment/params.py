@@ -92,8 +92,7 @@ def _as_draw(applied: list[tuple[str, dict[str, Any]]], is_reversed: bool) -> Dr
                 changes |= {"kernel": drawn["kernel"]}
             case "GaussNoise":
                 changes |= {"is_noisy": True}
-                # albumentations adds whole grey levels.
-                pictures.append(np.trunc(drawn["noise_map"][..., 0]))
+                pictures.append(drawn["noise_map"][..., 0])
             case _:
                 raise AssertionError(f"{name} was drawn, but cannot be applied")
     if pictures:

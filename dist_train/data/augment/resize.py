@@ -16,11 +16,21 @@ from dist_train.data.types import Volume
 
 
 def resize(clip: Volume, size: tuple[int, int], out: Volume | None = None) -> Volume:
-    """Resize every frame of uint8 [D, H, W] to ``size`` (height, width) by OpenCV.
+    """Resize every frame of a clip to ``size`` (height, width) by OpenCV, rounded to its dtype.
 
-    Returns ``out``, uint8 [D, *size], if given; else a new array, or the clip if it has that size.
+    Channels are resized one by one: OpenCV rounds two together differently, and refuses five.
+
+    Returns ``out``, of the clip's dtype, if given; else a new array, or the clip if it has that
+    size.
     """
     height, width = size
+    if clip.ndim == 4 and clip.shape[1:3] != (height, width):
+        channels = [resize(np.ascontiguousarray(c), size) for c in np.moveaxis(clip, 3, 0)]
+        return np.stack(channels, axis=-1, out=out)
+    if clip.dtype == np.float16 and clip.shape[1:3] != (height, width):
+        # OpenCV does not resize float16.
+        resized = resize(clip.astype(np.float32), size).astype(np.float16)
+        return resized if out is None else _copied(resized, out)
     # OpenCV averages areas only if no axis grows, so shrink first.
     smaller = min(clip.shape[1], height), min(clip.shape[2], width)
     clip = _resized(clip, smaller, cv2.INTER_AREA, out if smaller == (height, width) else None)
@@ -29,15 +39,17 @@ def resize(clip: Volume, size: tuple[int, int], out: Volume | None = None) -> Vo
 
 def _resized(clip: Volume, size: tuple[int, int], how: int, out: Volume | None) -> Volume:
     height, width = size
-    if clip.shape[1:] == (height, width):
-        if out is None or clip is out:
-            return clip
-        out[:] = clip
-        return out
+    if clip.shape[1:3] == (height, width):
+        return clip if out is None or clip is out else _copied(clip, out)
     if out is None:
-        out = np.empty((len(clip), height, width), dtype=np.uint8)
+        out = np.empty((len(clip), height, width), clip.dtype)
     for source, target in zip(clip, out, strict=True):
         cv2.resize(source, (width, height), dst=target, interpolation=how)
+    return out
+
+
+def _copied(clip: Volume, out: Volume) -> Volume:
+    out[:] = clip
     return out
 
 

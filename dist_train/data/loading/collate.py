@@ -20,7 +20,8 @@ class Batch:
     """A batch of B clips.
 
     Attributes:
-        volumes: uint8 [B, 1, D, H, W], or clips of their own sizes that the device resizes.
+        volumes: [B, C, D, H, W] of the store's dtype, or clips of their own sizes that the device
+            resizes.
         frames: int64 [B], the true depths; None if no clip is padded.
         labels: float32 [B].
         clips: int64 [B], clip numbers.
@@ -80,7 +81,16 @@ def collate(clips: ClipDataset, slots: Sequence[Slot]) -> Batch:
 
 def size_of(clips: ClipDataset, slots: Sequence[Slot]) -> int:
     """Bytes of a batch's volumes."""
-    return sum(map(math.prod, _shapes(clips, slots)))
+    values = sum(map(math.prod, _shapes(clips, slots)))
+    return values * clips.channels * clips.dtype.itemsize
+
+
+def channels_first(volumes: Tensor) -> Tensor:
+    """Interleaved channels [B, D, H, W, C] as [B, C, D, H, W], a view; contiguous for one."""
+    *sizes, channels = volumes.shape
+    if channels == 1:
+        return volumes.view(sizes[0], 1, *sizes[1:])
+    return volumes.permute(0, 4, 1, 2, 3)
 
 
 def fill(
@@ -94,13 +104,16 @@ def fill(
     Args:
         announce: called with each slot before its clip is read.
     """
-    shapes, memory = _shapes(clips, slots), pixels.numpy()
+    clips.prefetch(slots)
+    shapes, memory = _shapes(clips, slots), pixels.numpy().view(clips.dtype)
+    pixels = pixels.view(torch.from_numpy(memory[:0]).dtype)
+    channels = (clips.channels,) if clips.channels > 1 else ()
     draws, end = [], 0
     for slot, shape in zip(slots, shapes, strict=True):
         if announce is not None:
             announce(slot)
-        start, end = end, end + math.prod(shape)
-        out = memory[start:end].reshape(shape)
+        start, end = end, end + math.prod(shape) * clips.channels
+        out = memory[start:end].reshape(*shape, *channels)
         if clips.on_device:
             draws.append(clips.fill_native(out, slot))
         else:
@@ -110,9 +123,9 @@ def fill(
     numbers = [slot.clip for slot in slots]
     depths, labels = clips.depths(numbers), clips.labels(numbers)
     return Batch(
-        packed(pixels, shapes, draws)
+        packed(pixels, shapes, draws, clips.channels)
         if clips.on_device
-        else pixels.view(len(slots), 1, *shapes[0]),
+        else channels_first(pixels.view(len(slots), *shapes[0], clips.channels)),
         frames=torch.from_numpy(depths) if depths.min() < depths.max() else None,
         labels=torch.from_numpy(labels.astype(np.float32)),
         clips=torch.tensor(numbers),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -32,6 +34,8 @@ from dist_train.system.shared_memory import within_open_files, workers_started
 PATIENCE = 300.0
 # Seconds within which the fork server reports a death.
 REPORT_TIME = 1.0
+# Batches of a remote store that each worker reads while it makes one.
+AHEAD = 2
 # Files that this process has open for each worker.
 OPEN_FILES = 4
 
@@ -72,7 +76,7 @@ class Loader:
             statuses = context.RawArray(WorkerStatus, settings.workers) if context else None
         arena = arena_of_memory() if self._has_workers else None
         self._batches = BatchDataset(dataset, statuses, arena, PATIENCE)
-        self._requests = _Requests(slots, dataset, arena)
+        self._requests = _Requests(slots, dataset, arena, settings.workers)
         self._workers: list[BaseProcess] = []
         self._start: Future[Iterator[Fetched]] | None = None
         self._fetched = DataLoader(
@@ -176,9 +180,10 @@ class _Requests:
     """
 
     def __init__(
-        self, slots: Iterable[list[Slot]], clips: ClipDataset, arena: Arena | None
+        self, slots: Iterable[list[Slot]], clips: ClipDataset, arena: Arena | None, workers: int
     ) -> None:
         self.used_up = False
+        self._workers, self._ahead = workers, AHEAD if workers and clips.store.is_remote else 0
         self._slots, self._clips, self._arena = slots, clips, arena
         self._lock = threading.Lock()
         self._rest: Iterator[list[Slot]] | None = None
@@ -200,9 +205,22 @@ class _Requests:
     def __iter__(self) -> Iterator[BatchRequest]:
         with self._lock:
             rest, self._rest = self._rest, None
-        for slots in self._slots if rest is None else rest:
+        # Workers get the batches in turn.
+        steps = [(number + 1) * self._workers for number in range(self._ahead)]
+        for slots, coming in with_coming(self._slots if rest is None else rest, steps):
             offset = None if self._arena is None else self._arena.lend(size_of(self._clips, slots))
-            yield BatchRequest(slots, offset)
+            yield BatchRequest(slots, offset, coming)
+
+
+def with_coming(
+    batches: Iterable[list[Slot]], steps: Sequence[int]
+) -> Iterator[tuple[list[Slot], list[list[Slot]]]]:
+    """Each batch, and those that come so many steps later, as far as there are any."""
+    rest = iter(batches)
+    window = deque(islice(rest, 1 + max(steps, default=0)))
+    while window:
+        yield window.popleft(), [window[step - 1] for step in steps if step <= len(window)]
+        window.extend(islice(rest, 1))
 
 
 def _unchanged(batch: Any) -> Any:

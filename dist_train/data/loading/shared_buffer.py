@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 import mmap
 import multiprocessing
 import os
@@ -124,18 +125,20 @@ class Arena:
                 # For example a limit on the size of files: page faults still work.
                 return
 
-    def tensor(self, offset: int, shape: tuple[int, ...]) -> Tensor:
-        """uint8 of ``shape`` in a lent region.
+    def tensor(
+        self, offset: int, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8
+    ) -> Tensor:
+        """A tensor of ``dtype`` and ``shape`` in a lent region.
 
         The region is free again when no tensor on its memory is left.
         """
-        pixels = self.view(offset, int(np.prod(shape, dtype=np.int64)))
+        pixels = self.view(offset, math.prod(shape) * dtype.itemsize)
         # The tensor's storage holds this very array. The callback is built in: Python would drop a
         # KeyboardInterrupt that arrives in a callback of Python code.
         reference = _RegionReference(pixels, self._returned.append)
         reference.offset = offset
         self._references[offset] = reference
-        return torch.from_numpy(pixels).view(shape)
+        return torch.from_numpy(pixels).view(dtype).view(shape)
 
     def _map(self, descriptor: int, size: int) -> None:
         self._descriptor, self.size = descriptor, size
@@ -161,6 +164,6 @@ def arena_of_memory() -> Arena | None:
         return None
 
 
-def lent_tensor(number: int, offset: int, shape: tuple[int, ...]) -> Tensor:
+def lent_tensor(number: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """``Arena.tensor`` of the arena with this number, in the process that made it."""
-    return _arenas[number].tensor(offset, shape)
+    return _arenas[number].tensor(offset, shape, dtype)

@@ -17,12 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from dist_train.data.augment.packed_clips import NativeClips
-from dist_train.data.loading.collate import Batch, collate, fill, size_of
+from dist_train.data.loading.collate import Batch, channels_first, collate, fill, size_of
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.sampler import Slot
 from dist_train.data.loading.shared_buffer import Arena, lent_tensor
-from dist_train.data.store.reader import SHARDS
-from dist_train.data.store.shards import shard_name
 from dist_train.errors import DistTrainError, StoreError
 from dist_train.system.advice import first_line, lack_of_memory
 from dist_train.system.main_guard import FIX, WHAT, were_unguarded
@@ -41,10 +39,16 @@ class WorkerStatus(ctypes.Structure):
 
 
 class BatchRequest(NamedTuple):
-    """A batch to make, and its offset in the arena; None for memory of its own."""
+    """A batch to make.
+
+    Attributes:
+        offset: its place in the arena; None for memory of its own.
+        coming: the batches that the same worker probably makes next, of a remote store.
+    """
 
     slots: list[Slot]
     offset: int | None
+    coming: list[list[Slot]]
 
 
 @dataclass(frozen=True)
@@ -58,20 +62,26 @@ class LentBatch:
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
         volumes, native = self.batch.volumes, None
         if isinstance(volumes, NativeClips):
-            native = volumes.shapes, volumes.draws, volumes.pictures.numpy()
+            native = volumes.shapes, volumes.draws, volumes.pictures.numpy(), volumes.channels
             volumes = volumes.pixels
-        region = self.arena.number, self.offset, tuple(volumes.shape)
+        else:
+            volumes = volumes.permute(0, 2, 3, 4, 1)
+        region = self.arena.number, self.offset, tuple(volumes.shape), volumes.dtype
         # As arrays, which are pickled: each tensor would take a file descriptor.
         others = (self.batch.frames, self.batch.labels, self.batch.clips)
         return _arrived, (region, native, *(None if t is None else t.numpy() for t in others))
 
 
-def _arrived(region: tuple[int, int, tuple[int, ...]], native: Any, *others: Any) -> Batch:
+def _arrived(
+    region: tuple[int, int, tuple[int, ...], torch.dtype], native: Any, *others: Any
+) -> Batch:
     pixels = lent_tensor(*region)
-    volumes: Tensor | NativeClips = pixels
-    if native is not None:
-        shapes, draws, pictures = native
-        volumes = NativeClips(pixels, shapes, draws, torch.from_numpy(pictures))
+    volumes: Tensor | NativeClips
+    if native is None:
+        volumes = channels_first(pixels)
+    else:
+        shapes, draws, pictures, channels = native
+        volumes = NativeClips(pixels, shapes, draws, torch.from_numpy(pictures), channels)
     frames, labels, clips = (None if each is None else torch.from_numpy(each) for each in others)
     assert labels is not None
     assert clips is not None
@@ -115,7 +125,9 @@ class BatchDataset(Dataset[Batch | LentBatch | DistTrainError]):
 
     def _in_worker(self, request: BatchRequest, status: WorkerStatus) -> Batch | LentBatch:
         try:
-            slots, offset = request
+            slots, offset, coming = request
+            for batch in (slots, *coming):
+                self.clips.prefetch(batch)
             announce = partial(self._announce, status)
             size = size_of(self.clips, slots)
             if self.arena is None or offset is None:
@@ -166,9 +178,9 @@ class BatchDataset(Dataset[Batch | LentBatch | DistTrainError]):
     def _error_at(self, clip: int, what: str, fix: str) -> StoreError:
         store = self.clips.store
         if clip == NO_CLIP:
-            return StoreError(f"{what} between two batches", where=store.folder, fix=fix)
-        shard = store.folder / SHARDS / shard_name(int(store.table.unchecked("shard")[clip]))
-        return StoreError(f"{what} at clip '{store.table.text('key', clip)}'", where=shard, fix=fix)
+            return StoreError(f"{what} between two batches", where=store.place, fix=fix)
+        key = store.table.text("key", clip)
+        return StoreError(f"{what} at clip '{key}'", where=store.where(clip), fix=fix)
 
 
 def begin_worker(worker: int) -> None:

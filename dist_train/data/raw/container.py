@@ -64,7 +64,10 @@ def video_stream(container: av.container.InputContainer) -> av.VideoStream:
             fix="Save the one that you need as a separate file.",
         )
     if streams[0].codec_context is None:
-        raise DecodeError("is in a form that has no decoder here")
+        raise DecodeError(
+            "is in a form that FFmpeg does not decode",
+            fix="Save it as a multi-page TIFF, or as Matroska with the codec FFV1.",
+        )
     # Files are decoded in parallel, by processes.
     streams[0].codec_context.thread_count = 1
     return streams[0]

@@ -9,6 +9,7 @@ import tempfile
 from dist_train.data.raw.public_address import PrivateAddressError
 from dist_train.data.raw.source import MISSING
 from dist_train.errors import DecodeError, DistTrainError, StoreError
+from dist_train.places import shown
 
 WEB = ("http", "https")
 # S3 refuses one object by these codes. By others (an unknown key, a wrong signature, an expired
@@ -29,6 +30,10 @@ class TooLargeError(Exception):
 
     def __init__(self, most_bytes: int) -> None:
         super().__init__(f"it is larger than {most_bytes / 2**20:g} MiB")
+
+
+class FolderError(Exception):
+    """A folder is there, not a file."""
 
 
 class ShortFileError(Exception):
@@ -59,6 +64,11 @@ def permanent_error(error: Exception, url: str, *, one_server: bool) -> DistTrai
         )
     if isinstance(error, TooLargeError):
         return of_one_file(str(error), "--fetch-mib sets the limit.")
+    if isinstance(error, FolderError):
+        return of_one_file(
+            "is a folder, and folders are read on a local disk only",
+            "Copy it there, or make one file of it.",
+        )
     if name == "TooManyRedirects":
         return of_one_file("its URL redirects without an end")
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -92,13 +102,6 @@ def is_unreachable(error: Exception, *, one_server: bool) -> bool:
     """Whether the server of all files cannot be reached. S3 has one server for all files."""
     name = type(error).__name__
     return name == _S3_UNREACHABLE or (one_server and name in _UNREACHABLE)
-
-
-def shown(url: str) -> str:
-    """A URL without its password and signed query, for messages."""
-    if url.startswith(WEB):
-        url = url.partition("?")[0]
-    return re.sub(r"//[^/@]*@", "//", url)
 
 
 def reason(error: Exception) -> str:

@@ -28,6 +28,16 @@ def levels(bits: int, *, full_range: bool) -> np.ndarray:
     return np.asarray(np.clip(stretched, 0, 255), np.uint8)
 
 
+@cache
+def levels_16(bits: int, *, full_range: bool) -> np.ndarray:
+    """The grey of each coded value in 16 bits: uint16 [2 ** bits], 0 black and 65535 white."""
+    black, white = 0, (1 << bits) - 1
+    if not full_range:
+        black, white = 16 << (bits - 8), 235 << (bits - 8)
+    stretched = np.rint((np.arange(1 << bits) - black) * (65535 / (white - black)))
+    return np.asarray(np.clip(stretched, 0, 65535), np.uint16)
+
+
 #: Limited range of 8 bits -> full range.
 FULL_RANGE = levels(8, full_range=False)
 
@@ -39,6 +49,15 @@ def depth_of(largest: int) -> int:
 
 def to_8_bits(values: np.ndarray, bits: int | None) -> np.ndarray:
     """Keep the 8 highest of ``bits`` bits of uint16 values, as uint8 (see ``levels``).
+
+    Raises:
+        DecodeError: see ``checked_bits``.
+    """
+    return np.asarray(values >> (checked_bits(values, bits) - 8), np.uint8)
+
+
+def checked_bits(values: np.ndarray, bits: int | None) -> int:
+    """Return ``bits``, the number of bits in use in uint16 values.
 
     Raises:
         DecodeError: ``bits`` is None, or a value has more bits.
@@ -55,4 +74,4 @@ def to_8_bits(values: np.ndarray, bits: int | None) -> np.ndarray:
             f"holds the value {largest}, and {bits} bits end at {(1 << bits) - 1}",
             fix=f"Remove it, or prepare anew with --bits {depth_of(largest)}.",
         )
-    return np.asarray(values >> (bits - 8), np.uint8)
+    return bits

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dist_train.data.raw.volume_file import read_npy
+from dist_train.data.raw.formats.npy import read_npy
 from dist_train.data.table.manifest import SPLITS, check_text
 from dist_train.data.types import Volume
 from dist_train.errors import StoreError

@@ -15,7 +15,6 @@ import numpy as np
 from dist_train.data.raw.frame import Frame
 from dist_train.data.raw.grey import FULL_RANGE
 from dist_train.data.raw.video import Video
-from dist_train.data.types import Plane, Volume
 from dist_train.errors import ConfigError, RoiError
 
 # An outline drifts by a few pixels within a clip. A window this much larger than the first box
@@ -88,7 +87,7 @@ class Box:
         """Sorts boxes by size; of two equal ones, the upper, then the left one is greater."""
         return self.area, -self.top, -self.left
 
-    def cut(self, plane: Plane) -> Plane:
+    def cut(self, plane: np.ndarray) -> np.ndarray:
         return plane[self.slices]
 
 
@@ -187,8 +186,12 @@ def find_thing(frame: Frame, colour: OutlineColour) -> Found | None:
     return Found(found.box.moved(2 * part.top, 2 * part.left), found.is_open)
 
 
-def crop_to_outline(video: Video, colour: OutlineColour, least: int = LEAST) -> tuple[Volume, Box]:
-    """Return the clip cut to the union of its outline boxes, uint8 [D, h, w], and that box.
+def crop_to_outline(
+    video: Video, colour: OutlineColour, least: int = LEAST
+) -> tuple[np.ndarray, Box]:
+    """Return the clip cut to the union of its outline boxes, and that box.
+
+    The clip is uint8 [D, h, w], or of the pixels that the video was asked for.
 
     While the file is decoded, only a window around the first box is kept. Frames before the first
     box, or all frames if a box leaves the window, are cut in a second decoding.
@@ -200,7 +203,7 @@ def crop_to_outline(video: Video, colour: OutlineColour, least: int = LEAST) -> 
     union: Box | None = None
     window: Box | None = None
     shown = missed = 0
-    kept: list[Plane] = []
+    kept: list[np.ndarray] = []
     for frame in video:
         box = find_outline(frame, colour, least)
         if box is not None:
@@ -210,7 +213,7 @@ def crop_to_outline(video: Video, colour: OutlineColour, least: int = LEAST) -> 
         if window is None:
             missed += 1
         else:
-            kept.append(frame.grey(*window.slices))
+            kept.append(frame.part(*window.slices))
     lack = lacks_outline(shown, video.frames_decoded, least)
     if union is None or window is None or lack:
         raise RoiError(
@@ -221,8 +224,8 @@ def crop_to_outline(video: Video, colour: OutlineColour, least: int = LEAST) -> 
     if not window.contains(union):
         window, missed = union, video.frames_decoded
         kept.clear()
-    again = islice(Video(video.path, video.where, video.bits), missed)
-    kept = [frame.grey(*window.slices) for frame in again] + kept
+    again = islice(video.again(), missed)
+    kept = [frame.part(*window.slices) for frame in again] + kept
     return stack_planes(kept, union.moved(-window.top, -window.left)), union
 
 
@@ -235,9 +238,11 @@ def lacks_outline(shown: int, frames: int, least: int) -> str | None:
     return f"no outline found in any frame, of {least} pixels or more"
 
 
-def stack_planes(planes: list[Plane], box: Box) -> Volume:
-    """Stack ``box`` of each plane: uint8 [D, h, w]. The list is emptied to save memory."""
-    clip = np.empty((len(planes), box.bottom - box.top, box.right - box.left), np.uint8)
+def stack_planes(planes: list[np.ndarray], box: Box) -> np.ndarray:
+    """Stack ``box`` of each plane, [D, h, w] or [D, h, w, C], and empty the list."""
+    first = box.cut(planes[0])
+    clip = np.empty((len(planes), *first.shape), first.dtype)
+    del first
     # The heap shrinks only if it is freed from its end.
     for t in reversed(range(len(clip))):
         clip[t] = box.cut(planes.pop())

@@ -11,7 +11,7 @@ import tempfile
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC
 from pathlib import Path, PurePosixPath
@@ -23,13 +23,14 @@ from fsspec.callbacks import Callback
 
 from dist_train.data.raw.fetch_errors import (
     WEB,
+    FolderError,
     ShortFileError,
     TooLargeError,
     is_unreachable,
     permanent_error,
     reason,
-    shown,
 )
+from dist_train.data.raw.formats import may_be_folder
 from dist_train.data.raw.public_address import (
     PrivateAddressError,
     any_client,
@@ -37,9 +38,10 @@ from dist_train.data.raw.public_address import (
     private_address_of,
     public_client,
 )
-from dist_train.data.raw.source import UNFETCHED, LocalFolder, Source
+from dist_train.data.raw.source import UNFETCHED, LocalFolder, Source, split_dataset
 from dist_train.data.table.manifest import Manifest
 from dist_train.errors import DecodeError, DistTrainError, ManifestError, StoreError
+from dist_train.places import shown
 
 Result = TypeVar("Result")
 
@@ -249,8 +251,8 @@ class RemoteFolder(Remote):
     place: str
 
     def url(self, name: str) -> str:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "::" in name:
+        path = PurePosixPath(split_dataset(name)[0])
+        if path.is_absolute() or ".." in path.parts:
             raise DecodeError("is not the name of a file in there", where=self.where(name))
         # Only on the web do '#', '?' and '%' have a meaning.
         return f"{self.place}/{quote(str(path)) if self.place.startswith(WEB) else path}"
@@ -311,11 +313,23 @@ def _file_system(url: str, access: Access) -> tuple[Any, str]:
 
 def _download(system: Any, at: str, to: Path, access: Access) -> None:
     transfer = _Transfer(access)
-    system.get_file(at, str(to), callback=transfer)
+    try:
+        system.get_file(at, str(to), callback=transfer)
+    except (FileNotFoundError, FileExistsError, IsADirectoryError):
+        if may_be_folder(at) and _is_folder(system, at):
+            raise FolderError from None
+        raise
     received = to.stat().st_size
     transfer.check_size(received)
     if transfer.size is not None and received != transfer.size:
         raise ShortFileError(f"{received} of {transfer.size} bytes came")
+
+
+def _is_folder(system: Any, at: str) -> bool:
+    # The web has no folders, and every request of it would be answered in its own way.
+    with suppress(Exception):
+        return "http" not in system.protocol and bool(system.isdir(at))
+    return False
 
 
 class _Transfer(Callback):  # type: ignore[misc]

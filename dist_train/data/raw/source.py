@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+from dist_train.data.raw.formats import reads_folder
 from dist_train.errors import DecodeError
 from dist_train.system.advice import blame_machine
 
@@ -19,15 +20,21 @@ MISSING = "the file is missing"
 UNFETCHED = "cannot be fetched"
 
 
+def split_dataset(name: str) -> tuple[str, str]:
+    """Return the file of a clip's name, and the array in it: FILE, or FILE::ARRAY."""
+    file, _, dataset = name.partition("::")
+    return file, "/".join(filter(None, dataset.split("/")))
+
+
 class Source(ABC):
-    """Raw files by their names in the manifest.
+    """Raw files by their names in the manifest: FILE, or FILE::ARRAY for one of its arrays.
 
     It can be pickled; each process opens its own connection when it needs one.
     """
 
     @abstractmethod
     def fetched(self, name: str) -> AbstractContextManager[Path]:
-        """Give the path of a complete local copy of a file, valid within the context.
+        """Give the path of a complete local copy of a clip's file, valid within the context.
 
         Raises:
             DecodeError: the file is missing, or may not be read.
@@ -44,7 +51,7 @@ class Source(ABC):
         return []
 
     def twice(self, names: Sequence[str]) -> tuple[str, str] | None:
-        """Two names known to lead to one file, None if there are none."""
+        """Two names known to lead to one clip, None if there are none."""
         return None
 
     def hint(self, name: str) -> str | None:
@@ -62,7 +69,7 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class LocalFolder(Source):
-    """Files under a local folder, used in place.
+    """Files, and folders that are one clip each, under a local folder; used in place.
 
     A name is also tried with slashes for backslashes, and in both Unicode forms: macOS and Windows
     write tables whose names are found nowhere else.
@@ -76,13 +83,14 @@ class LocalFolder(Source):
         if path is None:
             raise DecodeError(MISSING, where=self.where(name), fix=self.hint(name))
         if path.is_dir():
-            raise DecodeError(
-                "is a folder, not a file",
-                where=self.where(name),
-                fix="Make one file of it: a multi-page TIFF, or an npy array [frames, height, "
-                "width].",
-            )
-        if not path.is_file():
+            if not reads_folder(name, path):
+                raise DecodeError(
+                    "is a folder, and none that is read as one clip",
+                    where=self.where(name),
+                    fix="Make one file of it: a multi-page TIFF, or an npy array [frames, height, "
+                    "width].",
+                )
+        elif not path.is_file():
             raise DecodeError("is no plain file", where=self.where(name))
         yield path
 
@@ -93,19 +101,20 @@ class LocalFolder(Source):
         return [name for name in names if self.path(name) is None]
 
     def twice(self, names: Sequence[str]) -> tuple[str, str] | None:
-        seen: dict[tuple[int, int], str] = {}
+        seen: dict[tuple[int, int, str], str] = {}
         for name in names:
             # Links, '..' and file systems that ignore case give one file several names.
             path = self.path(name)
             file = path.stat() if path else None
-            if file and stat.S_ISREG(file.st_mode):
-                other = seen.setdefault((file.st_dev, file.st_ino), name)
+            if file and (stat.S_ISREG(file.st_mode) or stat.S_ISDIR(file.st_mode)):
+                clip = (file.st_dev, file.st_ino, split_dataset(name)[1])
+                other = seen.setdefault(clip, name)
                 if other != name:
                     return other, name
         return None
 
     def hint(self, name: str) -> str | None:
-        parts = PurePosixPath(name.replace("\\", "/")).parts
+        parts = PurePosixPath(split_dataset(name)[0].replace("\\", "/")).parts
         # Names in the table may begin with the source folder.
         found = self._similar(parts) or self._similar(parts[-1:])
         if found is None:
@@ -129,11 +138,16 @@ class LocalFolder(Source):
 
     def changed_since(self, name: str, time: float) -> bool:
         path = self.path(name)
+        if path is None:
+            return False
+        # A folder's own time is that of the last file that came or went.
+        files = (path, *path.rglob("*")) if path.is_dir() else (path,)
         # The inode's time: a good copy that was moved here may have an old modification time.
-        return path is not None and path.stat().st_ctime > time
+        return any(file.stat().st_ctime > time for file in files)
 
     def path(self, name: str) -> Path | None:
-        """The path of a file, by any form of its name; None if it is missing."""
+        """The path of a clip's file, by any form of its name; None if it is missing."""
+        name, _ = split_dataset(name)
         slashes = name.replace("\\", "/")
         composed, decomposed = (unicodedata.normalize(form, slashes) for form in ("NFC", "NFD"))
         forms = dict.fromkeys((name, composed, decomposed))

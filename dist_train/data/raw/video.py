@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -20,8 +21,11 @@ from dist_train.data.raw.container import (
     shown_frames,
     video_stream,
 )
+from dist_train.data.raw.damage import too_large
+from dist_train.data.raw.edit_list import check_edits
 from dist_train.data.raw.frame import Frame, read_frame
-from dist_train.data.raw.volume_file import too_large
+from dist_train.data.raw.frame_times import interval_of
+from dist_train.data.raw.stored_picture import Pixels, stored_picture
 from dist_train.errors import DecodeError
 from dist_train.files import open_plain, reason_of
 from dist_train.system.advice import ADVICE, blame_machine
@@ -36,6 +40,9 @@ av.logging.set_level(av.logging.PANIC)
 # These decoders report errors that harm no frame. H.264 marks the frames that it guessed.
 _ERRORS_SAY_LITTLE = {"h264", "hevc"}
 
+# ISO/IEC 23001-8, TransferCharacteristics.
+_TRANSFERS = {16: "PQ", 18: "HLG"}
+
 # PyAV fails at FFmpeg's newer kinds of side data. Only the display matrix is used here.
 Type._missing_ = classmethod(lambda cls, _: cls.PANSCAN)  # type: ignore[method-assign, assignment]
 
@@ -43,14 +50,15 @@ Type._missing_ = classmethod(lambda cls, _: cls.PANSCAN)  # type: ignore[method-
 class Video:
     """The frames of a video file. Each iteration decodes the file anew.
 
-    Each coded frame comes once, whatever its time stamp. Frames are turned by multiples of 90
-    degrees and mirrored as the file's display matrix says (ISO/IEC 14496-12); other angles are
-    ignored.
+    Each coded frame comes once, whatever its time stamp; the parts that an edit list shows come in
+    its order. Frames are turned by multiples of 90 degrees and mirrored as the file's display
+    matrix says (ISO/IEC 14496-12); other angles are ignored.
 
     Args:
         path: the place of the bytes.
         where: the file's name in messages; None takes ``path``.
         bits: bits in use in 16-bit values; None refuses such values.
+        pixels: what ``Frame.part`` gives.
 
     Attributes, valid after an iteration:
         frames_decoded: number of decoded frames.
@@ -59,19 +67,35 @@ class Video:
         frames_damaged: number of frames in which the decoder guessed a part.
         stopped_by: what is missing if the stream broke off, else None.
         is_deep: whether values have more than 8 bits.
+        interval: time between frames in seconds; None if it is not known, or varies.
+        is_variable: whether the time between frames varies by more than 1 %.
+        transfer: "PQ" or "HLG" (ITU-R BT.2100) in HDR video, whose luma stays as it is coded.
 
     Raises:
-        DecodeError: while iterating: the file has no or several videos, no frame decodes, frames
-            differ in size, or memory does not suffice.
+        DecodeError: while iterating: the file has no or several videos, or an edit list that is not
+            read; no frame decodes, frames differ in size, or memory does not suffice.
         FileError: while iterating: the path is not a plain file.
     """
 
-    def __init__(self, path: Path, where: object | None = None, bits: int | None = None) -> None:
-        self.path, self.bits = path, bits
+    def __init__(
+        self,
+        path: Path,
+        where: object | None = None,
+        bits: int | None = None,
+        pixels: Pixels = "grey",
+    ) -> None:
+        self.path, self.bits, self.pixels = path, bits, pixels
         self.where = path if where is None else where
         self.frames_declared = self.frames_decoded = self.frames_damaged = 0
         self.stopped_by: str | None = None
-        self.is_deep = False
+        self.is_deep = self.is_variable = False
+        self.interval: float | None = None
+        self._stamps: list[int | None] = []
+        self.transfer: str | None = None
+
+    def again(self) -> Video:
+        """The same video, whose attributes stay when this one is iterated."""
+        return Video(self.path, self.where, self.bits, self.pixels)
 
     @property
     def truncated(self) -> bool:
@@ -80,9 +104,11 @@ class Video:
 
     def __iter__(self) -> Iterator[Frame]:
         self.frames_decoded, self.frames_damaged, self.stopped_by = 0, 0, None
+        self._stamps = []
         try:
             with open_plain(self.path) as file, open_container(file) as container:
                 stream = video_stream(container)
+                check_edits(file, container, stream)
                 self.frames_declared = shown_frames(container, stream)
                 try:
                     yield from self._frames(container, stream)
@@ -93,6 +119,8 @@ class Video:
                     if isinstance(error, MemoryError) or _memory_is_short(stream):
                         raise MemoryError from None
                     self.stopped_by = reason_of(error)
+                unit = float(stream.time_base or 1)
+                self.interval, self.is_variable = interval_of(self._stamps, unit)
             if self.frames_decoded == 0:
                 because = f" ({self.stopped_by})" if self.stopped_by else ""
                 raise DecodeError(f"holds no frame that decodes{because}")
@@ -128,6 +156,7 @@ class Video:
                     size = frame.width, frame.height
                     turn = _turn(frame)
                     self.is_deep = frame.format.components[0].bits > 8
+                    self.transfer = _TRANSFERS.get(frame.color_trc)
                 if (frame.width, frame.height) != size:
                     raise DecodeError(
                         f"changes size at frame {self.frames_decoded}, from {size[0]}x{size[1]} to "
@@ -135,6 +164,10 @@ class Video:
                         fix="Cut it there, or encode it anew at one size.",
                     )
                 planes = read_frame(frame, converter, self.bits)
+                if self.pixels != "grey":
+                    wanted = stored_picture(frame, planes, converter, self.bits, self.pixels)
+                    planes = replace(planes, wanted=wanted)
+                self._stamps.append(frame.pts)
                 yield _upright(planes, turn) if turn else planes
                 self.frames_decoded += 1
         self.stopped_by = self._missing(container, stream, end, lasts)
@@ -186,9 +219,11 @@ def _memory_is_short(stream: av.VideoStream) -> bool:
 def _upright(frame: Frame, turn: Orientation) -> Frame:
     """Turn a frame. With an odd size, reversed chroma is off by one luma pixel, as in FFmpeg."""
     y, cb, cr = map(turn.apply, (frame.y, frame.cb, frame.cr))
-    for plane in (y, cb, cr):
-        plane.flags.writeable = False
-    return Frame(y, cb, cr, frame.full_range, frame.bt709)
+    wanted = None if frame.wanted is None else turn.apply(frame.wanted)
+    for plane in (y, cb, cr, wanted):
+        if plane is not None:
+            plane.flags.writeable = False
+    return Frame(y, cb, cr, frame.full_range, frame.bt709, wanted)
 
 
 def _turn(frame: av.VideoFrame) -> Orientation | None:

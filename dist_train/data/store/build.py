@@ -7,32 +7,37 @@ shard is rewritten only if a file that it rejected was mended, so a killed run c
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import numpy as np
 import pandas as pd
 
-from dist_train.data.raw.bit_depth import depth_of_arrays, depth_of_files
-from dist_train.data.raw.clip import PIXELS_VERSION, PrepareSettings
+from dist_train.data.raw.clip import LATER, PIXELS_VERSION, PrepareSettings
 from dist_train.data.raw.medmnist import read_medmnist
 from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.remote import open_source
 from dist_train.data.raw.source import MISSING, UNFETCHED, LocalFolder, Source
-from dist_train.data.store.build_spec import Job, Part, read_job, read_made_from
+from dist_train.data.raw.survey import survey, survey_arrays
+from dist_train.data.store.build_spec import Job, Part, as_in, read_job, read_made_from, settings_of
 from dist_train.data.store.finish import finish
+from dist_train.data.store.publish import Publisher, folder_of, publisher_of
 from dist_train.data.store.reader import MARKER
 from dist_train.data.store.rejects import LOST, by_class, count_classes, lost_in, read_rejects
 from dist_train.data.store.salvage import good_clips
-from dist_train.data.store.shard_task import RawClips, Task, write_task
+from dist_train.data.store.shard_task import RawArray, RawClips, Task, write_task
 from dist_train.data.store.shards import Shard
 from dist_train.data.store.write_lock import write_lock
 from dist_train.data.table.manifest import Manifest
+from dist_train.data.types import CLASSES, DTYPES, GREY, DtypeName, class_names
 from dist_train.errors import ManifestError, StoreError
 from dist_train.files import open_plain
+from dist_train.places import Location
 from dist_train.progress import Progress
 from dist_train.system.supervised_pool import UNWATCHED, Limits, supervised
 
@@ -49,9 +54,10 @@ Pool = Callable[..., Iterator[Any]]
 def prepare(
     manifest: Manifest,
     source: Source | Path | str,
-    out: Path,
+    out: Location,
     settings: PrepareSettings,
     *,
+    like: Path | None = None,
     engine: Engine = "local",
     workers: int | None = None,
     max_rejected: float = 0.01,
@@ -60,8 +66,11 @@ def prepare(
     """Write, or continue, the store ``out`` from the files of ``manifest`` in ``source``.
 
     Args:
+        out: folder or URL. Shards go to a URL as they are finished.
         source: a folder, a URL that file names are added to, or a ``Source``, such as that of
             ``manifest_source``.
+        like: a store from which all settings are taken that pixels depend on, and what was found
+            in its files, such as black and white.
         workers: processes, or tasks at a time; None takes one per available core.
         max_rejected: largest share of the clips that may be rejected.
         progress: called with (clips done, clips in all).
@@ -75,19 +84,21 @@ def prepare(
     """
     files = source if isinstance(source, Source) else open_source(source)
     run = _pool(engine, workers)
-    job, shards = _plan(manifest, files, out, settings, None, max_rejected, run)
-    with write_lock(out, job):
-        _write_unfinished(out, job, shards, files, run, progress)
-        return finish(out, job, shards, max_rejected)
+    publisher, folder = publisher_of(out), folder_of(out)
+    job, shards = _plan(manifest, files, folder, settings, None, max_rejected, run, like)
+    with write_lock(folder, job):
+        _write_unfinished(folder, job, shards, files, run, progress, publisher)
+        return _finish(folder, job, shards, max_rejected, publisher)
 
 
 def prepare_part(
     manifest: Manifest,
     source: Source | Path | str,
-    out: Path,
+    out: Location,
     settings: PrepareSettings,
     part: Part,
     *,
+    like: Path | None = None,
     engine: Engine = "local",
     workers: int | None = None,
     progress: Progress | None = None,
@@ -104,12 +115,13 @@ def prepare_part(
     files = source if isinstance(source, Source) else open_source(source)
     run = _pool(engine, workers)
     # ``finalize`` counts the rejects.
-    job, shards = _plan(manifest, files, out, settings, part, 1.0, run)
-    with write_lock(out, job, part):
-        _write_unfinished(out, job, shards, files, run, progress)
+    publisher, folder = publisher_of(out), folder_of(out)
+    job, shards = _plan(manifest, files, folder, settings, part, 1.0, run, like)
+    with write_lock(folder, job, part):
+        _write_unfinished(folder, job, shards, files, run, progress, publisher)
 
 
-def finalize(out: Path, *, max_rejected: float = 0.01) -> dict[str, Any]:
+def finalize(out: Location, *, max_rejected: float = 0.01) -> dict[str, Any]:
     """Join the shards that parts wrote into a finished store, the same as ``prepare`` gives.
 
     Returns:
@@ -118,38 +130,98 @@ def finalize(out: Path, *, max_rejected: float = 0.01) -> dict[str, Any]:
     Raises:
         StoreError: shards are missing, the store is being written, or too many clips were rejected.
     """
-    job = read_job(out)
-    shards = job.shards(out)
-    with write_lock(out, job):
+    publisher, folder = publisher_of(out), folder_of(out)
+    job = read_job(folder)
+    shards = job.shards(folder)
+    with write_lock(folder, job):
         missing = [shard for shard in shards if not shard.is_written()]
         if missing:
             raise StoreError(
                 f"{len(missing)} of {len(shards)} shards are not written yet, the first is "
                 f"{missing[0].path.name}",
-                where=out,
+                where=str(out),
                 fix=f"Part i of N has the shards whose number divided by N leaves i - 1: run "
                 f"'dist-train prepare --part i/N' where one is missing (numbers: "
                 f"{', '.join(str(shard.number) for shard in missing[:10])}"
                 f"{', ...' if len(missing) > 10 else ''}).",
             )
-        return finish(out, job, shards, max_rejected)
+        return _finish(folder, job, shards, max_rejected, publisher)
 
 
 def prepare_npz(
-    path: Path, out: Path, *, shard_clips: int = 128, progress: Progress | None = None
+    path: Path,
+    out: Path,
+    *,
+    shard_clips: int = 128,
+    channels: Sequence[str] = GREY,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a store from a MedMNIST 3D file (see ``medmnist``), with its official split.
+
+    Args:
+        channels: names of the channels of images [N, D, H, W, C], which are kept; by default one,
+            to which colour is converted.
 
     Raises:
         StoreError: the file is not of this form, or the folder belongs to other settings.
     """
     table, volumes = read_medmnist(path)
-    bits = depth_of_arrays(volumes)
-    settings = PrepareSettings(roi="none", shard_clips=shard_clips, bits=bits)
-    job = _job(table, settings, npz=_digest(path))
+    # Their records have nothing that came later.
+    given = PrepareSettings(
+        roi="none", shard_clips=shard_clips, channel_names=tuple(channels), record_version=1
+    )
+    settings = survey_arrays(volumes, given)
+    return _write_arrays(_job(table, settings, npz=_digest(path)), volumes, out, progress)
+
+
+def prepare_arrays(
+    manifest: Manifest,
+    clips: Sequence[RawArray],
+    out: Path,
+    *,
+    channels: Sequence[str] = GREY,
+    shard_clips: int = 128,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a store from arrays in memory, one for each row of ``manifest``.
+
+    Args:
+        clips: arrays of one dtype, uint8, uint16 or float16 (from 0 to 1): [D, H, W], or
+            [D, H, W, C] with several ``channels``. Or pairs of an array and further entries of its
+            record: ``spacing`` ([z, y, x] in um) and ``interval`` (seconds between frames).
+
+    Returns:
+        The content of ``store.json``.
+
+    Raises:
+        StoreError: the folder belongs to other settings, or a clip has another form.
+    """
+    if len(clips) != len(manifest.table):
+        raise StoreError(f"{len(clips)} clips for {len(manifest.table)} rows of the table")
+    pairs = [clip if isinstance(clip, tuple) else (clip, {}) for clip in clips]
+    dtype = pairs[0][0].dtype.name if pairs else "uint8"
+    if dtype not in DTYPES:
+        raise StoreError(f"clips are {dtype}", fix=f"Give one of {', '.join(DTYPES)}.")
+    settings = PrepareSettings(
+        roi="none",
+        shard_clips=shard_clips,
+        store_dtype=cast(DtypeName, dtype),
+        channel_names=tuple(channels),
+    )
+    digest = hashlib.sha256()
+    for array, record in pairs:
+        digest.update(json.dumps([list(array.shape), record]).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    job = _job(manifest.table, settings, arrays=digest.hexdigest())
+    return _write_arrays(job, pairs, out, progress)
+
+
+def _write_arrays(
+    job: Job, clips: Sequence[RawArray], out: Path, progress: Progress | None
+) -> dict[str, Any]:
     shards = job.shards(out)
     with write_lock(out, job):
-        _write_unfinished(out, job, shards, volumes, supervised, progress)
+        _write_unfinished(out, job, shards, clips, supervised, progress)
         return finish(out, job, shards, 0.0)
 
 
@@ -175,6 +247,8 @@ def reopen_source(job: Job, place: Path | str) -> RawClips:
             f"the code of the reader {reader.path} has changed since the store was made{version}",
             fix="Install the code that made it, or prepare the store anew in another folder.",
         )
+    if "arrays" in job.made_from:
+        raise StoreError("the store was made from arrays in memory, which cannot be read again")
     if "npz" not in job.made_from:
         return open_source(place)
     path = Path(place)
@@ -200,6 +274,7 @@ def _plan(
     part: Part | None,
     max_missing: float,
     run: Pool,
+    like: Path | None,
 ) -> tuple[Job, Sequence[Shard]]:
     """Return the job and the shards to write, after the checks that need no decoding."""
     names = manifest.table["filename"]
@@ -210,25 +285,41 @@ def _plan(
             f"'{twice[0]}' ({lines[0]}) and '{twice[1]}' ({lines[1]}) are one file",
             fix="Each clip may be listed once.",
         )
-    job = _job(manifest.table, settings)
+    job = _job(manifest.table, settings, **_class_names(manifest))
     shards = job.shards(out) if part is None else part.of(job.shards(out))
     _check_missing(job, shards, source, max_missing)
-    if settings.bits is None:
-        try:
-            bits = read_made_from(out)["settings"].get("bits")
-        except StoreError:
-            # A new folder, or one that ``write_lock`` will refuse.
-            run = partial(run, limits=_limits(settings))
-            bits = depth_of_files(source, list(names), run, settings.reader)
-        job = _job(job.table, replace(settings, bits=bits))
-    return job, shards
+    named = _class_names(manifest)
+    if like is not None:
+        return _job(job.table, as_in(like, settings), **named), shards
+    try:
+        found = settings_of(read_made_from(out))
+        settings = replace(
+            settings,
+            bits=found.bits if settings.bits is None else settings.bits,
+            black=found.black,
+            white=found.white,
+            channel_names=found.channel_names,
+            record_version=found.record_version,
+        )
+    except StoreError:
+        # A new folder, or one that ``write_lock`` will refuse.
+        run = partial(run, limits=_limits(settings))
+        settings = survey(source, list(names), settings, run)
+    return _job(job.table, settings, **named), shards
 
 
-def _job(table: pd.DataFrame, settings: PrepareSettings, **more: str) -> Job:
-    entries = asdict(settings)
-    if settings.reader is None:
-        # Keep the fingerprint of stores of earlier versions, which have no such entry.
-        del entries["reader"]
+def _class_names(manifest: Manifest) -> dict[str, dict[str, str]]:
+    """The entry of ``job.json`` for classes with names of their own."""
+    names = {str(label): name for label, name in manifest.classes.items()}
+    return {} if class_names(names) == CLASSES else {"classes": names}
+
+
+def _job(table: pd.DataFrame, settings: PrepareSettings, **more: Any) -> Job:
+    default = PrepareSettings()
+    # Stores of earlier versions have no such entries: without them the fingerprint stays.
+    absent = {name for name in LATER if getattr(settings, name) == getattr(default, name)}
+    absent |= {"record_version"} if settings.record_version == 1 else set()
+    entries = {name: value for name, value in asdict(settings).items() if name not in absent}
     return Job.of(table, pixels_version=PIXELS_VERSION, settings=entries, **more)
 
 
@@ -255,13 +346,27 @@ def _check_missing(job: Job, shards: Sequence[Shard], source: Source, max_missin
     classes = job.table["label"][job.table["filename"].isin(set(missing))].astype(str)
     hint = source.hint(missing[0])
     raise StoreError(
-        f"{MISSING} ({len(missing)} of {len(names)} files are: {by_class(count_classes(classes))})",
+        f"{MISSING} ({len(missing)} of {len(names)} files are: "
+        f"{by_class(count_classes(classes), job.classes)})",
         where=source.where(missing[0]),
         fix=f"{hint} The manifest must name files that are there."
         if hint
         else "Check --source; or leave them out of the manifest (--where chooses rows), or raise "
         "--max-rejected.",
     )
+
+
+def _finish(
+    out: Path,
+    job: Job,
+    shards: Sequence[Shard],
+    max_rejected: float,
+    publisher: Publisher | None,
+) -> dict[str, Any]:
+    marker = finish(out, job, shards, max_rejected)
+    if publisher is not None:
+        publisher.finish()
+    return marker
 
 
 def _digest(path: Path) -> str:
@@ -276,17 +381,26 @@ def _write_unfinished(
     raw: RawClips,
     run: Pool,
     progress: Progress | None,
+    publisher: Publisher | None = None,
 ) -> None:
+    if publisher is not None:
+        publisher.begin()
     pending = {shard for shard in shards if not _is_finished(shard, raw)}
     stored = [shard for shard in shards if shard not in pending]
     _warn_of_changed(stored, job, raw)
     if pending:
         # A store with a marker counts as finished.
         (out / MARKER).unlink(missing_ok=True)
+        if publisher is not None:
+            publisher.drop_marker()
     total, done = (sum(len(job.filenames(shard)) for shard in some) for some in (shards, stored))
     if progress:
         progress(done, total)
-    tasks = (new_task(job, shard, raw) for shard in shards if shard in pending)
+    tasks = (
+        replace(new_task(job, shard, raw), publisher=publisher)
+        for shard in shards
+        if shard in pending
+    )
     write_tasks(tasks, job, raw, run, progress, done, total)
 
 
@@ -336,7 +450,7 @@ def _warn_of_changed(stored: Sequence[Shard], job: Job, raw: RawClips) -> None:
 def new_task(job: Job, shard: Shard, raw: RawClips) -> Task:
     """Return the task that writes a shard. Good clips of a shard that is there are kept."""
     rows = job.rows(shard)
-    kept = good_clips(shard.path, rows)
+    kept = good_clips(shard.path, rows, job.form)
     lost = lost_in(shard)
     absent = set(raw.missing(list(lost))) if isinstance(raw, Source) else set()
     # A lost clip keeps its reason, by which a later repair knows it.

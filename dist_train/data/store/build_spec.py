@@ -10,8 +10,9 @@ import hashlib
 import io
 import json
 import re
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
 
 from dist_train.data.raw.clip import PrepareSettings
-from dist_train.data.store.reader import MANIFEST, SHARDS, Digest
-from dist_train.data.store.shards import Shard
-from dist_train.data.types import Record
+from dist_train.data.store.reader import MANIFEST, SHARDS, ClassNames, Digest
+from dist_train.data.store.shards import Form, Shard
+from dist_train.data.types import DTYPES, Record, metadata_columns
 from dist_train.errors import ConfigError, FileError, StoreError
 from dist_train.files import read_json, read_plain
 
@@ -64,9 +65,19 @@ class Job:
     def fingerprint(self) -> str:
         return _fingerprint(self.made_from)
 
+    @property
+    def classes(self) -> dict[str, str] | None:
+        """Names of the labels "0" and "1"; None if they are the default ones."""
+        return self.made_from.get("classes")
+
     @cached_property
     def settings(self) -> PrepareSettings:
-        return TypeAdapter(PrepareSettings).validate_python(self.made_from["settings"])
+        return settings_of(self.made_from)
+
+    @property
+    def form(self) -> Form:
+        """The dtype and the number of channels of all clips."""
+        return DTYPES[self.settings.store_dtype], len(self.settings.channel_names)
 
     @cached_property
     def manifest(self) -> bytes:
@@ -126,14 +137,15 @@ def read_job(out: Path) -> Job:
 def _read_table(text: bytes) -> pd.DataFrame:
     table = pd.read_csv(
         io.BytesIO(text),
-        dtype=_TYPES,
+        # Further columns are metadata.
+        dtype=defaultdict(lambda: str, _TYPES),
         keep_default_na=False,
         na_values={"crowd_score": [""]},
         float_precision="round_trip",
         # A name may hold a carriage return.
         lineterminator="\n",
     )
-    if table.columns.tolist() != list(_TYPES):
+    if table.columns.tolist() != [*_TYPES, *metadata_columns(table)]:
         raise ValueError(f"its columns are not {', '.join(_TYPES)}")
     return table
 
@@ -161,6 +173,30 @@ def read_made_from(out: Path) -> dict[str, Any]:
     return made_from
 
 
+def settings_of(made_from: dict[str, Any]) -> PrepareSettings:
+    """The settings of a store's ``made_from``."""
+    # The first version of records has no number.
+    settings = {"record_version": 1} | made_from["settings"]
+    return TypeAdapter(PrepareSettings).validate_python(settings)
+
+
+def as_in(store: Path, settings: PrepareSettings) -> PrepareSettings:
+    """Return settings that give pixels as those of ``store``: for clips to predict, for example.
+
+    The size of shards and the limits stay those of ``settings``.
+
+    Raises:
+        StoreError: there is no store, or its ``job.json`` is damaged.
+    """
+    other = settings_of(read_made_from(store))
+    return replace(
+        other,
+        shard_clips=settings.shard_clips,
+        clip_seconds=settings.clip_seconds,
+        clip_memory=settings.clip_memory,
+    )
+
+
 class _MadeFrom(BaseModel):
     """The entries of ``job.json``. A later version may add others."""
 
@@ -170,6 +206,7 @@ class _MadeFrom(BaseModel):
     pixels_version: int
     settings: PrepareSettings
     npz: Digest | None = None
+    classes: ClassNames | None = None
 
     @field_validator("settings")
     @classmethod

@@ -2,6 +2,7 @@
 
 Numbers are arrays. ``group`` and ``split`` are codes into a sorted list of names. Other text is
 UTF-8 bytes and the end of each value. Entries of a record's ``metadata`` are text columns, too.
+The columns of ``SAMPLING`` are there if any clip says them.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ import numpy as np
 import pandas as pd
 
 from dist_train.array_file import Array, ArrayFile, Pieces, Spool, write_arrays
-from dist_train.data.types import Record
+from dist_train.data.store.shards import Form, form_of, form_text
+from dist_train.data.types import METADATA, Record
 from dist_train.errors import FileError, StoreError
 from dist_train.files import written_whole
 
 TABLE = "clips.safetensors"
-#: Prefix of the columns of a record's ``metadata``.
-METADATA = "metadata."
 #: Column -> its type in the file, the least and the most value.
 NUMBERS: dict[str, tuple[type[np.generic], float, float]] = {
     "frames": (np.int32, 1, 2**31 - 1),
@@ -35,6 +35,8 @@ NUMBERS: dict[str, tuple[type[np.generic], float, float]] = {
     "offset": (np.int64, 0, 2**63 - 1),
     "crc32c": (np.uint32, 0, 2**32 - 1),
 }
+#: Spacing of voxels in um and seconds between frames, float64, NaN where unknown.
+SAMPLING = ("spacing.z", "spacing.y", "spacing.x", "interval")
 NAMED = ("group", "split")
 TEXTS = ("key", "filename")
 #: The order of a frame's columns.
@@ -44,24 +46,25 @@ COLUMNS = (
 )
 #: Clips that are converted at a time.
 RUN = 1 << 15
-_FIX = "Run 'dist-train finalize', which rebuilds it from the shards."
+FIX = "Run 'dist-train finalize', which rebuilds it from the shards."
 
 
-def write_table(path: Path, records: Iterable[tuple[str, Record]], shards: int) -> int:
+def write_table(path: Path, records: Iterable[tuple[str, Record]], shards: int, form: Form) -> int:
     """Write the table of (key, record) entries, in the order of the keys; returns its checksum.
 
     Memory grows only with the number of different groups.
 
     Args:
         shards: number of the store's shards.
+        form: of all clips.
 
     Raises:
-        StoreError: a record is not valid.
+        StoreError: a record is not valid, or of another form.
         OSError: the disk is full.
     """
     try:
         with ExitStack() as files, written_whole(path) as file:
-            return _write(file, records, shards, path.parent, files)
+            return _write(file, records, (shards, form), path.parent, files)
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise StoreError(
             f"the records of the shards make no clip table ({error})",
@@ -78,8 +81,8 @@ class ClipTable:
     ``unchecked`` gives may be damaged: of a clip's place, the checksum of its pixels tells.
     """
 
-    def __init__(self, arrays: ArrayFile, where: Path | None) -> None:
-        self._arrays, self._where = arrays, where
+    def __init__(self, arrays: ArrayFile, where: Path | None, fix: str = FIX) -> None:
+        self._arrays, self._where, self._fix = arrays, where, fix
         #: The checksum of the header, which vouches for all of it.
         self.checksum = arrays.header_crc32c
         extra = (n.removesuffix(".ends") for n in arrays if n.endswith(".ends"))
@@ -87,27 +90,28 @@ class ClipTable:
         self.columns = (*COLUMNS, *self.metadata)
 
     @classmethod
-    def open(cls, path: Path, checksum: int, clips: int | None) -> ClipTable:
+    def open(cls, path: Path, checksum: int, clips: int | None, fix: str = FIX) -> ClipTable:
         """Map a table, in a time that does not depend on its size.
 
         Args:
             clips: how many there must be, if that is known.
+            fix: what to do about a damaged file.
 
         Raises:
             StoreError: it is missing, damaged, or another store's.
         """
         try:
-            table = cls(ArrayFile(path, checksum), path)
+            table = cls(ArrayFile(path, checksum), path, fix)
             lengths = {len(table._arrays.unchecked(name)) for name in table._row_arrays()}
         except (FileError, KeyError) as error:
             what = error.what if isinstance(error, FileError) else f"has no {error}"
-            raise StoreError(f"the clip table {what}", where=path, fix=_FIX) from None
+            raise StoreError(f"the clip table {what}", where=path, fix=fix) from None
         if len(lengths) > 1 or clips not in (None, *lengths):
-            raise StoreError("the clip table is another store's", where=path, fix=_FIX)
+            raise StoreError("the clip table is another store's", where=path, fix=fix)
         return table
 
     @classmethod
-    def of(cls, records: Iterable[tuple[str, Record]], shards: int) -> ClipTable:
+    def of(cls, records: Iterable[tuple[str, Record]], shards: int, form: Form) -> ClipTable:
         """A table in memory, of a store that has no file.
 
         Raises:
@@ -115,11 +119,12 @@ class ClipTable:
         """
         content = io.BytesIO()
         with ExitStack() as files:
-            _write(content, records, shards, None, files)
+            _write(content, records, (shards, form), None, files)
         return cls(ArrayFile(content.getvalue()), None)
 
     def _row_arrays(self) -> Iterator[str]:
         yield from (*NUMBERS, "weight", "crowd_score", "tier1")
+        yield from (name for name in SAMPLING if name in self._arrays)
         yield from (f"{name}.codes" for name in NAMED)
         yield from (f"{name}.ends" for name in (*TEXTS, *self.metadata))
 
@@ -127,7 +132,7 @@ class ClipTable:
         return len(self._arrays.unchecked("label"))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ClipTable, (self._arrays, self._where)
+        return ClipTable, (self._arrays, self._where, self._fix)
 
     def __getitem__(self, name: str) -> Array:
         """A column, read-only: numbers are mapped, text is an array of strings.
@@ -137,6 +142,12 @@ class ClipTable:
         """
         if name in (*NAMED, *TEXTS, *self.metadata):
             return np.array(self.texts(name), object)
+        return self._checked(name)
+
+    def sampling(self, name: str) -> Array:
+        """A column of ``SAMPLING``: float64 [clips], NaN where unknown, read-only."""
+        if name not in self._arrays:
+            return np.broadcast_to(np.nan, len(self))
         return self._checked(name)
 
     def unchecked(self, name: str) -> Array:
@@ -222,7 +233,7 @@ class ClipTable:
         except FileError as error:
             raise self._damaged(error) from None
 
-    def differs(self, records: Iterable[tuple[str, Record]], shards: int) -> str | None:
+    def differs(self, records: Iterable[tuple[str, Record]], shards: int, form: Form) -> str | None:
         """What is wrong with the file, read to the last byte; None if it says what the ``records``
         of the index say."""
         try:
@@ -230,12 +241,13 @@ class ClipTable:
             end = 0
             for part in _parts(records):
                 first, end = end, end + len(part)
-                numbers, texts = _converted(part, shards)
+                numbers, texts = _converted(part, shards, form)
                 clips = np.arange(first, min(end, len(self)))
                 if end > len(self) or texts.keys() - set(self.columns):
                     return "is not that of the index"
                 for name, values in numbers.items():
-                    if not np.array_equal(self.unchecked(name)[clips], values, equal_nan=True):
+                    own = self.sampling(name) if name in SAMPLING else self.unchecked(name)
+                    if not np.array_equal(own[clips], values, equal_nan=True):
                         return f"is not that of the index ('{name}')"
                 for name in (*NAMED, *TEXTS, *self.metadata):
                     if self.texts(name, clips) != texts.get(name, [""] * len(part)):
@@ -247,7 +259,7 @@ class ClipTable:
         return None if end == len(self) else "is not that of the index"
 
     def _damaged(self, error: FileError) -> StoreError:
-        return StoreError(f"the clip table {error.what}", where=self._where, fix=_FIX)
+        return StoreError(f"the clip table {error.what}", where=self._where, fix=self._fix)
 
 
 def _parts(records: Iterable[tuple[str, Record]]) -> Iterator[list[tuple[str, Record]]]:
@@ -259,14 +271,16 @@ def _parts(records: Iterable[tuple[str, Record]]) -> Iterator[list[tuple[str, Re
 def _write(
     file: IO[bytes],
     records: Iterable[tuple[str, Record]],
-    shards: int,
+    made: tuple[int, Form],
     folder: Path | None,
     files: ExitStack,
 ) -> int:
-    """``write_table`` to an open file, with spools in ``folder``, or in memory."""
+    """``write_table`` to an open file, with spools in ``folder``, or in memory; ``made``:
+    the number of shards, and the form of the clips."""
     arrays: dict[str, Spool] = {}
     names: dict[str, dict[str, int]] = {name: {"": 0} for name in NAMED}
     lengths: dict[str, int] = {}
+    unsaid = set(SAMPLING)
     clips = 0
 
     def append(name: str, values: Array) -> None:
@@ -277,9 +291,10 @@ def _write(
 
     # Also of no clip there are all columns.
     for part in chain([[]], _parts(records)):
-        numbers, texts = _converted(part, shards)
+        numbers, texts = _converted(part, *made)
         for name, values in numbers.items():
             append(name, values)
+        unsaid -= {name for name in unsaid if not np.isnan(numbers[name]).all()}
         for name in NAMED:
             known = names[name]
             codes = [known.setdefault(text, len(known)) for text in texts.pop(name)]
@@ -297,7 +312,7 @@ def _write(
             append(f"{name}.ends", ends + lengths[name])
             lengths[name] += len(content)
         clips += len(part)
-    written: dict[str, Array | Pieces] = dict(arrays)
+    written: dict[str, Array | Pieces] = {n: a for n, a in arrays.items() if n not in unsaid}
     for name, known in names.items():
         used = sorted(known, key=str.encode)
         place = np.empty(len(known), np.int32)
@@ -322,7 +337,7 @@ class _Recoded:
 
 
 def _converted(
-    part: Sequence[tuple[str, Record]], shards: int
+    part: Sequence[tuple[str, Record]], shards: int, form: Form
 ) -> tuple[dict[str, Array], dict[str, list[str]]]:
     """The columns of some records: numbers, and text.
 
@@ -338,6 +353,9 @@ def _converted(
     # With several channels there is a fourth axis.
     if not all(type(shape) is list and len(shape) in (3, 4) for shape in shapes):
         raise ValueError("a clip has no valid 'shape'")
+    for record in records:
+        if form_of(record) != form:
+            raise ValueError(f"a clip is {form_text(form_of(record))}, not {form_text(form)}")
     for axis, name in enumerate(("frames", "height", "width")):
         columns[name] = [shape[axis] for shape in shapes]
     numbers: dict[str, Array] = {}
@@ -356,6 +374,16 @@ def _converted(
     numbers["crowd_score"] = np.array(crowd, np.float64)
     if not ((numbers["weight"] >= 0) & (numbers["weight"] < np.inf)).all():
         raise ValueError("a clip has no valid 'weight'")
+    spacing = [record.get("spacing") or (None, None, None) for record in records]
+    if not all(len(three) == 3 for three in spacing):
+        raise ValueError("a clip has no valid 'spacing'")
+    said = [*zip(*spacing, strict=True)] if spacing else [(), (), ()]
+    for name, column in zip(
+        SAMPLING, [*said, [record.get("interval") for record in records]], strict=True
+    ):
+        if not all(v is None or (type(v) in (int, float) and 0 < v < np.inf) for v in column):
+            raise ValueError(f"a clip has no valid '{name}'")
+        numbers[name] = np.array([np.nan if v is None else v for v in column], np.float64)
     texts = {"key": [key for key, _ in part]}
     texts |= {name: columns[name] for name in (*NAMED, "filename")}
     extra = {name for record in records for name in record.get("metadata", ())}

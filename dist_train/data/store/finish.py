@@ -22,6 +22,7 @@ from dist_train.data.store.reader import (
 )
 from dist_train.data.store.rejects import by_class, count_classes, gather_rejects, rejects_csv
 from dist_train.data.store.shards import Shard
+from dist_train.data.types import GREY
 from dist_train.errors import StoreError
 from dist_train.files import sealed, write_whole
 
@@ -42,7 +43,7 @@ def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) ->
         # An existing marker stays: the store was finished with a larger --max-rejected.
         raise StoreError(
             f"{len(rejects)} of {total} clips were rejected "
-            f"({by_class(count_classes(rejects['class']))}), and --max-rejected is "
+            f"({by_class(count_classes(rejects['class']), job.classes)}), and --max-rejected is "
             f"{max_rejected:g}; the first: {rejects['file'].iloc[0]}: "
             f"{rejects['reason'].iloc[0].rstrip('.')}",
             where=out / REJECTED,
@@ -58,7 +59,7 @@ def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) ->
             where=out,
             fix="Run 'dist-train verify' with --repair, which rebuilds the damaged ones.",
         )
-    checksum = write_table(out / TABLE, read_index(out / INDEX), len(shards))
+    checksum = write_table(out / TABLE, read_index(out / INDEX), len(shards), job.form)
     content = content_of(ClipTable.open(out / TABLE, checksum, clips))
     marker = marker_of(job, shards, rejects, index_checksum(out / INDEX), content, checksum)
     write_whole(out / MARKER, sealed(marker))
@@ -98,5 +99,12 @@ def marker_of(
         "rejected": count_classes(rejects["class"]),
         "index_crc32c": index_crc32c,
     }
+    # Stores of earlier versions have none of these.
+    if job.settings.channel_names != GREY:
+        marker["channels"] = list(job.settings.channel_names)
+    if job.settings.store_dtype != "uint8":
+        marker["dtype"] = job.settings.store_dtype
+    if job.classes is not None:
+        marker["classes"] = job.classes
     later = {"content": content, "table_crc32c": table_crc32c}
     return marker | {name: value for name, value in later.items() if value is not None}

@@ -1,11 +1,11 @@
-"""A finished store: its clip table, and any clip by one ``pread``."""
+"""A finished store: its clip table, and any clip by one ``pread``, or from a server."""
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,13 +20,16 @@ from pydantic import (
     ValidationError,
 )
 
-from dist_train.data.store.clip_table import TABLE, ClipTable
-from dist_train.data.store.index import check_index, digest_of, read_index
-from dist_train.data.store.shards import REPAIR, shard_name
-from dist_train.data.types import Volume
-from dist_train.errors import FileError, StoreError
-from dist_train.files import crc32c, is_sealed, plain_descriptor, read_json
-from dist_train.system.advice import blame_machine, open_files
+from dist_train.config import CacheSettings
+from dist_train.data.store.clip_table import FIX, TABLE, ClipTable
+from dist_train.data.store.index import check_index, digest_of, index_checksum, read_index
+from dist_train.data.store.remote_store import RemoteStore
+from dist_train.data.store.shard_bytes import LocalShards, ShardBytes, Span
+from dist_train.data.types import DTYPES, GREY, DtypeName, Volume, class_names
+from dist_train.errors import FileError, MissingObjectError, StoreError
+from dist_train.files import is_sealed, read_json
+from dist_train.places import Location, is_url, local_path, shown
+from dist_train.system.advice import blame_machine
 
 FORMAT = "dist_train store 1"
 MARKER = "store.json"
@@ -35,12 +38,11 @@ SHARDS = "shards"
 REJECTED = "rejected.csv"
 MANIFEST = "manifest.csv"
 MOST_MARKER = 1 << 20
+Name = Annotated[str, StringConstraints(min_length=1)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+#: Names of the labels, where they are not the default ones.
+ClassNames = dict[Literal["0", "1"], str]
 
-# Most shards that are kept open: a large store has more of them than a process may open files.
-# Three quarters of the files that it may open are left to workers, connections, checkpoints.
-OPEN_SHARDS = 256
-SHARE_OF_OPEN_FILES = 4
 # Clips from which opening a store without a clip table takes seconds.
 MANY = 100_000
 # Clips whose keys are in memory at a time.
@@ -52,21 +54,50 @@ log = logging.getLogger(__name__)
 class Store:
     """Read access to a store.
 
-    Workers may inherit it by a fork, as a ``pread`` moves no shared file position, or by pickling,
-    as the copy opens its own files. Threads must not share it.
+    Workers may inherit a local one by a fork, as a ``pread`` moves no shared file position, or any
+    by pickling, as the copy opens its own files. Threads must not share it.
+
+    Args:
+        place: its folder or URL.
+        cache: where to keep the parts of a remote store that were read.
 
     Attributes:
+        place: its folder or URL.
+        name: the same for messages, without secrets.
+        folder: where its files beside the shards are; for a remote store, in the cache.
         table: one row per clip, ordered by key. The position of a row is the number of the clip.
         info: the content of ``store.json``.
+        channels: names of the channels of all clips.
+        dtype: dtype of all clips: uint8, uint16 or float16.
 
     Raises:
         StoreError: there is no store, or it is not finished, or its clip table is damaged.
+        RemoteError: the server of a remote store cannot be reached, or refuses.
+        MachineError: the cache cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.info = read_marker(folder)
-        self.table = _open_table(folder, self.info)
+    def __init__(self, place: Location, cache: CacheSettings | None = None) -> None:
+        self.place = place if is_url(place) else local_path(place)
+        self.name = shown(str(self.place))
+        self._remote: RemoteStore | None = None
+        self._bytes: ShardBytes
+        if isinstance(self.place, str):
+            remote = RemoteStore(
+                self.place, cache or CacheSettings(), marker=MARKER, most_bytes=MOST_MARKER
+            )
+            self._remote = remote
+            self.folder, self._bytes = remote.folder, remote.shards
+            try:
+                self.info = read_marker(self.folder)
+            except StoreError as error:
+                raise StoreError(error.what, where=f"{self.name}/{MARKER}", fix=error.fix) from None
+        else:
+            self.folder = self.place
+            self._bytes = LocalShards(self.folder / SHARDS)
+            self.info = read_marker(self.folder)
+        self.channels: tuple[str, ...] = tuple(self.info.get("channels", GREY))
+        self.dtype = DTYPES[self.info.get("dtype", "uint8")]
+        self.table = self._open_table()
         self._begin()
 
     def _begin(self) -> None:
@@ -74,13 +105,87 @@ class Store:
         names = "shard", "offset", "crc32c"
         self._shard, self._offset, self._crc32c = map(self.table.unchecked, names)
         self._sizes = [self.table.unchecked(name) for name in ("frames", "height", "width")]
-        # Shard number to file descriptor, least recently used first.
-        self._descriptors: dict[int, int] = {}
+
+    def _open_table(self) -> ClipTable:
+        """The clip table; of a store without one, made of the index."""
+        if "table_crc32c" not in self.info:
+            if self.info["clips"] >= MANY and os.environ.get("RANK", "0") == "0":
+                log.warning(
+                    "%s has no clip table, as an earlier version wrote it, so each process reads "
+                    "the whole index; 'dist-train finalize' writes the table",
+                    self.name,
+                )
+            return self._table_of_index()
+        if self._remote is None:
+            return self._mapped_table(FIX)
+        try:
+            self._remote.bring(TABLE, self._is_table, self._is_whole_table)
+        except MissingObjectError:
+            return self._table_of_index()
+        return self._mapped_table("Delete it: it is downloaded again.")
+
+    def _mapped_table(self, fix: str = FIX) -> ClipTable:
+        info = self.info
+        return ClipTable.open(self.folder / TABLE, info["table_crc32c"], info["clips"], fix)
+
+    def _is_table(self) -> bool:
+        """Whether the table's file has the right header and length."""
+        try:
+            self._mapped_table()
+        except StoreError:
+            return False
+        return True
+
+    def _is_whole_table(self) -> bool:
+        """The same, of all bytes."""
+        try:
+            self._mapped_table().check()
+        except StoreError:
+            return False
+        return True
+
+    def _table_of_index(self) -> ClipTable:
+        path, form = self.index(), (self.dtype, len(self.channels))
+        try:
+            table = ClipTable.of(read_index(path), self.info["shards"], form)
+            if len(table) != self.info["clips"]:
+                raise ValueError(f"it holds {len(table)} clips, not {self.info['clips']}")
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
+            raise StoreError(
+                f"the index is not that of the store ({error})",
+                where=path,
+                fix="Run 'dist-train verify' with --repair.",
+            ) from None
+        return table
+
+    def index(self) -> Path:
+        """The local path of the index, whose checksum is right.
+
+        Raises:
+            StoreError: it is missing or damaged.
+            RemoteError: the server of a remote store does not give it.
+        """
+        path, checksum = self.folder / INDEX, self.info["index_crc32c"]
+        if self._remote is None:
+            check_index(path, checksum)
+        else:
+            self._remote.bring(INDEX, lambda: index_checksum(path) == checksum)
+        return path
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether clips come from a server, unless they are in the cache."""
+        return self._bytes.is_remote
 
     @property
     def fingerprint(self) -> str:
         """Identity of what the store was made from: names, settings, decoder; not pixels."""
         return str(self.info["fingerprint"])
+
+    @property
+    def classes(self) -> dict[int, str]:
+        """Names of the labels 0, 1 and -1."""
+        return class_names(self.info.get("classes"))
 
     @cached_property
     def content(self) -> str:
@@ -88,35 +193,53 @@ class Store:
         return str(self.info.get("content") or content_of(self.table))
 
     def read(self, clip: int) -> Volume:
-        """Return the native crop of clip number ``clip``: uint8 [D, H, W], by one ``pread``.
+        """Return the native crop of clip number ``clip``, by one ``pread``: of ``dtype`` and
+        ``shape``.
 
         Raises:
             StoreError: there is no such clip, or its shard is missing or damaged.
             MachineError: too many files are open, or the disk fails.
+            RemoteError: the server of a remote store does not give it.
         """
         self._check(clip)
-        pixels = np.empty(self._shape(clip), dtype=np.uint8)
+        pixels = np.empty(self.shape(clip), self.dtype)
         self.read_into(pixels, clip)
         return pixels
 
     def read_into(self, out: Volume, clip: int) -> None:
-        """Read a clip into ``out``: uint8, C order, as many pixels as the clip has."""
+        """Read a clip into ``out``: of ``dtype``, C order, as many values as the clip has."""
         self._check(clip)
-        if out.dtype != np.uint8 or not out.flags.c_contiguous or out.size != self._length(clip):
+        length = math.prod(self.shape(clip))
+        if out.dtype != self.dtype or not out.flags.c_contiguous or out.size != length:
             raise StoreError(
                 f"clip {clip} is not to be read into {out.dtype} {list(out.shape)}: it has "
-                f"{self._length(clip)} pixels, uint8 in C order",
+                f"{length} pixels, {self.dtype} in C order",
                 where=self.folder,
             )
         try:
-            read = os.preadv(self._descriptor(clip), [out.data], int(self._offset[clip]))
+            is_right = self._bytes.read_into(out, self._span(clip))
         except OSError as error:
-            blame_machine(error, self._path(clip))
+            blame_machine(error, self.where(clip))
             raise self._damage(clip, error.strerror or str(error)) from None
         except FileError as error:
             raise self._damage(clip, error.what) from None
-        if read != out.size or crc32c(out) != self._crc32c[clip]:
+        if not is_right:
             raise self._damage(clip, "the bytes are not those that were stored")
+
+    def file(self, name: str) -> Path:
+        """The local path of a file beside the shards, which may be missing."""
+        if self._remote is not None:
+            self._remote.bring_optional(name)
+        return self.folder / name
+
+    def prefetch(self, clips: Iterable[int]) -> None:
+        """Start reading clips that are soon asked for, if the store is remote."""
+        if self.is_remote:
+            self._bytes.prefetch([self._span(clip) for clip in clips])
+
+    def where(self, clip: int) -> Location:
+        """The shard of a clip, for messages."""
+        return self._bytes.where(int(self._shard[clip]))
 
     def clip_of(self, key: str) -> int:
         """Return the number of the clip with this key."""
@@ -132,78 +255,31 @@ class Store:
                 f"holds no clip {clip}; they are 0 to {len(self.table) - 1}", where=self.folder
             )
 
-    def _length(self, clip: int) -> int:
-        return math.prod(self._shape(clip))
-
-    def _shape(self, clip: int) -> tuple[int, int, int]:
+    def shape(self, clip: int) -> tuple[int, ...]:
+        """[D, H, W], or [D, H, W, C] with several channels."""
         frames, height, width = (int(sizes[clip]) for sizes in self._sizes)
-        return frames, height, width
+        channels = len(self.channels)
+        return (frames, height, width, *([channels] if channels > 1 else ()))
 
-    def _descriptor(self, clip: int) -> int:
-        shard = int(self._shard[clip])
-        descriptor = self._descriptors.pop(shard, None)
-        if descriptor is None:
-            if len(self._descriptors) >= min(OPEN_SHARDS, open_files() // SHARE_OF_OPEN_FILES):
-                self._close_one()
-            try:
-                descriptor = plain_descriptor(self._path(clip), os.O_RDONLY)
-            except OSError as error:
-                if error.errno != errno.EMFILE or not self._descriptors:
-                    raise
-                # This process has opened too many other files.
-                self._close_one()
-                descriptor = plain_descriptor(self._path(clip), os.O_RDONLY)
-        self._descriptors[shard] = descriptor
-        return descriptor
-
-    def _close_one(self) -> None:
-        if self._descriptors:
-            os.close(self._descriptors.pop(next(iter(self._descriptors))))
-
-    def _path(self, clip: int) -> Path:
-        return self.folder / SHARDS / shard_name(int(self._shard[clip]))
+    def _span(self, clip: int) -> Span:
+        shard, offset, checksum = self._shard[clip], self._offset[clip], self._crc32c[clip]
+        length = math.prod(self.shape(clip)) * self.dtype.itemsize
+        return Span(int(shard), int(offset), length, int(checksum))
 
     def _damage(self, clip: int, what: str) -> StoreError:
         return StoreError(
             f"clip '{self.table.text('key', clip)}' cannot be read ({what})",
-            where=self._path(clip),
-            fix=REPAIR,
+            where=self.where(clip),
+            fix=self._bytes.repair,
         )
 
-    def __del__(self) -> None:
-        for descriptor in self.__dict__.get("_descriptors", {}).values():
-            os.close(descriptor)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "info": self.info, "table": self.table}
+        mapped = ("_shard", "_offset", "_crc32c", "_sizes")
+        return {name: value for name, value in self.__dict__.items() if name not in mapped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self._begin()
-
-
-def _open_table(folder: Path, info: dict[str, Any]) -> ClipTable:
-    """The clip table; of a store without one, made of the index."""
-    if "table_crc32c" in info:
-        return ClipTable.open(folder / TABLE, info["table_crc32c"], info["clips"])
-    if info["clips"] >= MANY and os.environ.get("RANK", "0") == "0":
-        log.warning(
-            "%s has no clip table, as an earlier version wrote it, so each process reads the whole "
-            "index; 'dist-train finalize' writes the table",
-            folder,
-        )
-    check_index(folder / INDEX, info["index_crc32c"])
-    try:
-        table = ClipTable.of(read_index(folder / INDEX), info["shards"])
-        if len(table) != info["clips"]:
-            raise ValueError(f"it holds {len(table)} clips, not {info['clips']}")
-    except (KeyError, ValueError, TypeError, OverflowError) as error:
-        raise StoreError(
-            f"the index is not that of the store ({error})",
-            where=folder / INDEX,
-            fix="Run 'dist-train verify' with --repair.",
-        ) from None
-    return table
 
 
 def content_of(table: ClipTable) -> str:
@@ -283,4 +359,7 @@ class _Marker(BaseModel):
     rejected: dict[Literal["-1", "0", "1"], NonNegativeInt]
     index_crc32c: Annotated[int, Field(ge=0, lt=1 << 32)]
     content: Digest | None = None
+    channels: Annotated[list[Name], Field(min_length=1)] = list(GREY)
+    dtype: DtypeName = "uint8"
+    classes: ClassNames | None = None
     table_crc32c: Annotated[int, Field(ge=0, lt=1 << 32)] | None = None

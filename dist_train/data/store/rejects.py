@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from dist_train.data.store.shards import Shard
-from dist_train.data.types import CLASSES
+from dist_train.data.types import class_names
 from dist_train.errors import FileError, StoreError
 from dist_train.files import read_plain
 from dist_train.safe_text import for_spreadsheet
@@ -70,7 +70,7 @@ def count_classes(classes: pd.Series) -> dict[str, int]:
     return {str(k): int(v) for k, v in classes.value_counts().items()}
 
 
-def by_class(counts: Mapping[str, int]) -> str:
-    """Counts by class, in words."""
-    named = ((str(label), name) for label, name in CLASSES.items())
+def by_class(counts: Mapping[str, int], classes: Mapping[str, str] | None) -> str:
+    """Counts by class, in words; for ``classes`` see ``class_names``."""
+    named = ((str(label), name) for label, name in class_names(classes).items())
     return ", ".join(f"{counts[label]} {name}" for label, name in named if label in counts)

@@ -30,7 +30,7 @@ from dist_train.data.store.reader import INDEX, MARKER, REJECTED, SHARDS
 from dist_train.data.store.rejects import LOST, gather_rejects, lost_in, read_rejects
 from dist_train.data.store.salvage import good_clips
 from dist_train.data.store.shard_task import RawClips, Task
-from dist_train.data.store.shards import Shard, read_records, without_place
+from dist_train.data.store.shards import Form, Shard, read_records, without_place
 from dist_train.data.store.verify import Fault, check_shard, sound_index, valid_marker
 from dist_train.data.store.write_lock import SCRATCH, write_lock
 from dist_train.data.types import Record
@@ -146,6 +146,7 @@ class _Damaged:
         wanted: rows whose raw files are needed, and the known entries of their records; None if
             they were clips of which nothing is known.
         was_lost: those of ``wanted`` that are marked ``LOST`` in the store.
+        form: of the store's clips.
     """
 
     old: Shard
@@ -155,14 +156,15 @@ class _Damaged:
     rejected: dict[int, str]
     wanted: dict[int, Record | None]
     was_lost: set[int]
+    form: Form
 
     @classmethod
     def of(cls, job: Job, old: Shard, index: Path | None, scratch: Path) -> _Damaged:
         rows = job.rows(old)
         known = None if index is None else look_up(index, [row["key"] for row in rows])
         reasons = _known_reasons(old)
-        kept = good_clips(old.path, rows, known)
-        found = cls(old, Shard(old.number, scratch), rows, kept, {}, {}, set())
+        kept = good_clips(old.path, rows, job.form, known)
+        found = cls(old, Shard(old.number, scratch), rows, kept, {}, {}, set(), job.form)
         for position, row in enumerate(rows):
             reason = reasons.get(row["filename"], "")
             if position in kept:
@@ -240,7 +242,7 @@ def _difference(
     unknown = []
     returned = set()
     for d in damaged:
-        _, faults = check_shard((d.new, d.rows, None))
+        _, faults = check_shard((d.new, d.rows, d.form, None))
         if faults:
             return str(faults[0])
         records = dict(read_records(d.new.path))

@@ -11,7 +11,7 @@ from typing import IO
 
 import numpy as np
 
-from dist_train.data.store.shards import read_sample, to_record, without_place
+from dist_train.data.store.shards import Form, form_of, read_sample, to_record, without_place
 from dist_train.data.types import Record, Volume
 from dist_train.errors import FileError, StoreError
 from dist_train.files import crc32c, open_plain
@@ -19,13 +19,13 @@ from dist_train.system.advice import blame_machine
 
 
 def good_clips(
-    path: Path, rows: Sequence[Record], index: Mapping[str, Record] | None = None
+    path: Path, rows: Sequence[Record], form: Form, index: Mapping[str, Record] | None = None
 ) -> dict[int, Record]:
     """Return the records, with offset and length, of a shard's good clips by position in ``rows``.
 
     A clip is good if its pixels have the CRC-32C of its record, and its record agrees with the
-    manifest, and with the index if that is given. Headers may be damaged: a sample is looked for
-    at each block of the tar file, and where the index has it.
+    manifest, with the store's dtype and channels, and with the index if that is given. Headers may
+    be damaged: a sample is looked for at each block of the tar file, and where the index has it.
 
     Args:
         rows: the shard's rows of the manifest.
@@ -43,6 +43,7 @@ def good_clips(
                 if position is None or position in good:
                     continue
                 agrees = to_record(rows[position]).items() <= record.items()
+                agrees &= form_of(record) == form
                 if index is not None:
                     agrees &= without_place(record) == without_place(index.get(key, {}))
                 if agrees and _pixels(file, record) is not None:
@@ -53,7 +54,7 @@ def good_clips(
 
 
 def read_good(path: Path, record: Record) -> Volume:
-    """Return the pixels of a clip that ``good_clips`` found: uint8 [D, H, W].
+    """Return the pixels of a clip that ``good_clips`` found.
 
     Raises:
         StoreError: they have changed since.
@@ -62,7 +63,7 @@ def read_good(path: Path, record: Record) -> Volume:
         pixels = _pixels(file, record)
     if pixels is None:
         raise StoreError("changed while it was read", where=path, fix="Check the disk.")
-    return pixels.reshape(record["shape"])
+    return pixels.view(form_of(record)[0]).reshape(record["shape"])
 
 
 def _samples(file: IO[bytes]) -> Iterator[tuple[str, Record]]:

@@ -10,20 +10,26 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dist_train.data.raw.clip import PrepareSettings, read_clip
+from dist_train.data.raw.axes import plain_stack
+from dist_train.data.raw.clip import PrepareSettings, decoding, read_clip, to_clip, values_of
 from dist_train.data.raw.source import Source
-from dist_train.data.raw.volume_file import to_uint8_volume
 from dist_train.data.store.salvage import read_good
 from dist_train.data.store.shards import Shard, to_record, write_shard
-from dist_train.data.types import Record, Volume
+from dist_train.data.types import DTYPES, GREY, Record, Volume
 from dist_train.errors import DecodeError, RoiError
 from dist_train.files import write_whole
 from dist_train.safe_text import without_content
 from dist_train.system.supervised_pool import Steps
 
-# Files by name, or a volume for each row of the manifest.
-RawClips = Source | Sequence[Volume]
+if TYPE_CHECKING:
+    from dist_train.data.store.publish import Publisher
+
+# An array, or a pair of an array and further entries of its record.
+RawArray = Volume | tuple[Volume, Record]
+# Files by name, or an array for each row of the manifest.
+RawClips = Source | Sequence[RawArray]
 
 
 @dataclass(frozen=True)
@@ -32,10 +38,11 @@ class Task:
 
     Attributes:
         rows: of the manifest.
-        raw: files, or a volume for each row.
+        raw: files, or an array for each row.
         old: an earlier version of the shard.
         kept: by position, records of rows whose clips are copied from ``old`` (see ``good_clips``).
         rejected: by position, reasons of rows that are rejected without reading their files.
+        publisher: uploads the shard, if the store is behind a URL.
     """
 
     shard: Shard
@@ -45,6 +52,7 @@ class Task:
     old: Path
     kept: Mapping[int, Record] = field(default_factory=dict)
     rejected: Mapping[int, str] = field(default_factory=dict)
+    publisher: Publisher | None = None
 
     def without(self, position: int, reason: str) -> Task:
         """The same task without a file that crashes the decoder."""
@@ -63,6 +71,8 @@ def write_task(task: Task, steps: Steps) -> int:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("file", "reason", "class"))
     writer.writerows(rejects)
+    if task.publisher is not None:
+        task.publisher.put_shard(task.shard, text.getvalue())
     write_whole(task.shard.rejects_path, text.getvalue())
     return len(task.rows)
 
@@ -97,7 +107,31 @@ def _read(task: Task, steps: Steps, position: int) -> tuple[Volume, Record]:
         raise DecodeError(task.rejected[position])
     name = task.rows[position]["filename"]
     if not isinstance(task.raw, Source):
-        clip = to_uint8_volume(task.raw[position], name)
-        return clip, {"frames_declared": clip.shape[0], "box": None}
+        raw = task.raw[position]
+        clip, more = raw if isinstance(raw, tuple) else (raw, {})
+        record = {"frames_declared": clip.shape[0], "box": None}
+        if (task.settings.store_dtype, task.settings.channel_names) == ("uint8", GREY):
+            with decoding(name):
+                clip, record = to_clip(values_of(plain_stack(clip), task.settings), task.settings)
+        _check(clip, task.settings)
+        return clip, record | more
     with task.raw.fetched(name) as path, steps.at(position):
-        return read_clip(path, name, task.raw.where(name), task.settings)
+        clip, record = read_clip(path, name, task.raw.where(name), task.settings)
+    _check(clip, task.settings)
+    return clip, record
+
+
+def _check(clip: Volume, settings: PrepareSettings) -> None:
+    """Raise DecodeError unless a clip has the store's dtype and channels."""
+    names = settings.channel_names
+    if clip.ndim != (4 if len(names) > 1 else 3) or (
+        clip.ndim == 4 and clip.shape[3] != len(names)
+    ):
+        raise DecodeError(
+            f"has shape {list(clip.shape)}, and the store {len(names)} channels "
+            f"({', '.join(names)})"
+        )
+    if clip.dtype != DTYPES[settings.store_dtype]:
+        raise DecodeError(f"is {clip.dtype}, and the store {settings.store_dtype}")
+    if clip.dtype.kind == "f" and not (clip.min() >= 0 and clip.max() <= 1):
+        raise DecodeError("has values that are not from 0 to 1")

@@ -8,29 +8,36 @@ index has its own CRC-32C in ``store.json``; if it is sound, records must also a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
-from dist_train.data.store.build_spec import Job, read_job
+from dist_train.data.store.build_spec import JOB, Job, read_job
 from dist_train.data.store.clip_table import TABLE, ClipTable
 from dist_train.data.store.finish import marker_of
 from dist_train.data.store.index import content_digest, index_checksum, look_up, read_index
-from dist_train.data.store.reader import INDEX, MARKER, REJECTED, SHARDS, read_marker
+from dist_train.data.store.reader import INDEX, MANIFEST, MARKER, REJECTED, SHARDS, read_marker
 from dist_train.data.store.rejects import gather_rejects, read_rejects, rejects_csv
 from dist_train.data.store.salvage import good_clips
-from dist_train.data.store.shards import Shard, archive_size, around_pixels
+from dist_train.data.store.shards import Form, Shard, archive_size, around_pixels
 from dist_train.data.types import Record
-from dist_train.errors import StoreError
+from dist_train.errors import MissingObjectError, StoreError
+from dist_train.objects import Objects
+from dist_train.places import Location, is_url, local_path
 from dist_train.progress import Progress
 from dist_train.system.supervised_pool import each_done
+
+#: A shard, its rows of the manifest, the form of its clips, and the index if that is sound.
+Check = tuple[Shard, Sequence[Record], Form, Path | None]
 
 
 @dataclass(frozen=True)
 class Fault:
     """A fault of a store. ``shard``: number of the shard that must be rewritten to mend it."""
 
-    where: Path
+    where: Location
     what: str
     shard: int | None = None
 
@@ -39,32 +46,73 @@ class Fault:
 
 
 def verify(
-    folder: Path, *, workers: int | None = None, progress: Progress | None = None
+    place: Location, *, workers: int | None = None, progress: Progress | None = None
 ) -> list[Fault]:
     """Check every byte of a store, and return its faults; there are none in a sound store.
 
+    Shards behind a URL come to the system's temporary folder, one for each worker at a time.
+
     Args:
+        place: the store's folder or URL.
         workers: processes; None takes one per available core.
         progress: called with (clips checked, clips in all).
 
     Raises:
         StoreError: there is no store, or its ``job.json`` or ``manifest.csv`` is damaged.
+        RemoteError: the server cannot be reached, or refuses.
     """
+    if not is_url(place):
+        return _verify(local_path(place), None, workers, progress)
+    objects = Objects(str(place))
+    with TemporaryDirectory(prefix="dist_train-") as temporary:
+        folder = Path(temporary)
+        (folder / SHARDS).mkdir()
+        for name in (JOB, MANIFEST, INDEX, TABLE, MARKER, REJECTED):
+            _bring(objects, folder, name)
+        try:
+            found = _verify(folder, objects, workers, progress)
+        except StoreError as error:
+            at = _url_of(folder, objects, Path(str(error.where)))
+            raise StoreError(error.what, where=at, fix=error.fix) from None
+        return [
+            replace(fault, where=_url_of(folder, objects, Path(fault.where))) for fault in found
+        ]
+
+
+def _url_of(folder: Path, objects: Objects, path: Path) -> str:
+    return objects.where(str(path.relative_to(folder)))
+
+
+def _bring(objects: Objects, folder: Path, name: str) -> None:
+    (folder / name).touch()
+    try:
+        objects.download(name, folder / name)
+    except MissingObjectError:
+        (folder / name).unlink()
+
+
+def _verify(
+    folder: Path, objects: Objects | None, workers: int | None, progress: Progress | None
+) -> list[Fault]:
+    """Faults of a store whose shards are in the folder, or else behind ``objects``."""
     job = read_job(folder)
     shards = job.shards(folder)
     own = {path for shard in shards for path in (shard.path, shard.rejects_path)}
     faults = [
         Fault(path, "does not belong to the store; move it away")
-        for path in (folder / SHARDS).iterdir()
+        for path in _in_shards(folder, objects)
         if path not in own
     ]
+    if objects is not None:
+        for shard in shards:
+            _bring(objects, folder, str(shard.rejects_path.relative_to(folder)))
     marker = valid_marker(folder)
     index = sound_index(folder, marker)
     if marker is not None and index is None:
         faults.append(Fault(folder / INDEX, "is not the index that was written"))
     done, total = 0, len(job.table)
-    checks = ((shard, job.rows(shard), index) for shard in shards)
-    for rows, found in each_done(check_shard, checks, workers):
+    checks = ((shard, job.rows(shard), job.form, index) for shard in shards)
+    for rows, found in each_done(partial(_brought_and_checked, objects), checks, workers):
         faults += found
         done += rows
         if progress:
@@ -72,9 +120,26 @@ def verify(
     if marker is None:
         faults.append(Fault(folder / MARKER, "is missing, or not the marker of a store"))
     elif all(fault.shard is None for fault in faults):
-        faults += _check_table(folder, marker, index)
+        faults += _check_table(folder, job.form, marker, index)
         faults += _check_summaries(folder, job, shards, marker, index)
     return sorted(faults, key=lambda fault: (fault.where, fault.what))
+
+
+def _in_shards(folder: Path, objects: Objects | None) -> list[Path]:
+    if objects is None:
+        return list((folder / SHARDS).iterdir())
+    return [folder / name for name in objects.names(SHARDS) or ()]
+
+
+def _brought_and_checked(objects: Objects | None, check: Check) -> tuple[int, list[Fault]]:
+    shard, *_ = check
+    if objects is None:
+        return check_shard(check)
+    try:
+        _bring(objects, shard.folder.parent, f"{SHARDS}/{shard.path.name}")
+        return check_shard(check)
+    finally:
+        shard.path.unlink(missing_ok=True)
 
 
 def valid_marker(folder: Path) -> dict[str, Any] | None:
@@ -95,7 +160,9 @@ def sound_index(folder: Path, marker: Mapping[str, Any] | None) -> Path | None:
     return path if sound else None
 
 
-def _check_table(folder: Path, marker: dict[str, Any], index: Path | None) -> Iterator[Fault]:
+def _check_table(
+    folder: Path, form: Form, marker: dict[str, Any], index: Path | None
+) -> Iterator[Fault]:
     """Compare the clip table with its checksums, and with the index if that is sound."""
     if "table_crc32c" not in marker:
         return
@@ -106,7 +173,9 @@ def _check_table(folder: Path, marker: dict[str, Any], index: Path | None) -> It
     except StoreError as error:
         yield Fault(path, error.what)
         return
-    if index is not None and (what := table.differs(read_index(index), marker["shards"])):
+    if index is None:
+        return
+    if what := table.differs(read_index(index), marker["shards"], form):
         yield Fault(path, what)
 
 
@@ -130,13 +199,9 @@ def _check_summaries(
         yield Fault(folder / MARKER, "does not say what the store holds")
 
 
-def check_shard(check: tuple[Shard, Sequence[Record], Path | None]) -> tuple[int, list[Fault]]:
-    """Return the number of a shard's rows, and its faults.
-
-    Args:
-        check: the shard, its rows of the manifest, and the index if that is sound.
-    """
-    shard, rows, index_path = check
+def check_shard(check: Check) -> tuple[int, list[Fault]]:
+    """Return the number of a shard's rows, and its faults."""
+    shard, rows, form, index_path = check
     if not shard.path.is_file():
         return len(rows), [Fault(shard.path, "the shard is missing", shard.number)]
     try:
@@ -149,7 +214,7 @@ def check_shard(check: tuple[Shard, Sequence[Record], Path | None]) -> tuple[int
         what = "the list names files that are not of this shard"
         return len(rows), [Fault(shard.rejects_path, what, shard.number)]
     index = None if index_path is None else look_up(index_path, [row["key"] for row in rows])
-    good = good_clips(shard.path, rows, index)
+    good = good_clips(shard.path, rows, form, index)
     names = set(rejects["file"])
     expected = {row["key"]: i for i, row in enumerate(rows) if row["filename"] not in names}
     found = [f"clip '{k}' is missing or damaged" for k, i in expected.items() if i not in good]

@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from dist_train.data.table.numbers import parse_numbers
 from dist_train.errors import ManifestError
 
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
@@ -176,7 +177,7 @@ def _typed(column: pd.Series) -> pd.Series:
     truth = text.map({"true": True, "false": False})
     if truth.notna().all():
         return truth.astype(bool)
-    numbers = pd.to_numeric(text.replace("", "nan"), errors="coerce")
+    numbers = parse_numbers(text.replace("", "nan"))
     return numbers if (numbers.notna() | text.isin(("", "nan"))).all() else column
 
 

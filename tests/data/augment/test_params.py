@@ -89,11 +89,9 @@ def test_blur_and_noise_come_alike_in_their_ranges() -> None:
     sigmas = [(2 * np.log(k[len(k) // 2] / k[len(k) // 2 + 1])) ** -0.5 for k in wide]
     assert_even(sigmas, 0.5, 3.0)
     noises = np.stack([d.pictures[-1] for d in draws if d.is_noisy])
-    np.testing.assert_array_equal(noises, np.rint(noises))
     deviations = noises.std(axis=(1, 2))
-    # What is behind the point is cut off, which takes half a level.
-    assert 2 < deviations.min() < 3
-    assert 6 < deviations.max() < 7.5
+    assert 2.8 < deviations.min() < 3.3
+    assert 6.7 < deviations.max() < 7.2
     assert abs(noises.mean()) < 0.05
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dist_train.data.raw.clip import PIXELS_VERSION, PrepareSettings, read_clip
@@ -50,3 +51,9 @@ def test_place_is_named_and_the_path_is_not() -> None:
         read_clip(GOLDEN / "colour.npy", "v.mp4", "s3://b/v.mp4", WHOLE)
     with pytest.raises(DecodeError, match=r"^there: unknown kind of file '\.exe'"):
         read_clip(GOLDEN / "colour.npy", "v.exe", "there", WHOLE)
+
+
+def test_an_array_by_name_needs_a_format_that_has_names(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((2, 3, 4), np.uint8))
+    with pytest.raises(DecodeError, match="'::x' names an array in the file"):
+        read_clip(tmp_path / "a.npy", "a.npy::x", "here", PrepareSettings(roi="none"))

@@ -111,9 +111,11 @@ def test_a_damaged_frame_is_seen(tmp_path: Path, kind: str) -> None:
     assert (clip != whole).any(axis=(1, 2)).tolist()[:9] == [False] * 8 + [True]
 
 
-def test_one_wrong_bit_of_ffv1_is_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("suffix", "pix_fmt"), [("mkv", "gray"), ("avi", "yuv420p")])
+def test_one_wrong_bit_of_ffv1_is_seen(tmp_path: Path, suffix: str, pix_fmt: str) -> None:
     """Its checksum is wrong; the decoder reports it, and marks no frame."""
-    path = write_video(tmp_path / "a.mkv", NOISE, codec="ffv1", pix_fmt="gray")
+    how = {"options": {"level": "3", "slicecrc": "1"}}
+    path = write_video(tmp_path / f"a.{suffix}", NOISE, codec="ffv1", pix_fmt=pix_fmt, **how)
     at, size = packet_of(path, 8)
     content = bytearray(path.read_bytes())
     content[at + size // 2] ^= 1

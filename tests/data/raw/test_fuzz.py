@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import SimpleITK
 import tifffile
 from helpers import ROOT, dist_train, environment
+from lif_writer import image, write_lif
 from make_media import grey_frames, outlined_frames, write_video
+from nd2_writer import write_nd2
+from PIL import Image
+from pylibCZIrw import czi
+from scipy.io import savemat
+from zarr_writer import write_array
 
 from dist_train.data.raw.outline import Box
 from dist_train.data.store.reader import REJECTED, Store
@@ -38,13 +47,42 @@ def sound_files(folder: Path) -> list[Path]:
         write_video(folder / "a.gif", grey, codec="gif", pix_fmt="rgb8"),
         write_video(folder / "mjpeg.avi", grey, codec="mjpeg", pix_fmt="yuvj420p"),
     ]
+    for suffix in ("png", "webp"):
+        first, *more = map(Image.fromarray, grey)
+        first.save(folder / f"a.{suffix}", save_all=True, append_images=more, duration=40)
+        files.append(folder / f"a.{suffix}")
     volume = np.random.default_rng(0).integers(0, 256, (6, 20, 24), np.uint8)
     np.save(folder / "v.npy", volume)
     np.savez_compressed(folder / "v.npz", volume)
     tifffile.imwrite(folder / "v.tif", volume, photometric="minisblack")
     tifffile.imwrite(folder / "z.tif", volume, photometric="minisblack", compression="zlib")
     tifffile.imwrite(folder / "w.tif", volume.astype(np.uint16) * 257, photometric="minisblack")
-    return files + [folder / name for name in ("v.npy", "v.npz", "v.tif", "z.tif", "w.tif")]
+    write_nd2(folder / "v.nd2", volume[..., None], [("Z", 6)])
+    write_nd2(folder / "z.nd2", volume[..., None], [("Z", 6)], compressed=True)
+    write_lif(folder / "v.lif", {"a": (image("a", "a", volume, "ZYX"), volume)})
+    write_czi(folder / "v.czi", volume)
+    write_array(folder / "a", volume, packed=True)
+    shutil.make_archive(str(folder / "v.zarr"), "zip", folder / "a")
+    shutil.rmtree(folder / "a")
+    medical_files(folder, volume)
+    return sorted({*files, *folder.iterdir()})
+
+
+def write_czi(path: Path, volume: np.ndarray) -> None:
+    with czi.create_czi(str(path), compression_options="zstd1:") as writer:
+        for z, picture in enumerate(volume):
+            writer.write(picture[..., None], plane={"Z": z})
+
+
+def medical_files(folder: Path, volume: np.ndarray) -> None:
+    """By ITK, HDF5 and MATLAB's older form."""
+    names = ("v.nii", "v.nii.gz", "v.nrrd", "v.mha", "v.dcm")
+    for name in names:
+        image = SimpleITK.GetImageFromArray(volume)
+        SimpleITK.WriteImage(image, str(folder / name), name in ("v.nrrd", "v.mha"))
+    with h5py.File(folder / "v.h5", "w") as file:
+        file.create_dataset("volume", data=volume, compression=4)
+    savemat(folder / "v.mat", {"volume": volume})
 
 
 def flip_bits(content: bytes, rng: np.random.Generator) -> bytes:
@@ -95,7 +133,7 @@ def test_mutated_files(tmp_path: Path, files: int) -> None:
     for number in range(files):
         path = sound[number % len(sound)]
         change = CHANGES[number // len(sound) % len(CHANGES)]
-        names.append(f"m{number:04d}-{change.__name__}{path.suffix}")
+        names.append(f"m{number:04d}-{change.__name__}{''.join(path.suffixes)}")
         (raw / names[-1]).write_bytes(change(path.read_bytes(), rng))
     rows = "".join(f"{name},{number % 2}\n" for number, name in enumerate(names))
     (raw / "clips.csv").write_text(f"filename,label\n{rows}")

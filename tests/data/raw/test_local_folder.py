@@ -65,6 +65,45 @@ def test_one_file_under_two_names(folder: Path, how: str) -> None:
     assert LocalFolder(folder).twice(names[:3]) is None
 
 
+def test_an_array_in_a_file(tmp_path: Path) -> None:
+    for name in ("a.h5", "b.h5"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "link.h5").symlink_to("a.h5")
+    source = LocalFolder(tmp_path)
+    with source.fetched("a.h5::t0/raw") as path:
+        assert path == tmp_path / "a.h5"
+    assert source.where("a.h5::t0/raw") == f"{tmp_path}/a.h5::t0/raw"
+    assert source.missing(["a.h5::x", "c.h5::x"]) == ["c.h5::x"]
+    assert source.hint("A.H5::x") == "It exists as 'a.h5'."
+    assert source.changed_since("a.h5::x", 0)
+    assert source.twice(["a.h5::x", "a.h5::y", "b.h5::x"]) is None
+    for other in ("a.h5::/x", "link.h5::x", "./a.h5::x/"):
+        assert source.twice(["a.h5::y", "a.h5::x", other]) == ("a.h5::x", other)
+
+
+def test_a_folder_that_is_one_clip(tmp_path: Path) -> None:
+    """Of a format that reads folders: DICOM, by a mark after 128 bytes."""
+    (tmp_path / "scan").mkdir()
+    (tmp_path / "scan" / "1").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "link").symlink_to("scan")
+    source = LocalFolder(tmp_path)
+    with source.fetched("scan") as path:
+        assert path == tmp_path / "scan"
+    assert source.twice(["scan", "link"]) == ("scan", "link")
+    # A slice of it is another clip.
+    assert source.twice(["scan", "scan/1"]) is None
+    changed = (tmp_path / "scan" / "1").stat().st_ctime
+    assert source.changed_since("scan", changed - 1)
+    assert not source.changed_since("scan", changed)
+    # A name that is another format's.
+    (tmp_path / "scan.npy").symlink_to("scan")
+    with pytest.raises(DecodeError, match="is a folder, and none"), source.fetched("scan.npy"):
+        pass
+    (tmp_path / "scan" / "1").write_bytes(b"no mark")
+    with pytest.raises(DecodeError, match="is a folder, and none"), source.fetched("scan"):
+        pass
+
+
 def test_a_folder_that_may_not_be_entered_is_no_missing_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

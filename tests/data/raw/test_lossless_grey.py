@@ -113,6 +113,57 @@ def test_every_level_is_kept(tmp_path: Path, codec: str) -> None:
             np.testing.assert_array_equal(luma, pictures, err_msg=f"{pix_fmt} {colour_range}")
 
 
+def with_tag(path: Path, tag: bytes) -> Path:
+    """Write another code of the format into both headers of an AVI."""
+    content = bytearray(path.read_bytes())
+    for place in (content.index(b"vids") + 4, content.index(b"strf") + 24):
+        content[place : place + 4] = tag
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("width", [16, 17, 18])
+@pytest.mark.parametrize("tag", [b"Y800", b"GREY", b"Y8  "])
+def test_raw_grey_of_cameras(tmp_path: Path, tag: bytes, width: int) -> None:
+    """The first row comes first, and rows are not filled up."""
+    picture = np.random.default_rng(0).integers(0, 256, (11, width), np.uint8)
+    frames = [grey_frame("gray", picture, FULL)] * 2
+    path = with_tag(write(tmp_path / "a.avi", "rawvideo", frames), tag)
+    np.testing.assert_array_equal(luma_of(path), [picture] * 2)
+
+
+def test_raw_grey_of_16_bits_in_avi_is_refused(tmp_path: Path) -> None:
+    frame = frame_of("gray16le", [np.zeros((16, 16), np.uint16)], FULL)
+    path = with_tag(write(tmp_path / "a.avi", "rawvideo", [frame]), b"Y16 ")
+    with pytest.raises(DecodeError, match=r"FFmpeg does not decode.*multi-page TIFF"):
+        luma_of(path)
+
+
+@pytest.mark.parametrize("suffix", ["avi", "mov"])
+@pytest.mark.parametrize("limited", [False, True])
+def test_motion_jpeg_is_full_range_unless_it_says_so(
+    tmp_path: Path, suffix: str, limited: bool
+) -> None:
+    """JPEG has full range (JFIF); the comment CS=ITU601 is the one sign of limited range."""
+    planes = [np.full((16, 16), 126, np.uint8), *[np.full((8, 8), 128, np.uint8)] * 2]
+    planes[0][:8] = 32
+    path = write(tmp_path / f"a.{suffix}", "mjpeg", [frame_of("yuvj420p", planes, FULL)])
+    with av.open(str(path)) as container:
+        comments = [
+            bytes(packet).count(b"CS=ITU601") for packet in container.demux() if packet.size
+        ]
+    assert comments == [0]
+    if limited:
+        # FFmpeg's own comment is as long.
+        content = path.read_bytes()
+        at = content.index(b"\xff\xfe", content.index(b"\xff\xd8")) + 4
+        comment = content[at : at + 10]
+        assert comment.startswith(b"Lavc")
+        path.write_bytes(content.replace(comment, b"CS=ITU601\0"))
+    expected = np.rint((planes[0] - 16.0) * (255 / 219)) if limited else planes[0]
+    assert np.abs(luma_of(path)[0] - expected).max() <= 2
+
+
 @pytest.mark.parametrize("pix_fmt", ["yuv444p", "yuv422p", "yuv420p10le", "yuv444p12le"])
 @pytest.mark.parametrize("colour_range", [LIMITED, FULL])
 def test_luma_of_other_chroma_and_depth(tmp_path: Path, pix_fmt: str, colour_range: int) -> None:

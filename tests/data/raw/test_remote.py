@@ -244,13 +244,29 @@ def test_no_room_for_the_copy(s3: WebServer, temporary: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../place/b.bin", "/place/b.bin", "sub/../../place/b.bin", "b.bin::memory://place"]
+    "name", ["../place/b.bin", "/place/b.bin", "sub/../../place/b.bin", "../b.bin::memory://place"]
 )
 def test_names_stay_inside_the_place(memory: MemoryFileSystem, name: str) -> None:
     source = open_source("memory://place")
     with pytest.raises(DecodeError, match="is not the name of a file in there"):
         content_of(source, name)
     assert not source.changed_since(name, 0)
+
+
+def test_an_array_in_a_file(memory: MemoryFileSystem) -> None:
+    source = open_source("memory://place")
+    assert content_of(source, "b.bin::t0/raw") == content_of(source, "b.bin")
+    # What follows the file's name is no place.
+    assert content_of(source, "b.bin::memory://other") == content_of(source, "b.bin")
+    assert source.where("b.bin::t0/raw") == "memory://place/b.bin::t0/raw"
+
+
+def test_folders_are_refused(memory: MemoryFileSystem) -> None:
+    memory.pipe("/place/scan/1.dcm", b"x")
+    with pytest.raises(DecodeError, match="scan: is a folder, and folders are read on a local"):
+        content_of(open_source("memory://place"), "scan")
+    with pytest.raises(DecodeError, match="the file is missing"):
+        content_of(open_source("memory://place"), "scan2")
 
 
 def test_a_web_server(s3: WebServer) -> None:
@@ -306,6 +322,17 @@ def test_urls_of_the_manifest(s3: WebServer, memory: MemoryFileSystem, tmp_path:
     memory.rm("/place/b.bin")
     with pytest.raises(DecodeError, match=r"memory://place/b\.bin: the file is missing"):
         content_of(source, "b.bin")
+
+
+def test_two_arrays_of_one_url(memory: MemoryFileSystem, tmp_path: Path) -> None:
+    path = tmp_path / "clips.csv"
+    rows = ["b.bin::x,0,memory://place/b.bin", "b.bin::y,1,memory://place/b.bin"]
+    path.write_text("\n".join(["filename,label,url", *rows]) + "\n")
+    source = manifest_source(read_manifest(path))
+    assert content_of(source, "b.bin::y") == FILES["b.bin"]
+    path.write_text("\n".join(["filename,label,url", rows[0], f"c{rows[0]}"]) + "\n")
+    with pytest.raises(ManifestError, match="have the same url"):
+        manifest_source(read_manifest(path))
 
 
 def test_manifest_without_usable_urls(tmp_path: Path) -> None:

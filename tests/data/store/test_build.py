@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,9 @@ from dist_train.data.raw.outline import Box, OutlineColour, crop_to_outline
 from dist_train.data.raw.video import Video
 from dist_train.data.store.build import PrepareSettings, prepare_npz
 from dist_train.data.store.reader import INDEX, MARKER, SHARDS, Store
+from dist_train.data.store.repair import repair
 from dist_train.data.store.shards import shard_name
+from dist_train.data.store.verify import verify
 from dist_train.errors import ManifestError, StoreError
 
 # What is stored.
@@ -61,6 +64,25 @@ def test_every_kind_of_file(tmp_path: Path, raw: Path) -> None:
     assert store.table["filename"].tolist() == list(expected)
     for clip, pixels in enumerate(expected.values()):
         np.testing.assert_array_equal(store.read(clip), pixels)
+
+
+def test_a_store_keeps_the_records_it_began_with(tmp_path: Path, raw: Path) -> None:
+    """A store of an earlier release is continued and repaired to the same bytes."""
+    for name in ("a.mp4", "b.mp4"):
+        write_video(raw / name, grey_frames(3))
+    settings = replace(WHOLE, shard_clips=1)
+    old = make(tmp_path, ["a.mp4", "b.mp4"], settings=replace(settings, record_version=1))
+    before = contents(old)
+    assert b"record_version" not in before["job.json"]
+    assert b"interval" not in before[f"{SHARDS}/{shard_name(0)}"]
+    (old / SHARDS / shard_name(1)).unlink()
+    make(tmp_path, ["a.mp4", "b.mp4"], settings=settings)
+    assert contents(old) == before
+    (old / SHARDS / shard_name(0)).write_bytes(b"")
+    repair(old, raw, verify(old, workers=1), workers=1)
+    assert contents(old) == before
+    new = make(tmp_path, ["a.mp4", "b.mp4"], out="new", settings=settings)
+    assert b'"interval": 0.05' in contents(new)[f"{SHARDS}/{shard_name(0)}"]
 
 
 # webdataset 1.0 leaves its files to the garbage collector.

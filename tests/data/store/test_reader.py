@@ -14,6 +14,7 @@ import pytest
 from make_media import read_volume, write_manifest, write_volumes
 
 from dist_train.data.store import reader as store_module
+from dist_train.data.store import shard_bytes
 from dist_train.data.store.build import PrepareSettings, finalize, prepare
 from dist_train.data.store.clip_table import TABLE
 from dist_train.data.store.index import index_checksum, read_index
@@ -66,7 +67,7 @@ def test_table(folder: Path) -> None:
 
 
 def test_no_more_files_are_open_than_allowed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(shard_bytes, "OPEN_SHARDS", 2)
     store = Store(folder)
     before = len(list(Path("/proc/self/fd").iterdir()))
     for clip in [0, 3, 6, 9, 0, 6, 1, 9]:

@@ -80,7 +80,9 @@ def test_names_that_look_like_missing_values_stay_names(table: Path) -> None:
 
 MISTAKES = {
     "header only": (["filename,label"], "has no rows"),
-    "no filename column": (["file,label", "a,1"], "no column 'filename'"),
+    "no filename column": (["name,label", "a,1"], "no column 'filename'"),
+    "two file columns": (["file,path,label", "a,b,1"], "two columns for 'filename' (file, path)"),
+    "two columns of a name": (["filename,label,x,x", "a,1,2,3"], "has two columns 'x'"),
     "unknown column": (["filename,label,grp", "a,1,x"], "unknown column 'grp'. Did you mean 'g"),
     "two letters swapped": (
         ["filename,Lable", "a,1"],
@@ -97,7 +99,26 @@ MISTAKES = {
     "label 2": (["filename,label", "a.mp4,2"], "label of 'a.mp4' is '2', not 0 or 1"),
     "field missing": (["filename,label", "a,1", "b"], "label of 'b' is '', not 0 or 1 (line 3, "),
     "no label": (["filename,label", "a,", "b, "], "no label in any row. Fill the column"),
-    "decimal comma": (["filename;label;weight", "a;1;2,5"], "'2,5', not a number (line 2, 1 such"),
+    "comma or thousands": (
+        ["filename;label;weight", "a;1;1,500", "b;0;12,000"],
+        "'1,500', not a number (line 2, 2 such",
+    ),
+    "comma and point": (["filename;label;weight", "a;1;1,5", "b;0;1.5"], "'1,5', not a number ("),
+    "labels 1 and 2": (
+        ["filename,label", "a,1", "b,2"],
+        "label of 'b' is '2', not 0 or 1 (line 3, 1 such rows). Write it so, or as true, false, "
+        "yes or no. If labels are names, --positive NAME says which are positive (there are: 1, 2)",
+    ),
+    "label nan": (["filename,label", "a,1", "b,nan"], "label of 'b' is 'nan', not 0 or 1 (line 3"),
+    "some labels": (["filename,label", "a,1", "b,0", "c,"], "--where 'label >= 0' leaves out rows"),
+    "long metadata": (
+        ["filename,label,notes", f"a,1,{'x' * 20_001}"],
+        "line 2 has 20006 characters in columns without a use (notes), more than 20000. Remove",
+    ),
+    "line break in quotes": (
+        ["filename,label,notes", 'a,1,"two', 'lines"', "b,5,"],
+        "not 0 or 1 (line 3, 1 such",
+    ),
     "another spelling": (["filename,label", "a.mp4,1", "./a.mp4,0"], "is listed twice (lines"),
     "on Windows": (["filename,label", r"d\a.mp4,1", "d/a.mp4,0"], "is listed twice (lines 2 and 3"),
     "two forms of one letter": (["filename,label", "\u00e4,1", "a\u0308,0"], "is listed twice (li"),
@@ -109,7 +130,7 @@ MISTAKES = {
     ),
     "after blank rows": (
         ["sep=;", "", "filename;label", "a;1", ";", "b;2"],
-        "not 0 or 1 (line 6, 1 such",
+        "not 0 or 1 (line 5, 1 such",
     ),
     "split unknown": (["filename,label,split", "a,1,dev"], "split of 'a' is 'dev', not train, val"),
     "weight negative": (["filename,label,weight", "a,1,-1"], "weight of 'a' is '-1', not a finit"),
@@ -202,6 +223,18 @@ SPREADSHEETS = {
     "quoted": b'"filename","label"\n"a.npy","1"\n"b.npy","0"\n',
     "blanks": b"filename, label\na.npy , 1\n b.npy,0 \n",
     "old Mac": b"filename,label\ra.npy,1\rb.npy,0\r",
+    "bars": b"filename|label\na.npy|1\nb.npy|0\n",
+    "UTF-16 big-endian": "\ufefffilename;label\na.npy;1\nb.npy;0\n".encode("utf-16-be"),
+    "told delimiter in quotes": b'\xef\xbb\xbf"sep=|"\nfilename|label\na.npy|1\nb.npy|0\n',
+    "index of pandas": b",filename,label\n0,a.npy,1\n1,b.npy,0\n",
+    "decimal labels": b"filename;label\na.npy;1,0\nb.npy;0.0\n",
+    "booleans": b"filename,label\na.npy,TRUE\nb.npy,False\n",
+    "file": b"File,label\na.npy,1\nb.npy,0\n",
+    "path": b"Path ;label \na.npy ;1 \nb.npy;0\n",
+    "file name": b'"File Name ", "label"\na.npy,1\nb.npy,0\n',
+    "path beside filename": b"filename,path,label\na.npy,/x,1\nb.npy,/y,0\n",
+    "header on two lines": b'filename,"no\ntes",label\na.npy,,1\nb.npy,,0\n',
+    "other delimiters in the header": b"filename;label;a,b|c\na.npy;1;\nb.npy;0;\n",
 }
 
 
@@ -220,7 +253,11 @@ NO_TABLES = {
     ),
     "picture": (b"\x89PNG\r\n\x1a\n\xff\xfe\x00", "it holds a byte 0"),
     "empty": (b"", "is empty"),
-    "latin-1": ("filename,label\nM\u00e4us.npy,1\n".encode("latin-1"), "Save it as 'CSV UTF-8'"),
+    "no code page": (b"filename,label\n\x81\x8d.npy,1\n", "Save it as 'CSV UTF-8'"),
+    "UTF-32": ("filename,label\na,1\n".encode("utf-32"), "it holds a byte 0"),
+    "cut UTF-16": ("filename,label\na,1".encode("utf-16")[:-1], "Save it as 'CSV UTF-8'"),
+    "byte 0 at the end": (b"filename,label\n" + b"a,1\n" * 20_000 + b"\0", "it holds a byte 0"),
+    "blank after quotes": (b'filename,label\n"a" ,1\n', "line 2: "),
     "UTF-16 unmarked": ("filename,label\na,1\n".encode("utf-16-le"), "it holds a byte 0"),
     "blank": (b"\n ,\n\n", "is empty"),
 }
@@ -239,14 +276,66 @@ def test_a_folder_is_no_table(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_columns_that_are_not_used_are_told(table: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write(table, "filename,label,notes,operator", "a.mp4,1,good,x", "b.mp4,0,,y")
-    assert read_manifest(table).table["label"].tolist() == [1, 0]
-    assert "these columns are not used: notes, operator (used are filename, label" in caplog.text
+def test_further_columns_are_metadata(table: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(table, "filename,label,Notes ,micro,empty,key", 'a.mp4,1,"very\n good ",1,,k', "b.mp4,0")
+    rows = read_manifest(table).table
+    assert rows["label"].tolist() == [1, 0]
+    assert [name for name in rows if name.startswith("meta:")] == ["meta:Notes", "meta:key"]
+    assert rows["meta:Notes"].tolist() == ["very good", ""]
+    assert rows["key"].tolist() == ["a", "b"]
+    assert "these columns are kept as metadata: Notes, key (used are filename, label" in caplog.text
     caplog.clear()
     # A column close to one that is there is no slip.
     read_manifest(write(table, "filename,label,labels", "a.mp4,1,2"))
-    assert "not used: labels" in caplog.text
+    assert "kept as metadata: labels" in caplog.text
+
+
+def test_columns_may_have_other_names(table: Path, tmp_path: Path) -> None:
+    write(table, "filename,label,Clip,Mouse,stall", "x,7,a.npy,m1,1", "x,8,b.npy,m2,0")
+    columns = {"filename": "clip", "label": "Stall", "group": "mouse"}
+    rows = read_manifest(table, columns=columns).table
+    assert rows[["filename", "label", "group"]].to_dict("list") == {
+        "filename": ["a.npy", "b.npy"], "label": [1, 0], "group": ["m1", "m2"],
+    }  # fmt: skip
+    assert rows["meta:label"].tolist() == ["7", "8"]
+    assert rows["meta:filename"].tolist() == ["x", "x"]
+    chosen = read_manifest(table, columns=columns, where="label == 1 and Mouse == 'm1'").table
+    assert chosen["filename"].tolist() == ["a.npy"]
+    with pytest.raises(ManifestError, match=r"no column 'clips'; its .*by --file-column"):
+        read_manifest(table, columns={"filename": "clips"})
+    with pytest.raises(
+        ManifestError, match=r"no column 'stal' \(--label-column\). Did you mean 's"
+    ):
+        read_manifest(table, columns={"label": "stal"})
+    labels = write(tmp_path / "other.csv", "file,verdict", "a.npy,1", "b.npy,0")
+    write(table, "file", "a.npy", "b.npy")
+    rows = read_manifest(table, labels=labels, columns={"label": "verdict"}).table
+    assert rows["label"].tolist() == [1, 0]
+
+
+def test_decimal_commas_and_latin_1(table: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = "file;label;group;weight;crowd_score\nM\u00e4us.npy;1;\u00e4;2,5;0,125\nb.npy;0;;;\n"
+    table.write_bytes(content.encode("latin-1"))
+    rows = read_manifest(table).table
+    assert rows["filename"].tolist() == ["M\u00e4us.npy", "b.npy"]
+    assert rows["weight"].tolist() == [2.5, 1.0]
+    assert rows["crowd_score"].tolist()[0] == 0.125
+    assert "is not UTF-8, and is read as Windows-1252 (Latin-1)" in caplog.text
+    assert read_manifest(table, where="weight > 2").table["filename"].tolist() == ["M\u00e4us.npy"]
+
+
+def test_groups_of_whole_and_decimal_numbers(table: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(table, "filename,label,group", "a,1,12.0", "b,0,12", "c,0,7.0", "d,0,")
+    assert read_manifest(table).table["group"].tolist() == ["12", "12", "7", ""]
+    assert "groups '12.0' and '12' are read as one group" in caplog.text
+    # Where they cannot be mistaken, names stay as they are written.
+    write(table, "filename,label,group", "a,1,12.0", "b,0,12.5", "c,0,7.0")
+    assert read_manifest(table).table["group"].tolist() == ["12.0", "12.5", "7.0"]
+
+
+def test_splits_may_have_other_names(table: Path) -> None:
+    write(table, "filename,label,split", "a,1,Training", "b,0,validation", "c,0,valid", "d,1,TEST")
+    assert read_manifest(table).table["split"].tolist() == ["train", "val", "val", "test"]
 
 
 CHALLENGE = [

@@ -1,9 +1,9 @@
-"""The bits in use in 16-bit values are one number for all files."""
+"""Bits in use, black and white, and channels are the same for all files of a set."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import tifffile
 from helpers import contents, said
 from make_media import write_manifest
 
-from dist_train.data.raw.bit_depth import depth_of_arrays, depth_of_files, file_bits
 from dist_train.data.raw.clip import PrepareSettings
 from dist_train.data.raw.grey import depth_of
 from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.source import LocalFolder
+from dist_train.data.raw.survey import survey, survey_arrays
 from dist_train.data.store.build import finalize, prepare, prepare_part
 from dist_train.data.store.build_spec import Part
 from dist_train.data.store.reader import Store
@@ -47,6 +47,13 @@ def save(path: Path, values: np.ndarray) -> None:
         gray16(path, values)
     else:
         tifffile.imwrite(path, values, photometric="minisblack")
+
+
+def surveyed(folder: Path, names: list[str], settings: PrepareSettings = WHOLE) -> PrepareSettings:
+    def run(function: Any, items: Any, without: Any) -> Any:
+        return (function(item, UNWATCHED) for item in items)
+
+    return survey(LocalFolder(folder), names, settings, run)
 
 
 def stored(store: Path) -> dict[str, np.ndarray]:
@@ -81,7 +88,7 @@ def test_depth_by_metadata(tmp_path: Path, declared: int, bits: int) -> None:
     """Writers that do not know it declare 16."""
     metadata = {"axes": "ZYX", "SignificantBits": declared}
     tifffile.imwrite(tmp_path / "a.ome.tif", RAMP // 4, ome=True, metadata=metadata)
-    assert file_bits(tmp_path / "a.ome.tif", ".tif") == bits
+    assert surveyed(tmp_path, ["a.ome.tif"]).bits == bits
 
 
 @pytest.fixture
@@ -114,7 +121,7 @@ def test_few_levels_are_reported_and_more_bits_refused(tmp_path: Path, mixed: Pa
     common = ("prepare", "--manifest", manifest, "--source", mixed, "--roi", "none")
     printed = said(*common, "--out", tmp_path / "s")
     # 0 to 9, 0 to 70 and 0 to 90 of 4096. The uint8 file loses nothing.
-    assert "fewer than 32 grey levels: 3 clips of more than 8 bits (the least: 1)" in printed
+    assert "fewer than 16 grey levels: 4 clips (the least: 1)" in printed
     printed = said(*common, "--out", tmp_path / "ten", "--bits", 10, "--max-rejected", "50%")
     assert "rejected: 1" in printed
     reasons = (tmp_path / "ten" / "rejected.csv").read_text().splitlines()
@@ -126,7 +133,7 @@ def test_few_levels_are_reported_and_more_bits_refused(tmp_path: Path, mixed: Pa
 def test_depth_of_files_that_are_not_all_here(tmp_path: Path, mixed: Path) -> None:
     manifest = write_manifest(tmp_path / "t.csv", [f"{i}.npy" for i in range(6)])
     (mixed / "2.npy").unlink()
-    with pytest.raises(StoreError, match=r"cannot be known\. Say the depth with --bits"):
+    with pytest.raises(StoreError, match=r"1 of them are not here\. Say them with --bits"):
         prepare_part(manifest, mixed, tmp_path / "s", WHOLE, Part(1, 2))
 
 
@@ -146,10 +153,10 @@ def test_sixteen_bits_in_mp4_need_to_be_told(tmp_path: Path) -> None:
         prepare(manifest, tmp_path, tmp_path / "s", WHOLE)
 
 
-def test_other_types_of_16_bits_do_not_count() -> None:
-    others = [np.full((1, 2, 2), 30000, kind) for kind in ("i2", "f2")]
-    assert depth_of_arrays(others) is None
-    assert depth_of_arrays([*others, RAMP]) == 12
+def test_volumes_in_memory() -> None:
+    others = [np.full((1, 2, 2), 30000, kind) for kind in ("i2", "f4")]
+    assert survey_arrays(others, WHOLE) == WHOLE
+    assert survey_arrays([*others, RAMP], WHOLE).bits == 12
 
 
 @dataclass(frozen=True)
@@ -164,9 +171,5 @@ def test_a_reader_decides_on_its_own_suffixes(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.linspace(0, 1, 64, dtype=np.float32).reshape(4, 4, 4))
     reader = ScaledReader("mylab:read", (".npy",), None, "")
 
-    def run(function: Any, items: Any, without: Any) -> Any:
-        return (function(item, UNWATCHED) for item in items)
-
-    source = LocalFolder(tmp_path)
-    assert depth_of_files(source, ["a.npy"], run) is None
-    assert depth_of_files(source, ["a.npy"], run, reader) == 12
+    assert surveyed(tmp_path, ["a.npy"]).bits is None
+    assert surveyed(tmp_path, ["a.npy"], replace(WHOLE, reader=reader)).bits == 12

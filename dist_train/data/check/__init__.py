@@ -1,0 +1,1 @@
+"""What is wrong with a store's clips: faults, copies, shifts of brightness, leaks of labels."""

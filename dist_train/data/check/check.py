@@ -1,0 +1,175 @@
+"""Look for all that may be wrong with the clips of a store."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dist_train.config import Config
+from dist_train.data.check.clips import describing, recorded
+from dist_train.data.check.findings import copies, faults, identical_pairs, record_faults
+from dist_train.data.check.measure import measure, near_copies
+from dist_train.data.check.result import MOST_NAMED, CheckResult, Finding, Leak
+from dist_train.data.check.shifts import find_shifts
+from dist_train.data.duplicates import Copies, find_duplicates
+from dist_train.data.splits import NAMES, choose_clips, given_splits
+from dist_train.data.store.reader import Store
+from dist_train.errors import PlanError
+from dist_train.progress import Progress
+
+#: Clips whose pixels a quick check reads.
+QUICK = 5_000
+#: Most clips on which leaks are tried.
+MOST_TRIED = 50_000
+#: The same, and the most clips of a store, for ``check_records``.
+MOST_TRIED_BRIEFLY, MOST_BRIEFLY = 2_000, 100_000
+
+
+def check_store(
+    store: Store,
+    config: Config,
+    *,
+    quick: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> CheckResult:
+    """Look for faults, copies, shifts of brightness, and leaks.
+
+    Args:
+        config: its ``select``, ``split`` and ``seed`` give the splits, as in training.
+        quick: read the pixels of ``QUICK`` random clips only, and look for no near copies.
+        workers: processes; None takes one per available core.
+        progress: called with (clips read, clips in all), and then with pairs of clips.
+
+    Raises:
+        StoreError: the store cannot be used. Single clips that cannot be read are a finding.
+    """
+    notes: list[str] = []
+    clips = recorded(store)
+    exact = find_duplicates(store)
+    # The first clip with the same pixels.
+    same = pd.Series(np.arange(len(clips)))
+    same[exact.clips] = exact.first
+    clips["split"] = _splits(store, config, exact, notes)
+    chosen = clips.iloc[_sample(len(clips), QUICK if quick else len(clips))]
+    by_place = chosen.sort_values(["shard", "offset"]).index.tolist()
+    statistics, unreadable = measure(store, by_place, workers, progress)
+    findings = [
+        Finding(kind="cannot be read", clips=len(unreadable), names=unreadable[:MOST_NAMED]),
+        *faults(clips, statistics),
+        *record_faults(clips),
+        *copies("identical", identical_pairs(clips["label"], same), clips),
+    ]
+    if len(chosen) == len(clips):
+        first = ~same[statistics.index].duplicated()
+        near, is_cut = near_copies(store, statistics["hash"][first], workers, progress)
+        findings += copies("near-identical", near, clips)
+        if is_cut:
+            notes.append("near-identical clips: only the most similar pairs were compared")
+    else:
+        notes.append(
+            f"pixels: of {len(chosen)} random clips, by --quick; no near-identical clips were "
+            "looked for"
+        )
+    own, grey = clips.loc[statistics.index], _grey(store, statistics)
+    return CheckResult(
+        content=store.content,
+        clips=len(clips),
+        sampled=len(chosen),
+        findings=findings,
+        shifts=find_shifts(grey, own["group"], own["split"]),
+        leaks=_leaks(own, grey, notes),
+        notes=notes,
+    )
+
+
+def check_records(store: Store) -> list[str]:
+    """What the records say without a look at the pixels, in seconds: a line per finding.
+
+    Empty for a store of more than ``MOST_BRIEFLY`` clips.
+    """
+    if store.info["clips"] > MOST_BRIEFLY:
+        return []
+    clips = recorded(store)
+    lines = [f"{one.clips} clips: {one.kind}" for one in record_faults(clips) if one.clips]
+    leaks = _leaks(clips, None, [], most=MOST_TRIED_BRIEFLY, alone=False)
+    return lines + [
+        f"the label can be told from {', '.join(leak.columns)}: MCC {leak.mcc:.2f} "
+        f"({leak.low:.2f} to {leak.high:.2f})"
+        for leak in leaks
+        if leak.is_leak
+    ]
+
+
+def _leaks(
+    clips: pd.DataFrame,
+    grey: pd.DataFrame | None,
+    notes: list[str],
+    *,
+    most: int = MOST_TRIED,
+    alone: bool = True,
+) -> list[Leak]:
+    """``find_leaks`` for at most ``most`` random clips.
+
+    Args:
+        clips: rows of ``recorded``.
+        grey: further columns of these clips; None adds none.
+        notes: what was left out is added to them.
+    """
+    if find_spec("sklearn") is None:
+        notes.append("leaks: not looked for; pip install 'dist_train[check]'")
+        return []
+    from dist_train.data.check.leaks import FEWEST, GROUP, find_leaks
+
+    labelled = clips[clips["label"] >= 0]
+    if min(np.bincount(labelled["label"], minlength=2)) < FEWEST:
+        notes.append(f"leaks: not looked for, as a class has fewer than {FEWEST} clips")
+        return []
+    if len(labelled) > most:
+        notes.append(f"leaks: tried on {most} random clips of {len(labelled)}")
+        labelled = labelled.iloc[_sample(len(labelled), most)]
+    columns = describing(labelled)
+    if grey is not None:
+        columns = columns.join(grey, rsuffix=" (pixels)")
+    leaks = find_leaks(columns, labelled["label"].to_numpy(np.int64), alone=alone)
+    if GROUP in columns and not any(leak.apart for leak in leaks):
+        notes.append("leaks: groups are too few, or too uneven, to be kept apart by folds")
+    if any("bytes (stored)" in leak.columns for leak in leaks):
+        notes.append("leaks: the store has no sizes of raw files, so those of its clips are tried")
+    return leaks
+
+
+def _sample(count: int, most: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """At most ``most`` random numbers below ``count``, ascending; the same ones every time."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(0).choice(count, most, replace=False))
+
+
+def _splits(store: Store, config: Config, exact: Copies, notes: list[str]) -> np.ndarray[Any, Any]:
+    """The split of each clip in a run with these settings, "" for clips that take no part."""
+    together = exact if config.split.duplicates == "together" else None
+    settings = config.select, config.split, config.seed
+    try:
+        codes = choose_clips(store.table, *settings, together, store.classes)
+    except PlanError as error:
+        notes.append(f"splits: none ({error.what})")
+        return np.full(len(store.table), "", object)
+    if not given_splits(store.table).all() and not config.split.train_on_all:
+        notes.append(
+            f"splits: as training cuts them with seed {config.seed}, fold {config.split.fold} of "
+            f"{config.split.folds}; other settings are given as for 'dist-train train'"
+        )
+    return np.array(NAMES, object)[codes]
+
+
+def _grey(store: Store, statistics: pd.DataFrame) -> pd.DataFrame:
+    """Mean and spread of the grey values of each channel."""
+    columns = {}
+    for channel, name in enumerate(getattr(store, "channels", ("grey",))):
+        columns[f"mean {name}"] = statistics["means"].str[channel].astype(np.float64)
+        columns[f"spread of {name}"] = statistics["spreads"].str[channel].astype(np.float64)
+    return pd.DataFrame(columns)

@@ -1,0 +1,234 @@
+"""A copy of a run behind a URL, from which it goes on on another machine.
+
+After each checkpoint a thread of rank 0 copies, beside the training:
+
+1. the files of the checkpoint, but not its marker;
+2. the other files of the run that have changed: record, settings, metrics, snapshots;
+3. the marker, after which the checkpoint counts.
+
+So whatever is cut off, the newest checkpoint with a marker is whole, and the files beside it are as
+new as it or newer, as after a crash in the run's own folder. Checkpoints that the retention policy
+removes lose their marker first.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path, PurePosixPath
+from threading import Lock
+
+from dist_train.checkpoint.format import MARKER, by_step, check_checkpoint, read_marker
+from dist_train.checkpoint.retention import RetentionPolicy, to_remove
+from dist_train.checkpoint.superseded import SUPERSEDED, set_aside
+from dist_train.errors import CheckpointError, DistTrainError, RunError
+from dist_train.files import MOST_JSON, PARTIAL, sync_folder, whole_aside
+from dist_train.objects import Objects
+from dist_train.run.folder import CHECKPOINTS, LOCK, TENSORBOARD, parts_of_run
+
+log = logging.getLogger(__name__)
+
+#: Not needed to go on.
+_LEFT_OUT = {CHECKPOINTS, LOCK, SUPERSEDED, TENSORBOARD}
+
+
+class Mirror:
+    """Copies a run's checkpoints to ``url``; used on rank 0 alone.
+
+    At most one is copied at a time. Of those that are completed meanwhile, the newest is next.
+
+    Args:
+        keep: which checkpoints stay behind the URL when a new one is there.
+    """
+
+    def __init__(self, run: Path, url: str, keep: RetentionPolicy) -> None:
+        self.objects = Objects(url)
+        self._run, self._keep = run, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mirror")
+        self._lock = Lock()
+        self._waiting: Path | None = None
+        self._work: Future[None] | None = None
+        self._failed: DistTrainError | None = None
+        # Size and time of change of the files that were copied.
+        self._copied: dict[str, tuple[int, int]] = {}
+
+    def refuse_existing(self) -> None:
+        """Check for ``--resume never``.
+
+        Raises:
+            RunError: there is a run behind the URL.
+            RemoteError: it cannot be listed.
+        """
+        if names := self._names(""):
+            raise RunError(
+                f"checkpoint.mirror holds a run already ({names[0]})",
+                where=self.objects.where(""),
+                fix="Go on with it by --resume auto, or choose another checkpoint.mirror.",
+            )
+
+    def add(self) -> None:
+        """Copy the newest checkpoint, beside the training."""
+        newest = by_step(self._run / CHECKPOINTS)[-1][1]
+        with self._lock:
+            self._waiting = newest
+            if self._work is None or self._work.done():
+                self._work = self._thread.submit(self._copy_waiting)
+
+    def finish(self) -> None:
+        """Wait until all is copied.
+
+        Raises:
+            RemoteError: the newest checkpoint could not be copied.
+        """
+        if self._work is not None:
+            self._work.result()
+        if self._failed is not None:
+            raise self._failed
+
+    def fetch(self) -> None:
+        """Bring the run here if the newest checkpoint is behind the URL.
+
+        Files of the run that are here are set aside.
+
+        Raises:
+            RemoteError: it cannot be read.
+            OSError: the disk is full.
+        """
+        folder = self._run / CHECKPOINTS
+        newest_here = max((step for step, _ in by_step(folder)), default=-1)
+        steps = [step for step in self._steps() if step > newest_here]
+        if not steps:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        log.warning(
+            "going on from %s, where step %d is the newest", self.objects.where(""), max(steps)
+        )
+        is_older = bool(parts_of_run(self._run))
+        for name in self._names(""):
+            if name.partition("/")[0] in _LEFT_OUT or not _is_plain(name):
+                continue
+            path = self._run / name
+            if is_older and path.exists():
+                set_aside(self._run, path)
+            self._download(name, path)
+        for step in sorted(steps, reverse=True):
+            try:
+                self._fetch_checkpoint(step, folder)
+                return
+            except CheckpointError as error:
+                log.warning("skipped a damaged checkpoint: %s", error)
+
+    def _fetch_checkpoint(self, step: int, folder: Path) -> None:
+        final, aside = folder / f"step-{step}", folder / f"step-{step}{PARTIAL}"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        prefix = f"{CHECKPOINTS}/{final.name}/"
+        for name in self._names(prefix):
+            if _is_plain(name):
+                self._download(name, aside / PurePosixPath(name).name)
+        checked = aside.rename(final)
+        sync_folder(folder)
+        try:
+            check_checkpoint(checked)
+        except CheckpointError:
+            shutil.rmtree(checked)
+            raise
+
+    def _download(self, name: str, to: Path) -> None:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with whole_aside(to) as aside:
+            self.objects.download(name, aside)
+
+    def _copy_waiting(self) -> None:
+        while True:
+            with self._lock:
+                checkpoint, self._waiting = self._waiting, None
+                if checkpoint is None:
+                    self._work = None
+                    return
+            try:
+                self._copy(checkpoint)
+                self._failed = None
+            except FileNotFoundError:
+                # The retention policy has removed it: a newer one is waiting.
+                continue
+            except DistTrainError as error:
+                self._failed = error
+                log.warning("%s is not in checkpoint.mirror: %s", checkpoint.name, error)
+
+    def _copy(self, checkpoint: Path) -> None:
+        prefix = f"{CHECKPOINTS}/{checkpoint.name}"
+        with ExitStack() as opened:
+            # Open files can be read after they were removed.
+            files = {
+                path.name: opened.enter_context(path.open("rb"))
+                for path in checkpoint.iterdir()
+                if not path.name.startswith(".")
+            }
+            marker = files.pop(MARKER).read()
+            # A marker of an earlier session must not vouch for new files.
+            self.objects.remove(f"{prefix}/{MARKER}")
+            for name, file in files.items():
+                self.objects.put(f"{prefix}/{name}", file)
+        self._copy_changed()
+        self.objects.put(f"{prefix}/{MARKER}", marker)
+        self._prune(int(checkpoint.name.partition("-")[2]))
+
+    def _copy_changed(self) -> None:
+        for path in sorted(self._run.rglob("*")):
+            name = path.relative_to(self._run).as_posix()
+            if name.partition("/")[0] in _LEFT_OUT or not path.is_file() or path.is_symlink():
+                continue
+            if path.name.startswith(".") or path.name.endswith(PARTIAL):
+                continue
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                version = status.st_size, status.st_mtime_ns
+                if self._copied.get(name) != version:
+                    self.objects.put(name, path.read_bytes() if version[0] < MOST_JSON else path)
+                    self._copied[name] = version
+
+    def _prune(self, newest: int) -> None:
+        """Remove checkpoints behind the URL by the policy."""
+        saved = {}
+        with tempfile.TemporaryDirectory(prefix="dist_train.") as scratch:
+            for step in self._steps():
+                folder = Path(scratch) / f"step-{step}"
+                folder.mkdir()
+                name = f"{CHECKPOINTS}/{folder.name}/{MARKER}"
+                (folder / MARKER).write_bytes(self.objects.get(name, most_bytes=MOST_JSON))
+                try:
+                    found = read_marker(folder)["facts"].get("metrics")
+                except CheckpointError:
+                    found = None
+                saved[step] = found if isinstance(found, dict) else {}
+        for step in to_remove(saved, newest, self._keep):
+            names = self._names(f"{CHECKPOINTS}/step-{step}/")
+            for name in sorted(names, key=lambda name: not name.endswith(MARKER)):
+                self.objects.remove(name)
+
+    def _steps(self) -> list[int]:
+        """Steps of the checkpoints with a marker."""
+        paths = map(PurePosixPath, self._names(f"{CHECKPOINTS}/"))
+        steps = (path.parent.name.removeprefix("step-") for path in paths if path.name == MARKER)
+        return sorted(int(step) for step in steps if step.isdecimal())
+
+    def _names(self, prefix: str) -> list[str]:
+        names = self.objects.names(prefix)
+        if names is None:
+            raise RunError(
+                "the web cannot be written to",
+                where=self.objects.where(""),
+                fix="Give checkpoint.mirror as s3://, gs:// or az://.",
+            )
+        return names
+
+
+def _is_plain(name: str) -> bool:
+    """Whether an object's name stays within the run's folder."""
+    parts: Iterable[str] = name.split("/")
+    return all(part not in ("", ".", "..") and not part.startswith(".") for part in parts)

@@ -1,0 +1,176 @@
+"""A store written behind a URL, shard by shard, is the one that a folder gets."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fsspec import AbstractFileSystem
+from helpers import contents, dist_train, environment, refused, run_well
+from make_media import write_manifest, write_volumes
+
+from dist_train.data.raw.clip import PrepareSettings
+from dist_train.data.store.build import finalize, prepare, prepare_part
+from dist_train.data.store.build_spec import Part
+from dist_train.data.store.publish import folder_of, hollow
+from dist_train.data.store.reader import Store
+from dist_train.data.store.shards import read_records
+from dist_train.data.table.manifest import Manifest
+from dist_train.errors import StoreError
+
+URL = "s3://lab/store"
+SETTINGS = PrepareSettings(roi="none", shard_clips=3)
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    write_volumes(tmp_path / "raw", 10)
+    (tmp_path / "raw/clip004.npy").write_bytes(b"damaged")
+    return tmp_path / "raw"
+
+
+@pytest.fixture
+def manifest(tmp_path: Path, raw: Path) -> Manifest:
+    return write_manifest(tmp_path / "t.csv", sorted(path.name for path in raw.iterdir()))
+
+
+@pytest.fixture
+def local(tmp_path: Path, raw: Path, manifest: Manifest) -> dict[str, bytes]:
+    """The files of the same store in a folder."""
+    prepare(manifest, raw, tmp_path / "local", SETTINGS, max_rejected=0.5)
+    return files(contents(tmp_path / "local"))
+
+
+def files(found: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in found.items() if ".lock" not in name}
+
+
+def there(bucket: AbstractFileSystem) -> dict[str, bytes]:
+    prefix = "lab/store/"
+    return {name.removeprefix(prefix): bucket.cat(name) for name in bucket.find(prefix)}
+
+
+def machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on this process is on another machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+
+
+def test_every_byte_is_that_of_a_local_store(
+    tmp_path: Path, raw: Path, manifest: Manifest, local: dict[str, bytes],
+    bucket: AbstractFileSystem, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    machine(tmp_path / "one", monkeypatch)
+    prepare(manifest, raw, URL, SETTINGS, max_rejected=0.5)
+    assert there(bucket) == local
+    opened, same = Store(URL), Store(tmp_path / "local")
+    for clip in range(9):
+        np.testing.assert_array_equal(opened.read(clip), same.read(clip))
+    # Nothing is done twice; other settings are refused, on another machine too.
+    before = {name: bucket.info(name)["LastModified"] for name in bucket.find("lab/store/shards")}
+    prepare(manifest, raw, URL, SETTINGS, max_rejected=0.5)
+    machine(tmp_path / "two", monkeypatch)
+    prepare(manifest, raw, URL, SETTINGS, max_rejected=0.5)
+    bucket.invalidate_cache()
+    assert {n: bucket.info(n)["LastModified"] for n in before} == before
+    assert there(bucket) == local
+    with pytest.raises(StoreError, match=r"made with other settings \(settings.shard_clips"):
+        prepare(manifest, raw, URL, PrepareSettings(roi="none", shard_clips=4))
+
+
+def test_parts_of_several_machines(
+    tmp_path: Path, raw: Path, manifest: Manifest, local: dict[str, bytes],
+    bucket: AbstractFileSystem, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for number in (1, 2):
+        machine(tmp_path / f"machine{number}", monkeypatch)
+        prepare_part(manifest, raw, URL, SETTINGS, Part(number, 2))
+    assert "store.json" not in there(bucket)
+    machine(tmp_path / "third", monkeypatch)
+    finalize(URL, max_rejected=0.5)
+    assert there(bucket) == local
+
+
+KILLED = """
+import os, signal, sys
+from dist_train.data.raw.clip import PrepareSettings
+from dist_train.data.store import publish
+from dist_train.data.store.build import prepare
+from dist_train.data.store import build
+from dist_train.data.table.manifest import read_manifest
+from dist_train.system.supervised_pool import UNWATCHED
+from pathlib import Path
+
+put, table, raw, url, last = publish.Objects.put, *sys.argv[1:]
+
+def killed(self, name, content):
+    if name.endswith(last):
+        os.kill(os.getpid(), signal.SIGKILL)
+    put(self, name, content)
+
+def here(function, tasks, without, limits=None, workers=None):
+    return (function(task, UNWATCHED) for task in tasks)
+
+publish.Objects.put, build.supervised = killed, here
+prepare(
+    read_manifest(Path(table)), Path(raw), url,
+    PrepareSettings(roi="none", shard_clips=3), max_rejected=0.5,
+)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", ["000001.tar", "000001.rejected.csv", "index.lmdb", "store.json"])
+def test_a_killed_upload_goes_on(
+    tmp_path: Path, raw: Path, manifest: Manifest, local: dict[str, bytes], last: str,
+    bucket: AbstractFileSystem, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    machine(tmp_path / "one", monkeypatch)
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "t.csv"), str(raw), URL, last]
+    ended = subprocess.run(command, env=environment(), check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert "store.json" not in there(bucket)
+    if last == "000001.tar":
+        machine(tmp_path / "two", monkeypatch)
+    prepare(manifest, raw, URL, SETTINGS, max_rejected=0.5)
+    assert there(bucket) == local
+
+
+@pytest.mark.slow
+def test_from_a_bucket_to_a_bucket(
+    tmp_path: Path, raw: Path, manifest: Manifest, local: dict[str, bytes],
+    bucket: AbstractFileSystem, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    machine(tmp_path / "one", monkeypatch)
+    bucket.pipe({f"lab/raw/{path.name}": path.read_bytes() for path in raw.iterdir()})
+    paths = ("--manifest", tmp_path / "t.csv", "--source", "s3://lab/raw", "--out", URL)
+    more = ("--roi", "none", "--shard-clips", 3, "--max-rejected", "50%")
+    printed = run_well(dist_train("prepare", *paths, *more))
+    assert f"9 clips in {URL}" in printed
+    assert there(bucket) == local
+    assert "is a URL" in refused("prepare-npz", tmp_path / "t.csv", "--out", URL)
+
+
+def test_an_uploaded_shard_takes_no_room(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "raw").mkdir()
+    for number in range(3):
+        np.save(tmp_path / f"raw/{number}.npy", rng.integers(0, 256, (40, 100, 100), np.uint8))
+    table = write_manifest(tmp_path / "t.csv", [f"{n}.npy" for n in range(3)])
+    prepare(table, tmp_path / "raw", tmp_path / "s", SETTINGS)
+    shard = tmp_path / "s/shards/shard-000000.tar"
+    records, size = list(read_records(shard)), shard.stat().st_size
+    hollow(shard)
+    assert list(read_records(shard)) == records
+    assert shard.stat().st_size == size > 1_000_000
+    assert shard.stat().st_blocks * 512 < size / 10
+
+
+def test_the_web_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(tmp_path, monkeypatch)
+    with pytest.raises(StoreError, match="the web cannot be written to"):
+        finalize("https://example.org/store")
+    assert folder_of("https://example.org/store").is_relative_to(tmp_path)
