@@ -64,7 +64,7 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
 
 def _counts(clips: pd.DataFrame, store: Store) -> Table:
     """Clips by split, group and class: the ``GROUPS`` largest groups, the rest, and all."""
-    table = _table(str(store.folder), ("split", "group"), ("clips", *store.classes.values()))
+    table = _table(store.name, ("split", "group"), ("clips", *store.classes.values()))
     by_class = clips.groupby(["split", "group", "label"]).size().unstack(fill_value=0)
     by_class = by_class.reindex(columns=list(CLASSES), fill_value=0)
     by_class.insert(0, "clips", by_class.sum(axis=1))

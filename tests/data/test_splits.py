@@ -257,10 +257,12 @@ def test_a_class_is_named_as_in_the_table() -> None:
     table = clips(60, rate=0.5).assign(split=["train", "val", "test"] * 20)
     table.loc[table["split"] == "val", "label"] = 1
     names = {0: "flowing", 1: "stalled"}
+    codes = table["split"].map(CODES).to_numpy(np.uint8)
+    counts = counts_by_class(codes, table["label"].to_numpy())
     with pytest.raises(PlanError, match=r"split 'val' holds no 'flowing' clips \(train: \d+ 'stal"):
-        check_splits(table, SplitSettings(), given=True, classes=names)
+        check_splits(counts, SplitSettings(), given=True, classes=names)
     with pytest.raises(PlanError, match="the selection holds no 'stalled' clips"):
-        select_clips(table.assign(label=0), tier2_crowd_score=None, classes=names)
+        select_clips(table_of(table.assign(label=0)), tier2_crowd_score=None, classes=names)
 
 
 BAD_SPLITS = {

@@ -16,14 +16,24 @@ from tables import DEFAULTS
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.worker import BatchDataset
 from dist_train.data.store.build import finalize
-from dist_train.data.store.clip_table import METADATA, NUMBERS, RUN, TABLE, ClipTable, write_table
+from dist_train.data.store.clip_table import (
+    NUMBERS,
+    RUN,
+    SAMPLING,
+    TABLE,
+    ClipTable,
+    write_table,
+)
 from dist_train.data.store.reader import MARKER, Store
 from dist_train.data.store.verify import verify
+from dist_train.data.types import DTYPES, METADATA
 from dist_train.errors import StoreError
 
 SHARDS = 9
+GREY = DTYPES["uint8"], 1
 #: Text that UTF-8 can hold.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+LENGTH = st.floats(0, 1e9, exclude_min=True)
 RECORD = st.fixed_dictionaries(
     {
         "filename": TEXT,
@@ -33,25 +43,43 @@ RECORD = st.fixed_dictionaries(
         "weight": st.floats(0, 1e300),
         "crowd_score": st.none() | st.floats(0, 1),
         "tier1": st.booleans(),
-        "shape": st.lists(st.integers(1, 2**31 - 1), min_size=3, max_size=4),
+        "shape": st.lists(st.integers(1, 2**31 - 1), min_size=3, max_size=3),
         "shard": st.integers(0, SHARDS - 1),
         "offset": st.integers(0, 2**63 - 1),
         "crc32c": st.integers(0, 2**32 - 1),
     },
-    optional={"metadata": st.dictionaries(st.sampled_from(["site", "a.b", "\u00b5"]), TEXT)},
+    optional={
+        "metadata": st.dictionaries(st.sampled_from(["site", "a.b", "\u00b5"]), TEXT),
+        "spacing": st.lists(st.none() | LENGTH, min_size=3, max_size=3),
+        "interval": st.none() | LENGTH,
+    },
 )
+FORMS = st.tuples(st.sampled_from([*DTYPES]), st.sampled_from([1, 3]))
 RECORDS = st.dictionaries(st.from_regex(r"[A-Za-z0-9_-]{1,95}", fullmatch=True), RECORD)
 
 
-@given(RECORDS)
-def test_round_trip(tmp_path_factory: pytest.TempPathFactory, given: dict[str, Any]) -> None:
+@given(RECORDS, FORMS)
+def test_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, given: dict[str, Any], of_clips: tuple[str, int]
+) -> None:
+    dtype, channels = of_clips
+    form = DTYPES[dtype], channels
+    for record in given.values():
+        record["shape"] += [channels] if channels > 1 else []
+        record |= {"dtype": dtype} if dtype != "uint8" else {}
     records = sorted(given.items(), key=lambda entry: entry[0].encode())
     path = tmp_path_factory.mktemp("table") / TABLE
-    opened = ClipTable.open(path, write_table(path, records, SHARDS), len(records))
-    assert opened.differs(records, SHARDS) is None
+    opened = ClipTable.open(path, write_table(path, records, SHARDS, form), len(records))
+    assert opened.differs(records, SHARDS, form) is None
     names = {name for _, record in records for name in record.get("metadata", ())}
     assert opened.metadata == tuple(sorted(f"{METADATA}{name}" for name in names))
-    for table in (opened, pickle.loads(pickle.dumps(opened)), ClipTable.of(records, SHARDS)):
+    said = [
+        (*(record.get("spacing") or [None] * 3), record.get("interval")) for _, record in records
+    ]
+    for table in (opened, pickle.loads(pickle.dumps(opened)), ClipTable.of(records, SHARDS, form)):
+        for name, column in zip(SAMPLING, zip(*said, strict=True), strict=said != []):
+            expected = np.array([np.nan if value is None else value for value in column])
+            np.testing.assert_array_equal(table.sampling(name), expected)
         rows = table.frame().to_dict("records")
         assert len(rows) == len(table) == len(records)
         for clip, ((key, record), row) in enumerate(zip(records, rows, strict=True)):
@@ -75,7 +103,7 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, given: dict[str, A
 def test_any_key_is_found(numbers: list[int], wanted: int) -> None:
     keys = sorted(f"k{number}" for number in numbers)
     record = DEFAULTS | {"shape": [1, 1, 1], "crowd_score": None}
-    table = ClipTable.of([(key, record) for key in keys], 1)
+    table = ClipTable.of([(key, record) for key in keys], 1, GREY)
     assert table.clip_of(f"k{wanted}") == (keys.index(f"k{wanted}") if wanted in numbers else None)
     assert table.keys(0, len(keys)) == [key.encode() for key in keys]
     assert table.keys(len(keys) - 1, len(keys)) == [keys[-1].encode()]
@@ -83,13 +111,15 @@ def test_any_key_is_found(numbers: list[int], wanted: int) -> None:
 
 def test_a_column_that_begins_late_is_blank_before() -> None:
     record = DEFAULTS | {"shape": [1, 1, 1], "crowd_score": None}
-    late = record | {"metadata": {"site": "B"}, "group": "b"}
+    late = record | {"metadata": {"site": "B"}, "group": "b", "interval": 0.5}
     keys = [f"{number:06}" for number in range(RUN + 2)]
     records = [(key, record) for key in keys[:-1]] + [(keys[-1], late)]
-    table = ClipTable.of(records, 1)
-    assert table.texts("metadata.site", np.array([0, RUN, RUN + 1])) == ["", "", "B"]
+    table = ClipTable.of(records, 1, GREY)
+    assert table.texts("meta:site", np.array([0, RUN, RUN + 1])) == ["", "", "B"]
     assert table.texts("group", np.array([0, RUN + 1])) == ["", "b"]
-    assert table.differs(records, 1) is None
+    np.testing.assert_array_equal(table.sampling("interval")[[0, RUN, -1]], [np.nan, np.nan, 0.5])
+    assert np.isnan(table.sampling("spacing.z")).all()
+    assert table.differs(records, 1, GREY) is None
 
 
 def store_in(folder: Path) -> Path:
@@ -156,6 +186,8 @@ def test_a_worker_gets_a_path(tmp_path: Path) -> None:
 
 WRONG = {name: [least - 1, most + 1, 1.0, True] for name, (_, least, most) in NUMBERS.items()}
 WRONG |= {"weight": [np.inf, "1"], "group": [None, "\ud800"], "tier1": [1], "crowd_score": ["a"]}
+WRONG |= {"shape": [[1, 1], [1, 1, 1, 3], None], "dtype": ["uint16", "float64"]}
+WRONG |= {"spacing": [[1.0], [0, 1, 1], ["1", 1, 1], 1], "interval": [0, -1.0, np.inf, "1"]}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -167,5 +199,5 @@ def test_values_of_another_form_are_refused(tmp_path: Path, name: str) -> None:
                 value if side == name else 1 for side in ("frames", "height", "width")
             ]
         with pytest.raises(StoreError, match="make no clip table"):
-            write_table(tmp_path / TABLE, [("key", record)], 1)
+            write_table(tmp_path / TABLE, [("key", record)], 1, GREY)
         assert not any(tmp_path.iterdir())
