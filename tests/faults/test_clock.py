@@ -15,6 +15,7 @@ from run_files import DROPOUT, assert_same
 #: Modules that show the wall clock to users, or compare the clocks of machines.
 DISPLAYS = {
     "doctor/links.py",
+    "objects.py",
     "run/record.py",
     "training/reporting.py",
 }

@@ -31,12 +31,12 @@ class Resampling:
 
     def __init__(self, store: Store, spacing: Spacing | None, fps: float | None) -> None:
         self._table, (z, y, x) = store.table, spacing or (None, None, None)
-        # Axis -> column of the clip table, and its new value.
+        # Axis -> column of the clip table, and its new value; the frame rate for "interval".
         self._new: dict[str, tuple[str, float]] = {}
         if z is not None:
             self._new["frames"] = "spacing.z", z
         if fps is not None:
-            self._new["frames"] = "interval", 1 / fps
+            self._new["frames"] = "interval", fps
         if y is not None and x is not None:
             self._new |= {"height": ("spacing.y", y), "width": ("spacing.x", x)}
         self.resizes = "height" in self._new
@@ -59,7 +59,8 @@ class Resampling:
         if axis not in self._new:
             return np.ones_like(self._table[axis][clips], np.float64)
         column, new = self._new[axis]
-        return new / self._table.sampling(column)[clips]
+        now = self._table.sampling(column)[clips]
+        return 1 / (new * now) if column == "interval" else new / now
 
     def _length(self, axis: str, clips: Any) -> Any:
         """Lengths after resampling, rounded half up: float64."""
