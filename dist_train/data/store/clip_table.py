@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain, islice, pairwise
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any
 
 import numpy as np
@@ -381,9 +382,10 @@ def _converted(
     for name, column in zip(
         SAMPLING, [*said, [record.get("interval") for record in records]], strict=True
     ):
-        if not all(v is None or (type(v) in (int, float) and 0 < v < np.inf) for v in column):
+        if not all(type(value) in (int, float, NoneType) for value in column):
             raise ValueError(f"a clip has no valid '{name}'")
-        numbers[name] = np.array([np.nan if v is None else v for v in column], np.float64)
+        lengths = np.array([np.nan if value is None else value for value in column], np.float64)
+        numbers[name] = np.where((lengths > 0) & (lengths < np.inf), lengths, np.nan)
     texts = {"key": [key for key, _ in part]}
     texts |= {name: columns[name] for name in (*NAMED, "filename")}
     extra = {name for record in records for name in record.get("metadata", ())}
