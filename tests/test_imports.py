@@ -17,7 +17,7 @@ LEVELS = [
     {"errors", "safe_text"},
     {"system"},
     {"places"},
-    {"files", "objects", "plain_yaml", "extensions", "progress", "quiet", "shipped"},
+    {"files", "array_file", "objects", "plain_yaml", "extensions", "progress", "quiet", "shipped"},
     {"metrics", "class_ratio"},
     {"config", "config_help"},
     {"models", "data.types", "data.orientation", "data.plan", "data.table"},

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import ROOT
+from tables import table_of
 
 from dist_train.config import Config, load_config
 from dist_train.data.plan.plan import Plan, make_plan
-from dist_train.data.splits import choose_clips
+from dist_train.data.splits import CODES, choose_clips
 from dist_train.training.schedule import Schedule
 
 #: Stalled and flowing clips of tier 1; tier-2 clips that are stalled with a crowd score above 0.6.
@@ -44,11 +45,11 @@ def config_of(name: str) -> Config:
 @cache
 def plan_of(name: str) -> Plan:
     config = config_of(name)
-    chosen = choose_clips(clips(), config.select, config.split, config.seed)
-    train = chosen[chosen["split"] == "train"]
+    table = table_of(clips())
+    train = choose_clips(table, config.select, config.split, config.seed) == CODES["train"]
     return make_plan(
-        train.index[train["label"] == 1].to_numpy(np.int64),
-        train.index[train["label"] == 0].to_numpy(np.int64),
+        np.flatnonzero(train & (table["label"] == 1)),
+        np.flatnonzero(train & (table["label"] == 0)),
         batch=config.plan.batch,
         ratio=config.plan.ratio,
         seed=config.seed,

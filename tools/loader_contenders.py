@@ -36,6 +36,7 @@ from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.loader import Loader
 from dist_train.data.loading.sampler import PlanSampler, Slot
 from dist_train.data.plan.plan import Plan, make_plan
+from dist_train.data.plan.shuffle import Ints
 from dist_train.data.store.reader import Store
 from dist_train.data.types import Volume
 
@@ -126,8 +127,16 @@ class Repeated(ClipDataset):
 
     def __init__(self, store: Store, **how: Any) -> None:
         super().__init__(store, **how)
-        self.clips = len(self.labels)
-        self.labels, self.depths = (np.resize(each, EPOCH) for each in (self.labels, self.depths))
+        self.clips = len(store.table)
+
+    def labels(self, clips: list[int]) -> Ints:
+        return super().labels([clip % self.clips for clip in clips])
+
+    def depths(self, clips: list[int]) -> Ints:
+        return super().depths([clip % self.clips for clip in clips])
+
+    def depth(self, clip: int) -> int:
+        return super().depth(clip % self.clips)
 
     def fill(self, out: Volume, slot: Slot) -> None:
         super().fill(out, Slot(slot.clip % self.clips, slot.epoch))
@@ -151,7 +160,8 @@ def ours(
     store = store or Store(folder / "store")
     clips = kind(store, size=SIZE, max_frames=max_frames, augment=None, on_device=on_device)
     settings = LoaderSettings(workers=task.workers, prefetch=task.prefetch)
-    return Loader(clips, planned(clips.labels.tolist(), task), settings)
+    count = EPOCH if task.resume else len(store.table)
+    return Loader(clips, planned(clips.labels([*range(count)]).tolist(), task), settings)
 
 
 def ours_native(folder: Path, task: Task) -> Loader:
@@ -315,7 +325,7 @@ def tree_mb() -> float:
 def queue_mb(folder: Path, task: Task) -> float:
     """Largest size of ``workers * prefetch + 1`` batches in a row, in 10^6 bytes."""
     clips = ClipDataset(Store(folder / "store"), size=SIZE, max_frames=None, augment=None)
-    batches = planned(clips.labels.tolist(), task)
+    batches = planned(clips.store.table["label"].tolist(), task)
     sizes = np.array([size_of(clips, slots) for slots in batches])
     return float(np.convolve(sizes, np.ones(task.workers * task.prefetch + 1), "valid").max() / 1e6)
 
@@ -323,10 +333,12 @@ def queue_mb(folder: Path, task: Task) -> float:
 def against_pread(folder: Path, batch: int, rounds: int) -> dict[str, float]:
     """GB/s of bare ``preadv``, and of the store, for the same clips into the same buffer."""
     store = Store(folder / "store")
-    sizes = store.table[["frames", "height", "width"]].prod(axis=1).to_numpy()
+    sides = [store.table[name] for name in ("frames", "height", "width")]
+    sizes = np.prod(sides, axis=0, dtype=np.int64)
     paths = sorted((folder / "store" / "shards").glob("*.tar"))
     files = [os.open(path, os.O_RDONLY) for path in paths]
-    where = [(files[shard], offset) for shard, offset in store.table[["shard", "offset"]].values]
+    shards, offsets = (store.table[name].tolist() for name in ("shard", "offset"))
+    where = [(files[shard], offset) for shard, offset in zip(shards, offsets, strict=True)]
     order = np.random.default_rng(SEED).permutation(len(sizes))
     order = order[: len(order) // batch * batch].reshape(-1, batch)
     buffer = np.zeros(int(sizes[order].sum(1).max()), np.uint8)

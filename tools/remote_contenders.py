@@ -79,8 +79,8 @@ def ours(folder: Path, task: RemoteTask, *, on_device: bool = False) -> Iterator
     place = task.s3("store") if task.endpoint else folder / "store"
     store = Store(place, CacheSettings(dir=Path(task.cache)))
     clips = ClipDataset(store, size=SIZE, max_frames=None, augment=None, on_device=on_device)
-    steps = len(clips.labels) // task.batch
-    plan = plan_of(clips.labels.tolist(), task)
+    labels = store.table["label"].tolist()
+    steps, plan = len(labels) // task.batch, plan_of(labels, task)
     sampler = PlanSampler(plan, rank=0, world=1, accumulate=1, first=0, last=EPOCHS * steps)
     loader = Loader(clips, sampler, LoaderSettings(workers=task.workers, prefetch=task.prefetch))
     batches = iter(loader)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from dist_train.data.plan.shuffle import Ints
+from dist_train.data.store.clip_table import ClipTable
 from dist_train.data.store.reader import Store
 from dist_train.data.types import CLASSES
 from dist_train.errors import PlanError, StoreError
@@ -15,54 +18,87 @@ from dist_train.errors import PlanError, StoreError
 # The most pixels that are read for the comparison. Beyond it checksum and shape are trusted: they
 # agree by chance for few clips, and reading all copies in a large store takes hours.
 MOST_PIXELS = 1 << 28
+# Clips that are looked up at a time.
+PIECE = 1 << 20
 
 
-def find_duplicates(store: Store) -> pd.Series:
-    """For each clip, the key of the first clip with the same pixels, which may be its own.
+class Copies(NamedTuple):
+    """Clips with copies: their numbers, ascending, and the first clip with the same pixels, which
+    may be the clip itself. int64 [n] each."""
+
+    clips: Ints
+    first: Ints
+
+    def among(self, chosen: np.ndarray) -> Copies:
+        """The copies for which ``chosen``, bool [clips of the store], holds."""
+        kept = chosen[self.clips]
+        return Copies(self.clips[kept], self.first[kept])
+
+
+def find_duplicates(store: Store) -> Copies:
+    """The clips that have copies in the store.
 
     Clips with the same CRC-32C and shape are compared by the SHA-256 of their pixels, if there are
     at most ``MOST_PIXELS`` of them. Clips that cannot be read are not compared further.
     """
-    table = store.table
-    columns = [table[name] for name in ("crc32c", "frames", "height", "width")]
-    alike = pd.Series(table.groupby(columns, sort=False).ngroup(), index=table.index)
-    copies = alike.index[alike.duplicated(keep=False)]
+    shape = ["frames", "height", "width"]
+    alike = store.table.frame(_of_equal_checksums(store.table["crc32c"]), ["crc32c", *shape])
+    alike = alike[alike.duplicated(keep=False)]
     # Few clips have copies: strings are made for these alone.
-    identity = alike[copies].map(str)
-    shape = table.loc[copies, ["frames", "height", "width"]].to_numpy(np.int64)
-    if shape.prod(axis=1).sum() <= MOST_PIXELS:
-        store.prefetch(map(int, copies))
-        for clip in copies:
+    identity = alike.groupby(["crc32c", *shape], sort=False).ngroup().map(str)
+    if alike[shape].prod(axis=1).sum() <= MOST_PIXELS:
+        store.prefetch(map(int, alike.index))
+        for clip in alike.index:
             try:
                 digest = hashlib.sha256(store.read(int(clip)).data).hexdigest()
             except StoreError:
                 continue
             identity[clip] += digest
-    same = table["key"].copy()
-    same[copies] = table.loc[copies].groupby(identity)["key"].transform("min")
-    return same
+    identity = identity[identity.duplicated(keep=False)]
+    clips = identity.index.to_numpy(np.int64)
+    first = pd.Series(clips, index=identity.index).groupby(identity).transform("min")
+    return Copies(clips, first.to_numpy(np.int64))
+
+
+def _of_equal_checksums(crc32c: np.ndarray) -> Ints:
+    """Numbers of the clips whose checksum another clip has, ascending: int64 [n]."""
+    ordered = np.sort(crc32c)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    del ordered
+    found = [np.empty(0, np.int64)]
+    for first in range(0, len(crc32c) if len(repeated) else 0, PIECE):
+        piece = crc32c[first : first + PIECE]
+        places = np.minimum(np.searchsorted(repeated, piece), len(repeated) - 1)
+        found.append(first + np.flatnonzero(repeated[places] == piece))
+    return np.concatenate(found)
 
 
 def describe_duplicates(store: Store) -> str | None:
     """A sentence that counts the clips with copies; None if there are none."""
-    clips = store.table.assign(same=find_duplicates(store))
-    copies = clips[clips["same"].duplicated(keep=False)]
-    return _sentence(copies, "another clip", "label", store.classes)
+    copies = find_duplicates(store)
+    return _sentence(_frame(store.table, copies), "another clip", "label", store.classes)
 
 
 def duplicates_across(
-    clips: pd.DataFrame, same: pd.Series, classes: Mapping[int, str] = CLASSES
+    table: ClipTable,
+    splits: pd.Series,
+    copies: Copies,
+    classes: Mapping[int, str] = CLASSES,
 ) -> str | None:
     """A sentence that counts the clips with copies in another split; None if there are none.
 
     Args:
-        clips: columns ``filename``, ``label``, ``split``; one row a clip.
-        same: the result of ``find_duplicates`` for these rows.
+        splits: the split of each of the ``copies``.
         classes: names of the labels.
     """
-    clips = clips.assign(same=same)
-    copies = clips[clips.groupby("same")["split"].transform("nunique") > 1]
-    return _sentence(copies, "a clip in another split", "split", classes)
+    clips = _frame(table, copies).assign(split=splits.to_numpy())
+    across = clips[clips.groupby("same")["split"].transform("nunique") > 1]
+    return _sentence(across, "a clip in another split", "split", classes)
+
+
+def _frame(table: ClipTable, copies: Copies) -> pd.DataFrame:
+    frame = table.frame(copies.clips, ["filename", "label", "split"])
+    return frame.assign(same=copies.first)
 
 
 def duplicates_error(description: str, *, given: bool) -> PlanError:

@@ -18,7 +18,7 @@ from dist_train.data.raw.outline import LEAST, Box, OutlineColour, find_outline
 from dist_train.data.raw.video import Video
 from dist_train.data.store.index import read_index
 from dist_train.data.store.reader import INDEX, SHARDS, Store
-from dist_train.data.types import CLASSES, METADATA, metadata_columns
+from dist_train.data.types import CLASSES, METADATA
 from dist_train.errors import FileError, RoiError
 from dist_train.files import check_replaceable, write_whole
 
@@ -34,7 +34,9 @@ STRIP = 6
 
 def describe_store(store: Store) -> list[Table]:
     """Terminal tables: counts by split, group and class, shapes, depths, and metadata."""
-    clips = store.table
+    shape = ("frames", "height", "width")
+    columns = store.table.metadata
+    clips = store.table.frame(columns=["split", "group", "label", *shape, *columns])
     # A cache holds parts of a remote store.
     shards = [] if store.is_remote else (store.folder / SHARDS).glob("*.tar")
     size = sum(path.stat().st_size for path in shards)
@@ -46,9 +48,8 @@ def describe_store(store: Store) -> list[Table]:
     metadata.add_row("channels", f"{', '.join(store.channels)} ({store.dtype})")
     metadata.add_row("rejected", f"{rejected}" + (" (see rejected.csv)" if rejected else ""))
     metadata.add_row("fingerprint", store.fingerprint)
-    tables = [_counts(store), _shapes(clips), _depths(store), metadata]
-    columns = metadata_columns(clips)
-    return [*tables, _metadata(clips[columns])] if columns else tables
+    tables = [_counts(clips, store), _shapes(clips), _depths(clips, store), metadata]
+    return [*tables, _metadata(clips[list(columns)])] if columns else tables
 
 
 def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
@@ -61,9 +62,8 @@ def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     return table
 
 
-def _counts(store: Store) -> Table:
+def _counts(clips: pd.DataFrame, store: Store) -> Table:
     """Clips by split, group and class: the ``GROUPS`` largest groups, the rest, and all."""
-    clips = store.table
     table = _table(store.name, ("split", "group"), ("clips", *store.classes.values()))
     by_class = clips.groupby(["split", "group", "label"]).size().unstack(fill_value=0)
     by_class = by_class.reindex(columns=list(CLASSES), fill_value=0)
@@ -100,13 +100,13 @@ def _shapes(clips: pd.DataFrame) -> Table:
     return table
 
 
-def _depths(store: Store) -> Table:
+def _depths(clips: pd.DataFrame, store: Store) -> Table:
     """A depth histogram of each class, in at most ``BINS`` bins of equal width.
 
     Bars are relative to the largest bin of their class, so that a rare class can be compared with a
     frequent one.
     """
-    clips, frames = store.table, store.table["frames"].to_numpy()
+    frames = clips["frames"].to_numpy()
     least, most = int(frames.min()), int(frames.max())
     width = -(-(most + 1 - least) // BINS)
     edges = np.arange(least, most + 1 + width, width)

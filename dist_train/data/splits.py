@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from dist_train.config import SelectSettings, SplitSettings
+from dist_train.data.duplicates import Copies
+from dist_train.data.plan.shuffle import Ints
+from dist_train.data.store.clip_table import ClipTable
 from dist_train.data.table.manifest import SPLITS, plain_group
 from dist_train.data.types import CLASSES, clips_of_class
 from dist_train.errors import PlanError
+from dist_train.system.supervised_pool import each_done
+
+#: The code of each split; 0 is a clip that takes no part.
+CODES = {name: number for number, name in enumerate(SPLITS, start=1)}
+#: Split of a code.
+NAMES = ("", *SPLITS)
+#: Keys that are hashed at a time, by one process.
+PIECE = 1 << 20
+#: The code of each clip of a store: uint8 [clips].
+Splits = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def choose_clips(
-    table: pd.DataFrame,
+    table: ClipTable,
     select: SelectSettings,
     split: SplitSettings,
     seed: int,
-    same: pd.Series | None = None,
+    copies: Copies | None = None,
     classes: Mapping[int, str] = CLASSES,
-) -> pd.DataFrame:
-    """The rows of the clips in a run, with ``split`` filled in; the index is the clip number.
+) -> Splits:
+    """The split of each clip of a store.
 
     Args:
-        table: a store's clip table.
-        same: a name for each clip that only its copies share. Copies get one fold.
+        copies: clips that get one fold with their copies.
         classes: names of the labels.
 
     Raises:
@@ -34,26 +46,42 @@ def choose_clips(
     """
     chosen = select_clips(table, tier2_crowd_score=select.tier2_crowd_score, classes=classes)
     if split.train_on_all:
-        held_out = chosen["split"].isin(("val", "test")).sum()
+        held_out = int(np.count_nonzero((given_splits(table) > CODES["train"]) & chosen))
         if held_out:
             raise PlanError(
                 f"split.train_on_all would train on {held_out} clips that the manifest's split "
                 "column holds out",
                 fix="Leave it out, or prepare a store from a manifest without that column.",
             )
-        return chosen.assign(split="train")
-    splits = assign_splits(chosen, split, seed, None if same is None else same[chosen.index])
+        return chosen.astype(np.uint8)
+    splits = assign_splits(table, chosen, split, seed, copies)
     for name in ("train", "val"):
-        if not (splits == name).any():
+        if not (splits == CODES[name]).any():
             raise PlanError(
-                f"no clip is in split '{name}' ({len(chosen)} clips selected)",
+                f"no clip is in split '{name}' ({np.count_nonzero(chosen)} clips selected)",
                 fix="Give it clips in the manifest's split column, or leave that column out.",
             )
-    return chosen.assign(split=splits)
+    return splits
+
+
+def given_splits(table: ClipTable) -> Splits:
+    """The manifest's split of each clip; 0 where it names none."""
+    codes = np.array([CODES.get(name, 0) for name in table.names("split")], np.uint8)
+    return codes[table.codes("split")]
+
+
+def counts_by_class(splits: Splits, labels: np.ndarray) -> dict[str, tuple[int, int]]:
+    """(positives, negatives) of each split that has clips."""
+    is_positive, counts = labels == 1, {}
+    for name, code in CODES.items():
+        are_in = splits == code
+        positives = int(np.count_nonzero(are_in & is_positive))
+        counts[name] = positives, int(np.count_nonzero(are_in)) - positives
+    return {name: pair for name, pair in counts.items() if any(pair)}
 
 
 def check_splits(
-    clips: pd.DataFrame,
+    counts: Mapping[str, tuple[int, int]],
     split: SplitSettings,
     *,
     given: bool,
@@ -62,22 +90,22 @@ def check_splits(
     """Refuse splits that cannot be trained with or evaluated.
 
     Args:
-        clips: the result of ``choose_clips``.
+        counts: the result of ``counts_by_class``.
         given: the manifest gives the splits; otherwise they are folds.
         classes: names of the labels.
 
     Raises:
         PlanError: a split lacks a class, or a class has fewer clips than there are folds.
     """
-    counts = pd.crosstab(clips["split"], clips["label"]).reindex(columns=[1, 0], fill_value=0)
-    counts = counts.loc[[name for name in SPLITS if name in counts.index]]
-    named = {label: clips_of_class(classes[label]) for label in (1, 0)}
+    named = [clips_of_class(classes[label]) for label in (1, 0)]
     summary = "; ".join(
-        f"{name}: {p} {named[1]}, {n} {named[0]}" for name, p, n in counts.itertuples()
+        f"{name}: {p} {named[0]}, {n} {named[1]}" for name, (p, n) in counts.items()
     )
     folds = {"test": split.fold, "val": (split.fold + 1) % split.folds}
-    for label, class_name in named.items():
-        for name in counts.index[counts[label] == 0]:
+    for column, class_name in enumerate(named):
+        for name, pair in counts.items():
+            if pair[column]:
+                continue
             fold = f"fold {folds[name]} of {split.folds}; " if name in folds and not given else ""
             raise PlanError(
                 f"split '{name}' holds no {class_name} ({fold}{summary})",
@@ -86,7 +114,7 @@ def check_splits(
                 if given
                 else "Lower split.folds, choose another seed, or prepare more clips of that class.",
             )
-        total = counts[label].sum()
+        total = sum(pair[column] for pair in counts.values())
         if not given and not split.train_on_all and total < split.folds:
             raise PlanError(
                 f"{total} {class_name} cannot be in each of {split.folds} folds ({summary})",
@@ -96,12 +124,12 @@ def check_splits(
 
 
 def select_clips(
-    table: pd.DataFrame,
+    table: ClipTable,
     *,
     tier2_crowd_score: float | None,
     classes: Mapping[int, str] = CLASSES,
-) -> pd.DataFrame:
-    """The rows of the labelled clips in a run.
+) -> np.ndarray:
+    """Which clips are in a run, by their label: bool [clips].
 
     Args:
         tier2_crowd_score: keep all of tier 1, and the positives of tier 2 with a greater crowd
@@ -111,138 +139,232 @@ def select_clips(
     Raises:
         PlanError: no positive or no negative is left.
     """
-    chosen = table["label"] >= 0
+    labels = table["label"]
+    chosen: np.ndarray = labels >= 0
     if tier2_crowd_score is not None:
-        confident = (table["label"] == 1) & (table["crowd_score"] > tier2_crowd_score)
+        confident = (labels == 1) & (table["crowd_score"] > tier2_crowd_score)
         chosen &= table["tier1"] | confident
-    selected = table[chosen]
     for label in (1, 0):
-        if not (selected["label"] == label).any():
+        if not ((labels == label) & chosen).any():
             raise PlanError(
-                f"the selection holds no {clips_of_class(classes[label])} ({len(selected)} clips "
-                f"of {len(table)} selected)",
+                f"the selection holds no {clips_of_class(classes[label])} "
+                f"({np.count_nonzero(chosen)} clips of {len(table)} selected)",
                 fix="Check the labels with 'dist-train info', or loosen the select settings.",
             )
-    return selected
+    return chosen
 
 
 def assign_splits(
-    table: pd.DataFrame, split: SplitSettings, seed: int, same: pd.Series | None = None
-) -> pd.Series:
-    """The split of each row: "train", "val" or "test".
+    table: ClipTable,
+    chosen: np.ndarray,
+    split: SplitSettings,
+    seed: int,
+    copies: Copies | None = None,
+) -> Splits:
+    """The split of each chosen clip; 0 for the others.
 
     The manifest's split is kept if there is one. Otherwise fold ``split.fold`` is test, the next
     fold is val, and the rest is train.
 
     Args:
-        same: as for ``choose_clips``, for these rows. If groups are disjoint, the groups of copies
-            get one fold too.
+        chosen: bool [clips].
+        copies: as for ``choose_clips``. If groups are disjoint, the groups of copies get one fold
+            too.
 
     Raises:
         PlanError: for disjoint groups: there are fewer groups than folds, a clip has no group, or a
             group is in two of the manifest's splits.
     """
-    is_disjoint = split.groups == "disjoint"
-    if is_disjoint:
-        table = table.assign(group=_disjoint_groups(table, split.ungrouped))
-    if (table["split"] != "").all():
-        if is_disjoint:
-            _refuse_crossed_groups(table)
-        return table["split"]
-    if is_disjoint:
-        if same is not None:
-            table = table.assign(group=_joined(table["group"], same))
-        fold = table["group"].map(_folds_of_groups(table, split.folds, seed))
-    elif same is None:
-        fold = _stratified(table, split.folds, seed)
+    clips = np.flatnonzero(chosen)
+    sets = [] if copies is None else _sets(copies.among(chosen), clips)
+    given = np.where(chosen, given_splits(table), 0).astype(np.uint8)
+    is_given = bool(given[clips].all())
+    if split.groups == "disjoint":
+        groups, names = _disjoint_groups(table, clips, split.ungrouped)
+        if is_given:
+            _refuse_crossed_groups(groups, names, given[clips])
+            return given
+        groups = _joined(names, [groups[places] for places in sets])[groups]
+        labels = table["label"][clips]
+        counts = np.stack([np.bincount(groups[labels == n], minlength=len(names)) for n in (0, 1)])
+        fold = _folds_of_groups(names, counts.T, split.folds, seed)[groups]
+    elif is_given:
+        return given
     else:
         # Deal the first of each set of copies; the others follow it.
-        first = table.sort_values("key")
-        first = first[~same[first.index].duplicated()]
-        dealt = _stratified(first, split.folds, seed)
-        fold = same.map(dict(zip(same[first.index], dealt, strict=True)))
-    names = {split.fold: "test", (split.fold + 1) % split.folds: "val"}
-    return fold.map(names).fillna("train")
+        followers = np.zeros(len(clips), np.bool_)
+        for places in sets:
+            followers[places[1:]] = True
+        fold = np.empty(len(clips), np.int16)
+        fold[~followers] = _stratified(table, clips[~followers], split.folds, seed)
+        for places in sets:
+            fold[places] = fold[places[0]]
+    code_of_fold = np.full(split.folds, CODES["train"], np.uint8)
+    code_of_fold[[split.fold, (split.fold + 1) % split.folds]] = CODES["test"], CODES["val"]
+    splits = np.zeros(len(table), np.uint8)
+    splits[clips] = code_of_fold[fold]
+    return splits
 
 
-def _disjoint_groups(table: pd.DataFrame, ungrouped: str) -> pd.Series:
-    """The group of each row. Names that look the same are one, also in a store that holds both."""
-    groups = table["group"].map({name: plain_group(name) for name in table["group"].unique()})
-    blank = groups == ""
-    if not blank.any():
-        return groups
+def _sets(copies: Copies, clips: Ints) -> list[Ints]:
+    """The places in ``clips`` of each set of copies, ascending."""
+    order = np.argsort(copies.first, kind="stable")
+    _, starts = np.unique(copies.first[order], return_index=True)
+    places = np.searchsorted(clips, copies.clips[order])
+    return np.split(places, starts[1:]) if len(places) else []
+
+
+def _disjoint_groups(table: ClipTable, clips: Ints, ungrouped: str) -> tuple[Ints, list[str]]:
+    """The group of each clip as a position in a list of names. Names that look the same are one,
+    also in a store that holds both."""
+    plain = [plain_group(name) for name in table.names("group")]
+    place = {name: number for number, name in enumerate(dict.fromkeys(plain))}
+    groups = np.array([place[name] for name in plain])[table.codes("group")[clips]]
+    names = list(place)
+    blank = np.flatnonzero(groups == place.get("", -1))
+    if not len(blank):
+        return groups, names
     if ungrouped == "refuse":
         raise PlanError(
-            f"{blank.sum()} of {len(table)} clips have no group, the first is "
-            f"'{table['key'][blank].iloc[0]}', and split.groups=disjoint keeps groups apart",
+            f"{len(blank)} of {len(clips)} clips have no group, the first is "
+            f"'{table.text('key', int(clips[blank[0]]))}', and split.groups=disjoint keeps groups "
+            "apart",
             fix="Fill the group column, or set split.ungrouped: own makes each clip a group, "
             "together makes them one group.",
         )
     # Names that hardly any manifest has.
-    return groups.mask(blank, "/ " + table["key"] if ungrouped == "own" else "/ ")
+    if ungrouped == "own":
+        groups[blank] = len(names) + np.arange(len(blank))
+        return groups, [*names, *(f"/ {key}" for key in table.texts("key", clips[blank]))]
+    groups[blank] = len(names)
+    return groups, [*names, "/ "]
 
 
-def _joined(groups: pd.Series, same: pd.Series) -> pd.Series:
-    """The groups, where groups that share copies of a clip are one (union-find)."""
-    parent: dict[str, str] = {group: group for group in groups.unique()}
+def _joined(names: Sequence[str], linked_groups: Iterable[Ints]) -> Ints:
+    """The group that each group becomes, where groups that share copies of a clip are one
+    (union-find)."""
+    parent = list(range(len(names)))
 
-    def root(group: str) -> str:
+    def root(group: int) -> int:
         while parent[group] != group:
             group = parent[group]
         return group
 
-    for _, linked in groups[same.duplicated(keep=False)].groupby(same):
-        roots = {root(group) for group in linked}
-        parent |= dict.fromkeys(roots, min(roots))
-    return groups.map({group: root(group) for group in parent})
+    linked = [np.unique(groups).tolist() for groups in linked_groups]
+    for groups in linked:
+        roots = {root(group) for group in groups}
+        first = min(roots, key=names.__getitem__)
+        for other in roots:
+            parent[other] = first
+    for groups in linked:
+        for group in groups:
+            parent[group] = root(group)
+    return np.array(parent, np.int64)
 
 
-def crossed_groups(table: pd.DataFrame) -> pd.Series:
-    """The splits of each group that is in more than one of them; blank is no group."""
-    splits = table[table["group"] != ""].groupby("group")["split"].unique()
-    return splits[splits.map(len) > 1]
+def crossed_groups(table: ClipTable, splits: Splits) -> dict[str, str]:
+    """Groups that are in more than one split, by name, and these splits; blank is no group."""
+    clips = np.flatnonzero(splits)
+    crossed = _crossed(table.codes("group")[clips], table.names("group"), splits[clips])
+    crossed.pop("", None)
+    return crossed
 
 
-def _refuse_crossed_groups(table: pd.DataFrame) -> None:
-    crossed = crossed_groups(table)
-    if len(crossed):
+def _crossed(groups: Ints, names: Sequence[str], splits: Splits) -> dict[str, str]:
+    are_in = np.zeros((len(names), len(NAMES)), np.bool_)
+    are_in[groups, splits] = True
+    crossed = np.flatnonzero(are_in.sum(axis=1) > 1).tolist()
+    return {
+        names[group]: " and ".join(sorted(NAMES[n] for n in np.flatnonzero(are_in[group])))
+        for group in sorted(crossed, key=names.__getitem__)
+    }
+
+
+def _refuse_crossed_groups(groups: Ints, names: Sequence[str], splits: Splits) -> None:
+    crossed = _crossed(groups, names, splits)
+    if crossed:
+        name, found = next(iter(crossed.items()))
         raise PlanError(
-            f"group '{crossed.index[0]}' is in splits {' and '.join(sorted(crossed.iloc[0]))} of "
-            f"the manifest ({len(crossed)} such groups), and split.groups=disjoint keeps each in "
-            f"one",
+            f"group '{name}' is in splits {found} of the manifest "
+            f"({len(crossed)} such groups), and split.groups=disjoint keeps each in one",
             fix="Correct the manifest's split column, or set split.groups=stratify.",
         )
 
 
-def _hash_order(keys: Iterable[str], seed: int) -> list[str]:
-    """Random sort keys that depend on nothing but the seed and each key."""
-    return [hashlib.sha256(f"{seed}/{key}".encode()).hexdigest() for key in keys]
+def _digest(seed: int, key: bytes) -> bytes:
+    """A random sort key that depends on nothing but the seed and the key."""
+    return hashlib.sha256(f"{seed}/".encode() + key).digest()
 
 
-def _stratified(table: pd.DataFrame, folds: int, seed: int) -> pd.Series:
-    """A fold for each row: each (group, label) cell is spread evenly over the folds."""
-    order = table.assign(hash=_hash_order(table["key"], seed))
-    order = order.sort_values(["label", "group", "hash"])
+def _stratified(table: ClipTable, clips: Ints, folds: int, seed: int) -> np.ndarray:
+    """A fold for each clip: each (group, label) cell is spread evenly over the folds."""
+    labels, groups = table["label"][clips], len(table.names("group"))
+    cells = labels.astype(np.int32) * groups + table.codes("group")[clips]
+    # By the first 8 bytes of their digests; numpy sorts small integers in a time like their number.
+    digests = _first_digests(table, clips, seed)
+    order = np.argsort(cells.astype(np.uint16) if 2 * groups < 1 << 16 else cells, kind="stable")
+    counts = np.bincount(cells)
+    ends = np.cumsum(counts)
+    for cell in np.flatnonzero(counts > 1).tolist():
+        members = order[ends[cell] - counts[cell] : ends[cell]]
+        ranks = digests[members]
+        by_digest = np.argsort(ranks)
+        ranks = ranks[by_digest]
+        members[:] = members[by_digest]
+        for place in np.flatnonzero(ranks[1:] == ranks[:-1]).tolist():
+            # By all of their digests, also where three are equal: neighbours are swapped in turn.
+            equal = members[np.searchsorted(ranks, ranks[place]) : place + 2]
+            equal[:] = sorted(equal, key=lambda at: _digest(seed, table.key(int(clips[at]))))
     # The count goes on through the groups of a class. Otherwise each group smaller than the number
     # of folds would begin with fold 0.
-    return (order.groupby("label").cumcount() % folds)[table.index]
+    negatives = int(np.count_nonzero(labels == 0))
+    dealt = np.empty(len(clips), np.int16)
+    for part in (order[:negatives], order[negatives:]):
+        dealt[part] = np.resize(np.arange(folds, dtype=np.int16), len(part))
+    return dealt
 
 
-def _folds_of_groups(table: pd.DataFrame, folds: int, seed: int) -> dict[str, int]:
-    """A fold for each group: the largest first, to the fold that has least of its share."""
-    counts = pd.crosstab(table["group"], table["label"]).reindex(columns=[0, 1], fill_value=0)
-    if len(counts) < folds:
+def _first_digests(table: ClipTable, clips: Ints, seed: int) -> np.ndarray:
+    """The first 8 bytes of each clip's ``_digest`` as a number, uint64 [n], by all cores if there
+    are many clips."""
+    pieces = ((table, clips[at : at + PIECE], seed) for at in range(0, len(clips), PIECE))
+    digests, end = np.empty(len(clips), np.uint64), 0
+    for first, found in each_done(_digests_of, pieces):
+        at = int(np.searchsorted(clips, first))
+        digests[at : at + len(found)] = found
+        end += len(found)
+    assert end == len(clips)
+    return digests
+
+
+def _digests_of(piece: tuple[ClipTable, Ints, int]) -> tuple[int, np.ndarray]:
+    table, clips, seed = piece
+    first, last = int(clips[0]), int(clips[-1]) + 1
+    keys, prefix, sha256 = table.keys(first, last), f"{seed}/".encode(), hashlib.sha256
+    # As ``_digest``, in half the time.
+    content = b"".join([sha256(prefix + keys[n]).digest()[:8] for n in (clips - first).tolist()])
+    return first, np.frombuffer(content, ">u8").astype(np.uint64)
+
+
+def _folds_of_groups(names: Sequence[str], counts: Ints, folds: int, seed: int) -> np.ndarray:
+    """A fold for each group: the largest first, to the fold that has least of its share.
+
+    Args:
+        counts: negatives and positives of each group, int64 [groups, 2].
+    """
+    sizes = counts.sum(axis=1)
+    there = np.flatnonzero(sizes).tolist()
+    if len(there) < folds:
         raise PlanError(
-            f"{len(counts)} groups cannot fill {folds} folds without crossing one",
+            f"{len(there)} groups cannot fill {folds} folds without crossing one",
             fix="Lower split.folds, or set split.groups=stratify.",
         )
-    counts["hash"] = _hash_order(counts.index, seed)
-    counts["size"] = counts[0] + counts[1]
-    counts = counts.sort_values(["size", "hash"], ascending=[False, True])
-    share = np.maximum(counts[[0, 1]].to_numpy().sum(axis=0) / folds, 1.0)
+    there.sort(key=lambda group: (-sizes[group], _digest(seed, names[group].encode())))
+    share = np.maximum(counts.sum(axis=0) / folds, 1.0)
     filled = np.zeros((folds, 2))
-    fold_of: dict[str, int] = {}
-    for group, row in zip(counts.index, counts[[0, 1]].to_numpy(), strict=True):
+    fold_of = np.zeros(len(names), np.int16)
+    for group in there:
+        row = counts[group]
         overfull = (((filled + row) / share) ** 2 - (filled / share) ** 2).sum(axis=1)
         # Each fold gets a group before any fold gets a second one.
         is_empty = filled.sum(axis=1) == 0

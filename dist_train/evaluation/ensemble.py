@@ -67,8 +67,8 @@ def mean_probability(
         StoreError: a clip cannot be read.
     """
     batches = dealt_batches(
-        clips.index.tolist(),
-        frames_of(store, config.clip)[clips.index].tolist(),
+        clips.index,
+        frames_of(store, config.clip)[clips.index],
         rank=group.rank,
         world=group.world,
         batch=batch,

@@ -110,7 +110,7 @@ def predict(
                 )
             source, folder = Store(store), out
             check_channels(config, source)
-            chosen = source.table.assign(split="")
+            chosen = source.table.frame().assign(split="")
             if threshold is None and config.split.train_on_all:
                 raise RunError(
                     "the run holds out no clips to fit the threshold on (split.train_on_all)",
@@ -188,7 +188,7 @@ def find_snapshots(run: Path) -> list[Path]:
 def _held_out(run: Path, config: Config, store_path: Location | None) -> tuple[Store, pd.DataFrame]:
     """The run's store, and its val and test clips."""
     data = open_run_data(run, config, store_path=store_path)
-    clips = data.clips[data.clips["split"] != "train"]
+    clips = data.held_out
     if clips.empty:
         raise RunError(
             "the run was trained on all clips (split.train_on_all), so none is held out",

@@ -36,7 +36,7 @@ def make_submission(
         StoreError: the store's manifest cannot be used.
     """
     manifest = _read_manifest(store)
-    rejected = manifest[~manifest["filename"].isin(store.table["filename"])]
+    rejected = manifest[~manifest["filename"].isin(store.table.texts("filename"))]
     if len(rejected) != sum(store.info["rejected"].values()):
         raise _unusable(store, "it does not list as many other clips as were rejected")
     split = next((name for name in ("test", "val") if (predictions["split"] == name).any()), None)

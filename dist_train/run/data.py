@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,31 +13,56 @@ import numpy as np
 import pandas as pd
 
 from dist_train.checkpoint.superseded import set_aside
+from dist_train.class_ratio import ClassRatio
 from dist_train.config import AugmentSettings, ClipSettings, Config
 from dist_train.data.augment.cpu import Augment
 from dist_train.data.augment.original import OriginalAugment
-from dist_train.data.duplicates import duplicates_across, duplicates_error, find_duplicates
+from dist_train.data.duplicates import (
+    Copies,
+    duplicates_across,
+    duplicates_error,
+    find_duplicates,
+)
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.resample import resampling_of
-from dist_train.data.plan.plan import Plan, make_plan
+from dist_train.data.plan.depth_order import ByDepth
+from dist_train.data.plan.plan import VERSION as PLAN_VERSION
+from dist_train.data.plan.plan import Plan, plan_of, sorted_classes
+from dist_train.data.plan.rules import PlanRules
+from dist_train.data.plan.shuffle import Ints
 from dist_train.data.plan.weights import Floats
-from dist_train.data.splits import check_splits, choose_clips, crossed_groups
+from dist_train.data.splits import (
+    CODES,
+    NAMES,
+    Splits,
+    check_splits,
+    choose_clips,
+    counts_by_class,
+    crossed_groups,
+    given_splits,
+)
 from dist_train.data.store.reader import MARKER, Store
 from dist_train.data.types import GREY
 from dist_train.errors import ConfigError, FileError, RunError, StoreError
-from dist_train.files import read_plain, write_whole
+from dist_train.files import crc32c, read_plain, write_whole
 from dist_train.places import Location, is_url, local_path
 from dist_train.run.record import read_record
+from dist_train.run.shared_arrays import shared_arrays
 from dist_train.run.splits import (
     MOST_BYTES,
     SPLITS,
+    RunSplits,
     read_splits,
+    splits_file,
     splits_record,
-    splits_text,
     what_changed,
 )
 
 log = logging.getLogger(__name__)
+
+#: Clips from which splits and order are made once on a node, and mapped by its processes.
+SHARED = 1 << 22
+MOST_FRAMES = 2**31 - 1
 
 RESTORE = (
     "Restore the store, or give the path of the run's own by --store-path. Other clips are "
@@ -53,16 +79,39 @@ class RunData:
     """The clips of a run."""
 
     store: Store
-    clips: pd.DataFrame
-    """The store's table of the selected clips, with their split; its index is the clip number."""
+    splits: Splits
+    """The split of each clip of the store, see ``data.splits``; 0 takes no part."""
     config: Config
 
-    def numbers(self, split: str, label: int | None = None) -> np.ndarray:
+    def numbers(self, split: str, label: int | None = None) -> Ints:
         """Clip numbers of a split, ascending, int64."""
-        chosen = self.clips["split"] == split
+        return np.flatnonzero(self._are_in(split, label))
+
+    def count(self, split: str, label: int | None = None) -> int:
+        """Number of clips of a split."""
+        return int(np.count_nonzero(self._are_in(split, label)))
+
+    def _are_in(self, split: str, label: int | None) -> np.ndarray:
+        chosen: np.ndarray = self.splits == CODES[split]
         if label is not None:
-            chosen &= self.clips["label"] == label
-        return self.clips.index[chosen].to_numpy(np.int64)
+            chosen &= self.store.table["label"] == label
+        return chosen
+
+    @property
+    def clips(self) -> pd.DataFrame:
+        """The store's table of the selected clips; its index is the clip number."""
+        return self._frame(self.splits > 0)
+
+    @property
+    def held_out(self) -> pd.DataFrame:
+        """The rows of ``clips`` that are not trained on."""
+        return self._frame(self.splits > CODES["train"])
+
+    def _frame(self, chosen: np.ndarray) -> pd.DataFrame:
+        clips = np.flatnonzero(chosen)
+        return self.store.table.frame(clips).assign(
+            split=np.array(NAMES, object)[self.splits[clips]]
+        )
 
     @property
     def frames(self) -> np.ndarray:
@@ -79,38 +128,55 @@ class RunData:
         Raises:
             PlanError: the train split cannot fill the batches.
         """
-        plan, clip, table = self.config.plan, self.config.clip, self.store.table
+        plan, size = self.config.plan, self.config.clip.size
+        rules = PlanRules(
+            plan.batch,
+            ClassRatio(*plan.ratio),
+            self.config.seed,
+            plan.negatives,
+            plan.max_voxels,
+            size[0] * size[1],
+        )
+        if weights is not None or len(self.store.table) < SHARED:
+            return plan_of(*self._sorted_classes(weights), rules)
+        table = self.store.table
+        clip = self.config.clip
+        settings = plan.order, plan.balance_groups, clip.max_frames, clip.spacing, clip.fps
+        key = PLAN_VERSION, self.store.content, table.checksum, crc32c(self.splits), *settings
+        arrays = shared_arrays("order", key, lambda: _as_arrays(self._sorted_classes(None)))
+        return plan_of(_of_arrays(arrays, "positives"), _of_arrays(arrays, "negatives"), rules)
+
+    def _sorted_classes(self, weights: Floats | None) -> tuple[ByDepth, ByDepth]:
+        """Positives and negatives of the train split in the plan's order."""
+        table, frames = self.store.table, self.frames
         positives, negatives = self.numbers("train", 1), self.numbers("train", 0)
-        frames = self.frames
-        most = clip.max_frames or frames.max()
-        depths = np.minimum(frames, most)
-        own = table["weight"].to_numpy(np.float64)[negatives]
+        own = table["weight"][negatives]
         if weights is not None:
             own = own * weights[negatives]
-        banded = plan.order == "banded"
-        return make_plan(
+
+        def depths(clips: Ints) -> Ints | None:
+            if self.config.plan.order != "banded":
+                return None
+            cut: Ints = np.minimum(frames[clips], self.config.clip.max_frames or MOST_FRAMES)
+            return cut
+
+        return sorted_classes(
             positives,
             negatives,
-            batch=plan.batch,
-            ratio=plan.ratio,
-            seed=self.config.seed,
-            positive_depths=depths[positives] if banded else None,
-            negative_depths=depths[negatives] if banded else None,
-            matching=plan.negatives,
+            positive_depths=depths(positives),
+            negative_depths=depths(negatives),
             weights=None if (own == 1.0).all() else own,
-            groups=pd.factorize(table["group"])[0][negatives] if plan.balance_groups else None,
-            max_voxels=plan.max_voxels,
-            frame_voxels=clip.size[0] * clip.size[1],
+            groups=table.codes("group")[negatives] if self.config.plan.balance_groups else None,
         )
 
     def deepest(self) -> int:
         """Frames of the deepest clip of the train split, as the model gets it."""
-        deepest = int(self.frames[self.numbers("train")].max())
+        deepest = int(np.max(self.frames, where=self._are_in("train", None), initial=0))
         return min(deepest, self.config.clip.max_frames or deepest)
 
     def natural_rate(self) -> float:
         """Share of positives in the train split, before any balancing."""
-        return len(self.numbers("train", 1)) / len(self.numbers("train"))
+        return self.count("train", 1) / self.count("train")
 
     def dataset(self, *, training: bool, config: Config | None = None) -> ClipDataset:
         """The store's clips in the model's shape, augmented in training.
@@ -137,36 +203,70 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
     store = Store(config.store, config.cache)
     config = with_channels(config, store)
     together = config.split.duplicates == "together"
-    same = find_duplicates(store) if training or together else None
-    clips = choose_clips(
-        store.table,
-        config.select,
-        config.split,
-        config.seed,
-        same if together else None,
-        store.classes,
-    )
+    copies = _copies(store) if training or together else None
+    splits = _choose(store, config, copies if together else None)
     if training:
-        given = bool((store.table["split"] != "").all())
-        check_splits(clips, config.split, given=given, classes=store.classes)
+        given = bool(given_splits(store.table).all())
+        counts = counts_by_class(splits, store.table["label"])
+        check_splits(counts, config.split, given=given, classes=store.classes)
         if given and os.environ.get("RANK", "0") == "0":
-            _warn_of_crossed_groups(clips)
-        assert same is not None
-        copies = duplicates_across(clips, same[clips.index], store.classes)
-        if copies is not None and config.split.duplicates != "keep":
-            raise duplicates_error(copies, given=given)
-        if copies is not None and os.environ.get("RANK", "0") == "0":
-            log.warning("%s", copies)
-    return RunData(store, clips, config)
+            _warn_of_crossed_groups(store, splits)
+        assert copies is not None
+        chosen = copies.among(splits > 0)
+        names = pd.Series(np.array(NAMES, object)[splits[chosen.clips]])
+        across = duplicates_across(store.table, names, chosen, store.classes)
+        if across is not None and config.split.duplicates != "keep":
+            raise duplicates_error(across, given=given)
+        if across is not None and os.environ.get("RANK", "0") == "0":
+            log.warning("%s", across)
+    return RunData(store, splits, config)
 
 
-def _warn_of_crossed_groups(clips: pd.DataFrame) -> None:
-    crossed = crossed_groups(clips)
-    if len(crossed):
+def _copies(store: Store) -> Copies:
+    """``find_duplicates``, once on a node for a large store."""
+    if len(store.table) < SHARED:
+        return find_duplicates(store)
+    key = store.content, store.table.checksum
+    arrays = shared_arrays("copies", key, lambda: find_duplicates(store)._asdict())
+    return Copies(arrays["clips"], arrays["first"])
+
+
+def _choose(store: Store, config: Config, copies: Copies | None) -> Splits:
+    """``choose_clips``, once on a node for a large store."""
+
+    def choose() -> dict[str, Splits]:
+        settings = config.select, config.split, config.seed
+        return {"splits": choose_clips(store.table, *settings, copies, store.classes)}
+
+    if len(store.table) < SHARED:
+        return choose()["splits"]
+    settings = config.select.model_dump(), config.split.model_dump(), config.seed
+    key = store.content, store.table.checksum, *settings, copies is None
+    return shared_arrays("splits", key, choose)["splits"]
+
+
+def _as_arrays(classes: tuple[ByDepth, ByDepth]) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    for name, clips in zip(("positives", "negatives"), classes, strict=True):
+        arrays[f"{name}.clips"] = clips.clips.astype(np.uint32)
+        arrays |= {f"{name}.depths": clips.depths, f"{name}.starts": clips.starts}
+        if clips.weights is not None:
+            arrays[f"{name}.weights"] = clips.weights
+    return arrays
+
+
+def _of_arrays(arrays: Mapping[str, np.ndarray], name: str) -> ByDepth:
+    clips, depths, starts = (arrays[f"{name}.{part}"] for part in ("clips", "depths", "starts"))
+    return ByDepth(clips, depths, starts, arrays.get(f"{name}.weights"))
+
+
+def _warn_of_crossed_groups(store: Store, splits: Splits) -> None:
+    crossed = crossed_groups(store.table, splits)
+    if crossed:
         log.warning(
             "%d groups are in more than one split of the manifest, such as '%s' in %s: held-out "
             "metrics do not tell of new groups. split.groups=disjoint refuses this",
-            len(crossed), crossed.index[0], " and ".join(sorted(crossed.iloc[0])),
+            len(crossed), *next(iter(crossed.items())),
         )  # fmt: skip
 
 
@@ -206,16 +306,15 @@ def open_run_data(run: Path, config: Config, *, store_path: Location | None = No
     splits = read_splits(run, record["splits"])
     _check_content(store, splits, record["store"], fix=RESTORE)
     if splits is None:
-        clips = choose_clips(store.table, config.select, config.split, config.seed)
-        if splits_record(splits_text(store.table, clips)) != record["splits"]:
+        codes = _choose(store, config, None)
+        if splits_record(*splits_file(store.table, codes)) != record["splits"]:
             raise RunError(
                 "the run's table of splits is missing, and cannot be made again",
                 where=run / SPLITS,
                 fix="Restore it from a copy.",
             )
-        return RunData(store, clips, config)
-    split = splits["split"].to_numpy()
-    return RunData(store, store.table.assign(split=split)[split != ""], config)
+        return RunData(store, codes, config)
+    return RunData(store, splits.codes, config)
 
 
 def _find_store(former: str, config: Config) -> Location:
@@ -230,7 +329,7 @@ def _find_store(former: str, config: Config) -> Location:
 
 
 def _check_content(
-    store: Store, splits: pd.DataFrame | None, said: dict[str, Any], *, fix: str
+    store: Store, splits: RunSplits | None, said: dict[str, Any], *, fix: str
 ) -> None:
     if store.content != said["content"]:
         changes = what_changed(splits, store.table, said["clips"])
@@ -262,7 +361,7 @@ def check_same_data(run: Path, data: RunData) -> None:
         except RunError:
             splits = None
         _check_content(store, splits, record["store"], fix=f"Use the run's own store. {ACCEPT}")
-    if splits_record(splits_text(store.table, data.clips)) != record["splits"]:
+    if splits_record(*splits_file(store.table, data.splits)) != record["splits"]:
         raise RunError(
             "these settings give other splits than the run was trained with",
             where=run / SPLITS,
@@ -277,16 +376,17 @@ def write_splits(run: Path, data: RunData) -> dict[str, Any]:
     Raises:
         OSError: it cannot be written.
     """
-    path, store = run / SPLITS, data.store
-    text = splits_text(store.table, data.clips)
+    store = data.store
+    name, content = splits_file(store.table, data.splits)
+    path = run / name
     try:
-        is_same = read_plain(path, most_bytes=MOST_BYTES) == text.encode()
+        is_same = read_plain(path, most_bytes=MOST_BYTES) == content
     except FileError:
         is_same = False
     if not is_same:
         if os.path.lexists(path):
             log.warning("%s is moved to %s: it is not of this run", path, set_aside(run, path))
-        write_whole(path, text)
+        write_whole(path, content)
     return {
         "store": {
             "path": store.place if isinstance(store.place, str) else str(store.place.resolve()),
@@ -296,7 +396,7 @@ def write_splits(run: Path, data: RunData) -> dict[str, Any]:
             "clips": len(store.table),
         }
         | {key: store.info[key] for key in ("classes",) if key in store.info},
-        "splits": splits_record(text),
+        "splits": splits_record(name, content),
     }
 
 
@@ -324,12 +424,11 @@ def clip_dataset(
 
 
 def frames_of(store: Store, clip: ClipSettings) -> np.ndarray:
-    """Frames of each clip of a store after resampling, before the cut: int64 [clips]. StoreError as
-    ``clip_dataset``."""
+    """Frames of each clip of a store after resampling, before the cut: int32 or int64 [clips].
+    StoreError as ``clip_dataset``."""
     resampling = resampling_of(store, clip.spacing, clip.fps)
-    if resampling is not None:
-        return resampling.frames
-    return store.table["frames"].to_numpy(np.int64)
+    frames: np.ndarray = store.table["frames"]
+    return frames if resampling is None else resampling.frames(slice(None))
 
 
 def with_channels(config: Config, store: Store) -> Config:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from dist_train.data.splits import CODES
 from dist_train.errors import RunError
 from dist_train.run.data import RunData
 from dist_train.run.folder import CHECKPOINTS, SNAPSHOTS
@@ -29,16 +30,21 @@ def held_out_seen(data: RunData, earlier: Path) -> int | None:
         splits = None
     if splits is None:
         return None
-    trained = splits[splits["split"] == "train"]
-    held_out = data.clips[data.clips["split"] != "train"]
-    seen = int(
-        (held_out["key"].isin(trained["key"]) | held_out["crc32c"].isin(trained["crc32c"])).sum()
-    )
+    if splits.table is None:
+        # Of a large store only the splits are known, in its order.
+        if len(splits.codes) != len(data.splits):
+            return None
+        both = (splits.codes == CODES["train"]) & (data.splits > CODES["train"])
+        seen, total = int(both.sum()), int((data.splits > CODES["train"]).sum())
+    else:
+        trained, held_out = splits.table[splits.codes == CODES["train"]], data.held_out
+        both = held_out["key"].isin(trained["key"]) | held_out["crc32c"].isin(trained["crc32c"])
+        seen, total = int(both.sum()), len(held_out)
     if seen:
         log.warning(
             "%d of %d held-out clips have the name or the pixels of clips that these weights were "
             "trained on before (%s): their metrics will be too good",
-            seen, len(held_out), earlier,
+            seen, total, earlier,
         )  # fmt: skip
     return seen
 
@@ -52,7 +58,7 @@ def held_out_seen_by_init(data: RunData, weights: Path) -> int | None:
     """
     in_run = weights.parent.name in (SNAPSHOTS, CHECKPOINTS)
     seen = held_out_seen(data, weights.parent.parent) if in_run else None
-    if seen is None and (data.clips["split"] != "train").any():
+    if seen is None and (data.splits > CODES["train"]).any():
         log.warning(
             "%s does not say which clips it was trained on: if some of them are held out here, "
             "their metrics will be too good",

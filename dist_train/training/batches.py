@@ -73,8 +73,8 @@ class Batches:
         """Load the val split without augmentation; can be iterated repeatedly."""
         clips = self._data.numbers("val")
         batches = held_out_batches(
-            clips.tolist(),
-            self._data.frames[clips].tolist(),
+            clips,
+            self._data.frames[clips],
             rank=self._backend.rank,
             world=self._backend.world,
             batch=self._micro.clips,

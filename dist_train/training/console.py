@@ -35,8 +35,8 @@ def opening(config: Config, backend: Backend, data: RunData, plan: Plan, done: i
         f"{train.backend}, {train.precision}",
         "clips: "
         + "; ".join(
-            f"{split} {len(data.numbers(split, 1)):,} {data.store.classes[1]}, "
-            f"{len(data.numbers(split, 0)):,} {data.store.classes[0]}"
+            f"{split} {data.count(split, 1):,} {data.store.classes[1]}, "
+            f"{data.count(split, 0):,} {data.store.classes[0]}"
             for split in ("train", "val", "test")
         ),
         f"{train.epochs:,} epochs of {steps / train.epochs:,.0f} steps of {plan.batch} clips: "

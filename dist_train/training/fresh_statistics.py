@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import pandas as pd
 import torch
 from torch import nn
 
@@ -87,4 +88,5 @@ def _plan_at(data: RunData, step: int) -> Plan:
     table = kept_table(data.config.out, plan.first_step(plan.epoch_of(step)))
     if data.config.plan.weights is None or not table.exists():
         return plan
-    return data.plan(read_weights(table.read_bytes(), data.store.table["filename"], table))
+    names = pd.Series(data.store.table.texts("filename"))
+    return data.plan(read_weights(table.read_bytes(), names, table))

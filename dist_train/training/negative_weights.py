@@ -57,7 +57,7 @@ class EpochWeights:
     def _plan(self, first_step: int) -> Plan:
         """Return the plan of the epoch that begins with ``first_step``. A collective call."""
         content = on_main(self._backend, lambda: self._content(first_step))
-        names = self._data.store.table["filename"]
+        names = pd.Series(self._data.store.table.texts("filename"))
         return self._data.plan(read_weights(content, names, self._table))
 
     def _content(self, first_step: int) -> bytes:

@@ -82,7 +82,7 @@ class Validator:
         Returns:
             Metrics, labels and probabilities, float32 [N]; all empty if no clip is held out.
         """
-        if not len(self._data.numbers("val")):
+        if not self._data.count("val"):
             return {}, np.empty(0, np.float32), np.empty(0, np.float32)
         backend = self._backend
         with backend.autocast():
@@ -97,7 +97,7 @@ class Validator:
         # Each clip once, in an order that does not depend on the number of ranks.
         clips, places = np.unique(clips, return_index=True)
         logits = logits[places]
-        labels = self._data.store.table["label"].to_numpy(np.float32)[clips]
+        labels = self._data.store.table["label"][clips].astype(np.float32)
         loss = self._loss(torch.from_numpy(logits), torch.from_numpy(labels))
         scores = expit(logits)
         metrics = {f"val/{k}": v for k, v in binary_metrics(scores, labels).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,19 @@ import pandas as pd
 import pytest
 from helpers import overrides, refused, tiny_config
 from make_media import store_of, volumes
+from tables import table_of
 
 from dist_train.config import SelectSettings, SplitSettings
-from dist_train.data.splits import assign_splits, check_splits, choose_clips, select_clips
+from dist_train.data import splits as splits_module
+from dist_train.data.splits import (
+    CODES,
+    NAMES,
+    assign_splits,
+    check_splits,
+    choose_clips,
+    counts_by_class,
+    select_clips,
+)
 from dist_train.errors import PlanError
 from dist_train.run.data import open_data
 
@@ -33,7 +44,9 @@ def clips(count: int, *, groups: int = 5, rate: float = 0.2, seed: int = 0) -> p
 
 
 def assigned(table: pd.DataFrame, *, seed: int = 3, **settings: Any) -> pd.Series:
-    return assign_splits(table, SplitSettings(**settings), seed)
+    chosen = np.ones(len(table), np.bool_)
+    codes = assign_splits(table_of(table), chosen, SplitSettings(**settings), seed)
+    return pd.Series(np.array(NAMES, object)[codes], index=table.index)
 
 
 def fold_numbers(table: pd.DataFrame, folds: int, groups: str, seed: int = 3) -> pd.Series:
@@ -50,9 +63,8 @@ def fold_numbers(table: pd.DataFrame, folds: int, groups: str, seed: int = 3) ->
 def test_all_labelled_clips_by_default() -> None:
     table = clips(50)
     table.loc[[3, 7], "label"] = -1
-    assert select_clips(table, tier2_crowd_score=None).index.tolist() == [
-        i for i in range(50) if i not in (3, 7)
-    ]
+    chosen = select_clips(table_of(table), tier2_crowd_score=None)
+    assert np.flatnonzero(~chosen).tolist() == [3, 7]
 
 
 def test_the_original_rule() -> None:
@@ -64,13 +76,14 @@ def test_the_original_rule() -> None:
             "crowd_score": [0.0, 0.0, np.nan, 0.61, 0.6, 0.2, 0.9, np.nan],
         }
     )
-    assert select_clips(table, tier2_crowd_score=0.6).index.tolist() == [0, 1, 2, 3]
+    chosen = select_clips(table_of(table), tier2_crowd_score=0.6)
+    assert np.flatnonzero(chosen).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("label", "missing"), [(0, "positives"), (1, "negatives")])
 def test_a_class_that_is_missing_is_named(label: int, missing: str) -> None:
     with pytest.raises(PlanError, match=rf"no {missing} \(10 clips of 10 selected\)"):
-        select_clips(clips(10).assign(label=label), tier2_crowd_score=None)
+        select_clips(table_of(clips(10).assign(label=label)), tier2_crowd_score=None)
 
 
 def test_stratified_folds_are_balanced_by_class_and_group() -> None:
@@ -134,16 +147,19 @@ def test_too_few_groups() -> None:
 
 def test_choose_clips_keeps_the_clip_numbers() -> None:
     table = clips(300)
-    chosen = choose_clips(table, SelectSettings(tier2_crowd_score=0.6), SplitSettings(), seed=0)
-    assert 0 < len(chosen) < 300
-    assert (table.loc[chosen.index, "key"] == chosen["key"]).all()
-    assert set(chosen["split"]) == {"train", "val", "test"}
+    select = SelectSettings(tier2_crowd_score=0.6)
+    codes = choose_clips(table_of(table), select, SplitSettings(), seed=0)
+    assert set(codes.tolist()) == {0, *CODES.values()}
+    chosen = select_clips(table_of(table), tier2_crowd_score=0.6)
+    assert ((codes > 0) == chosen).all()
 
 
 @pytest.mark.parametrize(("given", "empty"), [("train", "val"), ("val", "train")])
 def test_split_without_clips(given: str, empty: str) -> None:
     with pytest.raises(PlanError, match=f"no clip is in split '{empty}'"):
-        choose_clips(clips(20).assign(split=given), SelectSettings(), SplitSettings(), seed=0)
+        choose_clips(
+            table_of(clips(20).assign(split=given)), SelectSettings(), SplitSettings(), seed=0
+        )
 
 
 def test_clips_without_a_group_are_refused_or_told_apart() -> None:
@@ -170,8 +186,9 @@ def test_a_group_in_two_splits_of_the_manifest() -> None:
 
 
 def check(table: pd.DataFrame, split: SplitSettings) -> None:
-    chosen = choose_clips(table, SelectSettings(), split, seed=0)
-    check_splits(chosen, split, given=bool((table["split"] != "").all()))
+    codes = choose_clips(table_of(table), SelectSettings(), split, seed=0)
+    counts = counts_by_class(codes, table["label"].to_numpy())
+    check_splits(counts, split, given=bool((table["split"] != "").all()))
 
 
 def test_a_fold_without_a_class_is_refused() -> None:
@@ -220,14 +237,32 @@ def test_groups_that_look_the_same_are_one_in_an_old_store_too() -> None:
     assert splits[table["group"].str.strip() == "m3"].nunique() == 1
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_clips_are_dealt_in_the_order_of_their_hashes(
+    ties: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly, as runs that were begun before must find the same splits."""
+    table = clips(120).sort_values("key", ignore_index=True)
+    if ties:
+        none = np.zeros(len(table), np.uint64)
+        monkeypatch.setattr(splits_module, "_first_digests", lambda *_: none)
+    rows = table.assign(hash=[hashlib.sha256(f"3/{k}".encode()).hexdigest() for k in table["key"]])
+    rows = rows.sort_values(["label", "group", "hash"])
+    fold = rows.groupby("label").cumcount() % 5
+    expected = fold.map({0: "test", 1: "val"}).fillna("train").sort_index()
+    assert assigned(table).tolist() == expected.tolist()
+
+
 def test_a_class_is_named_as_in_the_table() -> None:
     table = clips(60, rate=0.5).assign(split=["train", "val", "test"] * 20)
     table.loc[table["split"] == "val", "label"] = 1
     names = {0: "flowing", 1: "stalled"}
+    codes = table["split"].map(CODES).to_numpy(np.uint8)
+    counts = counts_by_class(codes, table["label"].to_numpy())
     with pytest.raises(PlanError, match=r"split 'val' holds no 'flowing' clips \(train: \d+ 'stal"):
-        check_splits(table, SplitSettings(), given=True, classes=names)
+        check_splits(counts, SplitSettings(), given=True, classes=names)
     with pytest.raises(PlanError, match="the selection holds no 'stalled' clips"):
-        select_clips(table.assign(label=0), tier2_crowd_score=None, classes=names)
+        select_clips(table_of(table.assign(label=0)), tier2_crowd_score=None, classes=names)
 
 
 BAD_SPLITS = {

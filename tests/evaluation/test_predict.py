@@ -112,7 +112,7 @@ def test_the_mean_over_snapshots_by_hand(predicted: Path) -> None:
             model.load_state_dict(load_file(snapshot))
             with torch.no_grad():
                 probabilities.append(float(torch.sigmoid(model(volume, None).double())))
-        row = table.loc[data.store.table["key"].iloc[clip]]
+        row = table.loc[data.store.table["key"][clip]]
         assert row["probability"] == pytest.approx(np.mean(probabilities), abs=1e-6)
         assert abs(probabilities[0] - probabilities[1]) > 1e-5, "the snapshots say the same"
 
@@ -380,7 +380,7 @@ def test_a_submission_has_every_row_of_the_form(
     manifest = read_manifest(tmp_path / "clips.csv")
     prepare(manifest, tmp_path, folder, settings, workers=1, max_rejected=0.5)
     store = Store(folder)
-    table = store.table.iloc[::-1].assign(calibrated=0.2)
+    table = store.table.frame().iloc[::-1].assign(calibrated=0.2)
     for likelier in (0, 1):
         submission = make_submission(table, 0.5, store, rejected_as=likelier)
         names = range(4 if asked else 8)

@@ -18,12 +18,22 @@ from stores import small_medmnist
 from dist_train import cli
 from dist_train.data.store.build import prepare_npz
 from dist_train.data.store.build_spec import JOB, Job, read_job
+from dist_train.data.store.clip_table import TABLE
 from dist_train.data.store.reader import INDEX, MANIFEST, MARKER, REJECTED, SHARDS, Store
 from dist_train.data.store.shards import shard_name
 from dist_train.errors import DistTrainError
 
 SHARD = f"{SHARDS}/{shard_name(1)}"
-FILES = (MARKER, JOB, MANIFEST, REJECTED, INDEX, SHARD, SHARD.replace(".tar", ".rejected.csv"))
+FILES = (
+    MARKER,
+    JOB,
+    MANIFEST,
+    REJECTED,
+    INDEX,
+    TABLE,
+    SHARD,
+    SHARD.replace(".tar", ".rejected.csv"),
+)
 # What the store cannot be judged or mended without: `prepare` writes these again.
 NEEDED = (JOB, MANIFEST)
 VALUES = (
@@ -103,7 +113,7 @@ def read_all(store: Path) -> dict[str, tuple[object, ...]]:
     """As training opens and reads it: facts and pixels of each clip that can be read."""
     opened = Store(store)
     found = {}
-    for clip, row in enumerate(opened.table.itertuples()):
+    for clip, row in enumerate(opened.table.frame().itertuples()):
         try:
             found[str(row.key)] = row.label, row.split, opened.read(clip).tobytes()
         except DistTrainError:
@@ -148,7 +158,7 @@ def edited(made: Path, folder: Path, name: str, count: int, seed: int) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_edits(made: Path, tmp_path: Path, name: str) -> None:
-    edited(made, tmp_path, name, 20 if name == INDEX else 7, seed=0)
+    edited(made, tmp_path, name, 20 if name in (INDEX, TABLE) else 7, seed=0)
 
 
 @pytest.mark.soak

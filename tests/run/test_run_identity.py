@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import said, tiny_config, tiny_npz, tiny_store
+from tables import table_of
 
+from dist_train.data.splits import CODES
 from dist_train.data.store.build import prepare_npz
 from dist_train.errors import CheckpointError, DistTrainError, RunError, StoreError
 from dist_train.evaluation.predict import predict
@@ -151,8 +153,10 @@ def test_the_same_split_holds_out_nothing_that_was_trained_on(
     assert "held-out" not in caplog.text
     # By the name alone, as of clips that were cropped otherwise.
     data = open_data(config)
-    other = data.clips.assign(crc32c=0, split=data.clips["split"].replace({"train": "val"}))
-    assert held_out_seen(replace(data, clips=other), copy) == 40
+    frame = data.store.table.frame()
+    data.store.table = table_of(frame.assign(crc32c=np.arange(len(frame)), shard=0))
+    splits = np.where(data.splits == CODES["train"], CODES["val"], data.splits)
+    assert held_out_seen(replace(data, splits=splits), copy) == 40
     shutil.copytree(copy / "snapshots", Path("lone") / "snapshots")
     assert held_out_seen_by_init(data, Path("lone") / "snapshots" / "step-6.safetensors") is None
     assert "does not say which clips it was trained on" in caplog.text
@@ -225,7 +229,7 @@ def test_other_held_out_clips_are_refused_where_training_is_the_same(
     text = (copy / SPLITS).read_text()
     swapped = text.replace(",val,", ",?,").replace(",test,", ",val,").replace(",?,", ",test,")
     (copy / SPLITS).write_text(swapped)
-    forge(copy, splits=splits_record(swapped))
+    forge(copy, splits=splits_record(SPLITS, swapped.encode()))
     assert record["splits"] != read_record(copy)["splits"]
     config = tiny_config(home / "S", copy, *SHORT, "train.epochs=2", "snapshots.at=[2]")
     with pytest.raises(DistTrainError, match="give other splits than the run was trained with"):

@@ -124,7 +124,7 @@ def test_a_disk_that_fails_is_no_damage(store: Path, tmp_path: Path) -> None:
     """A file whose first byte cannot be read: the kernel returns EIO."""
     shutil.copytree(store, tmp_path / "store")
     opened = Store(tmp_path / "store")
-    shard = tmp_path / "store" / "shards" / shard_name(int(opened.table["shard"].iloc[7]))
+    shard = tmp_path / "store" / "shards" / shard_name(int(opened.table["shard"][7]))
     shard.unlink()
     shard.symlink_to("/proc/self/mem")
     with pytest.raises(MachineError, match=rf"{shard.name}.*Input/output error\)\. The disk"):

@@ -54,6 +54,15 @@ def test_plan(bench: Bench, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_table(bench: Bench, tmp_path: Path) -> None:
+    summary = bench("bench_table", "--folder", tmp_path)["summary"]
+    assert summary["worker_pickle_kb"] < 10
+    assert summary["extra_mb_573k"] < summary["index_extra_mb_573k"]
+    assert summary["open_s_573k"] < summary["index_open_s_573k"] / 10
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_checkpoint_measures_every_kind_of_save_and_leaves_nothing(
     bench: Bench, tmp_path: Path

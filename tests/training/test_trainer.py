@@ -51,7 +51,7 @@ def held_out_loss(config: Config, model: nn.Module) -> float:
     with torch.no_grad():
         volumes = [torch.from_numpy(data.store.read(clip)).float() / 255 for clip in clips]
         logits = torch.cat([model(volume[None, None], None) for volume in volumes])
-    labels = torch.from_numpy(data.store.table["label"].to_numpy(np.float32)[clips])
+    labels = torch.from_numpy(data.store.table["label"][clips].astype(np.float32))
     return float(binary_cross_entropy_with_logits(logits, labels))
 
 

@@ -14,8 +14,8 @@ from dist_train.data.check.findings import copies, faults, identical_pairs, reco
 from dist_train.data.check.measure import measure, near_copies
 from dist_train.data.check.result import MOST_NAMED, CheckResult, Finding, Leak
 from dist_train.data.check.shifts import find_shifts
-from dist_train.data.duplicates import find_duplicates
-from dist_train.data.splits import choose_clips
+from dist_train.data.duplicates import Copies, find_duplicates
+from dist_train.data.splits import NAMES, choose_clips, given_splits
 from dist_train.data.store.reader import Store
 from dist_train.errors import PlanError
 from dist_train.progress import Progress
@@ -49,8 +49,11 @@ def check_store(
     """
     notes: list[str] = []
     clips = recorded(store)
-    same = find_duplicates(store)
-    clips["split"] = _splits(store, config, same, notes)
+    exact = find_duplicates(store)
+    # The first clip with the same pixels.
+    same = pd.Series(np.arange(len(clips)))
+    same[exact.clips] = exact.first
+    clips["split"] = _splits(store, config, exact, notes)
     chosen = clips.iloc[_sample(len(clips), QUICK if quick else len(clips))]
     by_place = chosen.sort_values(["shard", "offset"]).index.tolist()
     statistics, unreadable = measure(store, by_place, workers, progress)
@@ -146,20 +149,21 @@ def _sample(count: int, most: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.sort(np.random.default_rng(0).choice(count, most, replace=False))
 
 
-def _splits(store: Store, config: Config, same: pd.Series, notes: list[str]) -> pd.Series:
+def _splits(store: Store, config: Config, exact: Copies, notes: list[str]) -> np.ndarray[Any, Any]:
     """The split of each clip in a run with these settings, "" for clips that take no part."""
-    together = same if config.split.duplicates == "together" else None
+    together = exact if config.split.duplicates == "together" else None
+    settings = config.select, config.split, config.seed
     try:
-        chosen = choose_clips(store.table, config.select, config.split, config.seed, together)
+        codes = choose_clips(store.table, *settings, together, store.classes)
     except PlanError as error:
         notes.append(f"splits: none ({error.what})")
-        return pd.Series("", index=same.index)
-    if not (store.table["split"] != "").all() and not config.split.train_on_all:
+        return np.full(len(store.table), "", object)
+    if not given_splits(store.table).all() and not config.split.train_on_all:
         notes.append(
             f"splits: as training cuts them with seed {config.seed}, fold {config.split.fold} of "
             f"{config.split.folds}; other settings are given as for 'dist-train train'"
         )
-    return chosen["split"].reindex(same.index).fillna("")
+    return np.array(NAMES, object)[codes]
 
 
 def _grey(store: Store, statistics: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from dist_train.data.store.index import read_index
-from dist_train.data.store.reader import INDEX, Store
+from dist_train.data.store.reader import Store
 from dist_train.data.types import Record
 
 #: Prefix of the columns of the clip table that the store keeps as metadata.
@@ -25,7 +25,7 @@ def recorded(store: Store) -> pd.DataFrame:
     between frames, NaN if unknown), ``declared`` (frames; 0 if unknown), ``damaged`` (frames),
     ``shard``, ``offset``, and the clip table's further columns.
     """
-    return pd.DataFrame([_row(record) for _, record in read_index(store.folder / INDEX)])
+    return pd.DataFrame([_row(record) for _, record in read_index(store.index())])
 
 
 def _row(record: Record) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def identical_pairs(labels: pd.Series, same: pd.Series) -> Pairs:
     """Pairs of one clip of each set of copies, a labelled one if any is, with each other one.
 
     Args:
-        same: ``find_duplicates``.
+        same: the first clip with the same pixels, of each clip.
     """
     copied = same[same.duplicated(keep=False)]
     pairs: Pairs = []

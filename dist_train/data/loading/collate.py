@@ -117,11 +117,11 @@ def fill(
         if clips.on_device:
             draws.append(clips.fill_native(out, slot))
         else:
-            depth = clips.depths[slot.clip]
+            depth = clips.depth(slot.clip)
             clips.fill(out[:depth], slot)
             out[depth:] = 0
     numbers = [slot.clip for slot in slots]
-    depths, labels = clips.depths[numbers], clips.labels[numbers]
+    depths, labels = clips.depths(numbers), clips.labels(numbers)
     return Batch(
         packed(pixels, shapes, draws, clips.channels)
         if clips.on_device
@@ -136,5 +136,5 @@ def _shapes(clips: ClipDataset, slots: Sequence[Slot]) -> tuple[tuple[int, int, 
     """(D, H, W) of each clip in the batch."""
     if clips.on_device:
         return tuple(clips.native_shape(slot.clip) for slot in slots)
-    deepest = max(int(clips.depths[slot.clip]) for slot in slots)
+    deepest = max(clips.depth(slot.clip) for slot in slots)
     return ((deepest, *clips.size),) * len(slots)

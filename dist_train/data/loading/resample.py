@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,78 +18,82 @@ Spacing = tuple[float | None, float | None, float | None]
 MOST = 1 << 14
 
 
-class Resampling(NamedTuple):
-    """How each clip of a store is resampled.
-
-    Attributes:
-        step: float64 [clips], frames of the clip from one new frame to the next.
-        frames: int64 [clips], new frames.
-        sizes: int64 [clips, 2], height and width at the new spacing; None leaves both axes.
-    """
-
-    step: np.ndarray
-    frames: np.ndarray
-    sizes: np.ndarray | None
-
-
-def resampling_of(store: Store, spacing: Spacing | None, fps: float | None) -> Resampling | None:
-    """The resampling to ``spacing`` and to ``fps`` frames a second; None if neither is given.
+class Resampling:
+    """How the clips of a store are resampled to ``spacing`` and to ``fps`` frames a second.
 
     A clip of n frames becomes n / step frames, rounded, at least one. Each frame becomes its size
-    at the new spacing, rounded, at least one pixel.
+    at the new spacing, rounded, at least one pixel. All is found from the mapped clip table when it
+    is asked for, so copies of it are small. ``clips`` are clip numbers, or a slice of them.
 
     Raises:
         StoreError: clips do not say their spacing or interval, or would be longer than ``MOST``.
     """
-    if spacing is None and fps is None:
-        return None
-    table = store.table
-    (z, y, x), (is_z, is_y, is_x) = store.sampling[0].T, spacing or (None, None, None)
-    step = np.ones(len(table))
-    if is_z is not None:
-        step = is_z / _known(store, z, "clip.spacing")
-    if fps is not None:
-        step = 1 / (fps * _known(store, store.sampling[1], "clip.fps"))
-    frames = _length(store, table["frames"].to_numpy(), step)
-    sizes = None
-    if is_y is not None and is_x is not None:
-        sides = (("height", y, is_y), ("width", x, is_x))
-        sizes = np.stack(
-            [
-                _length(store, table[name].to_numpy(), new / _known(store, old, "clip.spacing"))
-                for name, old, new in sides
-            ],
-            axis=1,
-        )
-    return Resampling(step, frames, sizes)
+
+    def __init__(self, store: Store, spacing: Spacing | None, fps: float | None) -> None:
+        self._table, (z, y, x) = store.table, spacing or (None, None, None)
+        # Axis -> column of the clip table, and its new value; the frame rate for "interval".
+        self._new: dict[str, tuple[str, float]] = {}
+        if z is not None:
+            self._new["frames"] = "spacing.z", z
+        if fps is not None:
+            self._new["frames"] = "interval", fps
+        if y is not None and x is not None:
+            self._new |= {"height": ("spacing.y", y), "width": ("spacing.x", x)}
+        self.resizes = "height" in self._new
+        for axis, (column, _) in self._new.items():
+            self._check(store, axis, column)
+
+    def step(self, clips: Any) -> Any:
+        """Frames of the clip from one new frame to the next: float64."""
+        return self._step("frames", clips)
+
+    def frames(self, clips: Any) -> Any:
+        """New frames: int64."""
+        return self._length("frames", clips).astype(np.int64)
+
+    def size(self, clip: int) -> tuple[int, int]:
+        """Height and width of a clip at the new spacing, which must be given."""
+        return int(self._length("height", clip)), int(self._length("width", clip))
+
+    def _step(self, axis: str, clips: Any) -> Any:
+        if axis not in self._new:
+            return np.ones_like(self._table[axis][clips], np.float64)
+        column, new = self._new[axis]
+        now = self._table.sampling(column)[clips]
+        return 1 / (new * now) if column == "interval" else new / now
+
+    def _length(self, axis: str, clips: Any) -> Any:
+        """Lengths after resampling, rounded half up: float64."""
+        lengths = self._table[axis][clips] / self._step(axis, clips)
+        return np.maximum(np.floor(lengths + 0.5), 1)
+
+    def _check(self, store: Store, axis: str, column: str) -> None:
+        unknown = np.isnan(self._table.sampling(column))
+        if unknown.any():
+            first = self._table.text("filename", int(unknown.argmax()))
+            what, setting = "spacing", "clip.spacing"
+            if column == "interval":
+                what, setting = "interval between frames", "clip.fps"
+            raise StoreError(
+                f"{unknown.sum()} of {len(unknown)} clips do not say their {what}, the first is "
+                f"{first}",
+                where=store.folder,
+                fix=f"Leave out {setting}, or prepare the store anew from files that say it.",
+            )
+        new = self._length(axis, slice(None))
+        if new.max() > MOST:
+            clip = int(new.argmax())
+            raise StoreError(
+                f"{self._table.text('filename', clip)} would be resampled from "
+                f"{self._table[axis][clip]} to {new[clip]:.0f} voxels along an axis",
+                where=store.folder,
+                fix="Give clip.spacing in um and clip.fps in frames a second.",
+            )
 
 
-def _known(store: Store, values: np.ndarray, setting: str) -> np.ndarray:
-    unknown = np.isnan(values)
-    if unknown.any():
-        first = store.table["filename"].iloc[int(unknown.argmax())]
-        what = "interval between frames" if setting == "clip.fps" else "spacing"
-        raise StoreError(
-            f"{unknown.sum()} of {len(values)} clips do not say their {what}, the first is {first}",
-            where=store.folder,
-            fix=f"Leave out {setting}, or prepare the store anew from files that say it.",
-        )
-    return values
-
-
-def _length(store: Store, length: np.ndarray, step: np.ndarray) -> np.ndarray:
-    """int64: lengths after resampling, rounded half up."""
-    new: np.ndarray = np.maximum(np.floor(length / step + 0.5), 1)
-    if new.max() > MOST:
-        clip = int(new.argmax())
-        raise StoreError(
-            f"{store.table['filename'].iloc[clip]} would be resampled from {length[clip]} to "
-            f"{new[clip]:.0f} voxels along an axis",
-            where=store.folder,
-            fix="Give clip.spacing in um and clip.fps in frames a second.",
-        )
-    lengths: np.ndarray = new.astype(np.int64)
-    return lengths
+def resampling_of(store: Store, spacing: Spacing | None, fps: float | None) -> Resampling | None:
+    """The resampling of a store's clips; None if neither setting is given."""
+    return None if spacing is None and fps is None else Resampling(store, spacing, fps)
 
 
 def resample_depth(clip: Volume, step: float, start: int, depth: int) -> Volume:

@@ -179,7 +179,7 @@ class BatchDataset(Dataset[Batch | LentBatch | DistTrainError]):
         store = self.clips.store
         if clip == NO_CLIP:
             return StoreError(f"{what} between two batches", where=store.place, fix=fix)
-        key = store.table["key"].iloc[clip]
+        key = store.table.text("key", clip)
         return StoreError(f"{what} at clip '{key}'", where=store.where(clip), fix=fix)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,13 @@ class ByDepth:
 def by_depth(clips: Ints, depths: Ints | None, weights: Floats | None = None) -> ByDepth:
     """Sort clips by depth, integer [count] from 1. Without depths all count as one frame deep."""
     depths = np.ones(len(clips), np.int64) if depths is None else depths
-    order = np.lexsort((mix(clips.astype(np.uint64)), depths))
-    values, firsts = np.unique(depths[order], return_index=True)
-    starts = np.append(firsts, len(clips)).astype(np.int64)
+    values, counts = np.unique(depths, return_counts=True)
+    starts = np.append(0, np.cumsum(counts)).astype(np.int64)
+    # numpy sorts small integers in a time like their number.
+    is_small = len(values) and values[-1] < 1 << 16
+    order = np.argsort(depths.astype(np.uint16) if is_small else depths, kind="stable")
+    for first, last in pairwise(starts.tolist()):
+        of_depth = order[first:last]
+        of_depth[:] = of_depth[np.argsort(mix(clips[of_depth].astype(np.uint64)))]
     weights = None if weights is None else weights[order]
     return ByDepth(clips[order], values.astype(np.int64), starts, weights)

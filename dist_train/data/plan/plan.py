@@ -233,6 +233,28 @@ def make_plan(
     Raises:
         PlanError: a class has too few clips for a batch without repetition.
     """
+    rules = PlanRules(batch, ClassRatio(*ratio), seed, matching, max_voxels, frame_voxels)
+    classes = sorted_classes(
+        positives,
+        negatives,
+        positive_depths=positive_depths,
+        negative_depths=negative_depths,
+        weights=weights,
+        groups=groups,
+    )
+    return plan_of(*classes, rules)
+
+
+def sorted_classes(
+    positives: Ints,
+    negatives: Ints,
+    *,
+    positive_depths: Ints | None = None,
+    negative_depths: Ints | None = None,
+    weights: Floats | None = None,
+    groups: Ints | None = None,
+) -> tuple[ByDepth, ByDepth]:
+    """Positives and negatives, sorted; see ``make_plan``."""
     if groups is not None:
         _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
         weights = (1.0 if weights is None else weights) / sizes[group]
@@ -240,9 +262,8 @@ def make_plan(
         kept = weights > 0
         negatives, weights = negatives[kept], weights[kept]
         negative_depths = None if negative_depths is None else negative_depths[kept]
-    rules = PlanRules(batch, ClassRatio(*ratio), seed, matching, max_voxels, frame_voxels)
     sorted_negatives = by_depth(negatives, negative_depths, weights)
-    return plan_of(by_depth(positives, positive_depths), sorted_negatives, rules)
+    return by_depth(positives, positive_depths), sorted_negatives
 
 
 def plan_of(positives: ByDepth, negatives: ByDepth, rules: PlanRules) -> Plan:

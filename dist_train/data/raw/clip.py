@@ -10,6 +10,7 @@ from typing import Literal, cast
 
 import numpy as np
 
+from dist_train.data.raw.axes import is_length
 from dist_train.data.raw.damage import OF_A_FILE, too_large
 from dist_train.data.raw.formats import format_of
 from dist_train.data.raw.formats import suffixes as format_suffixes
@@ -220,10 +221,12 @@ def values_of(stack: Stack, settings: PrepareSettings) -> Values:
     record: Record = {"frames_declared": stack.count, "box": None}
     if stack.damaged:
         record["frames_damaged"] = stack.damaged
-    if any(stack.spacing):
-        record["spacing"] = list(stack.spacing)
-    if stack.interval is not None:
-        record["interval"] = stack.interval
+    # Readers may give what a file says, such as 0 or NaN.
+    spacing = [float(each) if each and is_length(each) else None for each in stack.spacing]
+    if any(spacing):
+        record["spacing"] = spacing
+    if stack.interval and is_length(stack.interval):
+        record["interval"] = float(stack.interval)
     names = GREY if chosen is None else tuple(stack.channels[n] for n in chosen)
     is_deep = stack.dtype.itemsize > 1
     return Values(np.stack(frames), names, stack.bits, stack.window, record, is_deep)

@@ -1,4 +1,5 @@
-"""Written shards -> finished store: the list of rejects, the index, and the marker last."""
+"""Written shards -> finished store: the list of rejects, the index, the clip table, and
+the marker last."""
 
 from __future__ import annotations
 
@@ -9,8 +10,16 @@ from typing import Any
 import pandas as pd
 
 from dist_train.data.store.build_spec import Job
-from dist_train.data.store.index import content_digest, index_checksum, write_index
-from dist_train.data.store.reader import FORMAT, INDEX, MARKER, REJECTED, read_marker
+from dist_train.data.store.clip_table import TABLE, ClipTable, write_table
+from dist_train.data.store.index import index_checksum, read_index, write_index
+from dist_train.data.store.reader import (
+    FORMAT,
+    INDEX,
+    MARKER,
+    REJECTED,
+    content_of,
+    read_marker,
+)
 from dist_train.data.store.rejects import by_class, count_classes, gather_rejects, rejects_csv
 from dist_train.data.store.shards import Shard
 from dist_train.data.types import GREY
@@ -50,8 +59,9 @@ def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) ->
             where=out,
             fix="Run 'dist-train verify' with --repair, which rebuilds the damaged ones.",
         )
-    content = content_digest(out / INDEX)
-    marker = marker_of(job, shards, rejects, index_checksum(out / INDEX), content)
+    checksum = write_table(out / TABLE, read_index(out / INDEX), len(shards), job.form)
+    content = content_of(ClipTable.open(out / TABLE, checksum, clips))
+    marker = marker_of(job, shards, rejects, index_checksum(out / INDEX), content, checksum)
     write_whole(out / MARKER, sealed(marker))
     return marker
 
@@ -59,13 +69,15 @@ def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) ->
 def _valid_marker(
     out: Path, job: Job, shards: Sequence[Shard], rejects: pd.DataFrame
 ) -> dict[str, Any] | None:
-    """Return the existing marker, if it and the index belong to these shards."""
+    """Return the existing marker, if it, the index and the table belong to these shards."""
     try:
         marker = read_marker(out)
         checksum = index_checksum(out / INDEX)
-    except StoreError:
+        ClipTable.open(out / TABLE, marker["table_crc32c"], marker["clips"]).check()
+    except (StoreError, KeyError):
         return None
-    expected = marker_of(job, shards, rejects, checksum, marker.get("content"))
+    content, table = marker.get("content"), marker["table_crc32c"]
+    expected = marker_of(job, shards, rejects, checksum, content, table)
     return marker if marker == expected else None
 
 
@@ -75,8 +87,9 @@ def marker_of(
     rejects: pd.DataFrame,
     index_crc32c: int,
     content: str | None,
+    table_crc32c: int | None,
 ) -> dict[str, Any]:
-    """Return the content of ``store.json``; ``content`` is None in stores of earlier versions."""
+    """Return the content of ``store.json``; the last two are None in stores of earlier versions."""
     marker = {
         "format": FORMAT,
         "fingerprint": job.fingerprint,
@@ -93,4 +106,5 @@ def marker_of(
         marker["dtype"] = job.settings.store_dtype
     if job.classes is not None:
         marker["classes"] = job.classes
-    return marker if content is None else marker | {"content": content}
+    later = {"content": content, "table_crc32c": table_crc32c}
+    return marker | {name: value for name, value in later.items() if value is not None}

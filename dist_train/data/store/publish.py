@@ -18,6 +18,7 @@ from typing import IO
 
 from dist_train.data.store.build_spec import JOB
 from dist_train.data.store.clip_cache import default_folder
+from dist_train.data.store.clip_table import TABLE
 from dist_train.data.store.reader import INDEX, MANIFEST, MARKER, REJECTED, SHARDS
 from dist_train.data.store.shards import (
     SHARD_FILE,
@@ -108,7 +109,7 @@ class Publisher:
         self._objects.put(f"{SHARDS}/{shard.rejects_path.name}", rejects.encode())
         hollow(shard.path)
 
-    def finish(self, names: Sequence[str] = (REJECTED, INDEX)) -> None:
+    def finish(self, names: Sequence[str] = (REJECTED, INDEX, TABLE)) -> None:
         """Upload the lists of a finished store, and its marker last."""
         for name in (*names, MARKER):
             self._objects.put(name, self._folder / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import pandas as pd
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -21,20 +21,12 @@ from pydantic import (
 )
 
 from dist_train.config import CacheSettings
-from dist_train.data.store.index import check_index, digest_of, read_index
+from dist_train.data.store.clip_table import FIX, TABLE, ClipTable
+from dist_train.data.store.index import check_index, digest_of, index_checksum, read_index
 from dist_train.data.store.remote_store import RemoteStore
 from dist_train.data.store.shard_bytes import LocalShards, ShardBytes, Span
-from dist_train.data.store.shards import Form, form_of, form_text
-from dist_train.data.types import (
-    DTYPES,
-    GREY,
-    METADATA,
-    DtypeName,
-    Volume,
-    class_names,
-    metadata_columns,
-)
-from dist_train.errors import FileError, StoreError
+from dist_train.data.types import DTYPES, GREY, DtypeName, Volume, class_names
+from dist_train.errors import FileError, MissingObjectError, StoreError
 from dist_train.files import is_sealed, read_json
 from dist_train.places import Location, is_url, local_path, shown
 from dist_train.system.advice import blame_machine
@@ -51,7 +43,12 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 #: Names of the labels, where they are not the default ones.
 ClassNames = dict[Literal["0", "1"], str]
 
-COLUMNS = ("filename", "label", "group", "weight", "split", "crowd_score", "tier1")
+# Clips from which opening a store without a clip table takes seconds.
+MANY = 100_000
+# Clips whose keys are in memory at a time.
+PIECE = 1 << 16
+
+log = logging.getLogger(__name__)
 
 
 class Store:
@@ -68,15 +65,13 @@ class Store:
         place: its folder or URL.
         name: the same for messages, without secrets.
         folder: where its files beside the shards are; for a remote store, in the cache.
-        table: one row per clip, ordered by key: ``key``, the manifest's columns (metadata too),
-            ``frames``, ``height``, ``width``, ``shard``, ``offset``, ``crc32c``. The position of a
-            row is the number of the clip.
+        table: one row per clip, ordered by key. The position of a row is the number of the clip.
         info: the content of ``store.json``.
         channels: names of the channels of all clips.
         dtype: dtype of all clips: uint8, uint16 or float16.
 
     Raises:
-        StoreError: there is no store, or it is not finished, or its index is damaged.
+        StoreError: there is no store, or it is not finished, or its clip table is damaged.
         RemoteError: the server of a remote store cannot be reached, or refuses.
         MachineError: the cache cannot be written.
     """
@@ -96,28 +91,86 @@ class Store:
                 self.info = read_marker(self.folder)
             except StoreError as error:
                 raise StoreError(error.what, where=f"{self.name}/{MARKER}", fix=error.fix) from None
-            remote.bring(INDEX, self.info["index_crc32c"])
         else:
             self.folder = self.place
             self._bytes = LocalShards(self.folder / SHARDS)
             self.info = read_marker(self.folder)
-        check_index(self.folder / INDEX, self.info["index_crc32c"])
         self.channels: tuple[str, ...] = tuple(self.info.get("channels", GREY))
         self.dtype = DTYPES[self.info.get("dtype", "uint8")]
-        form = self.dtype, len(self.channels)
-        clips, shards = self.info["clips"], self.info["shards"]
+        self.table = self._open_table()
+        self._begin()
+
+    def _begin(self) -> None:
+        # Not checked, as the checksum of the pixels tells whether a clip's place is right.
+        names = "shard", "offset", "crc32c"
+        self._shard, self._offset, self._crc32c = map(self.table.unchecked, names)
+        self._sizes = [self.table.unchecked(name) for name in ("frames", "height", "width")]
+
+    def _open_table(self) -> ClipTable:
+        """The clip table; of a store without one, made of the index."""
+        if "table_crc32c" not in self.info:
+            if self.info["clips"] >= MANY and os.environ.get("RANK", "0") == "0":
+                log.warning(
+                    "%s has no clip table, as an earlier version wrote it, so each process reads "
+                    "the whole index; 'dist-train finalize' writes the table",
+                    self.name,
+                )
+            return self._table_of_index()
+        if self._remote is None:
+            return self._mapped_table(FIX)
         try:
-            self.table = _read_table(self.folder / INDEX, clips, shards, form)
+            self._remote.bring(TABLE, self._is_table, self._is_whole_table)
+        except MissingObjectError:
+            return self._table_of_index()
+        return self._mapped_table("Delete it: it is downloaded again.")
+
+    def _mapped_table(self, fix: str = FIX) -> ClipTable:
+        info = self.info
+        return ClipTable.open(self.folder / TABLE, info["table_crc32c"], info["clips"], fix)
+
+    def _is_table(self) -> bool:
+        """Whether the table's file has the right header and length."""
+        try:
+            self._mapped_table()
+        except StoreError:
+            return False
+        return True
+
+    def _is_whole_table(self) -> bool:
+        """The same, of all bytes."""
+        try:
+            self._mapped_table().check()
+        except StoreError:
+            return False
+        return True
+
+    def _table_of_index(self) -> ClipTable:
+        path, form = self.index(), (self.dtype, len(self.channels))
+        try:
+            table = ClipTable.of(read_index(path), self.info["shards"], form)
+            if len(table) != self.info["clips"]:
+                raise ValueError(f"it holds {len(table)} clips, not {self.info['clips']}")
         except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise StoreError(
                 f"the index is not that of the store ({error})",
-                where=self.folder / INDEX,
+                where=path,
                 fix="Run 'dist-train verify' with --repair.",
             ) from None
-        self._shard = self.table["shard"].to_numpy(np.int64)
-        self._offset = self.table["offset"].to_numpy(np.int64)
-        self._shape = self.table[["frames", "height", "width"]].to_numpy(np.int64)
-        self._crc32c = self.table["crc32c"].to_numpy(np.uint32)
+        return table
+
+    def index(self) -> Path:
+        """The local path of the index, whose checksum is right.
+
+        Raises:
+            StoreError: it is missing or damaged.
+            RemoteError: the server of a remote store does not give it.
+        """
+        path, checksum = self.folder / INDEX, self.info["index_crc32c"]
+        if self._remote is None:
+            check_index(path, checksum)
+        else:
+            self._remote.bring(INDEX, lambda: index_checksum(path) == checksum)
+        return path
 
     @property
     def is_remote(self) -> bool:
@@ -137,10 +190,7 @@ class Store:
     @cached_property
     def content(self) -> str:
         """Identity of the content: SHA-256, in hex, over key, label and CRC-32C of each clip."""
-        columns = (self.table[name] for name in ("key", "label", "crc32c"))
-        return digest_of(
-            (key, {"label": label, "crc32c": crc}) for key, label, crc in zip(*columns, strict=True)
-        )
+        return str(self.info.get("content") or content_of(self.table))
 
     def read(self, clip: int) -> Volume:
         """Return the native crop of clip number ``clip``, by one ``pread``: of ``dtype`` and
@@ -176,31 +226,6 @@ class Store:
         if not is_right:
             raise self._damage(clip, "the bytes are not those that were stored")
 
-    @cached_property
-    def sampling(self) -> tuple[np.ndarray, np.ndarray]:
-        """Spacing of voxels in um, z, y, x, and seconds between frames, NaN where unknown:
-        float64 [clips, 3] and [clips].
-
-        They are read from the index, which takes seconds for a large store.
-
-        Raises:
-            StoreError: the index cannot be read, or a clip's record is not valid.
-        """
-        spacing = np.full((len(self.table), 3), np.nan)
-        interval = np.full(len(self.table), np.nan)
-        for number, (key, record) in enumerate(read_index(self.folder / INDEX)):
-            try:
-                spacing[number] = record.get("spacing") or np.nan
-                interval[number] = record.get("interval") or np.nan
-                if (spacing[number] <= 0).any() or interval[number] <= 0:
-                    raise ValueError("it is not above 0")
-            except (TypeError, ValueError) as error:
-                raise StoreError(
-                    f"clip '{key}' has no valid spacing or interval ({error})",
-                    where=self.folder / INDEX,
-                ) from None
-        return spacing, interval
-
     def file(self, name: str) -> Path:
         """The local path of a file beside the shards, which may be missing."""
         if self._remote is not None:
@@ -218,10 +243,10 @@ class Store:
 
     def clip_of(self, key: str) -> int:
         """Return the number of the clip with this key."""
-        found = np.flatnonzero(self.table["key"].to_numpy() == key)
-        if not len(found):
+        found = self.table.clip_of(key)
+        if found is None:
             raise StoreError(f"holds no clip '{key}'", where=self.folder)
-        return int(found[0])
+        return found
 
     def _check(self, clip: int) -> None:
         # An array would take a negative number from its end.
@@ -232,8 +257,9 @@ class Store:
 
     def shape(self, clip: int) -> tuple[int, ...]:
         """[D, H, W], or [D, H, W, C] with several channels."""
+        frames, height, width = (int(sizes[clip]) for sizes in self._sizes)
         channels = len(self.channels)
-        return (*self._shape[clip].tolist(), *([channels] if channels > 1 else ()))
+        return (frames, height, width, *([channels] if channels > 1 else ()))
 
     def _span(self, clip: int) -> Span:
         shard, offset, checksum = self._shard[clip], self._offset[clip], self._crc32c[clip]
@@ -242,49 +268,34 @@ class Store:
 
     def _damage(self, clip: int, what: str) -> StoreError:
         return StoreError(
-            f"clip '{self.table['key'].iloc[clip]}' cannot be read ({what})",
+            f"clip '{self.table.text('key', clip)}' cannot be read ({what})",
             where=self.where(clip),
             fix=self._bytes.repair,
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "sampling"}
+        mapped = ("_shard", "_offset", "_crc32c", "_sizes")
+        return {name: value for name, value in self.__dict__.items() if name not in mapped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._begin()
 
 
-def _read_table(index: Path, clips: int, shards: int, form: Form) -> pd.DataFrame:
-    """Read ``Store.table``, and check that its values have the right types and bounds.
-
-    Raises:
-        KeyError, ValueError, TypeError, OverflowError: they do not.
-    """
-    rows = []
-    for key, record in read_index(index):
-        frames, height, width, *_ = record["shape"]
-        if form_of(record) != form:
-            raise ValueError(f"a clip is {form_text(form_of(record))}, not {form_text(form)}")
-        rows.append(
-            {"key": key, "frames": frames, "height": height, "width": width}
-            | {name: record[name] for name in (*COLUMNS, "shard", "offset", "crc32c")}
-            | {f"{METADATA}{name}": text for name, text in record.get("metadata", {}).items()}
+def content_of(table: ClipTable) -> str:
+    """Identity of a store's clips: see ``digest_of``."""
+    pieces = (
+        zip(
+            table.texts("key", np.arange(first, min(first + PIECE, len(table)))),
+            table["label"][first : first + PIECE].tolist(),
+            table["crc32c"][first : first + PIECE].tolist(),
+            strict=True,
         )
-    if len(rows) != clips:
-        raise ValueError(f"it holds {len(rows)} clips, not {clips}")
-    table = pd.DataFrame(rows)
-    table = table.astype({"crowd_score": "float64", "weight": "float64"})
-    bounds = {"frames": (1, np.inf), "height": (1, np.inf), "width": (1, np.inf)}
-    bounds |= {"offset": (0, np.inf), "shard": (0, shards - 1)}
-    bounds |= {"label": (-1, 1), "crc32c": (0, 2**32 - 1)}
-    for name, (least, most) in bounds.items():
-        if table[name].dtype != np.int64 or not table[name].between(least, most).all():
-            raise ValueError(f"a clip has no valid '{name}'")
-    if not table["weight"].between(0, np.inf, inclusive="left").all():
-        raise ValueError("a clip has no valid 'weight'")
-    if table["tier1"].dtype != np.bool_:
-        raise ValueError("a clip has no valid 'tier1'")
-    for name in ("key", "filename", "group", "split", *metadata_columns(table)):
-        if not all(type(value) is str for value in table[name]):
-            raise ValueError(f"a clip has no valid '{name}'")
-    return table
+        for first in range(0, len(table), PIECE)
+    )
+    return digest_of(
+        (key, {"label": label, "crc32c": crc}) for piece in pieces for key, label, crc in piece
+    )
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
@@ -351,3 +362,4 @@ class _Marker(BaseModel):
     channels: Annotated[list[Name], Field(min_length=1)] = list(GREY)
     dtype: DtypeName = "uint8"
     classes: ClassNames | None = None
+    table_crc32c: Annotated[int, Field(ge=0, lt=1 << 32)] | None = None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from dist_train.config import CacheSettings
 from dist_train.data.store.clip_cache import ClipCache
 from dist_train.data.store.remote_shards import RemoteShards
 from dist_train.errors import MissingObjectError, StoreError
-from dist_train.files import crc32c_of_file, is_plain, whole_aside, write_whole
+from dist_train.files import is_plain, whole_aside, write_whole
 from dist_train.objects import Objects
 
 
@@ -47,21 +48,30 @@ class RemoteStore:
                 write_whole(self.folder / marker, content)
         self.shards = RemoteShards(self._objects, self._cache, self.folder / "shards")
 
-    def bring(self, name: str, checksum: int) -> None:
-        """Download a file to the folder if it is not there with this CRC-32C.
+    def bring(
+        self,
+        name: str,
+        is_right: Callable[[], bool],
+        has_come_right: Callable[[], bool] | None = None,
+    ) -> None:
+        """Download a file to the folder if it is not there, or not right.
+
+        Args:
+            has_come_right: checks what was downloaded; the default is ``is_right``.
 
         Raises:
-            StoreError: the one that comes has another, twice.
+            MissingObjectError: it is neither here nor there.
+            StoreError: the one that comes is wrong, twice.
         """
         path = self.folder / name
         with self._cache.locked():
-            for _ in range(2):
-                if is_plain(path) and crc32c_of_file(path) == checksum:
-                    os.utime(path)
-                    return
-                self._download(name, path)
-            if crc32c_of_file(path) == checksum:
+            if is_plain(path) and is_right():
+                os.utime(path)
                 return
+            for _ in range(2):
+                self._download(name, path)
+                if (has_come_right or is_right)():
+                    return
         raise StoreError(
             "the file is not that of the store: its checksum is wrong",
             where=self._objects.where(name),

@@ -23,6 +23,7 @@ from typing import Any
 from dist_train.data.raw.source import Source
 from dist_train.data.store.build import raw_of, reopen_source, write_tasks
 from dist_train.data.store.build_spec import Job, read_job
+from dist_train.data.store.clip_table import TABLE
 from dist_train.data.store.finish import finish
 from dist_train.data.store.index import digest_of, look_up
 from dist_train.data.store.reader import INDEX, MARKER, REJECTED, SHARDS
@@ -113,7 +114,7 @@ def repair(
                 fix="Name the right folder, or prepare the store anew in another one.",
             )
         replaced = [path for d in damaged for path in (d.old.path, d.old.rejects_path)]
-        for path in (*replaced, folder / INDEX, folder / REJECTED, folder / MARKER):
+        for path in (*replaced, *(folder / n for n in (INDEX, TABLE, REJECTED, MARKER))):
             check_replaceable(path)
         # From here on, ``finish`` needs nothing but the shards.
         (folder / MARKER).unlink(missing_ok=True)

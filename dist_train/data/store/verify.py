@@ -15,8 +15,9 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from dist_train.data.store.build_spec import JOB, Job, read_job
+from dist_train.data.store.clip_table import TABLE, ClipTable
 from dist_train.data.store.finish import marker_of
-from dist_train.data.store.index import content_digest, index_checksum, look_up
+from dist_train.data.store.index import content_digest, index_checksum, look_up, read_index
 from dist_train.data.store.reader import INDEX, MANIFEST, MARKER, REJECTED, SHARDS, read_marker
 from dist_train.data.store.rejects import gather_rejects, read_rejects, rejects_csv
 from dist_train.data.store.salvage import good_clips
@@ -66,7 +67,7 @@ def verify(
     with TemporaryDirectory(prefix="dist_train-") as temporary:
         folder = Path(temporary)
         (folder / SHARDS).mkdir()
-        for name in (JOB, MANIFEST, INDEX, MARKER, REJECTED):
+        for name in (JOB, MANIFEST, INDEX, TABLE, MARKER, REJECTED):
             _bring(objects, folder, name)
         try:
             found = _verify(folder, objects, workers, progress)
@@ -119,6 +120,7 @@ def _verify(
     if marker is None:
         faults.append(Fault(folder / MARKER, "is missing, or not the marker of a store"))
     elif all(fault.shard is None for fault in faults):
+        faults += _check_table(folder, job.form, marker, index)
         faults += _check_summaries(folder, job, shards, marker, index)
     return sorted(faults, key=lambda fault: (fault.where, fault.what))
 
@@ -158,6 +160,25 @@ def sound_index(folder: Path, marker: Mapping[str, Any] | None) -> Path | None:
     return path if sound else None
 
 
+def _check_table(
+    folder: Path, form: Form, marker: dict[str, Any], index: Path | None
+) -> Iterator[Fault]:
+    """Compare the clip table with its checksums, and with the index if that is sound."""
+    if "table_crc32c" not in marker:
+        return
+    path = folder / TABLE
+    try:
+        table = ClipTable.open(path, marker["table_crc32c"], None)
+        table.check()
+    except StoreError as error:
+        yield Fault(path, error.what)
+        return
+    if index is None:
+        return
+    if what := table.differs(read_index(index), marker["shards"], form):
+        yield Fault(path, what)
+
+
 def _check_summaries(
     folder: Path,
     job: Job,
@@ -173,7 +194,8 @@ def _check_summaries(
     content = marker.get("content")
     if content is not None and index is not None:
         content = content_digest(index)
-    if marker != marker_of(job, shards, rejects, marker["index_crc32c"], content):
+    table = marker.get("table_crc32c")
+    if marker != marker_of(job, shards, rejects, marker["index_crc32c"], content, table):
         yield Fault(folder / MARKER, "does not say what the store holds")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from dist_train.data.store.build_spec import JOB, Job, Part, read_made_from
+from dist_train.data.store.clip_table import TABLE
 from dist_train.data.store.reader import INDEX, MANIFEST, MARKER, REJECTED, SHARDS, read_marker
 from dist_train.data.store.shards import SHARD_FILE
 from dist_train.errors import StoreError
@@ -115,7 +116,7 @@ def _remove_unfinished(out: Path) -> None:
     """Remove locks of parts, and what writers of the store's own files did not finish."""
     for path in out.iterdir():
         is_lock = _PART_LOCK.fullmatch(path.name) and is_plain(path)
-        if is_lock or aside_for(path) in (JOB, MANIFEST, MARKER, INDEX, REJECTED):
+        if is_lock or aside_for(path) in (JOB, MANIFEST, MARKER, INDEX, TABLE, REJECTED):
             path.unlink(missing_ok=True)
     for path in (out / SHARDS).iterdir():
         if SHARD_FILE.fullmatch(aside_for(path) or ""):

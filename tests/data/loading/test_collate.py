@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from make_media import store_of
+from tables import table_of
 
 from dist_train.data.augment.draw import Draw
 from dist_train.data.augment.packed_clips import NativeClips, pack
@@ -22,9 +23,8 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> ClipDataset:
     folder = tmp_path_factory.mktemp("collate")
     arrays = [np.full((depth, 8, 9), clip + 1, np.uint8) for clip, depth in enumerate(DEPTHS)]
     store = store_of(folder, arrays, label=LABELS)
-    dataset = ClipDataset(store, size=(4, 5), max_frames=None, augment=None)
-    dataset.labels = np.array([*LABELS[:3], -1])
-    return dataset
+    store.table = table_of(store.table.frame().assign(label=[*LABELS[:3], -1]))
+    return ClipDataset(store, size=(4, 5), max_frames=None, augment=None)
 
 
 def batch_of(clips: ClipDataset, *numbers: int) -> Batch:

@@ -64,14 +64,14 @@ def test_depths_and_pixels_of_a_dataset(tmp_path: Path) -> None:
     store = store_of(tmp_path, about)
     spacing = resampling_of(store, (0.25, 2.0, 2.0), None)
     assert spacing is not None
-    assert spacing.frames.tolist() == [4, 2]
+    assert spacing.frames([0, 1]).tolist() == [4, 2]
     augment = Augment(AugmentSettings(flip=0, rotate90=0, reverse=0), 0)
     for on_device in (False, True):
         dataset = ClipDataset(
             store, size=(8, 8), max_frames=3, augment=augment, on_device=on_device,
             resampling=spacing,
         )  # fmt: skip
-        assert dataset.depths.tolist() == [3, 2]
+        assert dataset.depths([0, 1]).tolist() == [3, 2]
         batch = collate(dataset, [Slot(0, 0), Slot(1, 0)])
         if isinstance(batch.volumes, NativeClips):
             assert batch.volumes.shapes == ((3, 8, 8), (2, 8, 8))
@@ -86,7 +86,7 @@ def test_depths_and_pixels_of_a_dataset(tmp_path: Path) -> None:
         assert clip[0].sum() == 16 * taken[0]
     faster = resampling_of(store, None, 20.0)
     assert faster is not None
-    assert (faster.frames.tolist(), faster.sizes) == ([4, 2], None)
+    assert (faster.frames([0, 1]).tolist(), faster.resizes) == ([4, 2], False)
     held = ClipDataset(store, size=(4, 4), max_frames=None, augment=None, resampling=faster)
     volumes = collate(held, [Slot(0, 0)]).volumes
     assert isinstance(volumes, torch.Tensor)
@@ -98,7 +98,8 @@ def test_each_clip_by_its_own_spacing(tmp_path: Path) -> None:
     store = store_of(tmp_path, {"spacing": [None, 1.0, 2.0]} | {"interval": None})
     plane = resampling_of(store, (None, 2.0, 2.0), None)
     assert plane is not None
-    assert (plane.frames.tolist(), plane.sizes.tolist()) == ([2, 1], [[4, 8], [4, 8]])
+    assert plane.frames([0, 1]).tolist() == [2, 1]
+    assert (plane.size(0), plane.size(1)) == ((4, 8), (4, 8))
     dataset = ClipDataset(store, size=(4, 8), max_frames=None, augment=None, resampling=plane)
     volumes = collate(dataset, [Slot(0, 0)]).volumes
     assert isinstance(volumes, torch.Tensor)

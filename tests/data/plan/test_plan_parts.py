@@ -17,6 +17,7 @@ from dist_train.data.plan.depth_order import by_depth
 from dist_train.data.plan.negatives import NegativeStreams
 from dist_train.data.plan.plan import make_plan
 from dist_train.data.plan.rules import PlanRules
+from dist_train.data.plan.shuffle import mix
 from dist_train.data.plan.weights import UNIT, arcs, as_integers
 from dist_train.errors import PlanError
 
@@ -207,3 +208,16 @@ def test_a_weight_of_nothing_leaves_a_clip_out() -> None:
 
 def test_whole_weights_keep_their_ratio_and_are_never_nothing() -> None:
     assert as_integers(np.array([1.0, 0.5, 1e-30])).tolist() == [UNIT, UNIT // 2, 1]
+
+
+@given(st.data(), st.sampled_from([3, 70_000]), st.booleans())
+def test_clips_are_sorted_by_depth_and_hash(data: st.DataObject, most: int, weighted: bool) -> None:
+    clips = np.array(data.draw(st.lists(st.integers(0, 2**40), unique=True)), np.int64)
+    depths = np.array([data.draw(st.integers(1, most)) for _ in clips], np.int64)
+    weights = np.arange(1.0, len(clips) + 1) if weighted else None
+    found = by_depth(clips, depths, weights)
+    order = np.lexsort((mix(clips.astype(np.uint64)), depths))
+    np.testing.assert_array_equal(found.clips, clips[order])
+    np.testing.assert_array_equal(found.depth_at(np.arange(len(clips))), depths[order])
+    if weights is not None:
+        np.testing.assert_array_equal(found.weights, weights[order])

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_train.data.raw.clip import PIXELS_VERSION, PrepareSettings, read_clip
+from dist_train.data.raw.clip import PIXELS_VERSION, PrepareSettings, read_clip, values_of
+from dist_train.data.raw.stack import Stack
 from dist_train.errors import DecodeError, RoiError
 from dist_train.files import crc32c
 
@@ -57,3 +58,11 @@ def test_an_array_by_name_needs_a_format_that_has_names(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((2, 3, 4), np.uint8))
     with pytest.raises(DecodeError, match="'::x' names an array in the file"):
         read_clip(tmp_path / "a.npy", "a.npy::x", "here", PrepareSettings(roi="none"))
+
+
+def test_lengths_that_are_none_are_not_recorded() -> None:
+    frame = np.zeros((4, 4), np.uint8)
+    stack = Stack(iter([frame]), frame.dtype, 1, spacing=(0.0, np.nan, 0.5), interval=float("inf"))
+    record = values_of(stack, PrepareSettings(roi="none")).record
+    assert record["spacing"] == [None, None, 0.5]
+    assert "interval" not in record

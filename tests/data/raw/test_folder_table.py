@@ -50,7 +50,7 @@ def test_a_folder_of_classes_becomes_a_store(
     assert "negative clips are those of flowing (3), unclear (1)" in caplog.text
     for store in stores:
         assert store.classes == {0: "flowing or unclear", 1: "stalled", -1: "unlabelled"}
-        named = store.table["filename"].str.partition("/")[0]
+        named = store.table.frame()["filename"].str.partition("/")[0]
         assert store.table["label"].tolist() == (named == "stalled").astype(int).tolist()
         assert store.table["meta:class"].tolist() == named.tolist()
     assert stores[0].content == stores[1].content

@@ -149,7 +149,7 @@ def test_mutated_files(tmp_path: Path, files: int) -> None:
     # The process's own memory comes on top of what a clip may take.
     assert peak < (CLIP_MEMORY + 300) << 20
     rejected = pd.read_csv(store / REJECTED, dtype=str, keep_default_na=False)
-    stored = Store(store).table
+    stored = Store(store).table.frame()
     assert sorted([*rejected["file"], *stored["filename"]]) == sorted(names)
     assert (rejected["reason"].str.len() > 10).all()
     # Some survive a flipped bit, and most do not survive a lost end.

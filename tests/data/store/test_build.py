@@ -132,7 +132,7 @@ def test_a_medmnist_file(tmp_path: Path) -> None:
     assert (info["clips"], info["shards"]) == (10, 3)
     store = Store(tmp_path / "store")
     with np.load(path) as arrays:
-        for clip, row in store.table.iterrows():
+        for clip, row in store.table.frame().iterrows():
             split, number = row["key"].split("_")
             np.testing.assert_array_equal(store.read(clip), arrays[f"{split}_images"][int(number)])
             assert row["label"] == arrays[f"{split}_labels"][int(number), 0]
@@ -240,7 +240,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, raw: Path) -> No
     assert contents(store) == contents(make(tmp_path, names, "straight"))
 
 
-@pytest.mark.parametrize("renames", range(12))
+@pytest.mark.parametrize("renames", range(13))
 def test_a_kill_at_any_rename(tmp_path: Path, renames: int) -> None:
     """Each file appears by a rename. A process that ends at one of them leaves what it wrote."""
     npz, store = small_medmnist(tmp_path / "small.npz"), tmp_path / "store"
@@ -260,8 +260,8 @@ def test_a_kill_at_any_rename(tmp_path: Path, renames: int) -> None:
         prepare_npz(npz, store, shard_clips=4)
         os._exit(0)
     _, status = os.waitpid(child, 0)
-    # The job, the manifest, two files for each of three shards, rejects, index, marker.
-    assert os.waitstatus_to_exitcode(status) == (9 if renames < 11 else 0)
+    # The job, the manifest, two files for each of three shards, rejects, index, table, marker.
+    assert os.waitstatus_to_exitcode(status) == (9 if renames < 12 else 0)
     kept = stamps(store)
     prepare_npz(npz, store, shard_clips=4)
     assert stamps(store).items() >= kept.items()

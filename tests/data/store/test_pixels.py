@@ -54,9 +54,9 @@ def test_clips_come_back(tmp_path: Path, dtype: str, channels: tuple[str, ...]) 
             flat = np.empty(clip.size, dtype)
             store.read_into(flat, number)
             np.testing.assert_array_equal(flat.reshape(clip.shape), clip)
-        spacing, interval = store.sampling
-        assert spacing.tolist() == [[2.0, 0.5, 0.5]] * 4
-        assert np.isnan(interval).all()
+        spacing = [store.table.sampling(f"spacing.{axis}").tolist() for axis in "zyx"]
+        assert spacing == [[2.0] * 4, [0.5] * 4, [0.5] * 4]
+        assert np.isnan(store.table.sampling("interval")).all()
     with pytest.raises(StoreError, match="is not to be read into uint8"):
         store.read_into(np.empty(clips[0].shape, np.float32).view(np.uint8), 0)
     path = folder / SHARDS / "shard-000000.tar"

@@ -123,7 +123,9 @@ prepare(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("last", ["000001.tar", "000001.rejected.csv", "index.lmdb", "store.json"])
+@pytest.mark.parametrize(
+    "last", ["000001.tar", "000001.rejected.csv", "clips.safetensors", "store.json"]
+)
 def test_a_killed_upload_goes_on(
     tmp_path: Path, raw: Path, manifest: Manifest, local: dict[str, bytes], last: str,
     bucket: AbstractFileSystem, monkeypatch: pytest.MonkeyPatch,

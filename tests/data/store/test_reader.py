@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from make_media import read_volume, write_manifest, write_volumes
 
+from dist_train.data.store import reader as store_module
 from dist_train.data.store import shard_bytes
 from dist_train.data.store.build import PrepareSettings, finalize, prepare
+from dist_train.data.store.clip_table import TABLE
 from dist_train.data.store.index import index_checksum, read_index
 from dist_train.data.store.reader import INDEX, MARKER, SHARDS, Store, read_marker
 from dist_train.data.store.shards import shard_name
@@ -38,7 +40,7 @@ def write_marker(folder: Path, content: dict[str, Any]) -> None:
 
 
 def source_of(store: Store, clip: int) -> np.ndarray:
-    return read_volume(store.folder.parent / "raw" / store.table["filename"].iloc[clip])
+    return read_volume(store.folder.parent / "raw" / store.table["filename"][clip])
 
 
 def test_every_clip_in_any_order(folder: Path) -> None:
@@ -47,13 +49,13 @@ def test_every_clip_in_any_order(folder: Path) -> None:
         pixels = store.read(clip)
         assert pixels.dtype == np.uint8
         np.testing.assert_array_equal(pixels, source_of(store, clip))
-        assert store.clip_of(store.table["key"].iloc[clip]) == clip
+        assert store.clip_of(store.table["key"][clip]) == clip
     with pytest.raises(StoreError, match="holds no clip 'clip999'"):
         store.clip_of("clip999")
 
 
 def test_table(folder: Path) -> None:
-    table = Store(folder).table
+    table = Store(folder).table.frame()
     assert table["key"].tolist() == sorted(table["key"])
     assert table["label"].tolist() == [0, 1] * 5
     assert table["frames"].tolist() == [4 + i % 5 for i in range(10)]
@@ -74,8 +76,8 @@ def test_no_more_files_are_open_than_allowed(folder: Path, monkeypatch: pytest.M
 
 
 def test_a_store_that_is_dropped_closes_its_shards(folder: Path) -> None:
-    store = Store(folder)
     before = len(list(Path("/proc/self/fd").iterdir()))
+    store = Store(folder)
     for clip in range(len(store.table)):
         store.read(clip)
     assert len(list(Path("/proc/self/fd").iterdir())) > before
@@ -88,7 +90,7 @@ def test_pickled_store_opens_its_own_files(folder: Path) -> None:
     store.read(4)
     copy = pickle.loads(pickle.dumps(store))
     np.testing.assert_array_equal(copy.read(4), source_of(store, 4))
-    assert copy.table.equals(store.table)
+    assert copy.table.frame().equals(store.table.frame())
     assert copy.fingerprint == store.fingerprint
 
 
@@ -136,7 +138,7 @@ def test_a_cut_and_a_missing_shard_are_named_by_key(folder: Path) -> None:
 
 def test_a_store_that_is_lost_bit_by_bit(folder: Path) -> None:
     for name, message in (
-        (INDEX, r"the index cannot be read \(No such file"),
+        (TABLE, r"the clip table cannot be read \(No such file.*'dist-train finalize'"),
         (MARKER, "the store is not finished.*to finish it"),
         (SHARDS, "there is no store here.*check the path"),
     ):
@@ -158,15 +160,43 @@ def test_marker_of_another_format(folder: Path) -> None:
         Store(folder)
 
 
+def without_table(folder: Path) -> dict[str, Any]:
+    """Make a store that an earlier version might have written; returns its marker."""
+    marker = read_marker(folder)
+    del marker["table_crc32c"]
+    (folder / TABLE).unlink()
+    write_marker(folder, marker)
+    return marker
+
+
+def test_a_store_without_a_table_is_read_from_its_index(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, text = Store(folder), (folder / MARKER).read_bytes()
+    without_table(folder)
+    monkeypatch.setattr(store_module, "MANY", 10)
+    store = pickle.loads(pickle.dumps(Store(folder)))
+    assert caplog.text.count("'dist-train finalize' writes the table") == 1
+    assert store.table.frame().equals(whole.table.frame())
+    assert store.content == whole.content
+    np.testing.assert_array_equal(store.read(4), whole.read(4))
+    assert verify(folder, workers=1) == []
+    finalize(folder)
+    assert (folder / MARKER).read_bytes() == text
+
+
 def test_index_of_another_store(folder: Path) -> None:
     write_marker(folder, read_marker(folder) | {"clips": 11})
+    with pytest.raises(StoreError, match="the clip table is another store's"):
+        Store(folder)
+    write_marker(folder, without_table(folder))
     with pytest.raises(StoreError, match=r"not that of the store \(it holds 10 clips, not 11\)"):
         Store(folder)
 
 
 def test_a_marker_of_an_older_version(folder: Path) -> None:
     """It has neither the content nor a checksum of its own."""
-    marker = read_marker(folder)
+    marker = without_table(folder)
     content = marker.pop("content")
     (folder / MARKER).write_text(json.dumps(marker, indent=2, sort_keys=True))
     store = Store(folder)
@@ -220,7 +250,7 @@ RECORDS = {
 
 
 def test_records_of_another_form_are_refused(folder: Path) -> None:
-    marker, whole = read_marker(folder), (folder / INDEX).read_bytes()
+    marker, whole = without_table(folder), (folder / INDEX).read_bytes()
     for name, values in RECORDS.items():
         for value in values:
             (folder / INDEX).write_bytes(whole)
@@ -237,6 +267,7 @@ def test_records_of_another_form_are_refused(folder: Path) -> None:
 
 
 def test_flipped_labels_of_the_index_are_not_trained_on(folder: Path) -> None:
+    without_table(folder)
     path = folder / INDEX
     path.write_bytes(path.read_bytes().replace(b'"label": 1', b'"label": 0', 3))
     with pytest.raises(StoreError, match=r"the index is damaged: its checksum is wrong"):

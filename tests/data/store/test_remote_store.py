@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import pickle
 import signal
@@ -27,6 +28,7 @@ from dist_train.data.loading.sampler import Slot
 from dist_train.data.store import remote_shards
 from dist_train.data.store.build import PrepareSettings, prepare
 from dist_train.data.store.clip_cache import UNIT, ClipCache
+from dist_train.data.store.clip_table import TABLE
 from dist_train.data.store.reader import INDEX, MARKER, Store
 from dist_train.data.store.remote_shards import near
 from dist_train.data.store.shard_bytes import Span
@@ -91,7 +93,7 @@ def cache(tmp_path: Path) -> CacheSettings:
 
 def assert_same(remote: Store, folder: Path) -> None:
     local = Store(folder)
-    assert remote.table.equals(local.table)
+    assert remote.table.frame().equals(local.table.frame())
     assert remote.content == local.content
     for clip in range(len(local.table)):
         np.testing.assert_array_equal(remote.read(clip), local.read(clip))
@@ -277,9 +279,9 @@ def test_wrong_bytes_are_fetched_again(
     server: WebServer, folder: Path, cache: CacheSettings
 ) -> None:
     store = Store(URL, cache)
-    length = int(store.table.loc[5, ["frames", "height", "width"]].prod())
-    first, last = int(store.table.loc[5, "offset"]), int(store.table.loc[5, "offset"]) + length - 1
-    wrong = Answer(bytes(length), 206, {"Content-Range": f"bytes {first}-{last}/500000"})
+    length, first = math.prod(store.shape(5)), int(store.table["offset"][5])
+    place = f"bytes {first}-{first + length - 1}/500000"
+    wrong = Answer(bytes(length), 206, {"Content-Range": place})
     server.faults = [wrong]
     np.testing.assert_array_equal(store.read(5), Store(folder).read(5))
     for path in shards_of(cache):
@@ -293,10 +295,36 @@ def test_wrong_bytes_are_fetched_again(
     np.testing.assert_array_equal(store.read(5), Store(folder).read(5))
 
 
-def test_an_index_of_another_store(server: WebServer, cache: CacheSettings) -> None:
+def test_lists_of_another_store(server: WebServer, cache: CacheSettings) -> None:
     server.files[f"bucket/store/{INDEX}"] = b"another"
+    server.seen.clear()
+    store = Store(URL, cache)
+    assert len(server.seen) == 2, "the marker and the table"
     with pytest.raises(StoreError, match=r"index\.lmdb: the file is not that of the store"):
-        Store(URL, cache)
+        store.index()
+    server.files[f"bucket/store/{TABLE}"] = b"another"
+    Store(URL, cache)
+    with pytest.raises(StoreError, match=r"clips\.safetensors: the file is not that of the store"):
+        Store(URL, CacheSettings(dir=cache.dir / "new"))
+
+
+def test_without_its_table_the_index_is_read(
+    server: WebServer, folder: Path, cache: CacheSettings
+) -> None:
+    del server.files[f"bucket/store/{TABLE}"]
+    store = Store(URL, cache)
+    assert_same(store, folder)
+    assert_same(pickle.loads(pickle.dumps(store)), folder)
+
+
+def test_a_table_that_comes_damaged_is_fetched_again(
+    server: WebServer, folder: Path, cache: CacheSettings
+) -> None:
+    whole = (folder / TABLE).read_bytes()
+    place = f"bytes 0-{len(whole) - 1}/{len(whole)}"
+    server.faults = ["whole", Answer(whole[:-1] + b"?", 206, {"Content-Range": place})]
+    assert_same(Store(URL, cache), folder)
+    assert len(pickle.dumps(Store(URL, cache))) < 10_000
 
 
 def test_a_store_that_was_replaced_is_read_anew(
@@ -319,9 +347,16 @@ def test_damage_of_the_cache_is_mended(
     first.write_bytes(os.urandom(first.stat().st_size))
     os.truncate(second, 1000)
     third.unlink()
-    index = first.parents[1] / INDEX
-    index.write_bytes(b"?")
+    for name in (INDEX, TABLE):
+        (first.parents[1] / name).write_bytes(b"?")
     assert_same(Store(URL, cache), folder)
+    Store(URL, cache).index()
+    # Of a column's byte, its first use tells.
+    table = first.parents[1] / TABLE
+    content = table.read_bytes()
+    table.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(StoreError, match="Delete it: it is downloaded again"):
+        Store(URL, cache).table.frame()
 
 
 def test_the_cache_is_bounded(server: WebServer, folder: Path, tmp_path: Path) -> None:
