@@ -29,7 +29,7 @@ from dist_train.evaluation.submission import make_submission
 from dist_train.files import check_replaceable, check_writable, is_plain, open_plain, write_whole
 from dist_train.places import Location
 from dist_train.progress import Progress
-from dist_train.run.data import check_channels, frames_of, open_run_data
+from dist_train.run.data import check_channels, frames_of, open_run_data, warn_of_other_values
 from dist_train.run.folder import CALIBRATION, CONFIG, PREDICTIONS, SNAPSHOT, SNAPSHOTS, SUBMISSION
 from dist_train.run.record import open_run, read_record, warn_of_other_code
 from dist_train.safe_text import for_spreadsheet
@@ -125,6 +125,7 @@ def predict(
         on_main(group, lambda: _check_place(folder, run))
         if group.is_main:
             warn_of_other_code(run, config, record)
+            warn_of_other_values(record, source)
         probability = mean_probability(
             config,
             snapshots,

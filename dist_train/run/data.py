@@ -395,7 +395,8 @@ def write_splits(run: Path, data: RunData) -> dict[str, Any]:
             "content": store.content,
             "clips": len(store.table),
         }
-        | {key: store.info[key] for key in ("classes",) if key in store.info},
+        | {key: store.info[key] for key in ("classes",) if key in store.info}
+        | {"black_and_white": black_and_white(store)},
         "splits": splits_record(name, content),
     }
 
@@ -443,6 +444,24 @@ def with_channels(config: Config, store: Store) -> Config:
     return config.model_copy(
         update={"model": config.model.model_copy(update={"channels": channels})}
     )
+
+
+def black_and_white(store: Store) -> dict[str, Any]:
+    """What ``prepare`` was told, and found, of the values that are black and white."""
+    names, settings = ("bits", "intensity", "black", "white"), store.info["settings"]
+    return {name: settings[name] for name in names if settings.get(name) is not None}
+
+
+def warn_of_other_values(record: Mapping[str, Any], store: Store) -> None:
+    """Warn if a store's values were not mapped to pixels as those of the run's own store."""
+    own, other = record.get("store", {}).get("black_and_white"), black_and_white(store)
+    # Runs of earlier versions do not say it.
+    if own is not None and own != other:
+        log.warning(
+            "%s: black and white are %s, and the model was trained with %s: prepare it with --like "
+            "and the store of the training",
+            store.name, other or "those of 8 bits", own or "those of 8 bits",
+        )  # fmt: skip
 
 
 def check_channels(config: Config, store: Store) -> None:

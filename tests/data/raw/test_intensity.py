@@ -21,6 +21,7 @@ from dist_train.data.store.build import prepare
 from dist_train.data.store.index import read_index
 from dist_train.data.store.reader import INDEX, Store
 from dist_train.errors import ConfigError, DecodeError
+from dist_train.run.data import black_and_white, warn_of_other_values
 
 RAMP = np.arange(16 * 16 * 16, dtype=np.uint16).reshape(16, 16, 16)
 
@@ -189,3 +190,21 @@ def test_a_rule_that_does_not_fit_is_told(tmp_path: Path) -> None:
     paths = ("--manifest", tmp_path / "t.csv", "--source", tmp_path, "--out", tmp_path / "s")
     message = refused("prepare", *paths, "--intensity", "window 5 1")
     assert "--intensity: 'window 5 1' is no rule" in message
+
+
+def test_a_store_to_predict_with_other_black_and_white_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stores = {}
+    for bits in (12, 14):
+        (tmp_path / str(bits)).mkdir()
+        of_set(tmp_path / str(bits), [RAMP], "--bits", bits)
+        stores[bits] = Store(tmp_path / str(bits) / "store")
+    record = {"store": {"black_and_white": black_and_white(stores[12])}}
+    warn_of_other_values(record, stores[12])
+    warn_of_other_values({"store": {}}, stores[14])
+    assert not caplog.text
+    warn_of_other_values(record, stores[14])
+    assert (
+        "black and white are {'bits': 14}, and the model was trained with {'bits':" in caplog.text
+    )
