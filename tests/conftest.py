@@ -139,6 +139,9 @@ def bucket(
     files = fsspec.filesystem(
         "s3", endpoint_url=s3_server["AWS_ENDPOINT_URL"], use_listings_cache=False
     )
+    # The server's state is that of the process, as is any other server's of this maker.
+    if files.exists("lab"):
+        files.rm("lab", recursive=True)
     files.mkdir("lab")
     yield files
     files.rm("lab", recursive=True)
