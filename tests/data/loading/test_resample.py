@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,9 @@ def test_depths_and_pixels_of_a_dataset(tmp_path: Path) -> None:
     assert faster is not None
     assert (faster.frames([0, 1]).tolist(), faster.resizes) == ([4, 2], False)
     held = ClipDataset(store, size=(4, 4), max_frames=None, augment=None, resampling=faster)
-    volumes = collate(held, [Slot(0, 0)]).volumes
+    copied = pickle.dumps(held)
+    assert len(copied) < 10_000, "a path, no columns"
+    volumes = collate(pickle.loads(copied), [Slot(0, 0)]).volumes
     assert isinstance(volumes, torch.Tensor)
     assert volumes[0, 0, :, 0, 0].tolist() == [50, 75, 125, 150]
 
