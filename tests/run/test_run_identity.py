@@ -83,6 +83,7 @@ def test_the_run_keeps_which_store_it_had_and_its_splits(home: Path) -> None:
         "path": str(home / "S"),
         "configured": "S",
         "fingerprint": data.store.fingerprint,
+        "black_and_white": {},
         "content": data.store.content,
         "clips": 60,
     }
