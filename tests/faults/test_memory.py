@@ -19,7 +19,7 @@ SETTINGS = ("plan.batch=16", "optim.lr=3e-4", "snapshots.at=[3]")
 def test_where_one_of_two_processes_has_no_memory_both_start_again_with_less(
     launcher: Launcher, store: Path, tmp_path: Path
 ) -> None:
-    """Process 1 fails in its 6th step, in which process 0 waits for its statistics. The launcher
+    """Process 1 fails in its 6th step or a later one, in which process 0 waits for it. The launcher
     starts both again, from the checkpoint after step 4, with micro-batches of half the size."""
     two, alone = tmp_path / "two", tmp_path / "one"
     settings = overrides(store, two, *SETTINGS)

@@ -88,16 +88,15 @@ class InfiniteGradient(Fault):
 
 @dataclass(frozen=True)
 class ShortMemory(Fault):
-    """From this step on, the rank has memory for at most ``clips`` clips at once. It runs out once
-    there is a checkpoint to go on from, which another rank may still be writing."""
+    """From this step on, as soon as there is a checkpoint to go on from, the rank has memory for at
+    most ``clips`` clips at once."""
 
     clips: int = 4
 
     def strike(self, trainer: Trainer) -> None:
         def check(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            if module.training and len(inputs[0]) > self.clips:
-                while not by_step(trainer.config.out / "checkpoints"):
-                    time.sleep(0.01)
+            is_saved = bool(by_step(trainer.config.out / "checkpoints"))
+            if module.training and len(inputs[0]) > self.clips and is_saved:
                 raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
 
         # In the last block, as the others wait for this rank's statistics there.
