@@ -49,6 +49,13 @@ def _usable(path: Path) -> Path:
     return path
 
 
+def _no_url(value: object) -> object:
+    # pathlib would make a folder named "s3:" of it.
+    if isinstance(value, str | Path) and is_url(value):
+        raise ValueError("a path of this machine is needed; checkpoint.mirror takes a URL")
+    return value
+
+
 def _store_place(value: object) -> Location:
     if not isinstance(value, str | Path):
         raise ValueError("Input should be a path or a URL")
@@ -92,7 +99,7 @@ Bytes = Annotated[ByteSize, BeforeValidator(_whole_size), Field(ge=1, le=2**60)]
 Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
 # At most 15 months.
 Seconds = Annotated[float, Field(gt=0.0, le=4e7)]
-Place = Annotated[Path, AfterValidator(_usable)]
+Place = Annotated[Path, BeforeValidator(_no_url), AfterValidator(_usable)]
 # A URL is text: as a path it would lose a slash.
 StorePlace = Annotated[
     Location,

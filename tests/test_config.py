@@ -258,3 +258,10 @@ def test_settings_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     assert (train.hang_timeout, train.straggler_ratio) == (9, 3)
     with pytest.raises(ConfigError, match=r"'train\.straggler_ratio' is given twice"):
         load_config(path, ["train.slow=3", "train.straggler_ratio=4"])
+
+
+@pytest.mark.parametrize("name", ["out", "model.init", "plan.weights"])
+def test_a_url_is_no_folder(name: str) -> None:
+    """It would become a folder named "s3:"."""
+    with pytest.raises(ConfigError, match=f"'{name}': a path of this machine is needed"):
+        load_config(None, ["store=s", f"{name}=s3://bucket/run"])

@@ -15,11 +15,10 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from dist_train.data.raw.chunks import PNG, PngChunks, png_chunks
-from dist_train.data.raw.damage import OF_A_FILE, too_large
+from dist_train.data.raw.damage import reading
 from dist_train.data.raw.stack import GREY, RGB, Choices
-from dist_train.errors import DecodeError, DistTrainError
-from dist_train.files import open_plain, reason_of
-from dist_train.system.advice import blame_machine
+from dist_train.errors import DecodeError
+from dist_train.files import open_plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,26 +61,6 @@ def read_picture(path: Path, where: object) -> Picture:
             return _read_tiff(path, where)
         chunks = png_chunks(file) if first == PNG else None
         return _read_by_pillow(file, chunks)
-
-
-@contextmanager
-def reading(where: object) -> Iterator[None]:
-    """Turn all that a parser raises on damaged bytes into a DecodeError.
-
-    Raises:
-        MachineError: the machine is at fault (see ``blame_machine``).
-    """
-    try:
-        yield
-    except DecodeError as error:
-        raise DecodeError(error.what, where=where, fix=error.fix) from None
-    except DistTrainError:
-        raise
-    except MemoryError:
-        raise too_large(where) from None
-    except Exception as error:
-        blame_machine(error, where, but=OF_A_FILE)
-        raise DecodeError(f"cannot be read ({reason_of(error)})", where=where) from None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from dist_train.data.raw.intensity import black_and_white, sample_of
 from dist_train.data.raw.source import LocalFolder, Source
 from dist_train.data.raw.stack import RGB, chosen_channels
 from dist_train.data.raw.video import VIDEO_SUFFIXES
-from dist_train.errors import DecodeError, DistTrainError, StoreError
+from dist_train.errors import DecodeError, DistTrainError, RoiError, StoreError
 from dist_train.files import open_plain
 from dist_train.system.supervised_pool import Steps
 
@@ -38,7 +38,7 @@ FILES, VALUES = 1024, 1 << 14
 # Number of files that a process looks at before it reports.
 PART = 64
 # Other containers hold no raw values of cameras, and opening half a million of them takes hours.
-DEEP_VIDEO = {".avi", ".mkv", ".mov"}
+DEEP_VIDEO = (".avi", ".mkv", ".mov")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,12 @@ def survey(
     Raises:
         StoreError: files are missing on which black and white depend.
     """
-    named = [name for name in names if _may_matter(name, settings)]
+    # The first readable file tells the channels.
+    named = [
+        name
+        for number, name in enumerate(names)
+        if _may_matter(name, settings) or (_needs_names(settings) and number < PART)
+    ]
     here = [name for name in named if _is_here(source, name)]
     if not here:
         return settings
@@ -153,7 +158,7 @@ def look(part: Look, steps: Steps) -> Seen:
         try:
             with part.source.fetched(name) as path, steps.at(position):
                 one = _look_at(path, name, part.source.where(name), part, position)
-        except DecodeError:
+        except (DecodeError, RoiError):
             continue
         # The network or the machine is at fault.
         except DistTrainError:
@@ -170,27 +175,29 @@ def _look_at(path: Path, name: str, where: str, part: Look, position: int) -> Se
     rule, by_set = settings.intensity, settings.intensity.over == "set"
     # The store's channels are not known yet.
     stack = open_stack(path, name, where, settings)
-    needs_names = settings.choices.channels not in ("auto", "grey")
-    if stack is None:
-        chosen = chosen_channels(RGB, settings.choices.channels)
-        if chosen is not None:
-            return Seen(channels={number: tuple(RGB[n] for n in chosen)})
-        if rule.rule == "percentile" and by_set and position in part.sampled:
-            return _sampled(read_values(path, name, where, settings), number)
-        return Seen(bits=video_bits(path) if by_set and settings.bits is None else None)
     seen = Seen()
+    if _needs_names(settings):
+        names = RGB if stack is None else stack.channels
+        chosen = chosen_channels(names, settings.choices.channels)
+        seen.channels[number] = tuple(names[n] for n in chosen or ())
+    if stack is None:
+        if rule.rule == "percentile" and by_set and position in part.sampled:
+            seen.add(_sampled(read_values(path, name, where, settings), number))
+        if by_set and settings.bits is None and _is_deep_video(name):
+            seen.bits = video_bits(path)
+        return seen
+    if by_set and rule.needs_percentiles(stack.dtype):
+        seen.windows.add(stack.window)
     needs_bits = by_set and settings.bits is None and rule.needs_bits(stack.dtype)
     needs_values = by_set and rule.needs_percentiles(stack.dtype) and position in part.sampled
     if needs_bits and stack.bits is not None:
         seen.bits, needs_bits = stack.bits, False
-    if needs_bits or needs_values or (needs_names and number < PART):
+    if needs_bits or needs_values:
         values = values_of(stack, settings)
         if needs_bits:
             seen.bits = depth_of(int(values.pixels.max(initial=0)))
         if needs_values:
             seen.add(_sampled(values, number))
-        if needs_names:
-            seen.channels[number] = values.channels
     return seen
 
 
@@ -198,7 +205,7 @@ def _sampled(values: Values, number: int) -> Seen:
     # Those of luma count together.
     samples = sample_of(values.pixels, len(values.channels))
     samples = samples[:: max(1, len(samples) // VALUES)]
-    return Seen(samples={number: samples}, windows={values.window})
+    return Seen(samples={number: samples})
 
 
 def video_bits(path: Path) -> int | None:
@@ -222,17 +229,23 @@ def survey_arrays(arrays: Sequence[np.ndarray], settings: PrepareSettings) -> Pr
     return replace(settings, bits=depth_of(max(largest))) if largest else settings
 
 
+def _needs_names(settings: PrepareSettings) -> bool:
+    return settings.choices.channels not in ("auto", "grey")
+
+
+def _is_deep_video(name: str) -> bool:
+    return name.lower().endswith(DEEP_VIDEO)
+
+
 def _may_matter(name: str, settings: PrepareSettings) -> bool:
-    """Whether black, white or the channels of the set may depend on a file of this name."""
-    reader, suffix = settings.reader, PurePosixPath(name.partition("::")[0]).suffix.lower()
-    is_video = suffix in VIDEO_SUFFIXES and not (reader and reader.reads(name))
-    if settings.choices.channels not in ("auto", "grey"):
-        return True
+    """Whether black and white of the set may depend on a file of this name."""
     if settings.intensity.over == "clip":
-        return is_video and suffix in DEEP_VIDEO and settings.bits is None
+        return False
+    reader = settings.reader
+    is_video = name.lower().endswith(tuple(VIDEO_SUFFIXES)) and not (reader and reader.reads(name))
     if settings.intensity.rule == "percentile" or not is_video:
         return True
-    return suffix in DEEP_VIDEO and settings.bits is None
+    return settings.bits is None and _is_deep_video(name)
 
 
 def _is_here(source: Source, name: str) -> bool:

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import av
+import nibabel
 import numpy as np
 import pytest
 import tifffile
 from helpers import contents, said
-from make_media import write_manifest
+from make_media import write_manifest, write_video
 
 from dist_train.data.raw.axes import plain_stack
 from dist_train.data.raw.clip import PrepareSettings
 from dist_train.data.raw.grey import depth_of
+from dist_train.data.raw.intensity import Intensity
 from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.source import LocalFolder
-from dist_train.data.raw.stack import Stack
+from dist_train.data.raw.stack import RGB, Choices, Stack
 from dist_train.data.raw.survey import survey, survey_arrays
 from dist_train.data.store.build import finalize, prepare, prepare_part
 from dist_train.data.store.build_spec import Part
@@ -175,3 +177,34 @@ def test_a_reader_decides_on_its_own_suffixes(tmp_path: Path) -> None:
 
     assert surveyed(tmp_path, ["a.npy"]).bits is None
     assert surveyed(tmp_path, ["a.npy"], replace(WHOLE, reader=reader)).bits == 12
+
+
+def test_channels_and_percentiles_of_video(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(50, 99, (4, 16, 16, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.avi", frames, codec="rawvideo", pix_fmt="bgr24")
+    settings = replace(
+        WHOLE, choices=Choices(channels="rgb"), intensity=Intensity("percentile", 0.0, 100.0)
+    )
+    found = surveyed(tmp_path, ["a.avi"], settings)
+    assert found.channel_names == RGB
+    assert (found.black, found.white) == ((50.0,) * 3, (98.0,) * 3)
+
+
+def test_a_volume_among_outlined_videos_ends_no_survey(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", RAMP)
+    assert surveyed(tmp_path, ["a.npy"], PrepareSettings()) == PrepareSettings()
+
+
+def test_the_window_counts_if_every_file_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of files whose values are not sampled."""
+    monkeypatch.setattr("dist_train.data.raw.survey.FILES", 1)
+    for number, window in enumerate([(-100.0, 300.0), (-100.0, 300.0), (0.0, 99.0)]):
+        image = nibabel.Nifti1Image((RAMP - 999).astype("i2"), np.eye(4))
+        image.header["cal_min"], image.header["cal_max"] = window
+        nibabel.save(image, tmp_path / f"{number}.nii")
+    same = surveyed(tmp_path, ["0.nii", "1.nii"])
+    assert (same.black, same.white) == ((-100.0,), (300.0,))
+    other = surveyed(tmp_path, ["0.nii", "1.nii", "2.nii"])
+    assert other.white != (300.0,)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from dist_train.data.raw.chunks import GREY_TYPES, PNG, PngChunks, png_chunks, webp_seconds
+from dist_train.data.raw.damage import reading
 from dist_train.data.raw.picture import PACKAGES as PACKAGES
-from dist_train.data.raw.picture import opened, reading
+from dist_train.data.raw.picture import opened
 from dist_train.data.raw.stack import GREY, RGB, Choices, Stack
 from dist_train.errors import DecodeError
 from dist_train.files import open_plain
