@@ -470,6 +470,6 @@ def check_channels(config: Config, store: Store) -> None:
     if store.channels != own:
         raise StoreError(
             f"its channels are {', '.join(store.channels)}, and the model takes {', '.join(own)}",
-            where=store.folder,
+            where=store.name,
             fix="Prepare a store with the model's channels, in its order.",
         )

@@ -12,7 +12,7 @@ from dist_train.checkpoint.format import by_step
 from dist_train.checkpoint.superseded import SUPERSEDED
 from dist_train.errors import RunError
 from dist_train.files import open_lock
-from dist_train.run.splits import SPLITS
+from dist_train.run.splits import LARGE_SPLITS, SPLITS
 from dist_train.system.file_locks import go_on_unlocked
 
 LOCK = ".lock"
@@ -39,7 +39,7 @@ BEFORE_THE_FIRST_STEP = (CONFIG, RECORD)
 _FILES = (*BEFORE_THE_FIRST_STEP, METRICS, PREDICTIONS, SUBMISSION, EVALUATION)
 #: Files and folders that no command writes on request.
 OWN = (
-    *_FILES, LOCK, SPLITS, CALIBRATION, ORIGIN, MICRO_BATCH,
+    *_FILES, LOCK, SPLITS, LARGE_SPLITS, CALIBRATION, ORIGIN, MICRO_BATCH,
     CHECKPOINTS, SNAPSHOTS, TENSORBOARD, SUPERSEDED,
 )  # fmt: skip
 

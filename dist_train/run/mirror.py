@@ -22,11 +22,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path, PurePosixPath
 from threading import Lock
 
-from dist_train.checkpoint.format import MARKER, by_step, check_checkpoint, read_marker
+from dist_train.checkpoint.format import MARKER, check_checkpoint, latest_valid, read_marker
 from dist_train.checkpoint.retention import RetentionPolicy, to_remove
 from dist_train.checkpoint.superseded import SUPERSEDED, set_aside
-from dist_train.errors import CheckpointError, DistTrainError, RunError
-from dist_train.files import MOST_JSON, PARTIAL, sync_folder, whole_aside
+from dist_train.errors import CheckpointError, DistTrainError, RemoteError, RunError
+from dist_train.files import MOST_JSON, PARTIAL, reason_of, sync_folder, whole_aside
 from dist_train.objects import Objects
 from dist_train.run.folder import CHECKPOINTS, LOCK, TENSORBOARD, parts_of_run
 
@@ -70,11 +70,10 @@ class Mirror:
                 fix="Go on with it by --resume auto, or choose another checkpoint.mirror.",
             )
 
-    def add(self) -> None:
-        """Copy the newest checkpoint, beside the training."""
-        newest = by_step(self._run / CHECKPOINTS)[-1][1]
+    def add(self, checkpoint: Path) -> None:
+        """Copy a checkpoint that is complete, beside the training."""
         with self._lock:
-            self._waiting = newest
+            self._waiting = checkpoint
             if self._work is None or self._work.done():
                 self._work = self._thread.submit(self._copy_waiting)
 
@@ -84,8 +83,10 @@ class Mirror:
         Raises:
             RemoteError: the newest checkpoint could not be copied.
         """
-        if self._work is not None:
-            self._work.result()
+        # The thread forgets its work when it is done.
+        work = self._work
+        if work is not None:
+            work.result()
         if self._failed is not None:
             raise self._failed
 
@@ -99,7 +100,7 @@ class Mirror:
             OSError: the disk is full.
         """
         folder = self._run / CHECKPOINTS
-        newest_here = max((step for step, _ in by_step(folder)), default=-1)
+        newest_here = _newest_valid(folder)
         steps = [step for step in self._steps() if step > newest_here]
         if not steps:
             return
@@ -130,6 +131,8 @@ class Mirror:
         for name in self._names(prefix):
             if _is_plain(name):
                 self._download(name, aside / PurePosixPath(name).name)
+        if final.exists():
+            set_aside(self._run, final)
         checked = aside.rename(final)
         sync_folder(folder)
         try:
@@ -154,11 +157,14 @@ class Mirror:
                 self._copy(checkpoint)
                 self._failed = None
             except FileNotFoundError:
-                # The retention policy has removed it: a newer one is waiting.
+                # The retention policy has removed it, as there is a newer one.
                 continue
-            except DistTrainError as error:
-                self._failed = error
-                log.warning("%s is not in checkpoint.mirror: %s", checkpoint.name, error)
+            except Exception as error:
+                self._failed = error if isinstance(error, DistTrainError) else RemoteError(
+                    f"the checkpoint cannot be copied ({reason_of(error)})",
+                    where=self.objects.where(checkpoint.name),
+                )  # fmt: skip
+                log.warning("%s is not in checkpoint.mirror: %s", checkpoint.name, self._failed)
 
     def _copy(self, checkpoint: Path) -> None:
         prefix = f"{CHECKPOINTS}/{checkpoint.name}"
@@ -170,8 +176,8 @@ class Mirror:
                 if not path.name.startswith(".")
             }
             marker = files.pop(MARKER).read()
-            # A marker of an earlier session must not vouch for new files.
-            self.objects.remove(f"{prefix}/{MARKER}")
+            # What an earlier session left there would not belong to these files.
+            self._remove(f"{prefix}/")
             for name, file in files.items():
                 self.objects.put(f"{prefix}/{name}", file)
         self._copy_changed()
@@ -206,16 +212,21 @@ class Mirror:
                 except CheckpointError:
                     found = None
                 saved[step] = found if isinstance(found, dict) else {}
-        for step in to_remove(saved, newest, self._keep):
-            names = self._names(f"{CHECKPOINTS}/step-{step}/")
-            for name in sorted(names, key=lambda name: not name.endswith(MARKER)):
-                self.objects.remove(name)
+        cut_off = self._steps(marked=False) - saved.keys()
+        for step in {*to_remove(saved, newest, self._keep), *cut_off} - {newest}:
+            self._remove(f"{CHECKPOINTS}/step-{step}/")
 
-    def _steps(self) -> list[int]:
-        """Steps of the checkpoints with a marker."""
+    def _remove(self, prefix: str) -> None:
+        """Remove a checkpoint, its marker first."""
+        for name in sorted(self._names(prefix), key=lambda name: not name.endswith(MARKER)):
+            self.objects.remove(name)
+
+    def _steps(self, *, marked: bool = True) -> set[int]:
+        """Steps of the checkpoints with a marker, or of all."""
         paths = map(PurePosixPath, self._names(f"{CHECKPOINTS}/"))
-        steps = (path.parent.name.removeprefix("step-") for path in paths if path.name == MARKER)
-        return sorted(int(step) for step in steps if step.isdecimal())
+        names = {path.parent.name for path in paths if path.name == MARKER or not marked}
+        steps = (name.removeprefix("step-") for name in names)
+        return {int(step) for step in steps if step.isdecimal()}
 
     def _names(self, prefix: str) -> list[str]:
         names = self.objects.names(prefix)
@@ -226,6 +237,15 @@ class Mirror:
                 fix="Give checkpoint.mirror as s3://, gs:// or az://.",
             )
         return names
+
+
+def _newest_valid(folder: Path) -> int:
+    """The step of the newest whole checkpoint; -1 if there is none."""
+    try:
+        found = latest_valid(folder)
+    except CheckpointError:
+        return -1
+    return -1 if found is None else int(found.name.removeprefix("step-"))
 
 
 def _is_plain(name: str) -> bool:

@@ -63,7 +63,7 @@ class RunState:
         store: str,
         content: str,
         completed: Callable[[], None] = lambda: None,
-        committed: Callable[[], None] = lambda: None,
+        committed: Callable[[Path], None] = lambda path: None,
     ) -> None:
         self.folder, self.backend, self.settings = folder, backend, settings
         self.ema = ema
@@ -73,7 +73,7 @@ class RunState:
         self.saved_at: int | None = None
         self._failures, self._has_one = 0, False
         self._completed: Callable[[], None] | None = completed if backend.is_main else None
-        self._committed = committed if backend.is_main else lambda: None
+        self._committed = committed if backend.is_main else lambda path: None
 
     def save(
         self,
@@ -123,16 +123,16 @@ class RunState:
         """Complete the checkpoint that ``save`` began, within ``failures_survived``. A collective
         call."""
         with self.failures_survived():
-            if self.writer.commit() is not None:
-                self._note_completed()
+            if (path := self.writer.commit()) is not None:
+                self._note_completed(path)
 
     def finish(self) -> None:
         """Complete the checkpoint that ``save`` began, and remove older ones. A collective call.
         CheckpointError if it cannot be written."""
-        if self.writer.finish() is not None:
-            self._note_completed()
+        if (path := self.writer.finish()) is not None:
+            self._note_completed(path)
 
-    def _note_completed(self) -> None:
+    def _note_completed(self, path: Path) -> None:
         self._failures, self._has_one = 0, True
         if self._completed is not None:
             try:
@@ -142,7 +142,7 @@ class RunState:
                 log.warning("the first checkpoint is not noted in the run's record: %s", error)
             else:
                 self._completed = None
-        self._committed()
+        self._committed(path)
 
     @contextmanager
     def failures_survived(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from dist_train.distributed.backends import make_backend
 from dist_train.distributed.collectives import OfSomeRankError, on_main, run_on_all_ranks
 from dist_train.distributed.consistency import check_agreement
 from dist_train.distributed.peer_loss import translate_peer_loss
-from dist_train.errors import ConfigError, RemoteError, RunError, StoppedError
+from dist_train.errors import ConfigError, DistTrainError, RunError, StoppedError
 from dist_train.files import write_whole
 from dist_train.progress import Progress
 from dist_train.run.data import check_same_data, write_splits
@@ -159,7 +159,7 @@ def _mirrored(trainer: Trainer) -> Iterator[None]:
     except Exception:
         if mirror is not None:
             # Its failure was told already.
-            with suppress(RemoteError):
+            with suppress(DistTrainError):
                 mirror.finish()
         raise
     if mirror is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from torch import nn
@@ -225,9 +226,9 @@ class Trainer:
             self._last_batch = batch
             yield batch
 
-    def _copy_to_mirror(self) -> None:
+    def _copy_to_mirror(self, checkpoint: Path) -> None:
         if self.mirror is not None:
-            self.mirror.add()
+            self.mirror.add(checkpoint)
 
     @contextmanager
     def _checkpoint_completed(self) -> Iterator[None]:

@@ -77,7 +77,7 @@ class Resampling:
             raise StoreError(
                 f"{unknown.sum()} of {len(unknown)} clips do not say their {what}, the first is "
                 f"{first}",
-                where=store.folder,
+                where=store.name,
                 fix=f"Leave out {setting}, or prepare the store anew from files that say it.",
             )
         new = self._length(axis, slice(None))
@@ -86,7 +86,7 @@ class Resampling:
             raise StoreError(
                 f"{self._table.text('filename', clip)} would be resampled from "
                 f"{self._table[axis][clip]} to {new[clip]:.0f} voxels along an axis",
-                where=store.folder,
+                where=store.name,
                 fix="Give clip.spacing in um and clip.fps in frames a second.",
             )
 

@@ -178,7 +178,7 @@ class BatchDataset(Dataset[Batch | LentBatch | DistTrainError]):
     def _error_at(self, clip: int, what: str, fix: str) -> StoreError:
         store = self.clips.store
         if clip == NO_CLIP:
-            return StoreError(f"{what} between two batches", where=store.place, fix=fix)
+            return StoreError(f"{what} between two batches", where=store.name, fix=fix)
         key = store.table.text("key", clip)
         return StoreError(f"{what} at clip '{key}'", where=store.where(clip), fix=fix)
 
