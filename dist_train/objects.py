@@ -127,9 +127,9 @@ class Objects:
 
         return sorted(self.start(self._tried(prefix, ask)).result())
 
-    def size(self, name: str) -> int:
-        """Number of bytes of an object."""
-        return self.start(self._size(name)).result()
+    def head(self, name: str) -> tuple[int, float]:
+        """Number of bytes of an object, and when it was written (s since 1970)."""
+        return self.start(self._head(name)).result()
 
     async def read(self, name: str, start: int, end: int) -> memoryview:
         """The bytes of an object from ``start`` to ``end`` (excluded)."""
@@ -170,16 +170,17 @@ class Objects:
 
         return await self._tried(name, ask)
 
-    async def _size(self, name: str) -> int:
+    async def _head(self, name: str) -> tuple[int, float]:
         import obstore
 
-        async def ask() -> int:
-            return int((await obstore.head_async(self._opened(), name))["size"])
+        async def ask() -> tuple[int, float]:
+            found = await obstore.head_async(self._opened(), name)
+            return int(found["size"]), found["last_modified"].timestamp()
 
         return await self._tried(name, ask)
 
     async def _download(self, name: str, to: Path) -> None:
-        size = await self._size(name)
+        size, _ = await self._head(name)
         with to.open("r+b") as file:
 
             async def fill(at: int) -> None:

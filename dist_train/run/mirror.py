@@ -156,10 +156,10 @@ class Mirror:
             try:
                 self._copy(checkpoint)
                 self._failed = None
-            except FileNotFoundError:
-                # The retention policy has removed it, as there is a newer one.
-                continue
             except Exception as error:
+                if not checkpoint.is_dir():
+                    # The retention policy has removed it, as there is a newer one.
+                    continue
                 self._failed = error if isinstance(error, DistTrainError) else RemoteError(
                     f"the checkpoint cannot be copied ({reason_of(error)})",
                     where=self.objects.where(checkpoint.name),
@@ -185,9 +185,11 @@ class Mirror:
         self._prune(int(checkpoint.name.partition("-")[2]))
 
     def _copy_changed(self) -> None:
-        for path in sorted(self._run.rglob("*")):
+        # The folders that are left out are not entered: they change meanwhile.
+        tops = [path for path in self._run.iterdir() if path.name not in _LEFT_OUT]
+        for path in sorted(p for top in tops for p in (top, *top.rglob("*"))):
             name = path.relative_to(self._run).as_posix()
-            if name.partition("/")[0] in _LEFT_OUT or not path.is_file() or path.is_symlink():
+            if not path.is_file() or path.is_symlink():
                 continue
             if path.name.startswith(".") or path.name.endswith(PARTIAL):
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,3 +184,42 @@ def test_without_a_server_training_goes_on_and_says_so_at_its_end(
 def test_the_web_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot be written to"):
         Mirror(tmp_path, "https://example.org/run", KEEP).fetch()
+
+
+def test_what_an_earlier_session_left_there_spoils_no_checkpoint(
+    run: Path, tmp_path: Path, bucket: AbstractFileSystem
+) -> None:
+    """An upload by more processes was cut off, and others never got their marker."""
+    first, second = [step for step, _ in by_step(run / "checkpoints")][:2]
+    bucket.pipe(f"lab/runs/first/checkpoints/step-{second}/rank-00003.safetensors", b"left")
+    bucket.pipe("lab/runs/first/checkpoints/step-1/rank-00000.safetensors", b"left")
+    for step in (first, second):
+        copied(run, step, Mirror(run, URL, KEEP))
+    assert not any("step-1/" in name or "rank-00003" in name for name in there(bucket))
+    Mirror(here := tmp_path / "here", URL, KEEP).fetch()
+    check_checkpoint(here / f"checkpoints/step-{second}")
+
+
+def test_a_torn_checkpoint_here_does_not_hide_the_whole_one_there(
+    run: Path, tmp_path: Path, bucket: AbstractFileSystem
+) -> None:
+    step = by_step(run / "checkpoints")[1][0]
+    copied(run, step, Mirror(run, URL, KEEP))
+    here = tmp_path / "here"
+    shutil.copytree(run / f"checkpoints/step-{step}", here / f"checkpoints/step-{step}")
+    (here / f"checkpoints/step-{step}/rank-00000.safetensors").write_bytes(b"torn")
+    Mirror(here, URL, KEEP).fetch()
+    check_checkpoint(here / f"checkpoints/step-{step}")
+
+
+def test_any_failure_is_told_at_the_end(
+    run: Path, bucket: AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: objects.Objects, name: str, content: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(objects.Objects, "put", full)
+    mirror = Mirror(run, URL, KEEP)
+    mirror.add(by_step(run / "checkpoints")[0][1])
+    with pytest.raises(RemoteError, match=r"cannot be copied .*No space left"):
+        mirror.finish()

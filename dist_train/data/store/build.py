@@ -134,6 +134,8 @@ def finalize(out: Location, *, max_rejected: float = 0.01) -> dict[str, Any]:
     job = read_job(folder)
     shards = job.shards(folder)
     with write_lock(folder, job):
+        if publisher is not None:
+            publisher.adopt(shards)
         missing = [shard for shard in shards if not shard.is_written()]
         if missing:
             raise StoreError(
@@ -385,6 +387,7 @@ def _write_unfinished(
 ) -> None:
     if publisher is not None:
         publisher.begin()
+        publisher.adopt(shards)
     pending = {shard for shard in shards if not _is_finished(shard, raw)}
     stored = [shard for shard in shards if shard not in pending]
     _warn_of_changed(stored, job, raw)
@@ -396,11 +399,14 @@ def _write_unfinished(
     total, done = (sum(len(job.filenames(shard)) for shard in some) for some in (shards, stored))
     if progress:
         progress(done, total)
-    tasks = (
-        replace(new_task(job, shard, raw), publisher=publisher)
-        for shard in shards
-        if shard in pending
-    )
+
+    def new(shard: Shard) -> Task:
+        if publisher is not None and shard.path.exists():
+            # Its good clips are kept.
+            publisher.fill(shard)
+        return replace(new_task(job, shard, raw), publisher=publisher)
+
+    tasks = (new(shard) for shard in shards if shard in pending)
     write_tasks(tasks, job, raw, run, progress, done, total)
 
 

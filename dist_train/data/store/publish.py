@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
-from tarfile import BLOCKSIZE
+from contextlib import suppress
+from pathlib import Path
+from tarfile import BLOCKSIZE, TarError
 from typing import IO
 
-from dist_train.data.store.build_spec import JOB
+from dist_train.data.store.build_spec import JOB, MOST_JOB
 from dist_train.data.store.clip_cache import default_folder
 from dist_train.data.store.clip_table import TABLE
 from dist_train.data.store.reader import INDEX, MANIFEST, MARKER, REJECTED, SHARDS
+from dist_train.data.store.rejects import MOST_REJECTS
 from dist_train.data.store.shards import (
-    SHARD_FILE,
     Shard,
     is_end,
     member,
@@ -29,8 +31,9 @@ from dist_train.data.store.shards import (
     read_records,
     read_sample,
 )
-from dist_train.errors import StoreError
-from dist_train.files import whole_aside
+from dist_train.data.store.write_lock import LOCK
+from dist_train.errors import MissingObjectError, StoreError
+from dist_train.files import reason_of, whole_aside
 from dist_train.objects import IN_FLIGHT, Objects
 from dist_train.places import Location, is_url, local_path
 
@@ -50,12 +53,12 @@ def publisher_of(out: Location) -> Publisher | None:
     """Open the URL of a store, and bring what is there; None for a folder.
 
     Raises:
-        RemoteError, StoreError: see ``Publisher.adopt``.
+        RemoteError, StoreError: see ``Publisher.adopt_job``.
     """
     if not is_url(out):
         return None
     publisher = Publisher(str(out), folder_of(out))
-    publisher.adopt()
+    publisher.adopt_job()
     return publisher
 
 
@@ -65,13 +68,63 @@ class Publisher:
     def __init__(self, url: str, folder: Path) -> None:
         self._objects, self._folder = Objects(url), folder
 
-    def adopt(self) -> None:
-        """Bring what another machine, or an earlier run, has uploaded already.
+    def adopt_job(self) -> None:
+        """Bring what the store there is made from. The server decides: what is left here of another
+        store is removed.
 
         Raises:
             RemoteError: the server cannot be reached, or refuses.
-            StoreError: the web cannot be written to, or a shard there is damaged.
+            StoreError: the web cannot be written to.
         """
+        names = self._names()
+        there = self._objects.get(JOB, most_bytes=MOST_JOB) if JOB in names else None
+        job = self._folder / JOB
+        if (job.read_bytes() if job.exists() else None) != there:
+            self._clear()
+        (self._folder / SHARDS).mkdir(parents=True, exist_ok=True)
+        for name in (JOB, MANIFEST):
+            if name in names:
+                self._bring(name)
+
+    def _clear(self) -> None:
+        """Empty the folder here, which only this class fills, but for locks."""
+        for path in self._folder.glob("*"):
+            if path.name == SHARDS:
+                shutil.rmtree(path)
+            elif not path.name.startswith(LOCK):
+                path.unlink()
+
+    def adopt(self, shards: Sequence[Shard]) -> None:
+        """Make these shards here what they are behind the URL, by whichever machine. Call it with
+        the lock on them.
+
+        Raises:
+            RemoteError: the server cannot be reached, or refuses.
+            StoreError: a shard there is damaged.
+        """
+        names = set(self._names())
+
+        def one(shard: Shard) -> None:
+            own = self._of(shard.path), self._of(shard.rejects_path)
+            if not names.issuperset(own):
+                if shard.is_written():
+                    shard.rejects_path.unlink()
+                    shard.path.unlink()
+                return
+            # A shard is rewritten when a file that it rejected was mended.
+            there = self._objects.get(own[1], most_bytes=MOST_REJECTS)
+            if not shard.is_written() or shard.rejects_path.read_bytes() != there:
+                self._bring_shard(shard)
+
+        with ThreadPoolExecutor(IN_FLIGHT) as threads:
+            list(threads.map(one, shards))
+
+    def fill(self, shard: Shard) -> None:
+        """Bring the pixels of a shard, too, if it is there."""
+        with suppress(MissingObjectError):
+            self._bring(self._of(shard.path))
+
+    def _names(self) -> list[str]:
         names = self._objects.names("")
         if names is None:
             raise StoreError(
@@ -79,19 +132,11 @@ class Publisher:
                 where=self._objects.where(""),
                 fix="Give --out as a folder, s3://, gs:// or az://.",
             )
-        (self._folder / SHARDS).mkdir(parents=True, exist_ok=True)
-        for name in (JOB, MANIFEST):
-            if name in names and not (self._folder / name).exists():
-                self._bring(name)
-        paths = [PurePosixPath(name) for name in names]
-        there = {path.name for path in paths if path.parent.name == SHARDS}
-        there = {name for name in there if SHARD_FILE.fullmatch(name)}
-        shards = [
-            Shard(int(name[6:-4]), self._folder / SHARDS) for name in there if name.endswith(".tar")
-        ]
-        missing = [s for s in shards if s.rejects_path.name in there and not s.is_written()]
-        with ThreadPoolExecutor(IN_FLIGHT) as threads:
-            list(threads.map(self._bring_shard, missing))
+        return names
+
+    @staticmethod
+    def _of(path: Path) -> str:
+        return f"{SHARDS}/{path.name}"
 
     def begin(self) -> None:
         """Upload what the store is made from, so that it is refused to other settings."""
@@ -104,9 +149,10 @@ class Publisher:
 
     def put_shard(self, shard: Shard, rejects: str) -> None:
         """Upload a shard that was written whole, and free its pixels here."""
-        name = f"{SHARDS}/{shard.path.name}"
-        self._objects.put(name, shard.path)
-        self._objects.put(f"{SHARDS}/{shard.rejects_path.name}", rejects.encode())
+        # Without a list a shard counts as not written.
+        self._objects.remove(self._of(shard.rejects_path))
+        self._objects.put(self._of(shard.path), shard.path)
+        self._objects.put(self._of(shard.rejects_path), rejects.encode())
         hollow(shard.path)
 
     def finish(self, names: Sequence[str] = (REJECTED, INDEX, TABLE)) -> None:
@@ -120,8 +166,20 @@ class Publisher:
 
     def _bring_shard(self, shard: Shard) -> None:
         """Bring a shard without its pixels, and then its list of rejects."""
-        name = f"{SHARDS}/{shard.path.name}"
-        size = self._objects.size(name)
+        shard.rejects_path.unlink(missing_ok=True)
+        try:
+            self._bring_hollow(shard)
+        except (TarError, ValueError) as error:
+            raise StoreError(
+                f"is not a readable shard ({reason_of(error)})",
+                where=self._objects.where(self._of(shard.path)),
+                fix="Remove it and its list there, and run the command again.",
+            ) from None
+        self._bring(self._of(shard.rejects_path))
+
+    def _bring_hollow(self, shard: Shard) -> None:
+        name = self._of(shard.path)
+        size, written = self._objects.head(name)
         with whole_aside(shard.path) as aside, aside.open("r+b", buffering=0) as file:
             file.truncate(size)
             here = range(0)
@@ -137,7 +195,8 @@ class Publisher:
             while at is not None:
                 need(at, at + BLOCKSIZE)
                 at = self._bring_sample(file, at, size, need)
-        self._bring(f"{SHARDS}/{shard.rejects_path.name}")
+        # Files that were mended since then are read again.
+        os.utime(shard.path, (written, written))
 
     def _bring_sample(
         self, file: IO[bytes], at: int, size: int, need: Callable[[int, int], None]
@@ -153,8 +212,7 @@ class Publisher:
         _, begin, length = member(file, after, size)
         need(after, begin + length)
         sample = read_sample(file, at, size)
-        assert sample is not None
-        return sample[2]
+        return None if sample is None else sample[2]
 
 
 def hollow(path: Path) -> None:

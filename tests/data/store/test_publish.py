@@ -176,3 +176,59 @@ def test_the_web_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(StoreError, match="the web cannot be written to"):
         finalize("https://example.org/store")
     assert folder_of("https://example.org/store").is_relative_to(tmp_path)
+
+
+def test_the_server_decides_what_is_written(
+    tmp_path: Path, raw: Path, manifest: Manifest, local: dict[str, bytes],
+    bucket: AbstractFileSystem, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What a machine wrote earlier counts only if it is still there."""
+    machine(tmp_path / "one", monkeypatch)
+    prepare(manifest, raw, URL, SETTINGS, max_rejected=0.5)
+    bucket.rm("lab/store", recursive=True)
+    prepare(manifest, raw, URL, SETTINGS, max_rejected=0.5)
+    assert there(bucket) == local
+    # Another machine has the file of a rejected clip mended, and rewrites its shard.
+    (raw / "clip004.npy").write_bytes((raw / "clip005.npy").read_bytes())
+    machine(tmp_path / "two", monkeypatch)
+    prepare(manifest, raw, URL, SETTINGS)
+    mended = there(bucket)
+    assert mended != local
+    machine(tmp_path / "one", monkeypatch)
+    finalize(URL)
+    assert there(bucket) == mended
+    # The first machine's own settings are not those of the store that is there now.
+    bucket.rm("lab/store", recursive=True)
+    machine(tmp_path / "two", monkeypatch)
+    prepare(manifest, raw, URL, PrepareSettings(roi="none", shard_clips=4))
+    other = there(bucket)
+    machine(tmp_path / "one", monkeypatch)
+    with pytest.raises(StoreError, match="made with other settings"):
+        prepare(manifest, raw, URL, SETTINGS)
+    assert there(bucket) == other
+
+
+def test_good_clips_of_a_rewritten_shard_are_kept(
+    tmp_path: Path, raw: Path, manifest: Manifest,
+    bucket: AbstractFileSystem, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    machine(tmp_path / "one", monkeypatch)
+    prepare(manifest, raw, URL, SETTINGS, max_rejected=0.5)
+    (raw / "clip004.npy").write_bytes((raw / "clip005.npy").read_bytes())
+    # Its neighbour in the shard is gone, and stays in the store.
+    (raw / "clip003.npy").unlink()
+    prepare(manifest, raw, URL, SETTINGS, max_rejected=0.5)
+    assert len(Store(URL).table) == 10
+
+
+def test_a_damaged_shard_is_told(
+    tmp_path: Path, raw: Path, manifest: Manifest,
+    bucket: AbstractFileSystem, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    machine(tmp_path / "one", monkeypatch)
+    prepare(manifest, raw, URL, SETTINGS, max_rejected=0.5)
+    name = "lab/store/shards/shard-000001.tar"
+    bucket.pipe(name, bucket.cat(name)[:700])
+    machine(tmp_path / "two", monkeypatch)
+    with pytest.raises(StoreError, match=r"shard-000001\.tar: is not a readable shard"):
+        finalize(URL, max_rejected=0.5)
