@@ -64,12 +64,22 @@ class RemoteBench(Bench):
         ) as server:
             assert server.stdout is not None
             assert server.stdin is not None
-            yield server.stdout.readline().strip()
+            url = server.stdout.readline().strip()
+            if not url:
+                # Without one, all would be read from the disk.
+                sys.exit("error: slow_s3.py did not start")
+            yield url
             server.stdin.close()
 
     def measure(self, task: Task, batches: int, rounds: int) -> dict[str, Any]:
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in self.contenders}
-        warm_up = task.workers * task.prefetch + 1
+        warm_up = task.workers * task.prefetch
+        steps = self.work(task)["clips"] // task.batch
+        if steps < warm_up + 2:
+            sys.exit(
+                f"error: an epoch has {steps} batches, of which {warm_up + 1} are not counted. "
+                "Give more --clips, or fewer --workers."
+            )
         with self.serving() as url:
             endpoints = ("FSSPEC_S3_ENDPOINT_URL", "S3_ENDPOINT_URL", "AWS_ENDPOINT_URL")
             self.environment = KEYS | dict.fromkeys(endpoints, url)

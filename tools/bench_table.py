@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import lmdb
 import numpy as np
@@ -61,8 +62,10 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     small, large = (100_000, 200_000) if arguments.quick else (CHALLENGE, arguments.clips)
-    with TemporaryDirectory(dir=arguments.folder) as folder:
-        os.environ[FOLDER] = str(Path(folder) / "cache")
+    with (
+        TemporaryDirectory(dir=arguments.folder) as folder,
+        mock.patch.dict(os.environ, {FOLDER: str(Path(folder) / "cache")}),
+    ):
         result = measure(Path(folder), small, large)
     finish(arguments.json, result, as_table(result))
 

@@ -117,7 +117,9 @@ class SlowServer:
             keys = [key for key in keys if len(rest[key]) == 1]
         shown = keys[: int(asked.get("max-keys", MOST_KEYS))]
         is_cut = len(shown) < len(keys)
-        token = f"<NextContinuationToken>{escape(shown[-1])}</NextContinuationToken>"
+        token = (
+            f"<NextContinuationToken>{escape(shown[-1])}</NextContinuationToken>" if is_cut else ""
+        )
         entries = (
             f"<Contents><Key>{escape(key)}</Key><Size>{sizes[key]}</Size>"
             f"<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>&quot;0&quot;</ETag>"
@@ -131,7 +133,7 @@ class SlowServer:
         return (
             f"<ListBucketResult><Name>{escape(bucket)}</Name><Prefix>{escape(prefix)}</Prefix>"
             f"<KeyCount>{len(shown)}</KeyCount><MaxKeys>{MOST_KEYS}</MaxKeys>"
-            f"<IsTruncated>{str(is_cut).lower()}</IsTruncated>{token if is_cut else ''}"
+            f"<IsTruncated>{str(is_cut).lower()}</IsTruncated>{token}"
             f"{''.join(entries)}{''.join(groups)}</ListBucketResult>"
         )
 

@@ -18,7 +18,9 @@ from dist_train.run import data as data_module
 from dist_train.run import shared_arrays as cache
 from dist_train.run import splits as splits_module
 from dist_train.run.data import open_data
+from dist_train.run.record import _write_record, read_record
 from dist_train.run.shared_arrays import KEPT, shared_arrays
+from dist_train.run.splits import splits_record
 from dist_train.training.train import train
 
 
@@ -82,10 +84,17 @@ def test_a_run_of_a_large_store(store: Path, large: Path, tmp_path: Path) -> Non
     train(config.model_copy(update={"train": config.train.model_copy(update={"epochs": 3})}),
           resume="auto")  # fmt: skip
 
-    other = tiny_config(store, tmp_path / "run", *short, "seed=9", "train.epochs=4")
-    if (open_data(other).splits != codes).any():
-        with pytest.raises(RunError, match="these settings give other splits"):
-            train(other, resume="auto")
+    path = tmp_path / "run" / "splits.npy"
+    whole, record = path.read_bytes(), read_record(tmp_path / "run")
+    # val and test change places.
+    np.save(path, np.array([0, 1, 3, 2], codes.dtype)[codes])
+    _write_record(
+        tmp_path / "run", record | {"splits": splits_record("splits.npy", path.read_bytes())}
+    )
+    with pytest.raises(RunError, match="these settings give other splits"):
+        train(tiny_config(store, tmp_path / "run", *short, "train.epochs=4"), resume="auto")
+    path.write_bytes(whole)
+    _write_record(tmp_path / "run", record)
     swapped = tiny_store(tmp_path / "other", seed=9)
     with pytest.raises(StoreError, match=r"not what the run was trained on \(60 clips then, 60"):
         train(tiny_config(swapped, tmp_path / "run", *short), resume="auto")

@@ -41,6 +41,7 @@ def steps_there(bucket: AbstractFileSystem) -> list[int]:
     return sorted(int(name.split("/")[1].removeprefix("step-")) for name in marked)
 
 
+@pytest.mark.slow
 def test_goes_on_on_another_machine_bit_for_bit(
     store: Path, tmp_path: Path, bucket: AbstractFileSystem
 ) -> None:

@@ -60,6 +60,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store_of(folder, clips, label=LABELS, group=GROUPS).folder
 
 
+@pytest.mark.slow
 def test_every_fault_is_named(faulty: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "check.json"
     printed = said("check", faulty, "--json", out, "--workers", 2, "seed=1")

@@ -128,7 +128,6 @@ def test_a_length_that_is_none_is_unknown() -> None:
     table = ClipTable.of(records, 1, GREY)
     np.testing.assert_array_equal(table.sampling("spacing.z"), [*[np.nan] * 4, 2.0])
     assert table.differs(records, 1, GREY) is None
-    assert table.differs(records, 1, GREY) is None
 
 
 def store_in(folder: Path) -> Path:
