@@ -56,6 +56,12 @@ def _no_url(value: object) -> object:
     return value
 
 
+def _writable_url(url: str) -> str:
+    if not is_url(url) or url.startswith("http") or not url.isprintable():
+        raise ValueError("Input should be a URL such as s3://bucket/run, gs:// or az://")
+    return url
+
+
 def _store_place(value: object) -> Location:
     if not isinstance(value, str | Path):
         raise ValueError("Input should be a path or a URL")
@@ -500,7 +506,7 @@ class CheckpointSettings(Section):
     max_failures: CountOrNone = 3
     """Number of failed writes in a row that only cause a warning, while an older checkpoint
     exists."""
-    mirror: str | None = None
+    mirror: Annotated[str, AfterValidator(_writable_url)] | None = None
     """URL such as s3://bucket/run below which the run is copied with each checkpoint, beside the
     training. --resume auto on another machine goes on from there."""
     accept_other_order: bool = False

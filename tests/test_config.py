@@ -265,3 +265,9 @@ def test_a_url_is_no_folder(name: str) -> None:
     """It would become a folder named "s3:"."""
     with pytest.raises(ConfigError, match=f"'{name}': a path of this machine is needed"):
         load_config(None, ["store=s", f"{name}=s3://bucket/run"])
+
+
+@pytest.mark.parametrize("place", ["runs/copy", "https://example.org/run"])
+def test_a_mirror_is_a_url_that_can_be_written(place: str) -> None:
+    with pytest.raises(ConfigError, match="should be a URL such as s3://"):
+        load_config(None, ["store=s", f"checkpoint.mirror={place}"])
