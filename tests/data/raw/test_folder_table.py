@@ -216,5 +216,5 @@ def test_a_class_folder_of_any_name(tmp_path: Path) -> None:
 
 def test_names_for_labels_that_the_pattern_lacks(tmp_path: Path) -> None:
     touch(tmp_path, "x/a.npy")
-    with pytest.raises(ConfigError, match="has no {label}"):
+    with pytest.raises(ConfigError, match=r"has no \{label\}"):
         folder_table(tmp_path, pattern="{group}/*.npy", names={"x": "y"})
