@@ -14,7 +14,15 @@ from dist_train.data.raw.damage import reading
 from dist_train.data.raw.stack import ALPHA, GREY, RGB, Choices, Stack, chosen_depth
 from dist_train.errors import DecodeError
 
+# Names that files give to axes.
+_NAMES = {"time": "T", "depth": "Z", "plane": "Z", "channel": "C", "row": "Y"}
+_NAMES |= {"column": "X", "col": "X"}
 MICROMETRES = {"um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
+
+
+def axis_of(name: object) -> str:
+    """T, Z, C, Y or X, or the name itself in capitals."""
+    return _NAMES.get(str(name).lower(), str(name).upper())
 
 
 class LazyArray(Protocol):

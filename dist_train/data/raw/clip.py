@@ -284,16 +284,23 @@ def to_clip(values: Values, settings: PrepareSettings) -> tuple[Volume, Record]:
     Raises:
         DecodeError: they do not fit the rule, or the clip has other channels than the store.
     """
-    names = settings.channel_names
+    names, other = settings.channel_names, None
     if len(values.channels) != len(names):
         raise DecodeError(
             f"has {len(values.channels)} channels ({', '.join(values.channels)}), and the store "
             f"{len(names)} ({', '.join(names)})",
             fix="Choose the same channels in all files: --channels.",
         )
+    if values.channels != names and set(values.channels) == set(names):
+        order = [values.channels.index(name) for name in names]
+        values = replace(values, pixels=values.pixels[..., order], channels=names)
+    elif values.channels != names != GREY:
+        other = list(values.channels)
     rule = settings.intensity
     if values.is_full and rule.rule in ("auto", "bits"):
         rule = Intensity("dtype")
+    elif values.is_full and rule.rule == "window":
+        rule = _window_of_video(values, rule)
     black, white = range_of(
         values.pixels,
         rule,
@@ -315,7 +322,24 @@ def to_clip(values: Values, settings: PrepareSettings) -> tuple[Volume, Record]:
         record["intensity"] = [list(black), list(white)]
     if not_numbers:
         record["not_numbers"] = not_numbers
+    if other is not None:
+        record["channels"] = other
     return clip, record
+
+
+def _window_of_video(values: Values, rule: Intensity) -> Intensity:
+    """A window in a video's values of 8 bits, on the scale of its pixels.
+
+    Raises:
+        DecodeError: the video has more bits; its pixels are on another scale than its values.
+    """
+    if values.is_deep:
+        raise DecodeError(
+            "is a video of more than 8 bits, for which --intensity window is not known",
+            fix="Prepare with another --intensity, or save it as TIFF.",
+        )
+    scale = 257 if values.pixels.dtype == np.uint16 else 1
+    return replace(rule, low=rule.low * scale, high=rule.high * scale)
 
 
 def _few_levels(clip: np.ndarray, enough: int) -> Record:

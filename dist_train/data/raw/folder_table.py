@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -154,6 +154,7 @@ def folder_table(
         names: what a label is to be called.
 
     Raises:
+        ConfigError: it is no pattern, or ``names`` are given and it has no label.
         ManifestError: the folder does not exist or has no clips; it has one folder for each split;
             one file has two labels; or a name fits the pattern in two ways or is not UTF-8.
         OSError: a folder cannot be listed.
@@ -163,6 +164,12 @@ def folder_table(
     compiled = None if pattern is None else Pattern(pattern)
     if compiled is None:
         _refuse_split_folders(folder)
+    elif names and "label" not in compiled.names:
+        raise ConfigError(
+            "the pattern has no {label}, which --label-names is to name",
+            where=f"--pattern {pattern}",
+            fix="Write {label} into it, or leave --label-names out.",
+        )
     # Most PNG and WebP files are single pictures, not animations.
     endings = {*VIDEO_SUFFIXES, *format_suffixes()} - {".png", ".webp"}
     scan = _Scan(folder, (*sorted(endings), *suffixes), clip_folders)
@@ -224,7 +231,7 @@ def manifest_from_folders(folder: Path, naming: Naming, suffixes: Sequence[str] 
     for line in found.left_out():
         log.warning("%s: %s", folder, line)
     table = found.rows.set_axis(range(1, len(found.rows) + 1))
-    return make_manifest(table, folder, naming=naming)
+    return make_manifest(table, folder, naming=replace(naming, is_complete=True))
 
 
 class _Scan:

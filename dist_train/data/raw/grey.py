@@ -43,8 +43,18 @@ FULL_RANGE = levels(8, full_range=False)
 
 
 def depth_of(largest: int) -> int:
-    """The least of ``DEPTHS`` that holds a value."""
-    return next(bits for bits in DEPTHS if largest < 1 << bits)
+    """The least of ``DEPTHS`` that holds a value.
+
+    Raises:
+        DecodeError: none does.
+    """
+    for bits in DEPTHS:
+        if largest < 1 << bits:
+            return bits
+    raise DecodeError(
+        f"holds the value {largest}, which needs more than 16 bits",
+        fix="Prepare with --intensity 'window LOW HIGH'.",
+    )
 
 
 def to_8_bits(values: np.ndarray, bits: int | None) -> np.ndarray:

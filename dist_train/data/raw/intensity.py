@@ -174,7 +174,8 @@ def _bits_of(values: np.ndarray, intensity: Intensity, found: SetRange, bits: in
         )
     largest = int(values.max(initial=0))
     if intensity.over == "clip":
-        return bits or depth_of(largest)
+        # Some files declare fewer bits than their values have.
+        return depth_of(largest) if bits is None or largest >> bits else bits
     if values.dtype == np.uint16:
         # Its errors name the bits that would do.
         to_8_bits(values[:0] if found.bits is not None else values, found.bits)

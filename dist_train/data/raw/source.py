@@ -83,7 +83,7 @@ class LocalFolder(Source):
         if path is None:
             raise DecodeError(MISSING, where=self.where(name), fix=self.hint(name))
         if path.is_dir():
-            if not reads_folder(name, path):
+            if not reads_folder(split_dataset(name)[0], path):
                 raise DecodeError(
                     "is a folder, and none that is read as one clip",
                     where=self.where(name),

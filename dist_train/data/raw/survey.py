@@ -69,18 +69,21 @@ class Seen:
     Attributes:
         bits: the most in use in values whose rule needs them.
         samples: values [N, C] by number of the file.
+        depths: bits by which the values of deep video were scaled, by number of the file.
         windows: the windows that files declare, None for those without.
         channels: names of the chosen channels, by number of the file.
     """
 
     bits: int | None = None
     samples: dict[int, np.ndarray] = field(default_factory=dict)
+    depths: dict[int, int] = field(default_factory=dict)
     windows: set[tuple[float, float] | None] = field(default_factory=set)
     channels: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     def add(self, other: Seen) -> None:
         self.bits = max((b for b in (self.bits, other.bits) if b is not None), default=None)
         self.samples |= other.samples
+        self.depths |= other.depths
         self.windows |= other.windows
         self.channels |= other.channels
 
@@ -109,12 +112,16 @@ def survey(
     ]
     here = [name for name in named if _is_here(source, name)]
     if not here:
-        return settings
+        return _settled(settings, Seen())
     spaced = np.linspace(0, len(here) - 1, min(FILES, len(here))).round().astype(int).tolist()
+    used = list(range(len(here)))
+    if settings.intensity.rule == "percentile":
+        used = [n for n in used if n in {*spaced} or _is_needed(here[n], n, settings)]
     looks = []
-    for first in range(0, len(here), PART):
-        part = here[first : first + PART]
-        sampled = frozenset(n - first for n in spaced if first <= n < first + PART)
+    for first in range(0, len(used), PART):
+        numbers = used[first : first + PART]
+        part = [here[n] for n in numbers]
+        sampled = frozenset(position for position, n in enumerate(numbers) if n in {*spaced})
         looks.append(Look(source.narrowed(part), part, settings, first, sampled))
     seen = Seen()
     for found in run(look, looks, Look.without):
@@ -131,10 +138,20 @@ def survey(
 def _settled(settings: PrepareSettings, seen: Seen) -> PrepareSettings:
     if settings.bits is None:
         settings = replace(settings, bits=seen.bits)
+    if _needs_names(settings) and not seen.channels:
+        raise StoreError(
+            f"no file of the first {PART} could be read, and they tell the names of the channels",
+            fix="Replace or remove them, or prepare with --channels grey.",
+        )
     if seen.channels:
         settings = replace(settings, channel_names=seen.channels[min(seen.channels)])
     channels = len(settings.channel_names)
-    samples = [s for _, s in sorted(seen.samples.items()) if s.shape[1] == channels]
+    samples = [
+        # White was that of the file's own bits.
+        s if n not in seen.depths else s * 2.0 ** (seen.depths[n] - (settings.bits or 0))
+        for n, s in sorted(seen.samples.items())
+        if s.shape[1] == channels
+    ]
     windows = seen.windows
     if settings.intensity.rule == "auto" and len(windows) == 1 and None not in windows:
         ((low, high),) = (window for window in windows if window is not None)
@@ -181,10 +198,13 @@ def _look_at(path: Path, name: str, where: str, part: Look, position: int) -> Se
         chosen = chosen_channels(names, settings.choices.channels)
         seen.channels[number] = tuple(names[n] for n in chosen or ())
     if stack is None:
+        if settings.bits is None and _is_deep_video(name):
+            seen.bits = video_bits(path)
+            if seen.bits is not None:
+                settings = replace(settings, bits=seen.bits)
+                seen.depths[number] = seen.bits
         if rule.rule == "percentile" and by_set and position in part.sampled:
             seen.add(_sampled(read_values(path, name, where, settings), number))
-        if by_set and settings.bits is None and _is_deep_video(name):
-            seen.bits = video_bits(path)
         return seen
     if by_set and rule.needs_percentiles(stack.dtype):
         seen.windows.add(stack.window)
@@ -239,13 +259,20 @@ def _is_deep_video(name: str) -> bool:
 
 def _may_matter(name: str, settings: PrepareSettings) -> bool:
     """Whether black and white of the set may depend on a file of this name."""
-    if settings.intensity.over == "clip":
-        return False
     reader = settings.reader
     is_video = name.lower().endswith(tuple(VIDEO_SUFFIXES)) and not (reader and reader.reads(name))
-    if settings.intensity.rule == "percentile" or not is_video:
+    if is_video and settings.bits is None and _is_deep_video(name):
         return True
-    return settings.bits is None and _is_deep_video(name)
+    if settings.intensity.over == "clip":
+        return False
+    return settings.intensity.rule == "percentile" or not is_video
+
+
+def _is_needed(name: str, number: int, settings: PrepareSettings) -> bool:
+    """Whether a file is looked at even if its values are not sampled."""
+    return (settings.bits is None and _is_deep_video(name)) or (
+        _needs_names(settings) and number < PART
+    )
 
 
 def _is_here(source: Source, name: str) -> bool:

@@ -52,8 +52,7 @@ def metadata_of(
 
 def _of_ome(tif: TiffFile, number: int, depth: str | None, plane: int, frames: int) -> Metadata:
     """Read the OME-XML of one image (OME schema 2016-06)."""
-    root = ElementTree.fromstring(tif.ome_metadata)
-    images = [pixels for image in root.findall("{*}Image") for pixels in image.findall("{*}Pixels")]
+    images = _images(tif)
     if len(images) != len(tif.series):
         return Metadata()
     pixels = images[number]
@@ -75,6 +74,12 @@ def _of_ome(tif: TiffFile, number: int, depth: str | None, plane: int, frames: i
         unit = pixels.get("TimeIncrementUnit", "s")
         interval = seconds(pixels.get("TimeIncrement"), unit)
     return Metadata(channels, (z, y, x), interval)
+
+
+def _images(tif: TiffFile) -> list[ElementTree.Element]:
+    """The pixels of all images."""
+    root = ElementTree.fromstring(tif.ome_metadata)
+    return [pixels for image in root.findall("{*}Image") for pixels in image.findall("{*}Pixels")]
 
 
 def _time_stamp(plane: ElementTree.Element) -> float | None:
@@ -110,9 +115,13 @@ def _of_micro_manager(summary: dict[str, Any]) -> Metadata:
     )
 
 
-def bits_of(tif: TiffFile, page: TiffPage, meta: Metadata) -> int | None:
-    """Depth of the values by the metadata, None if it is 8 or 16 bits."""
+def bits_of(tif: TiffFile, page: TiffPage, meta: Metadata, chosen: slice) -> int | None:
+    """Depth of the values of the chosen series by the metadata, None if it is 8 or 16 bits."""
     declared = [page.bitspersample, meta.bits or 0]
     if tif.ome_metadata:
-        declared += map(int, re.findall(r'\bSignificantBits="(\d{1,2})"', tif.ome_metadata))
+        images = _images(tif)
+        # Otherwise it is not known which image is which series.
+        images = images[chosen] if len(images) == len(tif.series) else images
+        said = (pixels.get("SignificantBits", "") for pixels in images)
+        declared += [int(bits) for bits in said if re.fullmatch(r"[0-9]{1,2}", bits)]
     return max((bits for bits in declared if 8 < bits < 16), default=None)

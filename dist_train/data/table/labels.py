@@ -29,10 +29,12 @@ class Naming:
     Attributes:
         positive: classes whose clips are positive. Empty: the labels are 0 and 1.
         names: what a label is to be called, by the label in the table.
+        is_complete: no text stands for a missing label, as in names of folders.
     """
 
     positive: Sequence[str] = ()
     names: Mapping[str, str] = field(default_factory=dict)
+    is_complete: bool = False
 
     @classmethod
     def parse(cls, positive: Sequence[str], names: Sequence[str]) -> Naming:
@@ -54,7 +56,9 @@ class Naming:
     def is_label(self, text: str) -> bool:
         """Whether a text of the table is a label."""
         label = _one_form(text).casefold()
-        return label not in _UNKNOWN if self.positive else label in _WORDS
+        if not self.positive:
+            return label in _WORDS
+        return self.is_complete or label not in _UNKNOWN
 
 
 @dataclass(frozen=True)

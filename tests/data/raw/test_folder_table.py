@@ -10,8 +10,9 @@ import pytest
 from helpers import ended, fails, said
 from make_media import write_volumes
 
-from dist_train.data.raw.folder_table import Pattern, folder_table
+from dist_train.data.raw.folder_table import Pattern, folder_table, manifest_from_folders
 from dist_train.data.store.reader import Store
+from dist_train.data.table.labels import Naming
 from dist_train.errors import ConfigError, ManifestError
 
 
@@ -202,3 +203,18 @@ def test_a_folder_that_cannot_be_listed_is_told(
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(PermissionError, match="flowing"):
         folder_table(tmp_path)
+
+
+def test_a_class_folder_of_any_name(tmp_path: Path) -> None:
+    for name in ("none", "NA", "null", "-", "stalled"):
+        touch(tmp_path, f"{name}/a.npy")
+    manifest = manifest_from_folders(tmp_path, Naming(("stalled",)))
+    assert sorted(manifest.table["label"]) == [0, 0, 0, 0, 1]
+    manifest = manifest_from_folders(tmp_path, Naming(("none",)))
+    assert manifest.classes[1] == "none"
+
+
+def test_names_for_labels_that_the_pattern_lacks(tmp_path: Path) -> None:
+    touch(tmp_path, "x/a.npy")
+    with pytest.raises(ConfigError, match=r"has no \{label\}"):
+        folder_table(tmp_path, pattern="{group}/*.npy", names={"x": "y"})

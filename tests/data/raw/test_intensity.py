@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 from make_media import write_manifest
 
 from dist_train.data.raw.axes import plain_stack
-from dist_train.data.raw.clip import PrepareSettings, decoding, to_clip, values_of
-from dist_train.data.raw.intensity import Intensity, to_stored
+from dist_train.data.raw.clip import PrepareSettings, Values, decoding, to_clip, values_of
+from dist_train.data.raw.intensity import Intensity, SetRange, range_of, to_stored
 from dist_train.data.raw.stack import Choices
 from dist_train.data.store.build import prepare
 from dist_train.data.store.index import read_index
@@ -208,3 +209,39 @@ def test_a_store_to_predict_with_other_black_and_white_is_told(
     assert (
         "black and white are {'bits': 14}, and the model was trained with {'bits':" in caplog.text
     )
+
+
+def test_fewer_bits_than_the_values_have_do_not_wrap() -> None:
+    rule = Intensity("bits", over="clip")
+    for bits, white in ((10, 4095.0), (12, 4095.0), (14, 16383.0)):
+        found = range_of(RAMP, rule, SetRange(), channels=1, bits=bits)
+        assert found == ((0.0,), (white,))
+
+
+def test_values_beyond_16_bits_need_a_window() -> None:
+    with pytest.raises(DecodeError, match=r"needs more than 16 bits\. .*window LOW HIGH"):
+        stored(RAMP.astype(np.uint32) << 8, intensity=Intensity("bits"))
+
+
+def test_a_window_for_video_is_in_its_8_bits() -> None:
+    pixels = np.array([0, 50, 100, 200], np.uint8).reshape(1, 2, 2)
+    deep = pixels.astype(np.uint16) * 257
+    for dtype, values in (("uint8", pixels), ("uint16", deep)):
+        given = PrepareSettings(roi="none", intensity=Intensity.parse("window 50 150"))
+        video = Values(values, ("grey",), None, None, {}, is_full=True)
+        clip, _ = to_clip(video, replace(given, store_dtype=dtype))  # type: ignore[arg-type]
+        top = np.iinfo(clip.dtype).max
+        assert (clip / top).round(1).reshape(-1).tolist() == [0, 0, 0.5, 1]
+    with pytest.raises(DecodeError, match="a video of more than 8 bits"):
+        to_clip(replace(video, is_deep=True), given)
+
+
+def test_channels_are_told_by_their_names() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3)
+    given = PrepareSettings(roi="none", channel_names=("a", "b", "c"))
+    clip, record = to_clip(Values(pixels, ("c", "a", "b"), None, None, {}), given)
+    np.testing.assert_array_equal(clip, pixels[..., [1, 2, 0]])
+    assert "channels" not in record
+    clip, record = to_clip(Values(pixels, ("c", "a", "x"), None, None, {}), given)
+    np.testing.assert_array_equal(clip, pixels)
+    assert record["channels"] == ["c", "a", "x"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from make_media import write_volumes
 
+from dist_train.data.raw.formats import may_be_folder
 from dist_train.data.raw.source import LocalFolder
 from dist_train.errors import DecodeError, MachineError
 
@@ -118,3 +119,17 @@ def test_a_folder_that_may_not_be_entered_is_no_missing_file(
     monkeypatch.setattr(Path, "stat", refusing)
     with pytest.raises(MachineError, match=r"d/a.npy: cannot be read \(Permission d"):
         LocalFolder(folder).missing(["d/a.npy"])
+
+
+def test_an_array_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.zarr").mkdir()
+    (tmp_path / "a.zarr" / ".zgroup").write_text("{}")
+    with LocalFolder(tmp_path).fetched("a.zarr::0/1") as path:
+        assert path == tmp_path / "a.zarr"
+
+
+def test_names_of_folders_may_have_dots() -> None:
+    for name in ("1.2.840.10008", "patient.01", "scan", "A.ZARR", "a/b.dcm"):
+        assert may_be_folder(name)
+    for name in ("a.npy", "a.nii.gz", "a.MP4", "1.2.tif"):
+        assert not may_be_folder(name)

@@ -208,3 +208,41 @@ def test_the_window_counts_if_every_file_has_it(
     assert (same.black, same.white) == ((-100.0,), (300.0,))
     other = surveyed(tmp_path, ["0.nii", "1.nii", "2.nii"])
     assert other.white != (300.0,)
+
+
+def test_percentiles_of_16_bit_video(tmp_path: Path) -> None:
+    gray16(tmp_path / "a.mkv", RAMP[:2] // 4 + 512)
+    gray16(tmp_path / "b.mkv", RAMP[:2])
+    settings = replace(WHOLE, intensity=Intensity("percentile", 0.0, 100.0))
+    found = surveyed(tmp_path, ["a.mkv", "b.mkv"], settings)
+    assert found.bits == 12
+    assert (found.black, found.white) == ((0.0,), (255.0,))
+    one = surveyed(tmp_path, ["a.mkv"], replace(settings, store_dtype="uint16"))
+    assert one.bits == 12
+    over = replace(WHOLE, intensity=Intensity(over="clip"))
+    assert surveyed(tmp_path, ["a.mkv", "b.mkv"], over).bits == 12
+
+
+def test_only_sampled_files_are_read_for_percentiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dist_train.data.raw.survey.FILES", 2)
+    names = [f"{number}.npy" for number in range(5)]
+    for number, name in enumerate(names):
+        np.save(tmp_path / name, RAMP[:1] * 0 + number)
+    read = []
+    fetched = LocalFolder.fetched
+    monkeypatch.setattr(
+        LocalFolder, "fetched", lambda self, name: read.append(name) or fetched(self, name)
+    )
+    settings = replace(WHOLE, intensity=Intensity("percentile", 0.0, 100.0))
+    found = surveyed(tmp_path, names, settings)
+    assert read == ["0.npy", "4.npy"]
+    assert (found.black, found.white) == ((0.0,), (4.0,))
+
+
+def test_channels_that_no_file_tells(tmp_path: Path) -> None:
+    (tmp_path / "a.npy").write_bytes(b"damaged")
+    settings = replace(WHOLE, choices=Choices(channels="all"))
+    with pytest.raises(StoreError, match="no file of the first 64 could be read"):
+        surveyed(tmp_path, ["a.npy"], settings)

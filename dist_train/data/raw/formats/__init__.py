@@ -18,11 +18,12 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Protocol, cast
 
 from dist_train.data.raw.stack import Choices, Stack
+from dist_train.data.raw.video import VIDEO_SUFFIXES
 from dist_train.errors import ConfigError
 
 
@@ -47,9 +48,13 @@ def suffixes() -> tuple[str, ...]:
 
 
 def may_be_folder(name: str) -> bool:
-    """Whether a clip of this name may be a folder: without a suffix, or with that of a format."""
+    """Whether a clip of this name may be a folder: without the suffix of a kind of plain files.
+
+    Names of folders may have dots, such as 1.2.840.10008.
+    """
     ends = [end for each in formats() if hasattr(each, "reads_folder") for end in each.SUFFIXES]
-    return not PurePosixPath(name).suffix or name.lower().endswith(tuple(ends))
+    name = name.lower()
+    return name.endswith(tuple(ends)) or not name.endswith((*suffixes(), *VIDEO_SUFFIXES))
 
 
 def format_of(name: str, path: Path) -> Format | None:
@@ -73,14 +78,22 @@ def format_of(name: str, path: Path) -> Format | None:
         found = next((each for each in folders if each.reads_folder(path)), None)
     if found is not None:
         for package in found.PACKAGES:
-            try:
-                version(package)
-            except PackageNotFoundError:
+            if not _is_installed(package):
                 raise ConfigError(
                     f"files such as {name} need the package {package}, which is not installed",
                     fix="Install dist_train[formats], or leave these files out of the table.",
-                ) from None
+                )
     return found
+
+
+@cache
+def _is_installed(package: str) -> bool:
+    """Whether a package is there. To find its version takes 1 ms, for each clip."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def reads_folder(name: str, path: Path) -> bool:

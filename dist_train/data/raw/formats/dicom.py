@@ -173,7 +173,8 @@ def _in_order(slices: list[_Slice]) -> tuple[list[_Slice], float | None, float |
     order = np.argsort(places, kind="stable")
     slices = [slices[n] for n in order]
     steps = np.diff(places[order])
-    usual = float(np.median(steps))
+    # With several echoes or times, each position is there more than once.
+    usual = float(np.median(steps[steps > 0]))
     for number in np.flatnonzero(np.abs(steps - usual) > _GAP * usual):
         one, other = slices[number : number + 2]
         if steps[number] < usual:
@@ -299,10 +300,12 @@ def _values(frame: np.ndarray, one: _Slice) -> np.ndarray:
     header = one.header
     if header.PhotometricInterpretation == _PALETTE:
         return np.asarray(apply_color_lut(frame, header))
-    if header.PhotometricInterpretation == "MONOCHROME1":
-        frame = np.asarray(_ends(one) - frame.astype(np.int64), frame.dtype)
+    is_inverted = header.PhotometricInterpretation == "MONOCHROME1"
     if header.get("ModalityLUTSequence"):
-        return np.asarray(apply_modality_lut(frame, header))
+        frame = np.asarray(apply_modality_lut(frame, header))
+        return np.asarray(_table_end(header) - frame, frame.dtype) if is_inverted else frame
+    if is_inverted:
+        frame = np.asarray(_ends(one) - frame.astype(np.int64), frame.dtype)
     slope, intercept = _rescale(one)
     return frame if (slope, intercept) == (1, 0) else frame * slope + intercept
 
@@ -310,6 +313,15 @@ def _values(frame: np.ndarray, one: _Slice) -> np.ndarray:
 def _ends(one: _Slice) -> int:
     """The sum of the least and the greatest stored value: what an inverted value is taken from."""
     return -1 if one.header.PixelRepresentation else (1 << int(one.header.BitsStored)) - 1
+
+
+def _table_end(header: Any) -> int:
+    """The largest value that the modality's table gives."""
+    from pydicom.pixels import apply_modality_lut
+
+    entries, first = header.ModalityLUTSequence[0].LUTDescriptor[:2]
+    stored = np.arange(first, first + (entries or 1 << 16))
+    return int(np.asarray(apply_modality_lut(stored, header)).max())
 
 
 def _rescale(one: _Slice) -> tuple[float, float]:
@@ -360,6 +372,9 @@ def _window(one: _Slice) -> tuple[float, float] | None:
         return None
     low, high = centre - width / 2, centre + width / 2
     if one.header.PhotometricInterpretation == "MONOCHROME1":
+        if one.header.get("ModalityLUTSequence"):
+            end = _table_end(one.header)
+            return end - high, end - low
         slope, intercept = _rescale(one)
         ends = slope * _ends(one) + 2 * intercept
         return ends - high, ends - low

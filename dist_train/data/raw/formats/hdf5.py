@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dist_train.data.raw.axes import axes_of_plain, stack_from_axes, while_open
+from dist_train.data.raw.axes import axes_of_plain, axis_of, stack_from_axes, while_open
 from dist_train.data.raw.damage import check_held
 from dist_train.data.raw.stack import Choices, Stack
 from dist_train.errors import DecodeError
@@ -154,13 +154,19 @@ def _labelled(array: Any) -> str | None:
         labels = [str(axis["key"]) for axis in json.loads(tags)["axes"]]
     else:
         labels = [dimension.label for dimension in array.dims]
-    axes = "".join(label.upper() for label in labels)
-    if tags is None and not set(axes) <= set("TZCYX"):
-        return None
-    known = len(axes) == len(labels) == array.ndim == len(set(axes))
-    if tags is not None and not (known and {"X", "Y"} <= set(axes)):
-        raise DecodeError(f"has the axes {', '.join(labels)}, which are no stack of pictures")
-    return axes if known and {"X", "Y"} <= set(axes) else None
+        named = {axis_of(label) for label in labels if label}
+        # Labels of some axes alone do not tell the others.
+        if not named or ("" in labels and named <= set("TZCYX")):
+            return None
+    axes = [axis_of(label) for label in labels]
+    is_known = all(len(axis) == 1 if tags is not None else axis in "TZCYX" for axis in axes)
+    is_whole = len(axes) == array.ndim == len(set(axes)) and {"X", "Y"} <= set(axes)
+    if not (is_known and is_whole):
+        raise DecodeError(
+            f"has the axes {', '.join(labels)}, which are no stack of pictures",
+            fix="Name them t, z, c, y and x.",
+        )
+    return "".join(axes)
 
 
 def block_of(array: Any, axes: str) -> int:

@@ -26,8 +26,9 @@ PACKAGES = ("pynrrd",)
 _OF_SPACE = ("domain", "space", "none", "???", "")
 _COLOURS = {"rgb-color": RGB, "rgba-color": (*RGB, ALPHA)}
 _CHANNELS = ("list", "vector", "point", "3-color", "4-color", "2-vector", "3-vector", "4-vector")
-_UNITS = {"µm": 1.0, "μm": 1.0, "microns": 1.0, "micron": 1.0, "s": 1.0, "ms": 1e-3} | MICROMETRES
-# The patient's axes, as DICOM and ITK have them: in millimetres.
+_LENGTHS = {"µm": 1.0, "μm": 1.0, "microns": 1.0, "micron": 1.0} | MICROMETRES
+_SECONDS = {"s": 1.0, "ms": 1e-3}
+# The patient's axes, as DICOM and ITK have them: in millimetres. The unit of time is not known.
 _PATIENT = re.compile(r"(?:left|right)-(?:anterior|posterior)-superior(?:-time)?|[lr][ap]st?", re.I)
 
 
@@ -54,8 +55,8 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
             choices,
             array.dtype,
             channels=colours,
-            spacing={a: _step(header, n) for n, a in enumerate(axes) if a in "XYZ"},
-            interval=_step(header, axes.index("T")) if "T" in axes else None,
+            spacing={a: _step(header, n, _LENGTHS) for n, a in enumerate(axes) if a in "XYZ"},
+            interval=_step(header, axes.index("T"), _SECONDS) if "T" in axes else None,
         )
 
 
@@ -80,22 +81,26 @@ def _axes(header: Mapping[str, Any]) -> tuple[str, tuple[str, ...] | None]:
     return axes, colours
 
 
-def _step(header: Mapping[str, Any], axis: int) -> float | None:
-    """Distance along an axis in µm, or in s for time; None if the file does not say."""
+def _step(header: Mapping[str, Any], axis: int, units: Mapping[str, float]) -> float | None:
+    """Distance along an axis in µm, or in s for time; None if the file does not say.
+
+    Args:
+        units: those that the axis may have.
+    """
     directions, steps = header.get("space directions"), header.get("spacings")
+    own = header.get("units") or [""] * len(header["sizes"])
+    unit = str(own[axis])
     if directions is not None:
-        step = float(np.linalg.norm(np.asarray(directions[axis], float)))
+        direction = np.asarray(directions[axis], float)
+        step = float(np.linalg.norm(direction))
+        # One for each direction of space, which an axis may be at an angle to.
+        of_space = list(header.get("space units") or ())
+        if not of_space and _PATIENT.fullmatch(str(header.get("space", ""))):
+            of_space = ["mm", "mm", "mm"]
+        along = set(map(str, (of_space[n] for n in np.flatnonzero(direction) if n < len(of_space))))
+        unit = along.pop() if len(along) == 1 else unit
     elif steps is not None:
         step = float(steps[axis])
     else:
         return None
-    units = header.get("units") or [""] * len(header["sizes"])
-    # One for each direction of space, which an axis may be at an angle to.
-    of_space = set(header.get("space units") or ())
-    if directions is not None and len(of_space) == 1:
-        unit = of_space.pop()
-    elif directions is not None and _PATIENT.fullmatch(str(header.get("space", ""))):
-        unit = "mm"
-    else:
-        unit = str(units[axis])
-    return _UNITS[unit] * step if unit in _UNITS else None
+    return units[unit] * step if unit in units else None

@@ -92,7 +92,7 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
             dtype=np.dtype(np.int16) if signed else _dtype(first.page),
             count=frames,
             channels=_channels(first, meta.channels),
-            bits=bits_of(tif, first.page, meta),
+            bits=bits_of(tif, first.page, meta, slice(number, number + len(chosen))),
             spacing=spacing,
             interval=meta.interval,
         )

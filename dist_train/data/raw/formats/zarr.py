@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_train.data.raw.axes import axis_of
 from dist_train.data.raw.open_frames import Frames, holding
 from dist_train.data.raw.stack import GREY, Choices, Stack, chosen_depth, chosen_series
 from dist_train.data.raw.units import micrometres, names_of, seconds
@@ -28,7 +29,6 @@ HAS_DATASETS = True
 
 # Files that make a folder a group or an array of version 2 or 3.
 _MARKS = ("zarr.json", ".zgroup", ".zarray")
-_NAMES = {"time": "T", "depth": "Z", "plane": "Z", "channel": "C", "row": "Y", "column": "X"}
 # Arrays without names of axes, by the number of their axes.
 _UNNAMED = {2: "YX", 3: "TYX"}
 
@@ -177,12 +177,7 @@ def _plain(array: Any) -> _Image:
                 fix="Save it as OME-Zarr, or with dimension_names.",
             )
         return _Image(array, _UNNAMED[array.ndim])
-    return _Image(array, [_axis(name) for name in names])
-
-
-def _axis(name: object) -> str:
-    """T, Z, C, Y or X, or the name itself."""
-    return _NAMES.get(str(name).lower(), str(name).upper())
+    return _Image(array, [axis_of(name) for name in names])
 
 
 def _of_ome(group: Any, scales: Mapping[str, Any], said: Mapping[str, Any]) -> _Image:
@@ -191,7 +186,7 @@ def _of_ome(group: Any, scales: Mapping[str, Any], said: Mapping[str, Any]) -> _
     array = group[level["path"]]
     # Before version 0.3 all images had these axes, and in it axes were names alone.
     axes = [one if isinstance(one, dict) else {"name": one} for one in scales.get("axes", "tczyx")]
-    names = [_axis(one["name"]) for one in axes]
+    names = [axis_of(one["name"]) for one in axes]
     if len(names) != array.ndim:
         raise DecodeError(f"its metadata name {len(names)} axes, its array has {array.ndim}")
     found = [1.0] * len(axes)

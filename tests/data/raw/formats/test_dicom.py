@@ -164,6 +164,7 @@ def test_slices_in_the_order_of_their_places(tmp_path: Path) -> None:
             r"a slice is missing between .* and .*, which are 4 mm apart \(others 2\)",
         ),
         ([0, 2, 4, 4, 6], "have one position"),
+        ([0, 2, 0, 2, 0], "have one position"),
     ],
 )
 def test_missing_and_double_slices(tmp_path: Path, places: list[float], message: str) -> None:
@@ -338,3 +339,25 @@ def test_video_is_not_unpacked(tmp_path: Path) -> None:
     header.save_as(tmp_path / "a.dcm")
     with pytest.raises(DecodeError, match=r"is packed as MPEG-4 .*Unpack it first"):
         clip_in(tmp_path / "a.dcm")
+
+
+def test_white_is_zero_of_a_table(tmp_path: Path) -> None:
+    """The table comes first, and its largest value becomes 0."""
+    path = write(tmp_path / "a.dcm", VOLUME)
+    table = np.arange(2000) ** 2 // 200
+
+    def to_white(header: Dataset) -> None:
+        item = Dataset()
+        item.add_new("LUTDescriptor", "US", [2000, 0, 16])
+        item.add_new("LUTData", "US", table.tolist())
+        item.ModalityLUTType = "US"
+        header.ModalityLUTSequence = [item]
+        header.PhotometricInterpretation = "MONOCHROME1"
+        header.WindowCenter, header.WindowWidth = 1000, 201
+        for name in ("RescaleSlope", "RescaleIntercept"):
+            if name in header:
+                delattr(header, name)
+
+    stack, frames = stack_in(changed(path, path, to_white))
+    np.testing.assert_array_equal(frames, table[-1] - table[VOLUME])
+    assert stack.window == (table[-1] - 1099.5, table[-1] - 899.5)

@@ -69,6 +69,25 @@ def test_labels_of_dimensions(tmp_path: Path) -> None:
     np.testing.assert_array_equal(stack_in(tmp_path / "a.h5")[1], VOLUME.T)
 
 
+def test_long_labels_of_dimensions(tmp_path: Path) -> None:
+    array = RNG.integers(0, 99, (2, 5, 6, 4), np.uint8)
+    data = write(tmp_path / "a.h5", array)
+    for dimension, label in zip(data.dims, ("channel", "Row", "col", "time"), strict=True):
+        dimension.label = label
+    data.file.close()
+    stack, frames = stack_in(tmp_path / "a.h5")
+    np.testing.assert_array_equal(frames, array.transpose(3, 1, 2, 0))
+    assert stack.channels == ("channel 0", "channel 1")
+
+
+def test_other_labels_of_dimensions_are_refused(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.h5")
+    data.dims[0].label = "angle"
+    data.file.close()
+    with pytest.raises(DecodeError, match="has the axes angle, , , which are no stack"):
+        clip_in(tmp_path / "a.h5")
+
+
 def test_a_plain_array_of_colours(tmp_path: Path) -> None:
     array = RNG.integers(0, 99, (2, 6, 5, 3), np.uint8)
     write(tmp_path / "a.h5", array).file.close()

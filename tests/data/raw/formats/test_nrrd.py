@@ -123,3 +123,17 @@ def test_another_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "a.nrrd").write_bytes(b"")
     with pytest.raises(DecodeError, match="is no NRRD file"):
         clip_in(tmp_path / "a.nrrd")
+
+
+@pytest.mark.parametrize(
+    ("units", "interval"),
+    [("", None), ('space units: "mm" "mm" "mm" "s"', 2), ('space units: "mm" "mm" "mm" ""', None)],
+)
+def test_time_has_a_unit_of_its_own(tmp_path: Path, units: str, interval: float | None) -> None:
+    header = "type: uint8\ndimension: 4\nspace: left-posterior-superior-time\nsizes: 5 6 1 4\n"
+    header += "encoding: raw\nkinds: space space space time\n"
+    header += "space directions: (0.5,0,0,0) (0,0.25,0,0) (0,0,1,0) (0,0,0,2)"
+    path = by_hand(tmp_path / "a.nrrd", "\n".join(filter(None, (header, units))), VOLUME.tobytes())
+    stack, _ = stack_in(path)
+    assert stack.interval == interval
+    assert stack.spacing == (None, 250, 500)

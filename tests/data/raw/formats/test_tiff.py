@@ -470,3 +470,12 @@ def test_a_file_that_nobody_reads_is_closed(tmp_path: Path) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before + 1
     del stack
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_bits_are_those_of_the_chosen_image(tmp_path: Path) -> None:
+    with TiffWriter(tmp_path / "a.tif", ome=True) as tif:
+        for bits in (10, 14):
+            metadata = {"axes": "ZYX", "SignificantBits": bits}
+            tif.write(STACK.astype(np.uint16), metadata=metadata, **GREY)
+    assert stack_of(tmp_path / "a.tif", series=0)[1].bits == 10
+    assert stack_of(tmp_path / "a.tif", series=1)[1].bits == 14
