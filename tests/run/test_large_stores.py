@@ -24,7 +24,7 @@ from dist_train.places import CACHE, user_cache
 from dist_train.run import data as data_module
 from dist_train.run import seen_before
 from dist_train.run import splits as splits_module
-from dist_train.run.data import open_data, write_splits
+from dist_train.run.data import check_same_data, open_data, write_splits
 from dist_train.run.seen_before import held_out_seen
 from dist_train.run.shared_arrays import KEPT, shared_arrays
 from dist_train.training.train import train
@@ -125,6 +125,19 @@ def test_another_version_of_the_code_makes_its_own_splits(
     monkeypatch.setattr(data_module, "COPIES_VERSION", 0)
     open_data(config, training=True)
     assert len(list(large.glob("*.safetensors"))) == 4
+
+
+def test_a_large_run_names_its_own_table_of_splits(
+    store: Path, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(tiny_config(store, tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    record = write_splits(tmp_path / "run", data) | {"checkpointed": True}
+    monkeypatch.setattr(data_module, "read_record", lambda _: record)
+    check_same_data(tmp_path / "run", data)
+    record["splits"]["crc32c"] ^= 1
+    with pytest.raises(RunError, match=r"splits\.npy: these settings give other splits"):
+        check_same_data(tmp_path / "run", data)
 
 
 def test_clips_of_another_large_store_are_not_compared_by_position(

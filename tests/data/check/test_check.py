@@ -16,7 +16,7 @@ from dist_train.config import CacheSettings
 from dist_train.data.check import check as module
 from dist_train.data.check.check import check_records, check_store
 from dist_train.data.check.clips import recorded
-from dist_train.data.check.measure import _opened, _place_of
+from dist_train.data.check.measure import _confirmed, _opened, _place_of, _statistics
 from dist_train.data.check.result import CheckResult, read_result
 from dist_train.data.store.index import read_index
 from dist_train.data.store.reader import SHARDS, Store
@@ -224,3 +224,14 @@ def test_columns_are_those_of_the_records(sound: Path) -> None:
         assert (row["bytes"], row["declared"]) == (record["length"], record["frames_declared"])
         for name in ("filename", "label", "group", "shard", "offset"):
             assert row[name] == record[name]
+
+
+def test_a_batch_is_asked_for_before_it_is_read(
+    sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    monkeypatch.setattr(Store, "prefetch", lambda _, clips: asked.append(list(clips)))
+    place = _place_of(Store(sound))
+    _statistics((place, [2, 5]))
+    _confirmed((place, [(1, 3), (1, 4)]))
+    assert asked == [[2, 5], [1, 3, 4]]
