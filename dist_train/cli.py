@@ -493,11 +493,15 @@ def check(
     workers: Workers = None,
 ) -> None:
     """Look for faulty clips, copies across splits, and what gives the label away."""
+    from json import dumps as quoted
+
     from dist_train.config import load_config
 
     allow_code(allow or [])
     # The store is the argument, whatever the file says.
-    settings = load_config(config, [*(overrides or []), f"store={store}"])
+    settings = load_config(
+        config, [*(overrides or []), f"store={quoted(str(store), ensure_ascii=False)}"]
+    )
     from dist_train.data.check.check import check_store
     from dist_train.data.check.text import tables
     from dist_train.data.store.reader import Store
@@ -506,8 +510,9 @@ def check(
     if json is not None:
         check_writable(json.parent)
         check_replaceable(json)
+    opened = Store(store, settings.cache)
     with progress("check") as report:
-        result = check_store(Store(store), settings, quick=quick, workers=workers, progress=report)
+        result = check_store(opened, settings, quick=quick, workers=workers, progress=report)
     for table in tables(result):
         console.print(table)
     for note in result.notes:

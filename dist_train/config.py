@@ -321,7 +321,7 @@ class CacheSettings(Section):
 
     dir: Place | None = None
     """Folder that all processes of a machine share, and all stores; null takes dist_train/stores
-    in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+    in the user's cache folder (XDG_CACHE_HOME, or ~/.cache), or DIST_TRAIN_CACHE/stores."""
     size: Bytes = ByteSize(100 << 30)
     """Most bytes in the folder (100GiB). Shards that were used least recently give way."""
 
@@ -479,7 +479,6 @@ class TrainSettings(Section):
     def _renamed(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        # A new name that is given too, by an override, comes later and counts.
         return {RENAMED.get(f"train.{name}", name): value for name, value in given.items()}
 
     @model_validator(mode="after")
@@ -581,6 +580,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             that is given twice, or a value that does not fit.
     """
     tree = {} if path is None else _read_tree(path)
+    _rename(tree, path)
     given = _parse_overrides(overrides)
     for key, value in given.items():
         _assign(tree, key, value)
@@ -601,6 +601,23 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             what = f"setting '{_shortened(key)}': {reason}" if key else reason
             fix = STORE_FIX if key == "store" else None
         raise ConfigError(what, where=where, fix=fix) from None
+
+
+def _rename(tree: dict[str, Any], path: Path | None) -> None:
+    """Give settings their new names, so that an override replaces them by either.
+
+    Raises:
+        ConfigError: one is there by both names.
+    """
+    for old, new in RENAMED.items():
+        section, _, name = old.partition(".")
+        inner = tree.get(section)
+        if isinstance(inner, dict) and name in inner:
+            if new in inner:
+                raise ConfigError(
+                    f"'{section}.{new}' is given twice", where=path, fix="Give it once."
+                )
+            inner[new] = inner.pop(name)
 
 
 def last_of_each(settings: Sequence[str]) -> list[str]:

@@ -258,6 +258,11 @@ def test_settings_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     assert (train.hang_timeout, train.straggler_ratio) == (9, 3)
     with pytest.raises(ConfigError, match=r"'train\.straggler_ratio' is given twice"):
         load_config(path, ["train.slow=3", "train.straggler_ratio=4"])
+    path.write_text("store: s\nout: o\ntrain:\n  hang_timeout: 7\n")
+    assert load_config(path, ["train.hang=9"]).train.hang_timeout == 9
+    path.write_text("store: s\nout: o\ntrain:\n  hang_timeout: 7\n  hang: 9\n")
+    with pytest.raises(ConfigError, match=r"'train\.hang_timeout' is given twice"):
+        load_config(path)
 
 
 @pytest.mark.parametrize("name", ["out", "model.init", "plan.weights"])

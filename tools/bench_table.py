@@ -42,9 +42,9 @@ from dist_train.data.store.index import index_checksum
 from dist_train.data.store.reader import FORMAT, INDEX, MARKER, Store
 from dist_train.data.synthetic.challenge_stats import CLIPS_BY_DEPTH
 from dist_train.files import sealed, write_whole, written_whole
+from dist_train.places import CACHE
 from dist_train.run.data import check_same_data, open_data, write_splits
 from dist_train.run.record import begin_session
-from dist_train.run.shared_arrays import FOLDER
 
 CHALLENGE, POSITIVES = 573_048, 1_887
 GROUPS, CLIPS_A_SHARD = 1_000, 10_000
@@ -64,7 +64,7 @@ def main() -> None:
     small, large = (100_000, 200_000) if arguments.quick else (CHALLENGE, arguments.clips)
     with (
         TemporaryDirectory(dir=arguments.folder) as folder,
-        mock.patch.dict(os.environ, {FOLDER: str(Path(folder) / "cache")}),
+        mock.patch.dict(os.environ, {CACHE: str(Path(folder) / "cache")}),
     ):
         result = measure(Path(folder), small, large)
     finish(arguments.json, result, as_table(result))

@@ -15,6 +15,8 @@ from dist_train.data.store.reader import Store
 from dist_train.data.types import CLASSES
 from dist_train.errors import PlanError, StoreError
 
+#: Of what ``find_duplicates`` gives: another number for other copies of the same store.
+VERSION = 1
 # The most pixels that are read for the comparison. Beyond it checksum and shape are trusted: they
 # agree by chance for few clips, and reading all copies in a large store takes hours.
 MOST_PIXELS = 1 << 28
@@ -24,15 +26,17 @@ PIECE = 1 << 20
 
 class Copies(NamedTuple):
     """Clips with copies: their numbers, ascending, and the first clip with the same pixels, which
-    may be the clip itself. int64 [n] each."""
+    may be the clip itself. int64 [n] each. ``unread``: some clips could not be read, so a later
+    look may find others."""
 
     clips: Ints
     first: Ints
+    unread: bool = False
 
     def among(self, chosen: np.ndarray) -> Copies:
         """The copies for which ``chosen``, bool [clips of the store], holds."""
         kept = chosen[self.clips]
-        return Copies(self.clips[kept], self.first[kept])
+        return Copies(self.clips[kept], self.first[kept], self.unread)
 
 
 def find_duplicates(store: Store) -> Copies:
@@ -46,18 +50,20 @@ def find_duplicates(store: Store) -> Copies:
     alike = alike[alike.duplicated(keep=False)]
     # Few clips have copies: strings are made for these alone.
     identity = alike.groupby(["crc32c", *shape], sort=False).ngroup().map(str)
+    unread = False
     if alike[shape].prod(axis=1).sum() <= MOST_PIXELS:
         store.prefetch(map(int, alike.index))
         for clip in alike.index:
             try:
                 digest = hashlib.sha256(store.read(int(clip)).data).hexdigest()
             except StoreError:
+                unread = True
                 continue
             identity[clip] += digest
     identity = identity[identity.duplicated(keep=False)]
     clips = identity.index.to_numpy(np.int64)
     first = pd.Series(clips, index=identity.index).groupby(identity).transform("min")
-    return Copies(clips, first.to_numpy(np.int64))
+    return Copies(clips, first.to_numpy(np.int64), unread)
 
 
 def _of_equal_checksums(crc32c: np.ndarray) -> Ints:

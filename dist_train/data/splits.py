@@ -21,6 +21,8 @@ from dist_train.system.supervised_pool import each_done
 CODES = {name: number for number, name in enumerate(SPLITS, start=1)}
 #: Split of a code.
 NAMES = ("", *SPLITS)
+#: Of what ``choose_clips`` gives: another number for other splits by the same settings.
+VERSION = 1
 #: Keys that are hashed at a time, by one process.
 PIECE = 1 << 20
 #: The code of each clip of a store: uint8 [clips].

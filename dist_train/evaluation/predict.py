@@ -108,7 +108,7 @@ def predict(
                     where=store,
                     fix="Choose one by --out.",
                 )
-            source, folder = Store(store), out
+            source, folder = Store(store, config.cache), out
             check_channels(config, source)
             chosen = source.table.frame().assign(split="")
             if threshold is None and config.split.train_on_all:

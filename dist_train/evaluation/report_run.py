@@ -19,6 +19,7 @@ from dist_train.errors import FileError, RunError
 from dist_train.evaluation.evaluate import Evaluation, evaluate
 from dist_train.evaluation.prediction_origin import check_origin
 from dist_train.evaluation.prediction_table import read_predictions
+from dist_train.evaluation.slices import column_of
 from dist_train.files import MIB, read_plain
 from dist_train.run.folder import (
     CHECK,
@@ -120,7 +121,7 @@ def _evaluate(run: Path) -> Evaluation:
     """Evaluate the predictions, at the threshold and by the column that the user gave to
     ``evaluate`` for them."""
     given = _stored_evaluation(run / EVALUATION)
-    by = None if given is None else given.by
+    by = None if given is None else _by_of(run, given)
     if given is None or given.threshold_fitted_on is not None:
         return evaluate(run / PREDICTIONS, by=by)
     evaluation = evaluate(run / PREDICTIONS, threshold=given.threshold, by=by)
@@ -133,6 +134,22 @@ def _evaluate(run: Path) -> Evaluation:
         run / EVALUATION,
     )
     return evaluate(run / PREDICTIONS)
+
+
+def _by_of(run: Path, given: Evaluation) -> str | None:
+    """The column of a stored evaluation, if the predictions have it."""
+    if given.by is None:
+        return None
+    try:
+        column_of(read_predictions(run / PREDICTIONS), given.by, run / PREDICTIONS)
+    except RunError as error:
+        log.warning(
+            "%s is of other predictions, so its column is not used (%s). Run `dist-train evaluate` "
+            "again",
+            run / EVALUATION, error.what,
+        )  # fmt: skip
+        return None
+    return given.by
 
 
 def _stored_evaluation(path: Path) -> Evaluation | None:

@@ -17,6 +17,7 @@ from dist_train.class_ratio import ClassRatio
 from dist_train.config import AugmentSettings, ClipSettings, Config
 from dist_train.data.augment.cpu import Augment
 from dist_train.data.augment.original import OriginalAugment
+from dist_train.data.duplicates import VERSION as COPIES_VERSION
 from dist_train.data.duplicates import (
     Copies,
     duplicates_across,
@@ -41,6 +42,7 @@ from dist_train.data.splits import (
     crossed_groups,
     given_splits,
 )
+from dist_train.data.splits import VERSION as SPLITS_VERSION
 from dist_train.data.store.reader import MARKER, Store
 from dist_train.data.types import GREY
 from dist_train.errors import ConfigError, FileError, RunError, StoreError
@@ -226,9 +228,15 @@ def _copies(store: Store) -> Copies:
     """``find_duplicates``, once on a node for a large store."""
     if len(store.table) < SHARED:
         return find_duplicates(store)
-    key = store.content, store.table.checksum
-    arrays = shared_arrays("copies", key, lambda: find_duplicates(store)._asdict())
-    return Copies(arrays["clips"], arrays["first"])
+
+    def find() -> dict[str, np.ndarray]:
+        found = find_duplicates(store)
+        return found._asdict() | {"unread": np.array([found.unread])}
+
+    key = COPIES_VERSION, store.content, store.table.checksum
+    # Of clips that cannot be read now, a later launch may find copies.
+    arrays = shared_arrays("copies", key, find, lambda made: not made["unread"].any())
+    return Copies(arrays["clips"], arrays["first"], bool(arrays["unread"].any()))
 
 
 def _choose(store: Store, config: Config, copies: Copies | None) -> Splits:
@@ -238,10 +246,11 @@ def _choose(store: Store, config: Config, copies: Copies | None) -> Splits:
         settings = config.select, config.split, config.seed
         return {"splits": choose_clips(store.table, *settings, copies, store.classes)}
 
-    if len(store.table) < SHARED:
+    if len(store.table) < SHARED or (copies is not None and copies.unread):
         return choose()["splits"]
     settings = config.select.model_dump(), config.split.model_dump(), config.seed
-    key = store.content, store.table.checksum, *settings, copies is None
+    content = store.content, store.table.checksum
+    key = SPLITS_VERSION, *content, *settings, copies is None
     return shared_arrays("splits", key, choose)["splits"]
 
 
@@ -310,7 +319,7 @@ def open_run_data(run: Path, config: Config, *, store_path: Location | None = No
         if splits_record(*splits_file(store.table, codes)) != record["splits"]:
             raise RunError(
                 "the run's table of splits is missing, and cannot be made again",
-                where=run / SPLITS,
+                where=run / record["splits"].get("file", SPLITS),
                 fix="Restore it from a copy.",
             )
         return RunData(store, codes, config)
@@ -364,7 +373,7 @@ def check_same_data(run: Path, data: RunData) -> None:
     if splits_record(*splits_file(store.table, data.splits)) != record["splits"]:
         raise RunError(
             "these settings give other splits than the run was trained with",
-            where=run / SPLITS,
+            where=run / record["splits"].get("file", SPLITS),
             fix=f"Use the same select, split and seed settings. {ACCEPT}",
         )
 

@@ -18,21 +18,23 @@ log = logging.getLogger(__name__)
 
 def held_out_seen(data: RunData, earlier: Path) -> int | None:
     """Number of held-out clips with the name or pixels of a clip that an earlier run, or session of
-    this run, was trained on; None if the earlier run has no table of splits. Warns of such clips.
+    this run, was trained on; None if the earlier run has no table of splits, or if it is of another
+    large store. Warns of such clips.
 
     Args:
         data: clips and splits of the session that begins.
         earlier: the earlier run's folder, or this run's before its table of splits is replaced.
     """
     try:
-        splits = read_splits(earlier, read_record(earlier)["splits"])
+        record = read_record(earlier)
+        splits, content = read_splits(earlier, record["splits"]), record["store"]["content"]
     except (RunError, KeyError):
-        splits = None
+        return None
     if splits is None:
         return None
     if splits.table is None:
         # Of a large store only the splits are known, in its order.
-        if len(splits.codes) != len(data.splits):
+        if content != data.store.content:
             return None
         both = (splits.codes == CODES["train"]) & (data.splits > CODES["train"])
         seen, total = int(both.sum()), int((data.splits > CODES["train"]).sum())

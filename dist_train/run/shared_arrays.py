@@ -1,5 +1,5 @@
 """Arrays that are costly to make, and that all processes of a node map: one makes them, and keeps
-them in the cache folder for the next launch."""
+them in the user's cache folder for the next launch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from pathlib import Path
 from dist_train.array_file import Array, ArrayFile, write_arrays
 from dist_train.errors import DistTrainError, FileError
 from dist_train.files import aside_for, open_lock, written_whole
+from dist_train.places import user_cache
 
-#: Names the cache folder; its default is ``dist_train`` in the user's own (XDG_CACHE_HOME).
-FOLDER = "DIST_TRAIN_CACHE"
 #: Files that are kept: those used last.
 KEPT = 12
 SUFFIX = ".safetensors"
@@ -25,15 +24,19 @@ log = logging.getLogger(__name__)
 
 
 def shared_arrays(
-    name: str, key: object, make: Callable[[], Mapping[str, Array]]
+    name: str,
+    key: object,
+    make: Callable[[], Mapping[str, Array]],
+    is_kept: Callable[[Mapping[str, Array]], bool] = lambda _: True,
 ) -> Mapping[str, Array]:
     """The arrays of ``make``, mapped from a file if there is a place for it.
 
     Args:
         key: everything that the arrays depend on; its ``repr`` counts.
+        is_kept: whether others, and later launches, may use the arrays that were made.
     """
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    path = cache_folder() / f"{name}-{digest}{SUFFIX}"
+    path = user_cache() / f"{name}-{digest}{SUFFIX}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open_lock(path.parent / ".lock")
@@ -44,6 +47,8 @@ def shared_arrays(
         if (found := _read(path)) is not None:
             return found
         made = make()
+        if not is_kept(made):
+            return made
         try:
             with written_whole(path) as file:
                 write_arrays(file, made)
@@ -52,14 +57,6 @@ def shared_arrays(
         except (OSError, DistTrainError) as error:
             log.warning("large arrays are not shared by processes or launches: %s", error)
             return made
-
-
-def cache_folder() -> Path:
-    """The folder of the cache."""
-    given = os.environ.get(FOLDER)
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_train"
 
 
 @contextmanager

@@ -411,3 +411,14 @@ def test_metrics_are_those_of_the_predictions_whatever_evaluation_json_says(fini
     assert read_run(finished).evaluation == expected
     given = evaluate(finished / "predictions.csv", out=finished / "evaluation.json", threshold=0.25)
     assert read_run(finished).evaluation == given
+
+
+def test_a_column_that_new_predictions_lack_is_left_out(
+    finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = evaluate(finished / "predictions.csv").model_copy(update={"by": "centre"})
+    (finished / "evaluation.json").write_text(given.model_dump_json())
+    read = read_run(finished).evaluation
+    assert read is not None
+    assert read.by is None
+    assert "its column is not used (there is no column 'centre')" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,13 +13,20 @@ import pandas as pd
 import pytest
 from helpers import metrics_of, tiny_config, tiny_store
 
+from dist_train.config import CacheSettings
+from dist_train.data.duplicates import find_duplicates
+from dist_train.data.store.clip_cache import ClipCache
+from dist_train.data.store.publish import folder_of
+from dist_train.data.store.reader import Store
 from dist_train.errors import RunError, StoreError
 from dist_train.evaluation.predict import predict
+from dist_train.places import CACHE, user_cache
 from dist_train.run import data as data_module
-from dist_train.run import shared_arrays as cache
+from dist_train.run import seen_before
 from dist_train.run import splits as splits_module
-from dist_train.run.data import open_data
+from dist_train.run.data import check_same_data, open_data, write_splits
 from dist_train.run.record import _write_record, read_record
+from dist_train.run.seen_before import held_out_seen
 from dist_train.run.shared_arrays import KEPT, shared_arrays
 from dist_train.run.splits import splits_record
 from dist_train.training.train import train
@@ -31,7 +39,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(cache.FOLDER, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -103,6 +111,56 @@ def test_a_run_of_a_large_store(store: Path, large: Path, tmp_path: Path) -> Non
         predict(tmp_path / "run")
 
 
+def test_copies_are_not_kept_if_a_clip_cannot_be_read(
+    store: Path, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = find_duplicates(Store(store))
+    given = found._replace(unread=True)
+    monkeypatch.setattr(data_module, "find_duplicates", lambda _: given)
+    config = tiny_config(store, tmp_path / "run", "split.duplicates=together")
+    open_data(config, training=True)
+    assert not list(large.glob("*.safetensors"))
+    given = found
+    open_data(config, training=True)
+    assert len(list(large.glob("*.safetensors"))) == 2
+
+
+def test_another_version_of_the_code_makes_its_own_splits(
+    store: Path, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(store, tmp_path / "run")
+    open_data(config, training=True)
+    monkeypatch.setattr(data_module, "SPLITS_VERSION", 0)
+    monkeypatch.setattr(data_module, "COPIES_VERSION", 0)
+    open_data(config, training=True)
+    assert len(list(large.glob("*.safetensors"))) == 4
+
+
+def test_a_large_run_names_its_own_table_of_splits(
+    store: Path, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(tiny_config(store, tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    record = write_splits(tmp_path / "run", data) | {"checkpointed": True}
+    monkeypatch.setattr(data_module, "read_record", lambda _: record)
+    check_same_data(tmp_path / "run", data)
+    record["splits"]["crc32c"] ^= 1
+    with pytest.raises(RunError, match=r"splits\.npy: these settings give other splits"):
+        check_same_data(tmp_path / "run", data)
+
+
+def test_clips_of_another_large_store_are_not_compared_by_position(
+    store: Path, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(tiny_config(store, tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    record = write_splits(tmp_path / "run", data)
+    monkeypatch.setattr(seen_before, "read_record", lambda _: record)
+    assert held_out_seen(data, tmp_path / "run") == 0
+    record["store"]["content"] = "0" * 64
+    assert held_out_seen(data, tmp_path / "run") is None
+
+
 def arrays() -> dict[str, np.ndarray]:
     return {"a": np.arange(10), "b": np.zeros(3, np.uint8)}
 
@@ -162,12 +220,25 @@ def test_without_a_place_each_process_makes_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv(cache.FOLDER, str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv(CACHE, str(tmp_path / "file" / "cache"))
     assert len(shared_arrays("x", 1, arrays)["a"]) == 10
     assert "large arrays are not shared" in caplog.text
 
 
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_the_default_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(cache.FOLDER, raising=False)
+    monkeypatch.delenv(CACHE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.cache_folder() == tmp_path / "dist_train"
+    assert user_cache() == tmp_path / "dist_train"
+    assert folder_of("s3://b/s").parent == tmp_path / "dist_train" / "written"
+    assert ClipCache(CacheSettings()).folder == tmp_path / "dist_train" / "stores"
+    # A user without a home.
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert user_cache() == tmp_path / "dist_train"
+    monkeypatch.setenv(CACHE, str(tmp_path / "own"))
+    assert folder_of("s3://b/s").parent == tmp_path / "own" / "written"

@@ -61,12 +61,12 @@ def check_store(
         Finding(kind="cannot be read", clips=len(unreadable), names=unreadable[:MOST_NAMED]),
         *faults(clips, statistics),
         *record_faults(clips),
-        *copies("identical", identical_pairs(clips["label"], same), clips),
+        *copies("identical", identical_pairs(clips["label"], same), clips, store.classes),
     ]
     if len(chosen) == len(clips):
         first = ~same[statistics.index].duplicated()
         near, is_cut = near_copies(store, statistics["hash"][first], workers, progress)
-        findings += copies("near-identical", near, clips)
+        findings += copies("near-identical", near, clips, store.classes)
         if is_cut:
             notes.append("near-identical clips: only the most similar pairs were compared")
     else:
@@ -138,7 +138,7 @@ def _leaks(
     if GROUP in columns and not any(leak.apart for leak in leaks):
         notes.append("leaks: groups are too few, or too uneven, to be kept apart by folds")
     if any("bytes (stored)" in leak.columns for leak in leaks):
-        notes.append("leaks: the store has no sizes of raw files, so those of its clips are tried")
+        notes.append("leaks: the store lacks sizes of raw files, so those of its clips are tried")
     return leaks
 
 
@@ -169,7 +169,7 @@ def _splits(store: Store, config: Config, exact: Copies, notes: list[str]) -> np
 def _grey(store: Store, statistics: pd.DataFrame) -> pd.DataFrame:
     """Mean and spread of the grey values of each channel."""
     columns = {}
-    for channel, name in enumerate(getattr(store, "channels", ("grey",))):
+    for channel, name in enumerate(store.channels):
         columns[f"mean {name}"] = statistics["means"].str[channel].astype(np.float64)
         columns[f"spread of {name}"] = statistics["spreads"].str[channel].astype(np.float64)
     return pd.DataFrame(columns)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
 from dist_train.data.store.index import read_index
 from dist_train.data.store.reader import Store
-from dist_train.data.types import Record
+from dist_train.data.types import METADATA
 
-#: Prefix of the columns of the clip table that the store keeps as metadata.
-_METADATA = "metadata "
-# Not tried as leaks: they tell of the label, not of the recording.
-_OF_THE_LABEL = ("crowd_score", "tier1", "weight")
+# Not tried as a leak: the clip's own class of several, which the label is made of.
+_OF_THE_LABEL = ("class",)
 
 
 def recorded(store: Store) -> pd.DataFrame:
@@ -25,24 +21,24 @@ def recorded(store: Store) -> pd.DataFrame:
     between frames, NaN if unknown), ``declared`` (frames; 0 if unknown), ``damaged`` (frames),
     ``shard``, ``offset``, and the clip table's further columns.
     """
-    return pd.DataFrame([_row(record) for _, record in read_index(store.index())])
-
-
-def _row(record: Record) -> dict[str, Any]:
-    depth, height, width = record["shape"][:3]
-    metadata = record.get("metadata") or {}
-    return {
-        **{name: record[name] for name in ("filename", "label", "group", "shard", "offset")},
-        "depth": depth,
-        "height": height,
-        "width": width,
-        "bytes": record["length"],
-        "file_bytes": record.get("file_bytes", np.nan),
-        "interval": record.get("interval") or np.nan,
-        "declared": record.get("frames_declared", 0),
-        "damaged": record.get("frames_damaged", 0),
-        **{_METADATA + name: value for name, value in metadata.items()},
-    }
+    table = store.table
+    names = ["filename", "label", "group", "shard", "offset", "frames", "height", "width"]
+    clips = table.frame(columns=[*names, *table.metadata]).rename(columns={"frames": "depth"})
+    pixels = clips["depth"] * clips["height"] * clips["width"]
+    # What the clip table does not have.
+    more = [
+        (
+            record.get("file_bytes", np.nan),
+            record.get("frames_declared", 0),
+            record.get("frames_damaged", 0),
+        )
+        for _, record in read_index(store.index())
+    ]
+    own = pd.DataFrame(more, columns=["file_bytes", "declared", "damaged"], index=clips.index)
+    return clips.assign(
+        bytes=pixels * len(store.channels) * store.dtype.itemsize,
+        interval=table.sampling("interval"),
+    ).join(own)
 
 
 def describing(clips: pd.DataFrame) -> pd.DataFrame:
@@ -57,8 +53,8 @@ def describing(clips: pd.DataFrame) -> pd.DataFrame:
     if clips["interval"].notna().any():
         columns["interval"] = clips["interval"]
     for name in map(str, clips):
-        if name.startswith(_METADATA) and name.removeprefix(_METADATA) not in _OF_THE_LABEL:
-            own = name.removeprefix(_METADATA)
+        if name.startswith(METADATA) and name.removeprefix(METADATA) not in _OF_THE_LABEL:
+            own = name.removeprefix(METADATA)
             columns[own if own not in columns else f"{own} (table)"] = _numbers(clips[name])
     return columns
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
 from dist_train.data.check.measure import Pairs
 from dist_train.data.check.result import MOST_NAMED, Finding
+from dist_train.data.raw.clip import FEW_LEVELS, MOST_SATURATED
 from dist_train.data.types import CLASSES
 
 #: Brightest grey value of a black clip.
 BLACK = 10
 #: Standard deviation of the grey values below which a clip is constant.
 CONSTANT = 1.0
-FEW_LEVELS = 16
-#: Share of pixels of the greatest value of the dtype.
-SATURATED = 0.01
 #: Share of frames that equal the frame before.
 FROZEN = 0.1
 #: See ``tear_of``.
@@ -37,7 +35,7 @@ def faults(clips: pd.DataFrame, statistics: pd.DataFrame) -> Iterator[Finding]:
         f"black: no pixel above {BLACK} of 255": black,
         f"constant: spread below {CONSTANT:g} grey level": constant,
         f"fewer than {FEW_LEVELS} grey levels": few,
-        f"saturated: over {SATURATED:.0%} of pixels": statistics["saturated"] > SATURATED,
+        f"saturated: over {MOST_SATURATED:.0%} of pixels": statistics["saturated"] > MOST_SATURATED,
         f"frozen: over {FROZEN:.0%} of frames repeat": statistics["repeated"] > FROZEN,
         "torn: part of a frame is of another picture": statistics["tear"] >= TORN,
     }.items():
@@ -60,13 +58,19 @@ def _finding(kind: str, is_so: pd.Series, clips: pd.DataFrame) -> Finding:
     return Finding(kind=kind, clips=len(found), names=names)
 
 
-def copies(kind: str, pairs: Pairs, clips: pd.DataFrame) -> Iterator[Finding]:
-    """Three findings of pairs of copies: all, those in two splits, and those of two labels."""
+def copies(
+    kind: str, pairs: Pairs, clips: pd.DataFrame, classes: Mapping[int, str] = CLASSES
+) -> Iterator[Finding]:
+    """Three findings of pairs of copies: all, those in two splits, and those of two labels.
+
+    Args:
+        classes: names of the labels.
+    """
     filename, label, split = (clips[name].to_numpy() for name in ("filename", "label", "split"))
 
     def told(clip: int) -> str:
         place = f"{split[clip]}, " if split[clip] else ""
-        return f"'{filename[clip]}' ({place}{CLASSES[label[clip]]})"
+        return f"'{filename[clip]}' ({place}{classes[label[clip]]})"
 
     for which, chosen in {
         "": pairs,

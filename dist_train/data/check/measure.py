@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pandas as pd
 
+from dist_train.config import CacheSettings
 from dist_train.data.check.near_copies import are_near_copies, similar_hashes, summary_of
 from dist_train.data.check.statistics import ClipStatistics, statistics_of
 from dist_train.data.store.reader import Store
@@ -22,8 +23,8 @@ _BATCH = 64
 
 #: Pairs of clip numbers.
 Pairs = list[tuple[int, int]]
-#: The folder of a store, and the checksum of its index.
-Place = tuple[Location, int]
+#: The folder or URL of a store, the checksum of its index, and the cache's settings as JSON.
+Place = tuple[Location, int, str]
 T = TypeVar("T")
 
 
@@ -92,19 +93,20 @@ def _parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
 
 
 def _place_of(store: Store) -> Place:
-    return store.place, int(store.info["index_crc32c"])
+    return store.place, int(store.info["index_crc32c"]), store.cache.model_dump_json()
 
 
 @lru_cache(maxsize=1)
 def _opened(place: Place) -> Store:
     """The store, opened once in each process. The checksum tells it from a later one."""
     cv2.setNumThreads(1)
-    return Store(place[0])
+    return Store(place[0], CacheSettings.model_validate_json(place[2]))
 
 
 def _statistics(task: tuple[Place, Sequence[int]]) -> list[tuple[int, ClipStatistics | str]]:
     store = _opened(task[0])
     results: list[tuple[int, ClipStatistics | str]] = []
+    store.prefetch(task[1])
     for number in task[1]:
         try:
             results.append((number, statistics_of(store.read(number))))
@@ -115,6 +117,7 @@ def _statistics(task: tuple[Place, Sequence[int]]) -> list[tuple[int, ClipStatis
 
 def _confirmed(task: tuple[Place, Sequence[tuple[int, int]]]) -> Pairs:
     place, pairs = task
+    _opened(place).prefetch(sorted({number for pair in pairs for number in pair}))
     return [(a, b) for a, b in pairs if are_near_copies(_summary(place, a), _summary(place, b))]
 
 

@@ -98,14 +98,17 @@ def _histograms(clip: Clip) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 def _repeated(clip: Clip) -> float:
-    """Share of frames that equal the one before; black slices of a volume do not count."""
+    """Share of frames that equal the one before; those of one colour, as the black slices of a
+    volume, do not count."""
     middle = clip.shape[1] // 2
     # Most frames differ in their first row already.
     equal = [
-        np.array_equal(a[middle], b[middle]) and np.array_equal(a, b) and np.ptp(a) > 0
+        np.array_equal(a[middle], b[middle])
+        and np.array_equal(a, b)
+        and np.ptp(a, axis=(0, 1)).any()
         for b, a in pairwise(clip)
     ]
-    return float(sum(equal) / max(len(equal), 1))
+    return float(np.sum(equal) / max(len(equal), 1))
 
 
 def tear_of(grey: Grey) -> float:

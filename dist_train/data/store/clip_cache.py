@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +23,7 @@ from pathlib import Path
 from dist_train.config import CacheSettings
 from dist_train.errors import FileError, MachineError
 from dist_train.files import open_lock, plain_descriptor, reason_of
+from dist_train.places import user_cache
 from dist_train.system.advice import advice
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class ClipCache:
     """
 
     def __init__(self, settings: CacheSettings) -> None:
-        self.folder = (settings.dir or default_folder()).absolute()
+        self.folder = (settings.dir or user_cache() / "stores").absolute()
         self.size = int(settings.size)
         self._own: Path | None = None
         self._is_full = False
@@ -175,14 +175,3 @@ class ClipCache:
                 where=self.folder,
                 fix=f"Choose another folder by cache.dir. {advice(error) or ''}".rstrip(),
             ) from None
-
-
-def default_folder() -> Path:
-    """The user's folder for caches, as of the XDG specification."""
-    given = os.environ.get("XDG_CACHE_HOME")
-    try:
-        base = Path(given) if given else Path.home() / ".cache"
-    except RuntimeError:
-        # The user has no home.
-        base = Path(tempfile.gettempdir())
-    return base / "dist_train" / "stores"

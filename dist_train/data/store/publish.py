@@ -19,7 +19,6 @@ from tarfile import BLOCKSIZE, TarError
 from typing import IO
 
 from dist_train.data.store.build_spec import JOB, MOST_JOB
-from dist_train.data.store.clip_cache import default_folder
 from dist_train.data.store.clip_table import TABLE
 from dist_train.data.store.reader import INDEX, MANIFEST, MARKER, REJECTED, SHARDS
 from dist_train.data.store.rejects import MOST_REJECTS
@@ -35,7 +34,7 @@ from dist_train.data.store.write_lock import LOCK
 from dist_train.errors import MissingObjectError, StoreError
 from dist_train.files import reason_of, whole_aside
 from dist_train.objects import IN_FLIGHT, Objects
-from dist_train.places import Location, is_url, local_path
+from dist_train.places import Location, is_url, local_path, user_cache
 
 # Bytes that are read after the pixels of a clip: its record, and the header of the next clip.
 _BETWEEN = 1 << 13
@@ -46,7 +45,7 @@ def folder_of(out: Location) -> Path:
     if not is_url(out):
         return local_path(out)
     name = hashlib.sha256(str(out).rstrip("/").encode()).hexdigest()[:32]
-    return default_folder().with_name("written") / name
+    return user_cache() / "written" / name
 
 
 def publisher_of(out: Location) -> Publisher | None:

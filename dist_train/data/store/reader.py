@@ -63,6 +63,7 @@ class Store:
 
     Attributes:
         place: its folder or URL.
+        cache: the settings of the cache.
         name: the same for messages, without secrets.
         folder: where its files beside the shards are; for a remote store, in the cache.
         table: one row per clip, ordered by key. The position of a row is the number of the clip.
@@ -79,12 +80,11 @@ class Store:
     def __init__(self, place: Location, cache: CacheSettings | None = None) -> None:
         self.place = place if is_url(place) else local_path(place)
         self.name = shown(str(self.place))
+        self.cache = cache or CacheSettings()
         self._remote: RemoteStore | None = None
         self._bytes: ShardBytes
         if isinstance(self.place, str):
-            remote = RemoteStore(
-                self.place, cache or CacheSettings(), marker=MARKER, most_bytes=MOST_MARKER
-            )
+            remote = RemoteStore(self.place, self.cache, marker=MARKER, most_bytes=MOST_MARKER)
             self._remote = remote
             self.folder, self._bytes = remote.folder, remote.shards
             try:

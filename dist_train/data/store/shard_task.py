@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dist_train.data.raw.axes import plain_stack
 from dist_train.data.raw.clip import PrepareSettings, decoding, read_clip, to_clip, values_of
-from dist_train.data.raw.source import Source
+from dist_train.data.raw.source import Source, split_dataset
 from dist_train.data.store.salvage import read_good
 from dist_train.data.store.shards import Shard, to_record, write_shard
 from dist_train.data.types import DTYPES, GREY, Record, Volume
@@ -117,8 +117,17 @@ def _read(task: Task, steps: Steps, position: int) -> tuple[Volume, Record]:
         return clip, record | more
     with task.raw.fetched(name) as path, steps.at(position):
         clip, record = read_clip(path, name, task.raw.where(name), task.settings)
+        # Of a file with several clips the size tells nothing of one.
+        if task.settings.record_version > 1 and not split_dataset(name)[1]:
+            record |= {"file_bytes": _size_of(path)}
     _check(clip, task.settings)
     return clip, record
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    files = (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def _check(clip: Volume, settings: PrepareSettings) -> None:

@@ -12,10 +12,15 @@ from capillaries import capillaries
 from helpers import ended, fails, said, tiny_config
 from make_media import store_of, write_manifest, write_video
 
+from dist_train.config import CacheSettings
 from dist_train.data.check import check as module
 from dist_train.data.check.check import check_records, check_store
+from dist_train.data.check.clips import recorded
+from dist_train.data.check.measure import _confirmed, _opened, _place_of, _statistics
 from dist_train.data.check.result import CheckResult, read_result
+from dist_train.data.store.index import read_index
 from dist_train.data.store.reader import SHARDS, Store
+from dist_train.data.store.shard_task import _size_of
 from dist_train.errors import FileError
 
 CLIPS = 60
@@ -125,7 +130,7 @@ def test_info_tells_what_the_records_say(tmp_path: Path, sound: Path) -> None:
     clips = [clip[:, :, : 16 + 8 * label] for clip, label in zip(noise(), LABELS, strict=True)]
     store = store_of(tmp_path, clips, label=LABELS)
     (line,) = check_records(store)
-    assert line == "the label can be told from width, bytes (stored): MCC 1.00 (1.00 to 1.00)"
+    assert line == "the label can be told from width, bytes (file): MCC 1.00 (1.00 to 1.00)"
     assert line in said("info", store.folder).replace("\n", " ")
 
 
@@ -171,3 +176,63 @@ def test_what_cannot_be_done_is_refused_in_one_line(tmp_path: Path, sound: Path)
     (tmp_path / "other.json").write_text('{"format": "dist_train check 1"}')
     with pytest.raises(FileError, match="not the result of a check"):
         read_result(tmp_path / "other.json")
+
+
+def test_the_class_of_several_is_no_leak_and_classes_have_their_names(tmp_path: Path) -> None:
+    clips, kinds = noise(), ["stall" if n % 3 == 0 else f"flow {n % 2}" for n in range(CLIPS)]
+    clips[1] = clips[0]
+    store = store_of(tmp_path, clips, positive=["stall"], label=kinds)
+    result = check_store(store, tiny_config(store.folder, tmp_path), workers=1)
+    tried = {name for leak in result.leaks for name in leak.columns}
+    assert "meta:class" in recorded(store)
+    assert "class" not in tried
+    pair = next(one.names for one in result.findings if one.kind.startswith("identical"))
+    assert "stall)" in pair[0]
+    assert "positive)" not in pair[0]
+
+
+def test_the_size_of_a_file_is_tried(tmp_path: Path) -> None:
+    store = store_of(tmp_path, noise()[:3], label=[0, 1, 0])
+    sizes = recorded(store)["file_bytes"].tolist()
+    assert sizes == [path.stat().st_size for path in sorted((tmp_path / "raw").iterdir())]
+    folder = tmp_path / "pictures"
+    (folder / "part").mkdir(parents=True)
+    (folder / "a").write_bytes(b"12")
+    (folder / "part" / "b").write_bytes(b"345")
+    assert _size_of(folder) == 5
+
+
+def test_a_store_may_have_a_number_for_a_name(
+    tmp_path: Path, sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "2024").symlink_to(sound)
+    monkeypatch.chdir(tmp_path)
+    assert "60 clips" in said("check", "2024", "--quick", "--workers", 1)
+
+
+def test_workers_open_the_store_with_its_cache(sound: Path, tmp_path: Path) -> None:
+    cache = CacheSettings(dir=tmp_path / "cache")
+    opened = _opened(_place_of(Store(sound, cache)))
+    assert opened.cache == cache
+
+
+def test_columns_are_those_of_the_records(sound: Path) -> None:
+    store = Store(sound)
+    clips = recorded(store)
+    for clip, (_, record) in enumerate(read_index(store.index())):
+        row = clips.loc[clip]
+        assert [row["depth"], row["height"], row["width"]] == record["shape"]
+        assert (row["bytes"], row["declared"]) == (record["length"], record["frames_declared"])
+        for name in ("filename", "label", "group", "shard", "offset"):
+            assert row[name] == record[name]
+
+
+def test_a_batch_is_asked_for_before_it_is_read(
+    sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    monkeypatch.setattr(Store, "prefetch", lambda _, clips: asked.append(list(clips)))
+    place = _place_of(Store(sound))
+    _statistics((place, [2, 5]))
+    _confirmed((place, [(1, 3), (1, 4)]))
+    assert asked == [[2, 5], [1, 3, 4]]

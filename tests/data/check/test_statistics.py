@@ -82,3 +82,10 @@ def test_a_clip_without_structure_has_no_hash() -> None:
     found = statistics_of(flat)
     assert (found.hash, found.spreads, found.levels, found.repeated) == (None, (0.0,), 1, 0)
     assert statistics_of(np.zeros((1, 1, 1), np.uint8)).brightest == 0
+
+
+def test_frames_of_one_colour_do_not_count_as_repeated() -> None:
+    clip = np.broadcast_to(np.array([200, 30, 90], np.uint8), (6, 8, 8, 3)).copy()
+    assert statistics_of(clip).repeated == 0
+    clip[:, 0, 0, 1] = 31
+    assert statistics_of(clip).repeated == 1

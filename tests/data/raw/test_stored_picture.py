@@ -196,8 +196,8 @@ def test_hdr_is_read_as_it_is_coded(tmp_path: Path, number: int, name: str | Non
     values = np.arange(1 << 10, dtype=np.uint16).reshape(16, 64)
     grey = np.full((8, 32), 512, np.uint16)
     frame = frame_of("yuv420p10le", [values, grey, grey], LIMITED)
-    frame.color_trc = number
-    path = tmp_path / "a.mp4"
+    frame.color_trc, frame.pts = number, 0
+    path = tmp_path / "a.mkv"
     with av.open(str(path), "w") as output:
         params = "lossless=1:pools=none:frame-threads=1:log-level=none"
         stream = output.add_stream("libx265", rate=20, options={"x265-params": params})
@@ -206,7 +206,7 @@ def test_hdr_is_read_as_it_is_coded(tmp_path: Path, number: int, name: str | Non
         stream.codec_context.color_trc = number
         output.mux(stream.encode(frame))
         output.mux(stream.encode())
-    clip, record = read_clip(path, "a.mp4", "here", WHOLE)
+    clip, record = read_clip(path, "a.mkv", "here", WHOLE)
     assert record.get("transfer") == name
     expected = np.rint((values - 64.0) * (255 / 876)).clip(0, 255)
     np.testing.assert_array_equal(clip[0], expected)

@@ -18,12 +18,11 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from pkgutil import iter_modules
 from typing import Protocol, cast
 
 from dist_train.data.raw.stack import Choices, Stack
-from dist_train.data.raw.video import VIDEO_SUFFIXES
 from dist_train.errors import ConfigError
 
 
@@ -48,13 +47,11 @@ def suffixes() -> tuple[str, ...]:
 
 
 def may_be_folder(name: str) -> bool:
-    """Whether a clip of this name may be a folder: without the suffix of a kind of plain files.
-
-    Names of folders may have dots, such as 1.2.840.10008.
-    """
+    """Whether a clip of this name may be a folder: without a suffix, with that of a format of
+    folders, or with a number at its end, such as 1.2.840.10008."""
     ends = [end for each in formats() if hasattr(each, "reads_folder") for end in each.SUFFIXES]
-    name = name.lower()
-    return name.endswith(tuple(ends)) or not name.endswith((*suffixes(), *VIDEO_SUFFIXES))
+    suffix = PurePosixPath(name).suffix
+    return not suffix or suffix[1:].isdecimal() or name.lower().endswith(tuple(ends))
 
 
 def format_of(name: str, path: Path) -> Format | None:
