@@ -12,13 +12,12 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from dist_train.data.raw.clip import FEW_LEVELS, MOST_SATURATED
 from dist_train.data.raw.formats import suffixes as format_suffixes
 from dist_train.data.raw.outline import LEAST, Box, OutlineColour, find_outline
 from dist_train.data.raw.video import Video
 from dist_train.data.store.index import read_index
 from dist_train.data.store.reader import INDEX, SHARDS, Store
-from dist_train.data.types import CLASSES, METADATA
+from dist_train.data.types import CLASSES, FEW_LEVELS, METADATA, MOST_SATURATED
 from dist_train.errors import FileError, RoiError
 from dist_train.files import check_replaceable, write_whole
 

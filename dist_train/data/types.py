@@ -17,6 +17,8 @@ METADATA = "meta:"
 #: Keys of clips. A tar header (ustar) holds names of at most 100 bytes, and ".json" takes five.
 SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,95}")
 
+#: Clips with fewer grey levels, or a larger share of pixels of the largest value, are reported.
+FEW_LEVELS, MOST_SATURATED = 16, 0.01
 #: Names of the channels of a store that names none.
 GREY = ("grey",)
 #: The types of stored pixels. All clips of a store have one of them.

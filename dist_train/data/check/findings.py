@@ -8,8 +8,7 @@ import pandas as pd
 
 from dist_train.data.check.measure import Pairs
 from dist_train.data.check.result import MOST_NAMED, Finding
-from dist_train.data.raw.clip import FEW_LEVELS, MOST_SATURATED
-from dist_train.data.types import CLASSES
+from dist_train.data.types import CLASSES, FEW_LEVELS, MOST_SATURATED
 
 #: Brightest grey value of a black clip.
 BLACK = 10

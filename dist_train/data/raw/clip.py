@@ -21,12 +21,9 @@ from dist_train.data.raw.source import split_dataset
 from dist_train.data.raw.stack import LUMA, RGB, Choices, Stack, chosen_channels
 from dist_train.data.raw.stored_picture import Pixels
 from dist_train.data.raw.video import VIDEO_SUFFIXES, Video
-from dist_train.data.types import GREY, DtypeName, Record, Volume
+from dist_train.data.types import FEW_LEVELS, GREY, MOST_SATURATED, DtypeName, Record, Volume
 from dist_train.errors import ConfigError, DecodeError, DistTrainError, RoiError
 from dist_train.system.advice import blame_machine
-
-# Clips with fewer grey levels, or a larger share of pixels of the largest value, are reported.
-FEW_LEVELS, MOST_SATURATED = 16, 0.01
 
 # Settings that later versions added. A job has them only if they are not the default.
 LATER = (*("reader", "choices", "intensity", "black", "white", "store_dtype", "channel_names"),)
