@@ -404,7 +404,7 @@ def test_worker_that_dies_between_batches(store: Store) -> None:
         came, error = error_of(loader)
         assert came == []
         assert "killed (SIGKILL) between two batches" in error.what
-        assert error.where == store.folder
+        assert error.where == store.name
 
 
 # What is left behind.
