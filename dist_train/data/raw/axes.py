@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from dist_train.data.raw.damage import reading
+from dist_train.data.raw.open_frames import Frames, holding
 from dist_train.data.raw.stack import ALPHA, GREY, RGB, Choices, Stack, chosen_depth
 from dist_train.errors import DecodeError
 
 # Names that files give to axes.
 _NAMES = {"time": "T", "depth": "Z", "plane": "Z", "channel": "C", "row": "Y"}
 _NAMES |= {"column": "X", "col": "X"}
-MICROMETRES = {"um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
 
 
 def axis_of(name: object) -> str:
@@ -103,21 +103,22 @@ def stack_from_axes(
     )
 
 
-def while_open(where: object, opened: Callable[[], AbstractContextManager[Stack]]) -> Stack:
-    """Return a stack whose file is open only while its frames are read.
+def while_open(where: object, opened: AbstractContextManager[Stack]) -> Stack:
+    """Return a stack whose file is open until its frames are read or dropped.
 
     Args:
         where: the file's name in messages.
-        opened: opens the file; called here, and once more for the frames.
+        opened: opens the file.
     """
-    with reading(where), opened() as stack:
-        pass
 
-    def frames() -> Iterator[np.ndarray]:
-        with reading(where), opened() as again:
-            yield from again.frames
+    def frames() -> Frames:
+        with reading(where):
+            yield from stack.frames
 
-    return replace(stack, frames=frames())
+    with ExitStack() as held:
+        with reading(where):
+            stack = held.enter_context(opened)
+        return replace(stack, frames=holding(frames(), held))
 
 
 def plain_stack(array: np.ndarray, choices: Choices | None = None) -> Stack:

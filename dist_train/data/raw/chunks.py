@@ -8,14 +8,13 @@ import zlib
 from dataclasses import dataclass
 from typing import IO
 
+from dist_train.data.raw.damage import MOST_PACKED
 from dist_train.errors import DecodeError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 GREY_TYPES = (0, 4)
 # Samples of a pixel by the colour type (PNG, 11.2.1).
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-# Deflate makes no more bytes of one.
-_MOST_INFLATED = 1032
 _PIECE = 1 << 20
 _OF_WEBP = {b"VP8X", b"VP8 ", b"VP8L", b"ANIM", b"ANMF", b"ALPH", b"ICCP", b"EXIF", b"XMP "}
 
@@ -73,7 +72,7 @@ def png_chunks(file: IO[bytes]) -> PngChunks:
             has_data, has_cover = True, declared > 0 and not seconds
         place += 12 + length
     width, height, bits, colour = struct.unpack_from(">IIBB", header)
-    if width * height * _SAMPLES.get(colour, 4) * bits // 8 > _MOST_INFLATED * size:
+    if width * height * _SAMPLES.get(colour, 4) * bits // 8 > MOST_PACKED * size:
         raise DecodeError(f"is too small for its declared {width} x {height} pixels")
     if declared != len(seconds):
         raise DecodeError(f"holds {len(seconds)} of {declared} declared frames")

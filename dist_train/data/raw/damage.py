@@ -13,7 +13,7 @@ from dist_train.system.advice import blame_machine
 # Errors of the machine that a single file may cause.
 OF_A_FILE = {errno.EACCES, errno.EPERM, errno.ENOMEM}
 # DEFLATE packs at most 1032 bytes into one (zlib's technical details).
-_MOST_PACKED = 1032
+MOST_PACKED = 1032
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def check_held(declared: int, held: int) -> None:
 
 def check_packed(declared: int, packed: int) -> None:
     """Raise DecodeError if zlib cannot have packed so many bytes into ``packed`` ones."""
-    if declared > _MOST_PACKED * packed:
+    if declared > MOST_PACKED * packed:
         raise DecodeError(
             f"declares {declared} bytes of values, and {packed} packed ones cannot hold them",
             fix="Replace the file.",

@@ -15,9 +15,16 @@ Frames = Generator[np.ndarray, None, None]
 
 
 def holding(frames: Frames, opened: ExitStack) -> Frames:
-    """Return ``frames``; what is open closes with them, also if nobody reads them."""
-    weakref.finalize(frames, opened.pop_all().close)
-    return frames
+    """Return ``frames``; what is open closes after the last one, or when they are dropped."""
+    held = opened.pop_all()
+
+    def until_read() -> Frames:
+        with held:
+            yield from frames
+
+    found = until_read()
+    weakref.finalize(found, held.close)
+    return found
 
 
 def check_magic(file: IO[bytes], magic: bytes, kind: str) -> int:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 # µm, by the units' names in OME, ImageJ and OME-Zarr.
-_LENGTHS = {"nm": 1e-3, "µm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "å": 1e-4, "pm": 1e-6}
-_LENGTHS |= {"um": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0, "micrometre": 1.0}
-_LENGTHS |= {"nanometer": 1e-3, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6}
-_LENGTHS |= {"angstrom": 1e-4, "picometer": 1e-6, "inch": 25400.0, "in": 25400.0}
+MICROMETRES = {"nm": 1e-3, "µm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "å": 1e-4, "pm": 1e-6}
+MICROMETRES |= {"um": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0, "micrometre": 1.0}
+MICROMETRES |= {"nanometer": 1e-3, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6}
+MICROMETRES |= {"angstrom": 1e-4, "picometer": 1e-6, "inch": 25400.0, "in": 25400.0}
 # Seconds.
 _TIMES = {"s": 1.0, "sec": 1.0, "second": 1.0, "seconds": 1.0, "ms": 1e-3, "msec": 1e-3}
 _TIMES |= {"millisecond": 1e-3, "µs": 1e-6, "us": 1e-6, "microsecond": 1e-6, "ns": 1e-9}
@@ -19,7 +19,7 @@ _TIMES |= {"nanosecond": 1e-9, "min": 60.0, "minute": 60.0, "h": 3600.0, "hour":
 
 def micrometres(value: object, unit: str | None) -> float | None:
     """Return a length in µm; None if it is no positive number, or its unit no length."""
-    return _in_units(value, unit, _LENGTHS)
+    return _in_units(value, unit, MICROMETRES)
 
 
 def seconds(value: object, unit: str | None) -> float | None:

@@ -290,9 +290,8 @@ def _plan(
     job = _job(manifest.table, settings, **_class_names(manifest))
     shards = job.shards(out) if part is None else part.of(job.shards(out))
     _check_missing(job, shards, source, max_missing)
-    named = _class_names(manifest)
     if like is not None:
-        return _job(job.table, as_in(like, settings), **named), shards
+        return _with_settings(job, as_in(like, settings)), shards
     try:
         found = settings_of(read_made_from(out))
         settings = replace(
@@ -307,7 +306,7 @@ def _plan(
         # A new folder, or one that ``write_lock`` will refuse.
         run = partial(run, limits=_limits(settings))
         settings = survey(source, list(names), settings, run)
-    return _job(job.table, settings, **named), shards
+    return _with_settings(job, settings), shards
 
 
 def _class_names(manifest: Manifest) -> dict[str, dict[str, str]]:
@@ -317,12 +316,20 @@ def _class_names(manifest: Manifest) -> dict[str, dict[str, str]]:
 
 
 def _job(table: pd.DataFrame, settings: PrepareSettings, **more: Any) -> Job:
+    return Job.of(table, pixels_version=PIXELS_VERSION, settings=_entries(settings), **more)
+
+
+def _with_settings(job: Job, settings: PrepareSettings) -> Job:
+    """The job with other settings. Its table is not hashed again."""
+    return job.with_entries(settings=_entries(settings))
+
+
+def _entries(settings: PrepareSettings) -> dict[str, Any]:
     default = PrepareSettings()
     # Stores of earlier versions have no such entries: without them the fingerprint stays.
     absent = {name for name in LATER if getattr(settings, name) == getattr(default, name)}
     absent |= {"record_version"} if settings.record_version == 1 else set()
-    entries = {name: value for name, value in asdict(settings).items() if name not in absent}
-    return Job.of(table, pixels_version=PIXELS_VERSION, settings=entries, **more)
+    return {name: value for name, value in asdict(settings).items() if name not in absent}
 
 
 def _check_missing(job: Job, shards: Sequence[Shard], source: Source, max_missing: float) -> None:

@@ -58,8 +58,12 @@ class Job:
     @classmethod
     def of(cls, table: pd.DataFrame, **made_from: Any) -> Job:
         digest = hashlib.sha256(_to_csv(table)).hexdigest()
+        return cls(table, {"manifest": digest}).with_entries(**made_from)
+
+    def with_entries(self, **made_from: Any) -> Job:
+        """The same table, with other entries of ``made_from``."""
         # Through JSON, in which a tuple is a list: as it will be read back.
-        return cls(table, json.loads(json.dumps({"manifest": digest} | made_from)))
+        return replace(self, made_from=json.loads(json.dumps(self.made_from | made_from)))
 
     @property
     def fingerprint(self) -> str:

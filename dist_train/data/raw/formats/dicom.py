@@ -18,9 +18,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from dist_train.data.raw.axes import MICROMETRES, is_length
+from dist_train.data.raw.axes import is_length
 from dist_train.data.raw.damage import check_held, reading
 from dist_train.data.raw.stack import GREY, RGB, Choices, Stack, chosen_series
+from dist_train.data.raw.units import MICROMETRES
 from dist_train.errors import DecodeError
 from dist_train.files import open_plain
 

@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ HAS_DATASETS = True
 
 
 def read(path: Path, where: object, choices: Choices) -> Stack:
-    return while_open(where, partial(_opened, path, choices))
+    return while_open(where, _opened(path, choices))
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +34,7 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
     with open_plain(path) as file:
         # v7.3 is HDF5, behind 512 bytes of its own.
         is_hdf5 = b"\x89HDF\r\n\x1a\n" in (file.read(8), file.seek(512) and file.read(8))
-    return while_open(where, partial(_new if is_hdf5 else _old, path, choices))
+    return while_open(where, (_new if is_hdf5 else _old)(path, choices))
 
 
 @contextmanager

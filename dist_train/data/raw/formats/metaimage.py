@@ -15,15 +15,17 @@ from typing import IO
 
 import numpy as np
 
-from dist_train.data.raw.axes import MICROMETRES, stack_from_axes
+from dist_train.data.raw.axes import stack_from_axes
 from dist_train.data.raw.damage import check_held, check_packed, reading
 from dist_train.data.raw.stack import RGB, Choices, Stack
+from dist_train.data.raw.units import MICROMETRES
 from dist_train.errors import DecodeError
 from dist_train.files import open_plain
 
 SUFFIXES = (".mha", ".mhd")
 PACKAGES = ()
 
+_LENGTHS = {unit: MICROMETRES[unit] for unit in ("um", "mm", "cm", "m")}
 _DTYPES = {
     "MET_CHAR": "i1",
     "MET_UCHAR": "u1",
@@ -60,7 +62,7 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
             raise DecodeError(f"has the sizes {header['DimSize']}, which are of no volume")
         shape = (*sizes[::-1], channels)
         values = _values(file, header, math.prod(shape) * dtype.itemsize)
-        unit = MICROMETRES.get(header.get("DistanceUnits", "mm"), math.nan)
+        unit = _LENGTHS.get(header.get("DistanceUnits", "mm"), math.nan)
         steps = header.get("ElementSpacing", header.get("ElementSize", "")).split()
         return stack_from_axes(
             np.frombuffer(values, dtype).reshape(shape),

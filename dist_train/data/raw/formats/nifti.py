@@ -13,15 +13,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 
-from dist_train.data.raw.axes import MICROMETRES, stack_from_axes, while_open
+from dist_train.data.raw.axes import stack_from_axes, while_open
 from dist_train.data.raw.damage import check_held, check_packed
 from dist_train.data.raw.stack import ALPHA, RGB, Choices, Stack
+from dist_train.data.raw.units import MICROMETRES
 from dist_train.errors import DecodeError
 from dist_train.files import open_plain
 
@@ -42,7 +42,7 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
     """Read a volume; its values are scaled by the header's slope and intercept."""
     if str(where).lower().endswith(_PAIRS):
         raise DecodeError("is one of a pair of files", fix="Save both as one file .nii.")
-    return while_open(where, partial(_opened, path, choices))
+    return while_open(where, _opened(path, choices))
 
 
 @contextmanager

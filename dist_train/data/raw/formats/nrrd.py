@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from dist_train.data.raw.axes import MICROMETRES, stack_from_axes
+from dist_train.data.raw.axes import stack_from_axes
 from dist_train.data.raw.damage import reading
 from dist_train.data.raw.stack import ALPHA, RGB, Choices, Stack
+from dist_train.data.raw.units import MICROMETRES
 from dist_train.errors import DecodeError
 from dist_train.files import open_plain
 
@@ -26,7 +27,9 @@ PACKAGES = ("pynrrd",)
 _OF_SPACE = ("domain", "space", "none", "???", "")
 _COLOURS = {"rgb-color": RGB, "rgba-color": (*RGB, ALPHA)}
 _CHANNELS = ("list", "vector", "point", "3-color", "4-color", "2-vector", "3-vector", "4-vector")
-_LENGTHS = {"µm": 1.0, "μm": 1.0, "microns": 1.0, "micron": 1.0} | MICROMETRES
+_UNITS = ("um", "µm", "micron", "microns", "mm", "cm", "m")
+# Unicode has a second micro sign.
+_LENGTHS = {"μm": MICROMETRES["µm"]} | {unit: MICROMETRES[unit] for unit in _UNITS}
 _SECONDS = {"s": 1.0, "ms": 1e-3}
 # The patient's axes, as DICOM and ITK have them: in millimetres. The unit of time is not known.
 _PATIENT = re.compile(r"(?:left|right)-(?:anterior|posterior)-superior(?:-time)?|[lr][ap]st?", re.I)

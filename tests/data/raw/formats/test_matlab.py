@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 from raw_files import check_damaged, clip_in, stack_in
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
 from dist_train.data.raw.stack import RGB
 from dist_train.errors import DecodeError
@@ -59,6 +59,13 @@ def test_colours_and_channels(tmp_path: Path, new: bool) -> None:
     with pytest.raises(DecodeError, match=r"\[6, 5, 2, 4\], not \[height, width, depth\]. Choose"):
         stack_in(path)
     np.testing.assert_array_equal(stack_in(path, channels="all")[1], array.transpose(3, 0, 1, 2))
+
+
+def test_a_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, calls = write(tmp_path / "a.mat", False, a=VARIABLE), []
+    monkeypatch.setattr("scipy.io.loadmat", lambda *a, **k: calls.append(1) or loadmat(*a, **k))
+    np.testing.assert_array_equal(stack_in(path)[1], VARIABLE.transpose(2, 0, 1))
+    assert len(calls) == 1
 
 
 def test_named_variables(tmp_path: Path, new: bool) -> None:
