@@ -19,6 +19,7 @@ from dist_train import cli
 from dist_train.config import AugmentSettings, LossSettings, TrainSettings, load_config
 from dist_train.data.augment.cpu import augmented
 from dist_train.data.raw.outside_reader import OutsideReader
+from dist_train.data.raw.stack import Choices
 from dist_train.distributed.backends import make_backend
 from dist_train.extensions import ALLOW
 from dist_train.metrics import METRICS, binary_metrics
@@ -51,7 +52,7 @@ def test_the_examples_work(
         exec(compile(block, "docs/extending.md", "exec"), module.__dict__)
 
     np.zeros(512, np.uint8).tofile(tmp_path / "a.raw")
-    assert OutsideReader.named("mylab:read_raw").read(tmp_path / "a.raw").count == 2
+    assert OutsideReader.named("mylab:read_raw").read(tmp_path / "a.raw", Choices()).count == 2
     assert build_model("net", channels=2)(torch.zeros(3, 1, 4, 8, 8), None).shape == (3,)
     logits, labels = torch.tensor([0.5, -1.0]), torch.tensor([1.0, 0.0])
     by_path = make_loss(LossSettings(name="mylab:focal", args={"gamma": 0.0}))(logits, labels)

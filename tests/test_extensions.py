@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,8 +15,11 @@ import torch
 from helpers import overrides, refused, said
 
 from dist_train.config import LossSettings
+from dist_train.data.raw.clip import PrepareSettings, read_clip
+from dist_train.data.raw.outside_reader import OutsideReader
+from dist_train.data.raw.stack import Choices
 from dist_train.data.store.reader import Store, read_marker
-from dist_train.errors import DistTrainError
+from dist_train.errors import ConfigError, DecodeError, DistTrainError
 from dist_train.evaluation.exported import load_exported
 from dist_train.extensions import ALLOW
 from dist_train.run.model import metadata_differences
@@ -184,6 +189,40 @@ def test_a_setting_that_was_added_since_has_its_default(monkeypatch: pytest.Monk
     bare = {"name": "mylab:Net", "args": {}}
     assert metadata_differences(bare, bare | {"args": {"channels": 4}}) == []
     assert metadata_differences(bare, bare | {"args": {"channels": 5}}) == [("args.channels", 4, 5)]
+
+
+def test_a_reader_is_given_the_choices_or_they_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plain(path: Path) -> np.ndarray:
+        return np.zeros((2, 4, 4, 2), np.uint8)
+
+    def choosing(path: Path, choices: Choices) -> np.ndarray:
+        return np.full((2, 4, 4), [choices.plane, int(choices.dataset or 0)][choices.series], "u1")
+
+    module = ModuleType("readers")
+    module.__dict__.update(plain=plain, choosing=choosing)
+    monkeypatch.setitem(sys.modules, "readers", module)
+    path = tmp_path / "a.raw"
+
+    def read(function: str, name: str = "a.raw", **choices: Any) -> np.ndarray:
+        reader = OutsideReader(f"readers:{function}", (".raw",), None, "")
+        settings = PrepareSettings(
+            roi="none",
+            reader=reader,
+            choices=Choices(**choices),
+            channel_names=("0", "1") if function == "plain" else ("grey",),
+        )
+        return read_clip(path, name, "a.raw", settings)[0]
+
+    assert read("plain", channels="all").shape == (2, 4, 4, 2)
+    with pytest.raises(DecodeError, match=r"readers:plain takes no '::x'.*parameter 'choices'"):
+        read("plain", "a.raw::x")
+    for name, option in (("plane", "--plane"), ("series", "--series"), ("depth_axis", "--depth")):
+        with pytest.raises(ConfigError, match=f"readers:plain takes no {option}"):
+            read("plain", **{name: 1})
+    assert read("choosing", plane=3, series=0).max() == 3
+    assert read("choosing", "a.raw::7", series=1).max() == 7
 
 
 @pytest.mark.slow

@@ -172,8 +172,9 @@ def open_stack(path: Path, name: str, where: str, settings: PrepareSettings) -> 
     """
     name, dataset = split_dataset(name)
     suffix, reader = suffix_of(name), settings.reader
+    choices = replace(settings.choices, dataset=dataset or None)
     if reader is not None and reader.reads(name):
-        return reader.read(path)
+        return reader.read(path, choices)
     form = format_of(name, path)
     if dataset and not getattr(form, "HAS_DATASETS", False):
         raise DecodeError(
@@ -181,7 +182,7 @@ def open_stack(path: Path, name: str, where: str, settings: PrepareSettings) -> 
             fix="Give the file's name alone; --series chooses an image.",
         )
     if form is not None:
-        return form.read(path, where, replace(settings.choices, dataset=dataset or None))
+        return form.read(path, where, choices)
     if suffix in VIDEO_SUFFIXES:
         return None
     own_suffixes = {*VIDEO_SUFFIXES, *format_suffixes()}

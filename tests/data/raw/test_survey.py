@@ -167,7 +167,7 @@ def test_volumes_in_memory() -> None:
 class ScaledReader(OutsideReader):
     """Reads .npy files of floats as 12-bit values, without an import."""
 
-    def read(self, path: Path) -> Stack:
+    def read(self, path: Path, choices: Choices) -> Stack:
         return plain_stack((np.load(path) * 4095).astype("u2"))
 
 

@@ -1,14 +1,15 @@
 """HDF5 files (.h5, .hdf5), by h5py: one array, or the one that ``file.h5::dataset`` names.
 
 The axes are those of ilastik's ``axistags`` or the labels of HDF5's dimensions; without these,
-those of a plain array (``axes_of_plain``). ``element_size_um`` (ilastik, Fiji) is the spacing.
+those of a plain array (``axes_of_plain``), with which labels of some axes must agree.
+``element_size_um`` (ilastik, Fiji) is the spacing.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -31,9 +32,7 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
 @contextmanager
 def _opened(path: Path, choices: Choices) -> Iterator[Stack]:
     with opened_array(path, choices.dataset) as array:
-        axes, channels = _labelled(array), None
-        if axes is None:
-            axes, channels = axes_of_plain(array.shape, choices)
+        axes, channels = _axes(array, choices)
         sizes = array.attrs.get("element_size_um", ())
         yield stack_from_axes(
             array,
@@ -146,17 +145,17 @@ def _check_filters(array: Any) -> None:
             )
 
 
-def _labelled(array: Any) -> str | None:
-    """The axes by the file's own labels, None without these."""
+def _axes(array: Any, choices: Choices) -> tuple[str, tuple[str, ...] | None]:
+    """The axes by the file's own labels, else those of a plain array; and the channels' names."""
     tags = array.attrs.get("axistags")
     if tags is not None:
         labels = [str(axis["key"]) for axis in json.loads(tags)["axes"]]
     else:
         labels = [dimension.label for dimension in array.dims]
         named = {axis_of(label) for label in labels if label}
-        # Labels of some axes alone do not tell the others.
         if not named or ("" in labels and named <= set("TZCYX")):
-            return None
+            plain, channels = axes_of_plain(array.shape, choices)
+            return _with_labels(plain, labels), channels
     axes = [axis_of(label) for label in labels]
     is_known = all(len(axis) == 1 if tags is not None else axis in "TZCYX" for axis in axes)
     is_whole = len(axes) == array.ndim == len(set(axes)) and {"X", "Y"} <= set(axes)
@@ -165,7 +164,24 @@ def _labelled(array: Any) -> str | None:
             f"has the axes {', '.join(labels)}, which are no stack of pictures",
             fix="Name them t, z, c, y and x.",
         )
-    return "".join(axes)
+    return "".join(axes), None
+
+
+def _with_labels(plain: str, labels: Sequence[str]) -> str:
+    """The axes of a plain array, some of which have labels.
+
+    Raises:
+        DecodeError: the labels say otherwise, and do not tell the other axes.
+    """
+    known = [axis_of(label) if label else axis for label, axis in zip(labels, plain, strict=True)]
+    # Frames may be those of a film.
+    if "".join(known) not in (plain, plain.replace("Z", "T")):
+        raise DecodeError(
+            f"has labels for some of its axes alone ({', '.join(each or '-' for each in labels)}), "
+            f"and without labels they would be {', '.join(plain.lower())}",
+            fix="Name all of them t, z, c, y and x.",
+        )
+    return "".join(known)
 
 
 def block_of(array: Any, axes: str) -> int:

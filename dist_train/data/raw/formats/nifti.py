@@ -85,8 +85,20 @@ def _opened(path: Path, choices: Choices) -> Iterator[Stack]:
             spacing=_spacing(header),
             interval=_interval(header),
             window=(low, high) if low < high else None,
+            block=_block(axes, shape) if is_packed else 1,
         )
         yield replace(stack, frames=_to_the_end(stack, file))
+
+
+def _block(axes: str, shape: tuple[int, ...]) -> int:
+    """Number of packed frames that are read at once.
+
+    Channels lie one after the other, each with all frames. To go back in a gzip stream is to unpack
+    it anew, so all frames are read in one pass.
+    """
+    number = dict(zip(axes, shape, strict=True))
+    is_apart = number.get("C", 1) > 1 and not axes.startswith("C")
+    return max(number.get("Z", 1), number.get("T", 1)) if is_apart else 1
 
 
 def _to_the_end(stack: Stack, file: IO[bytes]) -> Iterator[np.ndarray]:

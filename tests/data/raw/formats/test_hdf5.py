@@ -88,6 +88,26 @@ def test_other_labels_of_dimensions_are_refused(tmp_path: Path) -> None:
         clip_in(tmp_path / "a.h5")
 
 
+def labelled(path: Path, *labels: str, array: np.ndarray = VOLUME) -> Path:
+    data = write(path, array)
+    for dimension, label in zip(data.dims, labels, strict=True):
+        dimension.label = label
+    data.file.close()
+    return path
+
+
+def test_labels_of_some_axes_must_agree_with_the_rule_of_plain_arrays(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    for labels in (("time", "", ""), ("", "y", ""), ("z", "", "x")):
+        np.testing.assert_array_equal(stack_in(labelled(path, *labels))[1], VOLUME)
+    for labels in (("", "", "t"), ("c", "", ""), ("x", "", "")):
+        with pytest.raises(DecodeError, match=r"some of its axes alone \(.*Name all of them t, z"):
+            stack_in(labelled(path, *labels))
+    array = RNG.integers(0, 99, (2, 6, 5, 2), np.uint8)
+    labelled(path, "t", "", "", "c", array=array)
+    np.testing.assert_array_equal(stack_in(path, channels="all")[1], array)
+
+
 def test_a_plain_array_of_colours(tmp_path: Path) -> None:
     array = RNG.integers(0, 99, (2, 6, 5, 3), np.uint8)
     write(tmp_path / "a.h5", array).file.close()

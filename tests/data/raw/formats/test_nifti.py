@@ -98,6 +98,24 @@ def test_colours_and_channels(tmp_path: Path) -> None:
     assert stack.channels == ("channel 0", "channel 1")
 
 
+def test_packed_channels_are_read_in_one_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array = RNG.integers(0, 99, (40, 50, 60, 3), np.uint8)
+    path, backwards = write(tmp_path / "a.nii.gz", array, (1, 1, 1), vector=True), []
+    rewind = gzip._GzipReader._rewind
+    monkeypatch.setattr(
+        gzip._GzipReader, "_rewind", lambda file: backwards.append(1) or rewind(file)
+    )
+    np.testing.assert_array_equal(stack_in(path)[1], array)
+    assert len(backwards) < 5
+    film = nibabel.Nifti1Image(RNG.integers(0, 99, (50, 60, 3, 20, 2), np.uint8), None)
+    nibabel.save(film, path)
+    frames = stack_in(path, depth_axis="T", plane=1)[1]
+    np.testing.assert_array_equal(frames, film.dataobj[:, :, 1].transpose(2, 1, 0, 3))
+    assert len(backwards) < 10
+
+
 def test_through_the_clip(tmp_path: Path) -> None:
     path = write(tmp_path / "a.nii.gz", VOLUME, (1, 1, 1))
     # As a fetched file, whose path has no suffix.
