@@ -261,8 +261,10 @@ def prepare(
         int | None, typer.Option(min=0, help="Image to take from files that hold several.")
     ] = None,
     like: Annotated[
-        Path | None,
-        typer.Option(help="Take all that pixels depend on, and what was found, from this store."),
+        str | None,
+        typer.Option(
+            help="Folder or URL of a store, from which to take all that pixels depend on."
+        ),
     ] = None,
     max_rejected: MaxRejected = "1%",
     shard_clips: ShardClips = 128,

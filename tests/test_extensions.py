@@ -253,7 +253,9 @@ def test_a_reader_makes_a_store_that_is_mended_by_it(
     monkeypatch.setenv(ALLOW, "")
     assert "add --allow mylab" in refused(*mend)
     lab.write_text(SOURCE + "\n# changed\n")
-    assert "code of the reader mylab:read_raw has changed" in refused(*mend, "--allow", "mylab")
+    like = ("--like", out, "--out", tmp_path / "new", "--allow", "mylab")
+    for command in ([*mend, "--allow", "mylab"], [*words, "mylab:read_raw", *like]):
+        assert "code of the reader mylab:read_raw has changed" in refused(*command)
     lab.write_text(SOURCE)
     said(*mend, "--allow", "mylab")
     assert shard.read_bytes() == whole

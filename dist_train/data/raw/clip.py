@@ -28,8 +28,10 @@ from dist_train.system.advice import blame_machine
 # Settings that later versions added. A job has them only if they are not the default.
 LATER = (*("reader", "choices", "intensity", "black", "white", "store_dtype", "channel_names"),)
 
-# Raised whenever the same file and settings give other pixels.
-PIXELS_VERSION = 4
+# Raised whenever the same file and settings give other pixels. ``pixels_version`` has the settings
+# that a version concerns: 5 orders channels by their names, and windows and bits of one clip fit
+# video and values beyond the declared bits.
+PIXELS_VERSION = 5
 # Raised whenever the record of the same file and settings gets other entries. A store is continued
 # and repaired with its own: 1 has no times between frames.
 RECORD_VERSION = 2
@@ -75,6 +77,16 @@ class PrepareSettings:
 
     def __post_init__(self) -> None:
         check_names(self.channel_names)
+
+
+def pixels_version(settings: PrepareSettings, *, of_files: bool = True) -> int:
+    """The version that last changed pixels of such settings. Stores that it left alone keep theirs.
+
+    Args:
+        of_files: False for arrays, whose channels are stored as they are.
+    """
+    has_channels = of_files and len(settings.channel_names) > 1
+    return PIXELS_VERSION if has_channels or settings.intensity != Intensity() else 4
 
 
 def check_names(channels: Sequence[str]) -> None:

@@ -18,13 +18,21 @@ from typing import Any, Literal, cast
 import numpy as np
 import pandas as pd
 
-from dist_train.data.raw.clip import LATER, PIXELS_VERSION, PrepareSettings
+from dist_train.data.raw.clip import LATER, PrepareSettings
 from dist_train.data.raw.medmnist import read_medmnist
-from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.raw.remote import open_source
 from dist_train.data.raw.source import MISSING, UNFETCHED, LocalFolder, Source
 from dist_train.data.raw.survey import survey, survey_arrays
-from dist_train.data.store.build_spec import Job, Part, as_in, read_job, read_made_from, settings_of
+from dist_train.data.store.build_spec import (
+    Job,
+    Part,
+    as_in,
+    check_version,
+    read_job,
+    read_made_from,
+    settings_of,
+    version_of,
+)
 from dist_train.data.store.finish import finish
 from dist_train.data.store.publish import Publisher, folder_of, publisher_of
 from dist_train.data.store.reader import MARKER
@@ -57,7 +65,7 @@ def prepare(
     out: Location,
     settings: PrepareSettings,
     *,
-    like: Path | None = None,
+    like: Location | None = None,
     engine: Engine = "local",
     workers: int | None = None,
     max_rejected: float = 0.01,
@@ -69,8 +77,8 @@ def prepare(
         out: folder or URL. Shards go to a URL as they are finished.
         source: a folder, a URL that file names are added to, or a ``Source``, such as that of
             ``manifest_source``.
-        like: a store from which all settings are taken that pixels depend on, and what was found
-            in its files, such as black and white.
+        like: folder or URL of a store from which all settings are taken that pixels depend on,
+            and what was found in its files, such as black and white.
         workers: processes, or tasks at a time; None takes one per available core.
         max_rejected: largest share of the clips that may be rejected.
         progress: called with (clips done, clips in all).
@@ -98,7 +106,7 @@ def prepare_part(
     settings: PrepareSettings,
     part: Part,
     *,
-    like: Path | None = None,
+    like: Location | None = None,
     engine: Engine = "local",
     workers: int | None = None,
     progress: Progress | None = None,
@@ -236,19 +244,7 @@ def reopen_source(job: Job, place: Path | str) -> RawClips:
     Raises:
         StoreError: it is something else, or this version would give other pixels.
     """
-    if job.made_from["pixels_version"] != PIXELS_VERSION:
-        raise StoreError(
-            f"the store was made by version {job.made_from['pixels_version']} of the decoder path, "
-            f"this is version {PIXELS_VERSION}",
-            fix="Use the release that made it, or prepare it anew in another folder.",
-        )
-    reader = job.settings.reader
-    if reader is not None and OutsideReader.named(reader.path).sha256 != reader.sha256:
-        version = "" if reader.version is None else f" (by version {reader.version})"
-        raise StoreError(
-            f"the code of the reader {reader.path} has changed since the store was made{version}",
-            fix="Install the code that made it, or prepare the store anew in another folder.",
-        )
+    check_version(job.made_from)
     if "arrays" in job.made_from:
         raise StoreError("the store was made from arrays in memory, which cannot be read again")
     if "npz" not in job.made_from:
@@ -276,7 +272,7 @@ def _plan(
     part: Part | None,
     max_missing: float,
     run: Pool,
-    like: Path | None,
+    like: Location | None,
 ) -> tuple[Job, Sequence[Shard]]:
     """Return the job and the shards to write, after the checks that need no decoding."""
     names = manifest.table["filename"]
@@ -316,12 +312,13 @@ def _class_names(manifest: Manifest) -> dict[str, dict[str, str]]:
 
 
 def _job(table: pd.DataFrame, settings: PrepareSettings, **more: Any) -> Job:
-    return Job.of(table, pixels_version=PIXELS_VERSION, settings=_entries(settings), **more)
+    return _with_settings(Job.of(table, **more), settings)
 
 
 def _with_settings(job: Job, settings: PrepareSettings) -> Job:
-    """The job with other settings. Its table is not hashed again."""
-    return job.with_entries(settings=_entries(settings))
+    """The job with these settings. Its table is not hashed again."""
+    version = version_of(settings, job.made_from)
+    return job.with_entries(pixels_version=version, settings=_entries(settings))
 
 
 def _entries(settings: PrepareSettings) -> dict[str, Any]:

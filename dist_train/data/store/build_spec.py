@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +20,20 @@ from typing import Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
 
-from dist_train.data.raw.clip import PrepareSettings
+from dist_train.data.raw.clip import RECORD_VERSION, PrepareSettings, pixels_version
+from dist_train.data.raw.outside_reader import OutsideReader
 from dist_train.data.store.reader import MANIFEST, SHARDS, ClassNames, Digest
 from dist_train.data.store.shards import Form, Shard
 from dist_train.data.types import DTYPES, Record, metadata_columns
-from dist_train.errors import ConfigError, FileError, StoreError
-from dist_train.files import read_json, read_plain
+from dist_train.errors import ConfigError, FileError, MissingObjectError, StoreError
+from dist_train.files import parse_json, read_plain
+from dist_train.objects import Objects
+from dist_train.places import Location, is_url, local_path
 
 JOB = "job.json"
 # Longest files in bytes.
 MOST_JOB, MOST_MANIFEST = 1 << 20, 1 << 36
+_ANEW = "Use the release that made it, or prepare it anew in another folder."
 
 _TYPES: dict[str, type[str] | type[bool] | str] = {
     "key": str,
@@ -120,11 +124,7 @@ def read_job(out: Path) -> Job:
         StoreError: there is no store, or ``job.json`` or ``manifest.csv`` is lost or damaged.
     """
     if not (out / SHARDS).is_dir():
-        raise StoreError(
-            "there is no store here",
-            where=out,
-            fix="Make one with 'dist-train prepare', or check the path.",
-        )
+        raise _no_store(out)
     made_from = read_made_from(out)
     path = out / MANIFEST
     try:
@@ -162,37 +162,92 @@ def read_made_from(out: Path) -> dict[str, Any]:
     """
     path = out / JOB
     try:
-        content = read_json(path, most_bytes=MOST_JOB)
+        return _checked(read_plain(path, most_bytes=MOST_JOB), path)
+    except FileError as error:
+        raise _damaged(path, error.what) from None
+
+
+def _checked(text: bytes, path: Path | str) -> dict[str, Any]:
+    """The ``made_from`` in the text of a ``job.json``."""
+    try:
+        content = parse_json(text)
         fingerprint = content.pop("fingerprint", None) if isinstance(content, dict) else None
         if fingerprint is None or _fingerprint(content) != fingerprint:
             raise _damaged(path, "its fingerprint is not that of its content")
         # In JSON mode, where a list is a valid tuple.
         _MadeFrom.model_validate_json(json.dumps(content), strict=True)
-    except FileError as error:
-        raise _damaged(path, error.what) from None
     except ValidationError as error:
         name = ".".join(map(str, error.errors()[0]["loc"]))
         raise _damaged(path, f"its '{name}' is not valid") from None
+    except ValueError as error:
+        raise _damaged(path, f"is not valid JSON ({error})") from None
     made_from: dict[str, Any] = content
     return made_from
 
 
-def settings_of(made_from: dict[str, Any]) -> PrepareSettings:
+def settings_of(made_from: Mapping[str, Any]) -> PrepareSettings:
     """The settings of a store's ``made_from``."""
     # The first version of records has no number.
     settings = {"record_version": 1} | made_from["settings"]
     return TypeAdapter(PrepareSettings).validate_python(settings)
 
 
-def as_in(store: Path, settings: PrepareSettings) -> PrepareSettings:
+def version_of(settings: PrepareSettings, made_from: Mapping[str, Any]) -> int:
+    """``pixels_version`` of a store with these settings, and with what else it is made from."""
+    return pixels_version(settings, of_files=not {"npz", "arrays"} & made_from.keys())
+
+
+def check_version(made_from: Mapping[str, Any]) -> None:
+    """Raise StoreError if this release, or a reader's code now, makes other clips than the store's.
+
+    Raises ConfigError if the reader is not allowed or not there.
+    """
+    settings = settings_of(made_from)
+    there, here = made_from["pixels_version"], version_of(settings, made_from)
+    if there != here:
+        raise StoreError(
+            f"the store was made by version {there} of the decoder path, this is version {here}",
+            fix=_ANEW,
+        )
+    if settings.record_version > RECORD_VERSION:
+        raise StoreError(
+            f"the store has records of version {settings.record_version}, this release writes "
+            f"those up to version {RECORD_VERSION}",
+            fix=_ANEW,
+        )
+    reader = settings.reader
+    if reader is not None and OutsideReader.named(reader.path).sha256 != reader.sha256:
+        version = "" if reader.version is None else f" (by version {reader.version})"
+        raise StoreError(
+            f"the code of the reader {reader.path} has changed since the store was made{version}",
+            fix="Install the code that made it, or prepare the store anew in another folder.",
+        )
+
+
+def as_in(store: Location, settings: PrepareSettings) -> PrepareSettings:
     """Return settings that give pixels as those of ``store``: for clips to predict, for example.
 
     The size of shards and the limits stay those of ``settings``.
 
     Raises:
-        StoreError: there is no store, or its ``job.json`` is damaged.
+        StoreError: there is no store, its ``job.json`` is damaged, or this release makes other
+            clips (``check_version``).
+        RemoteError: the server cannot be reached, or refuses.
     """
-    other = settings_of(read_made_from(store))
+    if is_url(store):
+        objects = Objects(str(store))
+        try:
+            text = objects.get(JOB, most_bytes=MOST_JOB)
+        except MissingObjectError:
+            raise _no_store(objects.where("")) from None
+        made_from = _checked(text, objects.where(JOB))
+    else:
+        folder = local_path(store)
+        if not (folder / SHARDS).is_dir():
+            raise _no_store(folder)
+        made_from = read_made_from(folder)
+    check_version(made_from)
+    other = settings_of(made_from)
     return replace(
         other,
         shard_clips=settings.shard_clips,
@@ -221,7 +276,15 @@ class _MadeFrom(BaseModel):
         return settings
 
 
-def _damaged(path: Path, what: str) -> StoreError:
+def _no_store(place: Path | str) -> StoreError:
+    return StoreError(
+        "there is no store here",
+        where=place,
+        fix="Make one with 'dist-train prepare', or check the path.",
+    )
+
+
+def _damaged(path: Path | str, what: str) -> StoreError:
     return StoreError(
         what,
         where=path,

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_train.data.raw.clip import PIXELS_VERSION, PrepareSettings, read_clip, values_of
+from dist_train.data.raw.clip import PrepareSettings, pixels_version, read_clip, values_of
+from dist_train.data.raw.intensity import Intensity
 from dist_train.data.raw.stack import Stack
 from dist_train.errors import DecodeError, RoiError
 from dist_train.files import crc32c
@@ -34,7 +35,13 @@ def test_pixels_of_this_version(
     """A store's fingerprint holds the version: if these change, so must ``PIXELS_VERSION``, and the
     numbers here with it."""
     clip, _ = read_clip(GOLDEN / name, name, name, settings)
-    assert (PIXELS_VERSION, clip.shape, crc32c(clip)) == (4, shape, checksum)
+    assert (pixels_version(settings), clip.shape, crc32c(clip)) == (4, shape, checksum)
+
+
+def test_a_version_of_the_pixels_is_that_of_stores_that_it_changed() -> None:
+    rgb = replace(WHOLE, channel_names=("red", "green", "blue"))
+    assert pixels_version(rgb) == pixels_version(replace(WHOLE, intensity=Intensity("bits"))) == 5
+    assert pixels_version(rgb, of_files=False) == 4
 
 
 def test_what_the_record_says() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from make_media import write_manifest, write_volumes
 
 from dist_train.data.raw.clip import PrepareSettings
 from dist_train.data.store.build import finalize, prepare, prepare_part
-from dist_train.data.store.build_spec import Part
+from dist_train.data.store.build_spec import Part, as_in
 from dist_train.data.store.publish import folder_of, hollow
 from dist_train.data.store.reader import Store
 from dist_train.data.store.shards import read_records
@@ -233,3 +234,28 @@ def test_a_damaged_shard_is_told(
     machine(tmp_path / "two", monkeypatch)
     with pytest.raises(StoreError, match=r"shard-000001\.tar: is not a readable shard"):
         finalize(URL, max_rejected=0.5)
+
+
+def test_settings_are_those_of_a_store_behind_a_url_or_in_a_folder(
+    tmp_path: Path, raw: Path, manifest: Manifest, bucket: AbstractFileSystem
+) -> None:
+    made = replace(SETTINGS, bits=12, record_version=1)
+    for out in (URL, tmp_path / "store"):
+        prepare(manifest, raw, out, made, max_rejected=0.5)
+        assert as_in(out, replace(SETTINGS, clip_memory=99)) == replace(made, clip_memory=99)
+    for place in (URL + "2", tmp_path / "stroe"):
+        with pytest.raises(StoreError, match=r"there is no store here.*check the path"):
+            as_in(place, SETTINGS)
+
+
+def test_settings_are_not_those_of_a_store_that_this_release_makes_otherwise(
+    tmp_path: Path, raw: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later, store = replace(SETTINGS, record_version=99), tmp_path / "store"
+    prepare(manifest, raw, tmp_path / "later", later, max_rejected=0.5)
+    with pytest.raises(StoreError, match="records of version 99, this release writes"):
+        as_in(tmp_path / "later", SETTINGS)
+    prepare(manifest, raw, store, SETTINGS, max_rejected=0.5)
+    monkeypatch.setattr("dist_train.data.store.build_spec.pixels_version", lambda *_, **__: 99)
+    with pytest.raises(StoreError, match="made by version 4 of the decoder path, this is version"):
+        as_in(store, SETTINGS)

@@ -433,7 +433,7 @@ def test_another_version_of_the_decoder(
     made: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flip_pixel(store)
-    monkeypatch.setattr("dist_train.data.store.build.PIXELS_VERSION", 99)
+    monkeypatch.setattr("dist_train.data.store.build_spec.pixels_version", lambda *_, **__: 99)
     with pytest.raises(StoreError, match="this is version 99"):
         mend(store, made / "raw")
 
