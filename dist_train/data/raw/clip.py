@@ -17,6 +17,7 @@ from dist_train.data.raw.formats import suffixes as format_suffixes
 from dist_train.data.raw.intensity import Intensity, SetRange, range_of, to_stored
 from dist_train.data.raw.outline import LEAST, Box, OutlineColour, crop_to_outline, stack_planes
 from dist_train.data.raw.outside_reader import OutsideReader
+from dist_train.data.raw.picture import SUFFIXES as PICTURES
 from dist_train.data.raw.source import split_dataset
 from dist_train.data.raw.stack import LUMA, RGB, Choices, Stack, chosen_channels
 from dist_train.data.raw.stored_picture import Pixels
@@ -100,8 +101,7 @@ _PICTURE = (
     "It is a single picture: let the table name the folder of a clip's pictures, or put them into "
     "one multi-page TIFF, in order."
 )
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".pgm", ".ppm", ".pnm")
-CONVERT = dict.fromkeys(_PICTURES, _PICTURE) | dict.fromkeys(
+CONVERT = dict.fromkeys(PICTURES, _PICTURE) | dict.fromkeys(
     (".zip", ".gz", ".tar"), "Unpack it, and list what is in it."
 )
 

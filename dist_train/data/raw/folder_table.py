@@ -14,6 +14,8 @@ import pandas as pd
 
 from dist_train.data.raw.clip import CONVERT, suffix_of
 from dist_train.data.raw.formats import suffixes as format_suffixes
+from dist_train.data.raw.formats.dicom import is_slice
+from dist_train.data.raw.picture import LITTER, is_picture, lies_beside
 from dist_train.data.raw.video import VIDEO_SUFFIXES
 from dist_train.data.table.labels import Naming, plain_text, rename_classes
 from dist_train.data.table.manifest import SPLITS, Manifest, check_text, make_manifest
@@ -24,10 +26,6 @@ log = logging.getLogger(__name__)
 
 # Folders with these suffixes are clips.
 FOLDER_SUFFIXES = (".zarr",)
-# A folder that holds files of one of these kinds alone may be one clip; DICOM often has no suffix.
-PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".dcm", ".ima", ""}
-# Files that file managers leave everywhere.
-_LITTER = ("thumbs.db", "desktop.ini")
 # Columns of the table with a meaning, in their order. All others are metadata.
 _KNOWN = ("filename", "label", "group", "split")
 # The most groups that ``FolderTable.lines`` names.
@@ -150,7 +148,8 @@ def folder_table(
         pattern: see ``Pattern``; None: the folder has one folder for each class, and the name of
             the outermost folder is the label.
         suffixes: further suffixes of files that are read, in lower case.
-        clip_folders: a folder without folders, whose files are pictures of one kind, is one clip.
+        clip_folders: a folder without folders, whose files are slices or pictures of one kind, is
+            one clip.
         names: what a label is to be called.
 
     Raises:
@@ -273,21 +272,22 @@ class _Scan:
         if name.startswith("."):
             self.skip((here / name).as_posix(), "hidden files and folders")
             return False
-        return name.lower() not in _LITTER
+        return name.lower() not in LITTER
 
     def _is_clip(self, here: Path, folders: list[str], files: list[str]) -> bool:
         # A folder of the outermost level is a class.
-        if not self.clip_folders or folders or not files or len(here.parts) < 2:
+        if not self.clip_folders or folders or len(here.parts) < 2:
             return False
-        kinds = {suffix_of(name) for name in files}
-        return len(kinds) == 1 and kinds <= PICTURES
+        files = [name for name in files if not lies_beside(name)]
+        is_film = all(map(is_picture, files)) and len({suffix_of(name) for name in files}) == 1
+        return is_film or (bool(files) and all(map(is_slice, files)))
 
     def _fault(self, path: str) -> str | None:
         """Why a file is no clip; None if it is one."""
         suffix = suffix_of(path)
         if not path.lower().endswith(self.suffixes):
             advice = f" ({CONVERT[suffix].rstrip('.')})" if suffix in CONVERT else ""
-            if suffix in PICTURES - {"", ".dcm"} and not self.clip_folders:
+            if is_picture(path) and not self.clip_folders:
                 advice = " (--clip-folders makes one clip of a folder of pictures)"
             return f"files of an unknown kind '{suffix}'{advice}"
         try:

@@ -28,6 +28,9 @@ SUFFIXES = (
     *(".tif", ".tiff", ".pgm", ".ppm", ".pnm"),
 )
 PACKAGES = ("pillow",)
+# Files that systems, cameras and programs put beside those of a clip.
+LITTER = ("thumbs.db", "desktop.ini", "dicomdir")
+_TEXTS = (".txt", ".json", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".log", ".ini", ".xmp")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Kind, width, height and highest value; one white space comes before the values (netpbm).
 _PNM = re.compile(rb"P([56])" + 3 * rb"(?:\s|#[^\n]*\n)+(\d{1,9})" + rb"\s")
@@ -42,6 +45,17 @@ class Picture:
     channels: tuple[str, ...]
     bits: int | None = None
     window: tuple[float, float] | None = None
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file of this name may be a picture of a clip that is a folder."""
+    return not name.startswith(".") and name.lower().endswith(SUFFIXES)
+
+
+def lies_beside(name: str) -> bool:
+    """Whether a file of this name is passed over in a folder of pictures."""
+    lower = name.lower()
+    return lower.startswith(".") or lower in LITTER or lower.endswith(_TEXTS)
 
 
 def read_picture(path: Path, where: object) -> Picture:

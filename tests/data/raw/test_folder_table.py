@@ -164,10 +164,19 @@ def test_a_folder_of_splits_is_no_folder_of_classes(tmp_path: Path) -> None:
 
 def test_a_folder_of_pictures_is_one_clip(tmp_path: Path) -> None:
     touch(tmp_path, *(f"a/x/{i}.png" for i in range(3)), "a/x/.DS_Store", "a/x/Thumbs.db")
-    touch(tmp_path, "b/y/IM1", "b/y/IM2", "b/z/1.png", "b/z/notes.txt", "b/c.npy", "a/w.zarr/0/0")
+    touch(tmp_path, "b/y/IM1", "b/y/IM2", "b/z/1.pgm", "b/z/notes.txt", "b/c.npy", "a/w.zarr/0/0")
+    touch(
+        tmp_path,
+        "b/s/1.2.3.4",
+        "b/s/1.2.3.5",
+        "b/s/DICOMDIR",
+        "b/m/1.png",
+        "b/m/2.bmp",
+        "b/t/a.txt",
+    )
     found = folder_table(tmp_path, clip_folders=True)
-    assert found.rows["filename"].tolist() == ["a/w.zarr", "a/x", "b/c.npy", "b/y"]
-    assert "clips that are folders: 3" in found.lines()
+    assert found.rows["filename"].tolist() == ["a/w.zarr", "a/x", "b/c.npy", "b/s", "b/y", "b/z"]
+    assert "clips that are folders: 5" in found.lines()
     assert folder_table(tmp_path).rows["filename"].tolist() == ["a/w.zarr", "b/c.npy"]
     # The folder of a class is no clip.
     touch(tmp_path / "other", "a/1.png", "b/2.npy")

@@ -13,13 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 import numpy as np
 
 from dist_train.data.raw.axes import is_length
 from dist_train.data.raw.damage import check_held, reading
+from dist_train.data.raw.picture import lies_beside
 from dist_train.data.raw.stack import GREY, RGB, Choices, Stack, chosen_series
 from dist_train.data.raw.units import MICROMETRES
 from dist_train.errors import DecodeError
@@ -74,14 +75,15 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """Files that may be DICOM: by suffix, or without one, as their numbers have dots."""
+    """Files that may be DICOM."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    return [
-        file
-        for file in files
-        if file.suffix.lower() in (*SUFFIXES, "") or file.suffix[1:].isdecimal()
-        if not file.name.startswith(".") and file.name != "DICOMDIR"
-    ]
+    return [file for file in files if is_slice(file.name)]
+
+
+def is_slice(name: str) -> bool:
+    """Whether a file may be a slice: by suffix, or without one, as its numbers have dots."""
+    suffix = PurePath(name).suffix.lower()
+    return (suffix in (*SUFFIXES, "") or suffix[1:].isdecimal()) and not lies_beside(name)
 
 
 def _is_dicom(file: Path) -> bool:

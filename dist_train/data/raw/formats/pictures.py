@@ -6,27 +6,23 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 
 from dist_train.data.raw.picture import PACKAGES as PACKAGES
-from dist_train.data.raw.picture import SUFFIXES as OF_PICTURES
-from dist_train.data.raw.picture import Picture, read_picture
+from dist_train.data.raw.picture import Picture, is_picture, lies_beside, read_picture
 from dist_train.data.raw.stack import Choices, Stack
 from dist_train.errors import DecodeError
 
 # A clip is the folder; single files are clips of other formats.
 SUFFIXES: tuple[str, ...] = ()
-# Files that systems, cameras and programs put beside pictures.
-_NAMES_BESIDE = {"thumbs.db", "desktop.ini"}
-_BESIDE = {".txt", ".json", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".log", ".ini", ".xmp"}
 _FIX = "Name the pictures alike but for one number, such as frame0001.png."
 
 
 def reads_folder(path: Path) -> bool:
     """Whether the folder holds a picture."""
-    return any(_is_picture(inner.name) for inner in path.iterdir())
+    return any(is_picture(inner.name) for inner in path.iterdir())
 
 
 def read(path: Path, where: object, choices: Choices) -> Stack:
@@ -64,21 +60,13 @@ def read(path: Path, where: object, choices: Choices) -> Stack:
     )
 
 
-def _is_picture(name: str) -> bool:
-    return not name.startswith(".") and PurePath(name).suffix.lower() in OF_PICTURES
-
-
 def _pictures_in(path: Path) -> list[str]:
     names = []
     for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
         name = entry.name
-        if _is_picture(name) and entry.is_file():
+        if is_picture(name) and entry.is_file():
             names.append(name)
-        elif not (
-            name.startswith(".")
-            or name.lower() in _NAMES_BESIDE
-            or (PurePath(name).suffix.lower() in _BESIDE and entry.is_file())
-        ):
+        elif not (name.startswith(".") or (lies_beside(name) and entry.is_file())):
             raise DecodeError(
                 f"its pictures lie beside {name}, which is no picture",
                 fix="Give the pictures of a clip a folder of their own.",
