@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cut_files import damage_is_named, read_cut_anywhere
 from make_media import read_volume
+from raw_files import damage_is_named, read_cut_anywhere, stack_in
 
 from dist_train.data.raw.formats.czi import read
-from dist_train.data.raw.stack import RGB, Choices, Stack
+from dist_train.data.raw.stack import RGB, Choices
 from dist_train.errors import DecodeError
 
 czi = pytest.importorskip("pylibCZIrw.czi")
@@ -41,22 +41,15 @@ def hyperstack(values: np.ndarray = VALUES) -> list[Plane]:
     return [(values[at], dict(zip("TZC", at, strict=True))) for at in np.ndindex(values.shape[:3])]
 
 
-def stack_of(path: Path, **choices: Any) -> tuple[np.ndarray, Stack]:
-    stack = read(path, path, Choices(**choices))
-    frames = np.stack(list(stack.frames))
-    assert (len(frames), frames.dtype) == (stack.count, stack.dtype)
-    return frames, stack
-
-
 @pytest.mark.parametrize("compression", ["uncompressed:", "zstd0:", "zstd1:ExplicitLevel=2"])
 def test_time_depth_and_channels(tmp_path: Path, compression: str) -> None:
     names = {0: "DAPI", 1: "GFP"}
     path = write(tmp_path / "a.czi", hyperstack(), compression, channel_names=names, **SCALES)
-    frames, stack = stack_of(path, depth_axis="Z", plane=2)
+    stack, frames = stack_in(path, depth_axis="Z", plane=2)
     np.testing.assert_array_equal(frames, np.moveaxis(VALUES[2], 1, -1))
     assert stack.channels == ("DAPI", "GFP")
     assert stack.spacing == pytest.approx((2.0, 0.25, 0.5))
-    frames, stack = stack_of(path, depth_axis="T", plane=3)
+    stack, frames = stack_in(path, depth_axis="T", plane=3)
     np.testing.assert_array_equal(frames, np.moveaxis(VALUES[:, 3], 1, -1))
     assert stack.spacing[0] is None
     with pytest.raises(DecodeError, match="both time and depth"):
@@ -71,7 +64,7 @@ def test_another_library_sees_the_same(tmp_path: Path) -> None:
         czifile = pytest.importorskip("czifile")
         path = write(tmp_path / "a.czi", hyperstack(VALUES[:1, :, :1]))
         other = czifile.imread(path).squeeze()
-    np.testing.assert_array_equal(stack_of(path)[0], other)
+    np.testing.assert_array_equal(stack_in(path)[1], other)
 
 
 def test_metadata_of_zen(tmp_path: Path) -> None:
@@ -84,7 +77,7 @@ def test_metadata_of_zen(tmp_path: Path) -> None:
     said = f"<Dimensions><T><Positions>{interval}</Positions></T></Dimensions>"
     said = f"<ComponentBitCount>12</ComponentBitCount>{said}<Dimensions>"
     path.write_bytes(content[:start] + said.encode().ljust(end - start) + content[end:])
-    frames, stack = stack_of(path)
+    stack, frames = stack_in(path)
     np.testing.assert_array_equal(frames, values[:, 0, 0])
     assert (stack.interval, stack.bits) == (0.5, 12)
 
@@ -92,7 +85,7 @@ def test_metadata_of_zen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_types_of_values(tmp_path: Path, dtype: type) -> None:
     values = VALUES[:1, :, :1].astype(dtype)
-    frames, stack = stack_of(write(tmp_path / "a.czi", hyperstack(values)))
+    stack, frames = stack_in(write(tmp_path / "a.czi", hyperstack(values)))
     np.testing.assert_array_equal(frames, values[0, :, 0])
     assert (stack.channels, stack.spacing) == (("grey",), (None, None, None))
 
@@ -100,7 +93,7 @@ def test_types_of_values(tmp_path: Path, dtype: type) -> None:
 def test_colour_is_stored_blue_first(tmp_path: Path) -> None:
     pictures = np.random.default_rng(1).integers(0, 256, (3, 8, 9, 3), np.uint8)
     path = write(tmp_path / "a.czi", [(bgr, {"T": t}) for t, bgr in enumerate(pictures)])
-    frames, stack = stack_of(path)
+    stack, frames = stack_in(path)
     np.testing.assert_array_equal(frames, pictures[..., ::-1])
     assert stack.channels == RGB
 
@@ -117,10 +110,10 @@ def test_scenes_and_tiles(tmp_path: Path) -> None:
     path = write(tmp_path / "a.czi", planes)
     with pytest.raises(DecodeError, match=r"holds 2 series of pictures \(0 scene 0, 1 scene 1\)"):
         read(path, path, Choices())
-    frames, _ = stack_of(path, series=1)
+    _, frames = stack_in(path, series=1)
     np.testing.assert_array_equal(frames, np.stack([picture + np.uint16(1)] * 2))
     write(path, planes[:7])
-    stack_of(path, series=0)
+    stack_in(path, series=0)
     with pytest.raises(DecodeError, match="tiles leave gaps"):
         read(path, path, Choices(series=1))
 
@@ -147,6 +140,6 @@ def test_values_of_two_kinds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compression", ["uncompressed:", "zstd1:ExplicitLevel=2"])
 def test_cut_or_damaged_anywhere(tmp_path: Path, compression: str) -> None:
     path = write(tmp_path / "a.czi", hyperstack(VALUES[:1, :, :1]), compression)
-    # The last byte fills up the metadata.
-    assert read_cut_anywhere(path, VALUES[0, :, 0] >> 8, bits=16) <= 1
+    # The last bytes fill up the metadata: the cuts by 1, 2 and 9 may leave all that is needed.
+    assert read_cut_anywhere(path, VALUES[0, :, 0] >> 8, bits=16) <= 3
     damage_is_named(path, "CZI")

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cut_files import damage_is_named, read_cut_anywhere
 from lif_writer import image, write_lif
 from make_media import read_volume
+from raw_files import damage_is_named, read_cut_anywhere, stack_in
 
 from dist_train.data.raw.formats.lif import read
-from dist_train.data.raw.stack import RGB, Choices, Stack
+from dist_train.data.raw.stack import RGB, Choices
 from dist_train.errors import DecodeError
 
 VALUES = np.random.default_rng(0).integers(0, 1 << 12, (3, 4, 2, 5, 6), np.uint16)
@@ -25,23 +25,16 @@ def lif(path: Path, values: np.ndarray, axes: str, **how: Any) -> Path:
     )
 
 
-def stack_of(path: Path, **choices: Any) -> tuple[np.ndarray, Stack]:
-    stack = read(path, path, Choices(**choices))
-    frames = np.stack(list(stack.frames))
-    assert (len(frames), frames.dtype) == (stack.count, stack.dtype)
-    return frames, stack
-
-
 @pytest.mark.parametrize("order", ["TZC", "CTZ", "ZCT"])
 def test_time_depth_and_channels(tmp_path: Path, order: str) -> None:
     values = np.ascontiguousarray(VALUES.transpose([*("TZC".index(a) for a in order), 3, 4]))
     how: dict[str, Any] = {"steps": STEPS, "names": ("Green", "Red"), "bits": 12}
     path = lif(tmp_path / "a.lif", values, f"{order}YX", **how)
-    frames, stack = stack_of(path, depth_axis="Z", plane=2)
+    stack, frames = stack_in(path, depth_axis="Z", plane=2)
     np.testing.assert_array_equal(frames, np.moveaxis(VALUES[2], 1, -1))
     assert (stack.channels, stack.bits) == (("Green", "Red"), 12)
     assert stack.spacing == pytest.approx((2.0, 0.25, 0.5))
-    frames, stack = stack_of(path, depth_axis="T", plane=3)
+    stack, frames = stack_in(path, depth_axis="T", plane=3)
     np.testing.assert_array_equal(frames, np.moveaxis(VALUES[:, 3], 1, -1))
     assert (stack.spacing[0], stack.interval) == (None, 0.5)
     with pytest.raises(DecodeError, match="both time and depth"):
@@ -55,7 +48,7 @@ def test_time_stamps(tmp_path: Path, last: int, interval: float | None) -> None:
     values = np.ascontiguousarray(VALUES[:, :2, 0])
     stamps = [0, 1, 40, 41, last, last + 1]
     path = lif(tmp_path / "a.lif", values, "TZYX", steps=STEPS, stamps=stamps)
-    assert stack_of(path, depth_axis="T", plane=1)[1].interval == interval
+    assert stack_in(path, depth_axis="T", plane=1)[0].interval == interval
 
 
 @pytest.mark.parametrize("blue_first", [False, True])
@@ -64,7 +57,7 @@ def test_colour(tmp_path: Path, blue_first: bool) -> None:
     stored = np.ascontiguousarray(colours[..., ::-1] if blue_first else colours)
     tags = (3, 2, 1) if blue_first else (1, 2, 3)
     path = lif(tmp_path / "a.lif", stored, "ZYXC", names=("a", "b", "c"), tags=tags)
-    frames, stack = stack_of(path)
+    stack, frames = stack_in(path)
     np.testing.assert_array_equal(frames, colours)
     assert stack.channels == RGB
 
@@ -79,7 +72,7 @@ def test_images_of_a_project(tmp_path: Path) -> None:
     with pytest.raises(DecodeError, match=r"holds 2 series of pictures \(0 first, 1 second\)"):
         read(path, path, Choices())
     for number, values in enumerate((first, second)):
-        frames, stack = stack_of(path, series=number)
+        stack, frames = stack_in(path, series=number)
         np.testing.assert_array_equal(frames, values)
         assert (stack.channels, stack.spacing) == (("grey",), (None, None, None))
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK
-from raw_files import check_damaged, clip_in, stack_in
+from raw_files import check_damaged, clip_in, stack_in, write_itk
 
 from dist_train.data.raw.stack import RGB
 from dist_train.errors import DecodeError
@@ -17,18 +16,11 @@ VOLUME = RNG.integers(0, 256, (4, 6, 5), np.uint8)
 DTYPES = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")
 
 
-def write(path: Path, array: np.ndarray, packed: bool = False, vector: bool = False) -> Path:
-    image = SimpleITK.GetImageFromArray(array, isVector=vector)
-    image.SetSpacing((0.5, 0.25, 2.0, 1.0)[: image.GetDimension()])
-    SimpleITK.WriteImage(image, str(path), packed)
-    return path
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_and_spacing(tmp_path: Path, dtype: str, packed: bool) -> None:
     array = (VOLUME.astype(float) - 100 * (dtype[0] != "u")).astype(dtype)
-    stack, frames = stack_in(write(tmp_path / "a.mha", array, packed))
+    stack, frames = stack_in(write_itk(tmp_path / "a.mha", array, packed))
     np.testing.assert_array_equal(frames, array)
     assert stack.dtype == dtype
     assert stack.spacing == (2000, 250, 500)
@@ -37,22 +29,22 @@ def test_values_and_spacing(tmp_path: Path, dtype: str, packed: bool) -> None:
 
 def test_channels_time_and_pictures(tmp_path: Path) -> None:
     array = RNG.integers(0, 256, (4, 6, 5, 3), np.uint8)
-    stack, frames = stack_in(write(tmp_path / "a.mha", array, vector=True))
+    stack, frames = stack_in(write_itk(tmp_path / "a.mha", array, vector=True))
     np.testing.assert_array_equal(frames, array)
     assert stack.channels == RGB
     array = RNG.normal(size=(4, 6, 5, 2)).astype(np.float32)
-    stack, frames = stack_in(write(tmp_path / "b.mha", array, vector=True))
+    stack, frames = stack_in(write_itk(tmp_path / "b.mha", array, vector=True))
     np.testing.assert_array_equal(frames, array)
     assert stack.channels == ("channel 0", "channel 1")
     array = RNG.integers(0, 256, (2, 4, 6, 5), np.uint8)
-    frames = stack_in(write(tmp_path / "c.mha", array), depth_axis="T", plane=3)[1]
+    frames = stack_in(write_itk(tmp_path / "c.mha", array), depth_axis="T", plane=3)[1]
     np.testing.assert_array_equal(frames, array[:, 3])
-    np.testing.assert_array_equal(clip_in(write(tmp_path / "d.mha", VOLUME[0])), VOLUME[:1])
+    np.testing.assert_array_equal(clip_in(write_itk(tmp_path / "d.mha", VOLUME[0])), VOLUME[:1])
 
 
 def test_big_endian_in_micrometres(tmp_path: Path) -> None:
     """As the header's definition has it; ITK writes neither here."""
-    path = write(tmp_path / "a.mha", VOLUME.astype("u2"))
+    path = write_itk(tmp_path / "a.mha", VOLUME.astype("u2"))
     text = path.read_bytes().partition(b"LOCAL\n")[0]
     text = text.replace(b"MSB = False", b"MSB = True").replace(
         b"ElementType", b"DistanceUnits = um\nElementType"
@@ -65,17 +57,17 @@ def test_big_endian_in_micrometres(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_damaged(tmp_path: Path, packed: bool) -> None:
-    assert check_damaged(write(tmp_path / "a.mha", VOLUME, packed)) > 20
+    assert check_damaged(write_itk(tmp_path / "a.mha", VOLUME, packed)) > 20
 
 
 def test_through_the_clip(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.mha", VOLUME).rename(tmp_path / "fetched")
+    path = write_itk(tmp_path / "a.mha", VOLUME).rename(tmp_path / "fetched")
     np.testing.assert_array_equal(clip_in(path, "a.mha"), VOLUME)
 
 
 def test_values_in_another_file(tmp_path: Path) -> None:
     with pytest.raises(DecodeError, match=r"values in another file.*one file .mha"):
-        clip_in(write(tmp_path / "a.mhd", VOLUME))
+        clip_in(write_itk(tmp_path / "a.mhd", VOLUME))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +91,7 @@ def test_values_in_another_file(tmp_path: Path) -> None:
     ],
 )
 def test_refused(tmp_path: Path, before: bytes, after: bytes, message: str) -> None:
-    path = write(tmp_path / "a.mha", VOLUME)
+    path = write_itk(tmp_path / "a.mha", VOLUME)
     content = path.read_bytes()
     assert before in content
     path.write_bytes(content.replace(before, after, 1))
@@ -108,7 +100,7 @@ def test_refused(tmp_path: Path, before: bytes, after: bytes, message: str) -> N
 
 
 def test_packed_file_of_a_huge_volume(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.mha", VOLUME, packed=True)
+    path = write_itk(tmp_path / "a.mha", VOLUME, packed=True)
     path.write_bytes(path.read_bytes().replace(b"DimSize = 5 6 4", b"DimSize = 90000 90000 4"))
     with pytest.raises(DecodeError, match="packed ones cannot hold them"):
         clip_in(path)

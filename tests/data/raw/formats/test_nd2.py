@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import lzma
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from cut_files import damage_is_named, read_cut_anywhere
 from make_media import read_volume
 from nd2_writer import write_nd2
+from raw_files import damage_is_named, read_cut_anywhere, stack_in
 
 from dist_train.data.raw.formats.nd2 import read
-from dist_train.data.raw.stack import RGB, Choices, Stack
+from dist_train.data.raw.stack import RGB, Choices
 from dist_train.errors import DecodeError
 
 SAMPLES = Path(__file__).parent / "samples"
 VALUES = np.random.default_rng(0).integers(0, 1 << 12, (2, 3, 4, 5, 6, 2), np.uint16)
 LOOPS = [("T", 2), ("P", 3), ("Z", 4)]
-
-
-def stack_of(path: Path, **choices: Any) -> tuple[np.ndarray, Stack]:
-    stack = read(path, path, Choices(**choices))
-    frames = np.stack(list(stack.frames))
-    assert (len(frames), frames.dtype) == (stack.count, stack.dtype)
-    return frames, stack
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -43,11 +35,11 @@ def test_time_depth_positions_and_channels(tmp_path: Path, compressed: bool, pad
         step=1.5,
         times=np.repeat([0, 40.0], 12),
     )
-    frames, stack = stack_of(path, depth_axis="T", plane=1, series=2)
+    stack, frames = stack_in(path, depth_axis="T", plane=1, series=2)
     np.testing.assert_array_equal(frames, VALUES[:, 2, 1])
     assert (stack.channels, stack.bits) == (("DAPI", "channel 1"), 12)
     assert (stack.spacing, stack.interval) == ((None, 0.25, 0.25), 0.04)
-    frames, stack = stack_of(path, depth_axis="Z", plane=1, series=0)
+    stack, frames = stack_in(path, depth_axis="Z", plane=1, series=0)
     np.testing.assert_array_equal(frames, VALUES[1, 0])
     assert (stack.spacing, stack.interval) == ((1.5, 0.25, 0.25), None)
     with pytest.raises(DecodeError, match=r"3 series of pictures \(0 well 0, 1 well 1"):
@@ -65,7 +57,7 @@ def test_time_depth_positions_and_channels(tmp_path: Path, compressed: bool, pad
 def test_interval(tmp_path: Path, times: list[float] | None, interval: float | None) -> None:
     frames = VALUES[0, 0, ..., :1]
     path = write_nd2(tmp_path / "a.nd2", frames, [("T", 4)], period=50.0, times=times)
-    values, stack = stack_of(path)
+    stack, values = stack_in(path)
     np.testing.assert_array_equal(values, frames[..., 0])
     assert (stack.interval, stack.spacing) == (interval, (None, None, None))
 
@@ -73,7 +65,7 @@ def test_interval(tmp_path: Path, times: list[float] | None, interval: float | N
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_one_picture_of_each_type(tmp_path: Path, dtype: type) -> None:
     picture = VALUES[0, 0, :1, ..., :1].astype(dtype)
-    frames, stack = stack_of(write_nd2(tmp_path / "a.nd2", picture))
+    stack, frames = stack_in(write_nd2(tmp_path / "a.nd2", picture))
     np.testing.assert_array_equal(frames, picture[..., 0])
     assert stack.channels == ("grey",)
 
@@ -81,7 +73,7 @@ def test_one_picture_of_each_type(tmp_path: Path, dtype: type) -> None:
 def test_colour_is_stored_blue_first(tmp_path: Path) -> None:
     colours = VALUES[0, 0, :2].astype(np.uint8)[..., [0, 1, 0]] + np.arange(3, dtype=np.uint8)
     path = write_nd2(tmp_path / "a.nd2", colours, [("Z", 2)], colours=True)
-    frames, stack = stack_of(path)
+    stack, frames = stack_in(path)
     np.testing.assert_array_equal(frames, colours[..., ::-1])
     assert stack.channels == RGB
 
@@ -91,7 +83,7 @@ def test_a_file_of_nis_elements(tmp_path: Path) -> None:
     content = lzma.decompress((SAMPLES / "cluster.nd2.xz").read_bytes())
     path = tmp_path / "cluster.nd2"
     path.write_bytes(content)
-    frames, stack = stack_of(path, depth_axis="Z", plane=1)
+    stack, frames = stack_in(path, depth_axis="Z", plane=1)
     assert stack.channels == ("5-FAM/pH 9.0", "FM 4-64/2% CHAPS")
     assert (frames.shape, stack.bits) == ((10, 31, 38, 2), 12)
     assert stack.spacing == pytest.approx((0.5, 0.167808983, 0.167808983))
@@ -100,7 +92,7 @@ def test_a_file_of_nis_elements(tmp_path: Path) -> None:
         at = content.index(b"ImageDataSeq|%d!" % (10 + z)) - 16 + 4096
         raw = np.frombuffer(content, "<u2", 31 * 38 * 2, at).reshape(31, 38, 2)
         np.testing.assert_array_equal(frames[z], raw)
-    _, stack = stack_of(path, depth_axis="T", plane=0)
+    stack, _ = stack_in(path, depth_axis="T", plane=0)
     assert stack.interval == pytest.approx((21.740178 - 0.445083) / 2, rel=1e-3)
 
 

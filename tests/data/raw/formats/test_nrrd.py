@@ -8,21 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK
-from raw_files import check_damaged, clip_in, stack_in
+from raw_files import check_damaged, clip_in, stack_in, write_itk
 
 from dist_train.data.raw.stack import RGB
 from dist_train.errors import DecodeError
 
 RNG = np.random.default_rng(0)
 VOLUME = RNG.integers(0, 256, (4, 6, 5), np.uint8)
-
-
-def write(path: Path, array: np.ndarray, packed: bool = False, vector: bool = False) -> Path:
-    image = SimpleITK.GetImageFromArray(array, isVector=vector)
-    image.SetSpacing((0.5, 0.25, 2.0, 1.0)[: image.GetDimension()])
-    SimpleITK.WriteImage(image, str(path), packed)
-    return path
 
 
 def by_hand(path: Path, header: str, values: bytes = b"") -> Path:
@@ -34,7 +26,7 @@ def by_hand(path: Path, header: str, values: bytes = b"") -> Path:
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
 def test_values_and_spacing(tmp_path: Path, dtype: type, packed: bool) -> None:
     array = (VOLUME.astype(float) - 100).astype(dtype)
-    stack, frames = stack_in(write(tmp_path / "a.nrrd", array, packed))
+    stack, frames = stack_in(write_itk(tmp_path / "a.nrrd", array, packed))
     np.testing.assert_array_equal(frames, array)
     assert stack.dtype == dtype
     assert stack.spacing == (2000, 250, 500)
@@ -43,7 +35,7 @@ def test_values_and_spacing(tmp_path: Path, dtype: type, packed: bool) -> None:
 
 def test_channels_and_colours(tmp_path: Path) -> None:
     array = RNG.normal(size=(4, 6, 5, 2)).astype(np.float32)
-    stack, frames = stack_in(write(tmp_path / "a.nrrd", array, vector=True))
+    stack, frames = stack_in(write_itk(tmp_path / "a.nrrd", array, vector=True))
     np.testing.assert_array_equal(frames, array)
     assert stack.channels == ("channel 0", "channel 1")
     header = "type: uchar\ndimension: 4\nsizes: 3 5 6 2\nencoding: raw\n"
@@ -80,11 +72,11 @@ def test_encodings(tmp_path: Path, encoding: str) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_damaged(tmp_path: Path, packed: bool) -> None:
-    assert check_damaged(write(tmp_path / "a.nrrd", VOLUME, packed)) > 20
+    assert check_damaged(write_itk(tmp_path / "a.nrrd", VOLUME, packed)) > 20
 
 
 def test_through_the_clip(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.nrrd", VOLUME).rename(tmp_path / "fetched")
+    path = write_itk(tmp_path / "a.nrrd", VOLUME).rename(tmp_path / "fetched")
     np.testing.assert_array_equal(clip_in(path, "a.NRRD"), VOLUME)
 
 

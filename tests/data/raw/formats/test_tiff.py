@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import tifffile
 from make_media import read_volume
+from raw_files import stack_in
 from tifffile import TiffWriter, imwrite
 
 from dist_train.data.raw.formats.tiff import read
-from dist_train.data.raw.stack import Choices, Stack
+from dist_train.data.raw.stack import Choices
 from dist_train.errors import DecodeError
 
 STACK = np.random.default_rng(0).integers(0, 256, (6, 20, 24), dtype=np.uint8)
@@ -326,15 +327,6 @@ def test_a_chain_of_pages_that_leads_nowhere(tmp_path: Path, page: int, to: int)
         read(path, path, Choices())
 
 
-def stack_of(path: Path, **choices: Any) -> tuple[np.ndarray, Stack]:
-    """All frames, and what is said of them."""
-    stack = read(path, path, Choices(**choices))
-    frames = np.stack(list(stack.frames))
-    assert len(frames) == stack.count
-    assert frames.dtype == stack.dtype
-    return frames, stack
-
-
 SIZES = {"T": 3, "Z": 4, "C": 2, "Y": 6, "X": 7}
 HYPERSTACK = np.random.default_rng(3).integers(0, 1 << 16, (*SIZES.values(),), dtype=np.uint16)
 
@@ -350,7 +342,7 @@ def test_axes_of_ome(tmp_path: Path, order: str, depth: Literal["T", "Z"]) -> No
     }
     values = np.moveaxis(HYPERSTACK, (0, 1, 2), [order.index(axis) for axis in "TZC"])
     imwrite(tmp_path / "a.tif", values, ome=True, metadata=metadata, **GREY)
-    frames, stack = stack_of(tmp_path / "a.tif", depth_axis=depth, plane=1)
+    stack, frames = stack_in(tmp_path / "a.tif", depth_axis=depth, plane=1)
     expected = HYPERSTACK[:, 1] if depth == "T" else HYPERSTACK[1]
     np.testing.assert_array_equal(frames, np.moveaxis(expected, 1, -1))
     assert stack.channels == ("DAPI", "GFP")
@@ -368,7 +360,7 @@ def test_axes_of_ome(tmp_path: Path, order: str, depth: Literal["T", "Z"]) -> No
 def test_time_stamps_of_ome(tmp_path: Path, times: list[float], interval: float | None) -> None:
     metadata = {"axes": "TYX", "TimeIncrement": 3, "Plane": {"DeltaT": times}}
     imwrite(tmp_path / "a.tif", STACK[:3], ome=True, metadata=metadata, **GREY)
-    assert stack_of(tmp_path / "a.tif")[1].interval == interval
+    assert stack_in(tmp_path / "a.tif")[0].interval == interval
 
 
 def test_series_of_ome(tmp_path: Path) -> None:
@@ -381,7 +373,7 @@ def test_series_of_ome(tmp_path: Path) -> None:
             tif.write(stack[:, ::2, ::2], subfiletype=1, **how)
     with pytest.raises(DecodeError, match=r"holds 2 series of pictures \(0 first ZYX \["):
         read(tmp_path / "a.tif", "a", Choices())
-    frames, stack = stack_of(tmp_path / "a.tif", series=1)
+    stack, frames = stack_in(tmp_path / "a.tif", series=1)
     np.testing.assert_array_equal(frames, STACK + np.uint8(1))
     assert stack.spacing[0] == 2
 
@@ -391,7 +383,7 @@ def test_stacks_of_colour(tmp_path: Path, how: str) -> None:
     colours = np.random.default_rng(2).integers(0, 256, (4, 6, 7, 3), dtype=np.uint8)
     metadata = {"axes": "TYXS"}
     imwrite(tmp_path / "a.tif", colours, photometric="rgb", metadata=metadata, **{how: True})
-    frames, stack = stack_of(tmp_path / "a.tif")
+    stack, frames = stack_in(tmp_path / "a.tif")
     np.testing.assert_array_equal(frames, colours)
     assert stack.channels == ("red", "green", "blue")
 
@@ -403,16 +395,16 @@ def test_planes_that_ome_declares_and_are_not_there(tmp_path: Path) -> None:
     for before, after in (('SizeT="6"', 'SizeT="7"'), ('PlaneCount="6"', 'PlaneCount="7"')):
         tifffile.tiffcomment(path, said := said.replace(before, after))
         with pytest.raises(DecodeError, match=r"is cut short|as it is meant"):
-            stack_of(path)
+            stack_in(path)
 
 
 def test_hyperstacks_of_imagej(tmp_path: Path) -> None:
     metadata = {"axes": "TZCYX", "unit": "micron", "spacing": 1.5, "finterval": 0.25}
     imwrite(tmp_path / "a.tif", HYPERSTACK, imagej=True, resolution=(4, 2), metadata=metadata)
-    frames, stack = stack_of(tmp_path / "a.tif", depth_axis="Z", plane=2)
+    stack, frames = stack_in(tmp_path / "a.tif", depth_axis="Z", plane=2)
     np.testing.assert_array_equal(frames, np.moveaxis(HYPERSTACK[2], 1, -1))
     assert (stack.channels, stack.spacing) == (("channel 0", "channel 1"), (1.5, 0.5, 0.25))
-    frames, stack = stack_of(tmp_path / "a.tif", depth_axis="T", plane=3)
+    stack, frames = stack_in(tmp_path / "a.tif", depth_axis="T", plane=3)
     np.testing.assert_array_equal(frames, np.moveaxis(HYPERSTACK[:, 3], 1, -1))
     assert (stack.spacing, stack.interval) == ((None, 0.5, 0.25), 0.25)
     np.testing.assert_array_equal(
@@ -423,7 +415,7 @@ def test_hyperstacks_of_imagej(tmp_path: Path) -> None:
 
 def test_imagej_in_pixels_has_no_spacing(tmp_path: Path) -> None:
     imwrite(tmp_path / "a.tif", STACK, imagej=True, resolution=(72, 72), metadata={"axes": "ZYX"})
-    assert stack_of(tmp_path / "a.tif")[1].spacing == (None, None, None)
+    assert stack_in(tmp_path / "a.tif")[0].spacing == (None, None, None)
 
 
 def test_signed_values_of_imagej(tmp_path: Path) -> None:
@@ -431,7 +423,7 @@ def test_signed_values_of_imagej(tmp_path: Path) -> None:
     stored = (values.astype(np.int32) + 32768).astype(np.uint16)
     metadata = {"axes": "ZYX", "cf": 0, "c0": -32768, "c1": 1}
     imwrite(tmp_path / "a.tif", stored, imagej=True, metadata=metadata)
-    np.testing.assert_array_equal(stack_of(tmp_path / "a.tif")[0], values)
+    np.testing.assert_array_equal(stack_in(tmp_path / "a.tif")[1], values)
 
 
 @pytest.mark.parametrize("dtype", ["i1", "i2", "u4", "i4", "f2", "f4", "f8"])
@@ -439,11 +431,11 @@ def test_signed_values_of_imagej(tmp_path: Path) -> None:
 def test_values_are_kept(tmp_path: Path, dtype: str, how: dict[str, Any]) -> None:
     values = (STACK.astype(np.float64) - 128).astype(dtype)
     imwrite(tmp_path / "a.tif", values, **GREY, **how)
-    np.testing.assert_array_equal(stack_of(tmp_path / "a.tif")[0], values)
+    np.testing.assert_array_equal(stack_in(tmp_path / "a.tif")[1], values)
     if dtype != "u4":
         imwrite(tmp_path / "a.tif", values, photometric="miniswhite")
         with pytest.raises(DecodeError, match="white is zero, in"):
-            stack_of(tmp_path / "a.tif")
+            stack_in(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("planar", ["contig", "separate"])
@@ -451,7 +443,7 @@ def test_samples_that_are_channels(tmp_path: Path, planar: str) -> None:
     values = STACK.reshape(3, 20, 24, 2)
     laid = values if planar == "contig" else np.moveaxis(values, -1, 1)
     imwrite(tmp_path / "a.tif", laid, planarconfig=planar, **GREY)
-    frames, stack = stack_of(tmp_path / "a.tif")
+    stack, frames = stack_in(tmp_path / "a.tif")
     np.testing.assert_array_equal(frames, values)
     assert stack.channels == ("channel 0", "channel 1")
 
@@ -459,7 +451,7 @@ def test_samples_that_are_channels(tmp_path: Path, planar: str) -> None:
 def test_metadata_of_micro_manager(tmp_path: Path) -> None:
     more = {"PixelSize_um": 0.65, "z-step_um": 2, "Interval_ms": 50, "BitDepth": 12}
     micro_manager(tmp_path / "a_MMStack.tif", 6, **more)
-    stack = stack_of(tmp_path / "a_MMStack.tif")[1]
+    stack = stack_in(tmp_path / "a_MMStack.tif")[0]
     assert (stack.spacing, stack.interval, stack.bits) == ((None, 0.65, 0.65), 0.05, 12)
 
 
@@ -477,5 +469,5 @@ def test_bits_are_those_of_the_chosen_image(tmp_path: Path) -> None:
         for bits in (10, 14):
             metadata = {"axes": "ZYX", "SignificantBits": bits}
             tif.write(STACK.astype(np.uint16), metadata=metadata, **GREY)
-    assert stack_of(tmp_path / "a.tif", series=0)[1].bits == 10
-    assert stack_of(tmp_path / "a.tif", series=1)[1].bits == 14
+    assert stack_in(tmp_path / "a.tif", series=0)[0].bits == 10
+    assert stack_in(tmp_path / "a.tif", series=1)[0].bits == 14

@@ -11,23 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 from make_media import read_volume
+from raw_files import stack_in
 from zarr_writer import write_array, write_group
 
 from dist_train.data.raw.formats import format_of
 from dist_train.data.raw.formats.zarr import read, reads_folder
-from dist_train.data.raw.stack import Choices, Stack
+from dist_train.data.raw.stack import Choices
 from dist_train.errors import DecodeError
 
 zarr = pytest.importorskip("zarr")
 VALUES = np.random.default_rng(0).integers(1, 1 << 16, (3, 2, 4, 5, 6), np.uint16)
 STACK = VALUES[0, 0]
-
-
-def stack_of(path: Path, **choices: Any) -> tuple[np.ndarray, Stack]:
-    stack = read(path, path, Choices(**choices))
-    frames = np.stack(list(stack.frames))
-    assert (len(frames), frames.dtype) == (stack.count, stack.dtype)
-    return frames, stack
 
 
 def zipped(path: Path, inside: bool = False) -> Path:
@@ -74,11 +68,11 @@ def ome(path: Path, version: int = 3, axes: str = "tczyx", **more: Any) -> Path:
 def test_ome_zarr(tmp_path: Path, version: int, axes: str, archive: bool) -> None:
     path = ome(tmp_path / "a.ome.zarr", version, axes)
     path = zipped(path) if archive else path
-    frames, stack = stack_of(path, depth_axis="Z", plane=2)
+    stack, frames = stack_in(path, depth_axis="Z", plane=2)
     np.testing.assert_array_equal(frames, np.moveaxis(VALUES[2], 0, -1))
     assert stack.channels == ("DAPI", "channel 1")
     assert (stack.spacing, stack.interval, stack.damaged) == ((2.0, 0.25, 0.5), None, 0)
-    frames, stack = stack_of(path, depth_axis="T", plane=3)
+    stack, frames = stack_in(path, depth_axis="T", plane=3)
     np.testing.assert_array_equal(frames, np.moveaxis(VALUES[:, :, 3], 1, -1))
     assert (stack.spacing, stack.interval) == ((None, 0.25, 0.5), 0.04)
     with pytest.raises(DecodeError, match="both time and depth"):
@@ -91,7 +85,7 @@ def test_ome_zarr_of_the_first_versions(tmp_path: Path) -> None:
     """Without units and scales; before 0.3 without axes."""
     write_array(tmp_path / "a.zarr" / "0", VALUES[:1, :1], version=2)
     write_group(tmp_path / "a.zarr", 2, {"multiscales": [{"datasets": [{"path": "0"}]}]})
-    frames, stack = stack_of(tmp_path / "a.zarr")
+    stack, frames = stack_in(tmp_path / "a.zarr")
     np.testing.assert_array_equal(frames, STACK)
     assert stack.spacing == (None, None, None)
 
@@ -102,7 +96,7 @@ def test_ome_zarr_of_the_first_versions(tmp_path: Path) -> None:
 def test_an_array(tmp_path: Path, version: int, packed: bool, dtype: str) -> None:
     values = (STACK >> 8).astype(dtype)
     path = write_array(tmp_path / "a.zarr", values, (3, 5, 4), version, packed=packed)
-    frames, _ = stack_of(path)
+    _, frames = stack_in(path)
     np.testing.assert_array_equal(frames, values)
 
 
@@ -110,7 +104,7 @@ def test_an_array(tmp_path: Path, version: int, packed: bool, dtype: str) -> Non
 def test_names_of_axes(tmp_path: Path, version: int) -> None:
     names = ("channel", "z", "y", "x")
     path = write_array(tmp_path / "a.zarr", VALUES[0], None, version, names=names)
-    np.testing.assert_array_equal(stack_of(path)[0], np.moveaxis(VALUES[0], 0, -1))
+    np.testing.assert_array_equal(stack_in(path)[1], np.moveaxis(VALUES[0], 0, -1))
     path = write_array(tmp_path / "b.zarr", VALUES[0], None, version)
     with pytest.raises(DecodeError, match="4 axes without names"):
         read(path, path, Choices())
@@ -125,8 +119,8 @@ def test_names_of_axes(tmp_path: Path, version: int) -> None:
 def test_a_dataset_by_its_path(tmp_path: Path) -> None:
     path = write_group(tmp_path / "a.zarr", 3)
     write_array(write_group(path / "b", 3) / "c", STACK)
-    np.testing.assert_array_equal(stack_of(path, dataset="b/c")[0], STACK)
-    np.testing.assert_array_equal(stack_of(path, dataset="b")[0], STACK)
+    np.testing.assert_array_equal(stack_in(path, dataset="b/c")[1], STACK)
+    np.testing.assert_array_equal(stack_in(path, dataset="b")[1], STACK)
     write_array(path / "b" / "d", STACK[:2])
     with pytest.raises(DecodeError, match=r"2 arrays \(c \[4, 5, 6\], d \[2, 5, 6\]\)\. Name one"):
         read(path, path, Choices(dataset="b"))
@@ -144,7 +138,7 @@ def test_codecs_and_shards_of_the_package(tmp_path: Path) -> None:
             path, shape=STACK.shape, chunks=(2, 5, 3), dtype="u2", zarr_format=version, **how
         )
         array[:] = STACK
-        frames, stack = stack_of(path)
+        stack, frames = stack_in(path)
         np.testing.assert_array_equal(frames, STACK)
         assert stack.damaged == 0
 
@@ -153,7 +147,7 @@ def test_codecs_and_shards_of_the_package(tmp_path: Path) -> None:
 def test_archives(tmp_path: Path, inside: bool) -> None:
     path = zipped(write_array(tmp_path / "a.zarr", STACK), inside)
     assert format_of(path.name, path) is not None
-    np.testing.assert_array_equal(stack_of(path)[0], STACK)
+    np.testing.assert_array_equal(stack_in(path)[1], STACK)
 
 
 def test_series(tmp_path: Path) -> None:
@@ -165,7 +159,7 @@ def test_series(tmp_path: Path) -> None:
         write_group(path / str(number), 2, {"multiscales": scales})
     with pytest.raises(DecodeError, match="holds 11 series"):
         read(path, path, Choices())
-    np.testing.assert_array_equal(stack_of(path, series=10)[0], STACK + np.uint16(10))
+    np.testing.assert_array_equal(stack_in(path, series=10)[1], STACK + np.uint16(10))
     write_group(path / "1", 2, {"multiscales": scales * 2})
     with pytest.raises(DecodeError, match="holds 2 series"):
         read(path, path, Choices(dataset="1"))
@@ -178,7 +172,7 @@ def test_lost_chunks_are_damage(tmp_path: Path) -> None:
     """Zarr gives fill values for them."""
     path = write_array(tmp_path / "a.zarr", STACK, (3, 5, 3))
     (path / "c" / "0" / "0" / "1").unlink()
-    assert stack_of(path)[1].damaged == 3
+    assert stack_in(path)[0].damaged == 3
     with pytest.raises(DecodeError, match=r"3 of 4 frames are damaged.*--damaged keep"):
         read_volume(path, bits=16)
     shutil.rmtree(path / "c")
