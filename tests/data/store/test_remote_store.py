@@ -25,7 +25,7 @@ from dist_train.config import CacheSettings, LoaderSettings
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.loader import Loader, with_coming
 from dist_train.data.loading.sampler import Slot
-from dist_train.data.store import remote_shards
+from dist_train.data.store import reader, remote_shards
 from dist_train.data.store.build import PrepareSettings, prepare
 from dist_train.data.store.clip_cache import UNIT, ClipCache
 from dist_train.data.store.clip_table import TABLE
@@ -189,6 +189,9 @@ def test_verify_finds_what_is_wrong_behind_a_url(server: WebServer, folder: Path
     server.files["bucket/store/shards/foreign.tar"] = b""
     from dist_train.data.store.verify import verify
 
+    message = fails("verify", URL, "--workers", 1)
+    assert "3 faults. Download it, repair that copy, and upload" in message
+    assert "--repair" not in message
     found = {(str(fault.where), fault.what) for fault in verify(URL, workers=1)}
     assert found == {
         (f"{URL}/shards/foreign.tar", "does not belong to the store; move it away"),
@@ -309,10 +312,16 @@ def test_lists_of_another_store(server: WebServer, cache: CacheSettings) -> None
 
 
 def test_without_its_table_the_index_is_read(
-    server: WebServer, folder: Path, cache: CacheSettings
+    server: WebServer,
+    folder: Path,
+    cache: CacheSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(reader, "MANY", CLIPS)
     del server.files[f"bucket/store/{TABLE}"]
     store = Store(URL, cache)
+    assert f"{URL} has no clip table ('{TABLE}'), so each process reads" in caplog.text
     assert_same(store, folder)
     assert_same(pickle.loads(pickle.dumps(store)), folder)
 
