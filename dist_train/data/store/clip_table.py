@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from dist_train.array_file import Array, ArrayFile, Pieces, Spool, write_arrays
-from dist_train.data.store.shards import Form, form_of, form_text
+from dist_train.data.store.shards import REPAIR, Form, form_of, form_text
 from dist_train.data.types import METADATA, Record
 from dist_train.errors import FileError, StoreError
 from dist_train.files import written_whole
@@ -70,7 +70,7 @@ def write_table(path: Path, records: Iterable[tuple[str, Record]], shards: int, 
         raise StoreError(
             f"the records of the shards make no clip table ({error})",
             where=path.parent,
-            fix="Run 'dist-train verify' with --repair.",
+            fix=REPAIR,
         ) from None
 
 
