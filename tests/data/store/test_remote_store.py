@@ -392,6 +392,31 @@ def test_shards_of_other_stores_give_way_first(
     assert all(path.stat().st_size for path in shards_of(CacheSettings(dir=tmp_path / "cache"))[:3])
 
 
+@pytest.mark.parametrize("is_open", [True, False])
+def test_files_beside_the_shards_of_an_open_store_stay(tmp_path: Path, is_open: bool) -> None:
+    settings = CacheSettings(dir=tmp_path, size=1_000_000)
+    first = ClipCache(settings)
+    table = first.of_store("other") / TABLE
+    shard = table.parent / "shards/shard-000000.tar"
+    for path, when in ((table, 0), (shard, 9)):
+        path.write_bytes(bytes(400_000))
+        os.utime(path, (when, when))
+    # A worker's copy counts as well.
+    copy = pickle.loads(pickle.dumps(first)) if is_open else None
+    del first
+    own = ClipCache(settings)
+    index = own.of_store("own") / INDEX
+    index.write_bytes(bytes(100_000))
+    growing = index.parent / "shards/shard-000000.tar"
+    for number in range(20):
+        own.write(growing, number << 17, memoryview(bytes(1 << 16)))
+    assert shard.stat().st_size == 0
+    assert table.exists() is (copy is not None)
+    assert index.exists()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_blocks * 512 for path in files) < settings.size + 2 * UNIT
+
+
 def test_a_store_is_used_when_it_is_opened(
     server: WebServer, folder: Path, cache: CacheSettings
 ) -> None:
