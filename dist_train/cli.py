@@ -427,13 +427,15 @@ def verify(
     from dist_train.data.store.repair import lost_files
     from dist_train.data.store.repair import repair as mend
 
+    fix = (
+        "Run 'dist-train verify' with --repair and the folder of raw files."
+        if repair is None and not salvage
+        else "The repair cannot mend them; write the store again."
+    )
     if is_url(store):
+        fix = "Download it, repair that copy, and upload the files that changed."
         if repair is not None or salvage:
-            raise ConfigError(
-                "a store behind a URL is only read",
-                where=store,
-                fix="Repair the local copy, and upload the files that changed.",
-            )
+            raise ConfigError("a store behind a URL is only read", where=store, fix=fix)
         faults, lost = _faults_of(store, workers), []
     else:
         folder = local_path(store)
@@ -451,9 +453,7 @@ def verify(
         raise StoreError(
             f"{len(faults)} faults",
             where=store,
-            fix="Run 'dist-train verify' with --repair and the folder of raw files."
-            if repair is None and not salvage
-            else "The repair cannot mend them; write the store again.",
+            fix=fix,
         )
     _echo(f"{store} is whole")
     _print_copies(store)

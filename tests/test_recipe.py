@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import ROOT
+from plans import make_plan
 from tables import table_of
 
 from dist_train.config import Config, load_config
-from dist_train.data.plan.plan import Plan, make_plan
+from dist_train.data.plan.plan import Plan
 from dist_train.data.splits import CODES, choose_clips
 from dist_train.training.schedule import Schedule
 

@@ -36,6 +36,7 @@ from measuring import (
     seconds,
     versions,
 )
+from plans import make_plan
 from rich.table import Table
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_dcp
@@ -44,7 +45,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.checkpoint.format import latest_valid
 from dist_train.config import CheckpointSettings, OptimSettings, TrainSettings
-from dist_train.data.plan.plan import make_plan
 from dist_train.distributed.backends.ddp import DdpBackend
 from dist_train.files import sync_folder
 from dist_train.models.registry import build_model

@@ -57,7 +57,9 @@ def main() -> None:
     parser = options(__doc__, "one round, only some clips")
     parser.add_argument("--clips", type=int, default=3072, help="clips to make (default 3072)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (default 3)")
-    parser.add_argument("--batches", type=int, default=24, help="timed in a run (default 24)")
+    parser.add_argument(
+        "--batches", type=int, help="timed in a run (default 24; with --remote those of an epoch)"
+    )
     parser.add_argument("--batch", type=int, default=BATCH, help=f"its clips (default {BATCH})")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--no-peers", action="store_true", help="only our loader")
@@ -68,9 +70,11 @@ def main() -> None:
     parser.add_argument("--stream-mb-s", type=float, default=80.0, help="of a connection (80)")
     parser.add_argument("--folder", type=Path, help="folder to keep and reuse the clips")
     arguments = parser.parse_args()
+    # With --remote 0 times all of an epoch.
+    batches = arguments.batches or (0 if arguments.remote else 24)
     if arguments.quick:
         arguments.clips, arguments.rounds = min(arguments.clips, 256), 1
-        arguments.batches = min(arguments.batches, 6)
+        batches = min(batches, 6)
     if arguments.clips < 2 * arguments.batch:
         parser.error("--clips must be at least twice --batch, for batches without repeated clips")
     with tempfile.TemporaryDirectory(prefix="bench_loader.") as temporary:
@@ -80,11 +84,13 @@ def main() -> None:
             import bench_remote
 
             server = {name: getattr(arguments, name) for name in ("latency", "mb_s", "stream_mb_s")}
-            bench = bench_remote.RemoteBench(folder, arguments.peers_python, **server)
+            bench = bench_remote.RemoteBench(
+                folder, arguments.peers_python, peers=not arguments.no_peers, **server
+            )
             show = bench_remote.as_table
         bench.write(arguments.clips)
         task = Task(arguments.batch, arguments.workers, PREFETCH)
-        result = bench.measure(task, arguments.batches, arguments.rounds)
+        result = bench.measure(task, batches, arguments.rounds)
     finish(arguments.json, result, show(result))
 
 

@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 from measuring import add_goals, finish, memory, new_table, options, say, seconds, versions
+from plans import make_plan
 from rich.table import Table
 
 from dist_train.class_ratio import ClassRatio
 from dist_train.data.plan.depth_order import by_depth
-from dist_train.data.plan.plan import Plan, make_plan, plan_of
+from dist_train.data.plan.plan import Plan, plan_of
 from dist_train.data.plan.rules import PlanRules
 from dist_train.data.plan.shuffle import Ints
 from dist_train.data.plan.weights import Floats

@@ -35,6 +35,8 @@ class RemoteBench(Bench):
     """Runs of remote contenders.
 
     Args:
+        peers_python: Python that has Streaming and LitData; None leaves them out.
+        peers: whether any peer runs.
         latency, mb_s, stream_mb_s: of the server.
     """
 
@@ -45,11 +47,14 @@ class RemoteBench(Bench):
         folder: Path,
         peers_python: Path | None,
         *,
+        peers: bool = True,
         latency: float,
         mb_s: float,
         stream_mb_s: float,
     ) -> None:
-        missing = () if peers_python else ELSEWHERE
+        missing: tuple[str, ...] = () if peers_python else ELSEWHERE
+        if not peers:
+            missing = PEERS
         super().__init__(folder, tuple(name for name in CONTENDERS if name not in missing))
         self.pythons = dict.fromkeys(ELSEWHERE, str(peers_python))
         self.server = {"latency": latency, "mb-s": mb_s, "stream-mb-s": stream_mb_s}
@@ -87,7 +92,7 @@ class RemoteBench(Bench):
                 with TemporaryDirectory(dir=self.folder, prefix="cache.") as cache:
                     place = "" if name == LOCAL else url
                     own = RemoteTask(
-                        task.batch, task.workers, task.prefetch, warm_up=warm_up,
+                        task.batch, task.workers, task.prefetch, warm_up=warm_up, batches=batches,
                         endpoint=place, bucket=BUCKET, cache=cache,
                     )  # fmt: skip
                     found = self.child(name, name, asdict(own))

@@ -36,6 +36,7 @@ from measuring import (
     versions,
     write_results,
 )
+from plans import make_plan
 from rich.table import Table
 from roofline import Ceilings, count_step, measure_ceilings
 from torch import Tensor
@@ -44,7 +45,6 @@ from dist_train.config import Config, last_of_each, load_config
 from dist_train.data.augment.packed_clips import NativeClips, pack
 from dist_train.data.augment.params import AugmentSampler
 from dist_train.data.loading.collate import Batch
-from dist_train.data.plan.plan import make_plan
 from dist_train.data.plan.shuffle import Ints
 from dist_train.data.synthetic.challenge_stats import BOX_HEIGHT, BOX_WIDTH
 from dist_train.distributed.backends import make_backend

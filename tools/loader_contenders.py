@@ -25,6 +25,7 @@ import numpy as np
 import psutil
 import torch
 from measuring import seconds
+from plans import make_plan
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -35,7 +36,7 @@ from dist_train.data.loading.collate import size_of
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.loader import Loader
 from dist_train.data.loading.sampler import PlanSampler, Slot
-from dist_train.data.plan.plan import Plan, make_plan
+from dist_train.data.plan.plan import Plan
 from dist_train.data.plan.shuffle import Ints
 from dist_train.data.store.reader import Store
 from dist_train.data.types import Volume

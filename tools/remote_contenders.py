@@ -268,22 +268,27 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 
 
 def run(passes: Passes, folder: Path, task: RemoteTask) -> dict[str, Any]:
-    """Clips a second of each epoch after the warm-up, and processor time of a clip."""
-    rates, times, first, used = [], [], 0.0, 0.0
+    """Clips a second of each epoch after the warm-up, and processor time of a clip: of
+    ``task.batches``, or to the end of the epoch if that is 0."""
+    rates, times, first = [], [], 0.0
     began = time.perf_counter()
     for batches in passes(folder, task):
-        clips, timed = 0, began
+        clips, timed, ended, used, spent = 0, began, 0.0, 0.0, 0.0
         for number, batch in enumerate(batches):
             now = time.perf_counter()
             first = first or now - began
             if number == task.warm_up:
                 timed, used = now, processor_s()
-            if number > task.warm_up:
+            elif number > task.warm_up and not ended:
                 clips += len(rows_of(batch))
-        ended = time.perf_counter()
+                # The rest of the epoch only fills the cache.
+                if number == task.warm_up + task.batches:
+                    ended, spent = now, processor_s()
+        if not ended:
+            ended, spent = time.perf_counter(), processor_s()
         rates.append(clips / (ended - timed))
-        times.append(1000 * (processor_s() - used) / clips)
-        began = ended
+        times.append(1000 * (spent - used) / clips)
+        began = time.perf_counter()
     return {"clips_per_second": rates, "processor_ms": times, "first_batch_s": first}
 
 

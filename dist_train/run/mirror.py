@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from threading import Lock
 
 from dist_train.checkpoint.format import MARKER, check_checkpoint, latest_valid, read_marker
-from dist_train.checkpoint.retention import RetentionPolicy, to_remove
+from dist_train.checkpoint.retention import Metrics, RetentionPolicy, to_remove
 from dist_train.checkpoint.superseded import SUPERSEDED, set_aside
 from dist_train.errors import CheckpointError, DistTrainError, RemoteError, RunError
 from dist_train.files import MOST_JSON, PARTIAL, reason_of, sync_folder, whole_aside
@@ -55,6 +55,8 @@ class Mirror:
         self._failed: DistTrainError | None = None
         # Size and time of change of the files that were copied.
         self._copied: dict[str, tuple[int, int]] = {}
+        # Of the checkpoints whose markers were read.
+        self._metrics: dict[int, Metrics] = {}
 
     def refuse_existing(self) -> None:
         """Check for ``--resume never``.
@@ -182,7 +184,9 @@ class Mirror:
                 self.objects.put(f"{prefix}/{name}", file)
         self._copy_changed()
         self.objects.put(f"{prefix}/{MARKER}", marker)
-        self._prune(int(checkpoint.name.partition("-")[2]))
+        step = int(checkpoint.name.partition("-")[2])
+        self._metrics[step] = _metrics_in(marker, step)
+        self._prune(step)
 
     def _copy_changed(self) -> None:
         # The folders that are left out are not entered: they change meanwhile.
@@ -201,20 +205,18 @@ class Mirror:
                     self._copied[name] = version
 
     def _prune(self, newest: int) -> None:
-        """Remove checkpoints behind the URL by the policy."""
-        saved = {}
-        with tempfile.TemporaryDirectory(prefix="dist_train.") as scratch:
-            for step in self._steps():
-                folder = Path(scratch) / f"step-{step}"
-                folder.mkdir()
-                name = f"{CHECKPOINTS}/{folder.name}/{MARKER}"
-                (folder / MARKER).write_bytes(self.objects.get(name, most_bytes=MOST_JSON))
-                try:
-                    found = read_marker(folder)["facts"].get("metrics")
-                except CheckpointError:
-                    found = None
-                saved[step] = found if isinstance(found, dict) else {}
-        cut_off = self._steps(marked=False) - saved.keys()
+        """Remove checkpoints behind the URL by the policy.
+
+        Those after ``newest`` go, too, where the run's folder spares those of another order:
+        another machine would go on from the newest one.
+        """
+        marked = self._steps()
+        for step in marked - self._metrics.keys():
+            name = f"{CHECKPOINTS}/step-{step}/{MARKER}"
+            content = self.objects.get(name, most_bytes=MOST_JSON)
+            self._metrics[step] = _metrics_in(content, step)
+        saved = {step: self._metrics[step] for step in marked}
+        cut_off = self._steps(marked=False) - marked
         for step in {*to_remove(saved, newest, self._keep), *cut_off} - {newest}:
             self._remove(f"{CHECKPOINTS}/step-{step}/")
 
@@ -239,6 +241,19 @@ class Mirror:
                 fix="Give checkpoint.mirror as s3://, gs:// or az://.",
             )
         return names
+
+
+def _metrics_in(marker: bytes, step: int) -> Metrics:
+    """The metrics in a checkpoint's marker; none if it is damaged, so that it is not the best."""
+    with tempfile.TemporaryDirectory(prefix="dist_train.") as scratch:
+        folder = Path(scratch) / f"step-{step}"
+        folder.mkdir()
+        (folder / MARKER).write_bytes(marker)
+        try:
+            found = read_marker(folder)["facts"].get("metrics")
+        except CheckpointError:
+            return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _newest_valid(folder: Path) -> int:

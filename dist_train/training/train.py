@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from dist_train.config import Config, changes, config_text
 from dist_train.distributed.backends import make_backend
+from dist_train.distributed.backends.base import Backend
 from dist_train.distributed.collectives import OfSomeRankError, on_main, run_on_all_ranks
 from dist_train.distributed.consistency import check_agreement
 from dist_train.distributed.peer_loss import translate_peer_loss
@@ -25,6 +26,7 @@ from dist_train.run.folder import (
     refuse_existing,
     refuse_lost_checkpoints,
 )
+from dist_train.run.mirror import Mirror
 from dist_train.run.record import (
     begin_session,
     code_from_outside,
@@ -40,6 +42,7 @@ from dist_train.system.main_guard import end_if_run_again
 from dist_train.training.console import closing, opening
 from dist_train.training.initial_weights import SETTING, Source, initial_model
 from dist_train.training.reporting import Say
+from dist_train.training.run_state import retention
 from dist_train.training.trainer import BeforeStep, Trainer
 
 log = logging.getLogger(__name__)
@@ -73,9 +76,18 @@ def train(
     with translate_peer_loss():
         backend = make_backend(config.train, clip_norm=config.optim.clip_norm)
         try:
-            trainer = Trainer(config, backend)
             with ExitStack() as opened:
-                on_main(backend, lambda: opened.enter_context(only_session(config.out)))
+
+                def lock() -> None:
+                    on_main(backend, lambda: opened.enter_context(only_session(config.out)))
+
+                if config.checkpoint.mirror is None:
+                    trainer = Trainer(config, backend)
+                    lock()
+                else:
+                    # The size of micro-batches that was found before is in the run's folder.
+                    lock()
+                    trainer = Trainer(config, backend, _open_mirror(config, backend, resume))
                 opened.enter_context(trainer.recovery.stop)
                 begin(trainer, resume)
                 opened.enter_context(_mirrored(trainer))
@@ -107,7 +119,6 @@ def begin(trainer: Trainer, resume: Resume) -> None:
     backend, config = trainer.backend, trainer.config
     out, data = config.out, trainer.data
     restored, init = None, None
-    on_main(backend, lambda: _look_into_mirror(trainer, resume))
     if resume == "auto":
         if not config.checkpoint.accept_other_order:
             on_main(backend, lambda: check_same_data(out, data))
@@ -141,13 +152,22 @@ def begin(trainer: Trainer, resume: Resume) -> None:
     trainer.first_step = trainer.done
 
 
-def _look_into_mirror(trainer: Trainer, resume: Resume) -> None:
-    """Bring the run here from ``checkpoint.mirror``, or refuse a second one there. On rank 0."""
-    if trainer.mirror is not None:
+def _open_mirror(config: Config, backend: Backend, resume: Resume) -> Mirror | None:
+    """Bring the run here from ``checkpoint.mirror``, or refuse a second one there. A collective
+    call; rank 0 gets the mirror."""
+    url, opened = config.checkpoint.mirror, []
+    assert url is not None
+
+    def look() -> None:
+        mirror = Mirror(config.out, url, retention(config.checkpoint))
         if resume == "never":
-            trainer.mirror.refuse_existing()
+            mirror.refuse_existing()
         else:
-            trainer.mirror.fetch()
+            mirror.fetch()
+        opened.append(mirror)
+
+    on_main(backend, look)
+    return opened[0] if opened else None
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from dist_train.training.micro_batch import MicroBatches
 from dist_train.training.optimizer import make_optimizer
 from dist_train.training.recovery import Recovery
 from dist_train.training.reporting import Reporter
-from dist_train.training.run_state import RunState, retention
+from dist_train.training.run_state import RunState
 from dist_train.training.schedule import Schedule
 from dist_train.training.small_sets import with_batch_that_fits
 from dist_train.training.step import BadStepError, OptimizerStep, ShortMemoryError, Values
@@ -42,13 +42,16 @@ BeforeStep = Callable[["Trainer", int], None]
 class Trainer:
     """One session of a run, in one of its processes. Constructing it is a collective call.
 
+    Args:
+        mirror: of ``checkpoint.mirror``, on rank 0, once the run was brought from there.
+
     Attributes:
         done: steps done.
         first_step: steps done when the session began.
         steps: steps of the whole run.
     """
 
-    def __init__(self, config: Config, backend: Backend) -> None:
+    def __init__(self, config: Config, backend: Backend, mirror: Mirror | None = None) -> None:
         self.data = with_batch_that_fits(open_data(config, training=True), backend)
         self.config = config = self.data.config
         self.backend = backend
@@ -75,12 +78,7 @@ class Trainer:
         self.validator = Validator(
             config, self.data, self.batches, backend, self.ema, beat=self.watchdog.beat
         )
-        url = config.checkpoint.mirror
-        self.mirror = (
-            Mirror(config.out, url, retention(config.checkpoint))
-            if url is not None and backend.is_main
-            else None
-        )
+        self.mirror = mirror
         self.state = RunState(
             config.out / CHECKPOINTS, backend, self.ema, self.batches.plan_at, config.checkpoint,
             seed=config.seed,

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fsspec import AbstractFileSystem
 from helpers import (
     InterruptedSessionError,
@@ -21,11 +22,14 @@ from helpers import (
 )
 
 from dist_train import objects
-from dist_train.checkpoint.format import by_step, check_checkpoint
+from dist_train.checkpoint.format import by_step, check_checkpoint, read_marker
 from dist_train.checkpoint.retention import RetentionPolicy
 from dist_train.errors import RemoteError, RunError
+from dist_train.run.folder import MICRO_BATCH
 from dist_train.run.mirror import Mirror
+from dist_train.training.micro_batch_note import conditions, write_note
 from dist_train.training.train import train
+from dist_train.training.trainer import Trainer
 
 SETTINGS = ("checkpoint.every_steps=3", "snapshots.at=[3]")
 KEEP = RetentionPolicy(2)
@@ -180,6 +184,48 @@ def test_without_a_server_training_goes_on_and_says_so_at_its_end(
         train(tiny_config(store, out, *SETTINGS, f"checkpoint.mirror={URL}"))
     assert "is not in checkpoint.mirror" in caplog.text
     check_checkpoint(by_step(out / "checkpoints")[-1][1])
+
+
+def test_markers_are_read_once_and_the_best_stays(
+    run: Path, bucket: AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get, asked = objects.Objects.get, []
+
+    def counted(self: objects.Objects, name: str, *, most_bytes: int) -> bytes:
+        asked.append(name)
+        return get(self, name, most_bytes=most_bytes)
+
+    monkeypatch.setattr(objects.Objects, "get", counted)
+    found = by_step(run / "checkpoints")
+    validated = [step for step, path in found if read_marker(path)["facts"]["metrics"]]
+    best, later = validated[0], [step for step, _ in found if step > validated[0]]
+    keep = RetentionPolicy(1, best="val/loss")
+    copied(run, best, Mirror(run, URL, keep))
+    mirror = Mirror(run, URL, keep)
+    for step in later:
+        if step not in validated:
+            copied(run, step, mirror)
+    assert asked == [f"checkpoints/step-{best}/checkpoint.json"]
+    assert best in steps_there(bucket)
+    assert len(steps_there(bucket)) == 2
+
+
+def test_the_noted_size_of_micro_batches_is_here_before_the_first_step(
+    run: Path, store: Path, tmp_path: Path, bucket: AbstractFileSystem
+) -> None:
+    copied(run, by_step(run / "checkpoints")[0][0], Mirror(run, URL, KEEP))
+    config = tiny_config(store, tmp_path / "here", *SETTINGS, f"checkpoint.mirror={URL}")
+    write_note(tmp_path, 4, conditions(config, torch.device("cpu")))
+    bucket.pipe(f"lab/runs/first/{MICRO_BATCH}", (tmp_path / MICRO_BATCH).read_bytes())
+    accumulated = []
+
+    def before_step(trainer: Trainer, coming: int) -> None:
+        accumulated.append(trainer.micro.accumulate)
+        raise InterruptedSessionError
+
+    with pytest.raises(InterruptedSessionError):
+        train(config, resume="auto", before_step=before_step)
+    assert accumulated == [2]
 
 
 def test_the_web_is_refused(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, tiny_config
+from plans import make_plan
 from short_runs import assert_same_run, train_until
 from torch import nn
 
 from dist_train.config import Config, load_config
-from dist_train.data.plan.plan import Plan, make_plan
+from dist_train.data.plan.plan import Plan
 from dist_train.errors import RunError
 from dist_train.models.activation_budget import measure_parts, weigh
 from dist_train.models.registry import build_model

@@ -28,7 +28,7 @@ from dist_train.data.plan.depth_order import ByDepth, by_depth
 from dist_train.data.plan.epochs import Epochs
 from dist_train.data.plan.negatives import NegativeStreams
 from dist_train.data.plan.positives import PositiveOrder
-from dist_train.data.plan.rules import Matching, PlanRules
+from dist_train.data.plan.rules import PlanRules
 from dist_train.data.plan.shuffle import Ints, permute, root_key, subkey
 from dist_train.data.plan.voxel_budget import longest_run, run_edges
 from dist_train.data.plan.weights import UNIT, Floats, arcs
@@ -203,48 +203,6 @@ def _by_depth(indices: Ints, clips: ByDepth) -> Ints:
     return indices[np.argsort(clips.depth_at(indices), kind="stable")]
 
 
-def make_plan(
-    positives: Ints,
-    negatives: Ints,
-    *,
-    batch: int,
-    ratio: tuple[int, int],
-    seed: int,
-    positive_depths: Ints | None = None,
-    negative_depths: Ints | None = None,
-    matching: Matching = "matched",
-    weights: Floats | None = None,
-    groups: Ints | None = None,
-    max_voxels: int | None = None,
-    frame_voxels: int = 1,
-) -> Plan:
-    """A plan over the clip numbers of the two classes, int64 [count] each, in any order.
-
-    Args:
-        positive_depths: frames of each positive, int64 [count]. None: all clips count as equally
-            deep, so their order is random.
-        negative_depths: frames of each negative, int64 [count].
-        weights: float64 [count], the relative frequency of each negative within its depth bin; 0
-            leaves the clip out.
-        groups: group code of each negative, int64 [count]. Weights are divided by the size of the
-            group, so that all groups are equally frequent.
-        batch, ratio, seed, matching, max_voxels, frame_voxels: see ``PlanRules``.
-
-    Raises:
-        PlanError: a class has too few clips for a batch without repetition.
-    """
-    rules = PlanRules(batch, ClassRatio(*ratio), seed, matching, max_voxels, frame_voxels)
-    classes = sorted_classes(
-        positives,
-        negatives,
-        positive_depths=positive_depths,
-        negative_depths=negative_depths,
-        weights=weights,
-        groups=groups,
-    )
-    return plan_of(*classes, rules)
-
-
 def sorted_classes(
     positives: Ints,
     negatives: Ints,
@@ -254,7 +212,18 @@ def sorted_classes(
     weights: Floats | None = None,
     groups: Ints | None = None,
 ) -> tuple[ByDepth, ByDepth]:
-    """Positives and negatives, sorted; see ``make_plan``."""
+    """Positives and negatives, sorted by depth.
+
+    Args:
+        positives, negatives: their clip numbers, int64 [count] each, in any order.
+        positive_depths: frames of each positive, int64 [count]. None: all clips count as equally
+            deep, so their order is random.
+        negative_depths: frames of each negative, int64 [count].
+        weights: float64 [count], the relative frequency of each negative within its depth bin; 0
+            leaves the clip out.
+        groups: group code of each negative, int64 [count]. Weights are divided by the size of the
+            group, so that all groups are equally frequent.
+    """
     if groups is not None:
         _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
         weights = (1.0 if weights is None else weights) / sizes[group]
@@ -270,7 +239,7 @@ def plan_of(positives: ByDepth, negatives: ByDepth, rules: PlanRules) -> Plan:
     """A plan over clips that are sorted already.
 
     Raises:
-        PlanError: see ``make_plan``.
+        PlanError: a class has too few clips for a batch without repetition.
     """
     # A pass must be as long as a block and its longest tail: see positives.py.
     needed = 2 * rules.positives - gcd(len(positives), rules.positives)

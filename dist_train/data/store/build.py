@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -94,7 +95,7 @@ def prepare(
     run = _pool(engine, workers)
     publisher, folder = publisher_of(out), folder_of(out)
     job, shards = _plan(manifest, files, folder, settings, None, max_rejected, run, like)
-    with write_lock(folder, job):
+    with _blamed(publisher), write_lock(folder, job):
         _write_unfinished(folder, job, shards, files, run, progress, publisher)
         return _finish(folder, job, shards, max_rejected, publisher)
 
@@ -125,7 +126,7 @@ def prepare_part(
     # ``finalize`` counts the rejects.
     publisher, folder = publisher_of(out), folder_of(out)
     job, shards = _plan(manifest, files, folder, settings, part, 1.0, run, like)
-    with write_lock(folder, job, part):
+    with _blamed(publisher), write_lock(folder, job, part):
         _write_unfinished(folder, job, shards, files, run, progress, publisher)
 
 
@@ -139,9 +140,10 @@ def finalize(out: Location, *, max_rejected: float = 0.01) -> dict[str, Any]:
         StoreError: shards are missing, the store is being written, or too many clips were rejected.
     """
     publisher, folder = publisher_of(out), folder_of(out)
-    job = read_job(folder)
+    with _blamed(publisher):
+        job = read_job(folder)
     shards = job.shards(folder)
-    with write_lock(folder, job):
+    with _blamed(publisher), write_lock(folder, job):
         if publisher is not None:
             publisher.adopt(shards)
         missing = [shard for shard in shards if not shard.is_written()]
@@ -369,10 +371,19 @@ def _finish(
     max_rejected: float,
     publisher: Publisher | None,
 ) -> dict[str, Any]:
-    marker = finish(out, job, shards, max_rejected)
+    try:
+        marker = finish(out, job, shards, max_rejected)
+    except StoreError:
+        if publisher is not None:
+            publisher.put_rejects()
+        raise
     if publisher is not None:
         publisher.finish()
     return marker
+
+
+def _blamed(publisher: Publisher | None) -> AbstractContextManager[None]:
+    return nullcontext() if publisher is None else publisher.blamed()
 
 
 def _digest(path: Path) -> str:

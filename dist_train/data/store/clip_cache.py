@@ -3,6 +3,7 @@
     DIR/.used          its length counts the bytes of the folder, in units of ``UNIT``
     DIR/.lock          held by the process that makes room
     DIR/<store>/       32 hex digits of the SHA-256 of ``store.json``
+        .open          locked by each process that has the store open
         store.json, index.lmdb, ...
         shards/*.tar   sparse: only the clips that were read are in it, at their own offsets
 
@@ -16,9 +17,10 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from dist_train.config import CacheSettings
 from dist_train.errors import FileError, MachineError
@@ -32,6 +34,7 @@ UNIT = 1 << 16
 #: Share of the allowed size that is left when room was made.
 LEFT = 7 / 8
 NO_ROOM = ".no-room"
+OPEN = ".open"
 
 
 class ClipCache:
@@ -47,6 +50,7 @@ class ClipCache:
         self.folder = (settings.dir or user_cache() / "stores").absolute()
         self.size = int(settings.size)
         self._own: Path | None = None
+        self._open: int | None = None
         self._is_full = False
         with self._blamed():
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -65,6 +69,7 @@ class ClipCache:
                         self.folder, self.size / 2**30,
                     )  # fmt: skip
                 (self._own / "shards").mkdir(parents=True, exist_ok=True)
+            self._hold()
             # Reading leaves no trace, so a store counts as used when it is opened.
             for path in self._own.rglob("*"):
                 with suppress(OSError):
@@ -72,6 +77,27 @@ class ClipCache:
             # Whether there is room is found out, and told, again.
             (self._own / NO_ROOM).unlink(missing_ok=True)
         return self._own
+
+    def _hold(self) -> None:
+        """Let the files beside the shards stay as long as this object lives."""
+        assert self._own is not None
+        self._open = plain_descriptor(self._own / OPEN, os.O_RDWR | os.O_CREAT)
+        with suppress(OSError):
+            fcntl.flock(self._open, fcntl.LOCK_SH)
+
+    def __del__(self) -> None:
+        if self.__dict__.get("_open") is not None:
+            os.close(self.__dict__["_open"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if self._own is not None:
+            # The process that sent it has the store open, too.
+            with suppress(OSError, FileError):
+                self._hold()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -127,9 +153,10 @@ class ClipCache:
     def _make_room(self) -> None:
         """Cut the shards that were used least recently, unless another process does so.
 
-        Other files of other stores are removed as well. Those of this one remain.
+        After all shards of a store its other files are removed, unless a process has it open.
         """
-        with open_lock(self.folder / ".lock") as lock:
+        with ExitStack() as opened:
+            lock = opened.enter_context(open_lock(self.folder / ".lock"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -141,29 +168,43 @@ class ClipCache:
             for path in self.folder.glob("*/**/*"):
                 with suppress(OSError):
                     found = path.lstat()
-                    if path.is_file():
+                    if path.is_file() and not path.name.startswith("."):
                         files.append((found.st_mtime, found.st_blocks * 512, path))
             used = sum(size for _, size, _ in files)
             if used > self.size:
-                for _, size, path in sorted(files):
+                is_open = {self._own: True}
+                for size, path in self._in_order(files):
                     if used <= LEFT * self.size:
                         break
-                    if self._gave_way(path):
+                    store = self._store_of(path)
+                    if path.suffix != ".tar":
+                        if store not in is_open:
+                            is_open[store] = _is_open(store, opened)
+                        if is_open[store]:
+                            continue
+                    if _gave_way(path):
                         used -= size
             with suppress(OSError):
                 (self.folder / ".used").touch(0o600)
                 os.truncate(self.folder / ".used", used // UNIT)
 
-    def _gave_way(self, path: Path) -> bool:
-        with suppress(OSError):
-            if path.suffix == ".tar":
-                # Not removed: others have it open, and would go on writing to what nobody counts.
-                os.truncate(path, 0)
-                return True
-            if path.parent != self._own and not path.name.startswith("."):
-                path.unlink()
-                return True
-        return False
+    def _in_order(self, files: Iterable[tuple[float, int, Path]]) -> list[tuple[int, Path]]:
+        """Sizes and paths in the order in which they give way: by when they were used, and all
+        shards of a store before its other files."""
+        used: dict[Path, float] = {}
+        for when, size, path in files:
+            store = self._store_of(path)
+            # Cutting a shard is no use of it.
+            used[store] = max(used.get(store, 0), when if size else 0)
+        ordered = sorted(
+            (when, False, size, path) if path.suffix == ".tar"
+            else (used[self._store_of(path)], True, size, path)
+            for when, size, path in files
+        )  # fmt: skip
+        return [(size, path) for _, _, size, path in ordered]
+
+    def _store_of(self, path: Path) -> Path:
+        return self.folder / path.relative_to(self.folder).parts[0]
 
     @contextmanager
     def _blamed(self) -> Iterator[None]:
@@ -175,3 +216,27 @@ class ClipCache:
                 where=self.folder,
                 fix=f"Choose another folder by cache.dir. {advice(error) or ''}".rstrip(),
             ) from None
+
+
+def _is_open(store: Path, opened: ExitStack) -> bool:
+    """Whether a process has the store open. If not, who opens it waits until ``opened`` ends."""
+    try:
+        file = opened.enter_context(open_lock(store / OPEN))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, FileError):
+        return True
+    except OSError:
+        # Without locks nobody knows.
+        pass
+    return False
+
+
+def _gave_way(path: Path) -> bool:
+    with suppress(OSError):
+        if path.suffix == ".tar":
+            # Not removed: others have it open, and would go on writing to what nobody counts.
+            os.truncate(path, 0)
+        else:
+            path.unlink()
+        return True
+    return False

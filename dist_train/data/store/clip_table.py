@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from dist_train.array_file import Array, ArrayFile, Pieces, Spool, write_arrays
-from dist_train.data.store.shards import Form, form_of, form_text
+from dist_train.data.store.shards import REPAIR, Form, form_of, form_text
 from dist_train.data.types import METADATA, Record
 from dist_train.errors import FileError, StoreError
 from dist_train.files import written_whole
@@ -70,7 +70,7 @@ def write_table(path: Path, records: Iterable[tuple[str, Record]], shards: int, 
         raise StoreError(
             f"the records of the shards make no clip table ({error})",
             where=path.parent,
-            fix="Run 'dist-train verify' with --repair.",
+            fix=REPAIR,
         ) from None
 
 
@@ -279,7 +279,7 @@ def _write(
     """``write_table`` to an open file, with spools in ``folder``, or in memory; ``made``:
     the number of shards, and the form of the clips."""
     arrays: dict[str, Spool] = {}
-    names: dict[str, dict[str, int]] = {name: {"": 0} for name in NAMED}
+    names: dict[str, dict[str, int]] = {name: {} for name in NAMED}
     lengths: dict[str, int] = {}
     unsaid = set(SAMPLING)
     clips = 0
@@ -388,10 +388,11 @@ def _converted(
         numbers[name] = np.where((lengths > 0) & (lengths < np.inf), lengths, np.nan)
     texts = {"key": [key for key, _ in part]}
     texts |= {name: columns[name] for name in (*NAMED, "filename")}
-    extra = {name for record in records for name in record.get("metadata", ())}
-    for name in sorted(extra):
-        values = [record.get("metadata", {}).get(name, "") for record in records]
-        texts[f"{METADATA}{name}"] = values
+    entries = [record.get("metadata", {}) for record in records]
+    if not all(type(entry) is dict for entry in entries):
+        raise ValueError("a clip has no valid 'metadata'")
+    for name in sorted({name for entry in entries for name in entry}):
+        texts[f"{METADATA}{name}"] = [entry.get(name, "") for entry in entries]
     for name, values in texts.items():
         if not all(type(value) is str for value in values):
             raise ValueError(f"a clip has no valid '{name}'")

@@ -21,7 +21,7 @@ from dist_train.data.store.reader import (
     read_marker,
 )
 from dist_train.data.store.rejects import by_class, count_classes, gather_rejects, rejects_csv
-from dist_train.data.store.shards import Shard
+from dist_train.data.store.shards import REPAIR, Shard
 from dist_train.data.types import GREY
 from dist_train.errors import StoreError
 from dist_train.files import sealed, write_whole
@@ -57,7 +57,7 @@ def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) ->
         raise StoreError(
             f"the shards hold {clips} clips, not the {total - len(rejects)} that were written",
             where=out,
-            fix="Run 'dist-train verify' with --repair, which rebuilds the damaged ones.",
+            fix=REPAIR,
         )
     checksum = write_table(out / TABLE, read_index(out / INDEX), len(shards), job.form)
     content = content_of(ClipTable.open(out / TABLE, checksum, clips))

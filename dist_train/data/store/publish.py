@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tarfile import BLOCKSIZE, TarError
 from typing import IO
@@ -23,6 +23,7 @@ from dist_train.data.store.clip_table import TABLE
 from dist_train.data.store.reader import INDEX, MANIFEST, MARKER, REJECTED, SHARDS
 from dist_train.data.store.rejects import MOST_REJECTS
 from dist_train.data.store.shards import (
+    REPAIR,
     Shard,
     is_end,
     member,
@@ -38,6 +39,7 @@ from dist_train.places import Location, is_url, local_path, user_cache
 
 # Bytes that are read after the pixels of a clip: its record, and the header of the next clip.
 _BETWEEN = 1 << 13
+REWRITE = "Remove the damaged shard and its list there, and run the command again."
 
 
 def folder_of(out: Location) -> Path:
@@ -118,6 +120,24 @@ class Publisher:
         with ThreadPoolExecutor(IN_FLIGHT) as threads:
             list(threads.map(one, shards))
 
+    def put_rejects(self) -> None:
+        """Upload the list of rejects of a store that is not finished."""
+        if (self._folder / REJECTED).is_file():
+            self._objects.put(REJECTED, self._folder / REJECTED)
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Let errors about files of the folder name their URLs."""
+        try:
+            yield
+        except StoreError as error:
+            place = error.where
+            if not isinstance(place, Path) or not place.is_relative_to(self._folder):
+                raise
+            name = "" if place == self._folder else str(place.relative_to(self._folder))
+            fix = REWRITE if error.fix == REPAIR else error.fix
+            raise StoreError(error.what, where=self._objects.where(name), fix=fix) from None
+
     def fill(self, shard: Shard) -> None:
         """Bring the pixels of a shard, too, if it is there."""
         with suppress(MissingObjectError):
@@ -172,7 +192,7 @@ class Publisher:
             raise StoreError(
                 f"is not a readable shard ({reason_of(error)})",
                 where=self._objects.where(self._of(shard.path)),
-                fix="Remove it and its list there, and run the command again.",
+                fix=REWRITE,
             ) from None
         self._bring(self._of(shard.rejects_path))
 

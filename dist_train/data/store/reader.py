@@ -23,7 +23,7 @@ from pydantic import (
 from dist_train.config import CacheSettings
 from dist_train.data.store.clip_table import FIX, TABLE, ClipTable
 from dist_train.data.store.index import check_index, digest_of, index_checksum, read_index
-from dist_train.data.store.remote_store import RemoteStore
+from dist_train.data.store.remote_store import UPLOAD, RemoteStore
 from dist_train.data.store.shard_bytes import LocalShards, ShardBytes, Span
 from dist_train.data.types import DTYPES, GREY, DtypeName, Volume, class_names
 from dist_train.errors import FileError, MissingObjectError, StoreError
@@ -109,19 +109,16 @@ class Store:
     def _open_table(self) -> ClipTable:
         """The clip table; of a store without one, made of the index."""
         if "table_crc32c" not in self.info:
-            if self.info["clips"] >= MANY and os.environ.get("RANK", "0") == "0":
-                log.warning(
-                    "%s has no clip table, as an earlier version wrote it, so each process reads "
-                    "the whole index; 'dist-train finalize' writes the table",
-                    self.name,
-                )
-            return self._table_of_index()
+            return self._table_of_index(
+                "no clip table, as an earlier version wrote it",
+                "'dist-train finalize' writes the table",
+            )
         if self._remote is None:
             return self._mapped_table(FIX)
         try:
             self._remote.bring(TABLE, self._is_table, self._is_whole_table)
         except MissingObjectError:
-            return self._table_of_index()
+            return self._table_of_index(f"no clip table ('{TABLE}')", "upload it")
         return self._mapped_table("Delete it: it is downloaded again.")
 
     def _mapped_table(self, fix: str = FIX) -> ClipTable:
@@ -144,7 +141,11 @@ class Store:
             return False
         return True
 
-    def _table_of_index(self) -> ClipTable:
+    def _table_of_index(self, lacks: str, fix: str) -> ClipTable:
+        if self.info["clips"] >= MANY and os.environ.get("RANK", "0") == "0":
+            log.warning(
+                "%s has %s, so each process reads the whole index; %s", self.name, lacks, fix
+            )
         path, form = self.index(), (self.dtype, len(self.channels))
         try:
             table = ClipTable.of(read_index(path), self.info["shards"], form)
@@ -153,8 +154,8 @@ class Store:
         except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise StoreError(
                 f"the index is not that of the store ({error})",
-                where=path,
-                fix="Run 'dist-train verify' with --repair.",
+                where=path if self._remote is None else f"{self.name}/{INDEX}",
+                fix="Run 'dist-train verify' with --repair." if self._remote is None else UPLOAD,
             ) from None
         return table
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dist_train.data.store.shards import Shard
+from dist_train.data.store.shards import REPAIR, Shard
 from dist_train.data.types import class_names
 from dist_train.errors import FileError, StoreError
 from dist_train.files import read_plain
@@ -39,7 +39,7 @@ def read_rejects(path: Path) -> pd.DataFrame:
         raise StoreError(
             f"the list of rejects {what}",
             where=path,
-            fix="Run 'dist-train verify' with --repair.",
+            fix=REPAIR,
         ) from None
     return pd.DataFrame(rows[1:], columns=rows[0], dtype=str)
 

@@ -14,6 +14,8 @@ from dist_train.errors import MissingObjectError, StoreError
 from dist_train.files import is_plain, whole_aside, write_whole
 from dist_train.objects import Objects
 
+UPLOAD = "Upload the store's files again, and 'store.json' last."
+
 
 class RemoteStore:
     """The store's folder in the cache, and its files.
@@ -75,7 +77,7 @@ class RemoteStore:
         raise StoreError(
             "the file is not that of the store: its checksum is wrong",
             where=self._objects.where(name),
-            fix="Upload the store's files again, and 'store.json' last.",
+            fix=UPLOAD,
         )
 
     def bring_optional(self, name: str) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import make_plan
 
 from dist_train.data.loading.sampler import PlanSampler, Slot, dealt_batches, held_out_batches
-from dist_train.data.plan.plan import make_plan
 from dist_train.errors import PlanError
 
 PLAN = make_plan(np.arange(10), np.arange(10, 60), batch=16, ratio=(1, 3), seed=0)

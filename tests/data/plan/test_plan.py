@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import make_plan
 
-from dist_train.data.plan.plan import Plan, make_plan
+from dist_train.data.plan.plan import Plan
 from dist_train.errors import PlanError
 
 RATIOS = [(1, 3), (1, 1), (2, 3), (3, 1), (2, 5), (5, 2), (2, 4)]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from plans import make_plan
 
-from dist_train.data.plan.plan import Plan, make_plan
+from dist_train.data.plan.plan import Plan
 
 RANK_BATCH = 4
 

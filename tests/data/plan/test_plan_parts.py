@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import make_plan
 
 from dist_train.class_ratio import ClassRatio
 from dist_train.data.plan.depth_bins import RESOLUTION, BinQuotas, depth_bins, least_clips
 from dist_train.data.plan.depth_order import by_depth
 from dist_train.data.plan.negatives import NegativeStreams
-from dist_train.data.plan.plan import make_plan
 from dist_train.data.plan.rules import PlanRules
 from dist_train.data.plan.shuffle import mix
 from dist_train.data.plan.weights import UNIT, arcs, as_integers

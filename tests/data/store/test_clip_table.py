@@ -96,7 +96,8 @@ def test_round_trip(
                 np.isnan(crowd) if record["crowd_score"] is None else crowd == record["crowd_score"]
             )
             assert row == {name: record[name] for name in row}
-        assert table.names("group") == sorted(table.names("group"), key=str.encode)
+        for name in ("group", "split"):
+            assert table.names(name) == sorted({r[name] for _, r in records}, key=str.encode)
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, unique=True), st.integers(0, 300))
@@ -195,6 +196,7 @@ def test_a_worker_gets_a_path(tmp_path: Path) -> None:
 WRONG = {name: [least - 1, most + 1, 1.0, True] for name, (_, least, most) in NUMBERS.items()}
 WRONG |= {"weight": [np.inf, "1"], "group": [None, "\ud800"], "tier1": [1], "crowd_score": ["a"]}
 WRONG |= {"shape": [[1, 1], [1, 1, 1, 3], None], "dtype": ["uint16", "float64"]}
+WRONG |= {"metadata": [None, ["site"], "site", {"site": 1}]}
 WRONG |= {"spacing": [[1.0], ["1", 1, 1], 1], "interval": ["1", True]}
 
 

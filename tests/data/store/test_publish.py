@@ -79,7 +79,7 @@ def test_every_byte_is_that_of_a_local_store(
     prepare(manifest, raw, URL, SETTINGS, max_rejected=0.5)
     assert all(bucket.getxattr(name, "mark") == "kept" for name in shards)
     assert there(bucket) == local
-    with pytest.raises(StoreError, match=r"made with other settings \(settings.shard_clips"):
+    with pytest.raises(StoreError, match=rf"^{URL}/: the store was made with other settings"):
         prepare(manifest, raw, URL, PrepareSettings(roi="none", shard_clips=4))
 
 
@@ -141,6 +141,22 @@ def test_a_killed_upload_goes_on(
         machine(tmp_path / "two", monkeypatch)
     prepare(manifest, raw, URL, SETTINGS, max_rejected=0.5)
     assert there(bucket) == local
+
+
+def test_errors_name_the_url(
+    tmp_path: Path, raw: Path, manifest: Manifest,
+    bucket: AbstractFileSystem, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    machine(tmp_path / "one", monkeypatch)
+    with pytest.raises(StoreError, match=rf"^{URL}/job\.json: cannot be read"):
+        finalize(URL)
+    with pytest.raises(StoreError, match=rf"^{URL}/rejected\.csv: 1 of 10 clips were rejected"):
+        prepare(manifest, raw, URL, SETTINGS)
+    assert b"clip004.npy" in bucket.cat("lab/store/rejected.csv")
+    bucket.pipe("lab/store/shards/shard-000001.rejected.csv", b"damaged")
+    with pytest.raises(StoreError, match=rf"^{URL}/shards/.*its list there, and run") as caught:
+        finalize(URL, max_rejected=0.5)
+    assert "--repair" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from dist_train.config import CacheSettings, LoaderSettings
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.loader import Loader, with_coming
 from dist_train.data.loading.sampler import Slot
-from dist_train.data.store import remote_shards
+from dist_train.data.store import reader, remote_shards
 from dist_train.data.store.build import PrepareSettings, prepare
 from dist_train.data.store.clip_cache import UNIT, ClipCache
 from dist_train.data.store.clip_table import TABLE
@@ -189,6 +189,9 @@ def test_verify_finds_what_is_wrong_behind_a_url(server: WebServer, folder: Path
     server.files["bucket/store/shards/foreign.tar"] = b""
     from dist_train.data.store.verify import verify
 
+    message = fails("verify", URL, "--workers", 1)
+    assert "3 faults. Download it, repair that copy, and upload" in message
+    assert "--repair" not in message
     found = {(str(fault.where), fault.what) for fault in verify(URL, workers=1)}
     assert found == {
         (f"{URL}/shards/foreign.tar", "does not belong to the store; move it away"),
@@ -309,10 +312,16 @@ def test_lists_of_another_store(server: WebServer, cache: CacheSettings) -> None
 
 
 def test_without_its_table_the_index_is_read(
-    server: WebServer, folder: Path, cache: CacheSettings
+    server: WebServer,
+    folder: Path,
+    cache: CacheSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(reader, "MANY", CLIPS)
     del server.files[f"bucket/store/{TABLE}"]
     store = Store(URL, cache)
+    assert f"{URL} has no clip table ('{TABLE}'), so each process reads" in caplog.text
     assert_same(store, folder)
     assert_same(pickle.loads(pickle.dumps(store)), folder)
 
@@ -381,6 +390,31 @@ def test_shards_of_other_stores_give_way_first(
     assert_same(Store(URL, CacheSettings(dir=tmp_path / "cache", size=2_000_000)), folder)
     assert other.stat().st_size == 0
     assert all(path.stat().st_size for path in shards_of(CacheSettings(dir=tmp_path / "cache"))[:3])
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_files_beside_the_shards_of_an_open_store_stay(tmp_path: Path, is_open: bool) -> None:
+    settings = CacheSettings(dir=tmp_path, size=1_000_000)
+    first = ClipCache(settings)
+    table = first.of_store("other") / TABLE
+    shard = table.parent / "shards/shard-000000.tar"
+    for path, when in ((table, 0), (shard, 9)):
+        path.write_bytes(bytes(400_000))
+        os.utime(path, (when, when))
+    # A worker's copy counts as well.
+    copy = pickle.loads(pickle.dumps(first)) if is_open else None
+    del first
+    own = ClipCache(settings)
+    index = own.of_store("own") / INDEX
+    index.write_bytes(bytes(100_000))
+    growing = index.parent / "shards/shard-000000.tar"
+    for number in range(20):
+        own.write(growing, number << 17, memoryview(bytes(1 << 16)))
+    assert shard.stat().st_size == 0
+    assert table.exists() is (copy is not None)
+    assert index.exists()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_blocks * 512 for path in files) < settings.size + 2 * UNIT
 
 
 def test_a_store_is_used_when_it_is_opened(
