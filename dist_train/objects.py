@@ -131,10 +131,14 @@ class Objects:
         """Number of bytes of an object, and when it was written (s since 1970)."""
         return self.start(self._head(name)).result()
 
-    async def read(self, name: str, start: int, end: int) -> memoryview:
-        """The bytes of an object from ``start`` to ``end`` (excluded)."""
+    async def read(self, name: str, start: int, end: int, *, may_end: bool = False) -> memoryview:
+        """The bytes of an object from ``start`` to ``end`` (excluded).
+
+        Args:
+            may_end: the object may end before; at most ``PIECE`` bytes are asked for.
+        """
         if end - start <= PIECE:
-            return await self._piece(name, start, end)
+            return await self._piece(name, start, end, may_end=may_end)
         content = memoryview(bytearray(end - start))
 
         async def fill(at: int) -> None:
@@ -159,12 +163,12 @@ class Objects:
 
         return await self._tried(name, ask)
 
-    async def _piece(self, name: str, start: int, end: int) -> memoryview:
+    async def _piece(self, name: str, start: int, end: int, *, may_end: bool = False) -> memoryview:
         import obstore
 
         async def ask() -> memoryview:
             found = await obstore.get_range_async(self._opened(), name, start=start, end=end)
-            if len(found) != end - start:
+            if len(found) != end - start and not may_end:
                 raise EOFError(f"{len(found)} of {end - start} bytes came")
             return memoryview(found)
 

@@ -81,6 +81,7 @@ def ours(folder: Path, task: RemoteTask, *, on_device: bool = False) -> Iterator
     clips = ClipDataset(store, size=SIZE, max_frames=None, augment=None, on_device=on_device)
     labels = store.table["label"].tolist()
     steps, plan = len(labels) // task.batch, plan_of(labels, task)
+    store.expect(steps * task.batch)
     sampler = PlanSampler(plan, rank=0, world=1, accumulate=1, first=0, last=EPOCHS * steps)
     loader = Loader(clips, sampler, LoaderSettings(workers=task.workers, prefetch=task.prefetch))
     batches = iter(loader)

@@ -73,6 +73,7 @@ def mean_probability(
         world=group.world,
         batch=batch,
     )
+    store.expect(len(clips))
     loader = Loader(clip_dataset(config, store, augment=None), batches, config.loader)
     total, own = len(clips) * len(snapshots), sum(map(len, batches)) * len(snapshots)
     finished = 0

@@ -28,6 +28,10 @@ class Batches:
         self._config, self._data, self._plan = config, data, plan
         self._micro, self._backend = micro, backend
         self.weights = EpochWeights(config, data, backend)
+        # Clips of an epoch, by all ranks.
+        positives, ratio = len(plan.positives), plan.ratio
+        negatives = min(len(plan.negatives), positives * ratio.negatives // ratio.positives)
+        data.store.expect(positives + negatives + data.count("val"))
 
     def plan_at(self, step: int) -> Plan:
         """Return the plan that a step is made by."""

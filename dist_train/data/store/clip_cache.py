@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 UNIT = 1 << 16
 #: Share of the allowed size that is left when room was made.
 LEFT = 7 / 8
+# Bytes of a write. For longer ones the kernel looks for pages of megabytes, which can take ten
+# times as long.
+CHUNK = 1 << 18
 NO_ROOM = ".no-room"
 OPEN = ".open"
 
@@ -51,7 +54,7 @@ class ClipCache:
         self.size = int(settings.size)
         self._own: Path | None = None
         self._open: int | None = None
-        self._is_full = False
+        self.is_full = False
         with self._blamed():
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not (self.folder / ".used").exists():
@@ -110,19 +113,21 @@ class ClipCache:
 
     def write(self, path: Path, offset: int, content: memoryview) -> bool:
         """Write a part of a shard, and return whether it was possible."""
-        if self._is_full:
+        if self.is_full:
             return False
         try:
             descriptor = plain_descriptor(path, os.O_WRONLY | os.O_CREAT)
             try:
-                if os.pwrite(descriptor, content, offset) < len(content):
-                    # A second call would say why.
-                    raise OSError(0, "not all could be written")
+                for at in range(0, len(content), CHUNK):
+                    part = content[at : at + CHUNK]
+                    if os.pwrite(descriptor, part, offset + at) < len(part):
+                        # A second call would say why.
+                        raise OSError(0, "not all could be written")
             finally:
                 os.close(descriptor)
             self._count(len(content))
         except (OSError, FileError) as error:
-            self._is_full = True
+            self.is_full = True
             self._tell_once(error)
             return False
         return True

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from dist_train.config import CacheSettings
+from dist_train.data.store.clip_cache import LEFT
 from dist_train.data.store.clip_table import FIX, TABLE, ClipTable
 from dist_train.data.store.index import check_index, digest_of, index_checksum, read_index
 from dist_train.data.store.remote_store import UPLOAD, RemoteStore
@@ -45,6 +46,8 @@ ClassNames = dict[Literal["0", "1"], str]
 
 # Clips from which opening a store without a clip table takes seconds.
 MANY = 100_000
+# Share of a store's clips from which whole blocks are read: at most a third more bytes.
+MOST = 3 / 4
 # Clips whose keys are in memory at a time.
 PIECE = 1 << 16
 
@@ -237,6 +240,16 @@ class Store:
         """Start reading clips that are soon asked for, if the store is remote."""
         if self.is_remote:
             self._bytes.prefetch([self._span(clip) for clip in clips])
+
+    def expect(self, clips: int) -> None:
+        """Say how many clips a pass reads. If these are most of a remote store, and the cache can
+        hold it, it is read by whole blocks from now on, in copies of this object, too.
+        """
+        if self._remote is None or clips < MOST * len(self.table):
+            return
+        values = np.einsum("i,i,i->", *self._sizes, dtype=np.int64)
+        length = int(values) * len(self.channels) * self.dtype.itemsize
+        self._remote.shards.by_blocks = length <= LEFT * self.cache.size
 
     def where(self, clip: int) -> Location:
         """The shard of a clip, for messages."""

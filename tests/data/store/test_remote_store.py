@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import math
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import fsspec
@@ -25,7 +27,7 @@ from dist_train.config import CacheSettings, LoaderSettings
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.loader import Loader, with_coming
 from dist_train.data.loading.sampler import Slot
-from dist_train.data.store import reader, remote_shards
+from dist_train.data.store import blocks, reader, remote_shards
 from dist_train.data.store.build import PrepareSettings, prepare
 from dist_train.data.store.clip_cache import UNIT, ClipCache
 from dist_train.data.store.clip_table import TABLE
@@ -454,10 +456,11 @@ def test_memory_is_bounded_without_a_cache(
     server: WebServer, folder: Path, cache: CacheSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ClipCache, "write", lambda *_: False)
-    monkeypatch.setattr(remote_shards, "HELD", 250_000)
+    for name in ("HELD", "HELD_ALONE"):
+        monkeypatch.setattr(remote_shards, name, 250_000)
     store = Store(URL, cache)
     store.prefetch(range(CLIPS))
-    for future in store._bytes._coming.values():  # type: ignore[attr-defined]
+    for (future,) in store._bytes._coming.values():  # type: ignore[attr-defined]
         future.result()
     held = store._bytes._held  # type: ignore[attr-defined]
     assert 0 < sum(map(len, held.values())) <= 250_000
@@ -471,6 +474,138 @@ def test_a_folder_that_cannot_be_written(server: WebServer, tmp_path: Path) -> N
         Store(URL, CacheSettings(dir=tmp_path / "file" / "cache"))
 
 
+# --- whole blocks ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def blocked(server: WebServer, cache: CacheSettings, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store that is read by blocks of 128 KiB: clips lie across them."""
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 17)
+    store = Store(URL, cache)
+    store.expect(CLIPS)
+    server.seen.clear()
+    return store
+
+
+def ranges(server: WebServer) -> list[str]:
+    return [seen.get("range", "") for seen in server.seen]
+
+
+def blocks_in(folder: Path) -> int:
+    sizes = [path.stat().st_size for path in folder.glob("shards/*.tar")]
+    return sum(-(-size // (1 << 17)) for size in sizes)
+
+
+def test_most_clips_are_read_by_whole_blocks(
+    server: WebServer, folder: Path, blocked: Store
+) -> None:
+    blocked.prefetch(range(CLIPS))
+    blocked.prefetch(range(CLIPS))
+    assert_same(blocked, folder)
+    assert len(server.seen) == blocks_in(folder)
+    assert all(int(each[6:].split("-")[0]) % (1 << 17) == 0 for each in ranges(server))
+    copy = pickle.loads(pickle.dumps(blocked))
+    copy.prefetch(range(CLIPS))
+    assert_same(copy, folder)
+    assert len(server.seen) == blocks_in(folder)
+
+
+@pytest.mark.parametrize("clips", [CLIPS // 2, CLIPS])
+def test_few_clips_and_small_caches_need_single_clips(
+    server: WebServer, folder: Path, tmp_path: Path, clips: int
+) -> None:
+    size = 1_300_000 if clips == CLIPS else 1 << 30
+    store = Store(URL, CacheSettings(dir=tmp_path / "cache", size=size))
+    store.expect(clips)
+    server.seen.clear()
+    store.prefetch([5])
+    np.testing.assert_array_equal(store.read(5), Store(folder).read(5))
+    first, last = map(int, ranges(server)[0].removeprefix("bytes=").split("-"))
+    assert last - first + 1 == math.prod(store.shape(5))
+
+
+@pytest.mark.parametrize("fault", ["wrong", "full", "killed"])
+def test_blocks_that_do_not_come_right_give_way_to_clips(
+    server: WebServer,
+    folder: Path,
+    blocked: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+) -> None:
+    def write(self: ClipCache, path: Path, offset: int, content: memoryview) -> bool:
+        if fault == "full":
+            self.is_full = True
+            return False
+        part = content[: len(content) // 2] if fault == "killed" else bytes(len(content))
+        path.parent.mkdir(exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.pwrite(descriptor, part, offset)
+        os.close(descriptor)
+        return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClipCache, "write", write)
+        blocked.prefetch(range(CLIPS))
+        for future in blocked._bytes._blocks.values():  # type: ignore[attr-defined]
+            future.result()
+    assert_same(blocked, folder)
+
+
+# Locks all blocks until it is killed.
+LOCK = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(); sys.stdin.read()"
+
+
+def test_a_block_that_another_process_fetches_is_waited_for(
+    server: WebServer, folder: Path, blocked: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", LOCK, str(blocked.folder / ".blocks")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        blocked.prefetch(range(CLIPS))
+        for future in blocked._bytes._blocks.values():  # type: ignore[attr-defined]
+            future.result()
+        assert not server.seen
+        # It takes too long.
+        with monkeypatch.context() as patch:
+            patch.setattr(blocks, "PATIENCE", 0.02)
+            np.testing.assert_array_equal(blocked.read(0), Store(folder).read(0))
+        assert len(server.seen) == 1
+        # It is killed while it is waited for.
+        Timer(0.1, other.kill).start()
+        np.testing.assert_array_equal(blocked.read(1), Store(folder).read(1))
+    blocked.prefetch(range(CLIPS))
+    assert_same(blocked, folder)
+
+
+def test_without_locks_blocks_are_fetched_all_the_same(
+    server: WebServer, folder: Path, blocked: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", none)
+    blocked.prefetch(range(CLIPS))
+    assert_same(blocked, folder)
+    assert len(server.seen) == blocks_in(folder)
+
+
+def test_the_budget_is_given_in_order() -> None:
+    async def order() -> list[int]:
+        budget, found = remote_shards._Budget(10), []
+
+        async def take(size: int) -> None:
+            async with budget.taken(size):
+                found.append(size)
+                await asyncio.sleep(0.001)
+
+        await asyncio.gather(*map(take, (6, 50, 3, 7)))
+        assert budget._left == 10
+        return found
+
+    assert asyncio.run(order()) == [6, 50, 3, 7]
+
+
 # --- several processes ----------------------------------------------------------------------------
 
 # Reads all clips, in an order of its own, and prints their sum.
@@ -481,6 +616,7 @@ import numpy as np
 from dist_train.config import CacheSettings
 from dist_train.data.store.reader import Store
 store = Store("s3://bucket/store", CacheSettings(dir=Path(sys.argv[1]), size=int(sys.argv[2])))
+store.expect(len(store.table))
 total = 0
 for _ in range(3):
     order = np.random.default_rng(int(sys.argv[3])).permutation(len(store.table)).tolist()
@@ -511,6 +647,18 @@ def test_processes_share_a_cache_that_is_too_small(
     for child in children:
         output, errors = child.communicate(timeout=60)
         assert output == f"{total}\n", errors
+
+
+@pytest.mark.slow
+def test_processes_fetch_each_block_once(
+    server: WebServer, folder: Path, cache: CacheSettings
+) -> None:
+    assert cache.dir is not None
+    children = [reading(cache.dir, 1 << 30, seed) for seed in range(3)]
+    for child in children:
+        output, errors = child.communicate(timeout=60)
+        assert output, errors
+    assert ranges(server).count(f"bytes=0-{blocks.BLOCK - 1}") == 3
 
 
 @pytest.mark.slow
