@@ -37,7 +37,7 @@ def cumulative_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "bce": binary_cross_entropy_with_logits,
     "ce": class_cross_entropy,
-    "cumulative": cumulative_cross_entropy,
+    "ordinal": cumulative_cross_entropy,
     "huber": huber_loss,
 }
 

@@ -69,9 +69,9 @@ def target_store(folder: Path, kind: str) -> Path:
 
 
 SETTINGS = {
-    "npz": (),
-    "multiclass": (),
-    "ordinal": ("target.kind=ordinal", "target.classes=[flowing, slowed, stalled]"),
+    "npz": ("plan.batch=9",),
+    "multiclass": ("plan.batch=9",),
+    "ordinal": ("plan.batch=9", "target.kind=ordinal", "target.classes=[flowing, slowed, stalled]"),
     "multilabel": ("target.kind=multilabel", "target.columns=[left, right]"),
     "regression": ("target.kind=regression", "target.columns=[speed, b]"),
 }
@@ -79,4 +79,4 @@ SETTINGS = {
 
 def target_config(store: Path, out: Path, kind: str, *more: str) -> Config:
     """Settings of a short run: 3 epochs, with a checkpoint every 4 steps."""
-    return tiny_config(store, out, "plan.ratio=[1, 1]", "optim.lr=0.02", *SETTINGS[kind], *more)
+    return tiny_config(store, out, "optim.lr=0.02", *SETTINGS[kind], *more)
