@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from helpers import tiny_config
+from helpers import overrides
 
-from dist_train.config import Config
+from dist_train.config import Config, load_config
 from dist_train.data.store.build import prepare_arrays, prepare_npz
 from dist_train.data.table.manifest import read_manifest
 
@@ -17,11 +17,18 @@ from dist_train.data.table.manifest import read_manifest
 SPLITS = {"train": 48, "val": 18, "test": 6}
 
 
-def table_store(folder: Path, columns: Mapping[str, np.ndarray], *, labelled: bool = True) -> Path:
-    """A store of 72 clips of 4 to 6 frames. The brightness of a clip grows with the first column's
-    place in order; each further column brightens one half of the frame."""
+def table_store(
+    folder: Path,
+    columns: Mapping[str, np.ndarray],
+    *,
+    labelled: bool = True,
+    shown: bool = True,
+) -> Path:
+    """A store of 72 clips of 4 to 6 frames. The brightness of a clip grows with its value's place
+    in order; of two columns, that of the left half with the first and of the right half with the
+    second. Without ``shown`` the pixels do not depend on the columns."""
     random, arrays, rows = np.random.default_rng(0), [], []
-    places = [np.unique(values, return_inverse=True)[1] for values in columns.values()]
+    places = [np.unique(values, return_inverse=True)[1] for values in columns.values() if shown]
     splits = np.repeat(list(SPLITS), list(SPLITS.values()))
     for number, split in enumerate(splits):
         clip = random.integers(0, 40, (random.integers(4, 7), 16, 16), dtype=np.uint8)
@@ -77,6 +84,10 @@ SETTINGS = {
 }
 
 
-def target_config(store: Path, out: Path, kind: str, *more: str) -> Config:
+def target_overrides(store: Path, out: Path, kind: str, *more: str) -> list[str]:
     """Settings of a short run: 3 epochs, with a checkpoint every 4 steps."""
-    return tiny_config(store, out, "optim.lr=0.02", *SETTINGS[kind], *more)
+    return overrides(store, out, "optim.lr=0.02", *SETTINGS[kind], *more)
+
+
+def target_config(store: Path, out: Path, kind: str, *more: str) -> Config:
+    return load_config(None, target_overrides(store, out, kind, *more))
