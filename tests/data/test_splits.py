@@ -25,8 +25,10 @@ from dist_train.data.splits import (
     counts_by_class,
     select_clips,
 )
+from dist_train.data.target_labels import TargetLabels
 from dist_train.errors import PlanError
 from dist_train.run.data import open_data
+from dist_train.targets import Target
 
 
 def clips(count: int, *, groups: int = 5, rate: float = 0.2, seed: int = 0) -> pd.DataFrame:
@@ -321,3 +323,49 @@ def test_groups_in_two_given_splits_are_told(
     assert "2 groups are in more than one split of the manifest, such as 'a' in test and" in (
         caplog.text
     )
+
+
+def many_classes(table: pd.DataFrame, classes: int) -> tuple[pd.DataFrame, TargetLabels]:
+    names = {code: f"c{code}" for code in range(classes)}
+    table = table.assign(label=np.arange(len(table)) % classes)
+    return table, two_classes(table_of(table), names)
+
+
+def test_folds_of_many_classes_are_balanced() -> None:
+    table, labels = many_classes(clips(1000, groups=3), 7)
+    for groups in ("stratify", "disjoint"):
+        stored = table_of(table.assign(group=[f"g{n // 7 % 50}" for n in range(1000)]))
+        split = SplitSettings(groups=groups)
+        codes = choose_clips(stored, SelectSettings(), split, seed=0, labels=labels)
+        counts = counts_by_class(codes, labels)
+        slack, total = 1 if groups == "stratify" else 12, np.sum(list(counts.values()), axis=0)
+        for name, share in {"train": 0.6, "val": 0.2, "test": 0.2}.items():
+            np.testing.assert_allclose(counts[name], share * total, atol=slack)
+
+
+def test_values_and_combinations_of_labels_are_spread_over_folds() -> None:
+    table = table_of(clips(500))
+    random = np.random.default_rng(0)
+    values = TargetLabels(Target("regression", ("v",)), random.normal(size=(500, 1)))
+    combined = random.integers(0, 2, (500, 3)).astype(np.float32)
+    several = TargetLabels(Target("multilabel", ("a", "b", "c")), combined)
+    for labels in (values, several):
+        splits = choose_clips(table, SelectSettings(), SplitSettings(), seed=0, labels=labels)
+        for stratum in range(labels.strata.max() + 1):
+            own = splits[labels.strata == stratum]
+            for name, share in {"train": 0.6, "val": 0.2, "test": 0.2}.items():
+                assert abs((own == CODES[name]).sum() - share * len(own)) <= 2
+    assert np.bincount(values.strata).tolist() == [50] * 10
+
+
+def test_a_class_of_many_that_is_missing_is_named() -> None:
+    table, labels = many_classes(clips(70), 7)
+    splits = np.where(table["label"] == 4, 1, 1 + np.arange(70) // 7 % 3).astype(np.uint8)
+    with pytest.raises(PlanError, match=r"split 'val' holds no 'c4' clips \(train: 10 'c4' clips"):
+        check_splits(
+            counts_by_class(splits, labels), SplitSettings(), given=True, classes=labels.classes
+        )
+    stored = table_of(table.assign(label=table["label"].replace(2, 3)))
+    names = dict(enumerate(labels.classes))
+    with pytest.raises(PlanError, match="the selection holds no 'c2' clips"):
+        select_clips(stored, two_classes(stored, names), tier2_crowd_score=None)

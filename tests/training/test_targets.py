@@ -143,7 +143,7 @@ REFUSED = {
         "multilabel", ("target.columns=[left, split_text]",), ConfigError, "has no column",
     ),
     "two classes of three": (
-        "multiclass", ("target.kind=binary",), ConfigError, "kind binary has two classes, and there",
+        "multiclass", ("target.kind=binary",), ConfigError, "kind binary has two classes, and",
     ),
     "no columns": ("multiclass", ("target.kind=multilabel",), ConfigError, "needs two or more col"),
     "names as values": (
