@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 from helpers import SPLITS, tiny_config
 
 from dist_train.data.splits import CODES
+from dist_train.data.target_labels import TargetLabels
 from dist_train.errors import ConfigError, PlanError, RunError
 from dist_train.run.data import RunData, open_data
 from dist_train.run.folder import RECORD, only_session
 from dist_train.run.model import as_input, make_model, model_metadata
 from dist_train.run.record import begin_session, open_run, read_record
+from dist_train.targets import Target
 
 
 def test_the_splits_of_the_store_are_used(store: Path) -> None:
@@ -37,20 +40,13 @@ def test_the_plan_holds_train_clips_alone_in_the_exact_ratio(store: Path) -> Non
         assert labels[batch].sum() == 2
 
 
-class ThreeClasses(RunData):
-    """The tiny store's clips, the positives in two classes: 28 a, 9 b and 3 c in training."""
-
-    classes = {0: "a", 1: "b", 2: "c"}  # noqa: RUF012
-
-    def class_codes(self) -> np.ndarray:
-        codes = self.store.table["label"].astype(np.int64)
-        codes[np.flatnonzero((self.splits == CODES["train"]) & (codes == 1))[::4]] = 2
-        return codes
-
-
 def three_classes(store: Path, *settings: str) -> RunData:
+    """The tiny store's clips, the positives in two classes: 28 a, 9 b and 3 c in training."""
     data = open_data(tiny_config(store, Path("out"), *settings))
-    return ThreeClasses(data.store, data.splits, data.config)
+    codes = data.store.table["label"].astype(np.int64)
+    codes[np.flatnonzero((data.splits == CODES["train"]) & (codes == 1))[::4]] = 2
+    labels = TargetLabels(Target("multiclass", ("a", "b", "c")), codes)
+    return replace(data, target_labels=labels)
 
 
 @pytest.mark.parametrize(
