@@ -21,24 +21,28 @@ from pydantic import (
     BeforeValidator,
     ByteSize,
     ConfigDict,
+    Discriminator,
     Field,
     JsonValue,
     PlainValidator,
+    Tag,
     ValidationError,
     WithJsonSchema,
     model_validator,
 )
 from pydantic_core import ErrorDetails
 
-from dist_train.class_ratio import ClassRatio
+from dist_train.class_metrics import higher_is_better
+from dist_train.class_ratio import Clips
 from dist_train.errors import ConfigError
-from dist_train.metrics import higher_is_better
 from dist_train.places import Location, is_url, local_path
 from dist_train.plain_yaml import parse_yaml, read_yaml, yaml_text
 
 COMMAND_LINE = "command line"
 # Names of earlier versions, which are still read.
 RENAMED = {"train.hang": "hang_timeout", "train.slow": "straggler_ratio"}
+# Settings whose value is a mapping of the user's own names; they are replaced as a whole.
+MAPPINGS = ("plan.ratio",)
 STORE_FIX = "Give the folder that 'dist-train prepare' wrote, or its URL, as store=FOLDER."
 
 
@@ -79,6 +83,12 @@ def _whole_size(size: object) -> object:
     return size
 
 
+def _form_of_ratio(ratio: object) -> str | None:
+    if isinstance(ratio, dict | str):
+        return "by name" if isinstance(ratio, dict) else "rule"
+    return "two classes" if isinstance(ratio, list | tuple) else None
+
+
 def _known_metric(name: str) -> str:
     try:
         higher_is_better(name)
@@ -112,6 +122,16 @@ StorePlace = Annotated[
     PlainValidator(_store_place),
     WithJsonSchema({"type": "string", "format": "path or URL"}),
 ]
+Ratio = Annotated[
+    Annotated[tuple[Clips, Clips], Tag("two classes")]
+    | Annotated[dict[str, Clips], Tag("by name")]
+    | Annotated[Literal["balanced", "natural"], Tag("rule")],
+    Discriminator(
+        _form_of_ratio,
+        custom_error_type="ratio_form",
+        custom_error_message="Input should be a list, numbers by class, balanced or natural",
+    ),
+]
 #: Arguments of a function or class, by name.
 Arguments = dict[str, JsonValue]
 #: A metric of held-out clips, as the log names it.
@@ -132,6 +152,51 @@ class SelectSettings(Section):
     tier2_crowd_score: Fraction | None = None
     """Take all clips of tier 1, and the positives of tier 2 whose crowd score is above this (0.6 in
     the original recipe); null takes every labelled clip."""
+
+
+class TargetSettings(Section):
+    """What the model predicts; docs/targets.md."""
+
+    kind: Literal["auto", "binary", "multiclass", "multilabel", "ordinal", "regression"] = "auto"
+    """"auto" is binary for two classes, and multiclass for more."""
+    columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=1000)] | None = None
+    """Columns of metadata to take instead of the label: one with names of classes, several of 0 and
+    1 for multilabel, and one or more of numbers for regression. Clips with an empty one take no
+    part."""
+    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=10_000)] | None = None
+    """Names of the classes in the order of their codes, which matters for ordinal; (negative,
+    positive) for binary. Clips of other classes take no part. Null takes all, in the store's
+    order."""
+    center: tuple[float, ...] | None = None
+    """Of each value of regression: what is subtracted before the loss; null takes the mean of the
+    train split."""
+    scale: tuple[Annotated[float, Field(gt=0.0)], ...] | None = None
+    """Of each value of regression: what it is then divided by; null takes the standard deviation of
+    the train split."""
+
+    @model_validator(mode="after")
+    def _kind_fits(self) -> TargetSettings:
+        names = self.classes or ()
+        if len(set(names)) < len(names):
+            raise ValueError("classes holds a name twice")
+        if self.kind == "auto" and self.columns is not None:
+            raise ValueError("columns needs a kind, such as kind: regression")
+        if self.kind == "multilabel" and len(self.columns or ()) < 2:
+            raise ValueError("multilabel needs two or more columns")
+        if self.kind in ("multilabel", "regression") and self.classes is not None:
+            raise ValueError(f"{self.kind} has no classes; its names are those of columns")
+        if self.kind not in ("multilabel", "regression") and len(self.columns or " ") > 1:
+            raise ValueError(f"{self.kind} takes one column, which holds names of classes")
+        if self.kind == "binary" and len(names or "01") != 2:
+            raise ValueError("binary has two classes: [negative, positive]")
+        if self.kind == "ordinal" and 0 < len(names) < 3:
+            raise ValueError("ordinal has three classes or more; use kind: binary for two")
+        for name, each in (("center", self.center), ("scale", self.scale)):
+            if each is not None and self.kind != "regression":
+                raise ValueError(f"{name} is of kind: regression")
+            if each is not None and len(each) != len(self.columns or " "):
+                raise ValueError(f"{name} needs a number for each value")
+        return self
 
 
 class SplitSettings(Section):
@@ -277,27 +342,39 @@ class PlanSettings(Section):
 
     batch: Annotated[int, Field(ge=1, le=10**6)] = 32
     """Number of clips in a step, over all ranks."""
-    ratio: ClassRatio = ClassRatio(1, 3)
-    """Positives to negatives, exact in every micro-batch."""
+    ratio: Ratio = (1, 3)
+    """Clips of the classes, exact in every micro-batch: positives to negatives (of two classes), or
+    each class by name, as in {stalled: 1, flowing: 3}; "balanced" is 1 of each class, and "natural"
+    takes every clip once a pass, whatever its class. More than two classes are "balanced" unless a
+    ratio is given."""
     order: Literal["banded", "random"] = "banded"
     """"banded" puts clips of similar depth into one step; "random" ignores depth."""
     negatives: Literal["matched", "natural"] = "matched"
-    """Depths of the negatives: "matched" to the positives of the step, or "natural", as drawn."""
+    """Depths of the negatives, or of all classes but the one that an epoch is a pass over:
+    "matched" to that one's clips of the step, or "natural", as drawn."""
     max_voxels: Annotated[int, Field(ge=1, le=10**15)] | None = None
     """Largest number of voxels in a step: shallow clips make steps of several times `plan.batch`
     clips. With null every step has `plan.batch` clips."""
     balance_groups: bool = False
-    """Draw negatives of each group equally often, regardless of its size."""
+    """Draw negatives (clips of all classes but the one that an epoch is a pass over) of each group
+    equally often, regardless of its size."""
     weights: Place | None = None
-    """A CSV with filename,weight: how often a negative is drawn relative to others. Clips that it
-    does not name have weight 1. It is read at the start of each epoch."""
+    """A CSV with filename,weight: how often a negative (a clip of any class but the one that an
+    epoch is a pass over) is drawn relative to others of its class. Clips that it does not name have
+    weight 1. It is read at the start of each epoch."""
 
     @model_validator(mode="after")
     def _fits(self) -> PlanSettings:
-        if self.batch % self.ratio.group:
+        # Unless it is given, the ratio depends on the number of classes.
+        is_given = "ratio" in self.model_fields_set
+        if is_given and isinstance(self.ratio, tuple) and self.batch % sum(self.ratio):
             raise ValueError(
-                f"batch {self.batch} is not a multiple of positives + negatives = "
-                f"{self.ratio.group}"
+                f"batch {self.batch} is not a multiple of positives + negatives = {sum(self.ratio)}"
+            )
+        if self.ratio == "natural" and (self.weights is not None or self.balance_groups):
+            raise ValueError(
+                "ratio: natural takes every clip once a pass, so none can be drawn more often; "
+                "leave out weights and balance_groups"
             )
         if self.max_voxels is not None and self.order == "random":
             raise ValueError("a voxel budget (max_voxels) needs order: banded")
@@ -335,6 +412,8 @@ class ModelSettings(Section):
     channels: Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] | None = None
     """Names of the channels of clips, in order. A run takes those of its store, and keeps them;
     null is one, "grey"."""
+    outputs: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Numbers that the model gives for a clip. A run takes those of its target, and keeps them."""
     args: Arguments = {}
     """Arguments of a model other than resnet3d, whose settings are `model.width` to
     `model.dropout`."""
@@ -376,9 +455,10 @@ class ModelSettings(Section):
 class LossSettings(Section):
     """The loss that training minimises."""
 
-    name: str = "bce"
-    """"bce", or the import path of a function or class, such as mylab.losses:Focal
-    (docs/extending.md)."""
+    name: str = "auto"
+    """"auto" is "bce" for binary and multilabel, "ce" for multiclass, "ordinal" for ordinal and
+    "huber" for regression; one of these; or the import path of a function or class, such as
+    mylab.losses:Focal (docs/extending.md)."""
     args: Arguments = {}
     """Arguments of the loss, besides logits and labels."""
 
@@ -533,6 +613,7 @@ class Config(Section):
     # torch's generators take 64 bits.
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random: folds, order, augmentation, dropout and first weights."""
+    target: TargetSettings = TargetSettings()
     select: SelectSettings = SelectSettings()
     split: SplitSettings = SplitSettings()
     clip: ClipSettings = ClipSettings()
@@ -649,7 +730,7 @@ def changes(before: Config, now: Config) -> list[str]:
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The dotted key and the value of each leaf of nested dicts."""
     for name, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix + name not in MAPPINGS:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
@@ -663,6 +744,9 @@ def _first_of(error: ValidationError) -> tuple[str, str | None]:
     errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     first, *others = errors
     place, reasons = first["loc"], [_reason(first)]
+    if place[:2] == ("plan", "ratio"):
+        # After the setting comes the tag of its form.
+        place = place[:2] + place[3:]
     if len(place) > 2 and isinstance(place[2], str) and place[0] not in ("clip", "plan"):
         # After section and setting comes pydantic's name of a form.
         place = place[:2]
@@ -726,7 +810,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         except ValueError as error:
             raise _refused(f"the value of '{shown}' is not valid YAML ({error})") from None
         key = key.strip()
-        leaves = _leaves(value, f"{key}.") if value and isinstance(value, dict) else [(key, value)]
+        is_section = value and isinstance(value, dict) and key not in MAPPINGS
+        leaves = _leaves(value, f"{key}.") if is_section else [(key, value)]
         for given_name, leaf in leaves:
             name = f"train.{RENAMED[given_name]}" if given_name in RENAMED else given_name
             if any(f"{name}.".startswith(f"{o}.") or o.startswith(f"{name}.") for o in given):

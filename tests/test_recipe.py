@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from helpers import ROOT
 from plans import make_plan
-from tables import table_of
+from tables import table_of, two_classes
 
 from dist_train.config import Config, load_config
 from dist_train.data.plan.plan import Plan
@@ -47,7 +47,8 @@ def config_of(name: str) -> Config:
 def plan_of(name: str) -> Plan:
     config = config_of(name)
     table = table_of(clips())
-    train = choose_clips(table, config.select, config.split, config.seed) == CODES["train"]
+    settings = config.select, config.split, config.seed
+    train = choose_clips(table, *settings, labels=two_classes(table)) == CODES["train"]
     return make_plan(
         np.flatnonzero(train & (table["label"] == 1)),
         np.flatnonzero(train & (table["label"] == 0)),
@@ -66,7 +67,7 @@ def test_both_phases_have_the_visits_that_were_counted(
 ) -> None:
     config = config_of(name)
     plan = plan_of(name)
-    assert (len(plan.positives), len(plan.negatives)) == (positives, TIER1_FLOWING)
+    assert (len(plan.anchor), len(plan.others[0].clips)) == (positives, TIER1_FLOWING)
     assert config.plan.batch * plan.first_step(config.train.epochs) == 4 * positives * epochs
 
 

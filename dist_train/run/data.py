@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import numpy as np
 import pandas as pd
 
 from dist_train.checkpoint.superseded import set_aside
+from dist_train.class_metrics import higher_is_better
 from dist_train.class_ratio import ClassRatio
-from dist_train.config import AugmentSettings, ClipSettings, Config
+from dist_train.config import AugmentSettings, ClipSettings, Config, TargetSettings
 from dist_train.data.augment.cpu import Augment
 from dist_train.data.augment.original import OriginalAugment
 from dist_train.data.duplicates import VERSION as COPIES_VERSION
@@ -26,9 +29,9 @@ from dist_train.data.duplicates import (
 )
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.resample import resampling_of
-from dist_train.data.plan.depth_order import ByDepth
+from dist_train.data.plan.depth_order import ByDepth, by_depth
 from dist_train.data.plan.plan import VERSION as PLAN_VERSION
-from dist_train.data.plan.plan import Plan, plan_of, sorted_classes
+from dist_train.data.plan.plan import Plan, plan_of
 from dist_train.data.plan.rules import PlanRules
 from dist_train.data.plan.shuffle import Ints
 from dist_train.data.plan.weights import Floats
@@ -44,8 +47,9 @@ from dist_train.data.splits import (
 )
 from dist_train.data.splits import VERSION as SPLITS_VERSION
 from dist_train.data.store.reader import MARKER, Store
-from dist_train.data.types import GREY
-from dist_train.errors import ConfigError, FileError, RunError, StoreError
+from dist_train.data.target_labels import TargetLabels, target_labels
+from dist_train.data.types import GREY, clips_of_class
+from dist_train.errors import ConfigError, FileError, PlanError, RunError, StoreError
 from dist_train.files import crc32c, read_plain, write_whole
 from dist_train.places import Location, is_url, local_path
 from dist_train.run.record import read_record
@@ -59,6 +63,7 @@ from dist_train.run.splits import (
     splits_record,
     what_changed,
 )
+from dist_train.targets import NATURAL_LOSS, Target
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +89,30 @@ class RunData:
     splits: Splits
     """The split of each clip of the store, see ``data.splits``; 0 takes no part."""
     config: Config
+    target_labels: TargetLabels
+
+    @cached_property
+    def target(self) -> Target:
+        """What the run predicts, with center and scale of its settings."""
+        settings = self.config.target
+        return replace(
+            self.target_labels.target, center=settings.center or (), scale=settings.scale or ()
+        )
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The labels of all clips of the store as the loss takes them, float32; see ``Target``."""
+        return self.labels_of(slice(None))
+
+    def labels_of(self, clips: Ints | slice) -> np.ndarray:
+        """The labels of some clips."""
+        target = self.target
+        values: np.ndarray = self.target_labels.values[clips].astype(np.float32)
+        if target.kind == "regression":
+            center, scale = (np.array(of, np.float32) for of in (target.center, target.scale))
+            values = (values - center) / scale
+        labels: np.ndarray = values.reshape(len(values), *target.label_shape)
+        return labels
 
     def numbers(self, split: str, label: int | None = None) -> Ints:
         """Clip numbers of a split, ascending, int64."""
@@ -93,11 +122,26 @@ class RunData:
         """Number of clips of a split."""
         return int(np.count_nonzero(self._are_in(split, label)))
 
+    def counts(self, split: str) -> list[int]:
+        """The clips of each of ``target_labels.classes`` in a split."""
+        return self.target_labels.counts(self.splits == CODES[split])
+
     def _are_in(self, split: str, label: int | None) -> np.ndarray:
         chosen: np.ndarray = self.splits == CODES[split]
         if label is not None:
-            chosen &= self.store.table["label"] == label
+            chosen &= self.class_codes() == label
         return chosen
+
+    def class_codes(self) -> np.ndarray:
+        """Code of the class of each clip of the store, integer [clips]; below 0 without a label, or
+        if a clip has not one class."""
+        codes = self.target_labels.codes
+        return np.full(len(self.splits), -1, np.int8) if codes is None else codes
+
+    @property
+    def classes(self) -> dict[int, str]:
+        """Name of each class by its code, in ascending order."""
+        return dict(enumerate(self.target.classes)) if self.target.is_coded else {}
 
     @property
     def clips(self) -> pd.DataFrame:
@@ -120,56 +164,107 @@ class RunData:
         """``frames_of`` the store."""
         return frames_of(self.store, self.config.clip)
 
+    def quotas(self) -> dict[int | None, int]:
+        """Clips of each class in a group of a batch, by the class's code, the anchor first. The
+        code None, alone, stands for all clips of the split.
+
+        Of two classes the positive one is the anchor. Of more it is the one with the least clips
+        for its quota, as a pass over it is the shortest; of equal ones the first.
+
+        Raises:
+            PlanError: ``plan.ratio`` does not name the classes.
+        """
+        ratio, classes = self.config.plan.ratio, self.classes
+        if ratio == "natural":
+            return {None: 1}
+        if not self.target.is_coded:
+            raise PlanError(
+                f"it is {ratio}, and clips of kind {self.target.kind} have not one class",
+                where="plan.ratio",
+                fix="Leave it out, or set it to natural.",
+            )
+        if ratio == "balanced":
+            ratio = dict.fromkeys(classes.values(), 1)
+        if isinstance(ratio, tuple) and len(classes) == 2:
+            ratio = {classes[1]: ratio[0], classes[0]: ratio[1]}
+        if not isinstance(ratio, dict) or ratio.keys() != set(classes.values()):
+            raise PlanError(
+                f"it is {ratio}, and the classes are {', '.join(classes.values())}",
+                where="plan.ratio",
+                fix="Give each class its number of clips, as in "
+                f"{{{', '.join(f'{name}: 1' for name in classes.values())}}}.",
+            )
+        quotas: dict[int | None, int] = {code: ratio[name] for code, name in classes.items()}
+        passes = {code: Fraction(self.count("train", code), quotas[code]) for code in quotas}
+        anchor = 1 if len(quotas) == 2 else min(quotas, key=passes.__getitem__)
+        return {anchor: quotas[anchor]} | quotas
+
     def plan(self, weights: Floats | None = None) -> Plan:
         """The order of training.
 
         Args:
-            weights: relative frequency of each clip of the store among the negatives, float64
-                [clips]. It multiplies the manifest's weight.
+            weights: relative frequency of each clip of the store among those of its class, float64
+                [clips]. It multiplies the manifest's weight. Weights of the anchor do not count.
 
         Raises:
-            PlanError: the train split cannot fill the batches.
+            PlanError: the ratio does not fit the classes, or the train split cannot fill the
+                batches.
         """
-        plan, size = self.config.plan, self.config.clip.size
+        plan, clip, quotas = self.config.plan, self.config.clip, self.quotas()
         rules = PlanRules(
             plan.batch,
-            ClassRatio(*plan.ratio),
+            ClassRatio(quotas.values()),
             self.config.seed,
             plan.negatives,
             plan.max_voxels,
-            size[0] * size[1],
+            clip.size[0] * clip.size[1],
         )
-        if weights is not None or len(self.store.table) < SHARED:
-            return plan_of(*self._sorted_classes(weights), rules)
-        table = self.store.table
-        clip = self.config.clip
+        codes, table = list(quotas), self.store.table
+        if weights is not None or len(table) < SHARED:
+            anchor, *others = self._sorted_classes(codes, weights)
+            return plan_of(anchor, others, rules)
         settings = plan.order, plan.balance_groups, clip.max_frames, clip.spacing, clip.fps
-        key = PLAN_VERSION, self.store.content, table.checksum, crc32c(self.splits), *settings
-        arrays = shared_arrays("order", key, lambda: _as_arrays(self._sorted_classes(None)))
-        return plan_of(_of_arrays(arrays, "positives"), _of_arrays(arrays, "negatives"), rules)
+        sums = crc32c(self.splits), crc32c(np.ascontiguousarray(self.class_codes()))
+        key = PLAN_VERSION, self.store.content, table.checksum, *sums, *codes, *settings
+        arrays = shared_arrays("order", key, lambda: _as_arrays(codes, self._sorted_classes(codes)))
+        anchor, *others = (_of_arrays(arrays, code, self._name_of(code)) for code in codes)
+        return plan_of(anchor, others, rules)
 
-    def _sorted_classes(self, weights: Floats | None) -> tuple[ByDepth, ByDepth]:
-        """Positives and negatives of the train split in the plan's order."""
-        table, frames = self.store.table, self.frames
-        positives, negatives = self.numbers("train", 1), self.numbers("train", 0)
-        own = table["weight"][negatives]
-        if weights is not None:
-            own = own * weights[negatives]
+    def _sorted_classes(
+        self, codes: Sequence[int | None], weights: Floats | None = None
+    ) -> list[ByDepth]:
+        """The train split's clips of each class, of which the first is the anchor, sorted."""
+        groups = self.store.table.codes("group") if self.config.plan.balance_groups else None
+        frames = self.frames if self.config.plan.order == "banded" else None
+        most, weight = self.config.clip.max_frames or MOST_FRAMES, self.store.table["weight"]
+        found: list[ByDepth] = []
+        for code in codes:
+            clips = self.numbers("train", code)
+            depths = None if frames is None else np.minimum(frames[clips], most)
+            own = weight[clips]
+            if code is None and not (own == 1.0).all():
+                raise PlanError(
+                    "ratio: natural takes every clip once a pass, and the store gives clips a "
+                    "weight",
+                    where="plan.ratio",
+                    fix="Choose another ratio, or prepare the store without weights.",
+                )
+            if weights is not None:
+                own = own * weights[clips]
+            is_weighted = bool(found) and not (own == 1.0).all()
+            found.append(
+                by_depth(
+                    clips,
+                    depths,
+                    own if is_weighted else None,
+                    groups[clips] if found and groups is not None else None,
+                    name=self._name_of(code),
+                )
+            )
+        return found
 
-        def depths(clips: Ints) -> Ints | None:
-            if self.config.plan.order != "banded":
-                return None
-            cut: Ints = np.minimum(frames[clips], self.config.clip.max_frames or MOST_FRAMES)
-            return cut
-
-        return sorted_classes(
-            positives,
-            negatives,
-            positive_depths=depths(positives),
-            negative_depths=depths(negatives),
-            weights=None if (own == 1.0).all() else own,
-            groups=table.codes("group")[negatives] if self.config.plan.balance_groups else None,
-        )
+    def _name_of(self, code: int | None) -> str:
+        return "clips" if code is None else clips_of_class(self.classes[code])
 
     def deepest(self) -> int:
         """Frames of the deepest clip of the train split, as the model gets it."""
@@ -180,6 +275,11 @@ class RunData:
         """Share of positives in the train split, before any balancing."""
         return self.count("train", 1) / self.count("train")
 
+    def batch_rate(self) -> float:
+        """Share of positives in the batches of training."""
+        quotas = self.quotas()
+        return quotas[1] / sum(quotas.values()) if 1 in quotas else self.natural_rate()
+
     def dataset(self, *, training: bool, config: Config | None = None) -> ClipDataset:
         """The store's clips in the model's shape, augmented in training.
 
@@ -187,7 +287,8 @@ class RunData:
             config: settings to use instead of the run's.
         """
         augment = make_augment(self.config.augment, self.config.seed) if training else None
-        return clip_dataset(config or self.config, self.store, augment)
+        labels = None if self.target_labels.in_store else self.labels
+        return clip_dataset(config or self.config, self.store, augment, labels)
 
 
 def open_data(config: Config, *, training: bool = False) -> RunData:
@@ -204,13 +305,16 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
     _check_sizes(config)
     store = Store(config.store, config.cache)
     config = with_channels(config, store)
+    labels = target_labels(config.target, store.table, store.classes)
+    config = _with_ratio(config, labels.target)
     together = config.split.duplicates == "together"
     copies = _copies(store) if training or together else None
-    splits = _choose(store, config, copies if together else None)
+    splits = _choose(store, config, copies if together else None, labels)
+    config = with_target(config, labels, splits)
     if training:
         given = bool(given_splits(store.table).all())
-        counts = counts_by_class(splits, store.table["label"])
-        check_splits(counts, config.split, given=given, classes=store.classes)
+        counts = counts_by_class(splits, labels)
+        check_splits(counts, config.split, given=given, classes=labels.classes)
         if given and os.environ.get("RANK", "0") == "0":
             _warn_of_crossed_groups(store, splits)
         assert copies is not None
@@ -221,7 +325,17 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
             raise duplicates_error(across, given=given)
         if across is not None and os.environ.get("RANK", "0") == "0":
             log.warning("%s", across)
-    return RunData(store, splits, config)
+    return RunData(store, splits, config, labels)
+
+
+def _with_ratio(config: Config, target: Target) -> Config:
+    """The settings with a ratio for a target without two classes, unless one is given."""
+    is_given = "ratio" in config.plan.model_fields_set
+    if is_given or (target.is_coded and len(target.classes) == 2):
+        return config
+    ratio = "balanced" if target.is_coded else "natural"
+    plan = config.plan.model_copy(update={"ratio": ratio})
+    return config.model_copy(update={"plan": plan})
 
 
 def _copies(store: Store) -> Copies:
@@ -239,34 +353,36 @@ def _copies(store: Store) -> Copies:
     return Copies(arrays["clips"], arrays["first"], bool(arrays["unread"].any()))
 
 
-def _choose(store: Store, config: Config, copies: Copies | None) -> Splits:
+def _choose(store: Store, config: Config, copies: Copies | None, labels: TargetLabels) -> Splits:
     """``choose_clips``, once on a node for a large store."""
 
     def choose() -> dict[str, Splits]:
         settings = config.select, config.split, config.seed
-        return {"splits": choose_clips(store.table, *settings, copies, store.classes)}
+        return {"splits": choose_clips(store.table, *settings, copies, labels=labels)}
 
     if len(store.table) < SHARED or (copies is not None and copies.unread):
         return choose()["splits"]
     settings = config.select.model_dump(), config.split.model_dump(), config.seed
     content = store.content, store.table.checksum
-    key = SPLITS_VERSION, *content, *settings, copies is None
+    key: tuple[object, ...] = SPLITS_VERSION, *content, *settings, copies is None
+    if not labels.in_store:
+        key = *key, config.target.model_dump(exclude={"center", "scale"})
     return shared_arrays("splits", key, choose)["splits"]
 
 
-def _as_arrays(classes: tuple[ByDepth, ByDepth]) -> dict[str, np.ndarray]:
+def _as_arrays(codes: Sequence[int | None], classes: Sequence[ByDepth]) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
-    for name, clips in zip(("positives", "negatives"), classes, strict=True):
-        arrays[f"{name}.clips"] = clips.clips.astype(np.uint32)
-        arrays |= {f"{name}.depths": clips.depths, f"{name}.starts": clips.starts}
+    for code, clips in zip(codes, classes, strict=True):
+        arrays[f"{code}.clips"] = clips.clips.astype(np.uint32)
+        arrays |= {f"{code}.depths": clips.depths, f"{code}.starts": clips.starts}
         if clips.weights is not None:
-            arrays[f"{name}.weights"] = clips.weights
+            arrays[f"{code}.weights"] = clips.weights
     return arrays
 
 
-def _of_arrays(arrays: Mapping[str, np.ndarray], name: str) -> ByDepth:
-    clips, depths, starts = (arrays[f"{name}.{part}"] for part in ("clips", "depths", "starts"))
-    return ByDepth(clips, depths, starts, arrays.get(f"{name}.weights"))
+def _of_arrays(arrays: Mapping[str, np.ndarray], code: int | None, name: str) -> ByDepth:
+    clips, depths, starts = (arrays[f"{code}.{part}"] for part in ("clips", "depths", "starts"))
+    return ByDepth(clips, depths, starts, arrays.get(f"{code}.weights"), name)
 
 
 def _warn_of_crossed_groups(store: Store, splits: Splits) -> None:
@@ -312,18 +428,19 @@ def open_run_data(run: Path, config: Config, *, store_path: Location | None = No
     record = read_record(run)
     store = Store(store_path or _find_store(record["store"]["path"], config), config.cache)
     check_channels(config, store)
+    labels = target_labels(config.target, store.table, store.classes)
     splits = read_splits(run, record["splits"])
     _check_content(store, splits, record["store"], fix=RESTORE)
     if splits is None:
-        codes = _choose(store, config, None)
+        codes = _choose(store, config, None, labels)
         if splits_record(*splits_file(store.table, codes)) != record["splits"]:
             raise RunError(
                 "the run's table of splits is missing, and cannot be made again",
                 where=run / record["splits"].get("file", SPLITS),
                 fix="Restore it from a copy.",
             )
-        return RunData(store, codes, config)
-    return RunData(store, splits.codes, config)
+        return RunData(store, codes, config, labels)
+    return RunData(store, splits.codes, config, labels)
 
 
 def _find_store(former: str, config: Config) -> Location:
@@ -416,9 +533,12 @@ def make_augment(settings: AugmentSettings, seed: int) -> Augment | OriginalAugm
 
 
 def clip_dataset(
-    config: Config, store: Store, augment: Augment | OriginalAugment | None
+    config: Config,
+    store: Store,
+    augment: Augment | OriginalAugment | None,
+    labels: np.ndarray | None = None,
 ) -> ClipDataset:
-    """Clips in the shape of the config's model.
+    """Clips in the shape of the config's model; for ``labels`` see ``ClipDataset``.
 
     Raises:
         StoreError: clips do not say what ``clip.spacing`` or ``clip.fps`` needs.
@@ -430,6 +550,7 @@ def clip_dataset(
         augment=augment,
         on_device=config.augment.device,
         resampling=resampling_of(store, config.clip.spacing, config.clip.fps),
+        labels=labels,
     )
 
 
@@ -453,6 +574,57 @@ def with_channels(config: Config, store: Store) -> Config:
     return config.model_copy(
         update={"model": config.model.model_copy(update={"channels": channels})}
     )
+
+
+def with_target(config: Config, labels: TargetLabels, splits: Splits) -> Config:
+    """The settings with what the target says of the model's outputs and the loss, and the kind,
+    classes and scale that it has; of two classes of the store, ``target`` stays as it is.
+
+    Raises:
+        ConfigError: the settings name other outputs, or a metric of another kind, or a value of
+            regression does not vary.
+    """
+    target, best = labels.target, config.checkpoint.best
+    if config.model.outputs not in (1, target.outputs):
+        raise ConfigError(
+            f"it is {config.model.outputs}, and the target needs {target.outputs}",
+            where="model.outputs",
+            fix="Leave it out.",
+        )
+    if best is not None:
+        try:
+            higher_is_better(best, target.kind)
+        except ConfigError as error:
+            raise ConfigError(error.what, where="checkpoint.best") from None
+    settings = config.target
+    if target.kind != "binary" or settings != TargetSettings():
+        update: dict[str, Any] = {"kind": target.kind}
+        if target.kind == "regression":
+            update |= _scale(labels, settings, splits)
+        elif target.is_coded:
+            update["classes"] = target.classes
+        settings = settings.model_copy(update=update)
+    model = config.model.model_copy(update={"outputs": target.outputs})
+    loss = config.loss
+    if loss.name == "auto":
+        loss = loss.model_copy(update={"name": NATURAL_LOSS[target.kind]})
+    return config.model_copy(update={"target": settings, "model": model, "loss": loss})
+
+
+def _scale(labels: TargetLabels, settings: TargetSettings, splits: Splits) -> dict[str, Any]:
+    """Mean and standard deviation of each value in the train split, where none are given."""
+    values = labels.values[splits == CODES["train"]].astype(np.float64)
+    spread = values.std(axis=0)
+    if settings.scale is None and (spread == 0).any():
+        name = labels.target.classes[int(spread.argmin())]
+        raise ConfigError(
+            f"all clips of the train split have the same {name}, {values[0, spread.argmin()]:g}",
+            where="target.columns",
+        )
+    return {
+        "center": settings.center or tuple(values.mean(axis=0).tolist()),
+        "scale": settings.scale or tuple(spread.tolist()),
+    }
 
 
 def black_and_white(store: Store) -> dict[str, Any]:

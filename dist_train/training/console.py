@@ -12,6 +12,8 @@ from dist_train.run.data import RunData
 
 #: Speed is measured from the end of step ``WARM`` to the end of step ``MEASURED``.
 WARM, MEASURED = 4, 20
+#: Classes whose clips are counted in the lines at the beginning.
+MOST_CLASSES = 12
 UNITS = (("days", 86_400), ("hours", 3_600), ("minutes", 60), ("seconds", 1))
 
 
@@ -19,30 +21,37 @@ def visits_of(config: Config, plan: Plan) -> int:
     """Return the clips of all steps of the run; a clip counts each time."""
     if config.plan.max_voxels is None:
         return plan.first_step(config.train.epochs) * plan.batch
-    # Steps differ in size, but an epoch has all positives.
-    positives = config.train.epochs * len(plan.positives)
-    return positives + plan.ratio.negatives_of(positives)
+    # Steps differ in size, but an epoch has all clips of the anchor.
+    anchors = config.train.epochs * len(plan.anchor)
+    return sum(plan.ratio.of(number, anchors) for number in range(len(plan.ratio)))
 
 
 def opening(config: Config, backend: Backend, data: RunData, plan: Plan, done: int) -> list[str]:
     """Return lines about a run that begins, or continues after ``done`` steps."""
     train, steps = config.train, plan.first_step(config.train.epochs)
     visits = visits_of(config, plan)
-    per_positive = visits * plan.ratio.positive_rate / len(plan.positives)
+    per_anchor = visits * plan.ratio[0] / plan.ratio.group / len(plan.anchor)
     trained = sum(backend.numels[name] for name, _ in backend.trained())
     return [
         f"{config.model.name}, {trained:,} parameters, on {backend.world} x {backend.device.type}, "
         f"{train.backend}, {train.precision}",
         "clips: "
-        + "; ".join(
-            f"{split} {data.count(split, 1):,} {data.store.classes[1]}, "
-            f"{data.count(split, 0):,} {data.store.classes[0]}"
-            for split in ("train", "val", "test")
-        ),
+        + "; ".join(f"{split} {_counts(data, split)}" for split in ("train", "val", "test")),
         f"{train.epochs:,} epochs of {steps / train.epochs:,.0f} steps of {plan.batch} clips: "
-        f"{visits:,} visits in all, {per_positive:,.0f} of each positive",
+        f"{visits:,} visits in all, {per_anchor:,.0f} to each of the {plan.anchor.name}",
         f"run: {config.out.resolve()}" + (f", from step {done:,} of {steps:,}" if done else ""),
     ]
+
+
+def _counts(data: RunData, split: str) -> str:
+    """The clips of a split: of both classes, the positive one first, or of ``MOST_CLASSES``."""
+    names, counts = data.target_labels.classes, data.counts(split)
+    named = [f"{count:,} {name}" for name, count in zip(names, counts, strict=True)]
+    if len(named) == 2:
+        named.reverse()
+    if len(named) > MOST_CLASSES:
+        named[MOST_CLASSES:] = [f"{len(named) - MOST_CLASSES} more classes"]
+    return ", ".join(named)
 
 
 def closing(config: Config) -> str:

@@ -9,29 +9,60 @@ from types import FunctionType
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, huber_loss
 
 from dist_train import extensions
 from dist_train.config import LossSettings
 from dist_train.errors import ConfigError
+from dist_train.targets import NATURAL_LOSS, Target
 
-#: Takes logits and labels, float32 [B] each, and returns the mean loss over the clips, a scalar.
+#: Takes logits and labels, float32 [B] each or as ``Target`` says, and returns the mean loss over
+#: the clips, a scalar.
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+
+def class_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of logits [B, K] and class codes [B]."""
+    return cross_entropy(logits, labels.long())
+
+
+def cumulative_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean binary cross entropy of "the class is above k" for logits [B, K-1] and class codes
+    [B] (Niu et al., "Ordinal regression with multiple output CNN for age estimation", 2016)."""
+    above = labels[:, None] > torch.arange(logits.shape[1], device=logits.device)
+    return binary_cross_entropy_with_logits(logits, above.to(logits.dtype))
+
+
 #: The functions that ``loss.name`` can name; ``loss.args`` are their further arguments.
-LOSSES: dict[str, Callable[..., Tensor]] = {"bce": binary_cross_entropy_with_logits}
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "bce": binary_cross_entropy_with_logits,
+    "ce": class_cross_entropy,
+    "ordinal": cumulative_cross_entropy,
+    "huber": huber_loss,
+}
 
 
-def make_loss(settings: LossSettings, device: torch.device | None = None) -> Loss:
+def make_loss(
+    settings: LossSettings, device: torch.device | None = None, target: Target | None = None
+) -> Loss:
     """Return the loss that the settings name.
 
     Args:
         device: where it will compute, for tensors of its own; None is the host.
+        target: what the run predicts; None is a binary one.
 
     Raises:
-        ConfigError: there is no such loss, it does not take these arguments, or it is not a loss.
+        ConfigError: there is no such loss, it does not take these arguments, or it is not a loss,
+            or not one of this kind of target.
     """
-    name, device = settings.name, device or torch.device("cpu")
+    target, device = target or Target(), device or torch.device("cpu")
+    name = NATURAL_LOSS[target.kind] if settings.name == "auto" else settings.name
+    if name in LOSSES and name != NATURAL_LOSS[target.kind] and name in NATURAL_LOSS.values():
+        raise ConfigError(
+            f"{name} is no loss of kind {target.kind}",
+            where="loss.name",
+            fix=f"That kind has {NATURAL_LOSS[target.kind]}; leave loss.name out.",
+        )
     if extensions.is_import_path(name):
         found = extensions.load(name, "loss.name")
     elif name in LOSSES:
@@ -59,14 +90,16 @@ def make_loss(settings: LossSettings, device: torch.device | None = None) -> Los
                 f"{name} has weights of its own, which nothing would train", where="loss.name"
             )
         loss.to(device)
-    _check(name, loss, device)
+    _check(name, loss, device, target)
     return loss
 
 
-def _check(name: str, loss: Loss, device: torch.device) -> None:
+def _check(name: str, loss: Loss, device: torch.device, target: Target) -> None:
     """Raise unless the loss of a small batch is a scalar with a gradient."""
-    logits = torch.zeros(4, device=device, requires_grad=True)
-    value = loss(logits, torch.tensor([0.0, 1.0, 0.0, 0.0], device=device))
+    logits = torch.zeros(4, *target.logit_shape, device=device, requires_grad=True)
+    labels = torch.zeros(4, *target.label_shape, device=device)
+    labels[1] = 1.0
+    value = loss(logits, labels)
     if not (isinstance(value, Tensor) and value.shape == () and value.requires_grad):
         given = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ConfigError(

@@ -23,6 +23,7 @@ from dist_train.distributed.straggler import StragglerDetector
 from dist_train.errors import RunError
 from dist_train.run.model import as_input
 from dist_train.system.advice import first_line
+from dist_train.targets import Target
 from dist_train.training.cuda_graphs import make_forward_backward
 from dist_train.training.epoch_predictions import EpochPredictions
 from dist_train.training.losses import make_loss
@@ -65,11 +66,12 @@ class OptimizerStep:
         micro: MicroBatches,
         config_at: Callable[[int], Config],
         predictions: EpochPredictions,
+        target: Target,
     ) -> None:
         self._config, self._backend, self._plan = config, backend, plan
         self._schedule, self._micro, self._config_at = schedule, micro, config_at
         self._predictions = predictions
-        self._loss = make_loss(config.loss, backend.device)
+        self._loss = make_loss(config.loss, backend.device, target)
         self.drop_graphs()
         self._buffers = BufferCopy(backend.module)
         self._stragglers = StragglerDetector(backend, config.train.straggler_ratio)
@@ -77,7 +79,10 @@ class OptimizerStep:
     def drop_graphs(self) -> None:
         """Drop captured CUDA graphs, after the size of micro-batches has changed."""
         self._forward_backward = make_forward_backward(
-            self._backend, self._loss, device_knows_frames=self._config.norm.fused
+            self._backend,
+            self._loss,
+            outputs=self._config.model.outputs,
+            device_knows_frames=self._config.norm.fused,
         )
 
     def take(

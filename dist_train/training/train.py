@@ -222,10 +222,7 @@ def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | Non
     run: dict[str, Any] = {
         "model": config.model.name,
         "parameters": sum(backend.numels[name] for name, _ in backend.trained()),
-        "positive_rate": {
-            "train_batches": config.plan.ratio.positive_rate,
-            "natural": data.natural_rate(),
-        },
+        **_rates(trainer),
         "steps": trainer.steps,
         "checkpointed": resumed_from is not None,
         "settings": config.model_dump(mode="json"),
@@ -249,6 +246,15 @@ def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | Non
     # Last: ``run.json`` has the changes already.
     set_foreign_settings_aside(out)
     write_whole(out / CONFIG, config_text(config))
+
+
+def _rates(trainer: Trainer) -> dict[str, Any]:
+    """The share of positives, for the record; of another target, the target itself."""
+    config, data = trainer.config, trainer.data
+    if data.target.kind != "binary":
+        return {"target": config.target.model_dump(mode="json")}
+    natural = data.natural_rate()
+    return {"positive_rate": {"train_batches": data.batch_rate(), "natural": natural}}
 
 
 def _held_out_seen(trainer: Trainer, resumed_from: int | None, init: Source | None) -> int:

@@ -21,7 +21,7 @@ from dist_train.progress import Progress
 from dist_train.run.data import open_data
 from dist_train.run.folder import CHECKPOINTS
 from dist_train.run.mirror import Mirror
-from dist_train.run.model import model_metadata
+from dist_train.run.model import model_metadata, target_metadata
 from dist_train.run.record import note_checkpoint
 from dist_train.training.batches import Batches
 from dist_train.training.ema import Ema
@@ -69,7 +69,7 @@ class Trainer:
         self.predictions = EpochPredictions(backend)
         self.step = OptimizerStep(
             config, backend, self.plan, self.schedule, self.micro, self.batches.config_at,
-            self.predictions,
+            self.predictions, self.data.target,
         )  # fmt: skip
         # A hang is reported before the other processes time out.
         hang = config.train.hang_timeout
@@ -83,13 +83,14 @@ class Trainer:
             config.out / CHECKPOINTS, backend, self.ema, self.batches.plan_at, config.checkpoint,
             seed=config.seed,
             model=model_metadata(config),
+            target=target_metadata(config),
             store=self.data.store.fingerprint,
             content=self.data.store.content,
             completed=lambda: note_checkpoint(config.out),
             committed=self._copy_to_mirror,
         )  # fmt: skip
         self.recovery = Recovery(config, backend, self.state, self.micro)
-        self.reporter = Reporter(config, backend, self.plan)
+        self.reporter = Reporter(config, backend, self.plan, self.data.target)
         self._last_batch: Batch | None = None
 
     def fit(self, progress: Progress | None = None, before_step: BeforeStep | None = None) -> None:
@@ -195,7 +196,7 @@ class Trainer:
             raise self.recovery.stopped(interrupted=bool(interrupt), done=self.done)
 
     def restore_progress(self, done: int, logits: np.ndarray, labels: np.ndarray) -> None:
-        """Continue after ``done`` steps, with the epoch's predictions so far, float32 [N] on
+        """Continue after ``done`` steps, with the epoch's predictions so far, float32 on
         rank 0."""
         self.done = done
         self.predictions.begin(logits, labels)

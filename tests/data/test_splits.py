@@ -11,21 +11,24 @@ import pandas as pd
 import pytest
 from helpers import overrides, refused, tiny_config
 from make_media import store_of, volumes
-from tables import table_of
+from tables import table_of, two_classes
 
 from dist_train.config import SelectSettings, SplitSettings
 from dist_train.data import splits as splits_module
 from dist_train.data.splits import (
     CODES,
     NAMES,
+    Splits,
     assign_splits,
     check_splits,
     choose_clips,
     counts_by_class,
     select_clips,
 )
+from dist_train.data.target_labels import TargetLabels
 from dist_train.errors import PlanError
 from dist_train.run.data import open_data
+from dist_train.targets import Target
 
 
 def clips(count: int, *, groups: int = 5, rate: float = 0.2, seed: int = 0) -> pd.DataFrame:
@@ -45,8 +48,20 @@ def clips(count: int, *, groups: int = 5, rate: float = 0.2, seed: int = 0) -> p
 
 def assigned(table: pd.DataFrame, *, seed: int = 3, **settings: Any) -> pd.Series:
     chosen = np.ones(len(table), np.bool_)
-    codes = assign_splits(table_of(table), chosen, SplitSettings(**settings), seed)
+    stored = table_of(table)
+    codes = assign_splits(stored, stored["label"], chosen, SplitSettings(**settings), seed)
     return pd.Series(np.array(NAMES, object)[codes], index=table.index)
+
+
+def selected(table: pd.DataFrame, tier2: float | None = None) -> np.ndarray:
+    stored = table_of(table)
+    return select_clips(stored, two_classes(stored), tier2_crowd_score=tier2)
+
+
+def chosen_splits(table: pd.DataFrame, split: SplitSettings, **select: Any) -> Splits:
+    stored = table_of(table)
+    labels = two_classes(stored)
+    return choose_clips(stored, SelectSettings(**select), split, seed=0, labels=labels)
 
 
 def fold_numbers(table: pd.DataFrame, folds: int, groups: str, seed: int = 3) -> pd.Series:
@@ -63,7 +78,7 @@ def fold_numbers(table: pd.DataFrame, folds: int, groups: str, seed: int = 3) ->
 def test_all_labelled_clips_by_default() -> None:
     table = clips(50)
     table.loc[[3, 7], "label"] = -1
-    chosen = select_clips(table_of(table), tier2_crowd_score=None)
+    chosen = selected(table)
     assert np.flatnonzero(~chosen).tolist() == [3, 7]
 
 
@@ -76,14 +91,14 @@ def test_the_original_rule() -> None:
             "crowd_score": [0.0, 0.0, np.nan, 0.61, 0.6, 0.2, 0.9, np.nan],
         }
     )
-    chosen = select_clips(table_of(table), tier2_crowd_score=0.6)
+    chosen = selected(table, 0.6)
     assert np.flatnonzero(chosen).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("label", "missing"), [(0, "positives"), (1, "negatives")])
 def test_a_class_that_is_missing_is_named(label: int, missing: str) -> None:
     with pytest.raises(PlanError, match=rf"no {missing} \(10 clips of 10 selected\)"):
-        select_clips(table_of(clips(10).assign(label=label)), tier2_crowd_score=None)
+        selected(clips(10).assign(label=label))
 
 
 def test_stratified_folds_are_balanced_by_class_and_group() -> None:
@@ -147,19 +162,16 @@ def test_too_few_groups() -> None:
 
 def test_choose_clips_keeps_the_clip_numbers() -> None:
     table = clips(300)
-    select = SelectSettings(tier2_crowd_score=0.6)
-    codes = choose_clips(table_of(table), select, SplitSettings(), seed=0)
+    codes = chosen_splits(table, SplitSettings(), tier2_crowd_score=0.6)
     assert set(codes.tolist()) == {0, *CODES.values()}
-    chosen = select_clips(table_of(table), tier2_crowd_score=0.6)
+    chosen = selected(table, 0.6)
     assert ((codes > 0) == chosen).all()
 
 
 @pytest.mark.parametrize(("given", "empty"), [("train", "val"), ("val", "train")])
 def test_split_without_clips(given: str, empty: str) -> None:
     with pytest.raises(PlanError, match=f"no clip is in split '{empty}'"):
-        choose_clips(
-            table_of(clips(20).assign(split=given)), SelectSettings(), SplitSettings(), seed=0
-        )
+        chosen_splits(clips(20).assign(split=given), SplitSettings())
 
 
 def test_clips_without_a_group_are_refused_or_told_apart() -> None:
@@ -186,9 +198,10 @@ def test_a_group_in_two_splits_of_the_manifest() -> None:
 
 
 def check(table: pd.DataFrame, split: SplitSettings) -> None:
-    codes = choose_clips(table_of(table), SelectSettings(), split, seed=0)
-    counts = counts_by_class(codes, table["label"].to_numpy())
-    check_splits(counts, split, given=bool((table["split"] != "").all()))
+    labels = two_classes(table_of(table))
+    counts = counts_by_class(chosen_splits(table, split), labels)
+    given = bool((table["split"] != "").all())
+    check_splits(counts, split, given=given, classes=labels.classes)
 
 
 def test_a_fold_without_a_class_is_refused() -> None:
@@ -258,11 +271,13 @@ def test_a_class_is_named_as_in_the_table() -> None:
     table.loc[table["split"] == "val", "label"] = 1
     names = {0: "flowing", 1: "stalled"}
     codes = table["split"].map(CODES).to_numpy(np.uint8)
-    counts = counts_by_class(codes, table["label"].to_numpy())
+    labels = two_classes(table_of(table), names)
+    counts = counts_by_class(codes, labels)
     with pytest.raises(PlanError, match=r"split 'val' holds no 'flowing' clips \(train: \d+ 'stal"):
-        check_splits(counts, SplitSettings(), given=True, classes=names)
+        check_splits(counts, SplitSettings(), given=True, classes=labels.classes)
+    stored = table_of(table.assign(label=0))
     with pytest.raises(PlanError, match="the selection holds no 'stalled' clips"):
-        select_clips(table_of(table.assign(label=0)), tier2_crowd_score=None, classes=names)
+        select_clips(stored, two_classes(stored, names), tier2_crowd_score=None)
 
 
 BAD_SPLITS = {
@@ -308,3 +323,49 @@ def test_groups_in_two_given_splits_are_told(
     assert "2 groups are in more than one split of the manifest, such as 'a' in test and" in (
         caplog.text
     )
+
+
+def many_classes(table: pd.DataFrame, classes: int) -> tuple[pd.DataFrame, TargetLabels]:
+    names = {code: f"c{code}" for code in range(classes)}
+    table = table.assign(label=np.arange(len(table)) % classes)
+    return table, two_classes(table_of(table), names)
+
+
+def test_folds_of_many_classes_are_balanced() -> None:
+    table, labels = many_classes(clips(1000, groups=3), 7)
+    for groups in ("stratify", "disjoint"):
+        stored = table_of(table.assign(group=[f"g{n // 7 % 50}" for n in range(1000)]))
+        split = SplitSettings(groups=groups)
+        codes = choose_clips(stored, SelectSettings(), split, seed=0, labels=labels)
+        counts = counts_by_class(codes, labels)
+        slack, total = 1 if groups == "stratify" else 12, np.sum(list(counts.values()), axis=0)
+        for name, share in {"train": 0.6, "val": 0.2, "test": 0.2}.items():
+            np.testing.assert_allclose(counts[name], share * total, atol=slack)
+
+
+def test_values_and_combinations_of_labels_are_spread_over_folds() -> None:
+    table = table_of(clips(500))
+    random = np.random.default_rng(0)
+    values = TargetLabels(Target("regression", ("v",)), random.normal(size=(500, 1)))
+    combined = random.integers(0, 2, (500, 3)).astype(np.float32)
+    several = TargetLabels(Target("multilabel", ("a", "b", "c")), combined)
+    for labels in (values, several):
+        splits = choose_clips(table, SelectSettings(), SplitSettings(), seed=0, labels=labels)
+        for stratum in range(labels.strata.max() + 1):
+            own = splits[labels.strata == stratum]
+            for name, share in {"train": 0.6, "val": 0.2, "test": 0.2}.items():
+                assert abs((own == CODES[name]).sum() - share * len(own)) <= 2
+    assert np.bincount(values.strata).tolist() == [50] * 10
+
+
+def test_a_class_of_many_that_is_missing_is_named() -> None:
+    table, labels = many_classes(clips(70), 7)
+    splits = np.where(table["label"] == 4, 1, 1 + np.arange(70) // 7 % 3).astype(np.uint8)
+    with pytest.raises(PlanError, match=r"split 'val' holds no 'c4' clips \(train: 10 'c4' clips"):
+        check_splits(
+            counts_by_class(splits, labels), SplitSettings(), given=True, classes=labels.classes
+        )
+    stored = table_of(table.assign(label=table["label"].replace(2, 3)))
+    names = dict(enumerate(labels.classes))
+    with pytest.raises(PlanError, match="the selection holds no 'c2' clips"):
+        select_clips(stored, two_classes(stored, names), tier2_crowd_score=None)

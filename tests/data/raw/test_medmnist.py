@@ -18,7 +18,8 @@ from dist_train.errors import StoreError
     ("changed", "message"),
     [
         ({"val_labels": None}, "val_labels"),
-        ({"val_labels": np.full((3, 1), 2)}, "label 2 of val image 0 is not 0 or 1"),
+        ({"val_labels": np.full((3, 1), -1)}, "label -1 of val image 0 is no class"),
+        ({"val_labels": np.full((3, 1), 0.5)}, "label 0.5 of val image 0 is no class"),
         ({"val_labels": np.array(1)}, "val has 3 images, 1 labels"),
         ({"val_labels": np.array([[{}]])}, "Object arrays cannot be loaded"),
         ({"val_images": np.zeros((3, 4, 5), np.uint8)}, r"val_images are uint8 \[3, 4, 5\]"),

@@ -108,3 +108,72 @@ def test_labels_of_another_table_may_be_names(tmp_path: Path, table: Path) -> No
     assert manifest.classes == {0: "flowing", 1: "stalled"}
     with pytest.raises(ManifestError, match="--positive or --label-names and --unlabelled contra"):
         read_manifest(table, unlabelled=True, naming=Naming(["stalled"]))
+
+
+def test_more_than_two_names_have_codes_in_the_order_of_people(
+    table: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = labelled(table, "stage 10", "Stage 9", "none left", "stage 9", "stage 9")
+    assert manifest.classes == {0: "none left", 1: "stage 9", 2: "stage 10"}
+    assert manifest.table["label"].tolist() == [2, 1, 0, 1, 1]
+    assert "3 classes, from code 0: none left (1), stage 9 (3), stage 10 (1)" in caplog.text
+
+
+def test_names_that_are_given_come_first(table: Path) -> None:
+    names = ("s=severe,m=mild", "x=other")
+    manifest = labelled(table, "m", "s", "x", "a", "m", names=names)
+    assert manifest.classes == {0: "severe", 1: "mild", 2: "other", 3: "a"}
+    assert manifest.table["label"].tolist() == [1, 0, 2, 3, 1]
+
+
+@pytest.mark.parametrize("names", [(), ("2=worst,0=best",)])
+def test_numbers_from_0_keep_their_code(table: Path, names: tuple[str, ...]) -> None:
+    labels = [str(number) for number in (10, *range(10), 2)]
+    manifest = labelled(table, *labels, names=names)
+    assert manifest.table["label"].tolist() == [int(label) for label in labels]
+    assert manifest.classes[2] == ("worst" if names else "2")
+    assert manifest.table["label"].dtype == "int16"
+
+
+def test_other_numbers_are_names(table: Path) -> None:
+    manifest = labelled(table, "30", "7", "100", "7")
+    assert manifest.classes == {0: "7", 1: "30", 2: "100"}
+    assert manifest.table["label"].tolist() == [1, 0, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        (("0", "1", "O"), (), "label of '2.npy' is 'O', not 0 or 1"),
+        (("true", "false", "flase"), (), "label of '2.npy' is 'flase', not 0 or 1"),
+        (("a", "b", ""), (), "label of '0.npy' is 'a', not 0 or 1"),
+        (("a", "b", "c", "nan"), (), "label of '3.npy' is 'nan', not the name of a class"),
+        (("0", "1", "2", "-1"), (), "label of '3.npy' is '-1', not"),
+        (("0.5", "1", "2.5"), (), "label of '0.npy' is '0.5', not a class"),
+        (("a", "b", "c"), ("a=x,b=x",), "there are two classes: c (1), x (2). Say by --positive"),
+        (("a", "b", "c"), ("d=x",), "there is no class 'd' (--label-names)"),
+    ],
+)
+def test_labels_that_are_no_classes(
+    table: Path, labels: tuple[str, ...], names: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ManifestError, match=re.escape(message)):
+        labelled(table, *labels, names=names)
+
+
+def test_more_classes_than_a_store_has_are_refused(table: Path) -> None:
+    with pytest.raises(ManifestError, match="there are 10001 classes, more than 10000"):
+        labelled(table, *map(str, range(10_001)))
+
+
+def test_values_are_kept_as_metadata_of_clips_without_labels(table: Path) -> None:
+    table.write_text("filename,label\na.npy,0.5\nb.npy,\nc.npy,1.5e3\n")
+    manifest = read_manifest(table, unlabelled=True)
+    assert manifest.table["label"].tolist() == [-1, -1, -1]
+    assert manifest.table["meta:label"].tolist() == ["0.5", "", "1.5e3"]
+    table.write_text("filename,Speed\na.npy,12\nb.npy,7\n")
+    manifest = read_manifest(table, unlabelled=True, columns={"label": "speed"})
+    assert manifest.table["meta:Speed"].tolist() == ["12", "7"]
+    # Placeholders are no values.
+    table.write_text("filename,label\na.npy,0\nb.npy,1\nc.npy,-1\n")
+    assert "meta:label" not in read_manifest(table, unlabelled=True).table
