@@ -239,10 +239,12 @@ class RunData:
         """Share of positives in the train split, before any balancing."""
         return self.count("train", 1) / self.count("train")
 
-    def batch_rate(self) -> float:
-        """Share of positives in the batches of training."""
+    def batch_rates(self) -> dict[int, float]:
+        """Share of each class in the batches of training, by its code."""
         quotas = self.quotas()
-        return quotas[1] / sum(quotas.values()) if 1 in quotas else self.natural_rate()
+        if None in quotas:
+            quotas = {code: self.count("train", code) for code in self.classes}
+        return {code: quotas[code] / sum(quotas.values()) for code in self.classes}
 
     def dataset(self, *, training: bool, config: Config | None = None) -> ClipDataset:
         """The store's clips in the model's shape, augmented in training.

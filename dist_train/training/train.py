@@ -203,7 +203,7 @@ def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | Non
         "model": config.model.name,
         "parameters": sum(backend.numels[name] for name, _ in backend.trained()),
         "positive_rate": {
-            "train_batches": data.batch_rate(),
+            "train_batches": data.batch_rates()[1],
             "natural": data.natural_rate(),
         },
         "steps": trainer.steps,

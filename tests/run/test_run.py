@@ -85,6 +85,17 @@ def test_of_equal_passes_the_first_class_s_is_the_epoch(store: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("ratio", "shares"),
+    [("{a: 5, b: 3, c: 2}", [0.5, 0.3, 0.2]), ("natural", [28 / 40, 9 / 40, 3 / 40])],
+)
+def test_the_share_of_each_class_in_batches_is_known(
+    store: Path, ratio: str, shares: list[float]
+) -> None:
+    data = three_classes(store, f"plan.ratio={ratio}")
+    assert list(data.batch_rates().items()) == list(enumerate(shares))
+
+
+@pytest.mark.parametrize(
     "ratio", ["[1, 3]", "{a: 1, b: 1}", "{a: 1, b: 1, c: 1, d: 1}", "{a: 1, b: 1, C: 1}", "{}"]
 )
 def test_a_ratio_of_other_classes_is_refused_with_the_names_there_are(
@@ -150,7 +161,7 @@ def test_two_classes_by_name_are_the_same_plan(store: Path) -> None:
 )
 def test_the_rate_of_positives_in_batches_is_known(store: Path, ratio: str, rate: float) -> None:
     data = open_data(tiny_config(store, Path("out"), f"plan.ratio={ratio}"))
-    assert data.batch_rate() == rate
+    assert data.batch_rates() == {0: 1 - rate, 1: rate}
 
 
 def test_the_augmented_and_the_plain_dataset_differ_in_the_clips_alone(store: Path) -> None:
