@@ -86,7 +86,7 @@ def _whole_size(size: object) -> object:
 def _form_of_ratio(ratio: object) -> str | None:
     if isinstance(ratio, dict | str):
         return "by name" if isinstance(ratio, dict) else "rule"
-    return "two classes" if isinstance(ratio, list | tuple) else None
+    return "two classes" if isinstance(ratio, list | tuple) and len(ratio) == 2 else None
 
 
 def _known_metric(name: str) -> str:
@@ -129,7 +129,7 @@ Ratio = Annotated[
     Discriminator(
         _form_of_ratio,
         custom_error_type="ratio_form",
-        custom_error_message="Input should be a list, numbers by class, balanced or natural",
+        custom_error_message="Input should be a list of 2, a number by class, balanced or natural",
     ),
 ]
 #: Arguments of a function or class, by name.
@@ -518,7 +518,8 @@ class TrainSettings(Section):
     """Length of the run, arithmetic, and processes."""
 
     epochs: Epochs = 20
-    """Number of epochs; an epoch visits each positive once."""
+    """Number of epochs; an epoch visits each positive once, or each clip of the class that
+    docs/sampling.md calls the anchor."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """"bf16" and "fp16" use autocast; parameters and statistics stay float32."""
     accumulate: Annotated[int, Field(ge=1, le=10**6)] = 1

@@ -118,10 +118,8 @@ def test_an_unknown_key_that_is_like_no_other_lists_the_sections() -> None:
         ("train.epochs=3.0", "valid integer"),
         ("train.offload=yes", "'train.offload': Input should be true or false, not \"yes\""),
         ("out=2024", "setting 'out': Input should be text; put it in quotes if it is meant"),
-        (
-            "plan.ratio=4",
-            "'plan.ratio': Input should be a list, numbers by class, balanced or natural, not 4",
-        ),
+        ("plan.ratio=4", "'plan.ratio': Input should be a list of 2, a number by class, balanced"),
+        ("plan.ratio=[1, 2, 3]", "a number by class, balanced or natural, not [1, 2, 3]"),
         ("clip.size=[8]", "setting 'clip.size.1': it must be given"),
         ("model.activation_memory=8 pints", "'model.activation_memory': could not interpret"),
         ("model.activation_memory=8,5GiB", "it must be a number of bytes, such as 8GiB"),
@@ -140,6 +138,9 @@ def test_an_unknown_key_that_is_like_no_other_lists_the_sections() -> None:
         ("train.offload=true", "'train': offload works under ZeRO only"),
         ("train={graphs: true, backend: zero1}", "graphs work under backend: ddp only, in bf16"),
         ("train={graphs: true, precision: fp16}", "graphs work under backend: ddp only, in bf16"),
+        ("plan.ratio={a: 0}", "'plan.ratio.a': Input should be greater than or equal to 1, not 0"),
+        ("plan.ratio=even", "'plan.ratio': Input should be 'balanced' or 'natural', not \"even\""),
+        ("plan={ratio: natural, balance_groups: true}", "leave out weights and balance_groups"),
         (
             "plan={batch: 30, ratio: [1, 3]}",
             "'plan': batch 30 is not a multiple of positives + negatives = 4",
@@ -168,6 +169,21 @@ def test_an_override_that_goes_through_a_plain_value_is_refused(tmp_path: Path) 
     path = tmp_path / "c.yaml"
     path.write_text("plan: 3\n")
     assert "'plan.batch': 'plan' is not a section" in message("plan.batch=4", path=path)
+
+
+def test_a_ratio_is_replaced_as_a_whole_and_may_name_any_class(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("store: s\nplan: {ratio: {a: 1, b: 2, c: 3}}\n")
+    for override in ("plan.ratio={v1.0: 1, no: 3}", "plan={ratio: {v1.0: 1, no: 3}, batch: 32}"):
+        config = load_config(path, [override])
+        assert config.plan.ratio == {"v1.0": 1, "no": 3}
+        dump_config(config, tmp_path / "again.yaml")
+        assert load_config(tmp_path / "again.yaml") == config
+    assert load_config(path, ["plan.ratio=[1, 3]"]).plan.ratio == (1, 3)
+    before = load_config(path)
+    assert changes(before, config) == [
+        "plan.ratio: {'a': 1, 'b': 2, 'c': 3} before, {'v1.0': 1, 'no': 3} now"
+    ]
 
 
 def test_an_override_of_a_section_leaves_its_other_settings(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -183,18 +184,21 @@ class RunData:
                 where="plan.ratio",
                 fix="Leave it out, or set it to natural.",
             )
+        quotas: dict[int | None, int]
         if ratio == "balanced":
-            ratio = dict.fromkeys(classes.values(), 1)
-        if isinstance(ratio, tuple) and len(classes) == 2:
-            ratio = {classes[1]: ratio[0], classes[0]: ratio[1]}
-        if not isinstance(ratio, dict) or ratio.keys() != set(classes.values()):
+            quotas = dict.fromkeys(classes, 1)
+        elif isinstance(ratio, tuple) and len(classes) == 2:
+            quotas = {0: ratio[1], 1: ratio[0]}
+        elif isinstance(ratio, dict) and ratio.keys() == set(classes.values()):
+            quotas = {code: ratio[name] for code, name in classes.items()}
+        else:
             raise PlanError(
-                f"it is {ratio}, and the classes are {', '.join(classes.values())}",
+                f"it is {json.dumps(ratio, ensure_ascii=False)}, and the classes are "
+                f"{', '.join(classes.values())}",
                 where="plan.ratio",
                 fix="Give each class its number of clips, as in "
                 f"{{{', '.join(f'{name}: 1' for name in classes.values())}}}.",
             )
-        quotas: dict[int | None, int] = {code: ratio[name] for code, name in classes.items()}
         passes = {code: Fraction(self.count("train", code), quotas[code]) for code in quotas}
         anchor = 1 if len(quotas) == 2 else min(quotas, key=passes.__getitem__)
         return {anchor: quotas[anchor]} | quotas
@@ -244,8 +248,7 @@ class RunData:
             own = weight[clips]
             if code is None and not (own == 1.0).all():
                 raise PlanError(
-                    "ratio: natural takes every clip once a pass, and the store gives clips a "
-                    "weight",
+                    "natural takes every clip once a pass, and the store gives clips a weight",
                     where="plan.ratio",
                     fix="Choose another ratio, or prepare the store without weights.",
                 )
@@ -275,10 +278,12 @@ class RunData:
         """Share of positives in the train split, before any balancing."""
         return self.count("train", 1) / self.count("train")
 
-    def batch_rate(self) -> float:
-        """Share of positives in the batches of training."""
+    def batch_rates(self) -> dict[int, float]:
+        """Share of each class in the batches of training, by its code."""
         quotas = self.quotas()
-        return quotas[1] / sum(quotas.values()) if 1 in quotas else self.natural_rate()
+        if None in quotas:
+            quotas = {code: self.count("train", code) for code in self.classes}
+        return {code: quotas[code] / sum(quotas.values()) for code in self.classes}
 
     def dataset(self, *, training: bool, config: Config | None = None) -> ClipDataset:
         """The store's clips in the model's shape, augmented in training.

@@ -29,9 +29,9 @@ class Batches:
         self._micro, self._backend = micro, backend
         self.weights = EpochWeights(config, data, backend)
         # Clips of an epoch, by all ranks.
-        positives, ratio = len(plan.positives), plan.ratio
-        negatives = min(len(plan.negatives), positives * ratio.negatives // ratio.positives)
-        data.store.expect(positives + negatives + data.count("val"))
+        passes = len(plan.anchor) // plan.ratio[0]
+        read = [min(len(c), passes * n) for c, n in zip(plan.classes, plan.ratio, strict=True)]
+        data.store.expect(sum(read) + data.count("val"))
 
     def plan_at(self, step: int) -> Plan:
         """Return the plan that a step is made by."""

@@ -133,7 +133,7 @@ class MicroBatches:
             (self.config.out / MICRO_BATCH).unlink(missing_ok=True)
             fix += " If memory was left, cuDNN has no kernel for this: install another torch."
         raise RunError(
-            f"memory does not suffice for a micro-batch of {self.plan.group} of up to "
+            f"memory does not suffice for a micro-batch of {self.plan.ratio_text} of up to "
             f"{self.frames} frames, and it cannot be halved ({reason})",
             where=self.config.out,
             fix=fix,

@@ -1,4 +1,5 @@
-"""Sampling weights of negatives that the user may change between epochs.
+"""Sampling weights of negatives, or of all classes but the plan's anchor, that the user may change
+between epochs.
 
 The table of ``plan.weights`` is copied into the run's folder when an epoch begins, so that a
 resumed run completes the epoch with the same weights.

@@ -254,7 +254,7 @@ def _rates(trainer: Trainer) -> dict[str, Any]:
     if data.target.kind != "binary":
         return {"target": config.target.model_dump(mode="json")}
     natural = data.natural_rate()
-    return {"positive_rate": {"train_batches": data.batch_rate(), "natural": natural}}
+    return {"positive_rate": {"train_batches": data.batch_rates()[1], "natural": natural}}
 
 
 def _held_out_seen(trainer: Trainer, resumed_from: int | None, init: Source | None) -> int:

@@ -12,6 +12,7 @@ import torch
 from helpers import SPLITS, tiny_config
 
 from dist_train.data.splits import CODES
+from dist_train.data.store.reader import Store
 from dist_train.data.target_labels import TargetLabels
 from dist_train.errors import ConfigError, PlanError, RunError
 from dist_train.run.data import RunData, open_data
@@ -80,6 +81,17 @@ def test_of_equal_passes_the_first_class_s_is_the_epoch(store: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("ratio", "shares"),
+    [("{a: 5, b: 3, c: 2}", [0.5, 0.3, 0.2]), ("natural", [28 / 40, 9 / 40, 3 / 40])],
+)
+def test_the_share_of_each_class_in_batches_is_known(
+    store: Path, ratio: str, shares: list[float]
+) -> None:
+    data = three_classes(store, f"plan.ratio={ratio}")
+    assert list(data.batch_rates().items()) == list(enumerate(shares))
+
+
+@pytest.mark.parametrize(
     "ratio", ["[1, 3]", "{a: 1, b: 1}", "{a: 1, b: 1, c: 1, d: 1}", "{a: 1, b: 1, C: 1}", "{}"]
 )
 def test_a_ratio_of_other_classes_is_refused_with_the_names_there_are(
@@ -88,6 +100,47 @@ def test_a_ratio_of_other_classes_is_refused_with_the_names_there_are(
     data = three_classes(store, f"plan.ratio={ratio}")
     with pytest.raises(PlanError, match=r"plan\.ratio: .*classes are a, b, c.*{a: 1, b: 1, c: 1}"):
         data.quotas()
+
+
+def test_weights_and_groups_are_of_all_classes_but_the_anchor(store: Path) -> None:
+    data = three_classes(store, "plan.ratio={a: 2, b: 2, c: 1}", "plan.batch=5")
+    codes, train = data.class_codes(), data.numbers("train")
+    # Every second clip of each class; c is the anchor, whose weights do not count.
+    kept = np.concatenate([train[codes[train] == code][::2] for code in range(3)])
+    weights = np.isin(np.arange(len(codes)), kept).astype(np.float64)
+    plan = data.plan(weights)
+    drawn = np.concatenate([plan.global_batch(step) for step in range(60)])
+    anchors = train[codes[train] == 2]
+    assert set(drawn.tolist()) == {*kept.tolist(), *anchors.tolist()}
+    assert len(anchors) == 3
+    # All clips of this store are of one group, so each of a class has the same weight.
+    balanced = three_classes(
+        store, "plan.ratio=balanced", "plan.batch=6", "plan.balance_groups=true"
+    )
+    assert [clips.weights is None for clips in balanced.plan().classes] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "ratio"),
+    [
+        ("abc", (), "balanced"),
+        ("abc", ("plan.ratio=natural",), "natural"),
+        ("abc", ("plan.ratio=[1, 3]",), (1, 3)),
+        ("ab", (), (1, 3)),
+    ],
+)
+def test_more_than_two_classes_are_balanced_unless_a_ratio_is_given(
+    names: str,
+    settings: tuple[str, ...],
+    ratio: object,
+    monkeypatch: pytest.MonkeyPatch,
+    store: Path,
+) -> None:
+    classes = dict(enumerate(names)) | {-1: "unlabelled"}
+    monkeypatch.setattr(Store, "classes", property(lambda _: classes))
+    data = open_data(tiny_config(store, Path("out"), *settings))
+    assert data.config.plan.ratio == ratio
+    assert list(data.classes.values()) == list(names)
 
 
 def test_two_classes_by_name_are_the_same_plan(store: Path) -> None:
@@ -104,7 +157,7 @@ def test_two_classes_by_name_are_the_same_plan(store: Path) -> None:
 )
 def test_the_rate_of_positives_in_batches_is_known(store: Path, ratio: str, rate: float) -> None:
     data = open_data(tiny_config(store, Path("out"), f"plan.ratio={ratio}"))
-    assert data.batch_rate() == rate
+    assert data.batch_rates() == {0: 1 - rate, 1: rate}
 
 
 def test_the_augmented_and_the_plain_dataset_differ_in_the_clips_alone(store: Path) -> None:

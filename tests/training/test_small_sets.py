@@ -25,7 +25,14 @@ def fitted(store: Path, *more: str, world: int = 1) -> RunData:
 @pytest.mark.parametrize(
     ("world", "more", "batch"),
     # 28 negatives fill batches of up to 15 of them.
-    [(1, (), 20), (2, (), 16), (4, (), 16), (1, ("train.accumulate=5",), 20)],
+    [
+        (1, (), 20),
+        (2, (), 16),
+        (4, (), 16),
+        (1, ("train.accumulate=5",), 20),
+        # 32 is no multiple of 3, and 12 positives fill no batch of 7 to 9 of them.
+        (1, ("plan.ratio={positive: 1, negative: 2}",), 18),
+    ],
 )
 def test_the_largest_batch_that_can_be_filled_and_cut_is_taken_and_told(
     store: Path, caplog: pytest.LogCaptureFixture, world: int, more: tuple[str, ...], batch: int

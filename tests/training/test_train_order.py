@@ -69,10 +69,14 @@ def test_only_negatives_with_weight_are_drawn(tmp_path: Path) -> None:
         )
         for number in range(60)
     ]  # fmt: skip
-    data = open_data(tiny_config(npy_store(tmp_path, clips), tmp_path / "run", "plan.batch=4"))
+    store = npy_store(tmp_path, clips)
+    data = open_data(tiny_config(store, tmp_path / "run", "plan.batch=4"))
     plan = data.plan(weights=(np.arange(60) < 40).astype(np.float64))
     drawn = {int(clip) for step in range(plan.first_step(20)) for clip in plan.global_batch(step)}
     assert drawn == {*range(9, 60, 2), *range(8, 40, 4)}
+    natural = open_data(tiny_config(store, tmp_path / "run", "plan.ratio=natural"))
+    with pytest.raises(PlanError, match=r"plan\.ratio: natural takes every clip once.*a weight"):
+        natural.plan()
 
 
 def test_weights_are_read_anew_for_each_epoch_and_kept_for_a_resumed_one(

@@ -83,7 +83,7 @@ class Plan:
         return self.anchor, *(other.clips for other in self.others)
 
     @property
-    def group(self) -> str:
+    def ratio_text(self) -> str:
         """The ratio in words, such as "1 positives to 3 negatives"."""
         named = zip(self.ratio, self.classes, strict=True)
         return " to ".join(f"{count} {clips.name}" for count, clips in named)
@@ -144,7 +144,7 @@ class Plan:
         if self.batch % (world * accumulate * group):
             raise PlanError(
                 f"plan.batch {self.batch} cannot be cut into {world} processes x {accumulate} "
-                f"accumulation steps with {self.group} in each",
+                f"accumulation steps with {self.ratio_text} in each",
                 fix=f"Use a multiple of {world * accumulate * group}.",
             )
 

@@ -15,6 +15,7 @@ from plans import make_plan
 from dist_train.class_ratio import ClassRatio
 from dist_train.data.plan.depth_bins import RESOLUTION, BinQuotas, depth_bins, least_clips
 from dist_train.data.plan.depth_order import by_depth
+from dist_train.data.plan.plan import plan_of
 from dist_train.data.plan.rules import PlanRules
 from dist_train.data.plan.shuffle import mix, root_key
 from dist_train.data.plan.streams import Streams
@@ -199,6 +200,39 @@ def test_groups_are_drawn_alike() -> None:
     groups = np.repeat([0, 1, 2], [10, 100, 1000])
     counts = np.bincount(groups[drawn_negatives(1110, 1000, groups=groups)])
     np.testing.assert_allclose(counts, 1000, rtol=0.03)
+
+
+def test_weights_and_groups_hold_within_each_class_and_change_no_quota() -> None:
+    """Three classes of 1:2:3; the second has weights, the third groups."""
+    weights, groups = np.linspace(0.5, 1.5, 100), np.repeat([0, 1], [20, 100])
+    anchor = by_depth(np.arange(200), None)
+    others = [
+        by_depth(1000 + np.arange(100), None, weights),
+        by_depth(2000 + np.arange(120), None, None, groups),
+    ]
+    plan = plan_of(anchor, others, PlanRules(6, ClassRatio((1, 2, 3)), seed=0))
+    batches = np.array([plan.global_batch(step) for step in range(5000)])
+    assert (batches // 1000 == [0, 1, 1, 2, 2, 2]).all()
+    counts = np.bincount(batches[:, 1:3].ravel() - 1000, minlength=100)
+    np.testing.assert_allclose(counts, 10_000 * weights / weights.sum(), atol=8)
+    by_group = np.bincount(groups[batches[:, 3:].ravel() - 2000])
+    np.testing.assert_allclose(by_group, 7500, rtol=0.01)
+
+
+def test_classes_of_equal_sizes_are_shuffled_each_by_its_own_key() -> None:
+    classes = [by_depth(1000 * number + np.arange(100), None) for number in range(4)]
+    plan = plan_of(classes[0], classes[1:], PlanRules(4, ClassRatio((1,) * 4), seed=0))
+    places = np.array(
+        [
+            [
+                np.flatnonzero(each.clips == clip)[0]
+                for each, clip in zip(classes, batch, strict=True)
+            ]
+            for batch in (plan.global_batch(step) for step in range(400))
+        ]
+    )
+    correlations = np.corrcoef(places.T)[np.triu_indices(4, 1)]
+    assert np.abs(correlations).max() < 4 / math.sqrt(400)
 
 
 def test_a_weight_of_nothing_leaves_a_clip_out() -> None:
