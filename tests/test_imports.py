@@ -18,7 +18,7 @@ LEVELS = [
     {"system"},
     {"places"},
     {"files", "array_file", "objects", "plain_yaml", "extensions", "progress", "quiet", "shipped"},
-    {"metrics", "class_ratio"},
+    {"metrics", "class_ratio", "targets"},
     {"config", "config_help"},
     {"models", "data.types", "data.orientation", "data.plan", "data.table"},
     {"data.raw", "data.augment"},

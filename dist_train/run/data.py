@@ -59,6 +59,7 @@ from dist_train.run.splits import (
     splits_record,
     what_changed,
 )
+from dist_train.targets import Target
 
 log = logging.getLogger(__name__)
 
@@ -408,6 +409,11 @@ def write_splits(run: Path, data: RunData) -> dict[str, Any]:
         | {"black_and_white": black_and_white(store)},
         "splits": splits_record(name, content),
     }
+
+
+def target_of(data: RunData) -> Target:
+    """What the run's model predicts."""
+    return Target("binary", (data.store.classes[0], data.store.classes[1]))
 
 
 def make_augment(settings: AugmentSettings, seed: int) -> Augment | OriginalAugment:

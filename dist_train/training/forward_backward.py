@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from dist_train.training.losses import LOSSES, Loss
 
 #: Logits [B] and the mean loss of a micro-batch, detached.
 Outputs = tuple[Tensor, Tensor]
+NO_EXTRAS: Mapping[str, Tensor] = {}
 
 
 class ForwardBackward:
@@ -31,7 +32,12 @@ class ForwardBackward:
         self._backend, self._loss, self._between = backend, loss, between
 
     def __call__(
-        self, x: Tensor, frames: Tensor | None, labels: Tensor, weight: float | Tensor
+        self,
+        x: Tensor,
+        frames: Tensor | None,
+        labels: Tensor,
+        weight: float | Tensor,
+        extras: Mapping[str, Tensor] = NO_EXTRAS,
     ) -> Outputs:
         """Run both passes.
 
@@ -40,6 +46,7 @@ class ForwardBackward:
             frames: int64 [B], the true depths, best on the host; None if no clip is padded.
             labels: float32 [B] on the device.
             weight: factor of the micro-batch's mean loss in the loss of the step.
+            extras: further arguments of the loss, on the device.
         """
         logits = self._backend.model(x, frames)
         if logits.shape != labels.shape:
@@ -48,7 +55,7 @@ class ForwardBackward:
                 where="model.name",
                 fix="Give one logit a clip, [B].",
             )
-        loss = self._loss(logits.float(), labels)
+        loss = self._loss(logits.float(), labels, **extras)
         self._between()
         self._backend.backward(loss * weight)
         return logits.detach(), loss.detach()

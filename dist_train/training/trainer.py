@@ -18,14 +18,16 @@ from dist_train.distributed.watchdog import Watchdog
 from dist_train.models.fused_norm import check_compiler
 from dist_train.models.norm import set_momentum, share_statistics
 from dist_train.progress import Progress
-from dist_train.run.data import open_data
+from dist_train.run.data import open_data, target_of
 from dist_train.run.folder import CHECKPOINTS
 from dist_train.run.mirror import Mirror
 from dist_train.run.model import model_metadata
 from dist_train.run.record import note_checkpoint
 from dist_train.training.batches import Batches
+from dist_train.training.class_rates import class_rates
 from dist_train.training.ema import Ema
 from dist_train.training.epoch_predictions import EpochPredictions
+from dist_train.training.inputs import MakeInputs
 from dist_train.training.micro_batch import MicroBatches
 from dist_train.training.optimizer import make_optimizer
 from dist_train.training.recovery import Recovery
@@ -34,6 +36,8 @@ from dist_train.training.run_state import RunState, retention
 from dist_train.training.schedule import Schedule
 from dist_train.training.small_sets import with_batch_that_fits
 from dist_train.training.step import BadStepError, OptimizerStep, ShortMemoryError, Values
+from dist_train.training.teacher import load_teacher
+from dist_train.training.training_loss import make_training_loss
 from dist_train.training.validation import Validator
 
 BeforeStep = Callable[["Trainer", int], None]
@@ -58,7 +62,14 @@ class Trainer:
         self.plan = self.data.plan()
         self.steps = self.plan.first_step(config.train.epochs)
         self.done = self.first_step = 0
-        self.micro = MicroBatches(config, self.data, self.plan, backend)
+        self.target = target_of(self.data)
+        self.rates = rates = class_rates(self.data, self.plan.ratio)
+        loss = make_training_loss(config.loss, backend.device, self.target, rates)
+        self.teacher = load_teacher(config, self.target, backend.device)
+        self.inputs = MakeInputs(
+            self.data, self.target, rates, group=self.plan.ratio.group, teacher=self.teacher
+        )
+        self.micro = MicroBatches(config, self.data, self.plan, backend, self.teacher)
         self.batches = Batches(config, self.data, self.plan, self.micro, backend)
         self.schedule = Schedule(config.schedule, config.optim.lr, self.steps, config.train.epochs)
         self._wrap(self.micro.make_model())
@@ -66,7 +77,7 @@ class Trainer:
         self.predictions = EpochPredictions(backend)
         self.step = OptimizerStep(
             config, backend, self.plan, self.schedule, self.micro, self.batches.config_at,
-            self.predictions,
+            self.predictions, loss, self.inputs,
         )  # fmt: skip
         # A hang is reported before the other processes time out.
         hang = config.train.hang_timeout
