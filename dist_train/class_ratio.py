@@ -1,8 +1,8 @@
-"""The ratio of positives to negatives."""
+"""The ratio of classes in a batch."""
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple, TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,26 +14,21 @@ Count = TypeVar("Count", int, NDArray[np.int64])
 Clips = Annotated[int, Field(ge=1, le=1024)]
 
 
-class ClassRatio(NamedTuple):
-    """Positives and negatives of one group, the smallest batch of that ratio."""
+class ClassRatio(tuple[int, ...]):
+    """Clips of each class in a group, the smallest batch of that ratio.
 
-    positives: Clips
-    negatives: Clips
+    The first class is the anchor: an epoch is one pass over its clips. Fingerprints of plans
+    contain the plain tuple.
+    """
 
-    def __repr__(self) -> str:
-        # Fingerprints of plans contain the plain pair.
-        return repr(tuple(self))
+    __slots__ = ()
 
     @property
     def group(self) -> int:
         """Number of clips in a group."""
-        return self.positives + self.negatives
+        return sum(self)
 
-    @property
-    def positive_rate(self) -> float:
-        """Share of positives among the clips of a batch."""
-        return self.positives / self.group
-
-    def negatives_of(self, positives: Count) -> Count:
-        """Number of negatives for a number (or an array of numbers) of positives, rounded down."""
-        return positives * self.negatives // self.positives
+    def of(self, number: int, anchors: Count) -> Count:
+        """Clips of class ``number`` for a number (or an array of numbers) of clips of the anchor,
+        rounded down."""
+        return anchors * self[number] // self[0]

@@ -21,16 +21,18 @@ from pydantic import (
     BeforeValidator,
     ByteSize,
     ConfigDict,
+    Discriminator,
     Field,
     JsonValue,
     PlainValidator,
+    Tag,
     ValidationError,
     WithJsonSchema,
     model_validator,
 )
 from pydantic_core import ErrorDetails
 
-from dist_train.class_ratio import ClassRatio
+from dist_train.class_ratio import Clips
 from dist_train.errors import ConfigError
 from dist_train.metrics import higher_is_better
 from dist_train.places import Location, is_url, local_path
@@ -39,6 +41,8 @@ from dist_train.plain_yaml import parse_yaml, read_yaml, yaml_text
 COMMAND_LINE = "command line"
 # Names of earlier versions, which are still read.
 RENAMED = {"train.hang": "hang_timeout", "train.slow": "straggler_ratio"}
+# Settings whose value is a mapping of the user's own names; they are replaced as a whole.
+MAPPINGS = ("plan.ratio", "loss.class_weights")
 STORE_FIX = "Give the folder that 'dist-train prepare' wrote, or its URL, as store=FOLDER."
 
 
@@ -79,6 +83,12 @@ def _whole_size(size: object) -> object:
     return size
 
 
+def _form_of_ratio(ratio: object) -> str | None:
+    if isinstance(ratio, dict | str):
+        return "by name" if isinstance(ratio, dict) else "rule"
+    return "two classes" if isinstance(ratio, list | tuple) else None
+
+
 def _known_metric(name: str) -> str:
     try:
         higher_is_better(name)
@@ -112,6 +122,16 @@ StorePlace = Annotated[
     Location,
     PlainValidator(_store_place),
     WithJsonSchema({"type": "string", "format": "path or URL"}),
+]
+Ratio = Annotated[
+    Annotated[tuple[Clips, Clips], Tag("two classes")]
+    | Annotated[dict[str, Clips], Tag("by name")]
+    | Annotated[Literal["balanced", "natural"], Tag("rule")],
+    Discriminator(
+        _form_of_ratio,
+        custom_error_type="ratio_form",
+        custom_error_message="Input should be a list, numbers by class, balanced or natural",
+    ),
 ]
 #: Arguments of a function or class, by name.
 Arguments = dict[str, JsonValue]
@@ -302,27 +322,37 @@ class PlanSettings(Section):
 
     batch: Annotated[int, Field(ge=1, le=10**6)] = 32
     """Number of clips in a step, over all ranks."""
-    ratio: ClassRatio = ClassRatio(1, 3)
-    """Positives to negatives, exact in every micro-batch."""
+    ratio: Ratio = (1, 3)
+    """Clips of the classes, exact in every micro-batch: positives to negatives (of two classes), or
+    each class by name, as in {stalled: 1, flowing: 3}; "balanced" is 1 of each class, and "natural"
+    takes every clip once a pass, whatever its class. More than two classes are "balanced" unless a
+    ratio is given."""
     order: Literal["banded", "random"] = "banded"
     """"banded" puts clips of similar depth into one step; "random" ignores depth."""
     negatives: Literal["matched", "natural"] = "matched"
-    """Depths of the negatives: "matched" to the positives of the step, or "natural", as drawn."""
+    """Depths of the negatives, or of all classes but the one that an epoch is a pass over:
+    "matched" to that one's clips of the step, or "natural", as drawn."""
     max_voxels: Annotated[int, Field(ge=1, le=10**15)] | None = None
     """Largest number of voxels in a step: shallow clips make steps of several times `plan.batch`
     clips. With null every step has `plan.batch` clips."""
     balance_groups: bool = False
-    """Draw negatives of each group equally often, regardless of its size."""
+    """Draw negatives (clips of all classes but the one that an epoch is a pass over) of each group
+    equally often, regardless of its size."""
     weights: Place | None = None
-    """A CSV with filename,weight: how often a negative is drawn relative to others. Clips that it
-    does not name have weight 1. It is read at the start of each epoch."""
+    """A CSV with filename,weight: how often a negative (a clip of any class but the one that an
+    epoch is a pass over) is drawn relative to others of its class. Clips that it does not name have
+    weight 1. It is read at the start of each epoch."""
 
     @model_validator(mode="after")
     def _fits(self) -> PlanSettings:
-        if self.batch % self.ratio.group:
+        if isinstance(self.ratio, tuple) and self.batch % sum(self.ratio):
             raise ValueError(
-                f"batch {self.batch} is not a multiple of positives + negatives = "
-                f"{self.ratio.group}"
+                f"batch {self.batch} is not a multiple of positives + negatives = {sum(self.ratio)}"
+            )
+        if self.ratio == "natural" and (self.weights is not None or self.balance_groups):
+            raise ValueError(
+                "ratio: natural takes every clip once a pass, so none can be drawn more often; "
+                "leave out weights and balance_groups"
             )
         if self.max_voxels is not None and self.order == "random":
             raise ValueError("a voxel budget (max_voxels) needs order: banded")
@@ -701,7 +731,7 @@ def changes(before: Config, now: Config) -> list[str]:
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The dotted key and the value of each leaf of nested dicts."""
     for name, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix + name not in MAPPINGS:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
@@ -715,6 +745,9 @@ def _first_of(error: ValidationError) -> tuple[str, str | None]:
     errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     first, *others = errors
     place, reasons = first["loc"], [_reason(first)]
+    if place[:2] == ("plan", "ratio"):
+        # After the setting comes the tag of its form.
+        place = place[:2] + place[3:]
     if len(place) > 2 and isinstance(place[2], str) and not _is_nested(place):
         # After section and setting comes pydantic's name of a form.
         place = place[:2]
@@ -783,7 +816,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         except ValueError as error:
             raise _refused(f"the value of '{shown}' is not valid YAML ({error})") from None
         key = key.strip()
-        leaves = _leaves(value, f"{key}.") if value and isinstance(value, dict) else [(key, value)]
+        is_section = value and isinstance(value, dict) and key not in MAPPINGS
+        leaves = _leaves(value, f"{key}.") if is_section else [(key, value)]
         for given_name, leaf in leaves:
             name = f"train.{RENAMED[given_name]}" if given_name in RENAMED else given_name
             if any(f"{name}.".startswith(f"{o}.") or o.startswith(f"{name}.") for o in given):

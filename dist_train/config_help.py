@@ -81,13 +81,7 @@ def as_markdown() -> str:
 
 
 def _sections(section: type[Section], key: str) -> Iterator[SectionHelp]:
-    tree = section.model_json_schema()
-    # The schema defines named tuples by reference.
-    tuples = {name: it for name, it in tree.get("$defs", {}).items() if "prefixItems" in it}
-    schema = {
-        name: tuples.get(it.get("$ref", "").rpartition("/")[2], {}) | it
-        for name, it in tree["properties"].items()
-    }
+    schema = section.model_json_schema()["properties"]
     prefix = f"{key}." if key else ""
     plain, inner = [], []
     for name, field in section.model_fields.items():
@@ -112,8 +106,8 @@ def _type_of(schema: dict[str, Any]) -> str:
     """A JSON schema in words."""
     if any("pattern" in form for form in schema.get("anyOf", ())):
         return "size in bytes, such as 8GiB"
-    if "anyOf" in schema:
-        return " or ".join(map(_type_of, schema["anyOf"]))
+    if forms := schema.get("anyOf", schema.get("oneOf")):
+        return " or ".join(map(_type_of, forms))
     if "enum" in schema:
         return " or ".join(map(_shown, schema["enum"]))
     match schema:
@@ -125,6 +119,8 @@ def _type_of(schema: dict[str, Any]) -> str:
             return "section"
         case {"items": item}:
             return f"list of: {_type_of(item)}"
+        case {"additionalProperties": {"type": _} as value}:
+            return f"mapping to: {_type_of(value)}"
         case {"format": "path" | "path or URL" as form}:
             return str(form)
         case {"type": "string"}:

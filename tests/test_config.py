@@ -118,7 +118,10 @@ def test_an_unknown_key_that_is_like_no_other_lists_the_sections() -> None:
         ("train.epochs=3.0", "valid integer"),
         ("train.offload=yes", "'train.offload': Input should be true or false, not \"yes\""),
         ("out=2024", "setting 'out': Input should be text; put it in quotes if it is meant"),
-        ("plan.ratio=4", "'plan.ratio': Input should be a list, not 4"),
+        (
+            "plan.ratio=4",
+            "'plan.ratio': Input should be a list, numbers by class, balanced or natural, not 4",
+        ),
         ("clip.size=[8]", "setting 'clip.size.1': it must be given"),
         ("model.activation_memory=8 pints", "'model.activation_memory': could not interpret"),
         ("model.activation_memory=8,5GiB", "it must be a number of bytes, such as 8GiB"),

@@ -33,7 +33,12 @@ def test_each_setting_has_a_meaning_and_the_default_that_holds(setting: Setting)
     [
         ("store", "path or URL", None),
         ("optim.lr", "number above 0 to 10", "0.001"),
-        ("plan.ratio", "list of 2: integer from 1 to 1024", "[1, 3]"),
+        (
+            "plan.ratio",
+            "list of 2: integer from 1 to 1024 or mapping to: integer from 1 to 1024 "
+            "or balanced or natural",
+            "[1, 3]",
+        ),
         ("model.dropout", "number from 0 below 1", "0"),
         ("model.activation_memory", "size in bytes, such as 8GiB or null", "null"),
         ("train.precision", "fp32 or bf16 or fp16", "bf16"),

@@ -65,7 +65,7 @@ def test_both_phases_have_the_visits_that_were_counted(
 ) -> None:
     config = config_of(name)
     plan = plan_of(name)
-    assert (len(plan.positives), len(plan.negatives)) == (positives, TIER1_FLOWING)
+    assert (len(plan.anchor), len(plan.others[0].clips)) == (positives, TIER1_FLOWING)
     assert config.plan.batch * plan.first_step(config.train.epochs) == 4 * positives * epochs
 
 

@@ -32,7 +32,7 @@ from dist_train.data.synthetic.challenge_stats import CLIPS_BY_DEPTH
 
 POSITIVES = 1_887
 #: Clips of a rank at a step, and positives to negatives.
-RANK_BATCH, RATIO = 4, ClassRatio(1, 3)
+RANK_BATCH, RATIO = 4, ClassRatio((1, 3))
 #: Results are means over these epochs (by ranks) and seeds: three digits are stable.
 EPOCHS, SEEDS = {8: 2, 64: 8, 512: 24}, 3
 RANKS, FAR_STEP = 1_024, 10**6
@@ -201,13 +201,10 @@ def at_scale(clips: Clips, count: int) -> dict[str, float]:
         return 1e3 * seconds(take)
 
     began = time.perf_counter()
-    by_class = (
-        by_depth(positives, depths[positives]),
-        by_depth(negatives, depths[negatives]),
-    )
+    anchor, other = (by_depth(clips, depths[clips]) for clips in (positives, negatives))
 
     def new_plan() -> Plan:
-        plan = plan_of(*by_class, PlanRules(RANKS * RANK_BATCH, RATIO, seed=0))
+        plan = plan_of(anchor, [other], PlanRules(RANKS * RANK_BATCH, RATIO, seed=0))
         assert len(plan.fingerprint) == 16
         return plan
 

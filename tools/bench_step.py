@@ -176,6 +176,7 @@ class Workload:
             positives = self.scaled(self.clips.positives)
             negatives = self.scaled(self.clips.negatives)
             banded = config.plan.order == "banded"
+            assert isinstance(config.plan.ratio, tuple), "the clips are of two classes"
             plan = make_plan(
                 np.arange(len(positives)),
                 len(positives) + np.arange(len(negatives)),

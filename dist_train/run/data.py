@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from dist_train.data.duplicates import (
 )
 from dist_train.data.loading.dataset import ClipDataset
 from dist_train.data.loading.resample import resampling_of
-from dist_train.data.plan.depth_order import ByDepth
+from dist_train.data.plan.depth_order import ByDepth, by_depth
 from dist_train.data.plan.plan import VERSION as PLAN_VERSION
-from dist_train.data.plan.plan import Plan, plan_of, sorted_classes
+from dist_train.data.plan.plan import Plan, plan_of
 from dist_train.data.plan.rules import PlanRules
 from dist_train.data.plan.shuffle import Ints
 from dist_train.data.plan.weights import Floats
@@ -44,8 +45,8 @@ from dist_train.data.splits import (
 )
 from dist_train.data.splits import VERSION as SPLITS_VERSION
 from dist_train.data.store.reader import MARKER, Store
-from dist_train.data.types import GREY
-from dist_train.errors import ConfigError, FileError, RunError, StoreError
+from dist_train.data.types import GREY, clips_of_class
+from dist_train.errors import ConfigError, FileError, PlanError, RunError, StoreError
 from dist_train.files import crc32c, read_plain, write_whole
 from dist_train.places import Location, is_url, local_path
 from dist_train.run.record import read_record
@@ -97,8 +98,18 @@ class RunData:
     def _are_in(self, split: str, label: int | None) -> np.ndarray:
         chosen: np.ndarray = self.splits == CODES[split]
         if label is not None:
-            chosen &= self.store.table["label"] == label
+            chosen &= self.class_codes() == label
         return chosen
+
+    def class_codes(self) -> np.ndarray:
+        """Code of the class of each clip of the store, integer [clips]; below 0 without a label."""
+        codes: np.ndarray = self.store.table["label"]
+        return codes
+
+    @property
+    def classes(self) -> dict[int, str]:
+        """Name of each class by its code, in ascending order."""
+        return {code: name for code, name in sorted(self.store.classes.items()) if code >= 0}
 
     @property
     def clips(self) -> pd.DataFrame:
@@ -121,56 +132,101 @@ class RunData:
         """``frames_of`` the store."""
         return frames_of(self.store, self.config.clip)
 
+    def quotas(self) -> dict[int | None, int]:
+        """Clips of each class in a group of a batch, by the class's code, the anchor first. The
+        code None, alone, stands for all clips of the split.
+
+        Of two classes the positive one is the anchor. Of more it is the one with the least clips
+        for its quota, as a pass over it is the shortest; of equal ones the first.
+
+        Raises:
+            PlanError: ``plan.ratio`` does not name the classes.
+        """
+        ratio, classes = self.config.plan.ratio, self.classes
+        if ratio == "natural":
+            return {None: 1}
+        if ratio == "balanced":
+            ratio = dict.fromkeys(classes.values(), 1)
+        if isinstance(ratio, tuple) and len(classes) == 2:
+            ratio = {classes[1]: ratio[0], classes[0]: ratio[1]}
+        if not isinstance(ratio, dict) or ratio.keys() != set(classes.values()):
+            raise PlanError(
+                f"it is {ratio}, and the classes are {', '.join(classes.values())}",
+                where="plan.ratio",
+                fix="Give each class its number of clips, as in "
+                f"{{{', '.join(f'{name}: 1' for name in classes.values())}}}.",
+            )
+        quotas: dict[int | None, int] = {code: ratio[name] for code, name in classes.items()}
+        passes = {code: Fraction(self.count("train", code), quotas[code]) for code in quotas}
+        anchor = 1 if len(quotas) == 2 else min(quotas, key=passes.__getitem__)
+        return {anchor: quotas[anchor]} | quotas
+
     def plan(self, weights: Floats | None = None) -> Plan:
         """The order of training.
 
         Args:
-            weights: relative frequency of each clip of the store among the negatives, float64
-                [clips]. It multiplies the manifest's weight.
+            weights: relative frequency of each clip of the store among those of its class, float64
+                [clips]. It multiplies the manifest's weight. Weights of the anchor do not count.
 
         Raises:
-            PlanError: the train split cannot fill the batches.
+            PlanError: the ratio does not fit the classes, or the train split cannot fill the
+                batches.
         """
-        plan, size = self.config.plan, self.config.clip.size
+        plan, clip, quotas = self.config.plan, self.config.clip, self.quotas()
         rules = PlanRules(
             plan.batch,
-            ClassRatio(*plan.ratio),
+            ClassRatio(quotas.values()),
             self.config.seed,
             plan.negatives,
             plan.max_voxels,
-            size[0] * size[1],
+            clip.size[0] * clip.size[1],
         )
-        if weights is not None or len(self.store.table) < SHARED:
-            return plan_of(*self._sorted_classes(weights), rules)
-        table = self.store.table
-        clip = self.config.clip
+        codes, table = list(quotas), self.store.table
+        if weights is not None or len(table) < SHARED:
+            anchor, *others = self._sorted_classes(codes, weights)
+            return plan_of(anchor, others, rules)
         settings = plan.order, plan.balance_groups, clip.max_frames, clip.spacing, clip.fps
-        key = PLAN_VERSION, self.store.content, table.checksum, crc32c(self.splits), *settings
-        arrays = shared_arrays("order", key, lambda: _as_arrays(self._sorted_classes(None)))
-        return plan_of(_of_arrays(arrays, "positives"), _of_arrays(arrays, "negatives"), rules)
+        sums = crc32c(self.splits), crc32c(np.ascontiguousarray(self.class_codes()))
+        key = PLAN_VERSION, self.store.content, table.checksum, *sums, *codes, *settings
+        arrays = shared_arrays("order", key, lambda: _as_arrays(codes, self._sorted_classes(codes)))
+        anchor, *others = (_of_arrays(arrays, code, self._name_of(code)) for code in codes)
+        return plan_of(anchor, others, rules)
 
-    def _sorted_classes(self, weights: Floats | None) -> tuple[ByDepth, ByDepth]:
-        """Positives and negatives of the train split in the plan's order."""
-        table, frames = self.store.table, self.frames
-        positives, negatives = self.numbers("train", 1), self.numbers("train", 0)
-        own = table["weight"][negatives]
-        if weights is not None:
-            own = own * weights[negatives]
+    def _sorted_classes(
+        self, codes: Sequence[int | None], weights: Floats | None = None
+    ) -> list[ByDepth]:
+        """The train split's clips of each class, of which the first is the anchor, sorted."""
+        groups = self.store.table.codes("group") if self.config.plan.balance_groups else None
+        frames = self.frames if self.config.plan.order == "banded" else None
+        most, weight = self.config.clip.max_frames or MOST_FRAMES, self.store.table["weight"]
+        found: list[ByDepth] = []
+        for code in codes:
+            clips = self.numbers("train", code)
+            depths = None if frames is None else np.minimum(frames[clips], most)
+            own = weight[clips]
+            if code is None and not (own == 1.0).all():
+                raise PlanError(
+                    "ratio: natural takes every clip once a pass, and the store gives clips a "
+                    "weight",
+                    where="plan.ratio",
+                    fix="Choose another ratio, or prepare the store without weights.",
+                )
+            if weights is not None:
+                own = own * weights[clips]
+            is_weighted = bool(found) and not (own == 1.0).all()
+            found.append(
+                by_depth(
+                    clips,
+                    depths,
+                    own if is_weighted else None,
+                    groups[clips] if found and groups is not None else None,
+                    name=self._name_of(code),
+                )
+            )
+        return found
 
-        def depths(clips: Ints) -> Ints | None:
-            if self.config.plan.order != "banded":
-                return None
-            cut: Ints = np.minimum(frames[clips], self.config.clip.max_frames or MOST_FRAMES)
-            return cut
-
-        return sorted_classes(
-            positives,
-            negatives,
-            positive_depths=depths(positives),
-            negative_depths=depths(negatives),
-            weights=None if (own == 1.0).all() else own,
-            groups=table.codes("group")[negatives] if self.config.plan.balance_groups else None,
-        )
+    def _name_of(self, code: int | None) -> str:
+        return "clips" if code is None else clips_of_class(self.classes[code])
 
     def deepest(self) -> int:
         """Frames of the deepest clip of the train split, as the model gets it."""
@@ -180,6 +236,11 @@ class RunData:
     def natural_rate(self) -> float:
         """Share of positives in the train split, before any balancing."""
         return self.count("train", 1) / self.count("train")
+
+    def batch_rate(self) -> float:
+        """Share of positives in the batches of training."""
+        quotas = self.quotas()
+        return quotas[1] / sum(quotas.values()) if 1 in quotas else self.natural_rate()
 
     def dataset(self, *, training: bool, config: Config | None = None) -> ClipDataset:
         """The store's clips in the model's shape, augmented in training.
@@ -204,7 +265,7 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
     """
     _check_sizes(config)
     store = Store(config.store, config.cache)
-    config = with_channels(config, store)
+    config = _with_ratio(with_channels(config, store), store)
     together = config.split.duplicates == "together"
     copies = _copies(store) if training or together else None
     splits = _choose(store, config, copies if together else None)
@@ -223,6 +284,15 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
         if across is not None and os.environ.get("RANK", "0") == "0":
             log.warning("%s", across)
     return RunData(store, splits, config)
+
+
+def _with_ratio(config: Config, store: Store) -> Config:
+    """The settings with a ratio for more than two classes, unless one is given."""
+    is_given = "ratio" in config.plan.model_fields_set
+    if is_given or sum(code >= 0 for code in store.classes) == 2:
+        return config
+    plan = config.plan.model_copy(update={"ratio": "balanced"})
+    return config.model_copy(update={"plan": plan})
 
 
 def _copies(store: Store) -> Copies:
@@ -255,19 +325,19 @@ def _choose(store: Store, config: Config, copies: Copies | None) -> Splits:
     return shared_arrays("splits", key, choose)["splits"]
 
 
-def _as_arrays(classes: tuple[ByDepth, ByDepth]) -> dict[str, np.ndarray]:
+def _as_arrays(codes: Sequence[int | None], classes: Sequence[ByDepth]) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
-    for name, clips in zip(("positives", "negatives"), classes, strict=True):
-        arrays[f"{name}.clips"] = clips.clips.astype(np.uint32)
-        arrays |= {f"{name}.depths": clips.depths, f"{name}.starts": clips.starts}
+    for code, clips in zip(codes, classes, strict=True):
+        arrays[f"{code}.clips"] = clips.clips.astype(np.uint32)
+        arrays |= {f"{code}.depths": clips.depths, f"{code}.starts": clips.starts}
         if clips.weights is not None:
-            arrays[f"{name}.weights"] = clips.weights
+            arrays[f"{code}.weights"] = clips.weights
     return arrays
 
 
-def _of_arrays(arrays: Mapping[str, np.ndarray], name: str) -> ByDepth:
-    clips, depths, starts = (arrays[f"{name}.{part}"] for part in ("clips", "depths", "starts"))
-    return ByDepth(clips, depths, starts, arrays.get(f"{name}.weights"))
+def _of_arrays(arrays: Mapping[str, np.ndarray], code: int | None, name: str) -> ByDepth:
+    clips, depths, starts = (arrays[f"{code}.{part}"] for part in ("clips", "depths", "starts"))
+    return ByDepth(clips, depths, starts, arrays.get(f"{code}.weights"), name)
 
 
 def _warn_of_crossed_groups(store: Store, splits: Splits) -> None:

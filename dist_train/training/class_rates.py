@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_train.class_ratio import ClassRatio
 from dist_train.run.data import RunData
 
 Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
@@ -24,7 +23,12 @@ class ClassRates(NamedTuple):
     natural: Floats
 
 
-def class_rates(data: RunData, ratio: ClassRatio) -> ClassRates:
-    """The rates of a run whose plan has this ratio."""
-    rates = ratio.positive_rate, data.natural_rate()
-    return ClassRates(*(np.array([1 - rate, rate]) for rate in rates))
+def class_rates(data: RunData) -> ClassRates:
+    """The rates of a run."""
+    quotas = data.quotas()
+    natural = np.array([data.count("train", code) for code in data.classes], np.float64)
+    natural /= natural.sum()
+    if None in quotas:
+        return ClassRates(natural, natural)
+    batches = np.array([quotas[code] for code in data.classes], np.float64)
+    return ClassRates(batches / batches.sum(), natural)

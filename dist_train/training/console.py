@@ -19,16 +19,16 @@ def visits_of(config: Config, plan: Plan) -> int:
     """Return the clips of all steps of the run; a clip counts each time."""
     if config.plan.max_voxels is None:
         return plan.first_step(config.train.epochs) * plan.batch
-    # Steps differ in size, but an epoch has all positives.
-    positives = config.train.epochs * len(plan.positives)
-    return positives + plan.ratio.negatives_of(positives)
+    # Steps differ in size, but an epoch has all clips of the anchor.
+    anchors = config.train.epochs * len(plan.anchor)
+    return sum(plan.ratio.of(number, anchors) for number in range(len(plan.ratio)))
 
 
 def opening(config: Config, backend: Backend, data: RunData, plan: Plan, done: int) -> list[str]:
     """Return lines about a run that begins, or continues after ``done`` steps."""
     train, steps = config.train, plan.first_step(config.train.epochs)
     visits = visits_of(config, plan)
-    per_positive = visits * plan.ratio.positive_rate / len(plan.positives)
+    per_anchor = visits * plan.ratio[0] / plan.ratio.group / len(plan.anchor)
     trained = sum(backend.numels[name] for name, _ in backend.trained())
     return [
         f"{config.model.name}, {trained:,} parameters, on {backend.world} x {backend.device.type}, "
@@ -40,7 +40,7 @@ def opening(config: Config, backend: Backend, data: RunData, plan: Plan, done: i
             for split in ("train", "val", "test")
         ),
         f"{train.epochs:,} epochs of {steps / train.epochs:,.0f} steps of {plan.batch} clips: "
-        f"{visits:,} visits in all, {per_positive:,.0f} of each positive",
+        f"{visits:,} visits in all, {per_anchor:,.0f} to each of the {plan.anchor.name}",
         f"run: {config.out.resolve()}" + (f", from step {done:,} of {steps:,}" if done else ""),
     ]
 

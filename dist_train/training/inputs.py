@@ -11,6 +11,7 @@ from torch import Tensor
 from dist_train.config import Config
 from dist_train.data.augment.mix import MixSampler, mix, mixed
 from dist_train.data.loading.collate import Batch
+from dist_train.errors import ConfigError
 from dist_train.run.data import RunData
 from dist_train.run.model import as_input
 from dist_train.targets import Target
@@ -43,6 +44,9 @@ class MakeInputs:
 
     Attributes:
         crowd: the crowd scores, if they are used.
+
+    Raises:
+        ConfigError: clips cannot be mixed, or have no crowd scores.
     """
 
     def __init__(
@@ -58,6 +62,12 @@ class MakeInputs:
         self._target, self._group, self._teacher = target, group, teacher
         augment, loss = config.augment, config.loss
         is_mixed = augment.mixup + augment.cutmix > 0
+        if is_mixed and group == 1:
+            raise ConfigError(
+                "clips are mixed within a group of the plan's ratio, and a group has one clip",
+                where="augment.mixup" if augment.mixup else "augment.cutmix",
+                fix="Give a plan.ratio of two or more clips, or leave it out.",
+            )
         self._mix = MixSampler(augment, config.seed) if is_mixed else None
         uses_crowd = loss.soft_labels is not None or loss.sureness != "none"
         self.crowd = CrowdScores(data, loss, target, rates) if uses_crowd else None

@@ -139,16 +139,14 @@ class MicroBatches:
         if smaller is not None:
             self.accumulate = smaller
             return
-        ratio = self.plan.ratio
         fix = "Set model.recompute or model.activation_memory, or lower clip.max_frames."
         if NO_ENGINE in reason:
             # If memory was not the cause, a note of ever smaller sizes would be wrong.
             (self.config.out / MICRO_BATCH).unlink(missing_ok=True)
             fix += " If memory was left, cuDNN has no kernel for this: install another torch."
         raise RunError(
-            f"memory does not suffice for a micro-batch of {ratio.positives} positives to "
-            f"{ratio.negatives} negatives of up to {self.frames} frames, and it cannot be halved "
-            f"({reason})",
+            f"memory does not suffice for a micro-batch of {self.plan.group} of up to "
+            f"{self.frames} frames, and it cannot be halved ({reason})",
             where=self.config.out,
             fix=fix,
         )

@@ -23,7 +23,7 @@ def with_batch_that_fits(data: RunData, backend: Backend) -> RunData:
     plan, accumulate = data.config.plan, data.config.train.accumulate
     if "batch" in plan.model_fields_set:
         return data
-    part = plan.ratio.group * backend.world * accumulate
+    part = sum(data.quotas().values()) * backend.world * accumulate
     first: PlanError | None = None
     for batch in (plan.batch, *range((plan.batch - 1) // part * part, 0, -part)):
         config = data.config.model_copy(update={"plan": plan.model_copy(update={"batch": batch})})

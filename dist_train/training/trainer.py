@@ -63,7 +63,7 @@ class Trainer:
         self.steps = self.plan.first_step(config.train.epochs)
         self.done = self.first_step = 0
         self.target = target_of(self.data)
-        self.rates = rates = class_rates(self.data, self.plan.ratio)
+        self.rates = rates = class_rates(self.data)
         loss = make_training_loss(config.loss, backend.device, self.target, rates)
         self.teacher = load_teacher(config, self.target, backend.device)
         self.inputs = MakeInputs(

@@ -51,7 +51,9 @@ def large(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("setting", ["plan.order=random", "plan.balance_groups=true", "seed=3"])
+@pytest.mark.parametrize(
+    "setting", ["plan.order=random", "plan.balance_groups=true", "plan.ratio=natural", "seed=3"]
+)
 def test_splits_and_order_are_the_same(
     store: Path, folder: Path, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from helpers import SPLITS, tiny_config
 
+from dist_train.data.splits import CODES
 from dist_train.errors import ConfigError, PlanError, RunError
-from dist_train.run.data import open_data
+from dist_train.run.data import RunData, open_data
 from dist_train.run.folder import RECORD, only_session
 from dist_train.run.model import as_input, make_model, model_metadata
 from dist_train.run.record import begin_session, open_run, read_record
@@ -34,6 +35,80 @@ def test_the_plan_holds_train_clips_alone_in_the_exact_ratio(store: Path) -> Non
         batch = plan.global_batch(step)
         assert set(batch.tolist()) <= train
         assert labels[batch].sum() == 2
+
+
+class ThreeClasses(RunData):
+    """The tiny store's clips, the positives in two classes: 28 a, 9 b and 3 c in training."""
+
+    classes = {0: "a", 1: "b", 2: "c"}  # noqa: RUF012
+
+    def class_codes(self) -> np.ndarray:
+        codes = self.store.table["label"].astype(np.int64)
+        codes[np.flatnonzero((self.splits == CODES["train"]) & (codes == 1))[::4]] = 2
+        return codes
+
+
+def three_classes(store: Path, *settings: str) -> RunData:
+    data = open_data(tiny_config(store, Path("out"), *settings))
+    return ThreeClasses(data.store, data.splits, data.config)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "quotas", "batch"),
+    [
+        ("balanced", {2: 1, 0: 1, 1: 1}, 6),
+        ("{b: 1, c: 2, a: 5}", {2: 2, 0: 5, 1: 1}, 8),
+        # 28 / 14 is less than 9 / 4 and 3 / 1.
+        ("{a: 14, b: 4, c: 1}", {0: 14, 1: 4, 2: 1}, 19),
+        ("natural", {None: 1}, 8),
+    ],
+)
+def test_a_ratio_names_the_classes_and_the_shortest_pass_is_an_epoch(
+    store: Path, ratio: str, quotas: dict[int | None, int], batch: int
+) -> None:
+    data = three_classes(store, f"plan.ratio={ratio}", f"plan.batch={batch}")
+    assert list(data.quotas().items()) == list(quotas.items())
+    plan, codes = data.plan(), data.class_codes()
+    groups = batch // sum(quotas.values())
+    for step in range(plan.first_step(2)):
+        found = codes[plan.global_batch(step)]
+        for code, quota in quotas.items():
+            assert code is None or (found == code).sum() == groups * quota
+    if ratio == "natural":
+        epoch = np.concatenate([plan.global_batch(step) for step in range(5)])
+        assert sorted(epoch.tolist()) == data.numbers("train").tolist()
+
+
+def test_of_equal_passes_the_first_class_s_is_the_epoch(store: Path) -> None:
+    assert next(iter(three_classes(store, "plan.ratio={a: 28, b: 9, c: 1}").quotas())) == 0
+
+
+@pytest.mark.parametrize(
+    "ratio", ["[1, 3]", "{a: 1, b: 1}", "{a: 1, b: 1, c: 1, d: 1}", "{a: 1, b: 1, C: 1}", "{}"]
+)
+def test_a_ratio_of_other_classes_is_refused_with_the_names_there_are(
+    store: Path, ratio: str
+) -> None:
+    data = three_classes(store, f"plan.ratio={ratio}")
+    with pytest.raises(PlanError, match=r"plan\.ratio: .*classes are a, b, c.*{a: 1, b: 1, c: 1}"):
+        data.quotas()
+
+
+def test_two_classes_by_name_are_the_same_plan(store: Path) -> None:
+    plans = [
+        open_data(tiny_config(store, Path("out"), f"plan.ratio={ratio}")).plan()
+        for ratio in ("[1, 3]", "{negative: 3, positive: 1}")
+    ]
+    assert plans[0].fingerprint == plans[1].fingerprint
+    np.testing.assert_array_equal(*(plan.global_batch(3) for plan in plans))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rate"), [("[1, 3]", 0.25), ("balanced", 0.5), ("natural", 12 / 40)]
+)
+def test_the_rate_of_positives_in_batches_is_known(store: Path, ratio: str, rate: float) -> None:
+    data = open_data(tiny_config(store, Path("out"), f"plan.ratio={ratio}"))
+    assert data.batch_rate() == rate
 
 
 def test_the_augmented_and_the_plain_dataset_differ_in_the_clips_alone(store: Path) -> None:

@@ -19,7 +19,7 @@ def test_train_says_what_it_does_and_what_comes_next(store: Path, tmp_path: Path
         "clips: train 12 positive, 28 negative; val 4 positive, 6 negative; "
         "test 4 positive, 6 negative",
         # Of 8 clips 2 are positive; 12 positives an epoch.
-        "4 epochs of 6 steps of 8 clips: 192 visits in all, 4 of each positive",
+        "4 epochs of 6 steps of 8 clips: 192 visits in all, 4 to each of the positives",
         f"run: {out}",
     ]
     (speed,) = [line for line in lines if " clips/s in steps 5 to 20: " in line]

@@ -48,7 +48,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def crowd_of(config: Config, target: Target | None = None) -> tuple[CrowdScores, ClassRates]:
     data = open_data(config)
-    rates = class_rates(data, config.plan.ratio)
+    rates = class_rates(data)
     return CrowdScores(data, config.loss, target or target_of(data), rates), rates
 
 

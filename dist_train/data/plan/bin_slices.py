@@ -1,10 +1,10 @@
 """The slices of the bins' streams that each piece of an epoch takes.
 
 The pieces of an epoch are the head (completes the previous pass's block), the runs of whole blocks,
-and the tail (begins the next pass's block). The epoch's negatives form a row of slots in order of
-depth. The pieces divide that row, and so do the bins, by their quotas. A piece takes from each bin
-the slots in which the two overlap. In order of time, the pieces then take consecutive positions of
-each bin's stream.
+and the tail (begins the next pass's block). A class's clips of the epoch form a row of slots in
+order of depth. The pieces divide that row, and so do the bins, by their quotas. A piece takes from
+each bin the slots in which the two overlap. In order of time, the pieces then take consecutive
+positions of each bin's stream.
 """
 
 from __future__ import annotations
@@ -22,19 +22,26 @@ BinSlice = tuple[Ints, Ints, Ints]
 
 
 def epoch_slices(
-    epoch: int, epochs: Epochs, quotas: BinQuotas, visits: Ints, split: int, ratio: ClassRatio
+    epoch: int,
+    epochs: Epochs,
+    quotas: BinQuotas,
+    visits: Ints,
+    split: int,
+    ratio: ClassRatio,
+    number: int,
 ) -> list[BinSlice]:
-    """The slices of the pieces of an epoch, in order of time: the head, the runs, the tail.
+    """A class's slices of the pieces of an epoch, in order of time: the head, the runs, the tail.
 
     Head and tail are empty if the pass begins or ends with a whole block.
 
     Args:
         visits: the runs, numbered from the shallow end, in order of time: int64 [runs].
         split: number of runs on the shallow side of the tail and the head.
+        number: number of the class, not of the anchor, in ``ratio``.
     """
-    block = ratio.negatives_of(epochs.per_block)
-    # The tail takes its share of the block's negatives, rounded down; the head takes the rest.
-    tail, before = (ratio.negatives_of(epochs.tail(number)) for number in (epoch, epoch - 1))
+    block = ratio.of(number, epochs.per_block)
+    # The tail takes its share of the block, rounded down; the head takes the rest.
+    tail, before = (ratio.of(number, epochs.tail(of_epoch)) for of_epoch in (epoch, epoch - 1))
     head = block - before if epochs.head(epoch) else 0
     # In order of depth the tail and the head lie side by side between two runs.
     sizes = np.insert(np.diff(epochs.edges(epoch)) * block, split, [tail, head])

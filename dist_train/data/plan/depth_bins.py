@@ -1,4 +1,4 @@
-"""The negatives in bins of similar depth, and the quota of each bin in each epoch."""
+"""The clips of a class in bins of similar depth, and the quota of each bin in each epoch."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from math import gcd
 
 import numpy as np
 
-from dist_train.data.plan.depth_order import ByDepth
+from dist_train.data.plan.depth_order import ByDepth, too_few_clips
 from dist_train.data.plan.rules import PlanRules
 from dist_train.data.plan.shuffle import Ints
 from dist_train.data.plan.weights import as_integers
-from dist_train.errors import PlanError
 
-#: Quotas are counted in 64ths of the negatives that go with one positive.
+#: Quotas are counted in 64ths of the class's clips that go with one clip of the anchor.
 RESOLUTION = 64
 
 
 def least_clips(most: int) -> int:
-    """The least clips of a bin from which a step takes at most ``most``: see negatives.py."""
+    """The least clips of a bin from which a step takes at most ``most``: see streams.py."""
     return max(1, 2 * (most - 1))
 
 
@@ -26,7 +25,7 @@ def least_clips(most: int) -> int:
 class DepthBins:
     """Bins of neighbouring depths, from shallow to deep.
 
-    Bin b holds the negatives of index starts[b] to starts[b + 1], int64 [bins + 1]. A step takes at
+    Bin b holds the clips of index starts[b] to starts[b + 1], int64 [bins + 1]. A step takes at
     most ``most`` clips from it, int64 [bins].
     """
 
@@ -36,53 +35,61 @@ class DepthBins:
 
 
 def depth_bins(
-    positives: ByDepth, negatives: ByDepth, rules: PlanRules, longest: int, *, straddling: bool
+    anchor: ByDepth,
+    clips: ByDepth,
+    rules: PlanRules,
+    number: int,
+    longest: int,
+    *,
+    straddling: bool,
 ) -> DepthBins:
-    """Bins as narrow as possible: one depth each, if it has enough negatives.
+    """Bins of a class, as narrow as possible: one depth each, if it has enough clips.
 
     Neighbouring depths are merged until a bin has a quota above 0 and enough clips for a step
     without repetition: from deep to shallow, because padding costs most at the deep end. Depths
     left over at the shallow end join the last bin.
 
-    "matched" gives each bin the quota of the positives of its depths. Negatives deeper or shallower
-    than all positives get a small quota, as depth would else reveal the class. "natural" gives each
-    bin a quota in proportion to its clips or their weights.
+    "matched" gives each bin the quota of the anchor's clips of its depths. Clips deeper or
+    shallower than all of the anchor's get a small quota, as depth would else reveal the class.
+    "natural" gives each bin a quota in proportion to its clips or their weights.
 
     Args:
+        number: number of the class in the rules' ratio.
         longest: the most blocks of a step.
-        straddling: whether a block can span the end of a pass over the positives, and so take the
+        straddling: whether a block can span the end of a pass over the anchor, and so take the
             quotas of two epochs from a bin.
 
     Raises:
-        PlanError: even one bin of all negatives is too small.
+        PlanError: even one bin of all clips is too small.
     """
-    depths = np.union1d(positives.depths, negatives.depths)
-    clips = _below(negatives.starts, negatives.depths, depths)
-    cycle, total = rules.ratio.positives * RESOLUTION, len(positives) * RESOLUTION
+    depths = np.union1d(anchor.depths, clips.depths)
+    below = _below(clips.starts, clips.depths, depths)
+    cycle, total = rules.ratio[0] * RESOLUTION, len(anchor) * RESOLUTION
+    per_block = rules.clips_of(number)
     if rules.matching == "matched":
-        asked = RESOLUTION * _below(positives.starts, positives.depths, depths)
+        asked = RESOLUTION * _below(anchor.starts, anchor.depths, depths)
         # The small quotas of 1 go to the shallowest depth below, and to the shallowest depth above
-        # those of the positives: the search below, from the deep end, reaches them last.
+        # those of the anchor: the search below, from the deep end, reaches them last.
         asked[1:-1] = np.maximum(asked[1:-1], 1)
         deep = int(np.searchsorted(asked, total))
         asked[deep] -= deep < len(depths)
     else:
-        sums = negatives.starts
-        if negatives.weights is not None:
-            sums = np.append(0, np.cumsum(as_integers(negatives.weights)))[sums]
-        summed = _below(sums, negatives.depths, depths)
+        sums = clips.starts
+        if clips.weights is not None:
+            sums = np.append(0, np.cumsum(as_integers(clips.weights)))[sums]
+        summed = _below(sums, clips.depths, depths)
         asked = np.rint(summed / max(summed[-1], 1) * total).astype(np.int64)
-    asked *= rules.ratio.negatives
+    asked *= rules.ratio[number]
 
     def most_of(quota: int) -> int:
         """The most clips that a step takes from a bin that gives ``quota`` in a cycle."""
         per_epoch = -(-quota // cycle)
-        spanning = min(rules.negatives, 2 * per_epoch) if straddling else 0
-        return max(1, min(longest * rules.negatives, per_epoch), spanning)
+        spanning = min(per_block, 2 * per_epoch) if straddling else 0
+        return max(1, min(longest * per_block, per_epoch), spanning)
 
     def is_enough(first: int, last: int) -> bool:
         quota = int(asked[last] - asked[first])
-        return quota > 0 and clips[last] - clips[first] >= least_clips(most_of(quota))
+        return quota > 0 and below[last] - below[first] >= least_clips(most_of(quota))
 
     cuts = [len(depths)]
     for first in reversed(range(len(depths))):
@@ -93,14 +100,10 @@ def depth_bins(
         if cuts and is_enough(0, cuts[-1]):
             cuts.append(0)
     if not cuts:
-        raise PlanError(
-            f"the train split has {len(negatives)} negatives; a batch with {rules.negatives} "
-            f"different negatives needs at least {least_clips(rules.negatives)}",
-            fix="Lower plan.batch, or select more clips.",
-        )
+        raise too_few_clips(clips, per_block, least_clips(per_block))
     edges = np.array(cuts[::-1])
     most = [most_of(int(quota)) for quota in np.diff(asked[edges])]
-    return DepthBins(clips[edges], np.array(most), BinQuotas(asked[edges], cycle))
+    return DepthBins(below[edges], np.array(most), BinQuotas(asked[edges], cycle))
 
 
 def _below(sums: Ints, own: Ints, depths: Ints) -> Ints:
@@ -111,7 +114,7 @@ def _below(sums: Ints, own: Ints, depths: Ints) -> Ints:
 
 @dataclass(frozen=True, eq=False)
 class BinQuotas:
-    """The number of negatives that each bin gives to each epoch, in closed form.
+    """The number of clips that each bin gives to each epoch, in closed form.
 
     In epoch e the bins before bin b give floor((ends[b] + o) / cycle) together. The offset o in
     [0, cycle) is the same for all bins, so no bin gives less than 0. Over a cycle the offset takes

@@ -1,8 +1,8 @@
 """The first steps of epochs, in integer arithmetic.
 
-The positives are an endless stream of passes, cut into blocks. A block that spans the end of a pass
-is the last step of the epoch in which it begins. The other blocks of a pass are whole blocks. A
-step takes one of them or, under a voxel budget, a run of several.
+The anchor's clips are an endless stream of passes, cut into blocks. A block that spans the end of a
+pass is the last step of the epoch in which it begins. The other blocks of a pass are whole blocks.
+A step takes one of them or, under a voxel budget, a run of several.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Epochs:
     """The steps, blocks and passes of each epoch.
 
     Attributes:
-        count: positives in a pass.
-        per_block: positives in a block.
+        count: the anchor's clips, which are a pass.
+        per_block: the anchor's clips in a block.
         runs: for each possible number of whole blocks, the edges of the runs, in blocks: int64
             [runs + 1]. By default each block is a run.
     """

@@ -2,19 +2,21 @@
 
 Pure numpy, no I/O.
 
-- A block has ``batch`` clips, exactly p positives to q negatives. A step is a block, or a run of
+- A block has ``batch`` clips, exactly in the ratio of the classes. A step is a block, or a run of
   blocks under a voxel budget.
-- An epoch sorts the positives by depth, cuts them into blocks (positives.py) and shuffles those.
-- The negatives are sorted into bins of similar depth (depth_bins.py), which are endless streams
-  (negatives.py). A block takes negatives of its own rank in depth (bin_slices.py).
+- One class is the anchor. An epoch sorts its clips by depth, cuts them into blocks (anchor.py) and
+  shuffles those.
+- The clips of each other class are sorted into bins of similar depth (depth_bins.py), which are
+  endless streams (streams.py). A block takes clips of its own rank in depth (bin_slices.py).
 
-No step needs the steps before it: a formula gives the number of negatives that earlier epochs took
-from each bin. docs/sampling.md follows a step by hand.
+No step needs the steps before it: a formula gives the number of clips that earlier epochs took from
+each bin. docs/sampling.md follows a step by hand.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import gcd
@@ -22,14 +24,14 @@ from math import gcd
 import numpy as np
 
 from dist_train.class_ratio import ClassRatio
+from dist_train.data.plan.anchor import AnchorOrder
 from dist_train.data.plan.bin_slices import BinSlice, epoch_slices
 from dist_train.data.plan.depth_bins import DepthBins, depth_bins
-from dist_train.data.plan.depth_order import ByDepth, by_depth
+from dist_train.data.plan.depth_order import ByDepth, by_depth, too_few_clips
 from dist_train.data.plan.epochs import Epochs
-from dist_train.data.plan.negatives import NegativeStreams
-from dist_train.data.plan.positives import PositiveOrder
 from dist_train.data.plan.rules import Matching, PlanRules
 from dist_train.data.plan.shuffle import Ints, permute, root_key, subkey
+from dist_train.data.plan.streams import Streams
 from dist_train.data.plan.voxel_budget import longest_run, run_edges
 from dist_train.data.plan.weights import UNIT, Floats, arcs
 from dist_train.errors import PlanError
@@ -39,21 +41,28 @@ VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """The global batches of a run, of exactly ``ratio`` = p:q positives to negatives.
+class OtherClass:
+    """A class other than the anchor: its clips in bins, each of which is an endless stream."""
 
-    An epoch is one pass over the positives. If a pass does not fill its last step, the next pass
+    clips: ByDepth
+    bins: DepthBins
+    streams: Streams
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The global batches of a run, each exactly in the ratio of the classes.
+
+    An epoch is one pass over the anchor. If a pass does not fill its last step, the next pass
     completes it, so epochs can differ in length.
 
-    A global batch is a sequence of groups of p positives and q negatives. Ranks and micro-batches
-    are cut between groups, so each has the exact ratio.
+    A global batch is a sequence of groups, each of the anchor's clips and then those of each other
+    class. Ranks and micro-batches are cut between groups, so each has the exact ratio.
     """
 
     rules: PlanRules
-    order: PositiveOrder
-    bins: DepthBins
-    streams: NegativeStreams
-    negatives: ByDepth
+    order: AnchorOrder
+    others: tuple[OtherClass, ...]
 
     @property
     def batch(self) -> int:
@@ -65,8 +74,19 @@ class Plan:
         return self.rules.ratio
 
     @property
-    def positives(self) -> ByDepth:
+    def anchor(self) -> ByDepth:
         return self.order.clips
+
+    @property
+    def classes(self) -> tuple[ByDepth, ...]:
+        """The clips of each class, the anchor first."""
+        return self.anchor, *(other.clips for other in self.others)
+
+    @property
+    def group(self) -> str:
+        """The ratio in words, such as "1 positives to 3 negatives"."""
+        named = zip(self.ratio, self.classes, strict=True)
+        return " to ".join(f"{count} {clips.name}" for count, clips in named)
 
     @property
     def epochs(self) -> Epochs:
@@ -92,13 +112,12 @@ class Plan:
 
     def global_batch(self, step: int) -> Ints:
         """Clip numbers of step ``step``, counted from 0: int64 [clips_at(step)]."""
-        return self._clips(*self._groups(step)).reshape(-1)
+        return self._clips(self._groups(step)).reshape(-1)
 
     def depths(self, step: int) -> Ints:
         """Depths, in frames, of the clips of ``global_batch``: int64 [clips_at(step)]."""
-        positives, negatives = self._groups(step)
-        depths = self.positives.depth_at(positives), self.negatives.depth_at(negatives)
-        return np.concatenate(depths, axis=1).reshape(-1)
+        groups = zip(self.classes, self._groups(step), strict=True)
+        return np.concatenate([clips.depth_at(of) for clips, of in groups], axis=1).reshape(-1)
 
     def rank_batches(self, step: int, *, rank: int, world: int, accumulate: int) -> Ints:
         """Clip numbers of one rank: int64 [accumulate, clips_at(step) / world / accumulate].
@@ -117,7 +136,7 @@ class Plan:
             )
             for groups in self._groups(step)
         )
-        return self._clips(*own).reshape(accumulate, -1)
+        return self._clips(own).reshape(accumulate, -1)
 
     def check_cut(self, world: int, accumulate: int) -> None:
         """Raise ``PlanError`` unless each micro-batch of each rank can hold whole groups."""
@@ -125,25 +144,26 @@ class Plan:
         if self.batch % (world * accumulate * group):
             raise PlanError(
                 f"plan.batch {self.batch} cannot be cut into {world} processes x {accumulate} "
-                f"accumulation steps with {self.ratio.positives} positive to "
-                f"{self.ratio.negatives} negatives in each",
+                f"accumulation steps with {self.group} in each",
                 fix=f"Use a multiple of {world * accumulate * group}.",
             )
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that the order depends on, as 16 hex digits."""
-        weights = self.negatives.weights
-        weighted = b"" if weights is None else weights.astype("<f8").tobytes()
-        digest = "" if weights is None else hashlib.sha256(weighted).hexdigest()
-        parts = VERSION, self.rules, self.positives.digest, self.negatives.digest, digest
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        parts = [VERSION, self.rules, self.anchor.digest]
+        for other in self.others:
+            weights = other.clips.weights
+            weighted = b"" if weights is None else weights.astype("<f8").tobytes()
+            digest = "" if weights is None else hashlib.sha256(weighted).hexdigest()
+            parts += [other.clips.digest, digest]
+        return hashlib.sha256(repr(tuple(parts)).encode()).hexdigest()[:16]
 
-    def _clips(self, positives: Ints, negatives: Ints) -> Ints:
-        """Clip numbers of groups of indices [groups, p] and [groups, q]: int64 [groups, p + q]."""
-        return np.concatenate(
-            [self.positives.clips[positives], self.negatives.clips[negatives]], axis=1
-        ).astype(np.int64)
+    def _clips(self, groups: Iterable[Ints]) -> Ints:
+        """Clip numbers of the groups' indices, [groups, quota] for each class: int64 [groups,
+        clips of a group]."""
+        named = zip(self.classes, groups, strict=True)
+        return np.concatenate([clips.clips[of] for clips, of in named], axis=1).astype(np.int64)
 
     def _blocks_at(self, step: int) -> tuple[int, int, int, int]:
         """(epoch, piece, first, last): the blocks of a step, ``last`` excluded, counted from the
@@ -155,8 +175,8 @@ class Plan:
         first, last = self.epochs.edges(epoch)[visits[visit] :][:2].tolist()
         return epoch, visit + 1, first, last
 
-    def _groups(self, step: int) -> tuple[Ints, Ints]:
-        """Indices of the step's clips in groups: int64 [groups, p] and [groups, q].
+    def _groups(self, step: int) -> list[Ints]:
+        """Indices of the step's clips in groups, for each class: int64 [groups, quota].
 
         The groups form a ring: every second one ascends in depth, the others descend. The ring
         starts at a random group. So a micro-batch holds clips of similar depth, however the batch
@@ -164,38 +184,48 @@ class Plan:
         """
         epoch, piece, first, last = self._blocks_at(step)
         if piece < 0:
-            positives = np.concatenate([self.order.tail(epoch), self.order.head(epoch + 1)])
-            parts = zip(_epoch(self, epoch)[1][-1], _epoch(self, epoch + 1)[1][0], strict=True)
-            bins, positions, counts = (np.concatenate(arrays) for arrays in parts)
-            # In a bin's stream the head of the next epoch follows the tail of this one, so the two
-            # slices of a bin join to one.
-            distinct, places = np.unique(bins, return_index=True)
-            totals = np.bincount(bins, counts)[distinct].astype(np.int64)
-            negatives = self.streams.take(distinct, positions[places], totals)
+            anchors = np.concatenate([self.order.tail(epoch), self.order.head(epoch + 1)])
+            slices = [
+                _joined(before[-1], after[0])
+                for before, after in zip(
+                    *(_epoch(self, e)[1] for e in (epoch, epoch + 1)), strict=True
+                )
+            ]
         else:
-            positives = self.order.blocks(epoch, first, last)
-            negatives = self.streams.take(*_epoch(self, epoch)[1][piece])
+            anchors = self.order.blocks(epoch, first, last)
+            slices = [pieces[piece] for pieces in _epoch(self, epoch)[1]]
+        taken = [other.streams.take(*of) for other, of in zip(self.others, slices, strict=True)]
 
-        groups = len(positives) // self.ratio.positives
+        groups = len(anchors) // self.ratio[0]
         turn = int(subkey(root_key(self.rules.seed, "turns"), step)[0]) % groups
         ascending = np.arange(groups)
         ring = np.roll(np.concatenate([ascending[::2], ascending[1::2][::-1]]), turn)
-        return (
-            _by_depth(positives, self.positives).reshape(groups, -1)[ring],
-            _by_depth(negatives, self.negatives).reshape(groups, -1)[ring],
-        )
+        indices = zip(self.classes, [anchors, *taken], strict=True)
+        return [_by_depth(of, clips).reshape(groups, -1)[ring] for clips, of in indices]
+
+
+def _joined(tail: BinSlice, head: BinSlice) -> BinSlice:
+    """The slice of a block that spans the end of a pass. In a bin's stream the head of the next
+    epoch follows the tail of this one, so the two slices of a bin join to one."""
+    bins, positions, counts = (np.concatenate(arrays) for arrays in zip(tail, head, strict=True))
+    distinct, places = np.unique(bins, return_index=True)
+    totals = np.bincount(bins, counts)[distinct].astype(np.int64)
+    return distinct, positions[places], totals
 
 
 # A step needs two epochs at most; the rest serves a second reader, such as another loader.
 @lru_cache(maxsize=8)
-def _epoch(plan: Plan, epoch: int) -> tuple[Ints, list[BinSlice]]:
+def _epoch(plan: Plan, epoch: int) -> tuple[Ints, list[list[BinSlice]]]:
     """The runs of an epoch (numbered from the shallow end) in the order of training, int64 [runs],
-    and the negatives of its pieces."""
+    and the slices of its pieces for each class but the anchor."""
     edges = plan.epochs.edges(epoch)
     runs = len(edges) - 1
     visits = permute(np.arange(runs), runs, subkey(root_key(plan.rules.seed, "visits"), epoch))
     split = int(np.searchsorted(edges, plan.order.split))
-    return visits, epoch_slices(epoch, plan.epochs, plan.bins.quotas, visits, split, plan.ratio)
+    return visits, [
+        epoch_slices(epoch, plan.epochs, other.bins.quotas, visits, split, plan.ratio, number)
+        for number, other in enumerate(plan.others, 1)
+    ]
 
 
 def _by_depth(indices: Ints, clips: ByDepth) -> Ints:
@@ -208,7 +238,7 @@ def make_plan(
     negatives: Ints,
     *,
     batch: int,
-    ratio: tuple[int, int],
+    ratio: tuple[int, ...],
     seed: int,
     positive_depths: Ints | None = None,
     negative_depths: Ints | None = None,
@@ -218,80 +248,63 @@ def make_plan(
     max_voxels: int | None = None,
     frame_voxels: int = 1,
 ) -> Plan:
-    """A plan over the clip numbers of the two classes, int64 [count] each, in any order.
+    """A plan over the clip numbers of two classes, int64 [count] each, in any order. The positives
+    are the anchor.
 
     Args:
-        positive_depths: frames of each positive, int64 [count]. None: all clips count as equally
-            deep, so their order is random.
-        negative_depths: frames of each negative, int64 [count].
-        weights: float64 [count], the relative frequency of each negative within its depth bin; 0
-            leaves the clip out.
-        groups: group code of each negative, int64 [count]. Weights are divided by the size of the
-            group, so that all groups are equally frequent.
+        positive_depths, negative_depths, weights, groups: see ``by_depth``; the latter two are of
+            the negatives.
         batch, ratio, seed, matching, max_voxels, frame_voxels: see ``PlanRules``.
 
     Raises:
-        PlanError: a class has too few clips for a batch without repetition.
+        PlanError: see ``plan_of``.
     """
-    rules = PlanRules(batch, ClassRatio(*ratio), seed, matching, max_voxels, frame_voxels)
-    classes = sorted_classes(
-        positives,
-        negatives,
-        positive_depths=positive_depths,
-        negative_depths=negative_depths,
-        weights=weights,
-        groups=groups,
-    )
-    return plan_of(*classes, rules)
+    anchor = by_depth(positives, positive_depths, name="positives")
+    other = by_depth(negatives, negative_depths, weights, groups, name="negatives")
+    rules = PlanRules(batch, ClassRatio(ratio), seed, matching, max_voxels, frame_voxels)
+    return plan_of(anchor, [other], rules)
 
 
-def sorted_classes(
-    positives: Ints,
-    negatives: Ints,
-    *,
-    positive_depths: Ints | None = None,
-    negative_depths: Ints | None = None,
-    weights: Floats | None = None,
-    groups: Ints | None = None,
-) -> tuple[ByDepth, ByDepth]:
-    """Positives and negatives, sorted; see ``make_plan``."""
-    if groups is not None:
-        _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-        weights = (1.0 if weights is None else weights) / sizes[group]
-    if weights is not None:
-        kept = weights > 0
-        negatives, weights = negatives[kept], weights[kept]
-        negative_depths = None if negative_depths is None else negative_depths[kept]
-    sorted_negatives = by_depth(negatives, negative_depths, weights)
-    return by_depth(positives, positive_depths), sorted_negatives
-
-
-def plan_of(positives: ByDepth, negatives: ByDepth, rules: PlanRules) -> Plan:
-    """A plan over clips that are sorted already.
+def plan_of(anchor: ByDepth, others: Sequence[ByDepth], rules: PlanRules) -> Plan:
+    """A plan over the sorted clips of any number of classes, in the order of ``rules.ratio``.
 
     Raises:
-        PlanError: see ``make_plan``.
+        PlanError: the batch is not a multiple of the ratio's group, or a class has too few clips
+            for a batch without repetition.
     """
-    # A pass must be as long as a block and its longest tail: see positives.py.
-    needed = 2 * rules.positives - gcd(len(positives), rules.positives)
-    if len(positives) < needed:
+    if rules.batch % rules.ratio.group:
+        named = zip(rules.ratio, (anchor, *others), strict=True)
+        parts = " + ".join(f"{count} {clips.name}" for count, clips in named)
         raise PlanError(
-            f"the train split has {len(positives)} positives; a batch with {rules.positives} "
-            f"different positives needs at least {needed}",
-            fix="Lower plan.batch, or select more clips.",
+            f"plan.batch {rules.batch} is not a multiple of {parts} = {rules.ratio.group}",
+            fix=f"Use a multiple of {rules.ratio.group}.",
         )
-    epochs = Epochs(len(positives), rules.positives)
-    longest = 1 if rules.max_voxels is None else longest_run(positives, negatives, rules)
-    bins = depth_bins(positives, negatives, rules, longest, straddling=epochs.period > 1)
+    # A pass must be as long as a block and its longest tail: see anchor.py.
+    per_block = rules.clips_of(0)
+    needed = 2 * per_block - gcd(len(anchor), per_block)
+    if len(anchor) < needed:
+        raise too_few_clips(anchor, per_block, needed)
+    epochs = Epochs(len(anchor), per_block)
+    longest = 1 if rules.max_voxels is None else longest_run((anchor, *others), rules)
+    bins = [
+        depth_bins(anchor, clips, rules, number, longest, straddling=epochs.period > 1)
+        for number, clips in enumerate(others, 1)
+    ]
+    order = AnchorOrder(anchor, epochs, rules.seed)
+    if rules.max_voxels is not None:
+        counts, by_bin = set(epochs.whole_block_counts), list(zip(others, bins, strict=True))
+        runs = {n: run_edges(n, longest, order, by_bin, rules) for n in counts}
+        order = replace(order, epochs=replace(epochs, runs=runs))
+    made = zip(others, bins, range(len(others)), strict=True)
+    return Plan(rules, order, tuple(_other_class(*each, rules.seed) for each in made))
+
+
+def _other_class(clips: ByDepth, bins: DepthBins, number: int, seed: int) -> OtherClass:
     ends, spacing = None, 1
-    if negatives.weights is not None:
+    if clips.weights is not None:
         # A pass of the least possible length would repeat the same few clips.
         least = np.minimum(np.diff(bins.starts), np.maximum(1, 3 * (bins.most - 1)))
-        ends, spacing = arcs(negatives.weights, bins.starts, least), UNIT
-    order = PositiveOrder(positives, epochs, rules.seed)
-    if rules.max_voxels is not None:
-        counts = set(epochs.whole_block_counts)
-        runs = {n: run_edges(n, longest, order, negatives, bins, rules) for n in counts}
-        order = replace(order, epochs=replace(epochs, runs=runs))
-    streams = NegativeStreams(bins.starts, bins.most, rules.seed, ends, spacing)
-    return Plan(rules, order, bins, streams, negatives)
+        ends, spacing = arcs(clips.weights, bins.starts, least), UNIT
+    # The first name dates from plans of two classes; names of keys are part of the order.
+    key = root_key(seed, f"negatives/{number}" if number else "negatives")
+    return OtherClass(clips, bins, Streams(bins.starts, bins.most, key, ends, spacing))

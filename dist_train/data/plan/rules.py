@@ -7,17 +7,18 @@ from typing import Literal
 
 from dist_train.class_ratio import ClassRatio
 
-#: Depths of the negatives. "matched": like those of the positives. "natural": as in the data.
+#: Depths of the clips of all classes but the anchor. "matched": like those of the anchor.
+#: "natural": as in the data.
 Matching = Literal["matched", "natural"]
 
 
 @dataclass(frozen=True)
 class PlanRules:
-    """The rules of a plan.
+    """The rules of a plan. Fingerprints contain their ``repr``.
 
     Attributes:
-        batch: clips of a block, a multiple of p + q.
-        ratio: positives to negatives, p:q.
+        batch: clips of a block, a multiple of the ratio's group.
+        ratio: clips of each class in a group, the anchor first.
         seed: seed of the order.
         matching: see ``Matching``.
         max_voxels: the most voxels of a step: clips x greatest depth x ``frame_voxels``. A step
@@ -32,12 +33,6 @@ class PlanRules:
     max_voxels: int | None = None
     frame_voxels: int = 1
 
-    @property
-    def positives(self) -> int:
-        """Positives of a block."""
-        return self.batch // self.ratio.group * self.ratio.positives
-
-    @property
-    def negatives(self) -> int:
-        """Negatives of a block."""
-        return self.batch // self.ratio.group * self.ratio.negatives
+    def clips_of(self, number: int) -> int:
+        """Clips of class ``number`` in a block."""
+        return self.batch // self.ratio.group * self.ratio[number]

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_train.data.plan.plan import Plan, make_plan
+from dist_train.class_ratio import ClassRatio
+from dist_train.data.plan.depth_order import by_depth
+from dist_train.data.plan.plan import Plan, make_plan, plan_of
+from dist_train.data.plan.rules import Matching, PlanRules
 from dist_train.errors import PlanError
-
-RATIOS = [(1, 3), (1, 1), (2, 3), (3, 1), (2, 5), (5, 2), (2, 4)]
 
 GOLDEN_FIRST = [38, 116, 150, 62, 26, 136, 162, 217, 6, 144, 69, 143, 13, 82, 227, 206]
 GOLDEN_DIGESTS = ["7468ed1af661d63f", "51499505712f6cbe"]
@@ -25,15 +26,19 @@ GOLDEN_FINGERPRINTS = ["a55f8bed8f51ef67", "eef2ae6fba09ca16"]
 
 @dataclass(frozen=True)
 class Case:
-    """A plan with even positives and odd negatives, its settings, and a cut into ranks."""
+    """A plan of one to five classes, its settings, and a cut into ranks.
+
+    The clips of class c are numbered c, c + 5, c + 10 and so on. Each class has the arguments of
+    ``by_depth``; the first is the anchor.
+    """
 
     plan: Plan
-    arguments: dict[str, Any]
+    classes: list[dict[str, np.ndarray | None]]
     world: int
     accumulate: int
 
-    def again(self, **changed: Any) -> Plan:
-        return make_plan(**{**self.arguments, **changed})
+    def again(self, *, reverse: bool = False) -> Plan:
+        return made(self.classes, self.plan.rules, step=-1 if reverse else 1)
 
     @property
     def worlds(self) -> list[int]:
@@ -42,64 +47,70 @@ class Case:
         return [world for world in range(1, groups + 1) if groups % world == 0]
 
 
+def made(classes: list[dict[str, Any]], rules: PlanRules, step: int = 1) -> Plan:
+    anchor, *others = (
+        by_depth(**{name: None if it is None else it[::step] for name, it in each.items()})
+        for each in classes
+    )
+    return plan_of(anchor, others, rules)
+
+
 @st.composite
 def cases(draw: st.DrawFn, *, weights: bool | None = None, budget: bool | None = None) -> Case:
-    p, q = draw(st.sampled_from(RATIOS))
+    ratio = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
     world, accumulate = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     groups = world * accumulate * draw(st.integers(1, 2))
-    # Twice a step always suffices; fewer do where passes and steps fit.
-    positives, negatives = (
-        draw(st.integers(2 * groups * part, 2 * groups * part + spare))
-        for part, spare in ((p, 60), (q, 200))
-    )
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    depths: list[np.ndarray | None] = [None, None]
     deepest = draw(st.sampled_from([None, 1, 4, 90]))
-    if deepest:
-        # Negatives reach beyond the positives on both sides, or the other way round.
-        shift = draw(st.sampled_from([0, 3]))
-        depths = [
-            rng.integers(1 + own * shift, deepest + 1 + own * shift, count)
-            for own, count in ((1, positives), (0, negatives))
-        ]
-    weighted = draw(st.booleans()) if weights is None else weights
-    arguments = {
-        "positives": 2 * rng.permutation(positives),
-        "negatives": 2 * rng.permutation(negatives) + 1,
-        "batch": groups * (p + q),
-        "ratio": (p, q),
-        "seed": draw(st.integers(0, 2**32)),
-        "positive_depths": depths[0],
-        "negative_depths": depths[1],
-        "matching": draw(st.sampled_from(["matched", "natural"])),
-        "weights": rng.exponential(1, negatives) ** 3 if weighted else None,
-        "groups": rng.integers(0, 4, negatives) if weighted and draw(st.booleans()) else None,
-        "max_voxels": None,
-        "frame_voxels": 10,
-    }
+    classes: list[dict[str, Any]] = []
+    for part in ratio:
+        # Twice a step always suffices; fewer do where passes and steps fit.
+        spare = 200 // len(ratio) if classes else 60
+        count = draw(st.integers(2 * groups * part, 2 * groups * part + spare))
+        # Some classes reach beyond others on either side.
+        shift = draw(st.sampled_from([0, 3])) if deepest else 0
+        weighted = bool(classes) and (draw(st.booleans()) if weights is None else weights)
+        classes.append(
+            {
+                "clips": 5 * rng.permutation(count) + len(classes),
+                "depths": rng.integers(1, deepest + 1, count) + shift if deepest else None,
+                "weights": rng.exponential(1, count) ** 3 if weighted else None,
+                "groups": rng.integers(0, 4, count) if weighted and draw(st.booleans()) else None,
+            }
+        )
+    batch = groups * sum(ratio)
+    max_voxels = None
     if draw(st.booleans()) if budget is None else budget:
-        frames = (deepest or 1) * groups * (p + q)
-        arguments["max_voxels"] = draw(st.integers(1, 4 * 10 * frames))
-    return Case(make_plan(**arguments), arguments, world, accumulate)
+        max_voxels = draw(st.integers(1, 4 * 10 * (deepest or 1) * batch))
+    matching: Matching = draw(st.sampled_from(["matched", "natural"]))
+    seed = draw(st.integers(0, 2**32))
+    rules = PlanRules(batch, ClassRatio(ratio), seed, matching, max_voxels, frame_voxels=10)
+    return Case(made(classes, rules), classes, world, accumulate)
 
 
 def walk(plan: Plan, epochs: int) -> list[np.ndarray]:
-    """The global batches of the first epochs, in groups: [groups, p + q] each."""
+    """The global batches of the first epochs, in groups: [groups, clips of a group] each."""
     steps = range(plan.first_step(epochs))
-    return [plan.global_batch(step).reshape(-1, sum(plan.ratio)) for step in steps]
+    return [plan.global_batch(step).reshape(-1, plan.ratio.group) for step in steps]
+
+
+def of_class(groups: np.ndarray, ratio: ClassRatio, number: int) -> np.ndarray:
+    """The clips of one class in groups: [groups, its quota]."""
+    first = sum(ratio[:number])
+    return groups[:, first : first + ratio[number]]
 
 
 @given(cases(), st.integers(0, 10**12))
 def test_every_micro_batch_has_the_exact_ratio(case: Case, step: int) -> None:
-    p, q = case.plan.ratio
     clips = case.plan.clips_at(step)
     for rank in range(case.world):
         batches = case.plan.rank_batches(
             step, rank=rank, world=case.world, accumulate=case.accumulate
         )
         assert batches.shape == (case.accumulate, clips // case.world // case.accumulate)
-        positives = (batches % 2 == 0).sum(axis=1)
-        assert (positives * (p + q) == batches.shape[1] * p).all()
+        groups = batches.shape[1] // case.plan.ratio.group
+        for number, quota in enumerate(case.plan.ratio):
+            assert ((batches % 5 == number).sum(axis=1) == groups * quota).all()
 
 
 @given(cases(), st.integers(0, 10**12))
@@ -124,17 +135,17 @@ def test_ranks_together_see_the_same_batch_at_every_world_size(case: Case, step:
 
 
 @given(cases())
-def test_each_positive_comes_once_a_pass(case: Case) -> None:
+def test_each_clip_of_the_anchor_comes_once_a_pass(case: Case) -> None:
     """The steps of an epoch hold its pass, but the last step may take clips of the next pass."""
     plan, epochs = case.plan, 4
-    steps = [groups[:, : plan.ratio[0]].reshape(-1).tolist() for groups in walk(plan, epochs)]
-    everyone = sorted(case.arguments["positives"].tolist())
+    steps = [of_class(groups, plan.ratio, 0).ravel().tolist() for groups in walk(plan, epochs)]
+    everyone = sorted(plan.anchor.clips.tolist())
     carried: list[int] = []
     for epoch in range(epochs):
         of_epoch = steps[plan.first_step(epoch) : plan.first_step(epoch + 1)]
         seen = carried + [clip for step in of_epoch for clip in step]
         # The clips that complete the last step are the head of the next pass.
-        carried = plan.positives.clips[plan.order.head(epoch + 1)].tolist()
+        carried = plan.anchor.clips[plan.order.head(epoch + 1)].tolist()
         assert len(carried) == plan.epochs.head(epoch + 1)
         assert set(carried) <= set(of_epoch[-1])
         for clip in carried:
@@ -144,19 +155,23 @@ def test_each_positive_comes_once_a_pass(case: Case) -> None:
 
 
 @given(cases(weights=False))
-def test_no_negative_comes_again_before_all_others_of_its_bin_came(case: Case) -> None:
+def test_no_clip_comes_again_before_all_others_of_its_bin_came(case: Case) -> None:
     """Checked at each step's end, across the ends of epochs and passes."""
-    plan, starts = case.plan, case.plan.bins.starts
-    if case.arguments["negative_depths"] is None:
-        assert len(starts) == 2, "without depths all negatives are one bin"
-    index = {clip: i for i, clip in enumerate(plan.negatives.clips.tolist())}
-    counts = np.zeros(len(plan.negatives), np.int64)
-    for groups in walk(plan, 5):
-        np.add.at(counts, [index[clip] for clip in groups[:, plan.ratio[0] :].ravel().tolist()], 1)
-        for first, last in pairwise(starts):
-            passes, rest = divmod(int(counts[first:last].sum()), int(last - first))
-            assert counts[first:last].min() == passes
-            assert counts[first:last].max() == passes + (rest > 0)
+    plan = case.plan
+    steps = walk(plan, 5)
+    for number, other in enumerate(plan.others, 1):
+        starts = other.bins.starts
+        if case.classes[number]["depths"] is None:
+            assert len(starts) == 2, "without depths all clips of a class are one bin"
+        index = {clip: i for i, clip in enumerate(other.clips.clips.tolist())}
+        counts = np.zeros(len(other.clips), np.int64)
+        for groups in steps:
+            drawn = of_class(groups, plan.ratio, number)
+            np.add.at(counts, [index[clip] for clip in drawn.ravel().tolist()], 1)
+            for first, last in pairwise(starts):
+                passes, rest = divmod(int(counts[first:last].sum()), int(last - first))
+                assert counts[first:last].min() == passes
+                assert counts[first:last].max() == passes + (rest > 0)
 
 
 @given(cases(), st.data())
@@ -181,10 +196,7 @@ def test_first_steps_and_the_resumed_rest_are_the_uninterrupted_run(
 
 @given(cases(), st.permutations(range(3)))
 def test_the_order_of_the_arguments_does_not_matter(case: Case, order: list[int]) -> None:
-    reversed_ = {
-        name: value[::-1] for name, value in case.arguments.items() if isinstance(value, np.ndarray)
-    }
-    other = case.again(**reversed_)
+    other = case.again(reverse=True)
     assert other.fingerprint == case.plan.fingerprint
     for step in order:
         np.testing.assert_array_equal(other.global_batch(step), case.plan.global_batch(step))
@@ -198,14 +210,14 @@ def test_epochs_begin_where_they_say(case: Case, epoch: int) -> None:
     assert plan.epoch_of(first) == epoch == plan.epoch_of(after - 1)
     assert first == 0 or plan.epoch_of(first - 1) == epoch - 1
     if plan.rules.max_voxels is None:
-        assert first == math.ceil(epoch * (len(plan.positives) / plan.epochs.per_block))
+        assert first == math.ceil(epoch * (len(plan.anchor) / plan.epochs.per_block))
 
 
 @given(cases())
 def test_depths_are_those_of_the_clips(case: Case) -> None:
     depths: dict[int, int] = {}
-    for name in ("positive", "negative"):
-        clips, own = case.arguments[f"{name}s"].tolist(), case.arguments[f"{name}_depths"]
+    for each in case.classes:
+        clips, own = each["clips"].tolist(), each["depths"]
         depths |= dict.fromkeys(clips, 1) if own is None else dict(zip(clips, own, strict=True))
     for step in range(case.plan.first_step(1)):
         expected = [depths[clip] for clip in case.plan.global_batch(step).tolist()]
@@ -214,7 +226,7 @@ def test_depths_are_those_of_the_clips(case: Case) -> None:
 
 @given(cases(budget=True))
 def test_steps_stay_within_the_voxel_budget(case: Case) -> None:
-    plan, budget = case.plan, case.arguments["max_voxels"]
+    plan, budget = case.plan, case.plan.rules.max_voxels
     for step in range(plan.first_step(4)):
         voxels = plan.clips_at(step) * int(plan.depths(step).max()) * 10
         assert voxels <= budget or plan.clips_at(step) == plan.batch
@@ -241,12 +253,14 @@ def test_budget_holds_where_each_clip_is_deeper_than_the_one_before(budget: int)
 @given(cases(), st.integers(0, 3))
 def test_no_step_takes_more_of_a_bin_than_the_bin_is_made_for(case: Case, epoch: int) -> None:
     plan = case.plan
-    index = {clip: i for i, clip in enumerate(plan.negatives.clips.tolist())}
     for step in range(plan.first_step(epoch), plan.first_step(epoch + 1)):
-        drawn = plan.global_batch(step).reshape(-1, sum(plan.ratio))[:, plan.ratio[0] :]
-        taken = [index[clip] for clip in drawn.ravel().tolist()]
-        bins = np.searchsorted(plan.bins.starts, taken, side="right") - 1
-        assert (np.bincount(bins, minlength=len(plan.bins.most)) <= plan.bins.most).all()
+        groups = plan.global_batch(step).reshape(-1, plan.ratio.group)
+        for number, other in enumerate(plan.others, 1):
+            index = {clip: i for i, clip in enumerate(other.clips.clips.tolist())}
+            taken = [index[clip] for clip in of_class(groups, plan.ratio, number).ravel().tolist()]
+            bins = np.searchsorted(other.bins.starts, taken, side="right") - 1
+            most = other.bins.most
+            assert (np.bincount(bins, minlength=len(most)) <= most).all()
 
 
 @given(cases(budget=True))
@@ -385,6 +399,26 @@ def test_too_few_clips_name_the_class_and_the_fix(
     for depths in ({}, deep):
         with pytest.raises(PlanError, match=f"{message}.*Lower plan.batch, or select more"):
             plan_of_counts(positives, negatives, **depths)
+
+
+@pytest.mark.parametrize(
+    ("batch", "counts", "message"),
+    [
+        (9, (40, 40, 40), r"batch 9 is not a multiple of 1 a \+ 2 b \+ 3 c = 6"),
+        (12, (1, 40, 40), r"has 1 a; .* 2 different a needs"),
+        (12, (40, 5, 40), r"has 5 b; .* 4 different b needs at least 6"),
+        (12, (40, 40, 9), r"has 9 c; .* 6 different c needs at least 10"),
+    ],
+)
+def test_a_quota_of_three_that_cannot_be_met_names_the_class(
+    batch: int, counts: tuple[int, ...], message: str
+) -> None:
+    classes = [
+        by_depth(np.arange(count), None, name=name)
+        for name, count in zip("abc", counts, strict=True)
+    ]
+    with pytest.raises(PlanError, match=message):
+        plan_of(classes[0], classes[1:], PlanRules(batch, ClassRatio((1, 2, 3)), 0))
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(3, 1), (2, 4)])

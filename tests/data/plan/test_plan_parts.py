@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from dist_train.class_ratio import ClassRatio
 from dist_train.data.plan.depth_bins import RESOLUTION, BinQuotas, depth_bins, least_clips
 from dist_train.data.plan.depth_order import by_depth
-from dist_train.data.plan.negatives import NegativeStreams
 from dist_train.data.plan.plan import make_plan
 from dist_train.data.plan.rules import PlanRules
-from dist_train.data.plan.shuffle import mix
+from dist_train.data.plan.shuffle import mix, root_key
+from dist_train.data.plan.streams import Streams
 from dist_train.data.plan.weights import UNIT, arcs, as_integers
 from dist_train.errors import PlanError
 
@@ -64,8 +64,8 @@ def test_bins_cover_all_negatives_and_have_enough(
     positives = by_depth(np.arange(len(positive)), np.array(positive))
     negatives = by_depth(np.arange(len(negative)), np.array(negative))
     matching = "natural" if own else "matched"
-    rules = PlanRules(2 * sum(ratio), ClassRatio(*ratio), 0, matching)
-    bins = depth_bins(positives, negatives, rules, 1, straddling=straddling)
+    rules = PlanRules(2 * sum(ratio), ClassRatio(ratio), 0, matching)
+    bins = depth_bins(positives, negatives, rules, 1, 1, straddling=straddling)
     assert (bins.starts[0], bins.starts[-1]) == (0, len(negatives))
     assert (np.diff(bins.starts) >= [least_clips(int(most)) for most in bins.most]).all()
     assert (np.diff(bins.quotas.ends) > 0).all()
@@ -77,7 +77,9 @@ def test_a_depth_with_enough_negatives_is_a_bin_of_its_own() -> None:
     positives = by_depth(np.arange(60), np.repeat([50, 51, 90], 20))
     depths = np.repeat([20, 50, 51, 70, 90, 300], [5, 500, 500, 500, 300, 7])
     negatives = by_depth(np.arange(len(depths)), depths)
-    bins = depth_bins(positives, negatives, PlanRules(64, ClassRatio(1, 3), 0), 1, straddling=True)
+    bins = depth_bins(
+        positives, negatives, PlanRules(64, ClassRatio((1, 3)), 0), 1, 1, straddling=True
+    )
     edges = [
         negatives.depth_at(np.array([first, last - 1])).tolist()
         for first, last in pairwise(bins.starts)
@@ -92,14 +94,14 @@ def test_a_depth_with_enough_negatives_is_a_bin_of_its_own() -> None:
 # --- streams --------------------------------------------------------------------------------------
 
 
-def one_stream(most: int, weights: np.ndarray, seed: int = 0) -> NegativeStreams:
+def one_stream(most: int, weights: np.ndarray, seed: int = 0) -> Streams:
     """The stream of a single bin of clips with these weights."""
     starts, needed = np.array([0, len(weights)]), np.array([max(1, 3 * (most - 1))])
     ends = arcs(weights, starts, np.minimum(needed, len(weights)))
-    return NegativeStreams(starts, np.array([most]), seed, ends, UNIT)
+    return Streams(starts, np.array([most]), root_key(seed, "test"), ends, UNIT)
 
 
-def taken(streams: NegativeStreams, number: int) -> np.ndarray:
+def taken(streams: Streams, number: int) -> np.ndarray:
     """The first ``number`` clips of the stream of the only bin."""
     most = int(streams.most[0])
     parts = [
@@ -120,7 +122,7 @@ def test_any_window_of_a_stream_holds_different_clips(
         streams = one_stream(most, weights, seed)
     else:
         count = least_clips(most) + spare
-        streams = NegativeStreams(np.array([0, count]), np.array([most]), seed)
+        streams = Streams(np.array([0, count]), np.array([most]), root_key(seed, "test"))
     length = int(streams.lengths[0])
     assert length >= max(1, 3 * (most - 1)) if weighted else length == count
     stream = taken(streams, 6 * length)
@@ -157,7 +159,7 @@ def test_equal_weights_are_no_weights() -> None:
 
 def test_passes_are_uncorrelated() -> None:
     count = 400
-    stream = taken(NegativeStreams(np.array([0, count]), np.array([10]), 0), 20 * count)
+    stream = taken(Streams(np.array([0, count]), np.array([10]), 0), 20 * count)
     places = np.argsort(stream.reshape(20, count), axis=1)
     correlation = np.corrcoef(places)[np.triu_indices(20, 1)]
     assert np.abs(correlation).max() < 5 / math.sqrt(count - 1)

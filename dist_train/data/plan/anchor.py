@@ -1,6 +1,6 @@
-"""The positives of an epoch, in blocks of similar depth.
+"""The anchor's clips of an epoch, in blocks of similar depth.
 
-A pass sorts all positives into a row by depth, shuffles neighbours a little, and cuts the row into
+A pass sorts all of them into a row by depth, shuffles neighbours a little, and cuts the row into
 blocks. A block that spans the end of a pass takes its clips from the middle of the row, where
 neighbours differ least in depth.
 """
@@ -23,9 +23,9 @@ WINDOW_SHARE = 1 / 256
 
 
 @dataclass(frozen=True, eq=False)
-class PositiveOrder:
-    """The order of the positives in each pass. A *place* is a position in the row of a pass, from
-    the shallow end."""
+class AnchorOrder:
+    """The order of the anchor's clips in each pass. A *place* is a position in the row of a pass,
+    from the shallow end."""
 
     clips: ByDepth
     epochs: Epochs
@@ -49,6 +49,7 @@ class PositiveOrder:
         The sorted clips are shuffled twice: within windows, whose edges change with the pass, then
         among all clips of one depth.
         """
+        # Names of keys are part of the order: they date from plans of two classes.
         key, size = subkey(root_key(self.seed, "positives"), epoch), self.window
         shift = int(subkey(key, 0)[0]) % size
         number = (places + shift) // size
@@ -83,7 +84,7 @@ class PositiveOrder:
 
 # A step needs two passes at most.
 @lru_cache(maxsize=8)
-def _head_places(order: PositiveOrder, epoch: int) -> Ints:
+def _head_places(order: AnchorOrder, epoch: int) -> Ints:
     """Places of the head, ascending.
 
     They are chosen from the ``per_block`` places after the pass's own tail, without clips of the

@@ -1,4 +1,4 @@
-"""The negatives of each depth bin as an endless stream of passes, each in a different order.
+"""The clips of each depth bin as an endless stream of passes, each in a different order.
 
 The clips of a bin lie on a circle, each on an arc as long as its weight. A pass samples n points of
 the circle at equal distances of the greatest weight, as many as fit. So a pass contains a clip at
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_train.data.plan.shuffle import Ints, Words, permute, root_key, subkey
+from dist_train.data.plan.shuffle import Ints, Words, permute, subkey
 
 #: Advance of point 0 from pass to pass, as a fraction of the most that is allowed: one over the
 #: golden ratio, so that the points of many passes cover the circle evenly.
@@ -28,11 +28,12 @@ ADVANCE = 618_033_988_749_894_848, 10**18
 
 
 @dataclass(frozen=True, eq=False)
-class NegativeStreams:
-    """The streams of all bins. A *position* in a bin's stream counts from 0.
+class Streams:
+    """The streams of all bins of a class. A *position* in a bin's stream counts from 0.
 
     Attributes:
         starts, most: see ``DepthBins``.
+        key: key of the class: uint64 [1].
         arcs: the end of each clip's arc, with the circles of all bins joined in one line: int64
             [count], strictly ascending. None: every arc has length 1.
         spacing: the greatest length of an arc.
@@ -40,7 +41,7 @@ class NegativeStreams:
 
     starts: Ints
     most: Ints
-    seed: int
+    key: Words
     arcs: Ints | None = None
     spacing: int = 1
 
@@ -59,7 +60,7 @@ class NegativeStreams:
 
     @cached_property
     def _keys(self) -> Words:
-        return subkey(root_key(self.seed, "negatives"), np.arange(len(self.most)))
+        return subkey(self.key, np.arange(len(self.most)))
 
     @cached_property
     def _origins(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
