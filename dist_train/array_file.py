@@ -31,6 +31,7 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
+    "I16": np.dtype(np.int16),
     "I32": np.dtype(np.int32),
     "U32": np.dtype(np.uint32),
     "I64": np.dtype(np.int64),

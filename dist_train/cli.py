@@ -302,9 +302,10 @@ def prepare(
     own_reader = None if reader is None else OutsideReader.named(reader)
     own = None if part is None else Part.parse(part)
     most_rejected = _share(max_rejected)
-    if (manifest is None) == (from_folders is None) or (from_folders and not positive):
+    if (manifest is None) == (from_folders is None):
         raise ConfigError(
-            "give either --manifest FILE, or --from-folders DIR with --positive FOLDER"
+            "give either --manifest FILE, or --from-folders DIR; of two folders --positive FOLDER "
+            "says which is positive"
         )
     naming = Naming.parse(positive or [], label_names or []) if positive or label_names else None
     columns = {"filename": file_column, "label": label_column, "group": group_column}

@@ -32,9 +32,9 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from dist_train.class_metrics import higher_is_better
 from dist_train.class_ratio import Clips
 from dist_train.errors import ConfigError
-from dist_train.metrics import higher_is_better
 from dist_train.places import Location, is_url, local_path
 from dist_train.plain_yaml import parse_yaml, read_yaml, yaml_text
 
@@ -153,6 +153,51 @@ class SelectSettings(Section):
     tier2_crowd_score: Fraction | None = None
     """Take all clips of tier 1, and the positives of tier 2 whose crowd score is above this (0.6 in
     the original recipe); null takes every labelled clip."""
+
+
+class TargetSettings(Section):
+    """What the model predicts; docs/targets.md."""
+
+    kind: Literal["auto", "binary", "multiclass", "multilabel", "ordinal", "regression"] = "auto"
+    """"auto" is binary for two classes, and multiclass for more."""
+    columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=1000)] | None = None
+    """Columns of metadata to take instead of the label: one with names of classes, several of 0 and
+    1 for multilabel, and one or more of numbers for regression. Clips with an empty one take no
+    part."""
+    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=10_000)] | None = None
+    """Names of the classes in the order of their codes, which matters for ordinal; (negative,
+    positive) for binary. Clips of other classes take no part. Null takes all, in the store's
+    order."""
+    center: tuple[float, ...] | None = None
+    """Of each value of regression: what is subtracted before the loss; null takes the mean of the
+    train split."""
+    scale: tuple[Annotated[float, Field(gt=0.0)], ...] | None = None
+    """Of each value of regression: what it is then divided by; null takes the standard deviation of
+    the train split."""
+
+    @model_validator(mode="after")
+    def _kind_fits(self) -> TargetSettings:
+        names = self.classes or ()
+        if len(set(names)) < len(names):
+            raise ValueError("classes holds a name twice")
+        if self.kind == "auto" and self.columns is not None:
+            raise ValueError("columns needs a kind, such as kind: regression")
+        if self.kind == "multilabel" and len(self.columns or ()) < 2:
+            raise ValueError("multilabel needs two or more columns")
+        if self.kind in ("multilabel", "regression") and self.classes is not None:
+            raise ValueError(f"{self.kind} has no classes; its names are those of columns")
+        if self.kind not in ("multilabel", "regression") and len(self.columns or " ") > 1:
+            raise ValueError(f"{self.kind} takes one column, which holds names of classes")
+        if self.kind == "binary" and len(names or "01") != 2:
+            raise ValueError("binary has two classes: [negative, positive]")
+        if self.kind == "ordinal" and 0 < len(names) < 3:
+            raise ValueError("ordinal has three classes or more; use kind: binary for two")
+        for name, each in (("center", self.center), ("scale", self.scale)):
+            if each is not None and self.kind != "regression":
+                raise ValueError(f"{name} is of kind: regression")
+            if each is not None and len(each) != len(self.columns or " "):
+                raise ValueError(f"{name} needs a number for each value")
+        return self
 
 
 class SplitSettings(Section):
@@ -390,6 +435,8 @@ class ModelSettings(Section):
     channels: Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] | None = None
     """Names of the channels of clips, in order. A run takes those of its store, and keeps them;
     null is one, "grey"."""
+    outputs: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Numbers that the model gives for a clip. A run takes those of its target, and keeps them."""
     args: Arguments = {}
     """Arguments of a model other than resnet3d, whose settings are `model.width` to
     `model.dropout`."""
@@ -444,9 +491,9 @@ class LossSettings(Section):
     """The loss that training minimises; docs/losses.md says what each part does, and when."""
 
     name: str = "auto"
-    """"bce", "ce", "focal", "ordinal", "huber", "mse", "mae", or the import path of a function or
-    class, such as mylab.losses:Focal (docs/extending.md). "auto" takes that of the target: bce (two
-    classes, several labels), ce (more classes), ordinal, huber (regression)."""
+    """"auto" is "bce" for binary and multilabel, "ce" for multiclass, "cumulative" for ordinal and
+    "huber" for regression; one of these; "focal", "mse" or "mae"; or the import path of a function
+    or class, such as mylab.losses:Focal (docs/extending.md)."""
     args: Arguments = {}
     """Arguments of the loss, besides logits and labels: gamma (2) of focal, delta (1) of huber."""
     class_weights: Literal["balanced"] | dict[str, ClassWeight] | None = None
@@ -615,6 +662,7 @@ class Config(Section):
     # torch's generators take 64 bits.
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of everything random: folds, order, augmentation, dropout and first weights."""
+    target: TargetSettings = TargetSettings()
     select: SelectSettings = SelectSettings()
     split: SplitSettings = SplitSettings()
     clip: ClipSettings = ClipSettings()

@@ -49,23 +49,6 @@ def binary_metrics(probability: ArrayLike, label: ArrayLike) -> dict[str, float 
     }
 
 
-def higher_is_better(name: str) -> bool:
-    """Whether a higher value of a logged metric, such as val/auc, is better.
-
-    Raises:
-        ConfigError: there is no such metric; the message lists all.
-    """
-    split, _, metric = name.rpartition("/")
-    if split == "val" and metric == "loss":
-        return False
-    if split != "val" or metric not in METRICS:
-        raise ConfigError(
-            f"there is no metric {name!r}; there are "
-            f"{', '.join(['val/loss', *(f'val/{known}' for known in METRICS)])}"
-        )
-    return METRICS[metric].higher_is_better
-
-
 def roc_curve(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, Floats]:
     """Receiver operating characteristic of clips of both classes.
 

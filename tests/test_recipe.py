@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import ROOT
-from tables import table_of
+from tables import table_of, two_classes
 
 from dist_train.config import Config, load_config
 from dist_train.data.plan.plan import Plan, make_plan
@@ -46,7 +46,8 @@ def config_of(name: str) -> Config:
 def plan_of(name: str) -> Plan:
     config = config_of(name)
     table = table_of(clips())
-    train = choose_clips(table, config.select, config.split, config.seed) == CODES["train"]
+    settings = config.select, config.split, config.seed
+    train = choose_clips(table, *settings, labels=two_classes(table)) == CODES["train"]
     return make_plan(
         np.flatnonzero(train & (table["label"] == 1)),
         np.flatnonzero(train & (table["label"] == 0)),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dist_train.metrics import higher_is_better
+from dist_train.class_metrics import higher_is_better
 
 Metrics = Mapping[str, float | None]
 

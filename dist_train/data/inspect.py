@@ -17,7 +17,7 @@ from dist_train.data.raw.outline import LEAST, Box, OutlineColour, find_outline
 from dist_train.data.raw.video import Video
 from dist_train.data.store.index import read_index
 from dist_train.data.store.reader import INDEX, SHARDS, Store
-from dist_train.data.types import CLASSES, FEW_LEVELS, METADATA, MOST_SATURATED
+from dist_train.data.types import FEW_LEVELS, METADATA, MOST_SATURATED
 from dist_train.errors import FileError, RoiError
 from dist_train.files import check_replaceable, write_whole
 
@@ -65,7 +65,7 @@ def _counts(clips: pd.DataFrame, store: Store) -> Table:
     """Clips by split, group and class: the ``GROUPS`` largest groups, the rest, and all."""
     table = _table(store.name, ("split", "group"), ("clips", *store.classes.values()))
     by_class = clips.groupby(["split", "group", "label"]).size().unstack(fill_value=0)
-    by_class = by_class.reindex(columns=list(CLASSES), fill_value=0)
+    by_class = by_class.reindex(columns=list(store.classes), fill_value=0)
     by_class.insert(0, "clips", by_class.sum(axis=1))
     shown = by_class["clips"].nlargest(GROUPS).index
     for split, group in sorted(shown):

@@ -13,8 +13,9 @@ from dist_train.data.duplicates import Copies
 from dist_train.data.plan.shuffle import Ints
 from dist_train.data.store.clip_table import ClipTable
 from dist_train.data.table.manifest import SPLITS, plain_group
-from dist_train.data.types import CLASSES, clips_of_class
-from dist_train.errors import PlanError
+from dist_train.data.target_labels import TargetLabels
+from dist_train.data.types import clips_of_class
+from dist_train.errors import ConfigError, PlanError
 from dist_train.system.supervised_pool import each_done
 
 #: The code of each split; 0 is a clip that takes no part.
@@ -35,18 +36,18 @@ def choose_clips(
     split: SplitSettings,
     seed: int,
     copies: Copies | None = None,
-    classes: Mapping[int, str] = CLASSES,
+    *,
+    labels: TargetLabels,
 ) -> Splits:
     """The split of each clip of a store.
 
     Args:
         copies: clips that get one fold with their copies.
-        classes: names of the labels.
 
     Raises:
         PlanError: a class is missing, there are too few groups, or train or val is empty.
     """
-    chosen = select_clips(table, tier2_crowd_score=select.tier2_crowd_score, classes=classes)
+    chosen = select_clips(table, labels, tier2_crowd_score=select.tier2_crowd_score)
     if split.train_on_all:
         held_out = int(np.count_nonzero((given_splits(table) > CODES["train"]) & chosen))
         if held_out:
@@ -56,7 +57,7 @@ def choose_clips(
                 fix="Leave it out, or prepare a store from a manifest without that column.",
             )
         return chosen.astype(np.uint8)
-    splits = assign_splits(table, chosen, split, seed, copies)
+    splits = assign_splits(table, labels.strata, chosen, split, seed, copies)
     for name in ("train", "val"):
         if not (splits == CODES[name]).any():
             raise PlanError(
@@ -72,41 +73,40 @@ def given_splits(table: ClipTable) -> Splits:
     return codes[table.codes("split")]
 
 
-def counts_by_class(splits: Splits, labels: np.ndarray) -> dict[str, tuple[int, int]]:
-    """(positives, negatives) of each split that has clips."""
-    is_positive, counts = labels == 1, {}
-    for name, code in CODES.items():
-        are_in = splits == code
-        positives = int(np.count_nonzero(are_in & is_positive))
-        counts[name] = positives, int(np.count_nonzero(are_in)) - positives
-    return {name: pair for name, pair in counts.items() if any(pair)}
+def counts_by_class(splits: Splits, labels: TargetLabels) -> dict[str, list[int]]:
+    """The clips of each of ``labels.classes`` in each split that has clips."""
+    there = {name: splits == code for name, code in CODES.items()}
+    return {name: labels.counts(are_in) for name, are_in in there.items() if are_in.any()}
 
 
 def check_splits(
-    counts: Mapping[str, tuple[int, int]],
+    counts: Mapping[str, Sequence[int]],
     split: SplitSettings,
     *,
     given: bool,
-    classes: Mapping[int, str] = CLASSES,
+    classes: Sequence[str],
 ) -> None:
     """Refuse splits that cannot be trained with or evaluated.
 
     Args:
         counts: the result of ``counts_by_class``.
         given: the manifest gives the splits; otherwise they are folds.
-        classes: names of the labels.
+        classes: names of what is counted.
 
     Raises:
         PlanError: a split lacks a class, or a class has fewer clips than there are folds.
     """
-    named = [clips_of_class(classes[label]) for label in (1, 0)]
-    summary = "; ".join(
-        f"{name}: {p} {named[0]}, {n} {named[1]}" for name, (p, n) in counts.items()
-    )
     folds = {"test": split.fold, "val": (split.fold + 1) % split.folds}
-    for column, class_name in enumerate(named):
-        for name, pair in counts.items():
-            if pair[column]:
+    # Of two classes the positive one is named first.
+    for label in reversed(range(len(classes))):
+        class_name = clips_of_class(classes[label])
+        shown = (1, 0) if len(classes) == 2 else (label,)
+        summary = "; ".join(
+            f"{name}: " + ", ".join(f"{clips[k]} {clips_of_class(classes[k])}" for k in shown)
+            for name, clips in counts.items()
+        )
+        for name, clips in counts.items():
+            if clips[label]:
                 continue
             fold = f"fold {folds[name]} of {split.folds}; " if name in folds and not given else ""
             raise PlanError(
@@ -116,7 +116,7 @@ def check_splits(
                 if given
                 else "Lower split.folds, choose another seed, or prepare more clips of that class.",
             )
-        total = sum(pair[column] for pair in counts.values())
+        total = sum(clips[label] for clips in counts.values())
         if not given and not split.train_on_all and total < split.folds:
             raise PlanError(
                 f"{total} {class_name} cannot be in each of {split.folds} folds ({summary})",
@@ -126,30 +126,32 @@ def check_splits(
 
 
 def select_clips(
-    table: ClipTable,
-    *,
-    tier2_crowd_score: float | None,
-    classes: Mapping[int, str] = CLASSES,
+    table: ClipTable, labels: TargetLabels, *, tier2_crowd_score: float | None
 ) -> np.ndarray:
     """Which clips are in a run, by their label: bool [clips].
 
     Args:
         tier2_crowd_score: keep all of tier 1, and the positives of tier 2 with a greater crowd
             score. None keeps all labelled clips.
-        classes: names of the labels.
 
     Raises:
-        PlanError: no positive or no negative is left.
+        PlanError: a class has no clip.
+        ConfigError: there are no positives to keep.
     """
-    labels = table["label"]
-    chosen: np.ndarray = labels >= 0
+    chosen = labels.known
     if tier2_crowd_score is not None:
-        confident = (labels == 1) & (table["crowd_score"] > tier2_crowd_score)
-        chosen &= table["tier1"] | confident
-    for label in (1, 0):
-        if not ((labels == label) & chosen).any():
+        if labels.target.kind != "binary":
+            raise ConfigError(
+                f"kind {labels.target.kind} has no positives to choose by their crowd score",
+                where="select.tier2_crowd_score",
+                fix="Leave it out.",
+            )
+        confident = (labels.values == 1) & (table["crowd_score"] > tier2_crowd_score)
+        chosen = chosen & (table["tier1"] | confident)
+    for name, clips in reversed([*zip(labels.classes, labels.counts(chosen), strict=True)]):
+        if not clips:
             raise PlanError(
-                f"the selection holds no {clips_of_class(classes[label])} "
+                f"the selection holds no {clips_of_class(name)} "
                 f"({np.count_nonzero(chosen)} clips of {len(table)} selected)",
                 fix="Check the labels with 'dist-train info', or loosen the select settings.",
             )
@@ -158,6 +160,7 @@ def select_clips(
 
 def assign_splits(
     table: ClipTable,
+    strata: np.ndarray,
     chosen: np.ndarray,
     split: SplitSettings,
     seed: int,
@@ -169,6 +172,7 @@ def assign_splits(
     fold is val, and the rest is train.
 
     Args:
+        strata: what each fold gets its share of, such as the class: integer [clips].
         chosen: bool [clips].
         copies: as for ``choose_clips``. If groups are disjoint, the groups of copies get one fold
             too.
@@ -187,9 +191,9 @@ def assign_splits(
             _refuse_crossed_groups(groups, names, given[clips])
             return given
         groups = _joined(names, [groups[places] for places in sets])[groups]
-        labels = table["label"][clips]
-        counts = np.stack([np.bincount(groups[labels == n], minlength=len(names)) for n in (0, 1)])
-        fold = _folds_of_groups(names, counts.T, split.folds, seed)[groups]
+        cells = groups * (int(strata.max()) + 1) + strata[clips]
+        counts = np.bincount(cells, minlength=len(names) * (int(strata.max()) + 1))
+        fold = _folds_of_groups(names, counts.reshape(len(names), -1), split.folds, seed)[groups]
     elif is_given:
         return given
     else:
@@ -198,7 +202,7 @@ def assign_splits(
         for places in sets:
             followers[places[1:]] = True
         fold = np.empty(len(clips), np.int16)
-        fold[~followers] = _stratified(table, clips[~followers], split.folds, seed)
+        fold[~followers] = _stratified(table, strata, clips[~followers], split.folds, seed)
         for places in sets:
             fold[places] = fold[places[0]]
     code_of_fold = np.full(split.folds, CODES["train"], np.uint8)
@@ -298,13 +302,17 @@ def _digest(seed: int, key: bytes) -> bytes:
     return hashlib.sha256(f"{seed}/".encode() + key).digest()
 
 
-def _stratified(table: ClipTable, clips: Ints, folds: int, seed: int) -> np.ndarray:
-    """A fold for each clip: each (group, label) cell is spread evenly over the folds."""
-    labels, groups = table["label"][clips], len(table.names("group"))
-    cells = labels.astype(np.int32) * groups + table.codes("group")[clips]
+def _stratified(
+    table: ClipTable, strata: np.ndarray, clips: Ints, folds: int, seed: int
+) -> np.ndarray:
+    """A fold for each clip: each (group, stratum) cell is spread evenly over the folds."""
+    own, groups = strata[clips], len(table.names("group"))
+    number = (int(own.max()) + 1) * groups
+    wide = np.int32 if number < 1 << 31 else np.int64
+    cells = own.astype(wide) * groups + table.codes("group")[clips]
     # By the first 8 bytes of their digests; numpy sorts small integers in a time like their number.
     digests = _first_digests(table, clips, seed)
-    order = np.argsort(cells.astype(np.uint16) if 2 * groups < 1 << 16 else cells, kind="stable")
+    order = np.argsort(cells.astype(np.uint16) if number < 1 << 16 else cells, kind="stable")
     counts = np.bincount(cells)
     ends = np.cumsum(counts)
     for cell in np.flatnonzero(counts > 1).tolist():
@@ -317,11 +325,10 @@ def _stratified(table: ClipTable, clips: Ints, folds: int, seed: int) -> np.ndar
             # By all of their digests, also where three are equal: neighbours are swapped in turn.
             equal = members[np.searchsorted(ranks, ranks[place]) : place + 2]
             equal[:] = sorted(equal, key=lambda at: _digest(seed, table.key(int(clips[at]))))
-    # The count goes on through the groups of a class. Otherwise each group smaller than the number
-    # of folds would begin with fold 0.
-    negatives = int(np.count_nonzero(labels == 0))
+    # The count goes on through the groups of a stratum. Otherwise each group smaller than the
+    # number of folds would begin with fold 0.
     dealt = np.empty(len(clips), np.int16)
-    for part in (order[:negatives], order[negatives:]):
+    for part in np.split(order, np.cumsum(np.bincount(own))[:-1]):
         dealt[part] = np.resize(np.arange(folds, dtype=np.int16), len(part))
     return dealt
 
@@ -352,7 +359,7 @@ def _folds_of_groups(names: Sequence[str], counts: Ints, folds: int, seed: int) 
     """A fold for each group: the largest first, to the fold that has least of its share.
 
     Args:
-        counts: negatives and positives of each group, int64 [groups, 2].
+        counts: clips of each group by stratum, int64 [groups, strata].
     """
     sizes = counts.sum(axis=1)
     there = np.flatnonzero(sizes).tolist()
@@ -363,7 +370,7 @@ def _folds_of_groups(names: Sequence[str], counts: Ints, folds: int, seed: int) 
         )
     there.sort(key=lambda group: (-sizes[group], _digest(seed, names[group].encode())))
     share = np.maximum(counts.sum(axis=0) / folds, 1.0)
-    filled = np.zeros((folds, 2))
+    filled = np.zeros((folds, counts.shape[1]))
     fold_of = np.zeros(len(names), np.int16)
     for group in there:
         row = counts[group]

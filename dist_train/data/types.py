@@ -10,6 +10,11 @@ import numpy as np
 
 Record = dict[str, Any]
 
+#: The most classes of a store.
+MOST_CLASSES = 10_000
+#: The code of a class as text; -1 stands for none.
+CLASS_CODE = r"0|[1-9][0-9]{0,3}"
+LABEL = rf"-1|{CLASS_CODE}"
 #: Names of the labels, where a store has no other ones.
 CLASSES = {0: "negative", 1: "positive", -1: "unlabelled"}
 #: Begins the names of columns that are metadata: further columns of the clip table, as text.
@@ -40,12 +45,14 @@ def metadata_columns(columns: Iterable[object]) -> list[str]:
 
 
 def class_names(classes: Mapping[str, str] | None) -> dict[int, str]:
-    """Names of the labels 0, 1 and -1.
+    """Names of the labels: 0, 1, then further classes, and -1.
 
     Args:
-        classes: names by "0" and "1", as ``store.json`` has them; None if it has none.
+        classes: names by "0", "1" and so on, as ``store.json`` has them; None if it has none.
     """
-    return CLASSES | {int(label): name for label, name in (classes or {}).items()}
+    names = {int(label): name for label, name in (classes or {}).items()}
+    known = {0: CLASSES[0], 1: CLASSES[1]} | names
+    return {label: known[label] for label in sorted(known)} | {-1: CLASSES[-1]}
 
 
 def clips_of_class(name: str) -> str:

@@ -164,6 +164,7 @@ class ResNet3D(nn.Module):
         recompute: a mode of ``recompute.py``, or one mode for each of ``PARTS``. The attribute can
             be set at any time.
         dropout: probability of dropping a pooled feature.
+        outputs: numbers that it gives for a clip.
     """
 
     def __init__(
@@ -177,6 +178,7 @@ class ResNet3D(nn.Module):
         stem_folded: bool = False,
         recompute: Recompute | RecomputePlan = "none",
         dropout: float = 0.0,
+        outputs: int = 1,
     ) -> None:
         super().__init__()
         block, self.repeats = BLOCKS[depth]
@@ -192,11 +194,11 @@ class ResNet3D(nn.Module):
                 self.blocks.append(block(channels, width * 2**layer, stride))
                 channels = width * 2**layer * block.expansion
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(channels, 1)
+        self.head = nn.Linear(channels, outputs)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor, frames: Tensor | None = None) -> Tensor:
-        """Logits [B] of clips [B, C, D, H, W].
+        """Logits of clips [B, C, D, H, W]: [B], or [B, outputs] if there are several.
 
         The logits have the dtype of the parameters, also under autocast: in bfloat16, of 8
         significant bits, clips would tie.
@@ -224,7 +226,7 @@ class ResNet3D(nn.Module):
         features = self.dropout(global_average_pool(x, valid))
         with torch.autocast(x.device.type, enabled=False):
             logits: Tensor = self.head(features.to(self.head.weight.dtype))
-        return logits.squeeze(1)
+        return logits.squeeze(1) if self.head.out_features == 1 else logits
 
     def parts(
         self, valid: ValidFrames | None = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import numpy as np
 import pandas as pd
 
 from dist_train.checkpoint.superseded import set_aside
+from dist_train.class_metrics import higher_is_better
 from dist_train.class_ratio import ClassRatio
-from dist_train.config import AugmentSettings, ClipSettings, Config
+from dist_train.config import AugmentSettings, ClipSettings, Config, TargetSettings
 from dist_train.data.augment.cpu import Augment
 from dist_train.data.augment.original import OriginalAugment
 from dist_train.data.duplicates import VERSION as COPIES_VERSION
@@ -45,6 +47,7 @@ from dist_train.data.splits import (
 )
 from dist_train.data.splits import VERSION as SPLITS_VERSION
 from dist_train.data.store.reader import MARKER, Store
+from dist_train.data.target_labels import TargetLabels, target_labels
 from dist_train.data.types import GREY, clips_of_class
 from dist_train.errors import ConfigError, FileError, PlanError, RunError, StoreError
 from dist_train.files import crc32c, read_plain, write_whole
@@ -60,7 +63,7 @@ from dist_train.run.splits import (
     splits_record,
     what_changed,
 )
-from dist_train.targets import Target
+from dist_train.targets import NATURAL_LOSS, Target
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +89,36 @@ class RunData:
     splits: Splits
     """The split of each clip of the store, see ``data.splits``; 0 takes no part."""
     config: Config
+    target_labels: TargetLabels
+
+    @cached_property
+    def target(self) -> Target:
+        """What the run predicts, with center and scale of its settings."""
+        settings = self.config.target
+        return replace(
+            self.target_labels.target, center=settings.center or (), scale=settings.scale or ()
+        )
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The labels of all clips of the store as the loss takes them, float32; see ``Target``."""
+        return self.labels_of(slice(None))
+
+    def labels_of(self, clips: Ints | slice) -> np.ndarray:
+        """The labels of some clips."""
+        target = self.target
+        values: np.ndarray = self.target_labels.values[clips].astype(np.float32)
+        if target.kind == "regression":
+            center, scale = (np.array(of, np.float32) for of in (target.center, target.scale))
+            values = (values - center) / scale
+        labels: np.ndarray = values.reshape(len(values), *target.label_shape)
+        return labels
+
+    @property
+    def class_codes(self) -> np.ndarray | None:
+        """The class code of each clip of the store, -1 for none; None if a clip has not one
+        class."""
+        return self.target_labels.codes
 
     def numbers(self, split: str, label: int | None = None) -> Ints:
         """Clip numbers of a split, ascending, int64."""
@@ -95,21 +128,20 @@ class RunData:
         """Number of clips of a split."""
         return int(np.count_nonzero(self._are_in(split, label)))
 
+    def counts(self, split: str) -> list[int]:
+        """The clips of each of ``target_labels.classes`` in a split."""
+        return self.target_labels.counts(self.splits == CODES[split])
+
     def _are_in(self, split: str, label: int | None) -> np.ndarray:
         chosen: np.ndarray = self.splits == CODES[split]
         if label is not None:
-            chosen &= self.class_codes() == label
+            chosen &= self.class_codes == label
         return chosen
-
-    def class_codes(self) -> np.ndarray:
-        """Code of the class of each clip of the store, integer [clips]; below 0 without a label."""
-        codes: np.ndarray = self.store.table["label"]
-        return codes
 
     @property
     def classes(self) -> dict[int, str]:
-        """Name of each class by its code, in ascending order."""
-        return {code: name for code, name in sorted(self.store.classes.items()) if code >= 0}
+        """Name of each class by its code, in ascending order; empty if a clip has not one class."""
+        return dict(enumerate(self.target.classes)) if self.target.is_coded else {}
 
     @property
     def clips(self) -> pd.DataFrame:
@@ -145,6 +177,12 @@ class RunData:
         ratio, classes = self.config.plan.ratio, self.classes
         if ratio == "natural":
             return {None: 1}
+        if not classes:
+            raise PlanError(
+                f"a clip of a {self.target.kind} target has not one class",
+                where="plan.ratio",
+                fix="Set it to natural, or leave it out.",
+            )
         if ratio == "balanced":
             ratio = dict.fromkeys(classes.values(), 1)
         if isinstance(ratio, tuple) and len(classes) == 2:
@@ -186,7 +224,8 @@ class RunData:
             anchor, *others = self._sorted_classes(codes, weights)
             return plan_of(anchor, others, rules)
         settings = plan.order, plan.balance_groups, clip.max_frames, clip.spacing, clip.fps
-        sums = crc32c(self.splits), crc32c(np.ascontiguousarray(self.class_codes()))
+        labels = self.splits if self.class_codes is None else self.class_codes
+        sums = crc32c(self.splits), crc32c(np.ascontiguousarray(labels))
         key = PLAN_VERSION, self.store.content, table.checksum, *sums, *codes, *settings
         arrays = shared_arrays("order", key, lambda: _as_arrays(codes, self._sorted_classes(codes)))
         anchor, *others = (_of_arrays(arrays, code, self._name_of(code)) for code in codes)
@@ -249,7 +288,8 @@ class RunData:
             config: settings to use instead of the run's.
         """
         augment = make_augment(self.config.augment, self.config.seed) if training else None
-        return clip_dataset(config or self.config, self.store, augment)
+        labels = None if self.target_labels.in_store else self.labels
+        return clip_dataset(config or self.config, self.store, augment, labels)
 
 
 def open_data(config: Config, *, training: bool = False) -> RunData:
@@ -265,14 +305,16 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
     """
     _check_sizes(config)
     store = Store(config.store, config.cache)
-    config = _with_ratio(with_channels(config, store), store)
+    labels = target_labels(config.target, store.table, store.classes)
+    config = _with_ratio(with_channels(config, store), labels.target)
     together = config.split.duplicates == "together"
     copies = _copies(store) if training or together else None
-    splits = _choose(store, config, copies if together else None)
+    splits = _choose(store, config, copies if together else None, labels)
+    config = with_target(config, labels, splits)
     if training:
         given = bool(given_splits(store.table).all())
-        counts = counts_by_class(splits, store.table["label"])
-        check_splits(counts, config.split, given=given, classes=store.classes)
+        counts = counts_by_class(splits, labels)
+        check_splits(counts, config.split, given=given, classes=labels.classes)
         if given and os.environ.get("RANK", "0") == "0":
             _warn_of_crossed_groups(store, splits)
         assert copies is not None
@@ -283,15 +325,15 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
             raise duplicates_error(across, given=given)
         if across is not None and os.environ.get("RANK", "0") == "0":
             log.warning("%s", across)
-    return RunData(store, splits, config)
+    return RunData(store, splits, config, labels)
 
 
-def _with_ratio(config: Config, store: Store) -> Config:
-    """The settings with a ratio for more than two classes, unless one is given."""
-    is_given = "ratio" in config.plan.model_fields_set
-    if is_given or sum(code >= 0 for code in store.classes) == 2:
+def _with_ratio(config: Config, target: Target) -> Config:
+    """The settings with a ratio for another target than two classes, unless one is given."""
+    if "ratio" in config.plan.model_fields_set or (len(target.classes) == 2 and target.is_coded):
         return config
-    plan = config.plan.model_copy(update={"ratio": "balanced"})
+    ratio = "balanced" if target.is_coded else "natural"
+    plan = config.plan.model_copy(update={"ratio": ratio})
     return config.model_copy(update={"plan": plan})
 
 
@@ -310,18 +352,20 @@ def _copies(store: Store) -> Copies:
     return Copies(arrays["clips"], arrays["first"], bool(arrays["unread"].any()))
 
 
-def _choose(store: Store, config: Config, copies: Copies | None) -> Splits:
+def _choose(store: Store, config: Config, copies: Copies | None, labels: TargetLabels) -> Splits:
     """``choose_clips``, once on a node for a large store."""
 
     def choose() -> dict[str, Splits]:
         settings = config.select, config.split, config.seed
-        return {"splits": choose_clips(store.table, *settings, copies, store.classes)}
+        return {"splits": choose_clips(store.table, *settings, copies, labels=labels)}
 
     if len(store.table) < SHARED or (copies is not None and copies.unread):
         return choose()["splits"]
     settings = config.select.model_dump(), config.split.model_dump(), config.seed
     content = store.content, store.table.checksum
-    key = SPLITS_VERSION, *content, *settings, copies is None
+    key: tuple[object, ...] = SPLITS_VERSION, *content, *settings, copies is None
+    if not labels.in_store:
+        key = *key, config.target.model_dump(exclude={"center", "scale"})
     return shared_arrays("splits", key, choose)["splits"]
 
 
@@ -383,18 +427,19 @@ def open_run_data(run: Path, config: Config, *, store_path: Location | None = No
     record = read_record(run)
     store = Store(store_path or _find_store(record["store"]["path"], config), config.cache)
     check_channels(config, store)
+    labels = target_labels(config.target, store.table, store.classes)
     splits = read_splits(run, record["splits"])
     _check_content(store, splits, record["store"], fix=RESTORE)
     if splits is None:
-        codes = _choose(store, config, None)
+        codes = _choose(store, config, None, labels)
         if splits_record(*splits_file(store.table, codes)) != record["splits"]:
             raise RunError(
                 "the run's table of splits is missing, and cannot be made again",
                 where=run / record["splits"].get("file", SPLITS),
                 fix="Restore it from a copy.",
             )
-        return RunData(store, codes, config)
-    return RunData(store, splits.codes, config)
+        return RunData(store, codes, config, labels)
+    return RunData(store, splits.codes, config, labels)
 
 
 def _find_store(former: str, config: Config) -> Location:
@@ -481,20 +526,18 @@ def write_splits(run: Path, data: RunData) -> dict[str, Any]:
     }
 
 
-def target_of(data: RunData) -> Target:
-    """What the run's model predicts."""
-    return Target("binary", (data.store.classes[0], data.store.classes[1]))
-
-
 def make_augment(settings: AugmentSettings, seed: int) -> Augment | OriginalAugment:
     """The augmentation of clips in training."""
     return (OriginalAugment if settings.preset == "original" else Augment)(settings, seed)
 
 
 def clip_dataset(
-    config: Config, store: Store, augment: Augment | OriginalAugment | None
+    config: Config,
+    store: Store,
+    augment: Augment | OriginalAugment | None,
+    labels: np.ndarray | None = None,
 ) -> ClipDataset:
-    """Clips in the shape of the config's model.
+    """Clips in the shape of the config's model; for ``labels`` see ``ClipDataset``.
 
     Raises:
         StoreError: clips do not say what ``clip.spacing`` or ``clip.fps`` needs.
@@ -506,6 +549,7 @@ def clip_dataset(
         augment=augment,
         on_device=config.augment.device,
         resampling=resampling_of(store, config.clip.spacing, config.clip.fps),
+        labels=labels,
     )
 
 
@@ -529,6 +573,57 @@ def with_channels(config: Config, store: Store) -> Config:
     return config.model_copy(
         update={"model": config.model.model_copy(update={"channels": channels})}
     )
+
+
+def with_target(config: Config, labels: TargetLabels, splits: Splits) -> Config:
+    """The settings with what the target says of the model's outputs and the loss, and the kind,
+    classes and scale that it has; of two classes of the store, ``target`` stays as it is.
+
+    Raises:
+        ConfigError: the settings name other outputs, or a metric of another kind, or a value of
+            regression does not vary.
+    """
+    target, best = labels.target, config.checkpoint.best
+    if config.model.outputs not in (1, target.outputs):
+        raise ConfigError(
+            f"it is {config.model.outputs}, and the target needs {target.outputs}",
+            where="model.outputs",
+            fix="Leave it out.",
+        )
+    if best is not None:
+        try:
+            higher_is_better(best, target.kind)
+        except ConfigError as error:
+            raise ConfigError(error.what, where="checkpoint.best") from None
+    settings = config.target
+    if target.kind != "binary" or settings != TargetSettings():
+        update: dict[str, Any] = {"kind": target.kind}
+        if target.kind == "regression":
+            update |= _scale(labels, settings, splits)
+        elif target.is_coded:
+            update["classes"] = target.classes
+        settings = settings.model_copy(update=update)
+    model = config.model.model_copy(update={"outputs": target.outputs})
+    loss = config.loss
+    if loss.name == "auto":
+        loss = loss.model_copy(update={"name": NATURAL_LOSS[target.kind]})
+    return config.model_copy(update={"target": settings, "model": model, "loss": loss})
+
+
+def _scale(labels: TargetLabels, settings: TargetSettings, splits: Splits) -> dict[str, Any]:
+    """Mean and standard deviation of each value in the train split, where none are given."""
+    values = labels.values[splits == CODES["train"]].astype(np.float64)
+    spread = values.std(axis=0)
+    if settings.scale is None and (spread == 0).any():
+        name = labels.target.classes[int(spread.argmin())]
+        raise ConfigError(
+            f"all clips of the train split have the same {name}, {values[0, spread.argmin()]:g}",
+            where="target.columns",
+        )
+    return {
+        "center": settings.center or tuple(values.mean(axis=0).tolist()),
+        "scale": settings.scale or tuple(spread.tolist()),
+    }
 
 
 def black_and_white(store: Store) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dist_train.config import Config, ModelSettings
+from dist_train.config import Config, ModelSettings, TargetSettings
 from dist_train.data.augment.gpu import augmented_batch
 from dist_train.data.augment.levels import WHITE
 from dist_train.data.augment.packed_clips import NativeClips
@@ -40,7 +40,7 @@ def held_out_logits(
     device: torch.device,
     done: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Clip numbers int64 [N] and logits float32 [N], in the order of the batches.
+    """Clip numbers int64 [N] and logits float32 [N] or [N, outputs], in the order of the batches.
 
     The model runs in eval mode, and is then put back into its former mode. ``done`` is called with
     the number of clips of each finished batch.
@@ -82,7 +82,7 @@ def configured_model(settings: ModelSettings) -> nn.Module:
     """
     name, args = settings.name, settings.args
     own = settings.model_dump(include=set(OF_RESNET3D))
-    channels = settings.in_channels
+    channels, outputs = settings.in_channels, settings.outputs
     if _is_resnet3d(name):
         if args:
             raise ModelError(
@@ -90,8 +90,22 @@ def configured_model(settings: ModelSettings) -> nn.Module:
                 where=f"model.args.{next(iter(args))}",
                 fix=f"Its settings are {', '.join(f'model.{setting}' for setting in own)}.",
             )
-        return build_model(name, in_channels=channels, **own, recompute=settings.recompute)
-    takes_channels = "in_channels" in signature(find_model(name)).parameters
+        own |= {"in_channels": channels, "outputs": outputs, "recompute": settings.recompute}
+        return build_model(name, **own)
+    parameters = signature(find_model(name)).parameters
+    takes_channels, takes_outputs = "in_channels" in parameters, "outputs" in parameters
+    if not takes_outputs and outputs != 1:
+        raise ModelError(
+            f"{name} does not say that it gives {outputs} numbers for a clip, as the target needs",
+            where="model.name",
+            fix="Let its constructor take outputs.",
+        )
+    if args.get("outputs", outputs) != outputs:
+        raise ModelError(
+            f"{name} gives {args['outputs']} numbers for a clip, and the target needs {outputs}",
+            where="model.args.outputs",
+            fix="Leave it out of model.args.",
+        )
     given = args.get("in_channels", channels if takes_channels else 1)
     if given != channels:
         raise ModelError(
@@ -109,7 +123,9 @@ def configured_model(settings: ModelSettings) -> nn.Module:
                 where=f"model.{setting}",
                 fix="It is of resnet3d; give a model's own by model.args.",
             )
-    model = build_model(name, **({"in_channels": channels} if takes_channels else {}) | args)
+    sizes = {"in_channels": channels} if takes_channels else {}
+    sizes |= {"outputs": outputs} if takes_outputs else {}
+    model = build_model(name, **sizes | args)
     _warn_of_plain_norms(name, model)
     return model
 
@@ -159,8 +175,16 @@ def model_metadata(config: Config) -> dict[str, Any]:
     if settings.channels is not None:
         # Absent for grey, as in files of earlier versions.
         keys |= {"channels"}
+    if settings.outputs != 1:
+        keys |= {"outputs"}
     metadata: dict[str, Any] = settings.model_dump(mode="json", include={"name"} | keys)
     return metadata
+
+
+def target_metadata(config: Config) -> dict[str, Any]:
+    """What the model's outputs mean, as JSON types; empty for the two classes of a store."""
+    target = config.target
+    return target.model_dump(mode="json") if target != TargetSettings() else {}
 
 
 def model_of(metadata: Mapping[str, Any]) -> nn.Module:
@@ -200,7 +224,7 @@ def _flat(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _defaults(name: str) -> dict[str, Any]:
-    return {"channels": list(GREY)} | _own_defaults(name)
+    return {"channels": list(GREY), "outputs": 1} | _own_defaults(name)
 
 
 def _own_defaults(name: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from dist_train.config import Config
 from dist_train.errors import FileError, RunError
 from dist_train.files import open_plain, parse_object, reason_of, write_whole
 from dist_train.run.folder import SNAPSHOT, SNAPSHOTS
-from dist_train.run.model import metadata_differences, model_metadata
+from dist_train.run.model import metadata_differences, model_metadata, target_metadata
 from dist_train.system.advice import blame_machine
 
 log = logging.getLogger(__name__)
@@ -50,9 +50,12 @@ def snapshot_metadata(config: Config, step: int, content: str) -> dict[str, Any]
         content: ``Store.content`` of the run's store.
     """
     clip = config.clip.model_dump(mode="json", exclude={"growth"})
+    target = target_metadata(config)
     return {
         "step": step,
         "model": model_metadata(config),
+        # Files of earlier versions, and those of the two classes of a store, have none.
+        **({"target": target} if target else {}),
         # Files of earlier versions have no resampling.
         "clip": {k: v for k, v in clip.items() if k in ("size", "max_frames") or v is not None},
         "store": content,

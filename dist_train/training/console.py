@@ -12,6 +12,8 @@ from dist_train.run.data import RunData
 
 #: Speed is measured from the end of step ``WARM`` to the end of step ``MEASURED``.
 WARM, MEASURED = 4, 20
+#: Classes whose clips are counted in the lines at the beginning.
+MOST_CLASSES = 12
 UNITS = (("days", 86_400), ("hours", 3_600), ("minutes", 60), ("seconds", 1))
 
 
@@ -34,15 +36,22 @@ def opening(config: Config, backend: Backend, data: RunData, plan: Plan, done: i
         f"{config.model.name}, {trained:,} parameters, on {backend.world} x {backend.device.type}, "
         f"{train.backend}, {train.precision}",
         "clips: "
-        + "; ".join(
-            f"{split} {data.count(split, 1):,} {data.store.classes[1]}, "
-            f"{data.count(split, 0):,} {data.store.classes[0]}"
-            for split in ("train", "val", "test")
-        ),
+        + "; ".join(f"{split} {_counts(data, split)}" for split in ("train", "val", "test")),
         f"{train.epochs:,} epochs of {steps / train.epochs:,.0f} steps of {plan.batch} clips: "
         f"{visits:,} visits in all, {per_anchor:,.0f} to each of the {plan.anchor.name}",
         f"run: {config.out.resolve()}" + (f", from step {done:,} of {steps:,}" if done else ""),
     ]
+
+
+def _counts(data: RunData, split: str) -> str:
+    """The clips of a split: of both classes, the positive one first, or of ``MOST_CLASSES``."""
+    names, counts = data.target_labels.classes, data.counts(split)
+    named = [f"{count:,} {name}" for name, count in zip(names, counts, strict=True)]
+    if len(named) == 2:
+        named.reverse()
+    if len(named) > MOST_CLASSES:
+        named[MOST_CLASSES:] = [f"{len(named) - MOST_CLASSES} more classes"]
+    return ", ".join(named)
 
 
 def closing(config: Config) -> str:

@@ -11,10 +11,8 @@ import os
 
 import numpy as np
 
-from dist_train.config import LossSettings
 from dist_train.errors import ConfigError
 from dist_train.run.data import RunData
-from dist_train.targets import Target
 from dist_train.training.class_rates import ClassRates, Floats
 
 log = logging.getLogger(__name__)
@@ -30,9 +28,8 @@ class CrowdScores:
             not within 0 to 1, or all clips of the batches would have no weight.
     """
 
-    def __init__(
-        self, data: RunData, settings: LossSettings, target: Target, rates: ClassRates
-    ) -> None:
+    def __init__(self, data: RunData, rates: ClassRates) -> None:
+        settings, target = data.config.loss, data.target
         asked = "soft_labels" if settings.soft_labels else "sureness"
         where = f"loss.{asked}"
         if target.kind != "binary":
@@ -41,7 +38,7 @@ class CrowdScores:
                 where=where,
                 fix="Leave it out.",
             )
-        self._score, self._label = data.store.table["crowd_score"], data.store.table["label"]
+        self._score, self._label = data.store.table["crowd_score"], data.labels
         self._is_soft, self._is_weighted = bool(settings.soft_labels), settings.sureness != "none"
         train = data.numbers("train")
         scores, classes = self._score[train], self._label[train]

@@ -26,13 +26,18 @@ MOST = 256
 
 
 def make_forward_backward(
-    backend: Backend, loss: Loss = LOSSES["bce"], *, device_knows_frames: bool
+    backend: Backend, loss: Loss = LOSSES["bce"], *, outputs: int = 1, device_knows_frames: bool
 ) -> ForwardBackward:
     """Return the passes; for ``train.graphs``, those of ``GraphedForwardBackward``."""
     if not backend.settings.graphs:
-        return ForwardBackward(backend, loss)
-    recorder = Recorder(backend.device)
-    return GraphedForwardBackward(backend, recorder, loss, device_knows_frames=device_knows_frames)
+        return ForwardBackward(backend, loss, outputs=outputs)
+    return GraphedForwardBackward(
+        backend,
+        Recorder(backend.device),
+        loss,
+        outputs=outputs,
+        device_knows_frames=device_knows_frames,
+    )
 
 
 class Recorder:
@@ -95,9 +100,10 @@ class GraphedForwardBackward(ForwardBackward):
         recorder: Recorder,
         loss: Loss = LOSSES["bce"],
         *,
+        outputs: int = 1,
         device_knows_frames: bool,
     ) -> None:
-        super().__init__(backend, loss)
+        super().__init__(backend, loss, outputs=outputs)
         self._recorder, self._device_knows_frames = recorder, device_knows_frames
         self._weight = torch.zeros((), device=backend.device)
         self._input = torch.empty(0, device=backend.device)

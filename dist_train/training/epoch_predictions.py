@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ class EpochPredictions:
         return len(self._kept)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch, [B] each; ``labels`` may be changed afterwards."""
+        """Add a batch of logits and labels; ``labels`` may be changed afterwards."""
         # Labels are copied, or they would hold the loader's memory for an epoch.
         self._kept.append((logits.detach().float(), labels.clone()))
 
@@ -33,12 +35,12 @@ class EpochPredictions:
         del self._kept[length:]
 
     def begin(self, logits: np.ndarray, labels: np.ndarray) -> None:
-        """Start with the predictions of an interrupted epoch, float32 [N] on one rank."""
+        """Start with the predictions of an interrupted epoch, float32, on one rank."""
         device = self._backend.device
         self._kept = [(torch.from_numpy(logits).to(device), torch.from_numpy(labels).to(device))]
 
     def gathered(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return logits and labels of all ranks, float32 [N]. A collective call."""
+        """Return logits and labels of all ranks, float32, N each. A collective call."""
         batches = self._kept or [(torch.empty(0), torch.empty(0))]
         logits, labels = (torch.cat(column).cpu().numpy() for column in zip(*batches, strict=True))
         return gather_pairs(self._backend, (logits, labels))
@@ -47,6 +49,13 @@ class EpochPredictions:
 def gather_pairs(
     backend: Backend, own: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Concatenate two arrays of each rank in rank order. A collective call."""
+    """Concatenate two arrays of each rank in rank order. A collective call.
+
+    An empty array may lack axes that the others have.
+    """
     first, second = zip(*backend.gather(own), strict=True)
-    return np.concatenate(first), np.concatenate(second)
+    return _joined(first), _joined(second)
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([array for array in arrays if len(array)] or arrays[:1])

@@ -14,7 +14,6 @@ from dist_train.data.loading.collate import Batch
 from dist_train.errors import ConfigError
 from dist_train.run.data import RunData
 from dist_train.run.model import as_input
-from dist_train.targets import Target
 from dist_train.training.class_rates import ClassRates
 from dist_train.training.crowd_scores import CrowdScores
 from dist_train.training.label_forms import as_scores
@@ -46,31 +45,26 @@ class MakeInputs:
         crowd: the crowd scores, if they are used.
 
     Raises:
-        ConfigError: clips cannot be mixed, or have no crowd scores.
+        ConfigError: clips have no crowd scores.
     """
 
     def __init__(
         self,
         data: RunData,
-        target: Target,
         rates: ClassRates,
         *,
         group: int,
         teacher: Teacher | None,
     ) -> None:
-        config = data.config
-        self._target, self._group, self._teacher = target, group, teacher
+        config, target = data.config, data.target
+        self._target, self._teacher = target, teacher
+        # A plan at the natural ratio has groups of one clip.
+        self._group = max(group, 2)
         augment, loss = config.augment, config.loss
         is_mixed = augment.mixup + augment.cutmix > 0
-        if is_mixed and group == 1:
-            raise ConfigError(
-                "clips are mixed within a group of the plan's ratio, and a group has one clip",
-                where="augment.mixup" if augment.mixup else "augment.cutmix",
-                fix="Give a plan.ratio of two or more clips, or leave it out.",
-            )
         self._mix = MixSampler(augment, config.seed) if is_mixed else None
         uses_crowd = loss.soft_labels is not None or loss.sureness != "none"
-        self.crowd = CrowdScores(data, loss, target, rates) if uses_crowd else None
+        self.crowd = CrowdScores(data, rates) if uses_crowd else None
 
     def __call__(self, batch: Batch, config: Config, step: int) -> Inputs:
         """Args: config: the settings of the step."""
@@ -94,6 +88,12 @@ class MakeInputs:
     def _mixed(self, x: Tensor, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         assert self._mix is not None
         clips = batch.clips.tolist()
+        if len(clips) % self._group:
+            raise ConfigError(
+                f"clips are mixed in pairs, and a micro-batch has {len(clips)} clips",
+                where="augment",
+                fix="Let plan.batch, cut by processes and train.accumulate, be even.",
+            )
         groups = [clips[at : at + self._group] for at in range(0, len(clips), self._group)]
         draws = [self._mix(group, step=step) for group in groups]
         depths = [x.shape[2]] * len(clips) if batch.frames is None else batch.frames.tolist()

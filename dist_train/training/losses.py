@@ -21,7 +21,7 @@ from torch.nn.functional import (
 from dist_train import extensions
 from dist_train.config import LossSettings
 from dist_train.errors import ConfigError
-from dist_train.targets import Kind, Target
+from dist_train.targets import NATURAL_LOSS, Kind, Target
 from dist_train.training.focal import categorical_focal, focal
 from dist_train.training.label_forms import as_scores
 
@@ -48,7 +48,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "bce": binary_cross_entropy_with_logits,
     "ce": categorical,
     "focal": focal,
-    "ordinal": cumulative,
+    "cumulative": cumulative,
     "huber": huber_loss,
     "mse": mse_loss,
     "mae": l1_loss,
@@ -63,15 +63,6 @@ KINDS: dict[Callable[..., Tensor], tuple[Kind, ...]] = {
     mse_loss: ("regression",),
     l1_loss: ("regression",),
 }
-#: The loss "auto".
-NATURAL: dict[Kind, str] = {
-    "binary": "bce",
-    "multiclass": "ce",
-    "multilabel": "bce",
-    "ordinal": "ordinal",
-    "regression": "huber",
-}
-BINARY = Target("binary", ("negative", "positive"))
 
 
 def make_loss(
@@ -93,8 +84,8 @@ def make_loss(
         ConfigError: there is no such loss, it is for another kind of target, it does not take these
             arguments, or it is not a loss.
     """
-    device, target = device or torch.device("cpu"), target or BINARY
-    name = NATURAL[target.kind] if settings.name == "auto" else settings.name
+    device, target = device or torch.device("cpu"), target or Target()
+    name = NATURAL_LOSS[target.kind] if settings.name == "auto" else settings.name
     found = _found(name, target)
     is_class = isinstance(found, type)
     args = dict(settings.args)
@@ -158,9 +149,8 @@ def _found(name: str, target: Target) -> Any:
 
 def _check(name: str, loss: Loss, device: torch.device, target: Target, each: bool) -> None:
     """Raise unless the loss of a small batch is a scalar with a gradient, or one for each clip."""
-    values = target.outputs if target.kind in ("multilabel", "regression") else 1
-    logits = torch.zeros(_shape(4, target.outputs), device=device, requires_grad=True)
-    labels = torch.zeros(_shape(4, values), device=device)
+    logits = torch.zeros(4, *target.logit_shape, device=device, requires_grad=True)
+    labels = torch.zeros(4, *target.label_shape, device=device)
     labels[1] = 1
     value = loss(logits, labels)
     fits = isinstance(value, Tensor) and value.requires_grad
@@ -173,7 +163,3 @@ def _check(name: str, loss: Loss, device: torch.device, target: Target, each: bo
             if each
             else "Give the mean over the clips, a scalar with a gradient.",
         )
-
-
-def _shape(clips: int, outputs: int) -> tuple[int, ...]:
-    return (clips,) if outputs == 1 else (clips, outputs)

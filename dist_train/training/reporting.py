@@ -8,7 +8,9 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from dist_train.class_metrics import main_metric
 from dist_train.config import Config
 from dist_train.data.loading.collate import Batch
 from dist_train.data.pictures import as_picture, legend
@@ -18,11 +20,14 @@ from dist_train.distributed.backends.base import Backend
 from dist_train.distributed.collectives import on_main
 from dist_train.progress import Progress
 from dist_train.run.model import as_input
+from dist_train.targets import Target
 from dist_train.training.console import Speed, visits_of
 from dist_train.training.metrics_log import EventWriter
 from dist_train.training.step import Values
 
 Say = Callable[[str], None]
+#: Classes whose curves are shown.
+MOST_CURVES = 12
 
 
 class Reporter:
@@ -32,8 +37,10 @@ class Reporter:
         say: prints a line.
     """
 
-    def __init__(self, config: Config, backend: Backend, plan: Plan) -> None:
+    def __init__(self, config: Config, backend: Backend, plan: Plan, target: Target) -> None:
         self._config, self._backend, self._plan = config, backend, plan
+        self._target, (metric, self._told) = target, main_metric(target.kind)
+        self._metric = f"val/{metric}"
         self._events: EventWriter | None = None
         self._speed = Speed(visits_of(config, plan))
         self.say: Say = lambda line: None
@@ -72,13 +79,33 @@ class Reporter:
         channels = config.model.channels or GREY
         frames = frames[..., 0] if len(channels) == 1 else frames
         self._events.tensorboard.clips(
-            done, as_picture(frames, channels), batch.labels.cpu().numpy(), legend(channels)
+            done, as_picture(frames, channels), self._shown(batch.labels), legend(channels)
         )
 
+    def _shown(self, labels: Tensor) -> dict[str, np.ndarray]:
+        """Which clips of a batch are shown together, bool [B], by name: those of a class."""
+        target, values = self._target, labels.cpu().numpy()
+        if target.kind == "binary":
+            return {"negatives": values == 0, "positives": values == 1}
+        if target.kind == "regression":
+            return {"all": np.ones(len(values), np.bool_)}
+        if not target.is_coded:
+            return {name: values[:, k] == 1 for k, name in enumerate(target.classes)}
+        return {target.classes[k]: values == k for k in np.unique(values).astype(int).tolist()}
+
     def show_curve(self, done: int, labels: np.ndarray, scores: np.ndarray) -> None:
-        """Show precision against recall of the val split, if it has clips, in TensorBoard."""
-        if self._events is not None and len(labels):
-            self._events.tensorboard.pr_curve(done, labels, scores)
+        """Show precision against recall of the val split, if it has clips, in TensorBoard: of
+        several classes, of each against the rest."""
+        target = self._target
+        if self._events is None or not len(labels) or target.kind == "regression":
+            return
+        board = self._events.tensorboard
+        if target.kind == "binary":
+            board.pr_curve(done, labels, scores)
+            return
+        for k, name in enumerate(target.classes[:MOST_CURVES]):
+            own = labels == k if target.is_coded else labels[:, k]
+            board.pr_curve(done, own.astype(np.int64), scores[:, k], f"val/{name}")
 
     def tell(self, done: int, values: Values, progress: Progress | None) -> None:
         """Advance the progress bar, and print the speed once it is known."""
@@ -95,5 +122,5 @@ class Reporter:
             f"epoch {epoch}/{self._config.train.epochs}  loss {values['train/loss'] or 0:.3f}  "
             f"{values.get('speed/clips_per_second') or 0:.1f} clips/s"
         )
-        mcc = values.get("val/mcc@0.5")
-        return text if mcc is None else f"{text}  val MCC {mcc:.3f}"
+        value = values.get(self._metric)
+        return text if value is None else f"{text}  val {self._told} {value:.3f}"

@@ -35,7 +35,7 @@ VERSION = 1
 EPOCH = ("epoch/logits", "epoch/labels")
 #: Prefix of BatchNorm statistics of the validation, if those are not the running ones.
 EVALUATED = "judged/"
-#: Steps done, and the logits and labels of the epoch so far: float32 [N] each.
+#: Steps done, and the logits and labels of the epoch so far, float32.
 Restored = tuple[int, np.ndarray, np.ndarray]
 
 
@@ -45,6 +45,7 @@ class RunState:
     Args:
         plan_at: gives the plan of a step.
         model: metadata that the weights depend on, as JSON types.
+        target: ``target_metadata``.
         store, content: fingerprint of the store, and digest of what it holds.
         completed: called on rank 0 once there is a checkpoint.
         committed: called on rank 0 after each checkpoint.
@@ -62,6 +63,7 @@ class RunState:
         model: dict[str, Any],
         store: str,
         content: str,
+        target: dict[str, Any] | None = None,
         completed: Callable[[], None] = lambda: None,
         committed: Callable[[Path], None] = lambda path: None,
     ) -> None:
@@ -69,6 +71,7 @@ class RunState:
         self.ema = ema
         self.plan_at = plan_at
         self.seed, self.model, self.store, self.content = seed, model, store, content
+        self.target = target or {}
         self.writer = CheckpointWriter(folder, backend, keep=retention(settings))
         self.saved_at: int | None = None
         self._failures, self._has_one = 0, False
@@ -86,7 +89,7 @@ class RunState:
         """Begin the checkpoint after ``step`` steps; ``commit`` completes it. A collective call.
 
         Args:
-            logits, labels: this epoch's training predictions of all ranks, float32 [N].
+            logits, labels: this epoch's training predictions of all ranks, float32.
             metrics: metrics of these weights, if they were validated.
             statistics: BatchNorm statistics of that validation by buffer name, if those are not the
                 running ones; the same on all ranks. Training does not continue from them.
@@ -113,6 +116,7 @@ class RunState:
                 "step": step,
                 "fingerprint": plan.fingerprint,
             },
+            **({"target": self.target} if self.target else {}),
             "loss_scale": self.backend.scaler_state(),
             "metrics": dict(metrics),
         }
@@ -255,6 +259,12 @@ class RunState:
                 where=path,
                 fix="Use the same model settings, or choose another 'out'.",
             )
+        if (there := metadata.get("target", {})) != self.target:
+            raise CheckpointError(
+                f"this is a checkpoint of another target ({_differences(there, self.target)})",
+                where=path,
+                fix="Use the same target settings, or choose another 'out'.",
+            )
         # Checkpoints of earlier versions do not say what the store held.
         content = metadata.get("content", self.content)
         other_store = metadata["store"] != self.store or content != self.content
@@ -282,6 +292,14 @@ def model_changes(there: dict[str, Any], here: dict[str, Any]) -> str:
     return "; ".join(
         f"model.{name} is {was} there and {now} here"
         for name, was, now in metadata_differences(there, here)
+    )
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    return "; ".join(
+        f"target.{name} is {there.get(name)} there and {here.get(name)} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
     )
 
 

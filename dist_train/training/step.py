@@ -80,7 +80,10 @@ class OptimizerStep:
     def drop_graphs(self) -> None:
         """Drop captured CUDA graphs, after the size of micro-batches has changed."""
         self._forward_backward = make_forward_backward(
-            self._backend, self._loss, device_knows_frames=self._config.norm.fused
+            self._backend,
+            self._loss,
+            outputs=self._config.model.outputs,
+            device_knows_frames=self._config.norm.fused,
         )
 
     def take(

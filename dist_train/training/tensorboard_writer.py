@@ -67,19 +67,27 @@ class TensorBoardWriter:
 
         self._try(add)
 
-    def pr_curve(self, step: int, labels: np.ndarray, scores: np.ndarray) -> None:
-        """Show precision against recall of the val split, from labels (0 or 1) and probabilities,
-        [N] each."""
-        self._try(lambda writer: writer.add_pr_curve("val", labels, scores, step))
+    def pr_curve(
+        self, step: int, labels: np.ndarray, scores: np.ndarray, name: str = "val"
+    ) -> None:
+        """Show precision against recall, from labels (0 or 1) and probabilities, [N] each."""
+        self._try(lambda writer: writer.add_pr_curve(name, labels, scores, step))
 
-    def clips(self, step: int, frames: np.ndarray, labels: np.ndarray, colours: str = "") -> None:
-        """Show a picture of positives and one of negatives, from one frame of each clip, uint8
-        [N, H, W] or [N, H, W, 3], and labels (0 or 1), [N]. ``colours`` says what they show."""
+    def clips(
+        self, step: int, frames: np.ndarray, parts: Mapping[str, np.ndarray], colours: str = ""
+    ) -> None:
+        """Show a picture of each part of the clips.
+
+        Args:
+            frames: one frame of each clip, uint8 [N, H, W] or [N, H, W, 3].
+            parts: which clips are in a part, bool [N], by its name.
+            colours: what the colours show.
+        """
         told = f" ({colours})" if colours else ""
 
         def add(writer: SummaryWriter) -> None:
-            for label, name in enumerate(("negatives", "positives")):
-                shown = frames[labels == label][:MOST_CLIPS]
+            for name, are_in in parts.items():
+                shown = frames[are_in][:MOST_CLIPS]
                 shown = shown[..., None] if shown.ndim == 3 else shown
                 if len(shown):
                     tag = f"training clips/{name}{told}"

@@ -220,12 +220,7 @@ def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | Non
     run: dict[str, Any] = {
         "model": config.model.name,
         "parameters": sum(backend.numels[name] for name, _ in backend.trained()),
-        "positive_rate": {
-            "train_batches": implied_rate(
-                config.loss, trainer.target, trainer.rates, trainer.inputs.crowd
-            ),
-            "natural": data.natural_rate(),
-        },
+        **_rates(trainer),
         "steps": trainer.steps,
         "checkpointed": resumed_from is not None,
         "settings": config.model_dump(mode="json"),
@@ -251,6 +246,15 @@ def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | Non
     # Last: ``run.json`` has the changes already.
     set_foreign_settings_aside(out)
     write_whole(out / CONFIG, config_text(config))
+
+
+def _rates(trainer: Trainer) -> dict[str, Any]:
+    """The share of positives, for the record; of another target, the target itself."""
+    config, data = trainer.config, trainer.data
+    if data.target.kind != "binary":
+        return {"target": config.target.model_dump(mode="json")}
+    batches = implied_rate(config.loss, data.target, trainer.rates, trainer.inputs.crowd)
+    return {"positive_rate": {"train_batches": batches, "natural": data.natural_rate()}}
 
 
 def _held_out_seen(trainer: Trainer, resumed_from: int | None, init: Source | None) -> int:

@@ -18,10 +18,10 @@ from dist_train.distributed.watchdog import Watchdog
 from dist_train.models.fused_norm import check_compiler
 from dist_train.models.norm import set_momentum, share_statistics
 from dist_train.progress import Progress
-from dist_train.run.data import open_data, target_of
+from dist_train.run.data import open_data
 from dist_train.run.folder import CHECKPOINTS
 from dist_train.run.mirror import Mirror
-from dist_train.run.model import model_metadata
+from dist_train.run.model import model_metadata, target_metadata
 from dist_train.run.record import note_checkpoint
 from dist_train.training.batches import Batches
 from dist_train.training.class_rates import class_rates
@@ -62,12 +62,11 @@ class Trainer:
         self.plan = self.data.plan()
         self.steps = self.plan.first_step(config.train.epochs)
         self.done = self.first_step = 0
-        self.target = target_of(self.data)
         self.rates = rates = class_rates(self.data)
-        loss = make_training_loss(config.loss, backend.device, self.target, rates)
-        self.teacher = load_teacher(config, self.target, backend.device)
+        loss = make_training_loss(config.loss, backend.device, self.data.target, rates)
+        self.teacher = load_teacher(config, self.data.target, backend.device)
         self.inputs = MakeInputs(
-            self.data, self.target, rates, group=self.plan.ratio.group, teacher=self.teacher
+            self.data, rates, group=self.plan.ratio.group, teacher=self.teacher
         )
         self.micro = MicroBatches(config, self.data, self.plan, backend, self.teacher)
         self.batches = Batches(config, self.data, self.plan, self.micro, backend)
@@ -96,13 +95,14 @@ class Trainer:
             config.out / CHECKPOINTS, backend, self.ema, self.batches.plan_at, config.checkpoint,
             seed=config.seed,
             model=model_metadata(config),
+            target=target_metadata(config),
             store=self.data.store.fingerprint,
             content=self.data.store.content,
             completed=lambda: note_checkpoint(config.out),
             committed=self._copy_to_mirror,
         )  # fmt: skip
         self.recovery = Recovery(config, backend, self.state, self.micro)
-        self.reporter = Reporter(config, backend, self.plan)
+        self.reporter = Reporter(config, backend, self.plan, self.data.target)
         self._last_batch: Batch | None = None
 
     def fit(self, progress: Progress | None = None, before_step: BeforeStep | None = None) -> None:
@@ -208,7 +208,7 @@ class Trainer:
             raise self.recovery.stopped(interrupted=bool(interrupt), done=self.done)
 
     def restore_progress(self, done: int, logits: np.ndarray, labels: np.ndarray) -> None:
-        """Continue after ``done`` steps, with the epoch's predictions so far, float32 [N] on
+        """Continue after ``done`` steps, with the epoch's predictions so far, float32 on
         rank 0."""
         self.done = done
         self.predictions.begin(logits, labels)

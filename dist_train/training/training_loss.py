@@ -13,7 +13,7 @@ from dist_train.errors import ConfigError
 from dist_train.targets import Target
 from dist_train.training.class_rates import ClassRates, Floats
 from dist_train.training.label_forms import as_scores, class_shares
-from dist_train.training.losses import BINARY, Loss, categorical, make_loss
+from dist_train.training.losses import Loss, categorical, make_loss
 
 #: Settings that validation does not know.
 OF_TRAINING = ("class_weights", "smoothing", "logit_adjustment", "sureness", "distill")
@@ -33,7 +33,7 @@ def make_training_loss(
     Raises:
         ConfigError: as ``make_loss``; or a setting does not fit the kind of target.
     """
-    target = target or BINARY
+    target = target or Target()
     default = LossSettings()
     if all(getattr(settings, name) == getattr(default, name) for name in OF_TRAINING):
         return make_loss(settings, device, target)

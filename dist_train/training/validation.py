@@ -8,14 +8,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from scipy.special import expit
 from torch import Tensor
 
+from dist_train.class_metrics import metrics_of
 from dist_train.config import Config
 from dist_train.data.loading.collate import Batch
 from dist_train.distributed.backends.base import Backend
 from dist_train.distributed.collectives import on_main
-from dist_train.metrics import binary_metrics
 from dist_train.models.norm_statistics import by_running_and_own_statistics
 from dist_train.run.data import RunData
 from dist_train.run.folder import SNAPSHOTS
@@ -56,7 +55,7 @@ class Validator:
     ) -> None:
         self._config, self._data, self._batches = config, data, batches
         self._backend, self._ema, self._beat = backend, ema, beat
-        self._loss = make_loss(config.loss)
+        self._loss = make_loss(config.loss, target=data.target)
         self._has_warned = False
         self.statistics: dict[str, Tensor] = {}
 
@@ -71,7 +70,7 @@ class Validator:
     def training_metrics(self, predictions: EpochPredictions) -> Values:
         """Return the metrics of an epoch's training batches, as they were trained on."""
         logits, labels = predictions.gathered()
-        return {f"train/{k}": v for k, v in binary_metrics(expit(logits), labels).items()}
+        return {f"train/{k}": v for k, v in self._metrics(logits, labels)[0].items()}
 
     def validate(self, batches: Iterable[Batch]) -> tuple[Values, np.ndarray, np.ndarray]:
         """Validate ``evaluated_weights`` on the val split at its natural class ratio.
@@ -80,7 +79,8 @@ class Validator:
             batches: this rank's share of the split.
 
         Returns:
-            Metrics, labels and probabilities, float32 [N]; all empty if no clip is held out.
+            Metrics, labels as the loss takes them, and scores as ``Target.scores`` gives them; all
+            empty if no clip is held out.
         """
         if not self._data.count("val"):
             return {}, np.empty(0, np.float32), np.empty(0, np.float32)
@@ -97,11 +97,17 @@ class Validator:
         # Each clip once, in an order that does not depend on the number of ranks.
         clips, places = np.unique(clips, return_index=True)
         logits = logits[places]
-        labels = self._data.store.table["label"][clips].astype(np.float32)
+        labels = self._data.labels_of(clips)
         loss = self._loss(torch.from_numpy(logits), torch.from_numpy(labels))
-        scores = expit(logits)
-        metrics = {f"val/{k}": v for k, v in binary_metrics(scores, labels).items()}
-        return {"val/loss": float(loss)} | metrics, labels, scores
+        metrics, scores = self._metrics(logits, labels)
+        values: Values = {"val/loss": float(loss)}
+        return values | {f"val/{k}": v for k, v in metrics.items()}, labels, scores
+
+    def _metrics(self, logits: np.ndarray, labels: np.ndarray) -> tuple[Values, np.ndarray]:
+        """Return the metrics of the run's kind, and the scores."""
+        target = self._data.target
+        scores = target.scores(logits)
+        return metrics_of(target, scores, target.truth(labels)), scores
 
     def norm_gap(self, batch: Batch, step: int) -> Values:
         """Return the loss by ``evaluated_weights`` and their statistics, less that by the batch's.

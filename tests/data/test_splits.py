@@ -11,13 +11,14 @@ import pandas as pd
 import pytest
 from helpers import overrides, refused, tiny_config
 from make_media import store_of, volumes
-from tables import table_of
+from tables import table_of, two_classes
 
 from dist_train.config import SelectSettings, SplitSettings
 from dist_train.data import splits as splits_module
 from dist_train.data.splits import (
     CODES,
     NAMES,
+    Splits,
     assign_splits,
     check_splits,
     choose_clips,
@@ -45,8 +46,20 @@ def clips(count: int, *, groups: int = 5, rate: float = 0.2, seed: int = 0) -> p
 
 def assigned(table: pd.DataFrame, *, seed: int = 3, **settings: Any) -> pd.Series:
     chosen = np.ones(len(table), np.bool_)
-    codes = assign_splits(table_of(table), chosen, SplitSettings(**settings), seed)
+    stored = table_of(table)
+    codes = assign_splits(stored, stored["label"], chosen, SplitSettings(**settings), seed)
     return pd.Series(np.array(NAMES, object)[codes], index=table.index)
+
+
+def selected(table: pd.DataFrame, tier2: float | None = None) -> np.ndarray:
+    stored = table_of(table)
+    return select_clips(stored, two_classes(stored), tier2_crowd_score=tier2)
+
+
+def chosen_splits(table: pd.DataFrame, split: SplitSettings, **select: Any) -> Splits:
+    stored = table_of(table)
+    labels = two_classes(stored)
+    return choose_clips(stored, SelectSettings(**select), split, seed=0, labels=labels)
 
 
 def fold_numbers(table: pd.DataFrame, folds: int, groups: str, seed: int = 3) -> pd.Series:
@@ -63,7 +76,7 @@ def fold_numbers(table: pd.DataFrame, folds: int, groups: str, seed: int = 3) ->
 def test_all_labelled_clips_by_default() -> None:
     table = clips(50)
     table.loc[[3, 7], "label"] = -1
-    chosen = select_clips(table_of(table), tier2_crowd_score=None)
+    chosen = selected(table)
     assert np.flatnonzero(~chosen).tolist() == [3, 7]
 
 
@@ -76,14 +89,14 @@ def test_the_original_rule() -> None:
             "crowd_score": [0.0, 0.0, np.nan, 0.61, 0.6, 0.2, 0.9, np.nan],
         }
     )
-    chosen = select_clips(table_of(table), tier2_crowd_score=0.6)
+    chosen = selected(table, 0.6)
     assert np.flatnonzero(chosen).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("label", "missing"), [(0, "positives"), (1, "negatives")])
 def test_a_class_that_is_missing_is_named(label: int, missing: str) -> None:
     with pytest.raises(PlanError, match=rf"no {missing} \(10 clips of 10 selected\)"):
-        select_clips(table_of(clips(10).assign(label=label)), tier2_crowd_score=None)
+        selected(clips(10).assign(label=label))
 
 
 def test_stratified_folds_are_balanced_by_class_and_group() -> None:
@@ -147,19 +160,16 @@ def test_too_few_groups() -> None:
 
 def test_choose_clips_keeps_the_clip_numbers() -> None:
     table = clips(300)
-    select = SelectSettings(tier2_crowd_score=0.6)
-    codes = choose_clips(table_of(table), select, SplitSettings(), seed=0)
+    codes = chosen_splits(table, SplitSettings(), tier2_crowd_score=0.6)
     assert set(codes.tolist()) == {0, *CODES.values()}
-    chosen = select_clips(table_of(table), tier2_crowd_score=0.6)
+    chosen = selected(table, 0.6)
     assert ((codes > 0) == chosen).all()
 
 
 @pytest.mark.parametrize(("given", "empty"), [("train", "val"), ("val", "train")])
 def test_split_without_clips(given: str, empty: str) -> None:
     with pytest.raises(PlanError, match=f"no clip is in split '{empty}'"):
-        choose_clips(
-            table_of(clips(20).assign(split=given)), SelectSettings(), SplitSettings(), seed=0
-        )
+        chosen_splits(clips(20).assign(split=given), SplitSettings())
 
 
 def test_clips_without_a_group_are_refused_or_told_apart() -> None:
@@ -186,9 +196,10 @@ def test_a_group_in_two_splits_of_the_manifest() -> None:
 
 
 def check(table: pd.DataFrame, split: SplitSettings) -> None:
-    codes = choose_clips(table_of(table), SelectSettings(), split, seed=0)
-    counts = counts_by_class(codes, table["label"].to_numpy())
-    check_splits(counts, split, given=bool((table["split"] != "").all()))
+    labels = two_classes(table_of(table))
+    counts = counts_by_class(chosen_splits(table, split), labels)
+    given = bool((table["split"] != "").all())
+    check_splits(counts, split, given=given, classes=labels.classes)
 
 
 def test_a_fold_without_a_class_is_refused() -> None:
@@ -258,11 +269,13 @@ def test_a_class_is_named_as_in_the_table() -> None:
     table.loc[table["split"] == "val", "label"] = 1
     names = {0: "flowing", 1: "stalled"}
     codes = table["split"].map(CODES).to_numpy(np.uint8)
-    counts = counts_by_class(codes, table["label"].to_numpy())
+    labels = two_classes(table_of(table), names)
+    counts = counts_by_class(codes, labels)
     with pytest.raises(PlanError, match=r"split 'val' holds no 'flowing' clips \(train: \d+ 'stal"):
-        check_splits(counts, SplitSettings(), given=True, classes=names)
+        check_splits(counts, SplitSettings(), given=True, classes=labels.classes)
+    stored = table_of(table.assign(label=0))
     with pytest.raises(PlanError, match="the selection holds no 'stalled' clips"):
-        select_clips(table_of(table.assign(label=0)), tier2_crowd_score=None, classes=names)
+        select_clips(stored, two_classes(stored, names), tier2_crowd_score=None)
 
 
 BAD_SPLITS = {

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
+from dist_train.config import TargetSettings
 from dist_train.data.store.clip_table import ClipTable
-from dist_train.data.types import DTYPES
+from dist_train.data.target_labels import TargetLabels, target_labels
+from dist_train.data.types import CLASSES, DTYPES
 
 DEFAULTS = {
     "key": "clip", "filename": "a.npy", "group": "", "split": "", "label": 0, "weight": 1.0,
@@ -26,3 +30,8 @@ def table_of(frame: pd.DataFrame) -> ClipTable:
         record["shape"] = [record[name] for name in ("frames", "height", "width")]
         records.append((row["key"], record))
     return ClipTable.of(records, 1, (DTYPES["uint8"], 1))
+
+
+def two_classes(table: ClipTable, classes: Mapping[int, str] = CLASSES) -> TargetLabels:
+    """The label column of a table, as that of a binary target."""
+    return target_labels(TargetSettings(), table, classes)

@@ -11,12 +11,13 @@ import torch
 from helpers import metrics_of, tiny_config
 from npy_store import npy_store
 from short_runs import train_until
+from targets import target_config, target_store
 
 from dist_train.config import Config
 from dist_train.data.loading.collate import collate
 from dist_train.data.loading.sampler import Slot
 from dist_train.errors import ConfigError
-from dist_train.run.data import open_data, target_of
+from dist_train.run.data import open_data
 from dist_train.run.model import as_input, make_model
 from dist_train.run.record import read_record
 from dist_train.targets import Target
@@ -46,10 +47,10 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return npy_store(tmp_path_factory.mktemp("scored"), clips)
 
 
-def crowd_of(config: Config, target: Target | None = None) -> tuple[CrowdScores, ClassRates]:
+def crowd_of(config: Config) -> tuple[CrowdScores, ClassRates]:
     data = open_data(config)
     rates = class_rates(data)
-    return CrowdScores(data, config.loss, target or target_of(data), rates), rates
+    return CrowdScores(data, rates), rates
 
 
 SOFT = "loss.soft_labels=crowd_score"
@@ -100,9 +101,9 @@ def test_a_run_is_trained_on_scores_and_measured_by_classes(scored: Path, tmp_pa
     # Metrics of an epoch need classes.
     assert 0 <= lines[-1]["train/auc"] <= 1
     assert read_record(tmp_path / "run")["positive_rate"]["train_batches"] == pytest.approx(
-        implied_rate(config.loss, target_of(data), rates, crowd)
+        implied_rate(config.loss, data.target, rates, crowd)
     )
-    made = MakeInputs(data, target_of(data), rates, group=4, teacher=None)(batch, config, 0)
+    made = MakeInputs(data, rates, group=4, teacher=None)(batch, config, 0)
     assert torch.equal(batch.labels, torch.tensor([1.0, 0, 0, 0] * 2))
     np.testing.assert_array_equal(made.labels, y)
 
@@ -120,5 +121,8 @@ def test_what_cannot_give_labels_is_refused(store: Path, scored: Path, tmp_path:
     for setting, where in ((SOFT, "loss.soft_labels"), (SURE, "loss.sureness")):
         with pytest.raises(ConfigError, match=f"{where}: no clip of the train split has a crowd"):
             crowd_of(tiny_config(store, tmp_path, setting))
+        config = target_config(
+            target_store(tmp_path / where, "ordinal"), tmp_path, "ordinal", setting
+        )
         with pytest.raises(ConfigError, match=f"{where}: a crowd score is of two classes"):
-            crowd_of(tiny_config(scored, tmp_path, setting), Target("ordinal", ("a", "b", "c")))
+            crowd_of(config)

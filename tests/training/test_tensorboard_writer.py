@@ -31,7 +31,8 @@ def picture(board: EventAccumulator, name: str, mode: str = "L") -> np.ndarray:
 def test_positives_and_negatives_have_a_picture_each(tmp_path: Path) -> None:
     frames = np.stack([np.full((2, 3), value, np.uint8) for value in (10, 90, 20, 80, 70)])
     writer = TensorBoardWriter(tmp_path, 1, {})
-    writer.clips(1, frames, np.array([1, 0, 1, 0, 0]))
+    labels = np.array([1, 0, 1, 0, 0])
+    writer.clips(1, frames, {"negatives": labels == 0, "positives": labels == 1})
     writer.close()
     board = shown(tmp_path)
     assert set(picture(board, "positives").ravel()) == {10, 20}
@@ -42,7 +43,9 @@ def test_pictures_of_channels_are_in_colour(tmp_path: Path) -> None:
     frames = np.zeros((2, 4, 3, 3), np.uint8)
     frames[0] = 10, 20, 30
     writer = TensorBoardWriter(tmp_path, 1, {})
-    writer.clips(1, frames, np.array([1, 0]), "dapi red, gfp green")
+    labels = np.array([1, 0])
+    parts = {"negatives": labels == 0, "positives": labels == 1}
+    writer.clips(1, frames, parts, "dapi red, gfp green")
     writer.close()
     given = picture(shown(tmp_path), "positives (dapi red, gfp green)", "RGB")
     assert (given == (10, 20, 30)).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from helpers import losses_of, tiny_config
 from scipy.special import expit, logit, softmax
 from short_runs import train_until
+from targets import target_config, target_store
 from test_losses import MANY, SOFT, SOFT3, Y3, Z3, Y, Z, bce, target_of
 
 from dist_train.config import DistillSettings, LossSettings
@@ -186,7 +188,25 @@ def test_the_share_of_positives_that_probabilities_are_of(
     assert found == pytest.approx(rate, rel=1e-9)
 
 
-def test_a_run_trains_with_them_and_records_the_share(store: Any, tmp_path: Any) -> None:
+@pytest.mark.parametrize("kind", ["multiclass", "ordinal", "multilabel", "regression"])
+def test_each_kind_of_target_trains_on_mixed_clips(kind: str, tmp_path: Path) -> None:
+    more = {
+        "multiclass": ("loss.name=focal", "loss.class_weights=balanced", "loss.smoothing=0.1"),
+        "ordinal": ("loss.class_weights={stalled: 2}",),
+        "multilabel": ("loss.class_weights={left: 2}", "loss.smoothing=0.1"),
+        "regression": ("loss.name=mae",),
+    }[kind]
+    mixes = ("augment.mixup=0.5", "augment.cutmix=0.5")
+    store, losses = target_store(tmp_path / "store", kind), {}
+    for name, settings in {"plain": more, "mixed": (*more, *mixes)}.items():
+        batch = f"plan.batch={6 if kind in ('multiclass', 'ordinal') else 8}"
+        train_until(target_config(store, tmp_path / name, kind, batch, *settings), 2)
+        losses[name] = losses_of(tmp_path / name)
+    assert np.isfinite(losses["mixed"]).all()
+    assert losses["mixed"][0] != losses["plain"][0]
+
+
+def test_a_run_trains_with_them_and_records_the_share(store: Path, tmp_path: Path) -> None:
     first = {}
     for name, settings in {
         "plain": [],

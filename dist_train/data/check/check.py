@@ -17,7 +17,8 @@ from dist_train.data.check.shifts import find_shifts
 from dist_train.data.duplicates import Copies, find_duplicates
 from dist_train.data.splits import NAMES, choose_clips, given_splits
 from dist_train.data.store.reader import Store
-from dist_train.errors import PlanError
+from dist_train.data.target_labels import target_labels
+from dist_train.errors import ConfigError, PlanError
 from dist_train.progress import Progress
 
 #: Clips whose pixels a quick check reads.
@@ -125,6 +126,9 @@ def _leaks(
     from dist_train.data.check.leaks import FEWEST, GROUP, find_leaks
 
     labelled = clips[clips["label"] >= 0]
+    if labelled["label"].max() > 1:
+        notes.append("leaks: not looked for, as there are more than two classes")
+        return []
     if min(np.bincount(labelled["label"], minlength=2)) < FEWEST:
         notes.append(f"leaks: not looked for, as a class has fewer than {FEWEST} clips")
         return []
@@ -154,8 +158,9 @@ def _splits(store: Store, config: Config, exact: Copies, notes: list[str]) -> np
     together = exact if config.split.duplicates == "together" else None
     settings = config.select, config.split, config.seed
     try:
-        codes = choose_clips(store.table, *settings, together, store.classes)
-    except PlanError as error:
+        labels = target_labels(config.target, store.table, store.classes)
+        codes = choose_clips(store.table, *settings, together, labels=labels)
+    except (PlanError, ConfigError) as error:
         notes.append(f"splits: none ({error.what})")
         return np.full(len(store.table), "", object)
     if not given_splits(store.table).all() and not config.split.train_on_all:

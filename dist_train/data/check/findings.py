@@ -74,7 +74,7 @@ def copies(
     for which, chosen in {
         "": pairs,
         " in different splits": [(a, b) for a, b in pairs if "" != split[a] != split[b] != ""],
-        " with unequal labels": [(a, b) for a, b in pairs if {label[a], label[b]} == {0, 1}],
+        " with unequal labels": [(a, b) for a, b in pairs if -1 != label[a] != label[b] != -1],
     }.items():
         yield Finding(
             kind=f"{kind} clips{which}",

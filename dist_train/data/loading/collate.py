@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ class Batch:
         volumes: [B, C, D, H, W] of the store's dtype, or clips of their own sizes that the device
             resizes.
         frames: int64 [B], the true depths; None if no clip is padded.
-        labels: float32 [B].
+        labels: float32 [B], or [B, V] for several values of a clip.
         clips: int64 [B], clip numbers.
     """
 
@@ -127,7 +126,7 @@ def fill(
         if clips.on_device
         else channels_first(pixels.view(len(slots), *shapes[0], clips.channels)),
         frames=torch.from_numpy(depths) if depths.min() < depths.max() else None,
-        labels=torch.from_numpy(labels.astype(np.float32)),
+        labels=torch.from_numpy(labels),
         clips=torch.tensor(numbers),
     )
 

@@ -28,6 +28,8 @@ class ClipDataset:
     middle of the clip. With ``on_device`` clips are only resampled and cut: the device does the
     rest.
 
+    The labels are the store's, or else ``labels``, [clips] or [clips, V].
+
     It is pickled without the store's columns, which each process maps.
 
     Attributes:
@@ -44,15 +46,17 @@ class ClipDataset:
         augment: Augment | OriginalAugment | None,
         on_device: bool = False,
         resampling: Resampling | None = None,
+        labels: np.ndarray | None = None,
     ) -> None:
         self.store, self.size, self.augment, self.on_device = store, size, augment, on_device
         self._max_frames = max_frames or MOST_FRAMES
         self.channels, self.dtype = len(store.channels), store.dtype
-        self._resampling = resampling
+        self._resampling, self._labels = resampling, labels
 
-    def labels(self, clips: list[int]) -> Ints:
-        """int64 [n]."""
-        return self.store.table["label"][clips].astype(np.int64)
+    def labels(self, clips: list[int]) -> np.ndarray:
+        """float32 [n], or [n, V] for several values of a clip."""
+        labels = self.store.table["label"] if self._labels is None else self._labels
+        return labels[clips].astype(np.float32)
 
     def depths(self, clips: list[int]) -> Ints:
         """Frames of the clips after resampling and the cut: int64 [n]."""

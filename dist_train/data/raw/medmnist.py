@@ -1,7 +1,7 @@
 """MedMNIST 3D files (Yang et al., Scientific Data 2023) -> manifest rows and volumes.
 
-A file holds ``{train,val,test}_images`` uint8 [N, D, H, W] and ``{train,val,test}_labels`` [N, 1]
-of 0 and 1.
+A file holds ``{train,val,test}_images`` uint8 [N, D, H, W] and ``{train,val,test}_labels`` [N, 1],
+which are class codes from 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pandas as pd
 
 from dist_train.data.raw.formats.npy import read_npy
 from dist_train.data.table.manifest import SPLITS, check_text
-from dist_train.data.types import Volume
+from dist_train.data.types import MOST_CLASSES, Volume
 from dist_train.errors import StoreError
 from dist_train.files import open_plain, reason_of
 from dist_train.system.advice import blame_machine
@@ -52,8 +52,8 @@ def read_medmnist(path: Path) -> tuple[pd.DataFrame, list[Volume]]:
                 if len(labels) != len(images):
                     raise ValueError(f"{split} has {len(images)} images, {len(labels)} labels")
                 for number, (label, image) in enumerate(zip(labels, images, strict=True)):
-                    if label not in (0, 1):
-                        raise ValueError(f"label {label} of {split} image {number} is not 0 or 1")
+                    if label not in range(MOST_CLASSES):
+                        raise ValueError(f"label {label} of {split} image {number} is no class")
                     rows.append(_row(path.name, split, number, int(label)))
                     volumes.append(image)
         if not rows:

@@ -173,7 +173,9 @@ def prepare_npz(
         roi="none", shard_clips=shard_clips, channel_names=tuple(channels), record_version=1
     )
     settings = survey_arrays(volumes, given)
-    return _write_arrays(_job(table, settings, npz=_digest(path)), volumes, out, progress)
+    many = table["label"].max() > 1
+    names = {"classes": {str(k): str(k) for k in range(table["label"].max() + 1)}} if many else {}
+    return _write_arrays(_job(table, settings, npz=_digest(path), **names), volumes, out, progress)
 
 
 def prepare_arrays(
@@ -214,7 +216,7 @@ def prepare_arrays(
     for array, record in pairs:
         digest.update(json.dumps([list(array.shape), record]).encode())
         digest.update(np.ascontiguousarray(array).data)
-    job = _job(manifest.table, settings, arrays=digest.hexdigest())
+    job = _job(manifest.table, settings, arrays=digest.hexdigest(), **_class_names(manifest))
     return _write_arrays(job, pairs, out, progress)
 
 

@@ -34,7 +34,7 @@ MOST_JOB, MOST_MANIFEST = 1 << 20, 1 << 36
 _TYPES: dict[str, type[str] | type[bool] | str] = {
     "key": str,
     "filename": str,
-    "label": "int8",
+    "label": "int16",
     "group": str,
     "weight": "float64",
     "split": str,
@@ -67,7 +67,7 @@ class Job:
 
     @property
     def classes(self) -> dict[str, str] | None:
-        """Names of the labels "0" and "1"; None if they are the default ones."""
+        """Names of the labels "0", "1" and so on; None if they are the default ones."""
         return self.made_from.get("classes")
 
     @cached_property

@@ -21,7 +21,7 @@ import pandas as pd
 
 from dist_train.array_file import Array, ArrayFile, Pieces, Spool, write_arrays
 from dist_train.data.store.shards import Form, form_of, form_text
-from dist_train.data.types import METADATA, Record
+from dist_train.data.types import METADATA, MOST_CLASSES, Record
 from dist_train.errors import FileError, StoreError
 from dist_train.files import written_whole
 
@@ -31,7 +31,7 @@ NUMBERS: dict[str, tuple[type[np.generic], float, float]] = {
     "frames": (np.int32, 1, 2**31 - 1),
     "height": (np.int32, 1, 2**31 - 1),
     "width": (np.int32, 1, 2**31 - 1),
-    "label": (np.int8, -1, 1),
+    "label": (np.int16, -1, MOST_CLASSES - 1),
     "shard": (np.int32, 0, 2**31 - 1),
     "offset": (np.int64, 0, 2**63 - 1),
     "crc32c": (np.uint32, 0, 2**32 - 1),
@@ -50,7 +50,9 @@ RUN = 1 << 15
 FIX = "Run 'dist-train finalize', which rebuilds it from the shards."
 
 
-def write_table(path: Path, records: Iterable[tuple[str, Record]], shards: int, form: Form) -> int:
+def write_table(
+    path: Path, records: Iterable[tuple[str, Record]], shards: int, form: Form, classes: int = 2
+) -> int:
     """Write the table of (key, record) entries, in the order of the keys; returns its checksum.
 
     Memory grows only with the number of different groups.
@@ -58,6 +60,7 @@ def write_table(path: Path, records: Iterable[tuple[str, Record]], shards: int, 
     Args:
         shards: number of the store's shards.
         form: of all clips.
+        classes: number of classes, which fit into int8 in most stores.
 
     Raises:
         StoreError: a record is not valid, or of another form.
@@ -65,7 +68,7 @@ def write_table(path: Path, records: Iterable[tuple[str, Record]], shards: int, 
     """
     try:
         with ExitStack() as files, written_whole(path) as file:
-            return _write(file, records, (shards, form), path.parent, files)
+            return _write(file, records, (shards, form, classes), path.parent, files)
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise StoreError(
             f"the records of the shards make no clip table ({error})",
@@ -120,7 +123,7 @@ class ClipTable:
         """
         content = io.BytesIO()
         with ExitStack() as files:
-            _write(content, records, (shards, form), None, files)
+            _write(content, records, (shards, form, MOST_CLASSES), None, files)
         return cls(ArrayFile(content.getvalue()), None)
 
     def _row_arrays(self) -> Iterator[str]:
@@ -272,12 +275,12 @@ def _parts(records: Iterable[tuple[str, Record]]) -> Iterator[list[tuple[str, Re
 def _write(
     file: IO[bytes],
     records: Iterable[tuple[str, Record]],
-    made: tuple[int, Form],
+    made: tuple[int, Form, int],
     folder: Path | None,
     files: ExitStack,
 ) -> int:
     """``write_table`` to an open file, with spools in ``folder``, or in memory; ``made``:
-    the number of shards, and the form of the clips."""
+    the number of shards, the form of the clips, and the number of classes."""
     arrays: dict[str, Spool] = {}
     names: dict[str, dict[str, int]] = {name: {"": 0} for name in NAMED}
     lengths: dict[str, int] = {}
@@ -338,7 +341,7 @@ class _Recoded:
 
 
 def _converted(
-    part: Sequence[tuple[str, Record]], shards: int, form: Form
+    part: Sequence[tuple[str, Record]], shards: int, form: Form, classes: int = MOST_CLASSES
 ) -> tuple[dict[str, Array], dict[str, list[str]]]:
     """The columns of some records: numbers, and text.
 
@@ -361,10 +364,13 @@ def _converted(
         columns[name] = [shape[axis] for shape in shapes]
     numbers: dict[str, Array] = {}
     for name, (dtype, least, most) in NUMBERS.items():
-        most = shards - 1 if name == "shard" else most
+        most = {"shard": shards, "label": classes}.get(name, most + 1) - 1
         if not all(type(value) is int and least <= value <= most for value in columns[name]):
             raise ValueError(f"a clip has no valid '{name}'")
         numbers[name] = np.array(columns[name], dtype)
+    if classes <= np.iinfo(np.int8).max:
+        # As in files of earlier versions.
+        numbers["label"] = numbers["label"].astype(np.int8)
     if not all(type(value) is bool for value in columns["tier1"]):
         raise ValueError("a clip has no valid 'tier1'")
     numbers["tier1"] = np.array(columns["tier1"], np.bool_)

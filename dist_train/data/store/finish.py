@@ -59,7 +59,8 @@ def finish(out: Path, job: Job, shards: Sequence[Shard], max_rejected: float) ->
             where=out,
             fix="Run 'dist-train verify' with --repair, which rebuilds the damaged ones.",
         )
-    checksum = write_table(out / TABLE, read_index(out / INDEX), len(shards), job.form)
+    records, classes = read_index(out / INDEX), len(job.classes or "01")
+    checksum = write_table(out / TABLE, records, len(shards), job.form, classes)
     content = content_of(ClipTable.open(out / TABLE, checksum, clips))
     marker = marker_of(job, shards, rejects, index_checksum(out / INDEX), content, checksum)
     write_whole(out / MARKER, sealed(marker))

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import (
@@ -25,7 +25,7 @@ from dist_train.data.store.clip_table import FIX, TABLE, ClipTable
 from dist_train.data.store.index import check_index, digest_of, index_checksum, read_index
 from dist_train.data.store.remote_store import RemoteStore
 from dist_train.data.store.shard_bytes import LocalShards, ShardBytes, Span
-from dist_train.data.types import DTYPES, GREY, DtypeName, Volume, class_names
+from dist_train.data.types import CLASS_CODE, DTYPES, GREY, LABEL, DtypeName, Volume, class_names
 from dist_train.errors import FileError, MissingObjectError, StoreError
 from dist_train.files import is_sealed, read_json
 from dist_train.places import Location, is_url, local_path, shown
@@ -41,7 +41,7 @@ MOST_MARKER = 1 << 20
 Name = Annotated[str, StringConstraints(min_length=1)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 #: Names of the labels, where they are not the default ones.
-ClassNames = dict[Literal["0", "1"], str]
+ClassNames = dict[Annotated[str, StringConstraints(pattern=rf"^({CLASS_CODE})$")], str]
 
 # Clips from which opening a store without a clip table takes seconds.
 MANY = 100_000
@@ -184,7 +184,7 @@ class Store:
 
     @property
     def classes(self) -> dict[int, str]:
-        """Names of the labels 0, 1 and -1."""
+        """Names of the labels: 0, 1, then further classes, and -1."""
         return class_names(self.info.get("classes"))
 
     @cached_property
@@ -356,7 +356,7 @@ class _Marker(BaseModel):
     settings: dict[str, Any]
     clips: NonNegativeInt
     shards: NonNegativeInt
-    rejected: dict[Literal["-1", "0", "1"], NonNegativeInt]
+    rejected: dict[Annotated[str, StringConstraints(pattern=rf"^({LABEL})$")], NonNegativeInt]
     index_crc32c: Annotated[int, Field(ge=0, lt=1 << 32)]
     content: Digest | None = None
     channels: Annotated[list[Name], Field(min_length=1)] = list(GREY)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from dist_train.data.store.shards import Shard
-from dist_train.data.types import class_names
+from dist_train.data.types import LABEL, class_names
 from dist_train.errors import FileError, StoreError
 from dist_train.files import read_plain
 from dist_train.safe_text import for_spreadsheet
@@ -32,7 +33,7 @@ def read_rejects(path: Path) -> pd.DataFrame:
         rows = list(csv.reader(io.StringIO(content.decode(), newline=""), strict=True))
         if not rows or rows[0] != ["file", "reason", "class"]:
             raise ValueError("its columns are not file, reason, class")
-        if any(len(row) != 3 or row[2] not in ("-1", "0", "1") for row in rows[1:]):
+        if any(len(row) != 3 or not re.fullmatch(LABEL, row[2]) for row in rows[1:]):
             raise ValueError("a row is not a file, a reason and a class")
     except (FileError, ValueError, csv.Error) as error:
         what = error.what if isinstance(error, FileError) else f"cannot be read ({error})"
@@ -66,7 +67,7 @@ def rejects_csv(rejects: pd.DataFrame) -> str:
 
 
 def count_classes(classes: pd.Series) -> dict[str, int]:
-    """Number of rows by class: "0", "1", or "-1" where it is not known."""
+    """Number of rows by class: "0", "1" and so on, or "-1" where it is not known."""
     return {str(k): int(v) for k, v in classes.value_counts().items()}
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from dist_train.data.table.csv_table import read_table
-from dist_train.data.table.labels import Naming, plain_text, read_labels
+from dist_train.data.table.labels import Naming, are_values, plain_text, read_labels
 from dist_train.data.table.numbers import parse_numbers
 from dist_train.data.table.row_filter import select_rows
 from dist_train.data.types import CLASSES, METADATA, SAFE_KEY, metadata_columns
@@ -58,13 +58,13 @@ class Manifest:
 
     Attributes:
         table: one row a clip, in the file's order. Columns: ``key`` (unique, and safe as a name in
-            a tar archive), ``filename``, ``label`` (int8; -1 if unknown), ``group`` ("" if none),
+            a tar archive), ``filename``, ``label`` (int16; -1 if unknown), ``group`` ("" if none),
             ``weight`` (float64), ``split`` ("train", "val", "test", or "" in every row),
             ``crowd_score`` (float64, NaN if none), ``tier1`` (bool), and the metadata: text, ""
             if missing, in columns named ``METADATA`` + the name in the file.
         urls: the column ``url`` as written, row by row with ``table``; None if there is none.
         lines: the line of each row in the file.
-        classes: names of the labels 0 and 1.
+        classes: names of the labels 0, 1 and further ones.
     """
 
     table: pd.DataFrame
@@ -144,7 +144,12 @@ def read_manifest(
             where=path,
             fix=f"Remove the column, or leave out --labels {labels}.",
         )
-    if unlabelled and has_labels:
+    if unlabelled and has_labels and are_values(table["label"]):
+        # As metadata, which training can take as values: ``target.columns``.
+        names = [own["label"].casefold()] if "label" in own else ["label", *ALIASES["label"]]
+        name = next(str(name) for name in in_file if str(name).casefold() in names)
+        table = table.rename(columns={"label": f"{METADATA}{name}"})
+    elif unlabelled and has_labels:
         log.warning("%s: its labels are ignored (--unlabelled)", path)
     labels_path = labels or path.with_name("train_labels.csv")
     separate = None
@@ -216,7 +221,7 @@ def make_manifest(
         {
             "key": _keys(table["filename"]),
             "filename": table["filename"],
-            "label": pd.Series(label, table.index, dtype="int8"),
+            "label": pd.Series(label, table.index, dtype="int16"),
             "group": _groups(table["group"]),
             "weight": _numbers(table, "weight", path),
             "split": _splits(table, path),
@@ -407,8 +412,16 @@ def _splits(table: pd.DataFrame, path: Path) -> pd.Series:
 
 
 def _check_labels(table: pd.DataFrame, naming: Naming, path: Path) -> None:
+    texts = table["label"].unique()
     expected, fix = "the name of a class", "Fill it, or leave the row out by --where."
-    if not naming.positive:
+    if len(texts) > 2 and are_values(table["label"]) and not naming.is_of_many(texts):
+        expected = "a class"
+        fix = (
+            "Classes are whole numbers from 0, or names. For regression prepare it with "
+            "--unlabelled: the store keeps the column as metadata, and training takes it by "
+            "target.kind=regression and target.columns."
+        )
+    elif not (naming.positive or naming.is_of_many(texts)):
         there = sorted({plain_text(text) for text in table["label"].unique()} - {""})[:10]
         expected = "0 or 1"
         fix = (
@@ -416,7 +429,7 @@ def _check_labels(table: pd.DataFrame, naming: Naming, path: Path) -> None:
             f"which are positive (there are: {', '.join(there)}). --where 'label >= 0' leaves out "
             "rows without a label; --unlabelled takes all clips without labels."
         )
-    valid = table["label"].map({text: naming.is_label(text) for text in table["label"].unique()})
+    valid = table["label"].isin(naming.labels_among(texts))
     _check_values(table, "label", valid, expected, path, fix)
 
 
