@@ -390,7 +390,9 @@ class PlanSettings(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> PlanSettings:
-        if isinstance(self.ratio, tuple) and self.batch % sum(self.ratio):
+        # Unless it is given, the ratio depends on the number of classes.
+        is_given = "ratio" in self.model_fields_set
+        if is_given and isinstance(self.ratio, tuple) and self.batch % sum(self.ratio):
             raise ValueError(
                 f"batch {self.batch} is not a multiple of positives + negatives = {sum(self.ratio)}"
             )
@@ -491,7 +493,7 @@ class LossSettings(Section):
     """The loss that training minimises; docs/losses.md says what each part does, and when."""
 
     name: str = "auto"
-    """"auto" is "bce" for binary and multilabel, "ce" for multiclass, "cumulative" for ordinal and
+    """"auto" is "bce" for binary and multilabel, "ce" for multiclass, "ordinal" for ordinal and
     "huber" for regression; one of these; "focal", "mse" or "mae"; or the import path of a function
     or class, such as mylab.losses:Focal (docs/extending.md)."""
     args: Arguments = {}

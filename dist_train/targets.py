@@ -17,7 +17,7 @@ NATURAL_LOSS: dict[Kind, str] = {
     "binary": "bce",
     "multiclass": "ce",
     "multilabel": "bce",
-    "ordinal": "cumulative",
+    "ordinal": "ordinal",
     "regression": "huber",
 }
 

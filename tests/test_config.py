@@ -140,7 +140,10 @@ def test_an_unknown_key_that_is_like_no_other_lists_the_sections() -> None:
         ("train.offload=true", "'train': offload works under ZeRO only"),
         ("train={graphs: true, backend: zero1}", "graphs work under backend: ddp only, in bf16"),
         ("train={graphs: true, precision: fp16}", "graphs work under backend: ddp only, in bf16"),
-        ("plan.batch=30", "'plan': batch 30 is not a multiple of positives + negatives = 4"),
+        (
+            "plan={batch: 30, ratio: [1, 3]}",
+            "'plan': batch 30 is not a multiple of positives + negatives = 4",
+        ),
         ("split.fold=5", "setting 'split': fold 5 does not exist: folds are 0 to 4"),
         ("model={activation_memory: 8GiB, recompute: block}", "leave out recompute: block"),
         ("snapshots.at=[21]", "snapshots.at names epoch 21, but train.epochs is 20"),
@@ -236,7 +239,7 @@ def test_a_fifo_or_a_folder_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_a_bad_value_is_blamed_on_whoever_gave_it(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("plan: {batch: 30}\n")
+    path.write_text("plan: {batch: 30, ratio: [1, 3]}\n")
     assert message(path=path).startswith(f"{path}: setting 'plan'")
     assert message("plan.batch=34", path=path).startswith("command line: setting 'plan'")
 

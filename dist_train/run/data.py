@@ -114,12 +114,6 @@ class RunData:
         labels: np.ndarray = values.reshape(len(values), *target.label_shape)
         return labels
 
-    @property
-    def class_codes(self) -> np.ndarray | None:
-        """The class code of each clip of the store, -1 for none; None if a clip has not one
-        class."""
-        return self.target_labels.codes
-
     def numbers(self, split: str, label: int | None = None) -> Ints:
         """Clip numbers of a split, ascending, int64."""
         return np.flatnonzero(self._are_in(split, label))
@@ -135,12 +129,18 @@ class RunData:
     def _are_in(self, split: str, label: int | None) -> np.ndarray:
         chosen: np.ndarray = self.splits == CODES[split]
         if label is not None:
-            chosen &= self.class_codes == label
+            chosen &= self.class_codes() == label
         return chosen
+
+    def class_codes(self) -> np.ndarray:
+        """Code of the class of each clip of the store, integer [clips]; below 0 without a label, or
+        if a clip has not one class."""
+        codes = self.target_labels.codes
+        return np.full(len(self.splits), -1, np.int8) if codes is None else codes
 
     @property
     def classes(self) -> dict[int, str]:
-        """Name of each class by its code, in ascending order; empty if a clip has not one class."""
+        """Name of each class by its code, in ascending order."""
         return dict(enumerate(self.target.classes)) if self.target.is_coded else {}
 
     @property
@@ -177,11 +177,11 @@ class RunData:
         ratio, classes = self.config.plan.ratio, self.classes
         if ratio == "natural":
             return {None: 1}
-        if not classes:
+        if not self.target.is_coded:
             raise PlanError(
-                f"a clip of a {self.target.kind} target has not one class",
+                f"it is {ratio}, and clips of kind {self.target.kind} have not one class",
                 where="plan.ratio",
-                fix="Set it to natural, or leave it out.",
+                fix="Leave it out, or set it to natural.",
             )
         if ratio == "balanced":
             ratio = dict.fromkeys(classes.values(), 1)
@@ -224,8 +224,7 @@ class RunData:
             anchor, *others = self._sorted_classes(codes, weights)
             return plan_of(anchor, others, rules)
         settings = plan.order, plan.balance_groups, clip.max_frames, clip.spacing, clip.fps
-        labels = self.splits if self.class_codes is None else self.class_codes
-        sums = crc32c(self.splits), crc32c(np.ascontiguousarray(labels))
+        sums = crc32c(self.splits), crc32c(np.ascontiguousarray(self.class_codes()))
         key = PLAN_VERSION, self.store.content, table.checksum, *sums, *codes, *settings
         arrays = shared_arrays("order", key, lambda: _as_arrays(codes, self._sorted_classes(codes)))
         anchor, *others = (_of_arrays(arrays, code, self._name_of(code)) for code in codes)
@@ -305,8 +304,9 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
     """
     _check_sizes(config)
     store = Store(config.store, config.cache)
+    config = with_channels(config, store)
     labels = target_labels(config.target, store.table, store.classes)
-    config = _with_ratio(with_channels(config, store), labels.target)
+    config = _with_ratio(config, labels.target)
     together = config.split.duplicates == "together"
     copies = _copies(store) if training or together else None
     splits = _choose(store, config, copies if together else None, labels)
@@ -329,8 +329,9 @@ def open_data(config: Config, *, training: bool = False) -> RunData:
 
 
 def _with_ratio(config: Config, target: Target) -> Config:
-    """The settings with a ratio for another target than two classes, unless one is given."""
-    if "ratio" in config.plan.model_fields_set or (len(target.classes) == 2 and target.is_coded):
+    """The settings with a ratio for a target without two classes, unless one is given."""
+    is_given = "ratio" in config.plan.model_fields_set
+    if is_given or (target.is_coded and len(target.classes) == 2):
         return config
     ratio = "balanced" if target.is_coded else "natural"
     plan = config.plan.model_copy(update={"ratio": ratio})

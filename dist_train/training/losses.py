@@ -48,7 +48,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "bce": binary_cross_entropy_with_logits,
     "ce": categorical,
     "focal": focal,
-    "cumulative": cumulative,
+    "ordinal": cumulative,
     "huber": huber_loss,
     "mse": mse_loss,
     "mae": l1_loss,

@@ -69,9 +69,9 @@ def target_store(folder: Path, kind: str) -> Path:
 
 
 SETTINGS = {
-    "npz": (),
-    "multiclass": (),
-    "ordinal": ("target.kind=ordinal", "target.classes=[flowing, slowed, stalled]"),
+    "npz": ("plan.batch=9",),
+    "multiclass": ("plan.batch=9",),
+    "ordinal": ("plan.batch=9", "target.kind=ordinal", "target.classes=[flowing, slowed, stalled]"),
     "multilabel": ("target.kind=multilabel", "target.columns=[left, right]"),
     "regression": ("target.kind=regression", "target.columns=[speed, b]"),
 }

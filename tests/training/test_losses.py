@@ -70,7 +70,7 @@ def test_ordered_classes() -> None:
     z, above = Z3[:, :2], 1.0 * (Y3[:, None] > np.array([0, 1]))
     expected = bce(z, above).mean()
     assert loss_of("ordinal", "auto", z, Y3) == pytest.approx(expected, rel=1e-5)
-    assert loss_of("ordinal", "cumulative", z, above) == pytest.approx(expected, rel=1e-5)
+    assert loss_of("ordinal", "ordinal", z, above) == pytest.approx(expected, rel=1e-5)
 
 
 def test_values() -> None:

@@ -199,8 +199,7 @@ def test_each_kind_of_target_trains_on_mixed_clips(kind: str, tmp_path: Path) ->
     mixes = ("augment.mixup=0.5", "augment.cutmix=0.5")
     store, losses = target_store(tmp_path / "store", kind), {}
     for name, settings in {"plain": more, "mixed": (*more, *mixes)}.items():
-        batch = f"plan.batch={6 if kind in ('multiclass', 'ordinal') else 8}"
-        train_until(target_config(store, tmp_path / name, kind, batch, *settings), 2)
+        train_until(target_config(store, tmp_path / name, kind, *settings), 2)
         losses[name] = losses_of(tmp_path / name)
     assert np.isfinite(losses["mixed"]).all()
     assert losses["mixed"][0] != losses["plain"][0]
