@@ -14,7 +14,7 @@ from short_runs import train_until
 from targets import target_config, target_store
 from test_losses import MANY, SOFT, SOFT3, Y3, Z3, Y, Z, bce, target_of
 
-from dist_train.config import DistillSettings, LossSettings
+from dist_train.config import DistillSettings, LossSettings, load_config
 from dist_train.errors import ConfigError
 from dist_train.run.record import read_record
 from dist_train.targets import Kind
@@ -221,3 +221,18 @@ def test_a_run_trains_with_them_and_records_the_share(store: Path, tmp_path: Pat
     assert rate == pytest.approx(0.5)
     rate = read_record(tmp_path / "adjusted")["positive_rate"]["train_batches"]
     assert rate == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (("augment.mixup=0.7", "augment.cutmix=0.7"), "mixup + cutmix must be at most 1"),
+        (("loss.distill.temperature=0.5",), "'loss.distill.temperature': Input should be greater"),
+        (("loss.class_weights={stalled: 0}",), "Input should be greater than 0"),
+        (("loss.class_weight=balanced",), "Did you mean 'loss.class_weights'?"),
+    ],
+)
+def test_wrong_settings_of_the_loss_are_named(settings: tuple[str, ...], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["store=s", *settings])
+    assert told in str(caught.value)
