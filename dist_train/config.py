@@ -42,7 +42,7 @@ COMMAND_LINE = "command line"
 # Names of earlier versions, which are still read.
 RENAMED = {"train.hang": "hang_timeout", "train.slow": "straggler_ratio"}
 # Settings whose value is a mapping of the user's own names; they are replaced as a whole.
-MAPPINGS = ("plan.ratio",)
+MAPPINGS = ("plan.ratio", "loss.class_weights")
 STORE_FIX = "Give the folder that 'dist-train prepare' wrote, or its URL, as store=FOLDER."
 
 
@@ -110,6 +110,7 @@ Stride = Annotated[int, Field(ge=1, le=16)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0, le=10.0)]
+ClassWeight = Annotated[float, Field(gt=0.0, le=1e6)]
 Bytes = Annotated[ByteSize, BeforeValidator(_whole_size), Field(ge=1, le=2**60)]
 # Of a microscope: beyond these bounds it is in another unit.
 Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
@@ -296,6 +297,10 @@ class ClipSettings(Section):
         return list(accumulate(stage.epochs for stage in self.growth))
 
 
+#: Settings of ``augment`` that mix clips begin so.
+MIXES = ("mixup", "cutmix")
+
+
 class AugmentSettings(Section):
     """Probability of each augmentation; all frames of a clip get the same draw."""
 
@@ -316,6 +321,19 @@ class AugmentSettings(Section):
     """Probability of a smooth distortion of the frame."""
     shift_scale_rotate: Fraction = 0.0
     """Probability of a small shift, zoom and rotation."""
+    mixup: Fraction = 0.0
+    """Probability that the clips of a group are blended with each other, labels included (Zhang et
+    al. 2018); a group is the least number of clips that has the ratio of the plan."""
+    mixup_alpha: Annotated[float, Field(gt=0.0, le=100.0)] = 0.2
+    """The shares of the two clips are drawn from Beta(alpha, alpha)."""
+    cutmix: Fraction = 0.0
+    """Probability that each clip of a group gets a box of another one, and its share of that label
+    (Yun et al. 2019)."""
+    cutmix_alpha: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
+    """As `augment.mixup_alpha`, for the size of the box."""
+    cutmix_axes: Literal["both", "space", "depth"] = "both"
+    """The box is a part of the frame in all frames ("space"), all of some frames ("depth"), or a
+    part of some frames ("both")."""
     device: bool = False
     """Loader workers only read clips and draw parameters; the device resizes and augments."""
 
@@ -323,9 +341,16 @@ class AugmentSettings(Section):
     @classmethod
     def _preset_gives_defaults(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("preset") == "original":
-            blocks = cls.model_fields.keys() - {"preset", "device"}
+            others = {"preset", "device"}
+            blocks = {n for n in cls.model_fields.keys() - others if not n.startswith(MIXES)}
             return dict.fromkeys(sorted(blocks), 0.5) | given
         return given
+
+    @model_validator(mode="after")
+    def _one_mix_at_a_time(self) -> AugmentSettings:
+        if self.mixup + self.cutmix > 1:
+            raise ValueError("a group is mixed in one way: mixup + cutmix must be at most 1")
+        return self
 
     @model_validator(mode="after")
     def _preset_is_of_the_host(self) -> AugmentSettings:
@@ -452,15 +477,41 @@ class ModelSettings(Section):
         return self
 
 
+class DistillSettings(Section):
+    """Learning from a trained net as well (Hinton, Vinyals and Dean 2015); docs/losses.md."""
+
+    teacher: Place | None = None
+    """A run's folder (all its snapshots), one snapshot, or an export: the mean of its probabilities
+    of each training clip is a second label; null for none."""
+    weight: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Weight of the teacher in the loss; the labels have the rest."""
+    temperature: Annotated[float, Field(ge=1.0, le=1e3)] = 2.0
+    """What logits of both nets are divided by for the teacher's part."""
+
+
 class LossSettings(Section):
-    """The loss that training minimises."""
+    """The loss that training minimises; docs/losses.md says what each part does, and when."""
 
     name: str = "auto"
     """"auto" is "bce" for binary and multilabel, "ce" for multiclass, "ordinal" for ordinal and
-    "huber" for regression; one of these; or the import path of a function or class, such as
-    mylab.losses:Focal (docs/extending.md)."""
+    "huber" for regression; one of these; "focal", "mse" or "mae"; or the import path of a function
+    or class, such as mylab.losses:Focal (docs/extending.md)."""
     args: Arguments = {}
-    """Arguments of the loss, besides logits and labels."""
+    """Arguments of the loss, besides logits and labels: gamma (2) of focal, delta (1) of huber."""
+    class_weights: Literal["balanced"] | dict[str, ClassWeight] | None = None
+    """Weight of a clip by its class, such as {stalled: 3}, others 1; "balanced" undoes the ratio of
+    the plan. Their mean over a batch is scaled to 1."""
+    smoothing: BelowOne = 0.0
+    """Share of each label that is spread evenly over the classes."""
+    logit_adjustment: Literal["natural", "balanced"] | None = None
+    """Let logits hold for another mix of classes than that of the batches: that of the train split
+    ("natural"), or equal shares ("balanced")."""
+    soft_labels: Literal["crowd_score"] | None = None
+    """Train on a clip's crowd score, where it is known, in place of its class; two classes only."""
+    sureness: Literal["none", "margin"] = "none"
+    """Weight of a clip by how sure its crowd score s is: "margin" is |2s - 1|, scaled to a mean of
+    1 over a batch; a clip without one is sure."""
+    distill: DistillSettings = DistillSettings()
 
 
 class NormSettings(Section):
@@ -748,7 +799,7 @@ def _first_of(error: ValidationError) -> tuple[str, str | None]:
     if place[:2] == ("plan", "ratio"):
         # After the setting comes the tag of its form.
         place = place[:2] + place[3:]
-    if len(place) > 2 and isinstance(place[2], str) and place[0] not in ("clip", "plan"):
+    if len(place) > 2 and isinstance(place[2], str) and not _is_nested(place):
         # After section and setting comes pydantic's name of a form.
         place = place[:2]
         reasons += [_reason(other) for other in others if other["loc"][:2] == place]
@@ -758,6 +809,11 @@ def _first_of(error: ValidationError) -> tuple[str, str | None]:
     # A rule of a section, and a missing key, have no value to show.
     value = "" if isinstance(first["input"], dict) else f", not {_shown(first['input'])}"
     return key, "; or: ".join(reasons) + value
+
+
+def _is_nested(place: tuple[int | str, ...]) -> bool:
+    """Whether a setting has settings of its own."""
+    return place[0] in ("clip", "plan") or place[:2] == ("loss", "distill")
 
 
 def _reason(error: ErrorDetails) -> str:

@@ -153,7 +153,8 @@ def test_the_machine_may_allow_it_and_an_own_loss_is_what_is_minimised(
         (("loss.name=mylab:Net",), "has weights of its own"),
         (("loss.name=mylab:each",), "of 4 clips it gives [4]"),
         (("loss.name=mylab:Focal", "loss.args.g=1"), "unexpected keyword argument 'g'"),
-        (("loss.name=focal",), "there is no loss 'focal'. There are: bce."),
+        (("loss.name=lovasz",), "there is no loss 'lovasz'. There are: auto, bce, ce,"),
+        (("loss.name=mylab:Focal", "loss.class_weights=balanced"), "gives the mean over the clips"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_line(

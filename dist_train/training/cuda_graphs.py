@@ -8,7 +8,7 @@ gradients must stay at the same addresses.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_train.distributed.backends.base import Backend
-from dist_train.training.forward_backward import ForwardBackward, Outputs
+from dist_train.training.forward_backward import NO_EXTRAS, ForwardBackward, Outputs
 from dist_train.training.losses import LOSSES, Loss
 
 #: Runs of a shape before it is captured: libraries choose their kernels, and loops are compiled.
@@ -80,6 +80,7 @@ class _Recording(NamedTuple):
     x: Tensor
     frames: Tensor | None
     labels: Tensor
+    extras: dict[str, Tensor]
     replay: Callable[[], Outputs]
 
 
@@ -110,20 +111,27 @@ class GraphedForwardBackward(ForwardBackward):
         self._recordings: dict[tuple[object, ...], _Recording] = {}
 
     def __call__(
-        self, x: Tensor, frames: Tensor | None, labels: Tensor, weight: float | Tensor
+        self,
+        x: Tensor,
+        frames: Tensor | None,
+        labels: Tensor,
+        weight: float | Tensor,
+        extras: Mapping[str, Tensor] = NO_EXTRAS,
     ) -> Outputs:
         key = (*x.shape, frames is None)
         self._seen[key] += 1
         if self._seen[key] <= UNRECORDED or not (frames is None or self._device_knows_frames):
             with self._recorder.unrecorded():
-                return super().__call__(x, frames, labels, weight)
+                return super().__call__(x, frames, labels, weight, extras)
         if key not in self._recordings:
             if len(self._recordings) == MOST:
                 self._recordings.clear()
-            self._recordings[key] = self._record(x, frames, labels)
+            self._recordings[key] = self._record(x, frames, labels, extras)
         recording = self._recordings[key]
         recording.x.copy_(x)
         recording.labels.copy_(labels)
+        for name, tensor in extras.items():
+            recording.extras[name].copy_(tensor)
         if frames is not None:
             assert recording.frames is not None
             recording.frames.copy_(frames, non_blocking=True)
@@ -131,12 +139,19 @@ class GraphedForwardBackward(ForwardBackward):
         logits, loss = recording.replay()
         return logits.clone(), loss.clone()
 
-    def _record(self, x: Tensor, frames: Tensor | None, labels: Tensor) -> _Recording:
+    def _record(
+        self,
+        x: Tensor,
+        frames: Tensor | None,
+        labels: Tensor,
+        extras: Mapping[str, Tensor],
+    ) -> _Recording:
         run = super().__call__
         x, labels = self._shared_input(x), labels.clone()
+        own = {name: tensor.clone() for name, tensor in extras.items()}
         depths = None if frames is None else frames.to(x.device, copy=True)
-        replay = self._recorder.record(lambda: run(x, depths, labels, self._weight))
-        return _Recording(x, depths, labels, replay)
+        replay = self._recorder.record(lambda: run(x, depths, labels, self._weight, own))
+        return _Recording(x, depths, labels, own, replay)
 
     def _shared_input(self, x: Tensor) -> Tensor:
         """Return a tensor like ``x`` in memory that all graphs share."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from dist_train.training.losses import LOSSES, Loss
 
 #: Logits, [B] or [B, outputs], and the mean loss of a micro-batch, detached.
 Outputs = tuple[Tensor, Tensor]
+NO_EXTRAS: Mapping[str, Tensor] = {}
 
 
 class ForwardBackward:
@@ -34,7 +35,12 @@ class ForwardBackward:
         self._of_clip = () if outputs == 1 else (outputs,)
 
     def __call__(
-        self, x: Tensor, frames: Tensor | None, labels: Tensor, weight: float | Tensor
+        self,
+        x: Tensor,
+        frames: Tensor | None,
+        labels: Tensor,
+        weight: float | Tensor,
+        extras: Mapping[str, Tensor] = NO_EXTRAS,
     ) -> Outputs:
         """Run both passes.
 
@@ -43,6 +49,7 @@ class ForwardBackward:
             frames: int64 [B], the true depths, best on the host; None if no clip is padded.
             labels: float32 on the device, [B] or as ``Target`` says.
             weight: factor of the micro-batch's mean loss in the loss of the step.
+            extras: further arguments of the loss, on the device.
         """
         logits = self._backend.model(x, frames)
         if logits.shape != (len(labels), *self._of_clip):
@@ -53,7 +60,7 @@ class ForwardBackward:
                 if not self._of_clip
                 else f"Give {self._of_clip[0]} logits a clip, [B, {self._of_clip[0]}].",
             )
-        loss = self._loss(logits.float(), labels)
+        loss = self._loss(logits.float(), labels, **extras)
         self._between()
         self._backend.backward(loss * weight)
         return logits.detach(), loss.detach()

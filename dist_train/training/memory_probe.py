@@ -12,6 +12,7 @@ from dist_train.distributed.backends.base import Backend
 from dist_train.distributed.out_of_memory import free_cache, is_out_of_memory
 from dist_train.run.model import as_input
 from dist_train.system.advice import first_line
+from dist_train.training.teacher import Teacher
 
 #: Share of the device's memory that the trial leaves free, for fragments and communication buffers.
 MARGIN = 1 / 20
@@ -21,12 +22,18 @@ COPIES = 3
 
 
 def find_shortage(
-    make: Callable[[], nn.Module], clips: int, frames: int, config: Config, backend: Backend
+    make: Callable[[], nn.Module],
+    clips: int,
+    frames: int,
+    config: Config,
+    backend: Backend,
+    teacher: Teacher | None = None,
 ) -> str | None:
     """Try both passes of ``clips`` clips of ``frames`` frames, without a trace in the run.
 
     Args:
         make: makes a model that does not communicate with other ranks.
+        teacher: is asked before the model.
 
     Returns:
         The error if memory did not suffice, else None.
@@ -35,7 +42,7 @@ def find_shortage(
     shortage = None
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            _train_once(make(), clips, frames, config, backend)
+            _train_once(make(), clips, frames, config, backend, teacher)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -46,7 +53,12 @@ def find_shortage(
 
 
 def _train_once(
-    model: nn.Module, clips: int, frames: int, config: Config, backend: Backend
+    model: nn.Module,
+    clips: int,
+    frames: int,
+    config: Config,
+    backend: Backend,
+    teacher: Teacher | None,
 ) -> None:
     device = backend.device
     model.to(device).train()
@@ -59,7 +71,10 @@ def _train_once(
     # One clip is padded, as a padded batch takes more memory than another.
     lengths = torch.full((clips,), frames)
     lengths[0] = max(1, frames - 1)
+    x = as_input(volumes, config)
+    if teacher is not None:
+        teacher(x, lengths)
     with backend.autocast():
-        loss = model(as_input(volumes, config), lengths).float().mean()
+        loss = model(x, lengths).float().mean()
     loss.backward()
     del reserve

@@ -29,6 +29,7 @@ from dist_train.run.folder import MICRO_BATCH
 from dist_train.run.model import configured_model, make_model
 from dist_train.training.memory_probe import find_shortage
 from dist_train.training.micro_batch_note import conditions, noted_clips, write_note
+from dist_train.training.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -74,14 +75,25 @@ class MicroBatches:
         chosen: what is recomputed to stay within ``model.activation_memory``; None without it.
     """
 
-    def __init__(self, config: Config, data: RunData, plan: Plan, backend: Backend) -> None:
+    def __init__(
+        self,
+        config: Config,
+        data: RunData,
+        plan: Plan,
+        backend: Backend,
+        teacher: Teacher | None = None,
+    ) -> None:
         """Find the size. A collective call, before the backend wraps the model.
+
+        Args:
+            teacher: on the device; shares the memory.
 
         Raises:
             PlanError: ``train.accumulate`` cannot cut the steps.
             RunError: memory, or ``model.activation_memory``, does not suffice.
         """
         self.config, self.plan, self.backend = config, plan, backend
+        self._teacher = teacher
         self.step_clips, self.frames = largest_step(plan, data.deepest())
         self._conditions = conditions(config, backend.device)
         self.accumulate = config.train.accumulate
@@ -155,7 +167,8 @@ class MicroBatches:
             self.accumulate = n
 
     def _cut_to_32_bits(self) -> None:
-        most = most_clips(self.config.model, (self.frames, *self.config.clip.size))
+        models = [self.config.model, *(self._teacher.settings if self._teacher else ())]
+        most = min(most_clips(m, (self.frames, *self.config.clip.size)) for m in models)
         clips = self._largest
         self._cut_until(lambda: self._largest <= most)
         if self._largest != clips and self.backend.is_main:
@@ -227,4 +240,5 @@ class MicroBatches:
             frames=self.frames,
             config=self.config,
             backend=self.backend,
+            teacher=self._teacher,
         )

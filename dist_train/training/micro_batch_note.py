@@ -31,8 +31,11 @@ SETTINGS: dict[str, Any] = {
 
 def conditions(config: Config, device: torch.device) -> dict[str, Any]:
     """Return all that a micro-batch's memory and the device's depend on: JSON types."""
+    settings = SETTINGS
+    if config.loss.distill.teacher is not None:
+        settings = SETTINGS | {"loss": {"distill": {"teacher"}}}
     return {
-        "settings": config.model_dump(mode="json", include=SETTINGS, exclude={"model": {"init"}}),
+        "settings": config.model_dump(mode="json", include=settings, exclude={"model": {"init"}}),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         # They choose the algorithms of convolutions, and so their workspace.
         "torch": torch.__version__,

@@ -21,12 +21,11 @@ from dist_train.distributed.foreach import by_dtype
 from dist_train.distributed.out_of_memory import is_out_of_memory
 from dist_train.distributed.straggler import StragglerDetector
 from dist_train.errors import RunError
-from dist_train.run.model import as_input
 from dist_train.system.advice import first_line
-from dist_train.targets import Target
 from dist_train.training.cuda_graphs import make_forward_backward
 from dist_train.training.epoch_predictions import EpochPredictions
-from dist_train.training.losses import make_loss
+from dist_train.training.inputs import MakeInputs
+from dist_train.training.losses import Loss
 from dist_train.training.micro_batch import MicroBatches
 from dist_train.training.schedule import Schedule
 
@@ -54,7 +53,9 @@ class OptimizerStep:
 
     Args:
         config_at: gives the settings of a step, as ``clip`` may grow.
-        predictions: collects the logits and labels of each step.
+        predictions: collects the logits and classes of each step.
+        loss: the training loss.
+        inputs: makes what it is computed of.
     """
 
     def __init__(
@@ -66,12 +67,12 @@ class OptimizerStep:
         micro: MicroBatches,
         config_at: Callable[[int], Config],
         predictions: EpochPredictions,
-        target: Target,
+        loss: Loss,
+        inputs: MakeInputs,
     ) -> None:
         self._config, self._backend, self._plan = config, backend, plan
         self._schedule, self._micro, self._config_at = schedule, micro, config_at
-        self._predictions = predictions
-        self._loss = make_loss(config.loss, backend.device, target)
+        self._predictions, self._loss, self._inputs = predictions, loss, inputs
         self.drop_graphs()
         self._buffers = BufferCopy(backend.module)
         self._stragglers = StragglerDetector(backend, config.train.straggler_ratio)
@@ -156,9 +157,8 @@ class OptimizerStep:
             batch = next(batches)
             waited += time.perf_counter() - asked
             with backend.accumulating(last=number == accumulate - 1):
-                logits, loss = self._forward_backward(
-                    as_input(batch.volumes, config), batch.frames, batch.labels, weight
-                )
+                x, labels, extras = self._inputs(batch, config, step)
+                logits, loss = self._forward_backward(x, batch.frames, labels, weight, extras)
             total += loss / accumulate
             self._predictions.add(logits, batch.labels)
         return total, waited

@@ -40,6 +40,7 @@ from dist_train.run.seen_before import held_out_seen, held_out_seen_by_init
 from dist_train.run.snapshots import set_snapshots_aside
 from dist_train.system.main_guard import end_if_run_again
 from dist_train.training.console import closing, opening
+from dist_train.training.implied_rate import implied_rate
 from dist_train.training.initial_weights import SETTING, Source, initial_model
 from dist_train.training.reporting import Say
 from dist_train.training.run_state import retention
@@ -133,6 +134,7 @@ def begin(trainer: Trainer, resume: Resume) -> None:
 
     on_main(backend, check_folder)
     if restored is not None:
+        on_main(backend, lambda: _check_teacher(trainer))
         trainer.restore_progress(*restored)
     else:
         trainer.batches.weights.set_tables_aside()
@@ -150,6 +152,22 @@ def begin(trainer: Trainer, resume: Resume) -> None:
         resumed_from = trainer.done if restored else None
         on_main(backend, lambda: _note_session(trainer, resumed_from, init))
     trainer.first_step = trainer.done
+
+
+def _check_teacher(trainer: Trainer) -> None:
+    """Refuse to resume with a teacher whose files have changed. On rank 0."""
+    teacher, before = trainer.teacher, None
+    with suppress(RunError):
+        before = read_record(trainer.config.out).get("teacher")
+    if teacher is None or before is None:
+        return
+    now = teacher.origin._asdict()
+    if before["path"] == now["path"] and before != now:
+        raise RunError(
+            "the teacher has changed since the run began",
+            where=now["path"],
+            fix="Restore its snapshots, or name another teacher by loss.distill.teacher.",
+        )
 
 
 def _open_mirror(config: Config, backend: Backend, resume: Resume) -> Mirror | None:
@@ -231,6 +249,8 @@ def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | Non
     }
     if init is not None:
         run["init"] = init._asdict()
+    if trainer.teacher is not None:
+        run["teacher"] = trainer.teacher.origin._asdict()
     session: dict[str, Any] = {
         "resumed_from_step": resumed_from,
         "world_size": backend.world,
@@ -253,20 +273,26 @@ def _rates(trainer: Trainer) -> dict[str, Any]:
     config, data = trainer.config, trainer.data
     if data.target.kind != "binary":
         return {"target": config.target.model_dump(mode="json")}
-    natural = data.natural_rate()
-    return {"positive_rate": {"train_batches": data.batch_rates()[1], "natural": natural}}
+    batches = implied_rate(config.loss, data.target, trainer.rates, trainer.inputs.crowd)
+    return {"positive_rate": {"train_batches": batches, "natural": data.natural_rate()}}
 
 
 def _held_out_seen(trainer: Trainer, resumed_from: int | None, init: Source | None) -> int:
-    """Return how many held-out clips the weights were trained on before, for the record."""
+    """Return how many held-out clips the weights, or the teacher, were trained on before, for the
+    record."""
     config, data = trainer.config, trainer.data
     if resumed_from is not None:
         with suppress(RunError):
             before: int = read_record(config.out).get("held_out_seen", 0)
             return max(before, held_out_seen(data, config.out) or 0)
-    elif init is not None:
-        return held_out_seen_by_init(data, Path(init.path)) or 0
-    return 0
+    seen = 0
+    if init is not None:
+        seen = held_out_seen_by_init(data, Path(init.path)) or 0
+    if trainer.teacher is not None:
+        path = Path(trainer.teacher.origin.path)
+        by_teacher = (held_out_seen if path.is_dir() else held_out_seen_by_init)(data, path)
+        seen = max(seen, by_teacher or 0)
+    return seen
 
 
 def _changed_settings(config: Config) -> list[str]:

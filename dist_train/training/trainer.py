@@ -24,8 +24,10 @@ from dist_train.run.mirror import Mirror
 from dist_train.run.model import model_metadata, target_metadata
 from dist_train.run.record import note_checkpoint
 from dist_train.training.batches import Batches
+from dist_train.training.class_rates import class_rates
 from dist_train.training.ema import Ema
 from dist_train.training.epoch_predictions import EpochPredictions
+from dist_train.training.inputs import MakeInputs
 from dist_train.training.micro_batch import MicroBatches
 from dist_train.training.optimizer import make_optimizer
 from dist_train.training.recovery import Recovery
@@ -34,6 +36,8 @@ from dist_train.training.run_state import RunState
 from dist_train.training.schedule import Schedule
 from dist_train.training.small_sets import with_batch_that_fits
 from dist_train.training.step import BadStepError, OptimizerStep, ShortMemoryError, Values
+from dist_train.training.teacher import load_teacher
+from dist_train.training.training_loss import make_training_loss
 from dist_train.training.validation import Validator
 
 BeforeStep = Callable[["Trainer", int], None]
@@ -61,7 +65,13 @@ class Trainer:
         self.plan = self.data.plan()
         self.steps = self.plan.first_step(config.train.epochs)
         self.done = self.first_step = 0
-        self.micro = MicroBatches(config, self.data, self.plan, backend)
+        self.rates = rates = class_rates(self.data)
+        loss = make_training_loss(config.loss, backend.device, self.data.target, rates)
+        self.teacher = load_teacher(config, self.data.target, backend.device)
+        self.inputs = MakeInputs(
+            self.data, rates, group=self.plan.ratio.group, teacher=self.teacher
+        )
+        self.micro = MicroBatches(config, self.data, self.plan, backend, self.teacher)
         self.batches = Batches(config, self.data, self.plan, self.micro, backend)
         self.schedule = Schedule(config.schedule, config.optim.lr, self.steps, config.train.epochs)
         self._wrap(self.micro.make_model())
@@ -69,7 +79,7 @@ class Trainer:
         self.predictions = EpochPredictions(backend)
         self.step = OptimizerStep(
             config, backend, self.plan, self.schedule, self.micro, self.batches.config_at,
-            self.predictions, self.data.target,
+            self.predictions, loss, self.inputs,
         )  # fmt: skip
         # A hang is reported before the other processes time out.
         hang = config.train.hang_timeout

@@ -125,6 +125,21 @@ def test_golden_losses(one: dict[int, Path]) -> None:
     assert compared.first is None, compared.worst
 
 
+@pytest.mark.parametrize("launch", [Launch(2, "zero3"), Launch(2, "fsdp2")], ids=str)
+def test_losses_of_mixed_clips_and_a_teacher(
+    golden: Path, one: dict[int, Path], launcher: Launcher, launch: Launch
+) -> None:
+    """A teacher is whole on each process, and clips are mixed within their groups."""
+    more = [f"loss.distill.teacher={one[1]}", "augment.mixup=0.5", "augment.cutmix=0.5"]
+    straight, out = golden.parent / "distilled", golden.parent / f"distilled-{launch}"
+    if not straight.exists():
+        train(golden_config(golden, straight, *more))
+    assert compare(one[1], straight, ELSEWHERE).first is not None
+    argv = [TRAINED, *golden_overrides(golden, out, *launch.settings, *more)]
+    launcher.program(launch.world, argv).well()
+    assert_same(out, straight, LOSS[launch.backend])
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
 @pytest.mark.parametrize(
     "backend",
