@@ -335,6 +335,9 @@ class ModelSettings(Section):
     channels: Annotated[tuple[str, ...], Field(min_length=1, max_length=64)] | None = None
     """Names of the channels of clips, in order. A run takes those of its store, and keeps them;
     null is one, "grey"."""
+    outputs: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Numbers that the network gives for a clip. A run takes those of its target, and keeps
+    them."""
     args: Arguments = {}
     """Arguments of a model other than resnet3d, whose settings are `model.width` to
     `model.dropout`."""

@@ -1,19 +1,52 @@
-"""Models by name, or by import path."""
+"""Models by name, or by import path, and what each of them can."""
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from dist_train import extensions
 from dist_train.errors import ModelError
 from dist_train.models.resnet3d import BLOCKS, ResNet3D
+from dist_train.models.trunk import Trunk
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    f"resnet3d-{depth}": partial(ResNet3D, depth) for depth in BLOCKS
+#: What may be asked of a model: to recompute activations in the backward pass, to be captured by
+#: CUDA graphs, to be written as ONNX, to have its weights sharded over processes (ZeRO-3, FSDP2),
+#: and to run channels last.
+Ability = Literal["recompute", "cuda_graphs", "onnx", "sharded", "channels_last"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How a model is made, and what it cannot do.
+
+    Attributes:
+        build: makes the model. Its arguments are the model's settings; with ``in_channels`` it is
+            for clips of several channels, with ``outputs`` for several logits a clip.
+        cannot: reasons, in words that go on from the model's name: "has no parts ...".
+        settings: arguments that are fields of their own in the section ``model`` of a config.
+    """
+
+    build: Callable[..., nn.Module]
+    cannot: Mapping[Ability, str] = field(default_factory=dict)
+    settings: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> Mapping[str, inspect.Parameter]:
+        """The arguments of ``build``, by name."""
+        return inspect.signature(self.build).parameters
+
+
+#: Settings of ``model`` that are arguments of resnet3d.
+OF_RESNET3D = ("width", "stem_stride", "stem_pool", "stem_folded", "dropout")
+
+MODELS: dict[str, ModelSpec] = {
+    f"resnet3d-{depth}": ModelSpec(partial(ResNet3D, depth), settings=OF_RESNET3D)
+    for depth in BLOCKS
 }
 
 
@@ -28,9 +61,8 @@ def build_model(name: str, **settings: Any) -> nn.Module:
         ModelError: there is no such model, it has no such setting, or it lacks one.
         ConfigError: an import path is not allowed or not importable.
     """
-    model = find_model(name)
-    signature = inspect.signature(model)
-    parameters = signature.parameters
+    spec = find_model(name)
+    parameters = spec.arguments
     known = [n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for setting in settings:
@@ -38,14 +70,14 @@ def build_model(name: str, **settings: Any) -> nn.Module:
             fix = _hint(setting, known)
             raise ModelError(f"there is no setting {setting!r}", where=name, fix=fix)
     try:
-        signature.bind(**settings)
+        inspect.signature(spec.build).bind(**settings)
     except TypeError as error:
         raise ModelError(f"{error}", where=name, fix="Give it by model.args.") from None
-    return model(**settings)
+    return spec.build(**settings)
 
 
-def find_model(name: str) -> Callable[..., nn.Module]:
-    """The class or function that makes a model. Raises like ``build_model``."""
+def find_model(name: str) -> ModelSpec:
+    """How the model of a name or import path is made. Raises like ``build_model``."""
     if not extensions.is_import_path(name):
         if name not in MODELS:
             raise ModelError(f"there is no model {name!r}", fix=_hint(name, list(MODELS)))
@@ -64,13 +96,33 @@ def find_model(name: str) -> Callable[..., nn.Module]:
             fix="It takes volumes [B, C, D, H, W] and frames, the true depths [B] or None, and "
             "gives logits [B].",
         ) from None
-    return found
+    return ModelSpec(found, {} if issubclass(found, Trunk) else UNKNOWN)
+
+
+#: Of a model from outside that is no ``Trunk``.
+UNKNOWN: Mapping[Ability, str] = {
+    "recompute": "has no parts that can be recomputed: it is no dist_train.models.trunk.Trunk",
+    "onnx": "cannot be written as ONNX: it is no dist_train.models.trunk.Trunk",
+}
+
+
+def require(name: str, ability: Ability, setting: str) -> None:
+    """Refuse what a model cannot do.
+
+    Raises:
+        ModelError: it cannot, and why; ``setting`` asked for it.
+        ModelError, ConfigError: as ``find_model``.
+    """
+    reason = find_model(name).cannot.get(ability)
+    if reason is not None:
+        fix = "Set it otherwise, or take another model."
+        raise ModelError(f"{name} {reason}", where=setting, fix=fix)
 
 
 def defaults_of(name: str) -> Mapping[str, Any]:
     """The arguments of a model that have a default, by name."""
-    parameters = inspect.signature(find_model(name)).parameters
-    return {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+    arguments = find_model(name).arguments
+    return {n: p.default for n, p in arguments.items() if p.default is not p.empty}
 
 
 def _hint(wrong: str, known: list[str]) -> str:
