@@ -132,7 +132,8 @@ class ConvNeXt3D(Trunk):
         kernel = (3, *STEM_STRIDE[1:])
         self.stem = Conv3d(in_channels, width, kernel, STEM_STRIDE, padding=(1, 0, 0))
         self.stem_norm = VoxelNorm(width)
-        drops = iter(torch.linspace(0, drop_path, sum(REPEATS), device="cpu").tolist())
+        last = sum(REPEATS) - 1
+        drops = (drop_path * number / last for number in range(last + 1))
         self.blocks = nn.ModuleList()
         for stage, repeat in enumerate(REPEATS):
             channels = width * 2**stage
@@ -143,7 +144,8 @@ class ConvNeXt3D(Trunk):
         self._add_head(channels, outputs, dropout)
         for module in self.modules():
             if isinstance(module, nn.Conv3d | nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                # The paper cuts it off at 100 standard deviations.
+                nn.init.normal_(module.weight, std=0.02)
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
 

@@ -8,7 +8,6 @@ from dist_train.errors import ModelError
 from dist_train.models.registry import MODELS, build_model
 from dist_train.models.resnet3d import ResNet3D
 
-
 RESNETS = [f"resnet3d-{n}" for n in (10, 18, 34, 50, 101, 152, 200)]
 
 
