@@ -20,6 +20,7 @@ from dist_train.evaluation.onnx_model import check_packages, onnx_bytes
 from dist_train.evaluation.prediction_origin import check_origin
 from dist_train.evaluation.prediction_table import read_calibration, read_predictions, val_clips
 from dist_train.files import check_replaceable, write_whole
+from dist_train.models.registry import require
 from dist_train.places import Location
 from dist_train.run.data import open_run_data
 from dist_train.run.folder import CHECKPOINTS, PREDICTIONS, SNAPSHOT, SNAPSHOTS, refuse_own_place
@@ -120,6 +121,7 @@ def export_run(
         RunError: there is no run, or it has no weights, or they do not fit it; ONNX is not
             installed; a name is given twice, or is one of the run's own; or the predictions or the
             calibration are of other snapshots.
+        ModelError: the model has no ONNX form.
         CheckpointError: all checkpoints are damaged.
         FileError: ``out`` or ``onnx`` exists and is not a plain file.
         OSError: a file cannot be written.
@@ -131,6 +133,7 @@ def export_run(
         refuse_own_place(run, path)
     if onnx is not None:
         check_packages()
+        require(config.model.name, "onnx", "--onnx")
         if onnx.resolve() == out.resolve():
             raise RunError(
                 "the safetensors and the ONNX file have the same name",

@@ -15,7 +15,6 @@ from torch import nn
 
 from dist_train.errors import RunError
 from dist_train.evaluation.exported import Ensemble
-from dist_train.models.resnet3d import ResNet3D
 
 NEEDED = ("onnx", "onnxscript")
 #: Limit of a protobuf message, and so of an ONNX file that contains its weights.
@@ -42,16 +41,11 @@ def onnx_bytes(
         facts: metadata, written as JSON.
 
     Raises:
-        RunError: a model has no ONNX form, or together they are too large for one file.
+        RunError: together the models are too large for one file.
     """
     # Deep enough that no axis has length 1 in any layer, which would be exported as a constant.
-    depth, (channels, height, width) = 0, shape
-    for model in models:
-        if not isinstance(model, ResNet3D):
-            raise RunError(
-                f"{type(model).__name__} cannot be written as ONNX", fix="Leave out --onnx."
-            )
-        depth = max(depth, 32 * model.stem_frame_stride + 1)
+    depth = 1 + 2 * max(getattr(model, "frame_stride", 16) for model in models)
+    channels, height, width = shape
     if sum(t.nbytes for model in models for t in model.state_dict().values()) >= MOST_BYTES:
         raise RunError(
             "the model is larger than the 2 GiB of an ONNX file",

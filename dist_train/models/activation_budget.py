@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from dist_train.errors import ModelError
 from dist_train.models.recompute import Recompute, Step, run_part
-from dist_train.models.resnet3d import RecomputePlan, ResNet3D
+from dist_train.models.trunk import RecomputePlan, Trunk
 
 MODES: tuple[Recompute, ...] = get_args(Recompute)
 #: Floating point operations that take as long as moving one byte. Data sheets of GPUs with tensor
@@ -50,7 +50,7 @@ Costs = Sequence[Mapping[Recompute, Cost]]
 
 @dataclass(frozen=True)
 class Choice:
-    """One mode for each of ``PARTS``, the most bytes of activations that it keeps alive at once,
+    """One mode for each of part, the most bytes of activations that it keeps alive at once,
     and its work relative to the plan that recomputes nothing."""
 
     plan: RecomputePlan
@@ -61,7 +61,7 @@ class Choice:
 def choose_plan(costs: Costs, budget: int) -> Choice:
     """The plan of least work that fits into ``budget`` bytes; if none fits, that of fewest."""
     plans = product(MODES, repeat=len(costs))
-    choices = [weigh(cast(RecomputePlan, plan), costs) for plan in plans]
+    choices = [weigh(plan, costs) for plan in plans]
     fitting = [choice for choice in choices if choice.bytes <= budget]
     if not fitting:
         return min(choices, key=lambda choice: (choice.bytes, choice.work))
@@ -83,7 +83,7 @@ def weigh(plan: RecomputePlan, costs: Costs) -> Choice:
 def measure_parts(
     make_model: Callable[[], nn.Module], shape: Sequence[int], precision: torch.dtype | None = None
 ) -> Costs:
-    """Measure each of ``PARTS`` in each mode.
+    """Measure each part of a ``Trunk`` in each mode.
 
     Args:
         shape: [B, C, D, H, W] of clips without padding; padded clips keep no more.
@@ -95,7 +95,7 @@ def measure_parts(
     costs: list[dict[Recompute, Cost]] = []
     with FakeTensorMode():
         model = make_model()
-        if not isinstance(model, ResNet3D):
+        if not isinstance(model, Trunk):
             raise ModelError(
                 f"{type(model).__name__} has no parts that can be recomputed",
                 where="model.activation_memory",
@@ -108,26 +108,27 @@ def measure_parts(
         for steps in model.parts()[0]:
             measured = {mode: _measure(mode, steps, x, precision) for mode in MODES}
             costs.append({mode: cost for mode, (cost, _) in measured.items()})
-            x = torch.empty(measured["none"][1], dtype=precision).requires_grad_()
+            shape, dtype = measured["none"][1]
+            x = torch.empty(shape, dtype=dtype).requires_grad_()
     return costs
 
 
 def _measure(
     mode: Recompute, steps: Sequence[Step], x: Tensor, precision: torch.dtype | None
-) -> tuple[Cost, torch.Size]:
-    """The cost, and the shape of the output."""
+) -> tuple[Cost, tuple[torch.Size, torch.dtype]]:
+    """The cost, and the shape and dtype of the output."""
     with _Meter() as meter:
         meter.note(x)
         with torch.autocast(x.device.type, precision, enabled=precision is not None):
             y = run_part(mode, steps, x)
-        shape, edge = y.shape, get_gradient_edge(y)
+        output, edge = (y.shape, y.dtype), get_gradient_edge(y)
         # The output counts for the next part, as its input.
         kept = meter.live - y.untyped_storage().nbytes()
         gradient = torch.empty_like(y)
         del y
         torch.autograd.backward([edge], [gradient])
         x.grad = None
-    return Cost(kept, meter.peak, meter.work), shape
+    return Cost(kept, meter.peak, meter.work), output
 
 
 def _drop_gradient(parameter: Tensor) -> None:

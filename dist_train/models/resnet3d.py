@@ -1,4 +1,4 @@
-"""3D ResNet for clips of unequal depth; one logit per clip (Hara et al. 2017, 2018).
+"""3D ResNet for clips of unequal depth (Hara et al. 2017, 2018).
 
 The networks of He et al. (2016) with kernels of 3x3x3 and projection shortcuts (type B). For clips
 of D frames of H x W pixels, width w and the default stem:
@@ -10,67 +10,21 @@ of D frames of H x W pixels, width w and the default stem:
     layer 2    blocks      2          D/4  x H/8  x W/8            2w * expansion
     layer 3    blocks      2          D/8  x H/16 x W/16           4w * expansion
     layer 4    blocks      2          D/16 x H/32 x W/32           8w * expansion
-    average over real voxels, dropout, linear                      1
+    average over real voxels, dropout, linear                      outputs
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import partial
-from itertools import islice
-from typing import ClassVar, cast, get_args
+from typing import ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
-from dist_train.errors import ModelError
-from dist_train.models.layers import Conv3d, FoldedConv3d, global_average_pool
-from dist_train.models.norm import BatchNorm3d
-from dist_train.models.padding import ValidFrames, clear_padding, strided, valid_frames
-from dist_train.models.recompute import Recompute, Step, run_part
-from dist_train.models.rematerialize import forget, recomputable
-from dist_train.models.running import batched_updates
-
-#: One mode each for the stem (with its pooling) and layers 1 to 4.
-RecomputePlan = tuple[Recompute, Recompute, Recompute, Recompute, Recompute]
-PARTS = ("stem", "layer1", "layer2", "layer3", "layer4")
-NOTHING_TWICE: RecomputePlan = ("none", "none", "none", "none", "none")
-
-
-class ConvNorm(nn.Module):
-    """Convolution without bias (padding: half the kernel), batch normalisation, optional ReLU."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        kernel: int,
-        stride: int | tuple[int, int, int] = 1,
-        *,
-        relu: bool,
-        folded: bool = False,
-    ) -> None:
-        super().__init__()
-        make = FoldedConv3d if folded else Conv3d
-        self.conv = make(in_channels, channels, kernel, stride, padding=kernel // 2, bias=False)
-        self.norm = BatchNorm3d(channels)
-        self.relu = relu
-        # The output is larger than the input and cheap, so recomputing it pays.
-        self.is_cheap = kernel == 1 and channels > in_channels
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(
-        self, x: Tensor, valid: ValidFrames | None = None, shortcut: Tensor | None = None
-    ) -> Tensor:
-        """Map [B, C, D, H, W] to [B, C', D', H', W'] with real frames ``valid``; the shortcut is
-        added before the ReLU."""
-        x = recomputable(self.conv, x) if self.is_cheap else self.conv(x)
-        normalise = partial(self.norm, shortcut=shortcut, relu=self.relu)
-        if self.relu and shortcut is None:
-            return recomputable(normalise, x, valid)
-        # The block's output is the next block's input, which is kept in every mode.
-        y: Tensor = normalise(x, valid)
-        return y
+from dist_train.models.conv_norm import ConvNorm
+from dist_train.models.padding import ValidFrames, clear_padding, strided
+from dist_train.models.recompute import Recompute
+from dist_train.models.rematerialize import forget
+from dist_train.models.trunk import Parts, RecomputePlan, Trunk
 
 
 class ResidualBlock(nn.Module):
@@ -145,11 +99,8 @@ BLOCKS: dict[int, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]
 """Depth -> (block class, number of blocks in layers 1 to 4)."""
 
 
-class ResNet3D(nn.Module):
+class ResNet3D(Trunk):
     """The network of the table above.
-
-    Padding in depth does not change results. In eval mode a clip's logit is the same alone, in any
-    batch and at any padding. In training mode loss and gradients depend on real frames only.
 
     Initialisation follows Hara et al.: convolutions from Kaiming normal (fan-out), normalisation
     from scale 1 and bias 0.
@@ -158,14 +109,16 @@ class ResNet3D(nn.Module):
         depth: number of layers, a key of ``BLOCKS``.
         width: channels of the stem.
         in_channels: channels of a clip.
+        outputs: logits of a clip.
         stem_stride: stride of the stem in D, H and W.
         stem_pool: False leaves out the pooling; later layers are then twice as large.
         stem_folded: compute the stem by space to depth (layers.py). Only rounding changes.
-        recompute: a mode of ``recompute.py``, or one mode for each of ``PARTS``. The attribute can
-            be set at any time.
+        recompute: a mode of ``recompute.py``, or one mode for each of ``part_names``. The attribute
+            can be set at any time.
         dropout: probability of dropping a pooled feature.
-        outputs: numbers that it gives for a clip.
     """
+
+    part_names = ("stem", "layer1", "layer2", "layer3", "layer4")
 
     def __init__(
         self,
@@ -173,16 +126,15 @@ class ResNet3D(nn.Module):
         *,
         width: int = 64,
         in_channels: int = 1,
+        outputs: int = 1,
         stem_stride: tuple[int, int, int] = (1, 2, 2),
         stem_pool: bool = True,
         stem_folded: bool = False,
         recompute: Recompute | RecomputePlan = "none",
         dropout: float = 0.0,
-        outputs: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(in_channels, recompute)
         block, self.repeats = BLOCKS[depth]
-        self.in_channels, self.recompute = in_channels, recompute
         self.stem_frame_stride = stem_stride[0]
         self.stem = ConvNorm(in_channels, width, 7, stem_stride, relu=True, folded=stem_folded)
         self.pool = nn.MaxPool3d(3, stride=2, padding=1, return_indices=True) if stem_pool else None
@@ -193,73 +145,17 @@ class ResNet3D(nn.Module):
                 stride = 2 if layer > 0 and number == 0 else 1
                 self.blocks.append(block(channels, width * 2**layer, stride))
                 channels = width * 2**layer * block.expansion
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(channels, outputs)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, x: Tensor, frames: Tensor | None = None) -> Tensor:
-        """Logits of clips [B, C, D, H, W]: [B], or [B, outputs] if there are several.
-
-        The logits have the dtype of the parameters, also under autocast: in bfloat16, of 8
-        significant bits, clips would tie.
-
-        Args:
-            x: floating point. The content of padded frames is ignored.
-            frames: see ``valid_frames``. None (faster): all frames are real.
-
-        Raises:
-            ModelError: the clips or ``frames`` have another shape or range.
-        """
-        if x.ndim != 5 or x.shape[1] != self.in_channels or not x.is_floating_point():
-            raise ModelError(
-                f"clips are {x.dtype} {list(x.shape)}",
-                fix=f"Pass floating point [B, {self.in_channels}, D, H, W]",
-            )
-        valid = valid_frames(frames, x)
-        x = clear_padding(x, valid)
-        modes = self.recompute if self.training else NOTHING_TWICE
-        parts, valid = self.parts(valid)
-        # Exporters trace eval mode, in which running statistics do not change.
-        with batched_updates() if self.training else nullcontext():
-            for mode, steps in zip(modes, parts, strict=True):
-                x = run_part(mode, steps, x)
-        features = self.dropout(global_average_pool(x, valid))
-        with torch.autocast(x.device.type, enabled=False):
-            logits: Tensor = self.head(features.to(self.head.weight.dtype))
-        return logits.squeeze(1) if self.head.out_features == 1 else logits
-
-    def parts(
-        self, valid: ValidFrames | None = None
-    ) -> tuple[list[list[Step]], ValidFrames | None]:
-        """The steps of each of ``PARTS``, in order, and the real frames of the last output."""
-        valid = strided(valid, self.stem_frame_stride)
-        pooled = valid if self.pool is None else strided(valid, 2)
-        parts: list[list[Step]] = [[partial(self._run_stem, valid=valid, pooled=pooled)]]
-        valid, blocks = pooled, iter(self.blocks)
-        for repeat in self.repeats:
-            steps: list[Step] = []
-            for block in islice(blocks, repeat):
-                assert isinstance(block, ResidualBlock)
-                before, valid = valid, strided(valid, block.stride)
-                steps.append(partial(block, before=before, after=valid))
-            parts.append(steps)
-        return parts, valid
+        self._add_head(channels, outputs, dropout)
 
     @property
-    def recompute(self) -> RecomputePlan:
-        """A mode of ``recompute.py`` for each of ``PARTS``. Assign one mode to set all."""
-        return self._recompute
+    def frame_stride(self) -> int:
+        return 16 * self.stem_frame_stride
 
-    @recompute.setter
-    def recompute(self, modes: Recompute | RecomputePlan) -> None:
-        known = get_args(Recompute)
-        plan = (modes,) * len(PARTS) if isinstance(modes, str) else tuple(modes)
-        if len(plan) != len(PARTS) or not set(known).issuperset(plan):
-            raise ModelError(
-                f"recompute is {modes!r}",
-                fix=f"Give one of {', '.join(known)}, or one for each of {', '.join(PARTS)}",
-            )
-        self._recompute = cast(RecomputePlan, plan)
+    def parts(self, valid: ValidFrames | None = None) -> Parts:
+        valid = strided(valid, self.stem_frame_stride)
+        pooled = valid if self.pool is None else strided(valid, 2)
+        parts, last = self._block_parts(pooled, self.repeats)
+        return [[partial(self._run_stem, valid=valid, pooled=pooled)], *parts], last
 
     def _run_stem(self, x: Tensor, valid: ValidFrames | None, pooled: ValidFrames | None) -> Tensor:
         x = self.stem(x, valid)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -20,14 +19,20 @@ from dist_train.data.augment.packed_clips import NativeClips
 from dist_train.data.loading.collate import Batch
 from dist_train.data.types import GREY
 from dist_train.errors import ModelError
-from dist_train.extensions import is_import_path
 from dist_train.models.norm import BatchNorm3d, fuse
-from dist_train.models.registry import build_model, defaults_of, find_model
+from dist_train.models.registry import (
+    MODELS,
+    OF_RESNET3D,
+    Ability,
+    build_model,
+    defaults_of,
+    find_model,
+    require,
+)
+from dist_train.models.trunk import Trunk
 
 log = logging.getLogger(__name__)
 
-#: Settings of ``model`` that are arguments of resnet3d; other models take ``model.args``.
-OF_RESNET3D = ("width", "stem_stride", "stem_pool", "stem_folded", "dropout")
 #: Models with a warning already.
 _warned: set[str] = set()
 
@@ -60,7 +65,12 @@ def held_out_logits(
 
 
 def make_model(config: Config) -> nn.Module:
-    """The config's model in its memory layout, with weights drawn from its seed."""
+    """The config's model in its memory layout, with weights drawn from its seed.
+
+    Raises:
+        ModelError: also if the model cannot do what the config asks of it.
+    """
+    _check_abilities(config)
     torch.manual_seed(config.seed)
     model = configured_model(config.model)
     if config.norm.fused:
@@ -73,65 +83,74 @@ def make_model(config: Config) -> nn.Module:
     return model
 
 
+def _check_abilities(config: Config) -> None:
+    train = config.train
+    asked: dict[Ability, tuple[str, bool]] = {
+        "cuda_graphs": ("train.graphs", train.graphs),
+        "sharded": ("train.backend", train.backend in ("zero3", "fsdp2")),
+        "channels_last": ("train.channels_last", train.channels_last),
+    }
+    for ability, (setting, is_asked) in asked.items():
+        if is_asked:
+            require(config.model.name, ability, setting)
+
+
 def configured_model(settings: ModelSettings) -> nn.Module:
     """The model that the settings name, with its own settings alone.
 
     Raises:
-        ModelError: there is no such model, or it has no such setting.
+        ModelError: there is no such model, or it has no such setting, or cannot recompute.
         ConfigError: an import path is not allowed or not importable.
     """
-    name, args = settings.name, settings.args
-    own = settings.model_dump(include=set(OF_RESNET3D))
-    channels, outputs = settings.in_channels, settings.outputs
-    if _is_resnet3d(name):
-        if args:
-            raise ModelError(
-                f"{name} takes no model.args",
-                where=f"model.args.{next(iter(args))}",
-                fix=f"Its settings are {', '.join(f'model.{setting}' for setting in own)}.",
-            )
-        own |= {"in_channels": channels, "outputs": outputs, "recompute": settings.recompute}
-        return build_model(name, **own)
-    parameters = signature(find_model(name)).parameters
-    takes_channels, takes_outputs = "in_channels" in parameters, "outputs" in parameters
-    if not takes_outputs and outputs != 1:
+    name, args, spec = settings.name, settings.args, find_model(settings.name)
+    own = settings.model_dump(include=set(spec.settings))
+    if own and args:
         raise ModelError(
-            f"{name} does not say that it gives {outputs} numbers for a clip, as the target needs",
-            where="model.name",
-            fix="Let its constructor take outputs.",
-        )
-    if args.get("outputs", outputs) != outputs:
-        raise ModelError(
-            f"{name} gives {args['outputs']} numbers for a clip, and the target needs {outputs}",
-            where="model.args.outputs",
-            fix="Leave it out of model.args.",
-        )
-    given = args.get("in_channels", channels if takes_channels else 1)
-    if given != channels:
-        raise ModelError(
-            f"{name} takes clips of {given} channels, and the store's have {channels}"
-            if takes_channels
-            else f"{name} does not say that it takes clips of {channels} channels",
-            where="model.name",
-            fix="Let its constructor take in_channels, and leave it out of model.args.",
+            f"{name} takes no model.args",
+            where=f"model.args.{next(iter(args))}",
+            fix=f"Its settings are {', '.join(f'model.{setting}' for setting in own)}.",
         )
     standard = ModelSettings()
-    for setting in (*own, "recompute"):
-        if getattr(settings, setting) != getattr(standard, setting):
+    for setting in OF_RESNET3D:
+        if setting not in own and getattr(settings, setting) != getattr(standard, setting):
             raise ModelError(
                 f"{name} has no such setting",
                 where=f"model.{setting}",
                 fix="It is of resnet3d; give a model's own by model.args.",
             )
-    sizes = {"in_channels": channels} if takes_channels else {}
-    sizes |= {"outputs": outputs} if takes_outputs else {}
-    model = build_model(name, **sizes | args)
+    if settings.recompute != "none":
+        require(name, "recompute", "model.recompute")
+    if settings.activation_memory is not None:
+        require(name, "recompute", "model.activation_memory")
+    model = build_model(name, **_of_the_data(settings), **own, **args)
+    if settings.recompute != "none":
+        assert isinstance(model, Trunk)
+        model.recompute = settings.recompute
     _warn_of_plain_norms(name, model)
     return model
 
 
-def _is_resnet3d(name: str) -> bool:
-    return name.startswith("resnet3d-") and not is_import_path(name)
+def _of_the_data(settings: ModelSettings) -> dict[str, int]:
+    """The arguments that a run takes from its clips and targets, and not from its user."""
+    name, takes = settings.name, find_model(settings.name).arguments
+    needed = {
+        "in_channels": (settings.in_channels, "clips of {} channels, and the store's have {}"),
+        "outputs": (settings.outputs, "{} outputs, and the target has {}"),
+    }
+    given: dict[str, int] = {}
+    for argument, (number, text) in needed.items():
+        there = settings.args.get(argument, number if argument in takes else 1)
+        if there != number:
+            raise ModelError(
+                f"{name} takes {text.format(there, number)}"
+                if argument in takes
+                else f"{name} does not say that it takes {text.partition(',')[0].format(number)}",
+                where="model.name",
+                fix=f"Let its constructor take {argument}, and leave it out of model.args.",
+            )
+        if argument in takes and argument not in settings.args:
+            given[argument] = number
+    return given
 
 
 def _warn_of_plain_norms(name: str, model: nn.Module) -> None:
@@ -171,9 +190,9 @@ def _layout(config: Config) -> torch.memory_format:
 def model_metadata(config: Config) -> dict[str, Any]:
     """Settings that give a checkpoint's weights their meaning, as JSON types."""
     settings = config.model
-    keys = set(OF_RESNET3D) - {"stem_folded"} if _is_resnet3d(settings.name) else {"args"}
+    keys = _own_settings(settings.name) or {"args"}
+    # Absent for grey and for one output, as in files of earlier versions.
     if settings.channels is not None:
-        # Absent for grey, as in files of earlier versions.
         keys |= {"channels"}
     if settings.outputs != 1:
         keys |= {"outputs"}
@@ -185,6 +204,12 @@ def target_metadata(config: Config) -> dict[str, Any]:
     """What the model's outputs mean, as JSON types; empty for the two classes of a store."""
     target = config.target
     return target.model_dump(mode="json") if target != TargetSettings() else {}
+
+
+def _own_settings(name: str) -> set[str]:
+    """The settings of a model that change what its weights mean. A model from outside has none, and
+    is not imported for this."""
+    return set(MODELS[name].settings) - {"stem_folded"} if name in MODELS else set()
 
 
 def model_of(metadata: Mapping[str, Any]) -> nn.Module:
@@ -228,8 +253,7 @@ def _defaults(name: str) -> dict[str, Any]:
 
 
 def _own_defaults(name: str) -> dict[str, Any]:
-    if _is_resnet3d(name):
-        keys = set(OF_RESNET3D) - {"stem_folded"}
+    if keys := _own_settings(name):
         return ModelSettings().model_dump(mode="json", include=keys)
     # In JSON a tuple is a list.
     plain = {n: list(v) if isinstance(v, tuple) else v for n, v in defaults_of(name).items()}

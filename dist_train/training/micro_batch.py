@@ -23,7 +23,7 @@ from dist_train.errors import DistTrainError, RunError
 from dist_train.models.activation_budget import Choice, choose_plan, in_units, measure_parts
 from dist_train.models.largest_tensor import INDEXED_BY_32_BITS, largest_tensor
 from dist_train.models.norm import share_statistics
-from dist_train.models.resnet3d import PARTS, ResNet3D
+from dist_train.models.trunk import Trunk
 from dist_train.run.data import RunData
 from dist_train.run.folder import MICRO_BATCH
 from dist_train.run.model import configured_model, make_model
@@ -101,6 +101,7 @@ class MicroBatches:
         is_cuda = backend.device.type == "cuda"
         if is_cuda:
             self._cut_to_32_bits()
+        self._part_names: tuple[str, ...] = ()
         self.chosen: Choice | None = on_main(backend, self._choose_recomputation)
         noted = on_main(backend, lambda: noted_clips(config.out, self._conditions))
         if noted is not None:
@@ -117,15 +118,15 @@ class MicroBatches:
         """Return the run's model, set to recompute what was chosen."""
         model = make_model(self.config)
         if self.chosen is not None:
-            assert isinstance(model, ResNet3D)
-            model.recompute = self.chosen.plan
+            assert isinstance(model, Trunk)
+            model.recompute, self._part_names = self.chosen.plan, model.part_names
         return model
 
     def metadata(self) -> dict[str, Any]:
-        """Return the size and the recomputation, for the run's record: JSON types."""
+        """Return the size, and what the model made recomputes, for the run's record: JSON types."""
         metadata: dict[str, Any] = {"clips": self.clips, "accumulate": self.accumulate}
         if self.chosen is not None:
-            metadata["recompute"] = dict(zip(PARTS, self.chosen.plan, strict=True))
+            metadata["recompute"] = dict(zip(self._part_names, self.chosen.plan, strict=True))
             metadata["activation_bytes"] = self.chosen.bytes
         return metadata
 

@@ -6,8 +6,10 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -19,17 +21,17 @@ from helpers import contents, run_well, said, tiny_config, tiny_store, trained_s
 from safetensors import safe_open
 from safetensors.torch import load_file
 from scipy.special import expit
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_train.checkpoint.format import load_checkpoint
 from dist_train.data.augment.resize import resize
 from dist_train.data.store.reader import Store
-from dist_train.errors import CheckpointError, FileError, RunError
+from dist_train.errors import CheckpointError, FileError, ModelError, RunError
 from dist_train.evaluation.evaluate import evaluate
 from dist_train.evaluation.export import PREPROCESSING, export_run
 from dist_train.evaluation.exported import load_exported
-from dist_train.evaluation.onnx_model import onnx_bytes
 from dist_train.evaluation.predict import predict
+from dist_train.models.registry import MODELS
 from dist_train.models.resnet3d import BLOCKS, Bottleneck
 from dist_train.run.folder import OWN
 from dist_train.run.model import make_model, model_metadata
@@ -338,9 +340,15 @@ def test_without_onnx_it_says_what_to_install(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_network_without_an_onnx_form() -> None:
-    with pytest.raises(RunError, match=r"Linear cannot be written as ONNX. Leave out --onnx"):
-        onnx_bytes([nn.Linear(1, 1)], (1, SIDE, SIDE), {})
+def test_a_network_without_an_onnx_form(run: Path, tmp_path: Path) -> None:
+    name = "resnet3d-50"
+    without = replace(MODELS[name], cannot={"onnx": "has no ONNX form"})
+    with (
+        mock.patch.dict(MODELS, {name: without}),
+        pytest.raises(ModelError, match="--onnx: resnet3d-50 has no ONNX form"),
+    ):
+        export_run(run, tmp_path / "file", onnx=tmp_path / "graph")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("option", ["out", "onnx"])

@@ -22,7 +22,8 @@ from dist_train.models.activation_budget import (
 from dist_train.models.norm import share_statistics
 from dist_train.models.recompute import Recompute
 from dist_train.models.registry import build_model
-from dist_train.models.resnet3d import RecomputePlan, ResNet3D
+from dist_train.models.resnet3d import ResNet3D
+from dist_train.models.trunk import RecomputePlan
 
 SHAPE = (2, 1, 16, 64, 64)
 PLANS: list[RecomputePlan] = [

@@ -11,9 +11,17 @@ from torch import Tensor, nn
 
 from dist_train.config import ModelSettings, load_config
 from dist_train.errors import ModelError
-from dist_train.models.registry import MODELS
+from dist_train.models.registry import MODELS, Ability, ModelSpec
 from dist_train.models.resnet3d import ResNet3D
-from dist_train.run.model import as_input, as_unit, configured_model, model_metadata, model_of
+from dist_train.run.model import (
+    as_input,
+    as_unit,
+    configured_model,
+    make_model,
+    metadata_differences,
+    model_metadata,
+    model_of,
+)
 
 TWO = ("dapi", "gfp")
 
@@ -31,7 +39,7 @@ class Fixed(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _models() -> object:
-    with mock.patch.dict(MODELS, {"outside": Outside, "fixed": Fixed}):
+    with mock.patch.dict(MODELS, {"outside": ModelSpec(Outside), "fixed": ModelSpec(Fixed)}):
         yield
 
 
@@ -93,3 +101,36 @@ def test_stored_pixels_are_scaled_to_0_to_1(dtype: torch.dtype, white: int, last
     expected = [0, int(white / 2) / white if white > 1 else 0.5, 1]
     torch.testing.assert_close(scaled[0, :, 0, 0, 0], torch.tensor(expected))
     torch.testing.assert_close(as_unit(volumes), scaled)
+
+
+@pytest.mark.parametrize(
+    ("ability", "setting"),
+    [
+        ("recompute", "model.recompute=block"),
+        ("recompute", "model.activation_memory=1GiB"),
+        ("cuda_graphs", "train.graphs=true"),
+        ("sharded", "train.backend=zero3"),
+        ("sharded", "train.backend=fsdp2"),
+        ("channels_last", "train.channels_last=true"),
+    ],
+)
+def test_what_a_model_cannot_is_refused_by_its_reason(ability: Ability, setting: str) -> None:
+    spec = ModelSpec(Fixed, cannot={ability: "is too simple"})
+    config = load_config(None, ["store=s", "model.name=simple", setting])
+    with mock.patch.dict(MODELS, {"simple": spec}):
+        named = setting.partition("=")[0]
+        with pytest.raises(ModelError, match=f"{named}: simple is too simple. Set it otherwise"):
+            make_model(config)
+
+
+def test_a_run_with_several_outputs_says_so_in_its_metadata() -> None:
+    one = load_config(None, ["store=s", "model.name=resnet3d-10", "model.width=4"])
+    three = load_config(
+        None, ["store=s", "model.name=resnet3d-10", "model.width=4", "model.outputs=3"]
+    )
+    assert "outputs" not in model_metadata(one)
+    assert model_metadata(three) == model_metadata(one) | {"outputs": 3}
+    assert metadata_differences(model_metadata(one), model_metadata(three)) == [("outputs", 1, 3)]
+    assert model_of(model_metadata(three))(torch.zeros(2, 1, 4, 32, 32)).shape == (2, 3)
+    with pytest.raises(ModelError, match="fixed does not say that it takes 3 outputs"):
+        configured_model(ModelSettings(name="fixed", outputs=3))
