@@ -22,6 +22,7 @@ from dist_train.data.types import GREY
 from dist_train.errors import ModelError
 from dist_train.extensions import is_import_path
 from dist_train.models.norm import BatchNorm3d, fuse
+from dist_train.models.parts import freeze
 from dist_train.models.registry import build_model, defaults_of, find_model
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,15 @@ def held_out_logits(
 
 
 def make_model(config: Config) -> nn.Module:
-    """The config's model in its memory layout, with weights drawn from its seed."""
+    """The config's model in its memory layout, with weights drawn from its seed, and its frozen
+    parts frozen.
+
+    Raises:
+        ModelError, ConfigError: as ``configured_model`` and ``freeze``.
+    """
     torch.manual_seed(config.seed)
     model = configured_model(config.model)
+    freeze(model, config.finetune.freeze, config.finetune.freeze_norm)
     if config.norm.fused:
         fuse(model)
     layout = _layout(config)

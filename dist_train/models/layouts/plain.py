@@ -1,0 +1,53 @@
+"""Weights of the model itself: the names are its own, perhaps without those of a wrapper.
+
+The head may have another number of outputs, and the first kernel another number of channels.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from dist_train.models.parts import HEAD, parts_of
+from dist_train.models.transfer import Given, Transfer
+
+TITLE = "this model itself"
+
+
+def recognises(given: Given, model: nn.Module) -> bool:
+    return _prefix(given, model) is not None
+
+
+def _prefix(given: Given, model: nn.Module) -> str | None:
+    """What the model's names have before those of the file, which are at least half of them."""
+    own = set(model.state_dict())
+    firsts = {name.partition(".")[0] for name in own}
+    for prefix in ["", *sorted(f"{first}." for first in firsts)]:
+        if 2 * len({prefix + name for name in given.tensors} & own) > len(own):
+            return prefix
+    return None
+
+
+def move(move: Transfer, given: Given) -> None:
+    prefix = _prefix(given, move.model) or ""
+    move.rename(lambda name: prefix + name)
+    move_known(move)
+
+
+def move_known(move: Transfer, there: Sequence[str] | None = None) -> None:
+    """Take weights that have the model's names.
+
+    Args:
+        there: names of the channels that they are for, if they are known.
+    """
+    first = next((n for n, p in move.model.named_parameters() if p.ndim == 5), None)
+    head = parts_of(move.model).get(HEAD, [])
+    for name, tensor in move.given.items():
+        own = move.own.get(name)
+        if name in head and own is not None and own.shape[:1] != tensor.shape[:1]:
+            move.leave([name], f"it has {len(tensor)} outputs, and the model {len(own)}")
+        elif name == first and tensor.ndim == 5:
+            value, done = move.for_channels(tensor, there)
+            move.take(name, name, "; ".join(done), value=value if done else None)
+        else:
+            move.take(name, name)
+    move.finish()
