@@ -35,6 +35,9 @@ def precise_statistics(model: nn.Module, all_reduce: AllReduce | None = None) ->
         ModelError: on exit, a layer saw no batch in any process.
     """
     layers = [norm for norm in norms(model) if not norm.frozen]
+    if not layers:
+        yield
+        return
     sums = [n.running_mean.new_zeros(2 * n.num_features + 1, dtype=torch.float64) for n in layers]
     for norm, norm_sums in zip(layers, sums, strict=True):
         norm.observer = partial(_add, norm_sums)

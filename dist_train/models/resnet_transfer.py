@@ -93,9 +93,9 @@ def _checked(move: Transfer) -> ResNet3D:
 def _tell_of_stem(move: Transfer, model: ResNet3D, stride: Stride, pool: bool | None) -> None:
     here = model.stem.conv.stride
     same = [own if there is None else there for there, own in zip(stride, here, strict=True)]
-    if None in stride:
+    if not any(stride):
         move.notes.append(
-            f"the file does not say all strides of its stem; model.stem_stride is {list(here)}"
+            f"the file does not say the stride of its stem; model.stem_stride is {list(here)}"
         )
     if same != list(here):
         move.notes.append(

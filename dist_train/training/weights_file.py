@@ -65,9 +65,9 @@ def read_weights(path: Path) -> Given:
 def _unreadable(path: Path, error: Exception) -> RunError:
     """Say what would run code, or that the file is damaged."""
     text = " ".join(str(error).split())
-    if "weights_only" in text:
-        named = re.search(r"GLOBAL (\S+)", text)
-        what = f" ({named[1]})" if named else ""
+    named = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", text)
+    if named is not None or "TorchScript" in text:
+        what = "" if named is None else f" ({named[1]})"
         return RunError(
             f"it holds more than weights{what}, and to read that would run code of the file",
             where=path,

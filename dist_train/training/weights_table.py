@@ -14,7 +14,7 @@ from rich.table import Table
 from dist_train.models.transfer import Row
 
 #: Columns of the terminal, and letters of the names that are shown.
-WIDTH, NAMES = 100, 60
+WIDTH, NAMES = 100, 32
 ORDER = ("taken", "adapted", "left out", "random")
 
 
