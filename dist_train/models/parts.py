@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -21,35 +21,49 @@ FrozenNorms = Literal["parts", "all", "none"]
 def parts_of(model: nn.Module) -> dict[str, list[str]]:
     """Names of the parameters of each part, by the part's name, in order from the input.
 
-    A model says what its parts are by ``parameter_parts``, which gives the same. Of another model
-    each child is a part, in order of registration, and so is each element of a list of children.
+    The parts are the model's children in order of registration, and of a list of children its
+    elements. Where ``model.repeats`` says how many of ``model.blocks`` make each layer, these are
+    layer1, layer2 and so on. A stem is one part. A module with one child has the child's parts.
     """
-    told: Callable[[], dict[str, list[str]]] | None = getattr(model, "parameter_parts", None)
-    if told is not None:
-        return told()
+    children = list(model.named_children())
+    if len(children) == 1 and not list(model.parameters(recurse=False)):
+        ((outer, child),) = children
+        inner = parts_of(child)
+        return {part: [f"{outer}.{name}" for name in names] for part, names in inner.items()}
+    repeats, blocks = getattr(model, "repeats", ()), getattr(model, "blocks", ())
+    layers: list[str] = []
+    if isinstance(repeats, tuple) and sum(repeats) == len(blocks):
+        layers = [f"layer{k}" for k, repeat in enumerate(repeats, 1) for _ in range(repeat)]
     parts: dict[str, list[str]] = {}
     for name, _ in model.named_parameters():
         first, _, rest = name.partition(".")
-        is_list = isinstance(getattr(model, first), nn.ModuleList | nn.Sequential)
-        part = f"{first}.{rest.partition('.')[0]}" if is_list else first
+        number, part = rest.partition(".")[0], first
+        if first == "blocks" and layers:
+            part = layers[int(number)]
+        elif first != "stem" and isinstance(getattr(model, first), nn.ModuleList | nn.Sequential):
+            part = f"{first}.{number}"
         parts.setdefault(part, []).append(name)
     return parts
 
 
 def head_of(model: nn.Module) -> str:
-    """The name of the last part, which gives the logits.
+    """The name of the part that gives the logits: "head", or else the last if it is a linear layer.
 
     Raises:
-        ModelError: the model has parts, but none is called "head".
+        ModelError: there is no such part.
     """
     parts = parts_of(model)
-    if HEAD not in parts:
+    if HEAD in parts:
+        return HEAD
+    last = next(reversed(parts), None)
+    by_name = dict(model.named_parameters())
+    if last is None or [by_name[name].ndim for name in parts[last]] not in ([2], [2, 1]):
         raise ModelError(
-            f"{type(model).__name__} has no part called head",
+            f"{type(model).__name__} has no part called head, and its last is no linear layer",
             where="finetune",
             fix=f"Call its last layer 'head'. Its parts are {', '.join(parts)}.",
         )
-    return HEAD
+    return last
 
 
 def freeze(model: nn.Module, patterns: Sequence[str], norms: FrozenNorms = "parts") -> None:

@@ -243,16 +243,6 @@ class ResNet3D(nn.Module):
             parts.append(steps)
         return parts, valid
 
-    def parameter_parts(self) -> dict[str, list[str]]:
-        """Names of the parameters of the stem, layers 1 to 4 and the head."""
-        layers = [f"layer{layer}" for layer, n in enumerate(self.repeats, 1) for _ in range(n)]
-        parts: dict[str, list[str]] = {}
-        for name, _ in self.named_parameters():
-            first, number, *_ = name.split(".")
-            part = layers[int(number)] if first == "blocks" else first
-            parts.setdefault(part, []).append(name)
-        return parts
-
     @property
     def recompute(self) -> RecomputePlan:
         """A mode of ``recompute.py`` for each of ``PARTS``. Assign one mode to set all."""

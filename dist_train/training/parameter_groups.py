@@ -8,7 +8,7 @@ from torch import nn
 
 from dist_train.config import FinetuneSettings, OptimSettings
 from dist_train.distributed.backends.base import LR_SCALE
-from dist_train.models.parts import HEAD, head_of, parts_of
+from dist_train.models.parts import head_of, parts_of
 
 
 def parameter_groups(
@@ -23,7 +23,7 @@ def parameter_groups(
     is ``layer_decay ** k`` (Howard & Ruder 2018, "discriminative fine-tuning"; Bao et al. 2022).
 
     Raises:
-        ModelError: rates differ by part, and the model has no part called head.
+        ModelError: rates differ by part, and the model has no head.
     """
     of_vectors = optim.weight_decay if optim.decay == "all" else 0.0
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
@@ -44,9 +44,8 @@ def _scales(model: nn.Module, optim: OptimSettings, finetune: FinetuneSettings) 
     """Factor of the learning rate by parameter; of those that are not named it is 1."""
     if finetune.layer_decay == 1.0 and finetune.head_lr is None:
         return {}
-    head_of(model)
-    parts = parts_of(model)
-    body = [part for part in parts if part != HEAD]
+    head, parts = head_of(model), parts_of(model)
+    body = [part for part in parts if part != head]
     scales = {part: finetune.layer_decay ** (len(body) - k) for k, part in enumerate(body)}
-    scales[HEAD] = 1.0 if finetune.head_lr is None else finetune.head_lr / optim.lr
+    scales[head] = 1.0 if finetune.head_lr is None else finetune.head_lr / optim.lr
     return {name: scales[part] for part, names in parts.items() for name in names}

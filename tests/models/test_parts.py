@@ -12,7 +12,7 @@ from dist_train.errors import ModelError
 from dist_train.models.norm import norms
 from dist_train.models.norm_statistics import by_running_and_own_statistics, precise_statistics
 from dist_train.models.parts import freeze, head_of, parts_of
-from dist_train.models.resnet3d import PARTS, ResNet3D
+from dist_train.models.resnet3d import ResNet3D
 
 Make = Callable[..., ResNet3D]
 
@@ -29,7 +29,7 @@ def trained_names(model: nn.Module) -> set[str]:
 def test_the_parts_of_a_resnet_are_in_order_and_complete(make_model: Make) -> None:
     model = make_model(18, width=4)
     parts = parts_of(model)
-    assert tuple(parts) == (*PARTS, "head")
+    assert tuple(parts) == ("stem", "layer1", "layer2", "layer3", "layer4", "head")
     names = [name for part in parts.values() for name in part]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     assert all(name.startswith(("blocks.2.", "blocks.3.")) for name in parts["layer2"])
@@ -41,8 +41,18 @@ def test_the_parts_of_another_model_are_its_children() -> None:
     net.layers = nn.ModuleList([nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)])
     net.scale = nn.Parameter(torch.ones(1))
     assert list(parts_of(net)) == ["scale", "embed", "layers.0", "layers.2"]
+    assert head_of(net) == "layers.2"
+    assert head_of(nn.ModuleDict({"net": net})) == "layers.2"
+    net.last = nn.Conv3d(1, 1, 1)
     with pytest.raises(ModelError, match=r"no part called head.*Its parts are scale, embed"):
         head_of(net)
+
+
+def test_a_module_with_one_child_has_its_parts(make_model: Make) -> None:
+    """Such as a network of another library within an adapter."""
+    model = nn.ModuleDict({"net": make_model(10, width=4)})
+    freeze(model, ["all but head"])
+    assert trained_names(model) == {"net.head.weight", "net.head.bias"}
 
 
 @pytest.mark.parametrize(

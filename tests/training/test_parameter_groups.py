@@ -47,7 +47,7 @@ def test_weight_decay_is_that_of_one_rate() -> None:
 
 
 def test_a_model_without_a_head_has_one_rate() -> None:
-    net = nn.Sequential(nn.Linear(1, 1))
+    net = nn.Sequential(nn.Linear(1, 1), nn.Conv3d(1, 1, 1))
     assert set(rates(net).values()) == {1.0}
     with pytest.raises(ModelError, match="no part called head"):
         rates(net, layer_decay=0.5)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from dist_train.models.parts import HEAD, parts_of
+from dist_train.errors import ModelError
+from dist_train.models.parts import head_of, parts_of
 from dist_train.models.transfer import Given, Transfer
 
 TITLE = "this model itself"
@@ -40,7 +41,7 @@ def move_known(move: Transfer, there: Sequence[str] | None = None) -> None:
         there: names of the channels that they are for, if they are known.
     """
     first = next((n for n, p in move.model.named_parameters() if p.ndim == 5), None)
-    head = parts_of(move.model).get(HEAD, [])
+    head = _head_names(move.model)
     for name, tensor in move.given.items():
         own = move.own.get(name)
         if name in head and own is not None and own.shape[:1] != tensor.shape[:1]:
@@ -50,4 +51,12 @@ def move_known(move: Transfer, there: Sequence[str] | None = None) -> None:
             move.take(name, name, "; ".join(done), value=value if done else None)
         else:
             move.take(name, name)
-    move.finish()
+    move.finish(random=head)
+
+
+def _head_names(model: nn.Module) -> list[str]:
+    try:
+        return parts_of(model)[head_of(model)]
+    except ModelError:
+        # Then all must fit.
+        return []

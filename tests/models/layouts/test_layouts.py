@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 from monai.networks.nets import resnet as of_monai
@@ -216,6 +217,78 @@ def test_mc3_of_torchvision(original: Any) -> None:
     assert_same(model(clips), net(normal(clips, how)))
 
 
+class SplitConv(nn.Sequential):
+    """A convolution in space, and one in depth."""
+
+    def __init__(self, inside: int, middle: int, out: int, stride: int = 1) -> None:
+        super().__init__(
+            nn.Conv3d(inside, middle, (1, 3, 3), (1, stride, stride), (0, 1, 1), bias=False),
+            nn.BatchNorm3d(middle),
+            nn.ReLU(),
+            nn.Conv3d(middle, out, (3, 1, 1), (stride, 1, 1), (1, 0, 0), bias=False),
+        )
+
+
+class SplitBlock(nn.Module):
+    def __init__(self, inside: int, out: int, stride: int) -> None:
+        super().__init__()
+        middle = inside * out * 27 // (inside * 9 + 3 * out)
+        norm = nn.BatchNorm3d
+        first = SplitConv(inside, middle, out, stride)
+        self.conv1 = nn.Sequential(first, norm(out), nn.ReLU())
+        self.conv2 = nn.Sequential(SplitConv(out, middle, out), norm(out))
+        self.downsample = nn.Sequential()
+        if inside != out:
+            self.downsample = nn.Sequential(
+                nn.Conv3d(inside, out, 1, stride, bias=False), norm(out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv2(self.conv1(x)) + self.downsample(x)).relu()
+
+
+class SplitNet(nn.Module):
+    """R(2+1)D-18 of Tran et al. 2018 by torchvision's names."""
+
+    def __init__(self, width: int, border: list[float]) -> None:
+        super().__init__()
+        self.border, middle, norm = border, 45 * width // 64, nn.BatchNorm3d
+        self.stem = nn.Sequential(
+            nn.Conv3d(3, middle, (1, 7, 7), (1, 2, 2), bias=False), norm(middle), nn.ReLU(),
+            nn.Conv3d(middle, width, (3, 1, 1), 1, (1, 0, 0), bias=False), norm(width), nn.ReLU(),
+        )  # fmt: skip
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        for k in range(1, 5):
+            block = SplitBlock(widths[k - 1], widths[k], 1 if k == 1 else 2)
+            self.add_module(f"layer{k}", nn.Sequential(block, SplitBlock(widths[k], widths[k], 1)))
+        self.fc = nn.Linear(widths[-1], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        colours = zip(x.unbind(1), self.border, strict=True)
+        x = torch.stack([F.pad(c, (3, 3, 3, 3), value=v) for c, v in colours], 1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
+        return self.fc(x.mean((2, 3, 4)))
+
+
+@pytest.mark.parametrize("channels", [GREY, RGB], ids=["grey", "rgb"])
+def test_r2plus1d_of_torchvision(randomise_norms: Any, channels: tuple[str, ...]) -> None:
+    torch.manual_seed(1)
+    how = torchvision_video.KINETICS
+    net = SplitNet(8, [-m / s for m, s in zip(*how, strict=True)])
+    randomise_norms(net)
+    net.double().eval()
+    given = Given(dict(net.state_dict()))
+    with pytest.raises(ModelError, match=r"Set model.name=r2plus1d-18\."):
+        moved(given, ResNet3D(18, width=8), channels)
+    network = pytest.importorskip("dist_train.models.r2plus1d").R2Plus1D
+    model = network(18, width=8, in_channels=len(channels)).double().eval()
+    name, move = moved(given, model, channels)
+    model.load_state_dict(move.state)
+    assert name == "torchvision_r2plus1d"
+    clips = random_clips(2, len(channels), 9, 24, 24)
+    assert_same(model(clips), net(normal(clips, how)))
+
+
 @pytest.mark.parametrize("depth", [18, 50])
 def test_a_2d_net_sees_a_still_clip_as_its_frame(original: Any, depth: int) -> None:
     """Away from both ends. A window of the deepest features of a ResNet-18 spans 221 frames."""
@@ -249,6 +322,11 @@ def test_the_weights_of_the_model_itself() -> None:
     wrapped = nn.ModuleDict({"net": theirs})
     plain, _ = moved(Given(dict(theirs.state_dict())), wrapped, GREY)
     assert plain == "plain"
+    # With three outputs in place of one.
+    theirs.head = nn.Linear(32, 3)
+    _, move, _ = transferred(theirs)
+    assert {row.name for row in move.rows if row.how == "left out"} == {"head.weight", "head.bias"}
+    theirs = ResNet3D(10, width=4).double().eval()
     two, move, _ = transferred(theirs, channels=("dapi", "gfp"))
     assert_same(two(clips.expand(-1, 2, -1, -1, -1)), theirs(clips))
     assert [row.name for row in move.rows if row.how == "adapted"] == ["stem.conv.weight"]
