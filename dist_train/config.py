@@ -351,6 +351,9 @@ class ModelSettings(Section):
     """Stride of the first convolution over frames, height and width."""
     stem_pool: bool = True
     """Max-pool with stride 2 after the first convolution."""
+    stem_border: bool = False
+    """The first convolution also sees a channel of ones, which ends where the clip does; weights of
+    networks that normalised their input need it to give the same logits (docs/weights.md)."""
     stem_folded: bool = False
     """Compute the stem by space to depth; the result differs by rounding only."""
     dropout: BelowOne = 0.0

@@ -160,6 +160,8 @@ class ResNet3D(nn.Module):
         in_channels: channels of a clip.
         stem_stride: stride of the stem in D, H and W.
         stem_pool: False leaves out the pooling; later layers are then twice as large.
+        stem_border: the stem also sees a channel of ones, which ends where the clip does. So it can
+            see any value in place of black around the clip.
         stem_folded: compute the stem by space to depth (layers.py). Only rounding changes.
         recompute: a mode of ``recompute.py``, or one mode for each of ``PARTS``. The attribute can
             be set at any time.
@@ -174,6 +176,7 @@ class ResNet3D(nn.Module):
         in_channels: int = 1,
         stem_stride: tuple[int, int, int] = (1, 2, 2),
         stem_pool: bool = True,
+        stem_border: bool = False,
         stem_folded: bool = False,
         recompute: Recompute | RecomputePlan = "none",
         dropout: float = 0.0,
@@ -182,7 +185,9 @@ class ResNet3D(nn.Module):
         block, self.repeats = BLOCKS[depth]
         self.in_channels, self.recompute = in_channels, recompute
         self.stem_frame_stride = stem_stride[0]
-        self.stem = ConvNorm(in_channels, width, 7, stem_stride, relu=True, folded=stem_folded)
+        self.stem_border = stem_border
+        seen = in_channels + int(stem_border)
+        self.stem = ConvNorm(seen, width, 7, stem_stride, relu=True, folded=stem_folded)
         self.pool = nn.MaxPool3d(3, stride=2, padding=1, return_indices=True) if stem_pool else None
         self.blocks = nn.ModuleList()
         channels = width
@@ -230,9 +235,11 @@ class ResNet3D(nn.Module):
         self, valid: ValidFrames | None = None
     ) -> tuple[list[list[Step]], ValidFrames | None]:
         """The steps of each of ``PARTS``, in order, and the real frames of the last output."""
-        valid = strided(valid, self.stem_frame_stride)
+        before, valid = valid, strided(valid, self.stem_frame_stride)
         pooled = valid if self.pool is None else strided(valid, 2)
-        parts: list[list[Step]] = [[partial(self._run_stem, valid=valid, pooled=pooled)]]
+        parts: list[list[Step]] = [
+            [partial(self._run_stem, before=before, valid=valid, pooled=pooled)]
+        ]
         valid, blocks = pooled, iter(self.blocks)
         for repeat in self.repeats:
             steps: list[Step] = []
@@ -259,7 +266,15 @@ class ResNet3D(nn.Module):
             )
         self._recompute = cast(RecomputePlan, plan)
 
-    def _run_stem(self, x: Tensor, valid: ValidFrames | None, pooled: ValidFrames | None) -> Tensor:
+    def _run_stem(
+        self,
+        x: Tensor,
+        before: ValidFrames | None,
+        valid: ValidFrames | None,
+        pooled: ValidFrames | None,
+    ) -> Tensor:
+        if self.stem_border:
+            x = torch.cat([x, clear_padding(torch.ones_like(x[:, :1]), before)], 1)
         x = self.stem(x, valid)
         pool = self.pool
         if pool is None:

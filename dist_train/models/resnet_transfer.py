@@ -50,7 +50,7 @@ def move_resnet(
     """
     model = _checked(move)
     _tell_of_stem(move, model, stem_stride, stem_pool)
-    _move_stem(move, normalised)
+    _move_stem(move, model, normalised)
     places = [f"layer{k}.{n}" for k, repeat in enumerate(model.repeats, 1) for n in range(repeat)]
     for number, place in enumerate(places):
         block = model.blocks[number]
@@ -108,13 +108,24 @@ def _tell_of_stem(move: Transfer, model: ResNet3D, stride: Stride, pool: bool | 
         )
 
 
-def _move_stem(move: Transfer, normalised: Normalised | None) -> None:
-    name, kernel, shift = "stem.conv.weight", move.tensor(STEM), None
-    done = []
+def _move_stem(move: Transfer, model: ResNet3D, normalised: Normalised | None) -> None:
+    name, kernel, done = "stem.conv.weight", move.tensor(STEM), []
+    shift: Tensor | None = None
+    # What the channel of ones gives: what the kernel gives less without the mean.
+    border = torch.zeros_like(kernel[:, :1])
     if normalised is not None:
-        kernel, shift = move.normalised(kernel, normalised)
+        kernel, border = move.normalised(kernel, normalised)
         done.append("for pixels of 0 to 1")
+        if not model.stem_border:
+            shift = border.flatten(1).sum(1)
+            move.notes.append(
+                "around a clip it saw the mean colour, and here is black: for the same network set "
+                "model.stem_border=true"
+            )
     kernel, channels = move.for_channels(kernel)
+    if model.stem_border:
+        kernel = torch.cat([kernel, border], 1)
+        channels.append("with a border")
     kernel, size = move.fitted(kernel, name)
     done += channels + size
     move.take(STEM, name, "; ".join(done), value=kernel if done else None)

@@ -211,8 +211,8 @@ class Transfer:
         return kernel, [*done, f"shared by {len(here)} channels"] if len(here) > 1 else done
 
     def normalised(self, kernel: Tensor, how: Normalised) -> tuple[Tensor, Tensor]:
-        """A first kernel for pixels of 0 to 1 instead of normalised ones, in float64, and what it
-        gives less, [O], where its window lies within the clip."""
+        """A first kernel for pixels of 0 to 1 instead of normalised ones, and one for a channel of
+        ones, [O, 1, ...], which takes the mean off; both in float64."""
         if kernel.shape[1] != len(how.mean):
             raise self._refused(
                 f"the first kernel is for {kernel.shape[1]} channels and not {len(how.mean)}"
@@ -220,7 +220,7 @@ class Transfer:
         shape = [1, -1] + [1] * (kernel.ndim - 2)
         mean, std = (torch.tensor(v, dtype=torch.float64).view(shape) for v in how)
         kernel = kernel.double() / std
-        return kernel, -(kernel * mean).flatten(1).sum(1)
+        return kernel, -(kernel * mean).sum(1, keepdim=True)
 
     def _shown(self, source: str) -> str:
         return self._told.get(source, source)

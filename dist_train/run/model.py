@@ -28,7 +28,7 @@ from dist_train.models.registry import build_model, defaults_of, find_model
 log = logging.getLogger(__name__)
 
 #: Settings of ``model`` that are arguments of resnet3d; other models take ``model.args``.
-OF_RESNET3D = ("width", "stem_stride", "stem_pool", "stem_folded", "dropout")
+OF_RESNET3D = ("width", "stem_stride", "stem_pool", "stem_border", "stem_folded", "dropout")
 #: Models with a warning already.
 _warned: set[str] = set()
 
@@ -163,9 +163,11 @@ def model_metadata(config: Config) -> dict[str, Any]:
     """Settings that give a checkpoint's weights their meaning, as JSON types."""
     settings = config.model
     keys = set(OF_RESNET3D) - {"stem_folded"} if _is_resnet3d(settings.name) else {"args"}
+    # Absent where they have their default, as in files of earlier versions.
     if settings.channels is not None:
-        # Absent for grey, as in files of earlier versions.
         keys |= {"channels"}
+    if not settings.stem_border:
+        keys -= {"stem_border"}
     metadata: dict[str, Any] = settings.model_dump(mode="json", include={"name"} | keys)
     return metadata
 

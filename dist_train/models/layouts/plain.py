@@ -5,6 +5,7 @@ The head may have another number of outputs, and the first kernel another number
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from dist_train.errors import ModelError
@@ -47,7 +48,11 @@ def move_known(move: Transfer, there: Sequence[str] | None = None) -> None:
         if name in head and own is not None and own.shape[:1] != tensor.shape[:1]:
             move.leave([name], f"it has {len(tensor)} outputs, and the model {len(own)}")
         elif name == first and tensor.ndim == 5:
-            value, done = move.for_channels(tensor, there)
+            # A last channel of ones is not of the clip.
+            ones = int(getattr(move.model, "stem_border", False))
+            own_channels = tensor.shape[1] - ones
+            value, done = move.for_channels(tensor[:, :own_channels], there)
+            value = torch.cat([value, tensor[:, own_channels:]], 1)
             move.take(name, name, "; ".join(done), value=value if done else None)
         else:
             move.take(name, name)

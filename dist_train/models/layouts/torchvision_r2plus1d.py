@@ -37,10 +37,13 @@ def move(move: Transfer, given: Given) -> None:
         )
     # The network of 18 layers has two blocks in each.
     move.rename(_our_name)
-    kernel, shift = move.normalised(move.tensor(STEM), KINETICS)
+    kernel, border = move.normalised(move.tensor(STEM), KINETICS)
+    move.notes.append("around the frames it saw the mean colour, and here is black")
     kernel, done = move.for_channels(kernel)
     move.take(STEM, STEM, "; ".join(["for pixels of 0 to 1", *done]), value=kernel)
-    move.take_norm("stem.0.norm", "stem.0.norm", shift=shift, why="for pixels of 0 to 1")
+    move.take_norm(
+        "stem.0.norm", "stem.0.norm", shift=border.flatten(1).sum(1), why="for pixels of 0 to 1"
+    )
     done_already = set(move.state)
     for name in move.given:
         if name not in done_already and not name.startswith("fc."):

@@ -1,7 +1,7 @@
 """Weights of each layout give the logits of the original network.
 
-Originals see zeros around a normalised clip, which are its mean colour; ours sees black. So the
-original gets a border of black here, and is then the same in every bit but for rounding.
+Originals see zeros around a normalised clip, which are its mean colour. Ours sees the same with
+``stem_border``, else black; then the original gets a border of black here.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ REPEATS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
 
 @pytest.fixture
 def original(randomise_norms: Callable[[nn.Module], None]) -> Callable[..., OriginalResNet]:
-    def make(depth: int = 10, normalised: Normalised | None = None, **more: Any) -> OriginalResNet:
+    def make(depth: int = 10, black: Normalised | None = None, **more: Any) -> OriginalResNet:
         torch.manual_seed(1)
         net = OriginalResNet(REPEATS[depth], bottleneck=depth >= 50, **more)
         for parameter in net.parameters():
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
         randomise_norms(net)
-        if normalised is not None:
-            net.border = [-m / s for m, s in zip(*normalised, strict=True)]
+        if black is not None:
+            net.border = [-m / s for m, s in zip(*black, strict=True)]
         return net.double().eval()
 
     return make
@@ -72,18 +72,21 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
     assert ours.unique().numel() > ours.numel() / 2, "the test could not tell"
 
 
+@pytest.mark.parametrize("border", [True, False])
 @pytest.mark.parametrize("channels", [GREY, RGB], ids=["grey", "rgb"])
 @pytest.mark.parametrize("depth", [10, 50])
 @pytest.mark.parametrize(
     ("layout", "how"), [("hara", hara.KINETICS), ("hara_2018", hara_2018.PIXELS)]
 )
 def test_hara(
-    original: Any, layout: str, how: Normalised, depth: int, channels: tuple[str, ...]
+    original: Any, layout: str, how: Normalised, depth: int, channels: tuple[str, ...], border: bool
 ) -> None:
-    net = original(depth, how)
-    model, move, found = transferred(net, depth, channels, is_parallel=layout == "hara_2018")
+    net = original(depth, None if border else how)
+    model, move, found = transferred(
+        net, depth, channels, is_parallel=layout == "hara_2018", stem_border=border
+    )
     assert found == layout
-    assert move.notes == []
+    assert any("set model.stem_border=true" in note for note in move.notes) != border
     clips = random_clips(2, len(channels), 9, 32, 24)
     assert_same(model(clips), net(normal(clips, how)))
 
@@ -94,7 +97,7 @@ def test_the_pixels_of_2018_were_those_of_files(original: Any) -> None:
     torch.testing.assert_close(normal(clips, hara_2018.PIXELS), expected)
 
 
-def test_with_the_zeros_of_the_original_only_the_border_of_the_stem_differs(original: Any) -> None:
+def test_without_a_border_the_inside_of_the_stem_is_the_same(original: Any) -> None:
     net = original()
     model, _, _ = transferred(net, channels=RGB)
     clips = random_clips(1, 3, 16, 32, 32)
@@ -104,6 +107,14 @@ def test_with_the_zeros_of_the_original_only_the_border_of_the_stem_differs(orig
     # 3 frames and pixels, of which every second one is computed.
     assert far[:, :, 3:-3, 2:-2, 2:-2].abs().max() < 1e-9
     assert far[:, :, 0].abs().max() > 1e-3
+
+
+def test_a_border_ends_where_the_clip_does(original: Any) -> None:
+    """Padding never changes a logit."""
+    model, _, _ = transferred(original(), channels=RGB, stem_border=True)
+    clips = random_clips(2, 3, 12, 24, 24)
+    padded = model(clips, torch.tensor([12, 7]))
+    assert_same(padded[1:], model(clips[1:, :, :7]))
 
 
 @pytest.mark.parametrize("channels", [GREY, ("dapi", "gfp")])
@@ -190,14 +201,14 @@ class OfVideo(nn.Module):
 @pytest.mark.parametrize("channels", [GREY, RGB], ids=["grey", "rgb"])
 def test_r3d_of_torchvision(original: Any, channels: tuple[str, ...]) -> None:
     how = torchvision_video.KINETICS
-    net = original(18, how, stem=(3, 7, 7), pool=False)
+    net = original(18, stem=(3, 7, 7), pool=False)
     assert "layer2.0.conv1.1.running_mean" in OfVideo(net).state_dict()
-    model, move, found = transferred(OfVideo(net), 18, channels, stem_pool=False)
+    model, move, found = transferred(OfVideo(net), 18, channels, stem_pool=False, stem_border=True)
     assert found == "torchvision_video"
     assert move.notes == []
     clips = random_clips(2, len(channels), 9, 24, 24)
     assert_same(model(clips), net(normal(clips, how)))
-    _, move, _ = transferred(OfVideo(net), 18, channels)
+    _, move, _ = transferred(OfVideo(net), 18, channels, stem_border=True)
     assert move.notes == [
         "it has no max pooling behind the stem: for the same network set model.stem_pool=false"
     ]
@@ -208,9 +219,9 @@ def test_mc3_of_torchvision(original: Any) -> None:
     how = torchvision_video.KINETICS
     flat = [(1, 1, 1), *[(1, 2, 2)] * 3]
     net = original(
-        18, how, stem=(3, 7, 7), pool=False, kernels=[(3, 3, 3), *[(1, 3, 3)] * 3], strides=flat
+        18, stem=(3, 7, 7), pool=False, kernels=[(3, 3, 3), *[(1, 3, 3)] * 3], strides=flat
     )
-    model, move, _ = transferred(OfVideo(net), 18, stem_pool=False)
+    model, move, _ = transferred(OfVideo(net), 18, stem_pool=False, stem_border=True)
     assert "it is mc3_18" in move.notes[0]
     assert "1x3x3 among zeros" in {row.reason for row in move.rows}
     clips = random_clips(3, 1, 1, 32, 32)
@@ -292,8 +303,8 @@ def test_r2plus1d_of_torchvision(randomise_norms: Any, channels: tuple[str, ...]
 @pytest.mark.parametrize("depth", [18, 50])
 def test_a_2d_net_sees_a_still_clip_as_its_frame(original: Any, depth: int) -> None:
     """Away from both ends. A window of the deepest features of a ResNet-18 spans 221 frames."""
-    net = original(depth, imagenet.IMAGENET, dims=2)
-    model, move, found = transferred(net, depth)
+    net = original(depth, dims=2)
+    model, move, found = transferred(net, depth, stem_border=True)
     assert found == "imagenet"
     assert move.notes == []
     assert any(row.reason == "inflated from 2D" for row in move.rows)
@@ -329,6 +340,9 @@ def test_the_weights_of_the_model_itself() -> None:
     theirs = ResNet3D(10, width=4).double().eval()
     two, move, _ = transferred(theirs, channels=("dapi", "gfp"))
     assert_same(two(clips.expand(-1, 2, -1, -1, -1)), theirs(clips))
+    bordered = ResNet3D(10, width=4, stem_border=True).double().eval()
+    two_bordered, _, _ = transferred(bordered, channels=("dapi", "gfp"), stem_border=True)
+    assert_same(two_bordered(clips.expand(-1, 2, -1, -1, -1)), bordered(clips))
     assert [row.name for row in move.rows if row.how == "adapted"] == ["stem.conv.weight"]
 
 
