@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {
     "norm": {"shared", "fused"},
     "augment": {"device"},
 }
+NOT_OF_MEMORY: dict[str, Any] = {"model": {"init", "init_layout"}}
 
 
 def conditions(config: Config, device: torch.device) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def conditions(config: Config, device: torch.device) -> dict[str, Any]:
     if config.loss.distill.teacher is not None:
         settings = SETTINGS | {"loss": {"distill": {"teacher"}}}
     return {
-        "settings": config.model_dump(mode="json", include=settings, exclude={"model": {"init"}}),
+        "settings": config.model_dump(mode="json", include=settings, exclude=NOT_OF_MEMORY),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         # They choose the algorithms of convolutions, and so their workspace.
         "torch": torch.__version__,

@@ -41,10 +41,11 @@ from dist_train.run.snapshots import set_snapshots_aside
 from dist_train.system.main_guard import end_if_run_again
 from dist_train.training.console import closing, opening
 from dist_train.training.implied_rate import implied_rate
-from dist_train.training.initial_weights import SETTING, Source, initial_model
+from dist_train.training.initial_weights import SETTING, initial_model
 from dist_train.training.reporting import Say
 from dist_train.training.run_state import retention
 from dist_train.training.trainer import BeforeStep, Trainer
+from dist_train.training.weights_table import Source, lines
 
 log = logging.getLogger(__name__)
 
@@ -90,10 +91,12 @@ def train(
                     lock()
                     trainer = Trainer(config, backend, _open_mirror(config, backend, resume))
                 opened.enter_context(trainer.recovery.stop)
-                begin(trainer, resume)
+                init = begin(trainer, resume)
                 opened.enter_context(_mirrored(trainer))
                 if say is not None and backend.is_main:
                     trainer.reporter.say = say
+                    for line in [] if init is None else lines(init):
+                        say(line)
                     for line in opening(
                         trainer.config, backend, trainer.data, trainer.plan, trainer.done
                     ):
@@ -109,10 +112,13 @@ def train(
         backend.close()
 
 
-def begin(trainer: Trainer, resume: Resume) -> None:
+def begin(trainer: Trainer, resume: Resume) -> Source | None:
     """Restore a checkpoint, or begin a new run, and note the session in the run's folder.
 
     A collective call.
+
+    Returns:
+        The source of a new run's weights; None if they are random, or of a checkpoint.
 
     Raises:
         RunError, StoreError, CheckpointError: the folder does not allow it.
@@ -152,6 +158,7 @@ def begin(trainer: Trainer, resume: Resume) -> None:
         resumed_from = trainer.done if restored else None
         on_main(backend, lambda: _note_session(trainer, resumed_from, init))
     trainer.first_step = trainer.done
+    return init
 
 
 def _check_teacher(trainer: Trainer) -> None:
