@@ -1,4 +1,4 @@
-"""What a session reports after each step: metrics, TensorBoard, the progress bar, its speed."""
+"""What a session reports after each step: metrics, trackers, the progress bar, its speed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from dist_train.data.pictures import as_picture, legend
 from dist_train.data.plan.plan import Plan
 from dist_train.data.types import GREY
 from dist_train.distributed.backends.base import Backend
+from dist_train.distributed.backends.trackers import check_trackers
 from dist_train.distributed.collectives import on_main
 from dist_train.progress import Progress
+from dist_train.run.data import RunData
 from dist_train.run.model import as_input
 from dist_train.training.console import Speed, visits_of
 from dist_train.training.metrics_log import EventWriter
+from dist_train.training.mistakes import strips_of_mistakes
 from dist_train.training.step import Values
+from dist_train.training.tracking import services
 
 Say = Callable[[str], None]
 
@@ -34,6 +38,8 @@ class Reporter:
 
     def __init__(self, config: Config, backend: Backend, plan: Plan) -> None:
         self._config, self._backend, self._plan = config, backend, plan
+        if tracked := services(config.track):
+            on_main(backend, lambda: check_trackers(tracked))
         self._events: EventWriter | None = None
         self._speed = Speed(visits_of(config, plan))
         self.say: Say = lambda line: None
@@ -45,7 +51,8 @@ class Reporter:
 
             def begin() -> None:
                 settings = self._config.model_dump(mode="json")
-                writer = EventWriter(self._config.out, settings, after=done)
+                track = self._config.track
+                writer = EventWriter(self._config.out, settings, after=done, track=track)
                 self._events = opened.enter_context(writer)
 
             on_main(self._backend, begin)
@@ -79,6 +86,13 @@ class Reporter:
         """Show precision against recall of the val split, if it has clips, in TensorBoard."""
         if self._events is not None and len(labels):
             self._events.tensorboard.pr_curve(done, labels, scores)
+
+    def show_mistakes(
+        self, done: int, data: RunData, labels: np.ndarray, scores: np.ndarray
+    ) -> None:
+        """Show the most confidently wrong clips of the val split in TensorBoard."""
+        if self._events is not None and self._events.tensorboard.shows:
+            self._events.tensorboard.strips(done, strips_of_mistakes(data, labels, scores))
 
     def tell(self, done: int, values: Values, progress: Progress | None) -> None:
         """Advance the progress bar, and print the speed once it is known."""
