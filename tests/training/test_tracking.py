@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import STEPS_PER_EPOCH, metrics_of, overrides, refused, tiny_config
@@ -33,7 +36,6 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A new database of MLflow, which is used by default."""
     place = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
-    mlflow.set_tracking_uri(place)
     return place
 
 
@@ -66,50 +68,63 @@ def test_two_sessions_are_one_run_of_mlflow(
 
 @pytest.mark.slow
 def test_offline_wandb_gets_each_step_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    datastore = pytest.importorskip("wandb.sdk.internal.datastore")
-    from wandb.proto import wandb_internal_pb2
-
+    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setattr(tracking, "LAST_WAIT", 120.0)
-    standard = sys.stdout
-    for steps in (range(1, 6), range(4, 8)):
-        tracked = Tracking(["wandb"], tmp_path, {"optim": {"lr": 0.1}})
-        for step in steps:
-            tracked.write(step, {"train/loss": float(step), "val/mcc@0.5": 0.5})
-        tracked.close()
+    standard, out = sys.stdout, tmp_path / "run"
+    config = tiny_config(store, out, *MORE, "track=[wandb]")
+    train_until(config, LEFT_AT)
+    train(config, resume="auto")
     assert "metrics.jsonl has all" not in caplog.text
     assert sys.stdout is standard
     sent, settings, ids = [], set(), set()
-    for path in sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb")):
+    for path in sorted((out / "wandb").glob("offline-run-*/run-*.wandb")):
         ids.add(path.stem)
-        store = datastore.DataStore()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
+        for record in records_of(path):
             items = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
             if "train/loss" in items:
                 sent.append((int(items["_step"]), float(items["train/loss"])))
             for update in (*record.config.update, *record.run.config.update):
                 if update.key == "optim.lr":
                     settings.add(update.value_json)
-    assert sorted(sent) == [(step, float(step)) for step in range(1, 8)]
-    assert ids == {f"run-{json.loads((tmp_path / 'wandb.json').read_text())['id']}"}
-    assert settings == {"0.1"}
+    assert sorted(sent) == [(line["step"], line["train/loss"]) for line in metrics_of(out)]
+    assert ids == {f"run-{json.loads((out / 'wandb.json').read_text())['id']}"}
+    assert settings == {str(config.optim.lr)}
+
+
+def records_of(path: Path) -> Iterator[Any]:
+    """The records of a file of W&B, which is a log of LevelDB: after 7 bytes come blocks of 32 KiB,
+    of chunks with a checksum, a length and a type; this reads chunks that are whole records."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, place = path.read_bytes(), 7
+    while place + 7 <= len(content):
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        if kind == 1:
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(content[place + 7 : place + 7 + length])
+            yield record
+        assert kind in (1, 2, 3, 4), "of no chunk"
+        place += 7 + length
+        if -place % 2**15 < 7:
+            place += -place % 2**15
 
 
 def test_a_server_that_is_gone_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(tracking, "LAST_WAIT", 120.0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         gone = f"http://127.0.0.1:{free.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", gone)
-        mlflow.set_tracking_uri(gone)
         tracked = Tracking(["mlflow"], tmp_path, {})
         for step in range(1, 100):
             tracked.write(step, {"a": 1.0})
@@ -118,6 +133,7 @@ def test_a_server_that_is_gone_is_told_once(
         tracked.close()
     (warning,) = [line for line in caplog.messages if "metrics.jsonl has all" in line]
     assert "mlflow: it gets nothing more of this session" in warning
+    assert "Connection refused" in warning
     assert not (tmp_path / "mlflow.json").exists()
 
 
@@ -131,7 +147,6 @@ def test_a_server_that_does_not_answer_delays_nothing(
         place = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
-        mlflow.set_tracking_uri(place)
         tracked = Tracking(["mlflow"], tmp_path, {})
         for step in range(1, 100):
             tracked.write(step, {"a": 1.0})
