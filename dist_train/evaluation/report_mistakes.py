@@ -9,15 +9,15 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from dist_train.data.pictures import as_picture, legend
+from dist_train.data.pictures import film_strip, legend
 from dist_train.data.types import GREY, Volume
 from dist_train.evaluation.report_run import Run
 
 Clips = Callable[[str], Volume]
 """Returns the native frames, [D, H, W] or [D, H, W, C], of the clip of a key."""
 
-CLIPS, FRAMES, HEIGHT = 4, 8, 128
-"""Clips of each kind of mistake, frames of a clip, and the largest height of a frame."""
+CLIPS = 4
+"""Clips of each kind of mistake."""
 
 
 class Mistake(NamedTuple):
@@ -55,18 +55,10 @@ def worst_mistakes(
 
 def _strip(clip: Volume, channels: Sequence[str]) -> tuple[str, str]:
     """How many frames are shown and in which colours, and the picture; large frames are shrunk."""
-    shown = np.unique(np.linspace(0, len(clip) - 1, FRAMES).round().astype(np.int64))
-    height, width = clip.shape[1:3]
-    scale = min(1.0, HEIGHT / height)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    pictures = as_picture(clip[shown], channels)
-    frames = [cv2.resize(picture, size, interpolation=cv2.INTER_AREA) for picture in pictures]
-    white = (255, 255, 255)
-    gaps = [cv2.copyMakeBorder(f, 0, 0, 2, 0, cv2.BORDER_CONSTANT, value=white) for f in frames]
-    strip = np.hstack(gaps)[:, 2:]
+    strip, shown = film_strip(clip, channels)
     # OpenCV writes blue, green and red.
     strip = strip if strip.ndim == 2 else np.ascontiguousarray(strip[..., ::-1])
     png = cv2.imencode(".png", strip)[1].tobytes()
     image = "data:image/png;base64," + base64.b64encode(png).decode()
     colours = f"; {told}" if (told := legend(channels)) else ""
-    return f"{len(shown)} of {len(clip)} frames{colours}", image
+    return f"{shown} of {len(clip)} frames{colours}", image

@@ -47,6 +47,7 @@ FREE = (
     "model.recompute:",
     "model.activation_memory:",
     "train.device:",
+    "track:",
 )
 VERSIONS_OF = ("torch", "accelerate", "deepspeed", "numpy", "av", "albumentations", "lmdb")
 

@@ -102,6 +102,8 @@ def train(
                     ):
                         say(line)
                 trainer.fit(progress if backend.is_main else None, before_step)
+                if trainer.stopped_early:
+                    trainer.reporter.say(trainer.early_stop.told(trainer.done))
                 trainer.reporter.say(closing(trainer.config))
         except BaseException as error:
             # After an error other ranks may be in a collective call. With NCCL, closing the backend
@@ -242,7 +244,11 @@ def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | Non
             warn_of_other_code(out, config, read_record(out))
     changed = _changed_settings(config) if os.path.lexists(out / CONFIG) else []
     seen = _held_out_seen(trainer, resumed_from, init)
-    set_snapshots_aside(out, after=trainer.done)
+    # A run that had stopped early, and goes on, has kept its best weights.
+    goes_on = any(change.startswith("stop.") for change in changed)
+    set_snapshots_aside(
+        out, after=trainer.done, planned=trainer.snapshot_steps if goes_on else None
+    )
     trainer.micro.write_note()
     run: dict[str, Any] = {
         "model": config.model.name,
