@@ -11,6 +11,7 @@ from torch import nn
 
 from dist_train import extensions
 from dist_train.errors import ModelError
+from dist_train.models.frame_sequence import CANNOT, LSTM_CANNOT, READERS, FrameSequence
 from dist_train.models.resnet3d import BLOCKS, ResNet3D
 from dist_train.models.trunk import Trunk
 
@@ -47,6 +48,12 @@ OF_RESNET3D = ("width", "stem_stride", "stem_pool", "stem_folded", "dropout")
 MODELS: dict[str, ModelSpec] = {
     f"resnet3d-{depth}": ModelSpec(partial(ResNet3D, depth), settings=OF_RESNET3D)
     for depth in BLOCKS
+}
+MODELS |= {
+    f"frames-{reader}": ModelSpec(
+        partial(FrameSequence, reader), CANNOT | (LSTM_CANNOT if reader == "lstm" else {})
+    )
+    for reader in READERS
 }
 
 
