@@ -108,26 +108,27 @@ def measure_parts(
         for steps in model.parts()[0]:
             measured = {mode: _measure(mode, steps, x, precision) for mode in MODES}
             costs.append({mode: cost for mode, (cost, _) in measured.items()})
-            x = torch.empty(measured["none"][1], dtype=precision).requires_grad_()
+            shape, dtype = measured["none"][1]
+            x = torch.empty(shape, dtype=dtype).requires_grad_()
     return costs
 
 
 def _measure(
     mode: Recompute, steps: Sequence[Step], x: Tensor, precision: torch.dtype | None
-) -> tuple[Cost, torch.Size]:
-    """The cost, and the shape of the output."""
+) -> tuple[Cost, tuple[torch.Size, torch.dtype]]:
+    """The cost, and the shape and dtype of the output."""
     with _Meter() as meter:
         meter.note(x)
         with torch.autocast(x.device.type, precision, enabled=precision is not None):
             y = run_part(mode, steps, x)
-        shape, edge = y.shape, get_gradient_edge(y)
+        output, edge = (y.shape, y.dtype), get_gradient_edge(y)
         # The output counts for the next part, as its input.
         kept = meter.live - y.untyped_storage().nbytes()
         gradient = torch.empty_like(y)
         del y
         torch.autograd.backward([edge], [gradient])
         x.grad = None
-    return Cost(kept, meter.peak, meter.work), shape
+    return Cost(kept, meter.peak, meter.work), output
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -34,14 +34,15 @@ class Conv3d(nn.Conv3d):
 
     def _least(self, input: Tensor) -> tuple[int, int, int]:
         """The least depth, height and width for which the library's gradient is correct."""
-        kernel, strided = self.kernel_size[0], max(self.stride) > 1
-        if input.device.type != "cpu" or kernel == 1 or not torch.is_grad_enabled():
+        depth, *area = self.kernel_size
+        if input.device.type != "cpu" or max(self.kernel_size) == 1 or not torch.is_grad_enabled():
             return 1, 1, 1
         in_bfloat16 = input.dtype is torch.bfloat16 or torch.is_autocast_enabled("cpu")
-        area = kernel // 2 + 1 if in_bfloat16 and strided else 1
-        if kernel > 3 and self.stride[0] > 1:
-            return kernel + 1, area, area
-        return kernel if in_bfloat16 else 1, area, area
+        strided = in_bfloat16 and max(self.stride) > 1
+        height, width = (length // 2 + 1 if strided else 1 for length in area)
+        if depth > 3 and self.stride[0] > 1:
+            return depth + 1, height, width
+        return depth if in_bfloat16 else 1, height, width
 
 
 def global_average_pool(x: Tensor, valid: ValidFrames | None = None) -> Tensor:

@@ -11,9 +11,14 @@ from torch import nn
 
 from dist_train import extensions
 from dist_train.errors import ModelError
+from dist_train.models.adapted import Adapted, densenet121, monai_network
+from dist_train.models.convnext3d import ConvNeXt3D
 from dist_train.models.frame_sequence import CANNOT, LSTM_CANNOT, READERS, FrameSequence
+from dist_train.models.mobilenet3d import MobileNet3D
+from dist_train.models.r2plus1d import DEPTHS, R2Plus1D
 from dist_train.models.resnet3d import BLOCKS, ResNet3D
 from dist_train.models.trunk import Trunk
+from dist_train.models.x3d import DEPTH_FACTORS, X3D
 
 #: What may be asked of a model: to recompute activations in the backward pass, to be captured by
 #: CUDA graphs, to be written as ONNX, to have its weights sharded over processes (ZeRO-3, FSDP2),
@@ -49,12 +54,25 @@ MODELS: dict[str, ModelSpec] = {
     f"resnet3d-{depth}": ModelSpec(partial(ResNet3D, depth), settings=OF_RESNET3D)
     for depth in BLOCKS
 }
+MODELS |= {f"r2plus1d-{depth}": ModelSpec(partial(R2Plus1D, depth)) for depth in DEPTHS}
+MODELS |= {f"x3d-{size}": ModelSpec(partial(X3D, size)) for size in DEPTH_FACTORS}
+MODELS["mobilenet3d"] = ModelSpec(MobileNet3D)
+MODELS["convnext3d-tiny"] = ModelSpec(ConvNeXt3D)
+
+#: Of a network of another library behind ``Adapted``.
+OF_ADAPTED: Mapping[Ability, str] = {
+    "recompute": "is another library's network, whose parts are not known here",
+    "onnx": "is another library's network, adapted to unequal depths while it runs",
+}
+MODELS["densenet3d-121"] = ModelSpec(densenet121, OF_ADAPTED)
 MODELS |= {
     f"frames-{reader}": ModelSpec(
         partial(FrameSequence, reader), CANNOT | (LSTM_CANNOT if reader == "lstm" else {})
     )
     for reader in READERS
 }
+#: Before the name of any class of ``monai.networks.nets``.
+MONAI = "monai."
 
 
 def build_model(name: str, **settings: Any) -> nn.Module:
@@ -85,6 +103,8 @@ def build_model(name: str, **settings: Any) -> nn.Module:
 
 def find_model(name: str) -> ModelSpec:
     """How the model of a name or import path is made. Raises like ``build_model``."""
+    if name.startswith(MONAI) and not extensions.is_import_path(name):
+        return ModelSpec(partial(Adapted, monai_network(name.removeprefix(MONAI))), OF_ADAPTED)
     if not extensions.is_import_path(name):
         if name not in MODELS:
             raise ModelError(f"there is no model {name!r}", fix=_hint(name, list(MODELS)))
@@ -94,16 +114,25 @@ def find_model(name: str) -> ModelSpec:
         raise ModelError(
             f"{name} is no model", where="model.name", fix="Name a subclass of torch.nn.Module."
         )
+    forward = inspect.signature(found.forward)
+    if _takes(forward, None, None, None):
+        return ModelSpec(found, {} if issubclass(found, Trunk) else UNKNOWN)
+    if _takes(forward, None, None):
+        return ModelSpec(partial(Adapted, found), OF_ADAPTED)
+    raise ModelError(
+        f"{name} is no model of clips: its forward does not take two arguments, or one",
+        where="model.name",
+        fix="It takes volumes [B, C, D, H, W] and frames, the true depths [B] or None, and gives "
+        "logits [B].",
+    )
+
+
+def _takes(signature: inspect.Signature, *arguments: None) -> bool:
     try:
-        inspect.signature(found.forward).bind(None, None, None)
+        signature.bind(*arguments)
     except TypeError:
-        raise ModelError(
-            f"{name} is no model of clips: its forward does not take two arguments",
-            where="model.name",
-            fix="It takes volumes [B, C, D, H, W] and frames, the true depths [B] or None, and "
-            "gives logits [B].",
-        ) from None
-    return ModelSpec(found, {} if issubclass(found, Trunk) else UNKNOWN)
+        return False
+    return True
 
 
 #: Of a model from outside that is no ``Trunk``.

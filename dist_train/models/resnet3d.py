@@ -16,14 +16,13 @@ of D frames of H x W pixels, width w and the default stem:
 from __future__ import annotations
 
 from functools import partial
-from itertools import islice
 from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
 from dist_train.models.conv_norm import ConvNorm
 from dist_train.models.padding import ValidFrames, clear_padding, strided
-from dist_train.models.recompute import Recompute, Step
+from dist_train.models.recompute import Recompute
 from dist_train.models.rematerialize import forget
 from dist_train.models.trunk import Parts, RecomputePlan, Trunk
 
@@ -155,16 +154,8 @@ class ResNet3D(Trunk):
     def parts(self, valid: ValidFrames | None = None) -> Parts:
         valid = strided(valid, self.stem_frame_stride)
         pooled = valid if self.pool is None else strided(valid, 2)
-        parts: list[list[Step]] = [[partial(self._run_stem, valid=valid, pooled=pooled)]]
-        valid, blocks = pooled, iter(self.blocks)
-        for repeat in self.repeats:
-            steps: list[Step] = []
-            for block in islice(blocks, repeat):
-                assert isinstance(block, ResidualBlock)
-                before, valid = valid, strided(valid, block.stride)
-                steps.append(partial(block, before=before, after=valid))
-            parts.append(steps)
-        return parts, valid
+        parts, last = self._block_parts(pooled, self.repeats)
+        return [[partial(self._run_stem, valid=valid, pooled=pooled)], *parts], last
 
     def _run_stem(self, x: Tensor, valid: ValidFrames | None, pooled: ValidFrames | None) -> Tensor:
         x = self.stem(x, valid)

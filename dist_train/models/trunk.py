@@ -5,19 +5,22 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import ClassVar, get_args
+from functools import partial
+from itertools import islice
+from typing import ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dist_train.errors import ModelError
 from dist_train.models.layers import global_average_pool
-from dist_train.models.padding import ValidFrames, clear_padding, valid_frames
+from dist_train.models.padding import ValidFrames, clear_padding, strided, valid_frames
 from dist_train.models.recompute import Recompute, Step, run_part
 from dist_train.models.running import batched_updates
 
 #: One mode for each part of a network.
 RecomputePlan = tuple[Recompute, ...]
+NOTHING: Recompute = "none"
 #: The steps of each part, in order, and the real frames of the last output.
 Parts = tuple[list[list[Step]], ValidFrames | None]
 
@@ -57,6 +60,19 @@ class Trunk(nn.Module):
     def frame_stride(self) -> int:
         """Frames of a clip for each frame of the last part's output, or more."""
 
+    def _block_parts(self, valid: ValidFrames | None, repeats: Sequence[int]) -> Parts:
+        """A part for each number of blocks, of ``blocks`` in order. A block has a ``stride`` in
+        depth, and maps ``(x, before, after)``, the real frames of its input and output."""
+        parts: list[list[Step]] = []
+        blocks = iter(self.blocks)
+        for repeat in repeats:
+            steps: list[Step] = []
+            for block in islice(blocks, repeat):
+                before, valid = valid, strided(valid, cast(int, block.stride))
+                steps.append(partial(block, before=before, after=valid))
+            parts.append(steps)
+        return parts, valid
+
     def forward(self, x: Tensor, frames: Tensor | None = None) -> Tensor:
         """Logits of clips [B, C, D, H, W]: [B] of a network with one output, else [B, outputs].
 
@@ -74,7 +90,7 @@ class Trunk(nn.Module):
         valid = valid_frames(frames, x)
         x = clear_padding(x, valid)
         parts, valid = self.parts(valid)
-        modes: RecomputePlan = self.recompute if self.training else ("none",) * len(parts)
+        modes = self.recompute if self.training else tuple(NOTHING for _ in parts)
         # Exporters trace eval mode, in which running statistics do not change.
         with batched_updates() if self.training else nullcontext():
             for mode, steps in zip(modes, parts, strict=True):

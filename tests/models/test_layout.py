@@ -7,45 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from layouts import LAYOUT, Layouts
 
 from dist_train.models.resnet3d import ResNet3D
-
-LAYOUT = torch.channels_last_3d
-HEAVY = ("convolution", "batch_norm", "relu", "threshold", "max_pool3d", "add")
-
-
-def is_activation(x: Any) -> bool:
-    """A tensor whose strides tell all orders of its five axes apart."""
-    return isinstance(x, Tensor) and x.ndim == 5 and min(x.shape) > 1
-
-
-class Layouts(TorchDispatchMode):
-    """Records heavy operations that are not channels last, and copies into another layout."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = 0
-        self.wrong: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        inputs = [x for x in tree_leaves((args, kwargs)) if is_activation(x)]
-        outputs = [x for x in tree_leaves(out) if is_activation(x)]
-        if any(heavy in name for heavy in HEAVY):
-            self.seen += 1
-            if not all(x.is_contiguous(memory_format=LAYOUT) for x in inputs + outputs):
-                self.wrong.append(name)
-        if name in ("clone", "_to_copy", "copy_", "contiguous"):
-            layouts = {x.is_contiguous(memory_format=LAYOUT) for x in inputs + outputs}
-            if layouts not in ({True}, set()):
-                self.wrong.append(name)
-        return out
 
 
 @pytest.fixture(autouse=True)

@@ -1,16 +1,22 @@
+import re
+
 import pytest
 import torch
+from helpers import ROOT
 
 from dist_train.errors import ModelError
 from dist_train.models.registry import MODELS, build_model
 from dist_train.models.resnet3d import ResNet3D
 
-
-def test_all_depths_have_a_name():
-    assert list(MODELS) == [f"resnet3d-{n}" for n in (10, 18, 34, 50, 101, 152, 200)]
+RESNETS = [f"resnet3d-{n}" for n in (10, 18, 34, 50, 101, 152, 200)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+def test_docs_have_a_row_for_each_model():
+    table = (ROOT / "docs" / "models.md").read_text()
+    assert re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE) == list(MODELS)
+
+
+@pytest.mark.parametrize("name", RESNETS)
 def test_each_model_has_as_many_layers_as_its_name_says(name):
     with torch.device("meta"):
         model = build_model(name, width=1)
