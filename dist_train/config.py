@@ -343,13 +343,20 @@ class ModelSettings(Section):
     `model.dropout`."""
     init: Place | None = None
     """Weights to begin a new run with: a run's folder (its newest snapshot, or else checkpoint),
-    one of its snapshots or checkpoints, or an export. The optimizer's state is new."""
+    one of its snapshots or checkpoints, an export, or a file of another library's weights
+    (docs/weights.md). The optimizer's state is new."""
+    init_layout: str = "auto"
+    """Whose weights the file of `model.init` holds: "auto" tells it from names and shapes;
+    docs/weights.md lists the layouts."""
     width: Few = 64
     """Channels of the stem; the stages have multiples of it."""
     stem_stride: tuple[Stride, Stride, Stride] = (1, 2, 2)
     """Stride of the first convolution over frames, height and width."""
     stem_pool: bool = True
     """Max-pool with stride 2 after the first convolution."""
+    stem_border: bool = False
+    """The first convolution also sees a channel of ones, which ends where the clip does; weights of
+    networks that normalised their input need it to give the same logits (docs/weights.md)."""
     stem_folded: bool = False
     """Compute the stem by space to depth; the result differs by rounding only."""
     dropout: BelowOne = 0.0
@@ -365,6 +372,12 @@ class ModelSettings(Section):
     def in_channels(self) -> int:
         """Number of channels of clips."""
         return 1 if self.channels is None else len(self.channels)
+
+    @model_validator(mode="after")
+    def _layout_is_of_a_file(self) -> ModelSettings:
+        if self.init_layout != "auto" and self.init is None:
+            raise ValueError("init_layout says what the file of init is; give init too")
+        return self
 
     @model_validator(mode="after")
     def _budget_chooses(self) -> ModelSettings:
@@ -421,6 +434,22 @@ class OptimSettings(Section):
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Decay, such as 0.999, of an exponential moving average of the weights, which validation and
     snapshots use in place of the weights; null for none."""
+
+
+class FinetuneSettings(Section):
+    """How the weights of `model.init` are trained on; docs/weights.md."""
+
+    freeze: Annotated[tuple[str, ...], Field(max_length=100)] = ()
+    """What is not trained: parts of the network (stem, layer1 to layer4 and head of resnet3d),
+    patterns of names of parameters, such as blocks.0.*, or "all but head"."""
+    freeze_norm: Literal["parts", "all", "none"] = "parts"
+    """BatchNorm layers that normalise by the statistics that they came with, and keep them: those
+    of frozen "parts", "all", or "none"."""
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Factor of the learning rate from each part to the one before it: the head has the whole
+    rate, the part before it this share, and so on to the stem."""
+    head_lr: Annotated[float, Field(gt=0.0, le=10.0)] | None = None
+    """Highest learning rate of the head; null takes `optim.lr`."""
 
 
 class ScheduleSettings(Section):
@@ -547,6 +576,7 @@ class Config(Section):
     loss: LossSettings = LossSettings()
     norm: NormSettings = NormSettings()
     optim: OptimSettings = OptimSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     train: TrainSettings = TrainSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -559,6 +589,12 @@ class Config(Section):
             raise ValueError(
                 "CUDA graphs cannot recompute activations; leave out model.recompute and "
                 "model.activation_memory, or train.graphs"
+            )
+        keeps = self.finetune.freeze or self.finetune.freeze_norm == "all"
+        if keeps and self.model.init is None:
+            raise ValueError(
+                "finetune.freeze and freeze_norm keep what model.init gives, and there is none; "
+                "give model.init, or leave them out"
             )
         if self.split.train_on_all and self.checkpoint.best is not None:
             raise ValueError(

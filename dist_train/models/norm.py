@@ -31,6 +31,8 @@ class BatchNorm3d(nn.BatchNorm3d):
         all_reduce: see ``share_statistics``.
         observer: if set, it receives the batch statistics, and running statistics do not change.
         fused: see ``fuse``.
+        frozen: normalise by the running statistics in training mode too, and leave them as they
+            are. ``training`` then stays False.
     """
 
     # Never None with the default arguments, though the base class allows it.
@@ -44,6 +46,11 @@ class BatchNorm3d(nn.BatchNorm3d):
         self.all_reduce: AllReduce | None = None
         self.observer: Observer | None = None
         self.fused = False
+        self.frozen = False
+
+    def train(self, mode: bool = True) -> BatchNorm3d:
+        super().train(mode and not self.frozen)
+        return self
 
     def forward(
         self,

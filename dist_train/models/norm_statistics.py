@@ -24,8 +24,8 @@ def precise_statistics(model: nn.Module, all_reduce: AllReduce | None = None) ->
     """Set running statistics from all batches that ``model`` sees inside this context.
 
     Inside it, run ``model`` in training mode on many batches; gradients are not needed. On exit
-    each layer's running mean is E[x] and its running variance E[x^2] - E[x]^2 over all real values.
-    After an error the running statistics are unchanged.
+    each layer's running mean is E[x] and its running variance E[x^2] - E[x]^2 over all real values;
+    frozen layers keep theirs. After an error the running statistics are unchanged.
 
     Args:
         all_reduce: called once, on exit. Needed with several processes, whether or not they share
@@ -34,7 +34,10 @@ def precise_statistics(model: nn.Module, all_reduce: AllReduce | None = None) ->
     Raises:
         ModelError: on exit, a layer saw no batch in any process.
     """
-    layers = list(norms(model))
+    layers = [norm for norm in norms(model) if not norm.frozen]
+    if not layers:
+        yield
+        return
     sums = [n.running_mean.new_zeros(2 * n.num_features + 1, dtype=torch.float64) for n in layers]
     for norm, norm_sums in zip(layers, sums, strict=True):
         norm.observer = partial(_add, norm_sums)
@@ -70,7 +73,7 @@ def by_running_and_own_statistics(model: nn.Module, *inputs: Any) -> tuple[Tenso
     """Outputs of ``model(*inputs)`` normalised by running statistics, and by the batch's own.
 
     Both are in eval mode otherwise: no dropout, and running statistics do not change. If processes
-    share statistics, all must call this.
+    share statistics, all must call this. Frozen layers have their running statistics both times.
     """
     training = model.training
     model.eval()

@@ -48,7 +48,7 @@ class ModelSpec:
 
 
 #: Settings of ``model`` that are arguments of resnet3d.
-OF_RESNET3D = ("width", "stem_stride", "stem_pool", "stem_folded", "dropout")
+OF_RESNET3D = ("width", "stem_stride", "stem_pool", "stem_border", "stem_folded", "dropout")
 
 MODELS: dict[str, ModelSpec] = {
     f"resnet3d-{depth}": ModelSpec(partial(ResNet3D, depth), settings=OF_RESNET3D)

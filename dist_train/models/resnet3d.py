@@ -18,6 +18,7 @@ from __future__ import annotations
 from functools import partial
 from typing import ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from dist_train.models.conv_norm import ConvNorm
@@ -112,6 +113,8 @@ class ResNet3D(Trunk):
         outputs: logits of a clip.
         stem_stride: stride of the stem in D, H and W.
         stem_pool: False leaves out the pooling; later layers are then twice as large.
+        stem_border: the stem also sees a channel of ones, which ends where the clip does. So it can
+            see any value in place of black around the clip.
         stem_folded: compute the stem by space to depth (layers.py). Only rounding changes.
         recompute: a mode of ``recompute.py``, or one mode for each of ``part_names``. The attribute
             can be set at any time.
@@ -129,6 +132,7 @@ class ResNet3D(Trunk):
         outputs: int = 1,
         stem_stride: tuple[int, int, int] = (1, 2, 2),
         stem_pool: bool = True,
+        stem_border: bool = False,
         stem_folded: bool = False,
         recompute: Recompute | RecomputePlan = "none",
         dropout: float = 0.0,
@@ -136,7 +140,9 @@ class ResNet3D(Trunk):
         super().__init__(in_channels, recompute)
         block, self.repeats = BLOCKS[depth]
         self.stem_frame_stride = stem_stride[0]
-        self.stem = ConvNorm(in_channels, width, 7, stem_stride, relu=True, folded=stem_folded)
+        self.stem_border = stem_border
+        seen = in_channels + int(stem_border)
+        self.stem = ConvNorm(seen, width, 7, stem_stride, relu=True, folded=stem_folded)
         self.pool = nn.MaxPool3d(3, stride=2, padding=1, return_indices=True) if stem_pool else None
         self.blocks = nn.ModuleList()
         channels = width
@@ -152,12 +158,21 @@ class ResNet3D(Trunk):
         return 16 * self.stem_frame_stride
 
     def parts(self, valid: ValidFrames | None = None) -> Parts:
-        valid = strided(valid, self.stem_frame_stride)
+        before, valid = valid, strided(valid, self.stem_frame_stride)
         pooled = valid if self.pool is None else strided(valid, 2)
         parts, last = self._block_parts(pooled, self.repeats)
-        return [[partial(self._run_stem, valid=valid, pooled=pooled)], *parts], last
+        stem = partial(self._run_stem, before=before, valid=valid, pooled=pooled)
+        return [[stem], *parts], last
 
-    def _run_stem(self, x: Tensor, valid: ValidFrames | None, pooled: ValidFrames | None) -> Tensor:
+    def _run_stem(
+        self,
+        x: Tensor,
+        before: ValidFrames | None,
+        valid: ValidFrames | None,
+        pooled: ValidFrames | None,
+    ) -> Tensor:
+        if self.stem_border:
+            x = torch.cat([x, clear_padding(torch.ones_like(x[:, :1]), before)], 1)
         x = self.stem(x, valid)
         pool = self.pool
         if pool is None:

@@ -20,6 +20,7 @@ from dist_train.data.loading.collate import Batch
 from dist_train.data.types import GREY
 from dist_train.errors import ModelError
 from dist_train.models.norm import BatchNorm3d, fuse
+from dist_train.models.parts import freeze
 from dist_train.models.registry import (
     MODELS,
     OF_RESNET3D,
@@ -65,14 +66,17 @@ def held_out_logits(
 
 
 def make_model(config: Config) -> nn.Module:
-    """The config's model in its memory layout, with weights drawn from its seed.
+    """The config's model in its memory layout, with weights drawn from its seed, and its frozen
+    parts frozen.
 
     Raises:
-        ModelError: also if the model cannot do what the config asks of it.
+        ModelError, ConfigError: as ``configured_model`` and ``freeze``; also if the model cannot do
+            what the config asks of it.
     """
     _check_abilities(config)
     torch.manual_seed(config.seed)
     model = configured_model(config.model)
+    freeze(model, config.finetune.freeze, config.finetune.freeze_norm)
     if config.norm.fused:
         fuse(model)
     layout = _layout(config)
@@ -191,11 +195,13 @@ def model_metadata(config: Config) -> dict[str, Any]:
     """Settings that give a checkpoint's weights their meaning, as JSON types."""
     settings = config.model
     keys = _own_settings(settings.name) or {"args"}
-    # Absent for grey and for one output, as in files of earlier versions.
+    # Absent where they have their default, as in files of earlier versions.
     if settings.channels is not None:
         keys |= {"channels"}
     if settings.outputs != 1:
         keys |= {"outputs"}
+    if not settings.stem_border:
+        keys -= {"stem_border"}
     metadata: dict[str, Any] = settings.model_dump(mode="json", include={"name"} | keys)
     return metadata
 

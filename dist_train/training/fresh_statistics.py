@@ -41,8 +41,8 @@ def take_statistics(
         all_reduce: see ``precise_statistics``.
         beat: called after each batch.
     """
-    if not any(True for _ in norms(model)):
-        # A model from outside may have another normalisation.
+    if all(norm.frozen for norm in norms(model)):
+        # Also of a model from outside that has another normalisation.
         return
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),

@@ -27,12 +27,15 @@ SETTINGS: dict[str, Any] = {
     "norm": {"shared", "fused"},
     "augment": {"device"},
 }
+NOT_OF_MEMORY: dict[str, Any] = {"model": {"init", "init_layout"}}
 
 
 def conditions(config: Config, device: torch.device) -> dict[str, Any]:
     """Return all that a micro-batch's memory and the device's depend on: JSON types."""
     return {
-        "settings": config.model_dump(mode="json", include=SETTINGS, exclude={"model": {"init"}}),
+        "settings": config.model_dump(
+            mode="json", include=SETTINGS, exclude={"model": {"init", "init_layout"}}
+        ),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         # They choose the algorithms of convolutions, and so their workspace.
         "torch": torch.__version__,

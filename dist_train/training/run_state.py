@@ -186,6 +186,7 @@ class RunState:
             step, metadata = int(marker["step"]), marker["facts"]
             try:
                 self._check(path, metadata, self.plan_at(step - 1))
+                self._check_names(path, tensors)
             except (CheckpointError, KeyError, TypeError, AttributeError) as found:
                 error = (
                     found
@@ -271,6 +272,17 @@ class RunState:
                 "order.",
             )
         log.warning("%s was trained with another %s; accepted", path, what)
+
+    def _check_names(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Raise unless a checkpoint has all tensors that this run trains on with."""
+        lacking = [name for name in self.backend.state_names() if name not in tensors]
+        if lacking:
+            raise CheckpointError(
+                f"the checkpoint has no {lacking[0]}, as that was not trained",
+                where=path,
+                fix="Use the same finetune.freeze, or begin a new run with this one's weights by "
+                "model.init.",
+            )
 
 
 def retention(settings: CheckpointSettings) -> RetentionPolicy:

@@ -38,9 +38,10 @@ from dist_train.run.seen_before import held_out_seen, held_out_seen_by_init
 from dist_train.run.snapshots import set_snapshots_aside
 from dist_train.system.main_guard import end_if_run_again
 from dist_train.training.console import closing, opening
-from dist_train.training.initial_weights import SETTING, Source, initial_model
+from dist_train.training.initial_weights import SETTING, initial_model
 from dist_train.training.reporting import Say
 from dist_train.training.trainer import BeforeStep, Trainer
+from dist_train.training.weights_table import Source, lines
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +78,12 @@ def train(
             with ExitStack() as opened:
                 on_main(backend, lambda: opened.enter_context(only_session(config.out)))
                 opened.enter_context(trainer.recovery.stop)
-                begin(trainer, resume)
+                init = begin(trainer, resume)
                 opened.enter_context(_mirrored(trainer))
                 if say is not None and backend.is_main:
                     trainer.reporter.say = say
+                    for line in [] if init is None else lines(init):
+                        say(line)
                     for line in opening(
                         trainer.config, backend, trainer.data, trainer.plan, trainer.done
                     ):
@@ -96,10 +99,13 @@ def train(
         backend.close()
 
 
-def begin(trainer: Trainer, resume: Resume) -> None:
+def begin(trainer: Trainer, resume: Resume) -> Source | None:
     """Restore a checkpoint, or begin a new run, and note the session in the run's folder.
 
     A collective call.
+
+    Returns:
+        The source of a new run's weights; None if they are random, or of a checkpoint.
 
     Raises:
         RunError, StoreError, CheckpointError: the folder does not allow it.
@@ -139,6 +145,7 @@ def begin(trainer: Trainer, resume: Resume) -> None:
         resumed_from = trainer.done if restored else None
         on_main(backend, lambda: _note_session(trainer, resumed_from, init))
     trainer.first_step = trainer.done
+    return init
 
 
 def _look_into_mirror(trainer: Trainer, resume: Resume) -> None:

@@ -215,7 +215,7 @@ class Trainer:
         is_shared = config.norm.shared and backend.world > 1
         share_statistics(model, backend.all_reduce if is_shared else None)
         self._set_momentum(model)
-        backend.wrap(model, lambda wrapped: make_optimizer(wrapped, config.optim))
+        backend.wrap(model, lambda wrapped: make_optimizer(wrapped, config.optim, config.finetune))
 
     def _set_momentum(self, model: nn.Module) -> None:
         # A step moves running statistics equally far, however many micro-batches it is cut into.

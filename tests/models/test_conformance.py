@@ -123,8 +123,8 @@ PARAMETERS = {
     # monai.networks.nets.DenseNet121(spatial_dims=3, in_channels=3, out_channels=400).
     "densenet3d-121": 11_696_528,
 } | {
-    # torchvision's resnet18 without its classifier, 11,689,512 - 513,000, and a head of 400 classes;
-    # with torch's own layers of the same sizes between them.
+    # torchvision's resnet18 without its classifier, 11,689,512 - 513,000, and a head of 400
+    # classes; with torch's own layers of the same sizes between them.
     f"frames-{reader}": 11_689_512 - 513_000 + between + 400 * (width + 1)
     for reader, between, width in (
         ("mean", 0, 512),

@@ -89,6 +89,8 @@ def test_recomputation_changes_no_weights_so_it_is_no_fact_of_the_model(store: P
     plain = model_metadata(tiny_config(store, Path("out")))
     block = model_metadata(tiny_config(store, Path("out"), "model.recompute=block"))
     wider = model_metadata(tiny_config(store, Path("out"), "model.width=8"))
+    assert "stem_border" not in plain, "files of earlier versions have none"
+    assert model_metadata(tiny_config(store, Path("out"), "model.stem_border=true"))["stem_border"]
     assert plain == block == json.loads(json.dumps(plain))
     assert plain != wider
 

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 # AdamW keeps these beside each parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq")
+#: Key of an optimizer's group: the factor of its learning rate.
+LR_SCALE = "lr_scale"
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -171,9 +173,10 @@ class Backend(ProcessGroup, ABC):
         self.module.zero_grad(set_to_none=True)
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the coming step, before its first micro-batch."""
+        """Set the learning rate of the coming step, before its first micro-batch; a group has
+        ``LR_SCALE`` times this rate."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get(LR_SCALE, 1.0)
 
     # Training state by parameter name.
 

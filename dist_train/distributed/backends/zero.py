@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -122,6 +122,10 @@ class ZeroBackend(Backend):
         shape = self._shapes.get(name)
         if self.stage < 3 or shape is None:
             return shard
+        return self._joined(shard, shape)
+
+    def _joined(self, shard: Tensor, shape: torch.Size) -> Tensor:
+        """Gather the full tensor of which each rank has a ``_slice``."""
         padded = shard.new_empty(shard.numel() * self.world)
         torch.distributed.all_gather_into_tensor(padded, shard.contiguous())
         return padded[: shape.numel()].view(shape)
@@ -148,9 +152,12 @@ class ZeroBackend(Backend):
         padded = F.pad(full.reshape(-1), (0, size * self.world - full.numel()))
         return padded.narrow(0, size * self.rank, size)
 
-    def _full_weight(self, parameter: nn.Parameter) -> Tensor:
+    def _full_weight(self, parameter: Any) -> Tensor:
         if self.stage < 3:
-            return parameter
+            return cast(Tensor, parameter)
+        if not parameter.requires_grad:
+            # The optimizer does not know it.
+            return self._joined(parameter.ds_tensor, parameter.ds_shape)
         full: Tensor = self._utils.safe_get_full_fp32_param(parameter)
         return full
 
@@ -176,6 +183,10 @@ class ZeroBackend(Backend):
             self._link_moments()
         else:
             self._partition_all()
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                frozen = self._local(parameter)
+                frozen.copy_(self.local_shard(name, state[f"model/{name}"]).view(frozen.shape))
         for name, parameter in self.trained():
             # Each lookup may be a broadcast.
             weight = state[f"model/{name}"]
