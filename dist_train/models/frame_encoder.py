@@ -101,7 +101,7 @@ def _create(name: str, channels: int, args: Mapping[str, Any]) -> Any:
             where=WHERE,
             fix=f"Did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them.",
         )
-    settings = {"pretrained": False, "in_chans": channels, "num_classes": 0}
+    settings: dict[str, Any] = {"pretrained": False, "in_chans": channels, "num_classes": 0}
     if taken := settings.keys() & args.keys():
         raise ModelError(
             f"{min(taken)} is not to be set", where="model.args.encoder_args", fix="Leave it out."
@@ -110,7 +110,7 @@ def _create(name: str, channels: int, args: Mapping[str, Any]) -> Any:
         with torch.device("meta"):
             kind = type(timm.create_model(name, **settings))
         # Vision transformers are made for one size of frames, unless they are told otherwise.
-        free = {"dynamic_img_size": True, "dynamic_img_pad": True}
+        free: dict[str, Any] = {"dynamic_img_size": True, "dynamic_img_pad": True}
         free = free if free.keys() <= inspect.signature(kind.__init__).parameters.keys() else {}
         return timm.create_model(name, **settings, **(free | dict(args)))
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,20 @@ from dist_train.models.trunk import Parts, Trunk
 
 Reader = Literal["lstm", "cnn1d", "transformer", "attention", "mean"]
 READERS: tuple[Reader, ...] = get_args(Reader)
-#: What no model of this file can, and what one with an LSTM cannot, in the registry's words.
-CANNOT = {
-    "cuda_graphs": "cannot be captured: it encodes as many frames as are real",
-    "recompute": "has an encoder that runs as one part, so recomputing it would take as much "
-    "memory: raise train.accumulate",
-}
-LSTM_CANNOT = {
-    "onnx": "has an LSTM over packed sequences, which have no ONNX form: take frames-transformer",
-    "sharded": "has an LSTM, whose kernels need whole weights: take frames-transformer",
-}
+
+
+def cannot_of(reader: Reader) -> dict[Any, str]:
+    """What the model cannot do, by the registry's names, in its words."""
+    reasons = {
+        "cuda_graphs": "cannot be captured: it encodes as many frames as are real",
+        "recompute": "has an encoder that runs as one part, so recomputing it would take as much "
+        "memory: raise train.accumulate",
+    }
+    if reader == "lstm":
+        reasons["onnx"] = (
+            "has an LSTM over packed sequences, which have no ONNX form: take frames-transformer"
+        )
+    return reasons
 
 
 class FrameSequence(Trunk):
@@ -71,7 +75,7 @@ class FrameSequence(Trunk):
         features = self.encoder.features
         self.adapter = nn.Identity() if adapter is None else Adapter(features, adapter)
         self.reader = _reader(reader, features, hidden, layers, dropout)
-        self._add_head(int(self.reader.width), outputs, dropout)
+        self._add_head(cast(int, self.reader.width), outputs, dropout)
 
     @property
     def frame_stride(self) -> int:
@@ -91,7 +95,8 @@ class FrameSequence(Trunk):
             real = self.encoder(valid.gather(x))
             padded = real.new_zeros(batch * depth, real.shape[1])
             features = padded.index_copy(0, valid.index, real)
-        return features.unflatten(0, (batch, depth)).transpose(1, 2)[..., None, None]
+        rows: Tensor = features.unflatten(0, (batch, depth))
+        return rows.transpose(1, 2)[..., None, None]
 
     def _read(self, x: Tensor, valid: ValidFrames | None) -> Tensor:
         """One vector a clip, [B, W, 1, 1, 1], of features [B, F, D, 1, 1]."""

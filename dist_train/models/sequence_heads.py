@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from dist_train.errors import ModelError
 from dist_train.models.padding import ValidFrames
@@ -44,7 +44,8 @@ class Attention(nn.Module):
         scores = self.score(self.content(x).tanh() * self.gate(x).sigmoid())
         if valid is not None:
             scores = scores.masked_fill(~valid.on_device[:, :, None], -torch.inf)
-        return (scores.softmax(1) * _cleared(x, valid)).sum(1)
+        pooled: Tensor = (scores.softmax(1) * _cleared(x, valid)).sum(1)
+        return pooled
 
 
 class Lstm(nn.Module):
@@ -59,12 +60,13 @@ class Lstm(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor, valid: ValidFrames | None) -> Tensor:
-        sequence = x
+        sequence: Tensor | PackedSequence = x
         if valid is not None:
             lengths = valid.mask.sum(1).cpu()
             sequence = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         _, (state, _) = self.lstm(sequence)
-        return state[-2:].transpose(0, 1).flatten(1)
+        both: Tensor = state[-2:].transpose(0, 1).flatten(1)
+        return both
 
 
 class Cnn1d(nn.Module):
@@ -126,9 +128,11 @@ class _Layer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Map [B, D, W] to the same shape; ``mask`` [B, 1, 1, D] is true where keys are real."""
         qkv = self.qkv(self.norm1(x)).unflatten(2, (3, -1, HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(*qkv.unbind(), attn_mask=mask)
+        query, key, value = qkv.unbind()
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         x = x + self.dropout(self.out(y.transpose(1, 2).flatten(2)))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        output: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
+        return output
 
 
 def _positions(x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ MODELS = {
     "mobilenet3d": ["width=0.25", "dropout=0"],
     "convnext3d-tiny": ["width=8", "drop_path=0"],
     "densenet3d-121": [],
+    "frames-lstm": ["encoder=test_resnet", "hidden=32"],
     "frames-transformer": ["encoder=test_resnet", "hidden=32"],
 }
 SIDE = 32
