@@ -98,7 +98,8 @@ def _keep_layout(x: Tensor) -> Tensor:
     """Give the gradient of ``x`` its layout: pooling expands it from one number a channel, and no
     ReLU follows that would make a tensor like ``x`` of it."""
     if x.requires_grad and x.is_contiguous(memory_format=torch.channels_last_3d):
-        x.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last_3d))
+        layout = torch.channels_last_3d
+        x.register_hook(lambda grad: grad.contiguous(memory_format=layout))  # type: ignore[no-untyped-call]
     return x
 
 
