@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dist_train.data.check import text as check_text
 from dist_train.data.types import GREY
+from dist_train.errors import RunError
 from dist_train.evaluation import evaluation_text, report_charts
 from dist_train.evaluation.report_mistakes import Clips, worst_mistakes
 from dist_train.evaluation.report_run import read_run
@@ -56,6 +57,8 @@ def write_report(
             its snapshots.
     """
     record = read_run(run)
+    if record.kind != "binary":
+        raise RunError("there is no report of this kind of target yet", where=run)
     environment = Environment(
         loader=PackageLoader("dist_train.evaluation", "."),
         autoescape=True,

@@ -23,6 +23,7 @@ from dist_train.errors import ModelError
 from dist_train.extensions import is_import_path
 from dist_train.models.norm import BatchNorm3d, fuse
 from dist_train.models.registry import build_model, defaults_of, find_model
+from dist_train.targets import CODED, Target
 
 log = logging.getLogger(__name__)
 
@@ -185,6 +186,17 @@ def target_metadata(config: Config) -> dict[str, Any]:
     """What the model's outputs mean, as JSON types; empty for the two classes of a store."""
     target = config.target
     return target.model_dump(mode="json") if target != TargetSettings() else {}
+
+
+def target_of(settings: TargetSettings) -> Target:
+    """What a run with these settings predicts. Training writes them with their kind and classes."""
+    if settings == TargetSettings():
+        return Target()
+    kind = settings.kind
+    assert kind != "auto"
+    names = settings.classes if kind in CODED else settings.columns or ("label",)
+    assert names is not None
+    return Target(kind, names, settings.center or (), settings.scale or ())
 
 
 def model_of(metadata: Mapping[str, Any]) -> nn.Module:
