@@ -282,10 +282,12 @@ def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | Non
 
 
 def _rates(trainer: Trainer) -> dict[str, Any]:
-    """The share of positives, for the record; of another target, the target itself."""
+    """The share of positives, for the record; of another target, the target and the share of each
+    class."""
     config, data = trainer.config, trainer.data
     if data.target.kind != "binary":
-        return {"target": config.target.model_dump(mode="json")}
+        shares = {} if data.target.kind == "regression" else {"class_shares": data.class_shares()}
+        return {"target": config.target.model_dump(mode="json")} | shares
     batches = implied_rate(config.loss, data.target, trainer.rates, trainer.inputs.crowd)
     return {"positive_rate": {"train_batches": batches, "natural": data.natural_rate()}}
 
