@@ -55,9 +55,9 @@ def test_the_examples_work(
     assert OutsideReader.named("mylab:read_raw").read(tmp_path / "a.raw", Choices()).count == 2
     assert build_model("net", channels=2)(torch.zeros(3, 1, 4, 8, 8), None).shape == (3,)
     logits, labels = torch.tensor([0.5, -1.0]), torch.tensor([1.0, 0.0])
-    by_path = make_loss(LossSettings(name="mylab:focal", args={"gamma": 0.0}))(logits, labels)
+    by_path = make_loss(LossSettings(name="mylab:hard", args={"power": 0.0}))(logits, labels)
     assert float(by_path) == pytest.approx(float(make_loss(LossSettings())(logits, labels)))
-    assert make_loss(LossSettings(name="focal"))(logits, labels) < by_path
+    assert make_loss(LossSettings(name="hard"))(logits, labels) < by_path
     assert binary_metrics([0.0, 0.5], [0, 1])["brier"] == pytest.approx(0.125)
     assert load_config(None, ["store=s", "checkpoint.best=val/brier"]).checkpoint.best
     assert module.MixSettings(share=0.5).share == 0.5
@@ -72,6 +72,6 @@ def test_the_examples_work(
 
     store, run = tiny_store(tmp_path / "store"), tmp_path / "run"
     plain = ("model.width=64", "model.stem_pool=true", "train.epochs=1", "snapshots.at=[1]")
-    own = ("model.name=mylab:Net", "model.args.channels=2", "loss.name=mylab:focal")
+    own = ("model.name=mylab:Net", "model.args.channels=2", "loss.name=mylab:hard")
     said("train", *overrides(store, run, *plain, *own))
     assert '"val/brier"' in (run / "metrics.jsonl").read_text()
