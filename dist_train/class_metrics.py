@@ -6,11 +6,11 @@ float64. A mean over classes is over those for which the metric is defined.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from dist_train.errors import ConfigError, RunError
 from dist_train.metrics import METRICS, Floats, Metric, binary_metrics
@@ -71,6 +71,18 @@ def higher_is_better(name: str, kind: Kind | None = None) -> bool:
             f"{', '.join(f'val/{metric}' for metric in known)}"
         )
     return known[metric]
+
+
+def prior_correct_classes(
+    probability: ArrayLike, trained_at: Sequence[float], world: Sequence[float]
+) -> Floats:
+    """Move probabilities of K classes, [N, K], from the shares of classes they were fitted at to
+    others, by Bayes' rule (Saerens, Latinne and Decaestecker, "Adjusting the outputs of a
+    classifier to new a priori probabilities", Neural Computation 14, 2002). All shares are above
+    0."""
+    odds: Floats = np.asarray(probability, np.float64) * (np.array(world) / np.array(trained_at))
+    whole: Floats = odds / odds.sum(axis=1, keepdims=True)
+    return whole
 
 
 def confusion_matrix(scores: Array, truth: Array) -> NDArray[np.int64]:

@@ -333,8 +333,7 @@ def prepare(
                 "--labels, --unlabelled, --where, and names of columns"
             )
         assert from_folders is not None
-        assert naming is not None
-        table = manifest_from_folders(from_folders, naming, suffixes_of(own_reader))
+        table = manifest_from_folders(from_folders, naming or Naming(), suffixes_of(own_reader))
         source = str(from_folders)
     access = Access(local=allow_local, private=allow_private, most_bytes=fetch_mib << 20)
     files = manifest_source(table, access) if source is None else open_source(source, access)
@@ -609,12 +608,11 @@ def predict(
         Path | None, typer.Option(help="Folder for the predictions; the run's if unset.")
     ] = None,
     prior: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            min=0.0,
-            max=1.0,
-            help="Share of positives among the clips of later use, for calibration; if unset, "
-            "that of the train split.",
+            callback=lambda text: None if _prior(text) is None else text,
+            help="Share of positives among the clips of later use, for calibration; of more "
+            "classes, NAME=SHARE,... of each; if unset, that of the train split.",
         ),
     ] = None,
     threshold: Threshold = None,
@@ -633,7 +631,7 @@ def predict(
             store=store,
             store_path=store_path,
             out=out,
-            prior=prior,
+            prior=_prior(prior),
             threshold=threshold,
             progress=report,
         )
@@ -653,12 +651,37 @@ def evaluate(
 ) -> None:
     """Print the metrics of a run's predictions, with confidence intervals."""
     from dist_train.evaluation.evaluate import evaluate_run
-    from dist_train.evaluation.evaluation_text import slices, table
+    from dist_train.evaluation.target_text import tables
 
     evaluation = evaluate_run(run, threshold=threshold, by=by)
-    console.print(table(evaluation))
-    if by is not None:
-        console.print(slices(evaluation))
+    for view in tables(evaluation):
+        console.print(view)
+
+
+@app.command()
+def baseline(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of store, out, select, split and seed.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    model: Annotated[
+        Literal["logistic", "boosting"],
+        typer.Option(help="Logistic regression, or gradient boosting of trees."),
+    ] = "logistic",
+    columns: Annotated[
+        str, typer.Option(help="Columns of the clips, separated by commas.")
+    ] = "depth,height,width",
+) -> None:
+    """Print how well sizes alone, without pixels, predict the classes."""
+    from dist_train.config import load_config
+
+    settings = load_config(config, overrides or [])
+    from dist_train.evaluation.baseline import baseline as fit_baseline
+    from dist_train.evaluation.evaluation_text import table
+
+    names = [name.strip() for name in columns.split(",") if name.strip()]
+    console.print(table(fit_baseline(settings, model=model, columns=names)))
+    _echo(f"predictions and evaluation in {settings.out}")
 
 
 @app.command()
@@ -698,6 +721,27 @@ def _echo(line: str) -> None:
 
 def _say(line: str) -> None:
     console.print(line, soft_wrap=True)
+
+
+def _prior(text: str | None) -> float | dict[str, float] | None:
+    """The value of --prior, given as 0.01 or as NAME=SHARE,..."""
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            shares: list[float] = [float(text)]
+            found: float | dict[str, float] = shares[0]
+        else:
+            pairs = [pair.rpartition("=") for pair in text.split(",")]
+            found = {name: float(share) for name, _, share in pairs}
+            shares = list(found.values())
+            if len(found) < len(pairs) or "" in found:
+                raise ValueError
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is neither a share nor NAME=SHARE,...") from None
+    if not all(0 <= share <= 1 for share in shares):
+        raise typer.BadParameter(f"'{text}' is not in the range 0 to 1")
+    return found
 
 
 def _share(text: str) -> float:

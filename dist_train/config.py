@@ -544,24 +544,41 @@ class NormSettings(Section):
 
 
 class OptimSettings(Section):
-    """The optimizer, AdamW."""
+    """The optimizer."""
 
+    name: Literal["adamw", "sgd", "lamb"] = "adamw"
+    """"adamw"; "sgd" with Nesterov momentum; or "lamb" for batches of thousands of clips, under
+    backend: ddp or fsdp2. docs/numerics.md has the rules."""
     lr: Annotated[float, Field(gt=0.0, le=10.0)] = 1e-3
     """Highest learning rate of the schedule."""
     weight_decay: Rate = 0.05
-    """Decoupled weight decay."""
+    """Weight decay: decoupled, but for SGD, which adds it to the gradient, and has 1e-4 unless
+    given."""
     decay: Literal["weights", "all"] = "weights"
     """Parameters with weight decay: "weights" with two or more axes, or "all", including biases and
     BatchNorm's scales."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    """Decay of the two moments."""
+    """Decay of the two moments of AdamW and LAMB."""
+    momentum: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
+    """Nesterov momentum of SGD."""
     clip_norm: Annotated[float, Field(gt=0.0, le=1e9)] | None = 1.0
     """Largest norm of the gradient of a step; null for no limit."""
     fused: bool = False
-    """One kernel for the whole update; the result differs by rounding only."""
+    """One kernel for the whole update of AdamW or SGD; the result differs by rounding only."""
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Decay, such as 0.999, of an exponential moving average of the weights, which validation and
     snapshots use in place of the weights; null for none."""
+
+    @model_validator(mode="after")
+    def _optimizer_has(self) -> OptimSettings:
+        if self.name == "sgd" and "weight_decay" not in self.model_fields_set:
+            # A validator of the raw values would not know that JSON has no tuples.
+            self.__dict__["weight_decay"] = 1e-4
+        lacking = {"adamw": ("momentum",), "sgd": ("betas",), "lamb": ("momentum", "fused")}
+        for name in lacking[self.name]:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"name: {self.name} has no {name}; leave it out")
+        return self
 
 
 class FinetuneSettings(Section):
@@ -631,6 +648,9 @@ class TrainSettings(Section):
     straggler_ratio: Annotated[float, Field(gt=1.0, le=1e6)] = 1.5
     """Warn about a process whose own work takes this multiple of the median. Earlier versions call
     it "slow"."""
+    noise_scale: bool = False
+    """Log the gradient noise scale, in clips: a batch much smaller than it can be doubled at little
+    loss. Needs `train.accumulate` of 2 or more, and backend: ddp."""
     probe: Literal["cuda", "always", "never"] = "cuda"
     """Devices on which the largest micro-batch is tried before the first step. If memory does not
     suffice, `train.accumulate` is raised for this machine."""
@@ -648,7 +668,26 @@ class TrainSettings(Section):
             raise ValueError("offload works under ZeRO only; choose backend: zero1, zero2 or zero3")
         if self.graphs and (self.backend != "ddp" or self.precision == "fp16"):
             raise ValueError("graphs work under backend: ddp only, in bf16 or fp32")
+        if self.noise_scale and (self.backend != "ddp" or self.precision == "fp16"):
+            raise ValueError("noise_scale works under backend: ddp only, in bf16 or fp32")
+        if self.noise_scale and self.accumulate == 1:
+            raise ValueError(
+                "noise_scale compares micro-batches with steps; set accumulate to 2 or more"
+            )
         return self
+
+
+class StopSettings(Section):
+    """An end before the last epoch, when validation no longer improves."""
+
+    metric: HeldOutMetric | None = None
+    """Metric that must improve, such as val/mcc@0.5; null trains all epochs. The checkpoint with
+    its best value is kept (`checkpoint.best`), and a run that stops saves the weights of that
+    checkpoint as its last snapshot, in place of those at its end."""
+    patience: Epochs = 5
+    """Number of epochs without an improvement after which the run stops."""
+    min_delta: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
+    """An epoch improves the metric if it is better than the best one by more than this."""
 
 
 class CheckpointSettings(Section):
@@ -709,11 +748,25 @@ class Config(Section):
     finetune: FinetuneSettings = FinetuneSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     train: TrainSettings = TrainSettings()
+    stop: StopSettings = StopSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     snapshots: SnapshotSettings = SnapshotSettings()
+    track: Annotated[
+        tuple[Literal["tensorboard", "jsonl", "mlflow", "wandb"], ...], Field(max_length=4)
+    ] = ("tensorboard", "jsonl")
+    """What shows the metrics: "tensorboard", "mlflow" and "wandb" (docs/tracking.md). "jsonl" is
+    metrics.jsonl, which is always written."""
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
+        if self.checkpoint.best is None and self.stop.metric is not None:
+            kept = self.checkpoint.model_copy(update={"best": self.stop.metric})
+            self.__dict__["checkpoint"] = kept
+        if self.stop.metric not in (None, self.checkpoint.best):
+            raise ValueError(
+                f"checkpoint.best is {self.checkpoint.best}, and stop.metric {self.stop.metric}; "
+                "give one metric for both"
+            )
         recomputes = self.model.recompute != "none" or self.model.activation_memory is not None
         if self.train.graphs and recomputes:
             raise ValueError(
@@ -725,6 +778,11 @@ class Config(Section):
             raise ValueError(
                 "finetune.freeze and freeze_norm keep what model.init gives, and there is none; "
                 "give model.init, or leave them out"
+            )
+        if self.optim.name == "lamb" and self.train.backend.startswith("zero"):
+            raise ValueError(
+                f"optim.name: lamb needs the norms of whole tensors, which train.backend: "
+                f"{self.train.backend} cuts; choose ddp or fsdp2"
             )
         if self.split.train_on_all and self.checkpoint.best is not None:
             raise ValueError(

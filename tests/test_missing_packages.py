@@ -36,6 +36,7 @@ sys.meta_path[:] = [Finder if finder is PathFinder else finder for finder in sys
 """
 # All that a training may have to do without.
 OPTIONAL = "deepspeed,transformers,tensorboard,av,tifffile,imagecodecs,webdataset,fsspec,ray,onnx"
+OPTIONAL += ",mlflow,wandb"
 
 
 @pytest.fixture

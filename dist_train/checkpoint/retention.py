@@ -41,12 +41,17 @@ def to_remove(saved: Mapping[int, Metrics], newest: int, keep: RetentionPolicy) 
     if keep.every is not None:
         stay.update(step for step in steps if step % keep.every == 0)
     if keep.best is not None:
-        sign = 1.0 if higher_is_better(keep.best) else -1.0
-        known = [
-            (sign * value, step)
-            for step in steps
-            if (value := saved[step].get(keep.best)) is not None and not math.isnan(value)
-        ]
-        if known:
-            stay.add(max(known)[1])
+        best = best_step({step: saved[step] for step in steps}, keep.best)
+        stay.update([] if best is None else [best])
     return sorted(saved.keys() - stay)
+
+
+def best_step(saved: Mapping[int, Metrics], metric: str) -> int | None:
+    """The step with the best value of a metric, of equals the last; None if none has a value."""
+    sign = 1.0 if higher_is_better(metric) else -1.0
+    known = [
+        (sign * value, step)
+        for step, metrics in saved.items()
+        if (value := metrics.get(metric)) is not None and not math.isnan(value)
+    ]
+    return max(known)[1] if known else None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 
 from dist_train.data.augment.levels import WHITE, as_dtype
 
 RGB = ("red", "green", "blue")
+#: Frames of a strip, and their largest height.
+FRAMES, HEIGHT = 8, 128
 
 
 def as_picture(frames: np.ndarray, channels: Sequence[str]) -> np.ndarray:
@@ -26,6 +29,24 @@ def as_picture(frames: np.ndarray, channels: Sequence[str]) -> np.ndarray:
         return frames
     scale = 255 / WHITE.get(frames.dtype.name, 1.0)
     return as_dtype(frames.astype(np.float32) * np.float32(scale), np.dtype(np.uint8))
+
+
+def film_strip(clip: np.ndarray, channels: Sequence[str]) -> tuple[np.ndarray, int]:
+    """Evenly spaced frames side by side, uint8 [H, W] or [H, W, 3] as ``as_picture`` gives them,
+    and how many they are. Large frames are shrunk.
+
+    Args:
+        clip: native frames, [D, H, W] or [D, H, W, C].
+    """
+    shown = np.unique(np.linspace(0, len(clip) - 1, FRAMES).round().astype(np.int64))
+    height, width = clip.shape[1:3]
+    scale = min(1.0, HEIGHT / height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    pictures = as_picture(clip[shown], channels)
+    frames = [cv2.resize(picture, size, interpolation=cv2.INTER_AREA) for picture in pictures]
+    white = (255, 255, 255)
+    gaps = [cv2.copyMakeBorder(f, 0, 0, 2, 0, cv2.BORDER_CONSTANT, value=white) for f in frames]
+    return np.hstack(gaps)[:, 2:], len(shown)
 
 
 def legend(channels: Sequence[str]) -> str:

@@ -129,14 +129,15 @@ def fit(
     shifted = prior_correct(p, batches_share, share)
     held_out: dict[Method, Floats] = {}
     if rarer >= FEWEST:
-        fold = _folds(y)
+        fold = folds(y)
         for method in METHODS if rarer >= FEWEST_FOR_MORE else METHODS[:2]:
             held_out[method] = np.empty(len(y))
             for number in range(FOLDS):
                 inside = fold == number
                 mapping = _fit_mapping(method, shifted[~inside], y[~inside])
                 held_out[method][inside] = mapping.map(shifted[inside])
-    chosen = _fit_mapping(_simplest(held_out, y), shifted, y)
+    best = simplest({method: _losses(q, y) for method, q in held_out.items()})
+    chosen = _fit_mapping(best, shifted, y)
     return Calibration(
         **chosen.model_dump(),
         batches_share=batches_share,
@@ -159,22 +160,23 @@ def reliability_of(probability: ArrayLike, label: ArrayLike) -> Reliability:
     )
 
 
-def _folds(y: Floats) -> np.ndarray:
-    """The fold of each clip, int64 [N]: both classes dealt evenly, always the same."""
+def folds(y: ArrayLike) -> np.ndarray:
+    """The fold of each clip, int64 [N]: each class of ``y`` [N] dealt evenly, always the same."""
+    y = np.asarray(y)
     fold = np.empty(len(y), dtype=np.int64)
     random = np.random.RandomState(0)
-    for label in (0, 1):
+    for label in np.unique(y):
         clips = random.permutation(np.flatnonzero(y == label))
         fold[clips] = np.arange(len(clips)) % FOLDS
     return fold
 
 
-def _simplest(held_out: dict[Method, Floats], y: Floats) -> Method:
-    """The simplest method that is about as good as the best; "none" if none was tried."""
-    losses = {method: _losses(p, y) for method, p in held_out.items()}
+def simplest(losses: dict[Method, Floats]) -> Method:
+    """The simplest method that is about as good as the best, by the losses [N] of each; "none" if
+    none was tried."""
     for method, loss in losses.items():
         excess = loss - min(losses.values(), key=np.mean)
-        if excess.mean() <= excess.std() / np.sqrt(len(y)):
+        if excess.mean() <= excess.std() / np.sqrt(len(loss)):
             return method
     return "none"
 

@@ -1,4 +1,4 @@
-"""The mean probability of clips over a run's snapshots, computed by all processes of a launch.
+"""The mean scores of clips over a run's snapshots, computed by all processes of a launch.
 
 Only one model is in memory at a time. Clips are read once: as many batches as fit into ``HELD``
 bytes stay on the host while each snapshot in turn predicts them.
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
 
 from dist_train.config import Config
 from dist_train.data.loading.collate import Batch
@@ -26,7 +25,7 @@ from dist_train.distributed.process_group import ProcessGroup
 from dist_train.errors import RunError
 from dist_train.progress import Progress
 from dist_train.run.data import clip_dataset, frames_of
-from dist_train.run.model import held_out_logits, make_model
+from dist_train.run.model import held_out_logits, make_model, target_of
 from dist_train.run.snapshots import load_into
 from dist_train.system.advice import first_line
 
@@ -36,7 +35,7 @@ log = logging.getLogger(__name__)
 HELD = 2**30
 
 
-def mean_probability(
+def mean_scores(
     config: Config,
     snapshots: Sequence[Path],
     store: Store,
@@ -47,8 +46,8 @@ def mean_probability(
     batch: int,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Mean over the snapshots of each clip's probability: float64 [N], in the order of ``clips``,
-    on every rank. A collective call.
+    """Mean over the snapshots of each clip's ``Target.scores``: float64 [N] or [N, ...], in the
+    order of ``clips``, on every rank. A collective call.
 
     The number of processes does not change which clips share a batch, nor the values, unless memory
     runs out and a process has to cut its batches.
@@ -78,17 +77,19 @@ def mean_probability(
     total, own = len(clips) * len(snapshots), sum(map(len, batches)) * len(snapshots)
     finished = 0
     predictor = _Predictor(config, record, group, batch)
-    sums = pd.Series(0.0, index=clips.index)
+    target = predictor.target
+    sums = np.zeros((len(clips), *(() if target.kind == "binary" else (len(target.classes),))))
+    place = pd.Series(np.arange(len(clips)), index=clips.index)
     for held in _rounds(loader):
         for snapshot in snapshots:
             predictor.load(snapshot)
             for one in held:
-                sums[one.clips.numpy()] += predictor.probability(one)
+                sums[place[one.clips.numpy()]] += predictor.scores(one)
                 finished += len(one.clips)
                 if progress is not None:
                     progress(finished * total // own, total)
     # Each clip is zero on all ranks but one, so the sum over the ranks is exact.
-    mean: np.ndarray = np.sum(group.gather(sums.to_numpy()), axis=0) / len(snapshots)
+    mean: np.ndarray = np.sum(group.gather(sums), axis=0) / len(snapshots)
     return mean
 
 
@@ -113,6 +114,7 @@ class _Predictor:
         self, config: Config, record: Mapping[str, Any], group: ProcessGroup, batch: int
     ) -> None:
         self._config, self._record = config, record
+        self.target = target_of(config.target)
         self._device, self._most = group.device, batch
         self._snapshot = Path()
         self._model = make_model(config).to(group.device).eval()
@@ -121,8 +123,8 @@ class _Predictor:
         self._snapshot = snapshot
         load_into(self._model, snapshot, self._config, self._record)
 
-    def probability(self, batch: Batch) -> np.ndarray:
-        """Probabilities of the clips of a batch: float64 [B]."""
+    def scores(self, batch: Batch) -> np.ndarray:
+        """``Target.scores`` of the clips of a batch: float64 [B] or [B, ...]."""
         found: list[np.ndarray] = []
         start = 0
         while start < len(batch.clips):
@@ -140,7 +142,7 @@ class _Predictor:
                 self._halve(len(piece.clips), reason)
                 continue
             self._check_finite(logits)
-            found.append(expit(logits.astype(np.float64)))
+            found.append(self.target.scores(logits.astype(np.float64)))
             start += len(piece.clips)
         return np.concatenate(found)
 

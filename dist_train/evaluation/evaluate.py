@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict
 
 from dist_train import metrics
@@ -17,11 +18,17 @@ from dist_train.evaluation.calibration import Calibration, Reliability, reliabil
 from dist_train.evaluation.prediction_origin import check_origin
 from dist_train.evaluation.prediction_table import read_calibration, read_predictions
 from dist_train.evaluation.slices import Interval, Slice, column_of, interval_of, slices_by
+from dist_train.evaluation.target_evaluation import (
+    Split,
+    TargetEvaluation,
+    evaluate_target,
+    slices_of,
+)
+from dist_train.evaluation.target_table import Scored, is_labelled, scored, target_of_table
 from dist_train.files import write_whole
 from dist_train.run.folder import CONFIG, EVALUATION, PREDICTIONS
 from dist_train.run.record import open_run
-
-Split = Literal["val", "test"]
+from dist_train.targets import Target
 
 
 class Evaluation(BaseModel):
@@ -69,17 +76,97 @@ class Evaluation(BaseModel):
     """The values with the most clips, see ``slices_by``."""
 
 
-def evaluate_run(run: Path, *, threshold: float | None = None, by: str | None = None) -> Evaluation:
-    """Evaluate the predictions of a run as ``evaluate`` does, and write ``evaluation.json``.
+def evaluate_run(
+    run: Path, *, threshold: float | None = None, by: str | None = None
+) -> Evaluation | TargetEvaluation:
+    """Evaluate the predictions of a run as ``evaluate_any`` does, and write ``evaluation.json``.
 
     Raises:
         RunError: as ``evaluate``; or the settings or weights are not those of the training.
-        ConfigError: the threshold is not in 0..1.
+        ConfigError: the threshold is not in 0..1, or does not fit the kind of target.
     """
     if os.path.lexists(run / CONFIG) and os.path.lexists(run / PREDICTIONS):
         open_run(run)
         check_origin(run)
-    return evaluate(run / PREDICTIONS, out=run / EVALUATION, threshold=threshold, by=by)
+    return evaluate_any(run / PREDICTIONS, out=run / EVALUATION, threshold=threshold, by=by)
+
+
+def evaluate_any(
+    predictions: Path,
+    *,
+    out: Path | None = None,
+    threshold: float | None = None,
+    by: str | None = None,
+) -> Evaluation | TargetEvaluation:
+    """Evaluate a table of predictions of any kind of target.
+
+    Of two classes and of labels, a threshold of the highest MCC is fitted on the labelled ``val``
+    clips. The metrics are of the labelled ``test`` clips. If only one of the two splits has labels,
+    it serves for both, and ``threshold_fitted_on_same_clips`` is true.
+
+    Args:
+        predictions: a CSV file as ``predict`` writes it; an empty label is unknown.
+        out: JSON file to write the evaluation to; None writes nothing.
+        threshold: use this one instead of fitting one; of several labels, for all.
+        by: a column of metadata, or "group": metrics of the clips of each of its values, too.
+
+    Raises:
+        RunError: the file is missing or unusable, or has no labelled clip, or only labels of one
+            class, or not the column ``by``.
+        ConfigError: the threshold is not in 0..1, or does not fit the kind of target.
+    """
+    check_threshold(threshold)
+    frame = read_predictions(predictions)
+    target = target_of_table(frame)
+    check_has_threshold(target, threshold)
+    column = None if by is None else column_of(frame, by, predictions)
+    known = frame[is_labelled(frame, target)]
+    labelled = {str(split): clips for split, clips in known.groupby("split")}
+    if not labelled:
+        raise RunError(
+            "no clip has a label",
+            where=predictions,
+            fix="Predict clips whose labels are in the manifest",
+        )
+    reported: Split = "test" if "test" in labelled else "val"
+    fitted_on: Split | None = None
+    if threshold is None and target.kind in ("binary", "multilabel"):
+        fitted_on = "val" if "val" in labelled else "test"
+    # Where no threshold is fitted, it is not used.
+    fitting = labelled[fitted_on or reported]
+    clips, calibration = labelled[reported], read_calibration(predictions, frame)
+    evaluation: Evaluation | TargetEvaluation
+    if target.kind == "binary":
+        assert calibration is None or isinstance(calibration, Calibration)
+        if threshold is None:
+            fitting = _both_classes(fitting, str(fitted_on), predictions)
+            threshold = metrics.best_threshold(fitting["calibrated"], fitting["label"])
+        clips = _both_classes(clips, reported, predictions)
+        evaluation = _evaluation(clips, reported, threshold, fitted_on, calibration).model_copy(
+            update={
+                "classes": _class_names(frame),
+                "by": by,
+                "slices": () if column is None else slices_by(clips, column, threshold),
+            }
+        )
+    else:
+        thresholds = label_thresholds(scored(fitting, target), threshold)
+        own = scored(clips, target)
+        evaluation = evaluate_target(
+            own,
+            reported,
+            thresholds,
+            threshold=threshold,
+            threshold_fitted_on=fitted_on,
+            threshold_fitted_on_same_clips=fitted_on == reported,
+            calibration=calibration,
+            by=by,
+            slices=() if column is None else slices_of(own, clips[column], thresholds),
+        )
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, evaluation.model_dump_json(indent=2) + "\n")
+    return evaluation
 
 
 def evaluate(
@@ -89,51 +176,19 @@ def evaluate(
     threshold: float | None = None,
     by: str | None = None,
 ) -> Evaluation:
-    """Evaluate a table of predictions.
-
-    The threshold of the highest MCC is fitted on the labelled ``val`` clips, and the metrics are of
-    the labelled ``test`` clips. If only one of the two splits has labels, it serves for both, and
-    ``threshold_fitted_on_same_clips`` is true.
-
-    Args:
-        predictions: a CSV file with the columns ``COLUMNS``; an empty label is unknown.
-        out: JSON file to write the evaluation to; None writes nothing.
-        threshold: use this one instead of fitting one.
-        by: a column of metadata, or "group": metrics of the clips of each of its values, too.
+    """Evaluate a table of predictions of two classes, as ``evaluate_any``.
 
     Raises:
-        RunError: the file is missing or unusable, or has no labelled clip, or only labels of one
-            class, or not the column ``by``.
+        RunError: as there; or the table is of another target.
         ConfigError: the threshold is not in 0..1.
     """
-    check_threshold(threshold)
-    frame = read_predictions(predictions)
-    column = None if by is None else column_of(frame, by, predictions)
-    labelled = {str(split): clips for split, clips in frame.dropna(subset="label").groupby("split")}
-    if not labelled:
+    kind = target_of_table(read_predictions(predictions)).kind
+    if kind != "binary":
         raise RunError(
-            "no clip has a label",
-            where=predictions,
-            fix="Predict clips whose labels are in the manifest",
+            f"these are predictions of kind {kind}, not of two classes", where=predictions
         )
-    reported: Split = "test" if "test" in labelled else "val"
-    fitted_on: Split | None = None
-    if threshold is None:
-        fitted_on = "val" if "val" in labelled else "test"
-        fitting = _both_classes(labelled[fitted_on], fitted_on, predictions)
-        threshold = metrics.best_threshold(fitting["calibrated"], fitting["label"])
-    clips = _both_classes(labelled[reported], reported, predictions)
-    calibration = read_calibration(predictions, frame)
-    evaluation = _evaluation(clips, reported, threshold, fitted_on, calibration).model_copy(
-        update={
-            "classes": _class_names(frame),
-            "by": by,
-            "slices": () if column is None else slices_by(clips, column, threshold),
-        }
-    )
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, evaluation.model_dump_json(indent=2) + "\n")
+    evaluation = evaluate_any(predictions, out=out, threshold=threshold, by=by)
+    assert isinstance(evaluation, Evaluation)
     return evaluation
 
 
@@ -145,13 +200,41 @@ def check_threshold(threshold: float | None) -> None:
         )
 
 
+def check_has_threshold(target: Target, threshold: float | None) -> None:
+    """Raise ``ConfigError`` for a threshold of a kind that has none."""
+    if threshold is not None and target.kind not in ("binary", "multilabel"):
+        how = "values" if target.kind == "regression" else "the most probable class"
+        raise ConfigError(
+            f"kind {target.kind} has none: it predicts {how}",
+            where="threshold",
+            fix="Leave it out.",
+        )
+
+
+def label_thresholds(val: Scored, threshold: float | None = None) -> dict[str, float]:
+    """A threshold of ``calibrated`` for each label of multilabel, fitted as ``val_threshold`` does
+    unless one is given; empty for other kinds."""
+    if val.target.kind != "multilabel":
+        return {}
+    return {
+        name: _fitted_threshold(val.calibrated[:, k], val.truth[:, k])
+        if threshold is None
+        else threshold
+        for k, name in enumerate(val.target.classes)
+    }
+
+
 def val_threshold(
     calibration: Calibration, probability: metrics.Floats, label: metrics.Floats
 ) -> float:
     """Threshold of the best MCC on val clips, as ``evaluate`` fits it; 0.5 if they lack a class."""
+    return _fitted_threshold(calibration.apply(probability), label)
+
+
+def _fitted_threshold(calibrated: metrics.Floats, label: ArrayLike) -> float:
     if len(np.unique(label)) < 2:
         return 0.5
-    return metrics.best_threshold(calibration.apply(probability), label)
+    return metrics.best_threshold(calibrated, label)
 
 
 def _both_classes(clips: pd.DataFrame, split: str, path: Path) -> pd.DataFrame:

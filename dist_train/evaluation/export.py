@@ -15,16 +15,21 @@ from dist_train.checkpoint.format import by_step, latest_valid, load_checkpoint
 from dist_train.config import Config
 from dist_train.errors import DistTrainError, RunError
 from dist_train.evaluation.calibration import Calibration
-from dist_train.evaluation.evaluate import val_threshold
+from dist_train.evaluation.class_calibration import AnyCalibration
+from dist_train.evaluation.evaluate import label_thresholds, val_threshold
 from dist_train.evaluation.onnx_model import check_packages, onnx_bytes
 from dist_train.evaluation.prediction_origin import check_origin
-from dist_train.evaluation.prediction_table import read_calibration, read_predictions, val_clips
+from dist_train.evaluation.prediction_table import (
+    read_calibration,
+    read_predictions,
+    val_clips,
+)
 from dist_train.files import check_replaceable, write_whole
 from dist_train.models.registry import require
 from dist_train.places import Location
 from dist_train.run.data import open_run_data
 from dist_train.run.folder import CHECKPOINTS, PREDICTIONS, SNAPSHOT, SNAPSHOTS, refuse_own_place
-from dist_train.run.model import model_metadata, model_of
+from dist_train.run.model import model_metadata, model_of, target_of
 from dist_train.run.record import code_from_outside, open_run, read_record, warn_of_other_code
 from dist_train.run.snapshots import (
     check_finite,
@@ -92,13 +97,15 @@ def export_run(
     step: int | None = None,
     store_path: Location | None = None,
 ) -> dict[str, Any]:
-    """Write the model of a run, as ``predict`` uses it: all its snapshots in one file, whose
-    probabilities are averaged. A run without snapshots gives its newest valid checkpoint.
+    """Write the model of a run, as ``predict`` uses it: all its snapshots in one file, whose scores
+    are averaged. A run without snapshots gives its newest valid checkpoint.
 
     ``load_exported`` reads the safetensors file. The ONNX model takes ``volumes``, float32
     [B, C, D, H, W] of 0 to 1, with the run's H and W, and ``frames``, int64 [B], the real frames of
-    each clip, from 1 to D. It gives ``probability``, float32 [B], the mean over the snapshots, and
-    ``logits``, float32 [B, snapshots]. B and D are free. The content of padded frames is ignored.
+    each clip, from 1 to D. B and D are free. The content of padded frames is ignored. It gives the
+    mean over the snapshots: ``probability``, float32 [B] or, of K classes or labels, [B, K]; or, of
+    regression, ``value``, [B, V]. And it gives ``logits``, float32 [B, snapshots] or
+    [B, snapshots, outputs].
 
     Args:
         out: the safetensors file to write.
@@ -110,12 +117,14 @@ def export_run(
 
     Returns:
         The metadata that both files hold as JSON under "facts": those of a snapshot (``step``, the
-        last one, ``model``, ``clip``, ``store``, ``data``, and in the files ``crc32c`` of the
-        safetensors file); ``steps``; ``from`` ("snapshots", "snapshot" or "checkpoint");
-        ``networks`` (the prefix of each network's tensors); ``precision`` (in which ``predict``
-        computes); ``preprocessing``; ``positive_rate`` (of the training batches, and natural);
-        ``calibration`` (the content of calibration.json; None without predictions); and
-        ``threshold`` (of the calibrated probability).
+        last one, ``model``, ``target`` unless it is the store's two classes, ``clip``, ``store``,
+        ``data``, and in the files ``crc32c`` of the safetensors file); ``steps``; ``from``
+        ("snapshots", "snapshot" or "checkpoint"); ``networks`` (the prefix of each network's
+        tensors); ``precision`` (in which ``predict`` computes); ``preprocessing``;
+        ``positive_rate`` (of the training batches, and natural) or, of further classes,
+        ``class_shares`` (of each); ``calibration`` (the content of calibration.json; None without
+        predictions, and of regression); and ``threshold`` (of the calibrated probability; of
+        multilabel, of each label by name; None of other kinds).
 
     Raises:
         RunError: there is no run, or it has no weights, or they do not fit it; ONNX is not
@@ -149,13 +158,18 @@ def export_run(
         calibration, threshold = _calibration(run, config, sources)
     many = len(sources) > 1
     prefixes = [f"step-{source.step}/" for source in sources] if many else [""]
-    facts = snapshot_metadata(config, sources[-1].step, record["store"]["content"]) | {
+    content = record["store"]["content"]
+    facts: dict[str, Any] = snapshot_metadata(config, sources[-1].step, content)
+    shares: dict[str, Any] = {
+        key: record[key] for key in ("positive_rate", "class_shares") if key in record
+    }
+    facts |= {
         "steps": [source.step for source in sources],
         "from": "snapshots" if many else sources[0].kind,
         "networks": prefixes,
         "precision": config.train.precision,
         "preprocessing": preprocessing(config),
-        "positive_rate": record["positive_rate"],
+        **shares,
         "calibration": None if calibration is None else calibration.model_dump(mode="json"),
         "threshold": threshold,
     }
@@ -172,7 +186,7 @@ def export_run(
     if onnx is not None:
         sealed = facts | {"crc32c": stored_checksum(out)}
         shape = config.model.in_channels, *config.clip.size
-        write_whole(onnx, onnx_bytes(models, shape, sealed))
+        write_whole(onnx, onnx_bytes(models, shape, sealed, target_of(config.target)))
     return facts
 
 
@@ -238,9 +252,12 @@ def _load(
 
 def _calibration(
     run: Path, config: Config, sources: Sequence[_Source]
-) -> tuple[Calibration | None, float | None]:
-    """The calibration of the run's predictions, and the threshold of the best MCC on val."""
+) -> tuple[AnyCalibration | None, float | dict[str, float] | None]:
+    """The calibration of the run's predictions, and the threshold, or thresholds of labels, of the
+    best MCC on val; nothing of regression."""
     calibration = None
+    if config.target.kind == "regression":
+        return None, None
     if os.path.lexists(run / PREDICTIONS):
         predictions = read_predictions(run / PREDICTIONS)
         calibration = read_calibration(run / PREDICTIONS, predictions)
@@ -261,4 +278,7 @@ def _calibration(
             fix="Run 'dist-train predict' again, or name one by --step.",
         )
     check_origin(run)
-    return calibration, val_threshold(calibration, *val_clips(predictions))
+    val = val_clips(predictions)
+    if isinstance(calibration, Calibration):
+        return calibration, val_threshold(calibration, val.probability, val.truth)
+    return calibration, label_thresholds(val) or None

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from dist_train.errors import RunError
-from dist_train.evaluation.exported import Ensemble
+from dist_train.evaluation.exported import BINARY, Ensemble
+from dist_train.targets import Target
 
 NEEDED = ("onnx", "onnxscript")
 #: Limit of a protobuf message, and so of an ONNX file that contains its weights.
@@ -32,13 +33,17 @@ def check_packages() -> None:
 
 
 def onnx_bytes(
-    models: Sequence[nn.Module], shape: tuple[int, int, int], facts: Mapping[str, Any]
+    models: Sequence[nn.Module],
+    shape: tuple[int, int, int],
+    facts: Mapping[str, Any],
+    target: Target = BINARY,
 ) -> bytes:
-    """Content of an ONNX file with models in eval mode, whose probabilities are averaged.
+    """Content of an ONNX file with models in eval mode, whose scores are averaged.
 
     Args:
         shape: channels, height and width of the clips.
         facts: metadata, written as JSON.
+        target: what the models predict.
 
     Raises:
         RunError: together the models are too large for one file.
@@ -55,10 +60,10 @@ def onnx_bytes(
     # The exporter talks of its internals, and of packages that are not needed here.
     with _quiet("torch.onnx"), warnings.catch_warnings(action="ignore"), torch.no_grad():
         program = torch.onnx.export(
-            Ensemble(models).eval(),
+            Ensemble(models, target).eval(),
             example,
             input_names=["volumes", "frames"],
-            output_names=["probability", "logits"],
+            output_names=["value" if target.kind == "regression" else "probability", "logits"],
             dynamic_shapes={"volumes": {0: "batch", 2: "depth"}, "frames": {0: "batch"}},
             dynamo=True,
             external_data=False,

@@ -32,7 +32,7 @@ class Origin(BaseModel):
     store: str
     """``Store.content`` of the store whose clips were predicted."""
     calibration: int | None = None
-    """CRC-32C of ``calibration.json``; None in files of earlier versions."""
+    """CRC-32C of ``calibration.json``; None in files of earlier versions, and of regression."""
 
 
 def origin_file(predictions: Path) -> Path:
@@ -40,10 +40,10 @@ def origin_file(predictions: Path) -> Path:
 
 
 def write_origin(
-    predictions: Path, table: str, calibration: str, snapshots: Sequence[Path], content: str
+    predictions: Path, table: str, calibration: str | None, snapshots: Sequence[Path], content: str
 ) -> None:
     """Write the origin of ``table`` and ``calibration``, the texts of ``predictions`` and of the
-    file beside it.
+    file beside it, if there is one.
 
     Call it after writing the table: then a kill in between leaves a table that is refused.
 
@@ -58,7 +58,7 @@ def write_origin(
         table=crc32c(table.encode()),
         snapshots={path.stem: stored_checksum(path) for path in snapshots},
         store=content,
-        calibration=crc32c(calibration.encode()),
+        calibration=None if calibration is None else crc32c(calibration.encode()),
     )
     write_whole(origin_file(predictions), origin.model_dump_json(indent=2) + "\n")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,22 @@ from pydantic import ValidationError
 
 from dist_train.errors import FileError, RunError
 from dist_train.evaluation.calibration import Calibration
+from dist_train.evaluation.class_calibration import CALIBRATIONS, AnyCalibration, LabelCalibration
 from dist_train.evaluation.prediction_origin import AGAIN, check_table, read_origin
+from dist_train.evaluation.target_table import (
+    CALIBRATED,
+    PROBABILITY,
+    Scored,
+    parse_columns,
+    scored,
+    scores_of,
+    target_of_table,
+)
 from dist_train.files import MIB, crc32c, read_plain, reason_of
 from dist_train.run.folder import CALIBRATION
+from dist_train.targets import Target
 
+#: Of two classes.
 COLUMNS = ("key", "filename", "group", "split", "label", "probability", "calibrated", "frames")
 
 #: Some ten million clips.
@@ -33,7 +46,8 @@ def read_predictions(path: Path) -> pd.DataFrame:
 
     Returns:
         One row per clip. ``label`` is float64 in {0, 1}, NaN if unknown; ``probability`` and
-        ``calibrated`` are float64 in 0..1; ``frames`` is int64; the other columns are text.
+        ``calibrated`` are float64 in 0..1; ``frames`` is int64; the other columns are text. Of a
+        target that is not binary, labels, probabilities and values are as ``parse_columns`` says.
 
     Raises:
         RunError: the file is missing, is no CSV table, was edited, lacks a column, has two rows of
@@ -47,7 +61,9 @@ def read_predictions(path: Path) -> pd.DataFrame:
         content = read_plain(path, most_bytes=MOST_BYTES)
         check_table(path, content)
         frame = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False)
-        if missing := [column for column in COLUMNS if column not in frame]:
+        target = target_of_table(frame)
+        needed = COLUMNS if target.kind == "binary" else (*COLUMNS[:4], COLUMNS[-1])
+        if missing := [column for column in needed if column not in frame]:
             raise ValueError(f"the table has no column {', '.join(missing)}")
     except (FileError, ValueError) as error:
         raise RunError(
@@ -67,7 +83,12 @@ def read_predictions(path: Path) -> pd.DataFrame:
             fix=AGAIN,
         )
     for column, (form, expected) in _FORMS.items():
-        _refuse(frame, column, ~frame[column].str.fullmatch(form), expected, path)
+        if column in needed:
+            _refuse(frame, column, ~frame[column].str.fullmatch(form), expected, path)
+    if target.kind != "binary":
+        parse_columns(frame, target, partial(_refuse, frame, path=path))
+        frame["frames"] = frame["frames"].astype(np.int64)
+        return frame
     for column in ("probability", "calibrated"):
         numbers = pd.to_numeric(frame[column], errors="coerce")
         _refuse(frame, column, ~numbers.between(0, 1), "a number between 0 and 1", path)
@@ -90,7 +111,7 @@ def _refuse(
         )
 
 
-def read_calibration(predictions: Path, frame: pd.DataFrame) -> Calibration | None:
+def read_calibration(predictions: Path, frame: pd.DataFrame) -> AnyCalibration | None:
     """The calibration beside a table of predictions; None if there is none.
 
     Args:
@@ -100,21 +121,17 @@ def read_calibration(predictions: Path, frame: pd.DataFrame) -> Calibration | No
         RunError: the file is damaged, or is not the calibration of these predictions.
     """
     path = predictions.parent / CALIBRATION
-    if not os.path.lexists(path):
+    target = target_of_table(frame)
+    if not os.path.lexists(path) or target.kind == "regression":
         return None
     try:
         content = read_plain(path, most_bytes=MIB)
-        calibration = Calibration.model_validate_json(content)
+        calibration = CALIBRATIONS[target.kind].model_validate_json(content)
     except (FileError, ValidationError) as error:
         raise RunError("this is not a calibration", where=path, fix=AGAIN) from error
-    _, label = val_clips(frame)
-    counts = (calibration.clips, calibration.positives)
-    calibrated = calibration.apply(frame["probability"])
     origin = read_origin(predictions)
-    if (
-        counts != (len(label), label.sum())
-        or not np.allclose(calibrated, frame["calibrated"], rtol=1e-6, atol=1e-9)
-        or (origin and origin.calibration not in (None, crc32c(content)))
+    if not _belongs(calibration, frame, target) or (
+        origin and origin.calibration not in (None, crc32c(content))
     ):
         raise RunError(
             "this is the calibration of other predictions than those beside it",
@@ -124,7 +141,32 @@ def read_calibration(predictions: Path, frame: pd.DataFrame) -> Calibration | No
     return calibration
 
 
-def val_clips(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities and labels, float64 [N] each, of the labelled val clips of a table."""
-    val = frame[(frame["split"] == "val") & frame["label"].notna()]
-    return val["probability"].to_numpy(), val["label"].to_numpy()
+def _belongs(calibration: AnyCalibration, frame: pd.DataFrame, target: Target) -> bool:
+    """Whether a calibration was fitted on a table's val clips, and gives its ``calibrated``."""
+    truth = val_clips(frame).truth
+    if isinstance(calibration, Calibration):
+        fitted = (calibration.clips, calibration.positives) == (len(truth), truth.sum())
+        columns = [frame[name].to_numpy() for name in (PROBABILITY, CALIBRATED)]
+    else:
+        columns = [scores_of(frame, target, kind) for kind in (PROBABILITY, CALIBRATED)]
+        if isinstance(calibration, LabelCalibration):
+            counts = [(c.clips, c.positives) for c in calibration.labels.values()]
+            fitted = tuple(calibration.labels) == target.classes
+            fitted &= counts == [(len(truth), positives) for positives in truth.sum(axis=0)]
+        else:
+            there = np.bincount(truth, minlength=len(target.classes))
+            fitted = calibration.counts == tuple(there.tolist())
+    if not fitted:
+        return False
+    return np.allclose(calibration.apply(columns[0]), columns[1], rtol=1e-6, atol=1e-9)
+
+
+def val_clips(frame: pd.DataFrame) -> Scored:
+    """The labelled val clips of a table."""
+    target = target_of_table(frame)
+    val = frame[frame["split"] == "val"]
+    if target.kind != "binary":
+        return scored(val, target)
+    val = val[val["label"].notna()]
+    columns = (val[name].to_numpy() for name in ("probability", "calibrated", "label"))
+    return Scored(target, *columns)

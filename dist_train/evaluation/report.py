@@ -10,7 +10,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dist_train.data.check import text as check_text
 from dist_train.data.types import GREY
-from dist_train.evaluation import evaluation_text, report_charts
+from dist_train.evaluation import (
+    evaluation_text,
+    report_charts,
+    report_target_charts,
+    target_text,
+)
 from dist_train.evaluation.report_mistakes import Clips, worst_mistakes
 from dist_train.evaluation.report_run import read_run
 from dist_train.files import write_whole
@@ -67,7 +72,9 @@ def write_report(
         page = environment.get_template("report.html.j2").render(
             run=record,
             e=record.evaluation,
-            text=evaluation_text,
+            is_binary=record.kind == "binary",
+            text=evaluation_text if record.kind == "binary" else target_text,
+            target_charts=report_target_charts,
             check_text=check_text,
             charts=report_charts,
             mistakes=None if clips is None else worst_mistakes(record, clips, channels),

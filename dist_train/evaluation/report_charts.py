@@ -74,7 +74,7 @@ def over_steps(
         limit: the largest good value, drawn as a line.
         numbers: format of the vertical axis, which then begins at 0.
     """
-    axes = _axes("optimizer step", ylabel)
+    axes = new_axes("optimizer step", ylabel)
     if limit is not None:
         axes.axhline(limit, color=ORANGE, linestyle=DASHES, linewidth=1, label="too much")
     for name, colour, label in by_step:
@@ -106,9 +106,9 @@ def over_steps(
 
 def precision_recall(clips: pd.DataFrame, e: Evaluation) -> Axes:
     """Precision against recall; average precision is the area under exactly these steps."""
-    axes = _unit_axes("recall", "precision")
+    axes = unit_axes("recall", "precision")
     curve = metrics.precision_recall_curve(clips["probability"], clips["label"])
-    axes.step(*_thinned(*curve), color=BLUE, where="pre")
+    axes.step(*thinned(*curve), color=BLUE, where="pre")
     axes.axhline(e.positives / e.clips, color=MUTED, linestyle=DASHES, linewidth=1)
     if e.precision is not None:
         axes.plot(e.recall, e.precision, "o", color=ORANGE, markersize=9)
@@ -117,8 +117,8 @@ def precision_recall(clips: pd.DataFrame, e: Evaluation) -> Axes:
 
 def roc(clips: pd.DataFrame, e: Evaluation) -> Axes:
     """The receiver operating characteristic."""
-    axes = _unit_axes("false positive rate", "true positive rate")
-    axes.plot(*_thinned(*metrics.roc_curve(clips["probability"], clips["label"])), color=BLUE)
+    axes = unit_axes("false positive rate", "true positive rate")
+    axes.plot(*thinned(*metrics.roc_curve(clips["probability"], clips["label"])), color=BLUE)
     axes.plot([0, 1], [0, 1], color=MUTED, linestyle=DASHES, linewidth=1)
     (tn, fp), _ = e.confusion
     axes.plot(fp / (fp + tn), e.recall, "o", color=ORANGE, markersize=9)
@@ -127,8 +127,8 @@ def roc(clips: pd.DataFrame, e: Evaluation) -> Axes:
 
 def mcc_by_threshold(clips: pd.DataFrame, e: Evaluation) -> Axes:
     """MCC against the threshold of the calibrated probability."""
-    axes = _axes("threshold of the calibrated probability", "MCC", square=True)
-    thresholds, values = _thinned(*metrics.mcc_curve(clips["calibrated"], clips["label"]))
+    axes = new_axes("threshold of the calibrated probability", "MCC", square=True)
+    thresholds, values = thinned(*metrics.mcc_curve(clips["calibrated"], clips["label"]))
     # Below the lowest score every clip is called positive, which is an MCC of 0.
     axes.step([0, *thresholds, 1], [0, *values, values[-1]], color=BLUE, where="post")
     axes.axvline(e.threshold, color=ORANGE, linewidth=1.4, label=f"in use: {e.threshold:.3f}")
@@ -139,7 +139,7 @@ def mcc_by_threshold(clips: pd.DataFrame, e: Evaluation) -> Axes:
 
 def reliability(clips: pd.DataFrame) -> Axes:
     """Observed against predicted frequency, raw and calibrated."""
-    axes = _unit_axes("predicted probability", "share of positives")
+    axes = unit_axes("predicted probability", "share of positives")
     axes.plot([0, 1], [0, 1], color=MUTED, linestyle=DASHES, linewidth=1)
     for name, label, form in (("probability", "raw", "o-"), ("calibrated", "calibrated", "s-")):
         predicted, observed, _ = metrics.reliability(clips[name], clips["label"])
@@ -148,7 +148,7 @@ def reliability(clips: pd.DataFrame) -> Axes:
     return axes
 
 
-def _thinned(*columns: ArrayLike) -> list[Floats]:
+def thinned(*columns: ArrayLike) -> list[Floats]:
     """At most ``CURVE_POINTS`` points of a curve, with both ends."""
     arrays = [np.asarray(column, dtype=np.float64) for column in columns]
     size = len(arrays[0])
@@ -156,14 +156,14 @@ def _thinned(*columns: ArrayLike) -> list[Floats]:
     return [array[kept] for array in arrays]
 
 
-def _unit_axes(xlabel: str, ylabel: str) -> Axes:
+def unit_axes(xlabel: str, ylabel: str) -> Axes:
     """Axes for two shares in 0..1."""
-    axes = _axes(xlabel, ylabel, square=True)
+    axes = new_axes(xlabel, ylabel, square=True)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.04))
     return axes
 
 
-def _axes(xlabel: str, ylabel: str, *, square: bool = False) -> Axes:
+def new_axes(xlabel: str, ylabel: str, *, square: bool = False) -> Axes:
     figure = Figure(figsize=(5.6, 4.6) if square else (5.6, 3.4), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xlabel=xlabel, ylabel=ylabel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -11,15 +12,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from dist_train.checkpoint.format import by_step
 from dist_train.data.check.result import CheckResult, read_result
-from dist_train.errors import FileError, RunError
-from dist_train.evaluation.evaluate import Evaluation, evaluate
+from dist_train.errors import ConfigError, FileError, RunError
+from dist_train.evaluation.evaluate import Evaluation, evaluate_any
 from dist_train.evaluation.prediction_origin import check_origin
 from dist_train.evaluation.prediction_table import read_predictions
 from dist_train.evaluation.slices import column_of
+from dist_train.evaluation.target_evaluation import TargetEvaluation
+from dist_train.evaluation.target_table import is_labelled, target_of_table
 from dist_train.files import MIB, read_plain
 from dist_train.run.folder import (
     CHECK,
@@ -31,9 +34,14 @@ from dist_train.run.folder import (
     SNAPSHOTS,
 )
 from dist_train.run.record import read_record
+from dist_train.targets import Kind
 from dist_train.training.metrics_log import MOST_BYTES, parse_metrics
 
 log = logging.getLogger(__name__)
+
+#: Room for the confusion of a thousand classes.
+MOST_OF_EVALUATION = 64 * MIB
+_EVALUATION: TypeAdapter[Evaluation | TargetEvaluation] = TypeAdapter(Evaluation | TargetEvaluation)
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Run:
     settings: str | None
     predictions: pd.DataFrame | None
     """The labelled clips of the evaluated split."""
-    evaluation: Evaluation | None
+    evaluation: Evaluation | TargetEvaluation | None
     check: CheckResult | None
     """What ``dist-train check`` found in the store of the training."""
     snapshots: int
@@ -59,6 +67,12 @@ class Run:
     @property
     def last_step(self) -> int:
         return int(self.steps.index[-1])
+
+    @property
+    def kind(self) -> Kind:
+        """Of the target."""
+        kind: Kind = self.info.get("target", {}).get("kind", "binary")
+        return kind
 
     @property
     def holds_out_clips(self) -> bool:
@@ -103,7 +117,8 @@ def read_run(run: Path) -> Run:
         check_origin(run)
         evaluation = _evaluate(run)
         table = read_predictions(run / PREDICTIONS)
-        predictions = table[table["label"].notna() & (table["split"] == evaluation.split)]
+        known = is_labelled(table, target_of_table(table))
+        predictions = table[known & (table["split"] == evaluation.split)]
     info = read_record(run)
     return Run(
         path=run,
@@ -117,26 +132,31 @@ def read_run(run: Path) -> Run:
     )
 
 
-def _evaluate(run: Path) -> Evaluation:
+def _evaluate(run: Path) -> Evaluation | TargetEvaluation:
     """Evaluate the predictions, at the threshold and by the column that the user gave to
     ``evaluate`` for them."""
     given = _stored_evaluation(run / EVALUATION)
     by = None if given is None else _by_of(run, given)
-    if given is None or given.threshold_fitted_on is not None:
-        return evaluate(run / PREDICTIONS, by=by)
-    evaluation = evaluate(run / PREDICTIONS, threshold=given.threshold, by=by)
-    if (given.split, given.clips, given.confusion) == (
-        evaluation.split, evaluation.clips, evaluation.confusion,
-    ):  # fmt: skip
-        return evaluation
+    if given is None or given.threshold_fitted_on is not None or given.threshold is None:
+        return evaluate_any(run / PREDICTIONS, by=by)
+    with suppress(ConfigError):
+        evaluation = evaluate_any(run / PREDICTIONS, threshold=given.threshold, by=by)
+        if _called(given) == _called(evaluation):
+            return evaluation
     log.warning(
         "%s is of other predictions, so its threshold is not used. Run `dist-train evaluate` again",
         run / EVALUATION,
     )
-    return evaluate(run / PREDICTIONS)
+    return evaluate_any(run / PREDICTIONS)
 
 
-def _by_of(run: Path, given: Evaluation) -> str | None:
+def _called(e: Evaluation | TargetEvaluation) -> tuple[Any, ...]:
+    """What tells evaluations of other predictions apart."""
+    counts = e.confusion if isinstance(e, Evaluation) else [c.called for c in e.per_class]
+    return e.split, e.clips, counts
+
+
+def _by_of(run: Path, given: Evaluation | TargetEvaluation) -> str | None:
     """The column of a stored evaluation, if the predictions have it."""
     if given.by is None:
         return None
@@ -152,12 +172,12 @@ def _by_of(run: Path, given: Evaluation) -> str | None:
     return given.by
 
 
-def _stored_evaluation(path: Path) -> Evaluation | None:
+def _stored_evaluation(path: Path) -> Evaluation | TargetEvaluation | None:
     """The content of ``evaluation.json``; None if there is no such file."""
     if not os.path.lexists(path):
         return None
     try:
-        return Evaluation.model_validate_json(_read(path, MIB))
+        return _EVALUATION.validate_json(_read(path, MOST_OF_EVALUATION))
     except ValidationError as error:
         raise RunError(
             "this is not an evaluation", where=path, fix="Run `dist-train evaluate` again"

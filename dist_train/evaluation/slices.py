@@ -68,18 +68,23 @@ def slices_by(clips: pd.DataFrame, column: str, threshold: float) -> tuple[Slice
     Args:
         clips: labelled clips of ``read_predictions``.
     """
-    counts = clips[column].value_counts()
+    return tuple(
+        _slice(value, clips[clips[column] == value], threshold)
+        for value in shown_values(clips[column])
+    )
+
+
+def shown_values(column: pd.Series[str]) -> list[str]:
+    """The ``MOST_SLICES`` values with the most clips, and a missing value last; warns of more."""
+    counts = column.value_counts()
     values = sorted(counts.index, key=lambda value: (-counts[value], value))
     if len(values) > MOST_SLICES:
         log.warning(
             "of the %d values of '%s' the %d with the most clips are shown",
-            len(values), column.removeprefix(METADATA), MOST_SLICES,
+            len(values), str(column.name).removeprefix(METADATA), MOST_SLICES,
         )  # fmt: skip
     shown = [value for value in values[:MOST_SLICES] if value]
-    missing = [""] if "" in counts else []
-    return tuple(
-        _slice(value, clips[clips[column] == value], threshold) for value in shown + missing
-    )
+    return shown + ([""] if "" in counts else [])
 
 
 def _slice(value: str, clips: pd.DataFrame, threshold: float) -> Slice:

@@ -31,6 +31,8 @@ EVALUATION = "evaluation.json"
 CALIBRATION = "calibration.json"
 ORIGIN = "predictions.json"
 MICRO_BATCH = "micro_batch.json"
+#: The run's ids at MLflow and W&B, and what W&B writes.
+TRACKED = ("mlflow.json", "wandb.json", "wandb")
 #: Written by ``dist-train check --json`` on request, for the report.
 CHECK = "check.json"
 
@@ -40,7 +42,7 @@ _FILES = (*BEFORE_THE_FIRST_STEP, METRICS, PREDICTIONS, SUBMISSION, EVALUATION)
 #: Files and folders that no command writes on request.
 OWN = (
     *_FILES, LOCK, SPLITS, LARGE_SPLITS, CALIBRATION, ORIGIN, MICRO_BATCH,
-    CHECKPOINTS, SNAPSHOTS, TENSORBOARD, SUPERSEDED,
+    CHECKPOINTS, SNAPSHOTS, TENSORBOARD, SUPERSEDED, *TRACKED,
 )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from dist_train.run.folder import CHECKPOINTS, LOCK, TENSORBOARD, parts_of_run
 log = logging.getLogger(__name__)
 
 #: Not needed to go on.
-_LEFT_OUT = {CHECKPOINTS, LOCK, SUPERSEDED, TENSORBOARD}
+_LEFT_OUT = {CHECKPOINTS, LOCK, SUPERSEDED, TENSORBOARD, "wandb"}
 
 
 class Mirror:

@@ -31,6 +31,7 @@ from dist_train.models.registry import (
     require,
 )
 from dist_train.models.trunk import Trunk
+from dist_train.targets import CODED, Target
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +211,17 @@ def target_metadata(config: Config) -> dict[str, Any]:
     """What the model's outputs mean, as JSON types; empty for the two classes of a store."""
     target = config.target
     return target.model_dump(mode="json") if target != TargetSettings() else {}
+
+
+def target_of(settings: TargetSettings) -> Target:
+    """What a run with these settings predicts. Training writes them with their kind and classes."""
+    if settings == TargetSettings():
+        return Target()
+    kind = settings.kind
+    assert kind != "auto"
+    names = settings.classes if kind in CODED else settings.columns or ("label",)
+    assert names is not None
+    return Target(kind, names, settings.center or (), settings.scale or ())
 
 
 def _own_settings(name: str) -> set[str]:

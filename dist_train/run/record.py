@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dist_train.checkpoint.superseded import set_aside
-from dist_train.config import Config, TargetSettings, changes, config_text, load_config
+from dist_train.config import Config, changes, config_text, load_config
 from dist_train.errors import ConfigError, FileError, RunError
 from dist_train.extensions import is_import_path, origin
 from dist_train.files import (
@@ -47,6 +47,7 @@ FREE = (
     "model.recompute:",
     "model.activation_memory:",
     "train.device:",
+    "track:",
 )
 VERSIONS_OF = ("torch", "accelerate", "deepspeed", "numpy", "av", "albumentations", "lmdb")
 
@@ -66,13 +67,6 @@ def open_run(run: Path) -> Config:
             fix="Train one with 'dist-train train', or check the path.",
         )
     config, record = read_settings(run), read_record(run)
-    if config.target != TargetSettings():
-        raise RunError(
-            f"its target is of kind {config.target.kind}, and only runs of the two classes of "
-            "their store can be predicted, evaluated, reported and exported",
-            where=run,
-            fix="Its metrics of held-out clips are in metrics.jsonl and in TensorBoard.",
-        )
     try:
         trained = Config.model_validate(record["settings"])
     except ValidationError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -209,12 +209,15 @@ def _changed_on_purpose(name: str, config: Config, record: Mapping[str, Any]) ->
     return name == "clip" and any(change.startswith("clip.") for change in changed)
 
 
-def set_snapshots_aside(run: Path, *, after: int) -> None:
+def set_snapshots_aside(run: Path, *, after: int, planned: Container[int] | None = None) -> None:
     """Move the snapshots of steps beyond ``after``, left by a killed session, to ``superseded/``.
 
     The run will pass those steps again, perhaps with other settings, and predictions average over
     all snapshots.
+
+    Args:
+        planned: if given, snapshots of other steps are moved as well.
     """
     for step, path in by_step(run / SNAPSHOTS, SNAPSHOT):
-        if step > after:
+        if step > after or (planned is not None and step not in planned):
             set_aside(run, path)

@@ -1,4 +1,4 @@
-"""Writes the metrics of each step to ``metrics.jsonl`` and to TensorBoard."""
+"""Writes the metrics of each step to ``metrics.jsonl``, and to what ``track`` names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import compress
 from operator import not_
 from pathlib import Path
@@ -17,6 +17,7 @@ from dist_train.checkpoint.superseded import SUPERSEDED, append_aside
 from dist_train.files import crc32c, parse_object, plain_descriptor, read_plain, write_whole
 from dist_train.run.folder import METRICS, TENSORBOARD
 from dist_train.training.tensorboard_writer import TensorBoardWriter
+from dist_train.training.tracking import Tracking, services
 
 #: Some ten million steps.
 MOST_BYTES = 2**33
@@ -26,23 +27,33 @@ log = logging.getLogger(__name__)
 
 class EventWriter:
     """Writes one line per step, with its checksum, to ``metrics.jsonl``, and the same metrics to
-    ``tensorboard/``.
+    ``tensorboard/``, MLflow and W&B.
 
     Args:
         run: the run's folder.
         settings: settings of the run, shown by TensorBoard; JSON types.
+        track: what gets the metrics, besides ``metrics.jsonl``.
         after: steps done so far. Lines of later steps, from a session that was killed, are moved
             to ``superseded/metrics.jsonl``, so that every step has one line.
     """
 
-    def __init__(self, run: Path, settings: Mapping[str, Any], *, after: int) -> None:
+    def __init__(
+        self,
+        run: Path,
+        settings: Mapping[str, Any],
+        *,
+        after: int,
+        track: Collection[str] = (TENSORBOARD,),
+    ) -> None:
         self._path = run / METRICS
         if os.path.lexists(self._path):
             _set_aside_lines(run, after)
         self._descriptor = plain_descriptor(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._unwritten = bytearray()
         self._has_warned = False
-        self.tensorboard = TensorBoardWriter(run / TENSORBOARD, after + 1, settings)
+        folder = run / TENSORBOARD if TENSORBOARD in track else None
+        self.tensorboard = TensorBoardWriter(folder, after + 1, settings)
+        self._tracking = Tracking(services(track), run, settings)
 
     def write(self, step: int, epoch: int, at: float, values: Mapping[str, float | None]) -> None:
         """Write the metrics of a step, counted from 1; values that are not finite become null.
@@ -67,6 +78,7 @@ class EventWriter:
             self._has_warned = True
         known = {name: value for name, value in finite.items() if value is not None}
         self.tensorboard.scalars(step, at, known)
+        self._tracking.write(step, known)
 
     def flush(self) -> None:
         """Sync all lines to the disk. Called before each checkpoint, so that a session that resumes
@@ -82,6 +94,7 @@ class EventWriter:
     def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
         self.tensorboard.close()
+        self._tracking.close()
 
     def _write(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""What a session reports after each step: metrics, TensorBoard, the progress bar, its speed."""
+"""What a session reports after each step: metrics, trackers, the progress bar, its speed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ from dist_train.data.pictures import as_picture, legend
 from dist_train.data.plan.plan import Plan
 from dist_train.data.types import GREY
 from dist_train.distributed.backends.base import Backend
+from dist_train.distributed.backends.trackers import check_trackers
 from dist_train.distributed.collectives import on_main
 from dist_train.progress import Progress
+from dist_train.run.data import RunData
 from dist_train.run.model import as_input
 from dist_train.targets import Target
 from dist_train.training.console import Speed, visits_of
 from dist_train.training.metrics_log import EventWriter
+from dist_train.training.mistakes import strips_of_mistakes
 from dist_train.training.step import Values
+from dist_train.training.tracking import services
 
 Say = Callable[[str], None]
 #: Classes whose curves are shown.
@@ -41,6 +45,8 @@ class Reporter:
         self._config, self._backend, self._plan = config, backend, plan
         self._target, (metric, self._told) = target, main_metric(target.kind)
         self._metric = f"val/{metric}"
+        if tracked := services(config.track):
+            on_main(backend, lambda: check_trackers(tracked))
         self._events: EventWriter | None = None
         self._speed = Speed(visits_of(config, plan))
         self.say: Say = lambda line: None
@@ -52,7 +58,8 @@ class Reporter:
 
             def begin() -> None:
                 settings = self._config.model_dump(mode="json")
-                writer = EventWriter(self._config.out, settings, after=done)
+                track = self._config.track
+                writer = EventWriter(self._config.out, settings, after=done, track=track)
                 self._events = opened.enter_context(writer)
 
             on_main(self._backend, begin)
@@ -106,6 +113,13 @@ class Reporter:
         for k, name in enumerate(target.classes[:MOST_CURVES]):
             own = labels == k if target.is_coded else labels[:, k]
             board.pr_curve(done, own.astype(np.int64), scores[:, k], f"val/{name}")
+
+    def show_mistakes(
+        self, done: int, data: RunData, labels: np.ndarray, scores: np.ndarray
+    ) -> None:
+        """Show the most confidently wrong clips of the val split in TensorBoard."""
+        if self._events is not None and self._target.is_coded and self._events.tensorboard.shows:
+            self._events.tensorboard.strips(done, strips_of_mistakes(data, labels, scores))
 
     def tell(self, done: int, values: Values, progress: Progress | None) -> None:
         """Advance the progress bar, and print the speed once it is known."""

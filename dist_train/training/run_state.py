@@ -10,7 +10,8 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,8 +36,21 @@ VERSION = 1
 EPOCH = ("epoch/logits", "epoch/labels")
 #: Prefix of BatchNorm statistics of the validation, if those are not the running ones.
 EVALUATED = "judged/"
+#: Optimizer of checkpoints that do not name one.
+ADAMW = "adamw"
 #: Steps done, and the logits and labels of the epoch so far, float32.
 Restored = tuple[int, np.ndarray, np.ndarray]
+
+
+class Resumable(Protocol):
+    """Something else that a run goes on with.
+
+    ``state`` returns JSON types, the same on all ranks, or None if there is nothing to save;
+    ``load`` takes what it returned, or None to begin anew.
+    """
+
+    def state(self) -> Any: ...
+    def load(self, state: Any) -> None: ...
 
 
 class RunState:
@@ -47,6 +61,8 @@ class RunState:
         model: metadata that the weights depend on, as JSON types.
         target: ``target_metadata``.
         store, content: fingerprint of the store, and digest of what it holds.
+        optimizer: its name, as the moments of one say nothing to another.
+        parts: what else is saved and restored, by name.
         completed: called on rank 0 once there is a checkpoint.
         committed: called on rank 0 after each checkpoint.
     """
@@ -64,6 +80,8 @@ class RunState:
         store: str,
         content: str,
         target: dict[str, Any] | None = None,
+        optimizer: str = ADAMW,
+        parts: Mapping[str, Resumable] = MappingProxyType({}),
         completed: Callable[[], None] = lambda: None,
         committed: Callable[[Path], None] = lambda path: None,
     ) -> None:
@@ -72,6 +90,7 @@ class RunState:
         self.plan_at = plan_at
         self.seed, self.model, self.store, self.content = seed, model, store, content
         self.target = target or {}
+        self.optimizer, self.parts = optimizer, parts
         self.writer = CheckpointWriter(folder, backend, keep=retention(settings))
         self.saved_at: int | None = None
         self._failures, self._has_one = 0, False
@@ -120,6 +139,10 @@ class RunState:
             "loss_scale": self.backend.scaler_state(),
             "metrics": dict(metrics),
         }
+        if self.optimizer != ADAMW:
+            metadata["optimizer"] = self.optimizer
+        states = {name: part.state() for name, part in self.parts.items()}
+        metadata |= {name: state for name, state in states.items() if state is not None}
         self.writer.save(step, tensors, metadata)
         self.saved_at = step
 
@@ -207,6 +230,8 @@ class RunState:
             self.backend.load_state(tensors, updates=step)
             self.ema.load(tensors)
             self.backend.load_scaler_state(metadata.get("loss_scale"))
+            for name, part in self.parts.items():
+                part.load(metadata.get(name))
             # A collective call, so every rank looks them up.
             logits, labels = (tensors[name].cpu().numpy() for name in EPOCH)
             if not self.backend.is_main:
@@ -251,9 +276,11 @@ class RunState:
                 state[name] = torch.zeros_like(state[f"model/{name.partition('/')[2]}"])
         self.backend.load_state(state, updates=0)
         self.ema.load(state)
+        for part in self.parts.values():
+            part.load(None)
 
     def _check(self, path: Path, metadata: dict[str, Any], plan: Plan) -> None:
-        """Raise unless a checkpoint is of this model, store and order."""
+        """Raise unless a checkpoint is of this model, optimizer, store and order."""
         if changes := model_changes(metadata["model"], self.model):
             raise CheckpointError(
                 f"this is a checkpoint of another model ({changes})",
@@ -265,6 +292,13 @@ class RunState:
                 f"this is a checkpoint of another target ({_differences(there, self.target)})",
                 where=path,
                 fix="Use the same target settings, or choose another 'out'.",
+            )
+        optimizer = metadata.get("optimizer", ADAMW)
+        if optimizer != self.optimizer:
+            raise CheckpointError(
+                f"its moments are of optim.name: {optimizer}, and the run has {self.optimizer}",
+                where=path,
+                fix="Use the same optim.name, or begin a new run with these weights by model.init.",
             )
         # Checkpoints of earlier versions do not say what the store held.
         content = metadata.get("content", self.content)

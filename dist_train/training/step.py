@@ -27,6 +27,7 @@ from dist_train.training.epoch_predictions import EpochPredictions
 from dist_train.training.inputs import MakeInputs
 from dist_train.training.losses import Loss
 from dist_train.training.micro_batch import MicroBatches
+from dist_train.training.noise_scale import NoiseScale, squared_norm
 from dist_train.training.schedule import Schedule
 
 #: Metrics by name; None where a metric is not known.
@@ -56,6 +57,7 @@ class OptimizerStep:
         predictions: collects the logits and classes of each step.
         loss: the training loss.
         inputs: makes what it is computed of.
+        noise_scale: estimates the gradient noise scale; None for no estimate.
     """
 
     def __init__(
@@ -69,10 +71,12 @@ class OptimizerStep:
         predictions: EpochPredictions,
         loss: Loss,
         inputs: MakeInputs,
+        noise_scale: NoiseScale | None = None,
     ) -> None:
         self._config, self._backend, self._plan = config, backend, plan
         self._schedule, self._micro, self._config_at = schedule, micro, config_at
         self._predictions, self._loss, self._inputs = predictions, loss, inputs
+        self._noise_scale = noise_scale
         self.drop_graphs()
         self._buffers = BufferCopy(backend.module)
         self._stragglers = StragglerDetector(backend, config.train.straggler_ratio)
@@ -119,12 +123,14 @@ class OptimizerStep:
                 next(batches)
             return {"train/loss": None, "train/lr": lr}
         with self._repeatable(step):
-            total, waited = self._accumulate_gradients(step, batches)
+            total, waited, of_first = self._accumulate_gradients(step, batches)
         # Read before the update, so that a single process does not wait for the update's end.
         # Several processes wait anyway, to exchange their losses.
         own_loss = float(total)
         norm = self._update()
-        sum_of_losses, *own_work = backend.sums([own_loss, *stragglers.own_seconds(waited)])
+        first = [] if of_first is None else [float(of_first)]
+        sum_of_losses, *own_work = backend.sums([own_loss, *stragglers.own_seconds(waited), *first])
+        noise = {} if of_first is None else self._noise(step, own_work.pop(), norm)
         mean_loss = sum_of_losses / backend.world
         # In fp16 a step whose gradients overflow is skipped, and the loss scale lowered.
         overflow_is_fine = self._config.train.precision == "fp16"
@@ -142,15 +148,20 @@ class OptimizerStep:
             "train/grad_norm": norm,
             "speed/clips_per_second": self._plan.clips_at(step) / seconds,
             "speed/data_wait": waited / seconds,
+            **noise,
             **stragglers.compare(own_work),
             **_memory(backend.device),
         }
 
-    def _accumulate_gradients(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
+    def _accumulate_gradients(
+        self, step: int, batches: Iterator[Batch]
+    ) -> tuple[Tensor, float, Tensor | None]:
         """Add up the gradients of a step's micro-batches; return the mean loss of this rank's
-        clips, and the seconds of waiting for the clips."""
+        clips, the seconds of waiting for the clips, and the squared norm of the first
+        micro-batch's share of the gradient, if the noise scale needs it."""
         backend, accumulate = self._backend, self._micro.accumulate
         total, waited = torch.zeros((), device=backend.device), 0.0
+        of_first: Tensor | None = None
         config, weight = self._config_at(step), self._plan.weight(step) / accumulate
         for number in range(accumulate):
             asked = time.perf_counter()
@@ -159,9 +170,21 @@ class OptimizerStep:
             with backend.accumulating(last=number == accumulate - 1):
                 x, labels, extras = self._inputs(batch, config, step)
                 logits, loss = self._forward_backward(x, batch.frames, labels, weight, extras)
+            if number == 0 and self._noise_scale is not None and accumulate > 1:
+                # Of this rank alone, as gradients are exchanged in the last micro-batch.
+                of_first = squared_norm(backend.module)
             total += loss / accumulate
             self._predictions.add(logits, batch.labels)
-        return total, waited
+        return total, waited, of_first
+
+    def _noise(self, step: int, sum_of_first: float, norm: float) -> Values:
+        """Return the noise scale, from the sum over the ranks of ``of_first`` and the norm of the
+        step."""
+        assert self._noise_scale is not None
+        world, accumulate = self._backend.world, self._micro.accumulate
+        clips, weight = self._plan.clips_at(step), self._plan.weight(step)
+        micro = clips / (world * accumulate), sum_of_first / world * (accumulate / weight) ** 2
+        return {"train/noise_scale": self._noise_scale.update(micro, (clips, (norm / weight) ** 2))}
 
     def _update(self) -> float:
         """Update the weights and return the norm of the gradients."""

@@ -32,15 +32,17 @@ class TensorBoardWriter:
     """Writes one event file per session of a run. No method raises; the first failure is logged.
 
     Args:
-        folder: holds the event files of all sessions.
+        folder: holds the event files of all sessions; None shows nothing.
         first_step: first step of the session. TensorBoard ignores what an earlier, killed session
             wrote for this step and later ones.
         settings: settings of the run: a nested mapping of JSON types.
     """
 
-    def __init__(self, folder: Path, first_step: int, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path | None, first_step: int, settings: Mapping[str, Any]) -> None:
         self._writer: SummaryWriter | None = None
         self._hook = threading.excepthook
+        if folder is None:
+            return
         threading.excepthook = self._quiet_hook
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -57,6 +59,11 @@ class TensorBoardWriter:
             self._give_up(error)
         if settings:
             self._try(lambda writer: _add_settings(writer, settings, first_step - 1))
+
+    @property
+    def shows(self) -> bool:
+        """Whether anything is written."""
+        return self._writer is not None
 
     def scalars(self, step: int, time: float, values: Mapping[str, float]) -> None:
         """Show the metrics of a step. ``time`` is seconds since 1970."""
@@ -92,6 +99,16 @@ class TensorBoardWriter:
                 if len(shown):
                     tag = f"training clips/{name}{told}"
                     writer.add_images(tag, shown, step, dataformats="NHWC")
+
+        self._try(add)
+
+    def strips(self, step: int, strips: Mapping[str, np.ndarray]) -> None:
+        """Show pictures by title, uint8 [H, W] or [H, W, 3] each."""
+
+        def add(writer: SummaryWriter) -> None:
+            for title, strip in strips.items():
+                shown = np.atleast_3d(strip)
+                writer.add_image(f"wrong clips/{title}", shown, step, dataformats="HWC")
 
         self._try(add)
 

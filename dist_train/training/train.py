@@ -102,6 +102,8 @@ def train(
                     ):
                         say(line)
                 trainer.fit(progress if backend.is_main else None, before_step)
+                if trainer.stopped_early:
+                    trainer.reporter.say(trainer.early_stop.told(trainer.done))
                 trainer.reporter.say(closing(trainer.config))
         except BaseException as error:
             # After an error other ranks may be in a collective call. With NCCL, closing the backend
@@ -242,7 +244,11 @@ def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | Non
             warn_of_other_code(out, config, read_record(out))
     changed = _changed_settings(config) if os.path.lexists(out / CONFIG) else []
     seen = _held_out_seen(trainer, resumed_from, init)
-    set_snapshots_aside(out, after=trainer.done)
+    # A run that had stopped early, and goes on, has kept its best weights.
+    goes_on = any(change.startswith("stop.") for change in changed)
+    set_snapshots_aside(
+        out, after=trainer.done, planned=trainer.snapshot_steps if goes_on else None
+    )
     trainer.micro.write_note()
     run: dict[str, Any] = {
         "model": config.model.name,
@@ -276,10 +282,12 @@ def _note_session(trainer: Trainer, resumed_from: int | None, init: Source | Non
 
 
 def _rates(trainer: Trainer) -> dict[str, Any]:
-    """The share of positives, for the record; of another target, the target itself."""
+    """The share of positives, for the record; of another target, the target and the share of each
+    class."""
     config, data = trainer.config, trainer.data
     if data.target.kind != "binary":
-        return {"target": config.target.model_dump(mode="json")}
+        shares = {} if data.target.kind == "regression" else {"class_shares": data.class_shares()}
+        return {"target": config.target.model_dump(mode="json")} | shares
     batches = implied_rate(config.loss, data.target, trainer.rates, trainer.inputs.crowd)
     return {"positive_rate": {"train_batches": batches, "natural": data.natural_rate()}}
 

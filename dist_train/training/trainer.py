@@ -14,6 +14,7 @@ from dist_train.config import Config
 from dist_train.data.loading.collate import Batch
 from dist_train.data.loading.prefetch import on_device
 from dist_train.distributed.backends.base import Backend
+from dist_train.distributed.collectives import on_main
 from dist_train.distributed.watchdog import Watchdog
 from dist_train.models.fused_norm import check_compiler
 from dist_train.models.norm import set_momentum, share_statistics
@@ -25,10 +26,12 @@ from dist_train.run.model import model_metadata, target_metadata
 from dist_train.run.record import note_checkpoint
 from dist_train.training.batches import Batches
 from dist_train.training.class_rates import class_rates
+from dist_train.training.early_stop import EarlyStop, keep_best
 from dist_train.training.ema import Ema
 from dist_train.training.epoch_predictions import EpochPredictions
 from dist_train.training.inputs import MakeInputs
 from dist_train.training.micro_batch import MicroBatches
+from dist_train.training.noise_scale import NoiseScale
 from dist_train.training.optimizer import make_optimizer
 from dist_train.training.recovery import Recovery
 from dist_train.training.reporting import Reporter
@@ -52,7 +55,7 @@ class Trainer:
     Attributes:
         done: steps done.
         first_step: steps done when the session began.
-        steps: steps of the whole run.
+        steps: steps of the whole run; those done, once it has stopped early.
     """
 
     def __init__(self, config: Config, backend: Backend, mirror: Mirror | None = None) -> None:
@@ -77,9 +80,11 @@ class Trainer:
         self._wrap(self.micro.make_model())
         self.ema = Ema(backend, config.optim.ema)
         self.predictions = EpochPredictions(backend)
+        self.early_stop = EarlyStop(config.stop)
+        noise_scale = NoiseScale() if config.train.noise_scale else None
         self.step = OptimizerStep(
             config, backend, self.plan, self.schedule, self.micro, self.batches.config_at,
-            self.predictions, loss, self.inputs,
+            self.predictions, loss, self.inputs, noise_scale,
         )  # fmt: skip
         # A hang is reported before the other processes time out.
         hang = config.train.hang_timeout
@@ -96,6 +101,9 @@ class Trainer:
             target=target_metadata(config),
             store=self.data.store.fingerprint,
             content=self.data.store.content,
+            optimizer=config.optim.name,
+            parts={"stop": self.early_stop}
+            | ({} if noise_scale is None else {"noise_scale": noise_scale}),
             completed=lambda: note_checkpoint(config.out),
             committed=self._copy_to_mirror,
         )  # fmt: skip
@@ -122,7 +130,7 @@ class Trainer:
                     self._set_momentum(self.backend.module)
 
     def _train(self, progress: Progress | None, before_step: BeforeStep | None) -> None:
-        """Train to the end of the run, or until a step has to be repeated."""
+        """Train to the end of the run, or until it stops early, or a step has to be repeated."""
         config, plan, began = self.config, self.plan, self.done
         batches, held_out = self._training_batches(), self.batches.held_out()
         self.backend.model.train()
@@ -147,6 +155,8 @@ class Trainer:
                 self._save_if_due(validated, epoch_ends=epoch_ends)
                 self.reporter.tell(self.done, values, progress)
                 self._sync_ranks()
+                if self.stopped_early:
+                    break
                 if epoch_ends and config.plan.weights is not None and self.done < self.steps:
                     # The next epoch has its own weights of negatives.
                     batches = self._training_batches()
@@ -165,11 +175,36 @@ class Trainer:
                 metrics, labels, scores = self.validator.validate(held_out)
                 values |= metrics
                 self.reporter.show_curve(self.done, labels, scores)
+                self.reporter.show_mistakes(self.done, self.data, labels, scores)
                 assert self._last_batch is not None
                 values |= self.validator.norm_gap(self._last_batch, self.done - 1)
+                self._stop_if_due(values)
             if is_snapshot:
                 self.validator.save_snapshot(self.done)
         return values
+
+    def _stop_if_due(self, values: Values) -> None:
+        """Let the run end if validation no longer improves, and save the best weights. A collective
+        call, within ``evaluated_weights``."""
+        metric = self.config.stop.metric
+        if metric is None:
+            return
+        # Rank 0 decides: processors of another kind may round in another way.
+        value = self.backend.gather(values.get(metric))[0]
+        self.early_stop.after_epoch(self.done, value)
+        if self.stopped_early:
+            self.steps = self.done
+            # The best checkpoint may still be on its way.
+            self.state.commit()
+            content = self.data.store.content
+            if on_main(self.backend, lambda: keep_best(self.config, self.done, value, content)):
+                self.validator.save_snapshot(self.done)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run has ended before its last epoch."""
+        planned = self.plan.first_step(self.config.train.epochs)
+        return self.early_stop.is_due and self.done < planned
 
     def _save_if_due(self, validated: Values, *, epoch_ends: bool) -> None:
         """Begin a checkpoint if one is due. A collective call."""
@@ -209,6 +244,8 @@ class Trainer:
         """Continue after ``done`` steps, with the epoch's predictions so far, float32 on
         rank 0."""
         self.done = done
+        if self.stopped_early:
+            self.steps = done
         self.predictions.begin(logits, labels)
 
     @cached_property
@@ -224,7 +261,12 @@ class Trainer:
         is_shared = config.norm.shared and backend.world > 1
         share_statistics(model, backend.all_reduce if is_shared else None)
         self._set_momentum(model)
-        backend.wrap(model, lambda wrapped: make_optimizer(wrapped, config.optim, config.finetune))
+        backend.wrap(
+            model,
+            lambda wrapped: make_optimizer(
+                wrapped, config.optim, config.finetune, backend.all_reduce
+            ),
+        )
 
     def _set_momentum(self, model: nn.Module) -> None:
         # A step moves running statistics equally far, however many micro-batches it is cut into.

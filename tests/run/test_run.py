@@ -12,10 +12,9 @@ import torch
 from helpers import SPLITS, tiny_config
 
 from dist_train.data.splits import CODES
-from dist_train.data.store.reader import Store
 from dist_train.data.target_labels import TargetLabels
 from dist_train.errors import ConfigError, PlanError, RunError
-from dist_train.run.data import RunData, open_data
+from dist_train.run.data import RunData, _with_ratio, open_data
 from dist_train.run.folder import RECORD, only_session
 from dist_train.run.model import as_input, make_model, model_metadata
 from dist_train.run.record import begin_session, open_run, read_record
@@ -121,26 +120,20 @@ def test_weights_and_groups_are_of_all_classes_but_the_anchor(store: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("names", "settings", "ratio"),
+    ("target", "settings", "ratio"),
     [
-        ("abc", (), "balanced"),
-        ("abc", ("plan.ratio=natural",), "natural"),
-        ("abc", ("plan.ratio=[1, 3]",), (1, 3)),
-        ("ab", (), (1, 3)),
+        (Target("multiclass", ("a", "b", "c")), (), "balanced"),
+        (Target("multiclass", ("a", "b", "c")), ("plan.ratio=natural",), "natural"),
+        (Target("multiclass", ("a", "b", "c")), ("plan.ratio=[1, 3]",), (1, 3)),
+        (Target("regression", ("a",)), (), "natural"),
+        (Target(), (), (1, 3)),
     ],
 )
 def test_more_than_two_classes_are_balanced_unless_a_ratio_is_given(
-    names: str,
-    settings: tuple[str, ...],
-    ratio: object,
-    monkeypatch: pytest.MonkeyPatch,
-    store: Path,
+    target: Target, settings: tuple[str, ...], ratio: object, store: Path
 ) -> None:
-    classes = dict(enumerate(names)) | {-1: "unlabelled"}
-    monkeypatch.setattr(Store, "classes", property(lambda _: classes))
-    data = open_data(tiny_config(store, Path("out"), *settings))
-    assert data.config.plan.ratio == ratio
-    assert list(data.classes.values()) == list(names)
+    config = tiny_config(store, Path("out"), *settings)
+    assert _with_ratio(config, target).plan.ratio == ratio
 
 
 def test_two_classes_by_name_are_the_same_plan(store: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_train import cli
-from dist_train.config import Config, dump_config, last_of_each, load_config
+from dist_train.config import AugmentSettings, Config, dump_config, last_of_each, load_config
 from dist_train.data.store.build import prepare_npz
 from dist_train.progress import Progress
 from dist_train.run.record import _write_record, read_record
@@ -31,6 +31,8 @@ LAUNCH = ROOT / "launch"
 # Positives and negatives of each split of the tiny store: 6 steps an epoch at batch 8, and 1:3.
 SPLITS = {"train": (12, 28), "val": (4, 6), "test": (4, 6)}
 STEPS_PER_EPOCH = 6
+# The settings of augmentation that are a probability of a change of one clip.
+CHANGES = AugmentSettings(preset="original").model_fields_set - {"preset"}
 # What depends on the clock or the machine, not on the arithmetic.
 UNSTEADY = ("time", "speed/", "memory/", "crc32c")
 

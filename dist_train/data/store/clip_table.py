@@ -115,7 +115,9 @@ class ClipTable:
         return table
 
     @classmethod
-    def of(cls, records: Iterable[tuple[str, Record]], shards: int, form: Form) -> ClipTable:
+    def of(
+        cls, records: Iterable[tuple[str, Record]], shards: int, form: Form, classes: int = 2
+    ) -> ClipTable:
         """A table in memory, of a store that has no file.
 
         Raises:
@@ -123,7 +125,7 @@ class ClipTable:
         """
         content = io.BytesIO()
         with ExitStack() as files:
-            _write(content, records, (shards, form, MOST_CLASSES), None, files)
+            _write(content, records, (shards, form, classes), None, files)
         return cls(ArrayFile(content.getvalue()), None)
 
     def _row_arrays(self) -> Iterator[str]:
@@ -237,7 +239,9 @@ class ClipTable:
         except FileError as error:
             raise self._damaged(error) from None
 
-    def differs(self, records: Iterable[tuple[str, Record]], shards: int, form: Form) -> str | None:
+    def differs(
+        self, records: Iterable[tuple[str, Record]], shards: int, form: Form, classes: int = 2
+    ) -> str | None:
         """What is wrong with the file, read to the last byte; None if it says what the ``records``
         of the index say."""
         try:
@@ -245,7 +249,7 @@ class ClipTable:
             end = 0
             for part in _parts(records):
                 first, end = end, end + len(part)
-                numbers, texts = _converted(part, shards, form)
+                numbers, texts = _converted(part, shards, form, classes)
                 clips = np.arange(first, min(end, len(self)))
                 if end > len(self) or texts.keys() - set(self.columns):
                     return "is not that of the index"
@@ -341,7 +345,7 @@ class _Recoded:
 
 
 def _converted(
-    part: Sequence[tuple[str, Record]], shards: int, form: Form, classes: int = MOST_CLASSES
+    part: Sequence[tuple[str, Record]], shards: int, form: Form, classes: int
 ) -> tuple[dict[str, Array], dict[str, list[str]]]:
     """The columns of some records: numbers, and text.
 

@@ -151,7 +151,8 @@ class Store:
             )
         path, form = self.index(), (self.dtype, len(self.channels))
         try:
-            table = ClipTable.of(read_index(path), self.info["shards"], form)
+            classes = len(self.info.get("classes") or "01")
+            table = ClipTable.of(read_index(path), self.info["shards"], form, classes)
             if len(table) != self.info["clips"]:
                 raise ValueError(f"it holds {len(table)} clips, not {self.info['clips']}")
         except (KeyError, ValueError, TypeError, OverflowError) as error:

@@ -175,7 +175,8 @@ def _check_table(
         return
     if index is None:
         return
-    if what := table.differs(read_index(index), marker["shards"], form):
+    classes = len(marker.get("classes") or "01")
+    if what := table.differs(read_index(index), marker["shards"], form, classes):
         yield Fault(path, what)
 
 

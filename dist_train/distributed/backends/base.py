@@ -30,8 +30,6 @@ from dist_train.errors import BackendError, LostProcessError
 
 log = logging.getLogger(__name__)
 
-# AdamW keeps these beside each parameter.
-MOMENTS = ("exp_avg", "exp_avg_sq")
 #: Key of an optimizer's group: the factor of its learning rate.
 LR_SCALE = "lr_scale"
 
@@ -50,6 +48,7 @@ class Backend(ProcessGroup, ABC):
         model: the wrapped model, called in training.
         optimizer: as Accelerate or torch made it.
         numels: elements of each full weight and buffer by name, also where they are sharded.
+        moments: what the optimizer keeps beside each parameter, by its names.
 
     Raises:
         BackendError: the machine cannot do what is asked, or another backend than the one asked
@@ -64,6 +63,7 @@ class Backend(ProcessGroup, ABC):
     model: Any
     optimizer: Any
     numels: dict[str, int]
+    moments: tuple[str, ...]
 
     def __init__(self, settings: TrainSettings, *, clip_norm: float | None) -> None:
         self.settings, self.clip_norm = settings, clip_norm
@@ -138,7 +138,13 @@ class Backend(ProcessGroup, ABC):
     def wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         """Take over the model (on any device, before the first step) and make its optimizer."""
         self.numels = {name: tensor.numel() for name, tensor in model.state_dict().items()}
-        self._wrap(model, make_optimizer)
+
+        def make(wrapped: nn.Module) -> torch.optim.Optimizer:
+            optimizer = make_optimizer(wrapped)
+            self.moments = moments_of(optimizer)
+            return optimizer
+
+        self._wrap(model, make)
 
     @abstractmethod
     def _wrap(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None: ...
@@ -222,7 +228,7 @@ class Backend(ProcessGroup, ABC):
         """Names of all tensors of the training state, the same on every rank."""
         weights = [name for name, _ in self.module.named_parameters()]
         buffers = [name for name, _ in self.module.named_buffers()]
-        moments = [f"{moment}/{name}" for name, _ in self.trained() for moment in MOMENTS]
+        moments = [f"{moment}/{name}" for name, _ in self.trained() for moment in self.moments]
         return [*(f"model/{name}" for name in [*weights, *buffers]), *moments]
 
     def sizes(self) -> dict[str, int]:
@@ -244,7 +250,7 @@ class Backend(ProcessGroup, ABC):
         Args:
             state: every tensor of ``state_names``, of any world size and backend, on any device.
                 All ranks look the tensors up in the same order.
-            updates: optimizer steps taken so far, for AdamW's bias correction.
+            updates: optimizer steps taken so far, for the correction of AdamW's and LAMB's bias.
         """
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
@@ -258,7 +264,7 @@ class Backend(ProcessGroup, ABC):
         for name, buffer in self.module.named_buffers():
             yield f"model/{name}", buffer
         for name, parameter in self.trained():
-            for moment in MOMENTS:
+            for moment in self.moments:
                 yield f"{moment}/{name}", self._full_moment(parameter, moment)
 
     def _full_weight(self, parameter: nn.Parameter) -> Tensor:
@@ -281,7 +287,7 @@ class Backend(ProcessGroup, ABC):
                     moment: torch.empty_like(parameter).copy_(
                         self._sharded(state[f"{moment}/{name}"], parameter)
                     )
-                    for moment in MOMENTS
+                    for moment in self.moments
                 },
             }
 
@@ -352,8 +358,14 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=kind, enabled=kind is not None)
 
 
+def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """What SGD, or AdamW or LAMB, keeps beside each parameter."""
+    is_sgd = isinstance(optimizer, torch.optim.SGD)
+    return ("momentum_buffer",) if is_sgd else ("exp_avg", "exp_avg_sq")
+
+
 def updates_done(optimizer: torch.optim.Optimizer, updates: int, parameter: Tensor) -> Tensor:
-    """AdamW's ``step`` of a parameter, float32 []: on the device for the fused kernel, which reads
-    it there, else on the host."""
-    where = parameter.device if optimizer.defaults["fused"] else "cpu"
+    """AdamW's and LAMB's ``step`` of a parameter, which SGD ignores, float32 []: on the device for
+    the fused kernel, which reads it there, else on the host."""
+    where = parameter.device if optimizer.defaults.get("fused") else "cpu"
     return torch.tensor(float(updates), device=where)

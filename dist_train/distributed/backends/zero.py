@@ -14,7 +14,7 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from torch import Tensor, nn
 
 from dist_train.config import TrainSettings
-from dist_train.distributed.backends.base import MOMENTS, Backend, MakeOptimizer, updates_done
+from dist_train.distributed.backends.base import Backend, MakeOptimizer, updates_done
 from dist_train.errors import BackendError
 
 #: Accelerate's DeepSpeed plugin imports transformers.
@@ -61,7 +61,7 @@ class ZeroBackend(Backend):
             "gradient_accumulation_steps": 1,  # unused: ``accumulating`` marks the last one
             "gradient_clipping": self.clip_norm or 0.0,
             "zero_optimization": zero,
-            # torch's AdamW, for the same numbers as under DDP.
+            # torch's optimizers, for the same numbers as under DDP.
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
@@ -177,7 +177,7 @@ class ZeroBackend(Backend):
         for partition in self._partitions():
             zero.optimizer.state[partition] = {
                 "step": updates_done(zero.optimizer, updates, partition),
-                **{moment: torch.zeros_like(partition) for moment in MOMENTS},
+                **{moment: torch.zeros_like(partition) for moment in self.moments},
             }
         if self.stage < 3:
             self._link_moments()
@@ -191,7 +191,7 @@ class ZeroBackend(Backend):
             # Each lookup may be a broadcast.
             weight = state[f"model/{name}"]
             self._set_master(parameter, weight, None)
-            for moment in MOMENTS:
+            for moment in self.moments:
                 self._set_master(parameter, state[f"{moment}/{name}"], moment)
             if self.stage < 3:
                 # Before the first step nothing else copies the partitions into the parameters.

@@ -10,13 +10,14 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from helpers import CHANGES
 
 from dist_train.config import AugmentSettings
 from dist_train.data.augment.cpu import Augment
 from dist_train.data.orientation import Orientation
 from dist_train.data.types import Volume
 
-OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"preset", "device"}, 0.0)
+OFF = dict.fromkeys(CHANGES, 0.0)
 PICTURE = cv2.GaussianBlur(
     np.random.default_rng(0).integers(0, 256, (48, 48), dtype=np.uint8), (7, 7), 2
 )

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers import CHANGES
 
 from dist_train.config import AugmentSettings
 from dist_train.data.augment.cpu import augmented
@@ -18,7 +19,7 @@ from dist_train.data.augment.params import AugmentSampler
 from dist_train.data.augment.resize import resize
 from dist_train.data.types import Volume
 
-OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"preset", "device"}, 0.0)
+OFF = dict.fromkeys(CHANGES, 0.0)
 EVERYTHING = dict.fromkeys(OFF, 0.7)
 SIZE = 64, 64
 # Grows, stays, shrinks, and one of each.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers import CHANGES
 
 from dist_train.config import AugmentSettings
 from dist_train.data.augment.cpu import Augment, augmented
@@ -13,7 +14,7 @@ from dist_train.data.augment.original import OriginalAugment, OriginalDraw, appl
 from dist_train.data.augment.packed_clips import pack
 from dist_train.data.augment.resize import resize
 
-OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"preset", "device"}, 0.0)
+OFF = dict.fromkeys(CHANGES, 0.0)
 EVERYTHING = AugmentSettings.model_validate(dict.fromkeys(OFF, 0.8))
 SETTINGS = [*sorted(OFF), "everything"]
 SIZE = (24, 24)

@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from helpers import CHANGES
 from uniform import assert_even, assert_share
 
 from dist_train.config import AugmentSettings
@@ -13,7 +14,7 @@ from dist_train.data.augment.draw import Draw
 from dist_train.data.augment.params import AugmentSampler
 from dist_train.data.orientation import IDENTITY
 
-OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"preset", "device"}, 0.0)
+OFF = dict.fromkeys(CHANGES, 0.0)
 SIZE = 40, 40
 MANY = 600
 

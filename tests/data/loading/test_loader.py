@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from helpers import environment
+from helpers import CHANGES, environment
 from make_media import store_of, volumes
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -39,9 +39,7 @@ from dist_train.data.store.shards import shard_name
 from dist_train.data.types import Volume
 from dist_train.errors import StoreError
 
-EVERYTHING = AugmentSettings.model_validate(
-    dict.fromkeys(AugmentSettings.model_fields.keys() - {"preset", "device"}, 0.5)
-)
+EVERYTHING = AugmentSettings.model_validate(dict.fromkeys(CHANGES, 0.5))
 CLIPS, SHARD_CLIPS = 24, 6
 # 14 batches of clips in mixed order, in three epochs.
 SLOTS = [[Slot(7 * (4 * b + i) % CLIPS, b // 6) for i in range(4)] for b in range(14)]

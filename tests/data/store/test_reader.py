@@ -208,7 +208,7 @@ ODD = {
     "clips": [True, 10.0, "10", None, -1],
     "index_crc32c": [None, "1", -1, 1 << 32],
     "fingerprint": ["", 7, "g" * 64],
-    "rejected": [[], {"2": 1}, {"0": -1}, {"0": "1"}],
+    "rejected": [[], {"-2": 1}, {"0": -1}, {"0": "1"}],
     "settings": [None, []],
     "content": ["", 0, "A" * 64],
 }

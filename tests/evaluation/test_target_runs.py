@@ -1,0 +1,138 @@
+"""A short run of each kind of target, predicted, evaluated, reported and exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pandas as pd
+import pytest
+import torch
+from helpers import fails, said
+from safetensors.torch import load_file
+from targets import SETTINGS, target_config, target_store
+
+from dist_train.data.store.reader import Store
+from dist_train.evaluation import target_evaluation
+from dist_train.evaluation.exported import load_exported
+from dist_train.evaluation.predict import find_snapshots
+from dist_train.evaluation.prediction_table import read_predictions
+from dist_train.evaluation.target_table import VALUE, scores_of, target_of_table
+from dist_train.run.data import open_run_data
+from dist_train.run.model import make_model, target_of
+from dist_train.run.record import open_run
+from dist_train.training.train import train
+
+pytestmark = pytest.mark.slow
+KINDS = [kind for kind in SETTINGS if kind != "npz"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained and predicted, with two snapshots; not to be changed."""
+    folder = tmp_path_factory.mktemp(request.param)
+    store = target_store(folder / "store", request.param)
+    train(target_config(store, folder / "run", request.param, "snapshots.at=[2, 3]"))
+    said("predict", folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_evaluation, "RESAMPLES", 100)
+
+
+def table_of(run: Path) -> pd.DataFrame:
+    return read_predictions(run / "predictions.csv").set_index("key")
+
+
+def raw_of(table: pd.DataFrame) -> np.ndarray:
+    target = target_of_table(table)
+    return scores_of(table, target, VALUE) if target.kind == "regression" else scores_of(
+        table, target
+    )  # fmt: skip
+
+
+def test_scores_are_the_mean_over_snapshots_by_hand(run: Path) -> None:
+    config = open_run(run)
+    data, target, model = open_run_data(run, config), target_of(config.target), make_model(config)
+    assert target == data.target
+    model.eval()
+    table, keys = table_of(run), data.store.table["key"]
+    raw = pd.DataFrame(raw_of(table), table.index)
+    clips = [*data.numbers("val"), *data.numbers("test")]
+    assert len(table) == len(clips) == 24
+    for clip in clips[::5]:
+        volume = torch.from_numpy(data.store.read(clip)).float()[None, None] / 255
+        each = []
+        for snapshot in find_snapshots(run):
+            model.load_state_dict(load_file(snapshot))
+            with torch.no_grad():
+                each.append(target.scores(model(volume, None).double().numpy())[0])
+        np.testing.assert_allclose(raw.loc[keys[clip]], np.mean(each, axis=0), rtol=1e-4)
+    assert not (run / "submission.csv").exists()
+    assert (run / "calibration.json").exists() is (target.kind != "regression")
+
+
+def test_the_page_has_the_figures_of_the_kind(run: Path) -> None:
+    kind = open_run(run).target.kind
+    assert "clips" in said("evaluate", run, "--by", "group")
+    said("report", run)
+    page = (run / "report.html").read_text()
+    titles = {
+        "multiclass": ["Confusion", "Called another class", "Balanced accuracy"],
+        "ordinal": ["Confusion", "Quadratic kappa"],
+        "multilabel": ["Precision and recall", "left: wrong"],
+        "regression": ["speed: predicted against true", "b: residuals", "speed: farthest from"],
+    }
+    for title in [*titles[kind], "By group"]:
+        assert title in page
+    assert "MCC at 0.5" not in page
+
+
+def test_a_file_alone_gives_the_predictions(run: Path, tmp_path: Path) -> None:
+    """By ``load_exported`` and by ONNX, clip by clip."""
+    out, graph = tmp_path / "model.safetensors", tmp_path / "model.onnx"
+    said("export", run, "--out", out, "--onnx", graph)
+    model, store, table = load_exported(out), Store(open_run(run).store), table_of(run)
+    assert model.target == target_of(open_run(run).target)
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    name = "value" if model.target.kind == "regression" else "probability"
+    for key, expected in list(zip(table.index, raw_of(table), strict=True))[::4]:
+        volumes = torch.from_numpy(store.read(store.clip_of(key)).copy())[None, None]
+        found = model.probability(volumes)
+        np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-6)
+        inputs = {
+            "volumes": volumes.float().numpy() / 255,
+            "frames": np.array([volumes.shape[2]]),
+        }
+        (by_onnx,) = session.run([name], inputs)
+        assert by_onnx.dtype == np.float32
+        np.testing.assert_allclose(by_onnx[0], expected, rtol=1e-3, atol=1e-5)
+        if name == "probability":
+            columns = [f"calibrated:{c}" for c in model.target.classes]
+            np.testing.assert_allclose(
+                model.calibrated(found)[0], table.loc[key, columns].astype(float), rtol=1e-3,
+                atol=1e-6,
+            )  # fmt: skip
+
+
+def test_another_store_is_predicted_with_or_without_labels(run: Path, tmp_path: Path) -> None:
+    kind = open_run(run).target.kind
+    same, other = open_run(run).store, target_store(tmp_path / "s", "npz")
+    for number, store in enumerate((same, other)):
+        out = tmp_path / str(number)
+        said("predict", run, "--store", store, "--out", out)
+        table = pd.read_csv(out / "predictions.csv")
+        labels = table[[c for c in table if c == "label" or c.startswith("label:")]]
+        assert len(table) == 72
+        assert labels.notna().all(axis=None) if store == same else labels.isna().all(axis=None)
+    if kind in ("multiclass", "ordinal"):
+        prior = "flowing=0.8,slowed=0.1,stalled=0.1"
+        said("predict", run, "--store", same, "--out", tmp_path / "p", "--prior", prior)
+        moved = pd.read_csv(tmp_path / "p" / "predictions.csv")
+        assert moved["calibrated:flowing"].mean() > moved["probability:flowing"].mean()
+    assert fails("predict", run, "--prior", "0.5").startswith("prior: ")
+    if kind != "multilabel":
+        assert fails("predict", run, "--threshold", "0.5").startswith("threshold: kind ")
