@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
+# It asks for torchvision, whose wheel does not load beside a torch for CPUs.
+TIMM := $(shell grep '^timm==' constraints.txt)
 # Two test or training processes on two cores must not start two threads each.
 export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest -q
@@ -22,6 +24,7 @@ setup: .venv/done
 	  || { echo "error: no virtual environment: run 'apt-get install python3-venv' first"; exit 1; }
 	$(BIN)/pip install --quiet -c constraints.txt $(TORCH)
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c constraints.txt -e '.[test,lint]'
+	$(BIN)/pip install --quiet --no-deps $(TIMM)
 	@touch $@
 
 demo: .venv/done

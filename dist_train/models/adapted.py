@@ -120,8 +120,12 @@ class Adapted(nn.Module):
                 layer.depths, layer.label = self._depths, f"{self.name}.{name}"
                 if isinstance(module, BatchNorm3d):
                     module.all_reduce = module.observer = None
+<<<<<<< HEAD
+                    module.fused = module.frozen = False
+=======
                     module.frozen = False
                     module.fused = False
+>>>>>>> main
                 return
         elif isinstance(module, PER_FRAME):
             return
@@ -288,6 +292,9 @@ class _AvgPool(nn.AvgPool3d, _Layer):
         window, valid = _window(self), self.depths.of(input, self.label)
         extent, stride, padding = window
         y = super().forward(_reach(clear_padding(input, valid), extent))
+        if input.is_contiguous(memory_format=torch.channels_last_3d):
+            # torch's own pooling gives the contiguous layout.
+            y = y.contiguous(memory_format=torch.channels_last_3d)
         length = _length(input.shape[2], window)
         self.depths.made(input.shape[2], length, window, self.label)
         if padding == 0 or not self.count_include_pad:

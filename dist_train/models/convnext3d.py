@@ -94,15 +94,6 @@ class Downsample(nn.Module):
         return clear_padding(self.conv(_voxels(recomputable(self.norm, x), like=x)), after)
 
 
-def _keep_layout(x: Tensor) -> Tensor:
-    """Give the gradient of ``x`` its layout: pooling expands it from one number a channel, and no
-    ReLU follows that would make a tensor like ``x`` of it."""
-    if x.requires_grad and x.is_contiguous(memory_format=torch.channels_last_3d):
-        layout = torch.channels_last_3d
-        x.register_hook(lambda grad: grad.contiguous(memory_format=layout))  # type: ignore[no-untyped-call]
-    return x
-
-
 class ConvNeXt3D(Trunk):
     """The network of the table above.
 
@@ -155,7 +146,7 @@ class ConvNeXt3D(Trunk):
         repeats = [repeat + (stage > 0) for stage, repeat in enumerate(REPEATS)]
         parts, last = self._block_parts(valid, repeats)
         stem: list[Step] = [partial(self._run_stem, valid=valid)]
-        return [stem, *parts[:-1], [*parts[-1], _keep_layout]], last
+        return [stem, *parts], last
 
     def _run_stem(self, x: Tensor, valid: ValidFrames | None) -> Tensor:
         x = self.stem(x)

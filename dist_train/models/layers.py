@@ -48,11 +48,16 @@ class Conv3d(nn.Conv3d):
 def global_average_pool(x: Tensor, valid: ValidFrames | None = None) -> Tensor:
     """Average [B, C, D, H, W] over the voxels of real frames: [B, C], in float32 or higher."""
     dtype = torch.promote_types(x.dtype, torch.float32)
+    # Its gradient, expanded from one number a channel, is written in the order of the axes here.
+    channels_last = x.requires_grad and x.is_contiguous(memory_format=torch.channels_last_3d)
+    if channels_last:
+        x = x.movedim(1, 4)
+    depth = 1 if channels_last else 2
     if valid is None:
-        return x.mean(dim=(2, 3, 4), dtype=dtype)
-    real = valid.on_device[:, None]
-    frame_means = x.mean(dim=(3, 4), dtype=dtype).masked_fill(~real, 0.0)
-    return frame_means.sum(dim=2) / real.sum(dim=2)
+        return x.mean(dim=(depth, depth + 1, depth + 2), dtype=dtype)
+    real = valid.on_device.unsqueeze(2 if channels_last else 1)
+    frame_means = x.mean(dim=(depth + 1, depth + 2), dtype=dtype).masked_fill(~real, 0.0)
+    return frame_means.sum(dim=depth) / real.sum(dim=depth)
 
 
 #: Folding of one axis: (block length in voxels, zeros before the kernel, zeros before the input,

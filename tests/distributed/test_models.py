@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,12 @@ MODELS = {
     "frames-transformer": ["encoder=test_resnet", "hidden=32"],
 }
 SIDE = 32
-#: Relative. The last layers have few voxels, whose statistics amplify rounding.
-LOSS = 5e-5
+#: Relative. The last layers have few voxels, whose statistics amplify rounding: the order of the
+#: clips of a batch alone moves the first loss of r2plus1d-18 by 7e-6 in float32, by 1e-15 in
+#: float64, and its gradients by 1 % and by 1e-13. Processes add up statistics in another order.
+LOSS, GRADIENT = 5e-5, 5e-2
+#: Against processes that each hold all weights, whose statistics are added up in the same order.
+SHARDED_LOSS, SHARDED_GRADIENT = 1e-6, 1e-3
 TRAINED = SUPPORT / "trained.py"
 
 
@@ -46,11 +51,21 @@ def test_sharded_weights_give_the_losses_of_one_process(
     one = tmp_path / "one"
     train(golden_config(golden, one, *settings))
     assert len(metrics_of(one)) >= 4
-    for backend in ("zero3", "fsdp2"):
-        out = tmp_path / backend
-        argv = golden_overrides(golden, out, *settings, f"train.backend={backend}")
+    runs = {backend: tmp_path / backend for backend in ("ddp", "zero3", "fsdp2")}
+    for backend, run in runs.items():
+        argv = golden_overrides(golden, run, *settings, f"train.backend={backend}")
         launcher.program(2, [TRAINED, *argv]).well()
-        losses = compare(one, out, LOSS)
-        assert losses.first is None, losses.rows
-        norms = compare(one, out, 1e-2, figure="train/grad_norm")
-        assert norms.first is None, norms.rows
+        assert_same(one, run, LOSS, GRADIENT)
+        facts = [json.loads(f.read_text()) for f in Path(f"{run}-facts").glob("rank-*.json")]
+        engines = {"ddp": "DistributedDataParallel", "zero3": "DeepSpeedEngine", "fsdp2": "FSDP"}
+        assert all(fact["engine"].startswith(engines[backend]) for fact in facts), facts
+        held = [fact["weights_held"] / fact["parameters"] for fact in facts]
+        assert held == pytest.approx([1.0 if backend == "ddp" else 0.5] * 2, rel=0.1)
+        assert_same(runs["ddp"], run, SHARDED_LOSS, SHARDED_GRADIENT)
+
+
+def assert_same(a: Path, b: Path, loss: float, gradient: float) -> None:
+    """That all steps' losses and norms of gradients differ by no more."""
+    for figure, tolerance in (("train/loss", loss), ("train/grad_norm", gradient)):
+        compared = compare(a, b, tolerance, figure=figure)
+        assert compared.first is None, (b.name, figure, compared.rows)

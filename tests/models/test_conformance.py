@@ -194,9 +194,10 @@ def test_training_on_padded_clips_is_training_on_the_clips(name: str) -> None:
 # Precision and layout.
 
 
-@every_model
+@pytest.mark.parametrize("name", of(FAMILIES))
 def test_bfloat16_is_finite_and_near_float32(name: str) -> None:
-    """Deep enough for oneDNN, see test_recompute.py. Gradients of fewer bits point the same way."""
+    """Deep enough for oneDNN, see test_recompute.py. Gradients of fewer bits point the same way, in
+    networks that are not so deep that random weights amplify the rounding of each layer."""
     model = small(name).eval()
     clips, frames = padded(clips_of([20, 33]), 33, 0.0)
     results = []

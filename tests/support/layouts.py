@@ -14,8 +14,13 @@ HEAVY = ("convolution", "batch_norm", "relu", "threshold", "max_pool3d", "add")
 
 
 def is_activation(x: Any) -> bool:
-    """A tensor whose strides tell all orders of its five axes apart."""
-    return isinstance(x, Tensor) and x.ndim == 5 and min(x.shape) > 1
+    """A tensor whose strides tell all orders of its five axes apart: not one number, expanded."""
+    return isinstance(x, Tensor) and x.ndim == 5 and min(x.shape) > 1 and 0 not in x.stride()
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Also a slice of channels."""
+    return x.stride(1) == min(x.stride())
 
 
 class Layouts(TorchDispatchMode):
@@ -35,10 +40,10 @@ class Layouts(TorchDispatchMode):
         outputs = [x for x in tree_leaves(out) if is_activation(x)]
         if any(heavy in name for heavy in HEAVY):
             self.seen += 1
-            if not all(x.is_contiguous(memory_format=LAYOUT) for x in inputs + outputs):
+            if not all(map(is_channels_last, inputs + outputs)):
                 self.wrong.append(name)
         if name in ("clone", "_to_copy", "copy_", "contiguous"):
-            layouts = {x.is_contiguous(memory_format=LAYOUT) for x in inputs + outputs}
+            layouts = set(map(is_channels_last, inputs + outputs))
             if layouts not in ({True}, set()):
                 self.wrong.append(name)
         return out
