@@ -618,6 +618,10 @@ def predict(
         ),
     ] = None,
     threshold: Threshold = None,
+    tta: Annotated[
+        Literal["none", "flips"],
+        typer.Option(help="Average over mirrored and reversed clips, too (flips)."),
+    ] = "none",
     allow: Allow = None,
 ) -> None:
     """Predict held-out or new clips by the mean over the run's snapshots.
@@ -635,6 +639,7 @@ def predict(
             out=out,
             prior=prior,
             threshold=threshold,
+            tta=tta,
             progress=report,
         )
     if _is_first():

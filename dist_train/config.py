@@ -153,6 +153,9 @@ class SelectSettings(Section):
     tier2_crowd_score: Fraction | None = None
     """Take all clips of tier 1, and the positives of tier 2 whose crowd score is above this (0.6 in
     the original recipe); null takes every labelled clip."""
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of each class's training clips that take part, drawn by `seed`; a smaller share is a
+    part of a larger one. Held-out clips all take part."""
 
 
 class TargetSettings(Section):

@@ -24,6 +24,7 @@ from dist_train.distributed.backends.base import autocast
 from dist_train.distributed.out_of_memory import free_cache, is_out_of_memory
 from dist_train.distributed.process_group import ProcessGroup
 from dist_train.errors import RunError
+from dist_train.evaluation.flips import Tta, View, Viewed, views_of
 from dist_train.progress import Progress
 from dist_train.run.data import clip_dataset, frames_of
 from dist_train.run.model import held_out_logits, make_model
@@ -45,6 +46,7 @@ def mean_probability(
     group: ProcessGroup,
     *,
     batch: int,
+    tta: Tta = "none",
     progress: Progress | None = None,
 ) -> np.ndarray:
     """Mean over the snapshots of each clip's probability: float64 [N], in the order of ``clips``,
@@ -58,6 +60,7 @@ def mean_probability(
         clips: rows of the store's table; their index is the clip number.
         record: the content of the run's ``run.json``.
         batch: clips predicted at once; halved when memory runs out.
+        tta: the views of each clip over which its probability is averaged, too.
         progress: called with (clips done, clips in all) over all snapshots, extrapolated from the
             clips of this process to those of all.
 
@@ -77,7 +80,7 @@ def mean_probability(
     loader = Loader(clip_dataset(config, store, augment=None), batches, config.loader)
     total, own = len(clips) * len(snapshots), sum(map(len, batches)) * len(snapshots)
     finished = 0
-    predictor = _Predictor(config, record, group, batch)
+    predictor = _Predictor(config, record, group, batch, views_of(tta, config.augment))
     sums = pd.Series(0.0, index=clips.index)
     for held in _rounds(loader):
         for snapshot in snapshots:
@@ -110,19 +113,25 @@ class _Predictor:
     """The run's model on this process's device, with the weights of one snapshot at a time."""
 
     def __init__(
-        self, config: Config, record: Mapping[str, Any], group: ProcessGroup, batch: int
+        self,
+        config: Config,
+        record: Mapping[str, Any],
+        group: ProcessGroup,
+        batch: int,
+        views: Sequence[View],
     ) -> None:
         self._config, self._record = config, record
         self._device, self._most = group.device, batch
         self._snapshot = Path()
         self._model = make_model(config).to(group.device).eval()
+        self._views = [self._model] if len(views) == 1 else [Viewed(self._model, v) for v in views]
 
     def load(self, snapshot: Path) -> None:
         self._snapshot = snapshot
         load_into(self._model, snapshot, self._config, self._record)
 
     def probability(self, batch: Batch) -> np.ndarray:
-        """Probabilities of the clips of a batch: float64 [B]."""
+        """Probabilities of the clips of a batch, the mean over their views: float64 [B]."""
         found: list[np.ndarray] = []
         start = 0
         while start < len(batch.clips):
@@ -130,7 +139,10 @@ class _Predictor:
             reason = None
             try:
                 with autocast(self._config.train.precision, self._device):
-                    _, logits = held_out_logits(self._model, [piece], self._config, self._device)
+                    of_views = [
+                        held_out_logits(model, [piece], self._config, self._device)[1]
+                        for model in self._views
+                    ]
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -139,8 +151,9 @@ class _Predictor:
             if reason is not None:
                 self._halve(len(piece.clips), reason)
                 continue
+            logits = np.stack(of_views)
             self._check_finite(logits)
-            found.append(expit(logits.astype(np.float64)))
+            found.append(expit(logits.astype(np.float64)).mean(axis=0))
             start += len(piece.clips)
         return np.concatenate(found)
 

@@ -14,7 +14,7 @@ from dist_train import metrics
 from dist_train.data.types import CLASSES
 from dist_train.errors import ConfigError, RunError
 from dist_train.evaluation.calibration import Calibration, Reliability, reliability_of
-from dist_train.evaluation.prediction_origin import check_origin
+from dist_train.evaluation.prediction_origin import check_origin, read_origin
 from dist_train.evaluation.prediction_table import read_calibration, read_predictions
 from dist_train.evaluation.slices import Interval, Slice, column_of, interval_of, slices_by
 from dist_train.files import write_whole
@@ -63,6 +63,8 @@ class Evaluation(BaseModel):
     """How ``calibrated`` was computed, with cross-validated metrics on val; None if unknown."""
     classes: tuple[str, str] = (CLASSES[0], CLASSES[1])
     """Names of the labels 0 and 1."""
+    tta: str | None = None
+    """Test-time augmentation of the predictions; None for none, or unknown."""
     by: str | None = None
     """The column of ``slices``."""
     slices: tuple[Slice, ...] = ()
@@ -123,10 +125,11 @@ def evaluate(
         fitting = _both_classes(labelled[fitted_on], fitted_on, predictions)
         threshold = metrics.best_threshold(fitting["calibrated"], fitting["label"])
     clips = _both_classes(labelled[reported], reported, predictions)
-    calibration = read_calibration(predictions, frame)
+    calibration, origin = read_calibration(predictions, frame), read_origin(predictions)
     evaluation = _evaluation(clips, reported, threshold, fitted_on, calibration).model_copy(
         update={
             "classes": _class_names(frame),
+            "tta": None if origin is None else origin.tta,
             "by": by,
             "slices": () if column is None else slices_by(clips, column, threshold),
         }

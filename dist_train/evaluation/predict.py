@@ -23,7 +23,13 @@ from dist_train.errors import ConfigError, RunError
 from dist_train.evaluation.calibration import fit
 from dist_train.evaluation.ensemble import mean_probability
 from dist_train.evaluation.evaluate import check_threshold, val_threshold
-from dist_train.evaluation.prediction_origin import check_origin, origin_file, write_origin
+from dist_train.evaluation.flips import Tta, views_of
+from dist_train.evaluation.prediction_origin import (
+    check_origin,
+    origin_file,
+    read_origin,
+    write_origin,
+)
 from dist_train.evaluation.prediction_table import COLUMNS, read_predictions, val_clips
 from dist_train.evaluation.submission import make_submission
 from dist_train.files import check_replaceable, check_writable, is_plain, open_plain, write_whole
@@ -50,6 +56,7 @@ def predict(
     out: Path | None = None,
     prior: float | None = None,
     threshold: float | None = None,
+    tta: Tta = "none",
     progress: Progress | None = None,
 ) -> Path:
     """Write ``predictions.csv`` and ``submission.csv`` for the val and test clips of a run.
@@ -67,6 +74,7 @@ def predict(
             natural share of the train split.
         threshold: a clip is called positive in the submission if its calibrated probability is
             greater. Default: fitted on the run's val split, or 0.5 if that lacks a class.
+        tta: "flips" averages over mirrored and reversed clips, too; ``predictions.json`` names it.
         progress: called on rank 0 with (clips done, clips in all) over all snapshots.
 
     Returns:
@@ -79,7 +87,8 @@ def predict(
     Raises:
         RunError: there is no run, snapshot or folder to write to, or, for another store, no
             predictions of the run's own to fit the threshold on.
-        ConfigError: the prior is not strictly between 0 and 1, or the threshold not in 0..1.
+        ConfigError: the prior is not strictly between 0 and 1, or the threshold not in 0..1; or
+            the run was trained without the flips of ``tta``.
         BackendError: the device that ``train.device`` or the launcher asks for is not there.
         StoreError: the store cannot be used, or the run's own has changed.
         LostProcessError: another process has ended, or cannot be reached.
@@ -93,6 +102,7 @@ def predict(
         )
     check_threshold(threshold)
     config = open_run(run)
+    views_of(tta, config.augment)
     snapshots = find_snapshots(run)
     again = "Run the command again: it begins anew."
     # Each process predicts with all weights, whichever backend trained them.
@@ -119,6 +129,7 @@ def predict(
                 )
             if threshold is None:
                 read_predictions(run / PREDICTIONS)
+            _check_same_tta(run, tta)
         record = read_record(run)
         rates = record["positive_rate"]
         world = rates["natural"] if prior is None else prior
@@ -133,6 +144,7 @@ def predict(
             chosen,
             record,
             group,
+            tta=tta,
             batch=_clips_at_once(config, run, record, frames_of(source, config.clip)[chosen.index]),
             progress=progress if group.is_main else None,
         )
@@ -162,7 +174,7 @@ def predict(
             text = table.assign(**safe).to_csv(index=False)
             write_whole(folder / PREDICTIONS, text)
             mapping = calibration.model_dump_json(indent=2) + "\n"
-            write_origin(folder / PREDICTIONS, text, mapping, snapshots, source.content)
+            write_origin(folder / PREDICTIONS, text, mapping, snapshots, source.content, tta)
             write_whole(folder / CALIBRATION, mapping)
             write_whole(folder / SUBMISSION, submission.to_csv(index=False))
 
@@ -216,6 +228,18 @@ def _check_place(folder: Path, run: Path) -> None:
             f"('{there[0] if there else CONFIG}' is in it)",
             where=folder,
             fix="Choose a new folder by --out.",
+        )
+
+
+def _check_same_tta(run: Path, tta: Tta) -> None:
+    """Refuse to calibrate by predictions of the run with another test-time augmentation."""
+    origin = read_origin(run / PREDICTIONS)
+    own = "none" if origin is None or origin.tta is None else origin.tta
+    if origin is not None and own != tta:
+        raise RunError(
+            f"the run's own predictions, which give the calibration, are with --tta {own}",
+            where=run / PREDICTIONS,
+            fix=f"Give --tta {own}, or predict the run's own clips with --tta {tta} first.",
         )
 
 
