@@ -727,6 +727,32 @@ def single_trial(
 
 
 @app.command()
+def baseline(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of store, out, select, split and seed.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    model: Annotated[
+        Literal["logistic", "boosting"],
+        typer.Option(help="Logistic regression, or gradient boosting of trees."),
+    ] = "logistic",
+    columns: Annotated[
+        str, typer.Option(help="Columns of the clips, separated by commas.")
+    ] = "depth,height,width",
+) -> None:
+    """Print how well sizes alone, without pixels, predict the classes."""
+    from dist_train.config import load_config
+
+    settings = load_config(config, overrides or [])
+    from dist_train.evaluation.baseline import baseline as fit_baseline
+    from dist_train.evaluation.evaluation_text import table
+
+    names = [name.strip() for name in columns.split(",") if name.strip()]
+    console.print(table(fit_baseline(settings, model=model, columns=names)))
+    _echo(f"predictions and evaluation in {settings.out}")
+
+
+@app.command()
 def export(
     run: Run,
     out: Annotated[Path, typer.Option(help="Safetensors file to write.")],

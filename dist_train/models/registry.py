@@ -13,6 +13,7 @@ from dist_train import extensions
 from dist_train.errors import ModelError
 from dist_train.models.adapted import Adapted, densenet121, monai_network
 from dist_train.models.convnext3d import ConvNeXt3D
+from dist_train.models.frame_sequence import READERS, FrameSequence, cannot_of
 from dist_train.models.mobilenet3d import MobileNet3D
 from dist_train.models.r2plus1d import DEPTHS, R2Plus1D
 from dist_train.models.resnet3d import BLOCKS, ResNet3D
@@ -64,6 +65,10 @@ OF_ADAPTED: Mapping[Ability, str] = {
     "onnx": "is another library's network, adapted to unequal depths while it runs",
 }
 MODELS["densenet3d-121"] = ModelSpec(densenet121, OF_ADAPTED)
+MODELS |= {
+    f"frames-{reader}": ModelSpec(partial(FrameSequence, reader), cannot_of(reader))
+    for reader in READERS
+}
 #: Before the name of any class of ``monai.networks.nets``.
 MONAI = "monai."
 

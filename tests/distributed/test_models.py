@@ -9,10 +9,12 @@ from compare_losses import compare
 from golden_run import golden_config, golden_overrides
 from helpers import SUPPORT, metrics_of
 from launcher import Launcher
+from timm_stand_in import import_timm
 
 from dist_train.training.train import train
 
 pytestmark = pytest.mark.slow
+import_timm()
 
 TRAIN = ["train.epochs=1", "snapshots.at=[1]", "optim.ema=null", "checkpoint.every_steps=4"]
 #: One of each kind of part: split convolutions, gates, depthwise convolutions, scales and layer
@@ -23,6 +25,8 @@ MODELS = {
     "mobilenet3d": ["width=0.25", "dropout=0"],
     "convnext3d-tiny": ["width=8", "drop_path=0"],
     "densenet3d-121": [],
+    "frames-lstm": ["encoder=test_resnet", "hidden=32"],
+    "frames-transformer": ["encoder=test_resnet", "hidden=32"],
 }
 SIDE = 32
 #: Relative. The last layers have few voxels, whose statistics amplify rounding.

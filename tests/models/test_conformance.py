@@ -17,6 +17,7 @@ import pytest
 import torch
 from layouts import LAYOUT, Layouts
 from safetensors.torch import load_file, save_file
+from timm_stand_in import import_timm
 from torch import Tensor, nn
 
 from dist_train.errors import ModelError
@@ -27,8 +28,14 @@ from dist_train.models.recompute import Recompute
 from dist_train.models.registry import MODELS, Ability, build_model, find_model, require
 from dist_train.models.trunk import Trunk
 
+import_timm()
+
+FRAMES = ("frames-lstm", "frames-cnn1d", "frames-transformer", "frames-attention", "frames-mean")
 #: One of each family and kind of block.
-FAST = ("resnet3d-10", "resnet3d-50", "r2plus1d-18", "x3d-s", "mobilenet3d", "convnext3d-tiny")
+FAST = (
+    *("resnet3d-10", "resnet3d-50", "r2plus1d-18", "x3d-s", "mobilenet3d", "convnext3d-tiny"),
+    *FRAMES,
+)
 #: Arguments that make a model small, by the beginning of its name.
 SMALL: dict[str, dict[str, Any]] = {
     "resnet3d": {"width": 4},
@@ -37,6 +44,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mobilenet3d": {"width": 0.25},
     "convnext3d": {"width": 8},
     "densenet3d": {},
+    "frames": {"encoder": "test_resnet", "hidden": 32},
 }
 SIZE = 32
 DEPTHS = [3, 11, 8]
@@ -52,7 +60,8 @@ def able(ability: Ability, names: Iterable[str] = MODELS) -> list[str]:
 
 every_model = pytest.mark.parametrize("name", of(MODELS))
 #: For what takes long: a network of another depth has the same blocks.
-FAMILIES = (*FAST, "densenet3d-121")
+OF_3D = (*(name for name in FAST if name not in FRAMES), "densenet3d-121")
+FAMILIES = (*OF_3D, "frames-cnn1d", "frames-transformer")
 
 
 def small(name: str, **settings: Any) -> nn.Module:
@@ -113,6 +122,18 @@ PARAMETERS = {
     "convnext3d-tiny": 28_589_128 - 600 * 769 + 2 * 3 * 16 * 96 + 2 * 49 * 6_624,
     # monai.networks.nets.DenseNet121(spatial_dims=3, in_channels=3, out_channels=400).
     "densenet3d-121": 11_696_528,
+} | {
+    # torchvision's resnet18 without its classifier, 11,689,512 - 513,000, and a head of 400
+    # classes; with torch's own layers of the same sizes between them.
+    f"frames-{reader}": 11_689_512 - 513_000 + between + 400 * (width + 1)
+    for reader, between, width in (
+        ("mean", 0, 512),
+        ("attention", 2 * 256 * 513 + 256, 512),
+        ("lstm", 2 * 4 * 256 * (512 + 256 + 2), 512),
+        ("cnn1d", 256 * 513 + 2 * 256 + 256 * (3 * 256 + 1), 256),
+        # nn.TransformerEncoderLayer(256, 8, 1024), and a last normalisation.
+        ("transformer", 256 * 513 + 789_760 + 2 * 256, 256),
+    )
 }
 
 
@@ -204,7 +225,7 @@ def _two_threads() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_two_threads")
-@pytest.mark.parametrize("name", able("channels_last", FAMILIES))
+@pytest.mark.parametrize("name", able("channels_last", OF_3D))
 def test_every_operation_is_channels_last(name: str) -> None:
     model = small(name).to(memory_format=LAYOUT)  # type: ignore[call-overload]
     clips = torch.rand(2, 1, 32, 64, 64).to(memory_format=LAYOUT)

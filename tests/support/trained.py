@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm_stand_in import import_timm
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -34,6 +35,8 @@ def main() -> None:
     parser.add_argument("settings", nargs="+")
     arguments = parser.parse_args()
     config = load_config(None, arguments.settings)
+    if config.model.name.startswith("frames-"):
+        import_timm()
 
     def before_step(trainer: Trainer, step: int) -> None:
         if arguments.kill_in == step + 1:

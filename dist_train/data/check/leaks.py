@@ -172,13 +172,22 @@ def _between(called: Labels, label: Labels, groups: Labels) -> float:
 
 
 def _classifier(columns: pd.DataFrame, seed: int) -> Pipeline:
+    return make_pipeline(as_numbers(columns, seed), boosting(seed))
+
+
+def boosting(seed: int, class_weight: str | None = None) -> HistGradientBoostingClassifier:
+    """Gradient boosting of few small trees."""
+    return HistGradientBoostingClassifier(
+        max_iter=60, max_leaf_nodes=8, min_samples_leaf=10, early_stopping=False, random_state=seed,
+        class_weight=class_weight,
+    )  # fmt: skip
+
+
+def as_numbers(columns: pd.DataFrame, seed: int) -> ColumnTransformer:
+    """What turns columns of texts into numbers: a category becomes the share of positives among its
+    clips, of other folds."""
     texts = [name for name in columns if not pd.api.types.is_numeric_dtype(columns[name])]
-    boosting = HistGradientBoostingClassifier(
-        max_iter=60, max_leaf_nodes=8, min_samples_leaf=10, early_stopping=False, random_state=seed
-    )
-    # A category becomes the share of positives among its clips, of other folds.
     encoder = TargetEncoder(
         target_type="binary", cv=StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     )
-    columns_to_numbers = ColumnTransformer([("texts", encoder, texts)], remainder="passthrough")
-    return make_pipeline(columns_to_numbers, boosting)
+    return ColumnTransformer([("texts", encoder, texts)], remainder="passthrough")

@@ -7,6 +7,7 @@ the zeros there has the features of the 2D network.
 
 from torch import nn
 
+from dist_train.models.frame_sequence import FrameSequence
 from dist_train.models.resnet_transfer import is_resnet, move_resnet
 from dist_train.models.transfer import Given, Normalised, Transfer
 
@@ -15,7 +16,7 @@ IMAGENET = Normalised((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def recognises(given: Given, model: nn.Module) -> bool:
-    return is_resnet(given.tensors, 4)
+    return is_resnet(given.tensors, 4) and not isinstance(model, FrameSequence)
 
 
 def move(move: Transfer, given: Given) -> None:
