@@ -692,7 +692,7 @@ def sweep_settings(
 
     sweep = read_sweep(file, out=out, at_once=at_once, ray=ray, quick=quick)
     if dry_run:
-        console.print(listing(sweep.out, planned(sweep, file, quick=quick)))
+        console.print(listing(sweep.out, planned(sweep, file, quick=quick)[0]))
         return
     with progress("sweep") as report:
         results = run_sweep(sweep, file, quick=quick, progress=report, say=_say)

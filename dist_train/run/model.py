@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dist_train.config import Config, ModelSettings
+from dist_train.config import Config, ModelSettings, TargetSettings
 from dist_train.data.augment.gpu import augmented_batch
 from dist_train.data.augment.levels import WHITE
 from dist_train.data.augment.packed_clips import NativeClips
@@ -46,7 +46,7 @@ def held_out_logits(
     device: torch.device,
     done: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Clip numbers int64 [N] and logits float32 [N], in the order of the batches.
+    """Clip numbers int64 [N] and logits float32 [N] or [N, outputs], in the order of the batches.
 
     The model runs in eval mode, and is then put back into its former mode. ``done`` is called with
     the number of clips of each finished batch.
@@ -70,8 +70,8 @@ def make_model(config: Config) -> nn.Module:
     parts frozen.
 
     Raises:
-        ModelError, ConfigError: as ``configured_model`` and ``freeze``; also if the model cannot do
-            what the config asks of it.
+        ModelError, ConfigError: as ``configured_model`` and ``freeze``; or the model cannot do what
+            the config asks of it.
     """
     _check_abilities(config)
     torch.manual_seed(config.seed)
@@ -204,6 +204,12 @@ def model_metadata(config: Config) -> dict[str, Any]:
         keys -= {"stem_border"}
     metadata: dict[str, Any] = settings.model_dump(mode="json", include={"name"} | keys)
     return metadata
+
+
+def target_metadata(config: Config) -> dict[str, Any]:
+    """What the model's outputs mean, as JSON types; empty for the two classes of a store."""
+    target = config.target
+    return target.model_dump(mode="json") if target != TargetSettings() else {}
 
 
 def _own_settings(name: str) -> set[str]:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from dist_train.errors import ConfigError, FileError, RunError
 from dist_train.files import open_lock, read_json, write_whole
 from dist_train.places import Location
 from dist_train.run.folder import CONFIG, EVALUATION, LOCK
-from dist_train.run.record import FREE, read_record
+from dist_train.run.record import FREE
 from dist_train.sweep.trials import TRIALS, Trial
 from dist_train.system.file_locks import go_on_unlocked
 
@@ -40,17 +40,20 @@ class TrialRecord:
     """Folder of the run that it predicts with, relative to its own; None trains its own."""
     settings: dict[str, Any]
     """Those that were given; the others have their defaults."""
+    content: str
+    """``Store.content`` of its store."""
 
     @property
     def config(self) -> Config:
         return Config.model_validate_json(json.dumps(self.settings), strict=True)
 
 
-def record_of(trial: Trial) -> TrialRecord:
+def record_of(trial: Trial, content: str) -> TrialRecord:
+    """What a trial is asked to do now, with the content of its store."""
     # Given and default values differ in meaning, as for plan.ratio.
     settings = trial.config.model_dump(mode="json", exclude_unset=True)
     return TrialRecord(
-        trial.kind, trial.tta, None if trial.of is None else f"../{trial.of}", settings
+        trial.kind, trial.tta, None if trial.of is None else f"../{trial.of}", settings, content
     )
 
 
@@ -74,11 +77,15 @@ def folder_of(out: Path, name: str) -> Path:
     return out / TRIALS / name
 
 
-def begin_trial(out: Path, trial: Trial) -> Path:
-    """Make the trial's folder, and return it."""
+def begin_trial(out: Path, trial: Trial, content: str) -> Path:
+    """Make the trial's folder, and return it.
+
+    Args:
+        content: ``Store.content`` of its store.
+    """
     folder = folder_of(out, trial.name)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / TRIAL, json.dumps(record_of(trial).__dict__, indent=1))
+    write_whole(folder / TRIAL, json.dumps(asdict(record_of(trial, content)), indent=1))
     return folder
 
 
@@ -89,8 +96,11 @@ def state_of(out: Path, trial: Trial) -> State:
     return "begun" if os.path.lexists(folder / CONFIG) else "new"
 
 
-def check_trials(out: Path, trials: Sequence[Trial]) -> None:
+def check_trials(out: Path, trials: Sequence[Trial]) -> dict[Location, str]:
     """Refuse to mix results of other settings, or other data, with those of these trials.
+
+    Returns:
+        ``Store.content`` of each store.
 
     Raises:
         RunError: a trial was begun with other settings, or its store has changed since.
@@ -116,7 +126,7 @@ def check_trials(out: Path, trials: Sequence[Trial]) -> None:
                     fix="Move it away, or choose another 'out'.",
                 )  # fmt: skip
             continue
-        was, now = read_trial(folder), record_of(trial)
+        was, now = read_trial(folder), record_of(trial, store.content)
         differing = [
             f"{name}: {before} before, {after} now"
             for name, before, after in (
@@ -133,20 +143,13 @@ def check_trials(out: Path, trials: Sequence[Trial]) -> None:
                 where=folder,
                 fix="Name the variant otherwise, choose another 'out', or move the folder away.",
             )
-        _check_content(folder, store)
-
-
-def _check_content(folder: Path, store: Store) -> None:
-    try:
-        content = read_record(folder)["store"]["content"]
-    except (RunError, KeyError):
-        return
-    if content != store.content:
-        raise RunError(
-            f"the trial was trained on other clips than {store.name} has now",
-            where=folder,
-            fix="Restore the store, choose another 'out', or move the folder away.",
-        )
+        if was.content != now.content:
+            raise RunError(
+                f"the trial was begun with other clips than {store.name} has now",
+                where=folder,
+                fix="Restore the store, choose another 'out', or move the folder away.",
+            )
+    return {place: store.content for place, store in stores.items()}
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import cast
 
+from dist_train.evaluation.baseline import Kind, baseline
 from dist_train.evaluation.evaluate import evaluate_run
 from dist_train.evaluation.flips import Tta
 from dist_train.evaluation.predict import predict
@@ -20,10 +21,13 @@ def run_trial(folder: Path, *, progress: Progress | None = None, say: Say | None
     """Do what ``trial.json`` says, or go on with it. ``evaluation.json`` is written last.
 
     Raises:
-        DistTrainError: as ``train``, ``predict`` and ``evaluate_run``.
+        DistTrainError: as ``train``, ``predict``, ``evaluate_run`` and ``baseline``.
     """
     trial = read_trial(folder)
     config = trial.config.model_copy(update={"out": folder})
+    if trial.kind != "train":
+        baseline(config, model=cast("Kind", trial.kind))
+        return
     run = folder
     if trial.run is None:
         train(config, resume="auto", progress=progress, say=say)

@@ -91,6 +91,8 @@ def sample_of(folder: Path, trial: Trial, metric: str) -> Sample:
         RunError: predictions or evaluation cannot be used.
     """
     frame = read_predictions(folder / PREDICTIONS)
+    if "probability" not in frame:
+        raise RunError("a sweep compares runs of two classes", where=folder / PREDICTIONS)
     clips = frame[(frame["split"] == metric.partition("/")[0]) & frame["label"].notna()]
     threshold, column = None, "probability"
     if metric == FITTED:
@@ -179,7 +181,8 @@ def listing(out: Path, trials: Sequence[Trial]) -> Table:
     for trial in trials:
         kind = trial.kind if trial.of is None else f"predicts with {trial.of}"
         kind += "" if trial.tta == "none" else f", {trial.tta}"
-        view.add_row(trial.name, trial.config.model.name, kind, state_of(out, trial))
+        model = trial.config.model.name if trial.kind == "train" else ""
+        view.add_row(trial.name, model, kind, state_of(out, trial))
     return view
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
 from dist_train.distributed.signals import INTERRUPTED, TRY_AGAIN, StopSignals
 from dist_train.errors import StoppedError
+from dist_train.places import Location
 from dist_train.progress import Progress
 from dist_train.sweep.folder import begin_trial, check_trials, only_sweep, state_of
 from dist_train.sweep.plot import draw
@@ -45,8 +46,10 @@ def read_sweep(
     return sweep.model_copy(update=update)
 
 
-def planned(sweep: Sweep, file: Path, *, quick: bool = False) -> list[Trial]:
-    """The trials of a sweep, without those that Optuna will choose.
+def planned(
+    sweep: Sweep, file: Path, *, quick: bool = False
+) -> tuple[list[Trial], dict[Location, str]]:
+    """The trials of a sweep, without those that Optuna will choose, and the content of each store.
 
     Raises:
         DistTrainError: a setting, a store, or what the sweep's folder holds does not fit.
@@ -54,11 +57,9 @@ def planned(sweep: Sweep, file: Path, *, quick: bool = False) -> list[Trial]:
     if sweep.search == "optuna":
         # A point in the middle shows wrong settings before any trial.
         trials = Study.example(sweep, file, quick=quick)
-        check_trials(sweep.out, trials)
-        return []
+        return [], check_trials(sweep.out, trials)
     trials = trials_of(sweep, file, variants_of(sweep, file), quick=quick)
-    check_trials(sweep.out, trials)
-    return trials
+    return trials, check_trials(sweep.out, trials)
 
 
 def run_sweep(
@@ -77,7 +78,7 @@ def run_sweep(
         DistTrainError: as ``planned``; or another sweep is at work in the folder.
         StoppedError: SIGTERM or SIGINT came; trials on this machine saved a checkpoint.
     """
-    trials = planned(sweep, file, quick=quick)
+    trials, content = planned(sweep, file, quick=quick)
     with only_sweep(sweep.out):
         workers = _workers(sweep)
         failed: dict[str, str] = {}
@@ -85,13 +86,14 @@ def run_sweep(
             if sweep.search == "optuna":
                 study = Study(sweep, file, quick=quick)
                 while chosen := study.ask(workers.at_once):
-                    check_trials(sweep.out, chosen)
-                    failed |= _run(sweep.out, chosen, workers, study.progress(progress), say)
+                    content |= check_trials(sweep.out, chosen)
+                    shown = study.progress(progress)
+                    failed |= _run(sweep.out, chosen, content, workers, shown, say)
                     trials += chosen
                     study.tell(chosen, failed)
                 trials = study.trials()
             else:
-                failed = _run(sweep.out, trials, workers, progress, say)
+                failed = _run(sweep.out, trials, content, workers, progress, say)
         finally:
             workers.stop()
         results = collect(sweep.out, trials, sweep.metric, failed, sweep.reference)
@@ -106,6 +108,7 @@ def _workers(sweep: Sweep) -> Workers:
 def _run(
     out: Path,
     trials: Sequence[Trial],
+    content: Mapping[Location, str],
     workers: Workers,
     progress: Progress | None,
     say: Say | None,
@@ -130,7 +133,8 @@ def _run(
                 elif len(running) < workers.at_once and not any(
                     name in pending or name in under_way for name in trial.needs
                 ):
-                    running[workers.submit(begin_trial(out, trial))] = pending.pop(trial.name)
+                    folder = begin_trial(out, trial, content[trial.config.store])
+                    running[workers.submit(folder)] = pending.pop(trial.name)
             if progress is not None:
                 progress(len(trials) - len(pending) - len(running), len(trials),
                          ", ".join(trial.name for trial in running.values()))  # fmt: skip

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Field,
     JsonValue,
     ValidationError,
@@ -95,8 +94,8 @@ class Range(Section):
             value = math.exp(math.log(self.low) + place * math.log(top / self.low))
         else:
             value = self.low + place * (top - self.low)
-        # Rounding may reach the end of the range.
-        return min(math.floor(value), self.high) if self.is_whole else min(value, self.high)
+        # Rounding may leave the range.
+        return min(max(math.floor(value) if self.is_whole else value, self.low), self.high)
 
 
 VariantName = Annotated[str, AfterValidator(_plain_name)]
@@ -137,7 +136,7 @@ class Sweep(Section):
     """Settings of each variant, as key=value."""
     grid: dict[str, Values] = Field(default_factory=dict)
     """Values by dotted key; each combination is a variant, or one of each variant."""
-    random: Annotated[Random | None, BeforeValidator(_trials_apart)] = None
+    random: Random | None = None
     """Points of a space: ``trials``, and by dotted key {low, high, log} or a list of values."""
     search: Literal["random", "optuna"] = "random"
     """How points are chosen."""
@@ -155,7 +154,8 @@ class Sweep(Section):
     """Number of trials at a time; null is 1, or on Ray as many as the cluster has room for."""
     metric: Annotated[str, AfterValidator(_known_metric)] = FITTED
     """The metric of the table and the plot."""
-    ray: Annotated[Ray | None, BeforeValidator(_true_is_here)] = None
+    ray: Ray | None = None
+    """``true`` takes the defaults; an address is short for one with that alone."""
     quick: dict[str, JsonValue] = Field(default_factory=dict)
     """Settings of all trials under --quick."""
     reference: dict[str, Fraction] = Field(default_factory=dict)
@@ -187,6 +187,10 @@ def load_sweep(path: Path) -> Sweep:
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise ConfigError("must hold the keys of a sweep; docs/sweep.md", where=path)
+    # Before JSON is parsed, which alone takes lists for tuples.
+    for key, long_form in (("random", _trials_apart), ("ray", _true_is_here)):
+        if key in tree:
+            tree[key] = long_form(tree[key])
     try:
         return Sweep.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:

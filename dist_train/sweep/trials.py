@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from dist_train.config import Config, load_config
+from dist_train.config import Config, leaves, load_config
 from dist_train.errors import ConfigError, DistTrainError
 from dist_train.evaluation.flips import Tta, views_of
 from dist_train.extensions import is_import_path
@@ -20,7 +20,10 @@ from dist_train.models.registry import find_model
 from dist_train.sweep.settings import MOST_TRIALS, NAME, OWN, Random, Range, Sweep
 from dist_train.training.losses import LOSSES
 
-Kind = Literal["train"]
+#: "train", or the model of a baseline of sizes alone.
+Kind = Literal["train", "logistic", "boosting"]
+#: The settings that baselines heed.
+OF_BASELINES = ("store", "select.", "split.")
 #: A value that begins so stands for the run of another variant, with the same seed and fold.
 RUN_OF = "trial:"
 TRIALS = "trials"
@@ -153,7 +156,8 @@ def trials_of(
     trials: dict[str, Trial] = {}
     for name, settings in variants.items():
         for seed, fold in product(seeds, folds):
-            own = _texts(sweep.set) | settings | (_texts(sweep.quick) if quick else {})
+            quickly = sweep.quick if quick else {}
+            own = _texts(dict(leaves(sweep.set))) | settings | _texts(dict(leaves(quickly)))
             trial = _trial(sweep, file, name, own, seed, fold, trials)
             trials[trial.name] = trial
     return list(trials.values())
@@ -169,6 +173,7 @@ def _trial(
     above: Mapping[str, Trial],
 ) -> Trial:
     where = _at(file, variant)
+    shared = {key for given in (sweep.set, sweep.quick) for key, _ in leaves(given)}
     special = {key: value for key, value in settings.items() if key.startswith("trial.")}
     plain = {key: value for key, value in settings.items() if key not in special}
     if unknown := sorted(special.keys() - {"trial.kind", "trial.of", "trial.tta"}):
@@ -188,6 +193,10 @@ def _trial(
                 where=where,
                 fix=f"There are {', '.join(known)}.",
             )
+    if kind != "train":
+        vain = next((k for k in plain.keys() - shared if not k.startswith(OF_BASELINES)), None)
+        if vain is not None or tta != "none":
+            raise ConfigError(f"a baseline has no '{vain or 'trial.tta'}'", where=where)
     needs: list[str] = []
 
     def run_of(other: str) -> str:
@@ -198,19 +207,21 @@ def _trial(
         return name
 
     if "trial.of" in special:
-        if own := sorted(plain.keys() - sweep.set.keys() - sweep.quick.keys()):
+        if own := sorted(plain.keys() - shared):
             raise ConfigError(
                 f"trial.of takes the settings of that run, so '{own[0]}' has no place",
                 where=where,
             )
         source = above[run_of(special["trial.of"])]
-        if source.of is not None:
+        if source.of is not None or source.kind != "train":
             raise ConfigError(f"'{source.variant}' has no run of its own", where=where)
         trial = Trial(variant, source.config, kind, tta, source.name, tuple(needs))  # type: ignore[arg-type]
     else:
         for key, value in plain.items():
             if value.startswith(RUN_OF):
                 other = run_of(value.removeprefix(RUN_OF))
+                if above[other].of is not None or above[other].kind != "train":
+                    raise ConfigError(f"'{other}' has no run of its own", where=where)
                 plain[key] = json.dumps(str(sweep.out / TRIALS / other))
         out = sweep.out / TRIALS / name_of(variant, seed, fold)
         plain |= _texts({"out": str(out), "seed": seed, "split.fold": fold})
