@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from dist_train import __version__
-from dist_train.errors import ConfigError, DistTrainError, StoreError
+from dist_train.errors import ConfigError, DistTrainError, RunError, StoreError
 from dist_train.extensions import allow as allow_code
 from dist_train.places import Location, is_url, local_path
 from dist_train.progress import console, progress
@@ -616,6 +616,10 @@ def predict(
         ),
     ] = None,
     threshold: Threshold = None,
+    tta: Annotated[
+        Literal["none", "flips"],
+        typer.Option(help="Average over mirrored and reversed clips, too (flips)."),
+    ] = "none",
     allow: Allow = None,
 ) -> None:
     """Predict held-out or new clips by the mean over the run's snapshots.
@@ -633,6 +637,7 @@ def predict(
             out=out,
             prior=_prior(prior),
             threshold=threshold,
+            tta=tta,
             progress=report,
         )
     if _is_first():
@@ -656,6 +661,66 @@ def evaluate(
     evaluation = evaluate_run(run, threshold=threshold, by=by)
     for view in tables(evaluation):
         console.print(view)
+
+
+@app.command("sweep")
+def sweep_settings(
+    file: Annotated[Path, typer.Argument(help="YAML file of a sweep; docs/sweep.md.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the sweep; the file's if unset.")] = (
+        None
+    ),
+    at_once: Annotated[int | None, typer.Option(min=1, help="Number of trials at a time.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster to run on, or 'auto'.")
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="One seed and fold, with the file's settings for this, in OUT-quick."
+        ),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the trials only.")] = False,
+    allow: Allow = None,
+) -> None:
+    """Train, predict and evaluate many variants of a run. Goes on if it was killed."""
+    allow_code(allow or [])
+    from dist_train.sweep.results import listing, table_text
+    from dist_train.sweep.run_sweep import planned, read_sweep, run_sweep
+
+    sweep = read_sweep(file, out=out, at_once=at_once, ray=ray, quick=quick)
+    if dry_run:
+        console.print(listing(sweep.out, planned(sweep, file, quick=quick)[0]))
+        return
+    with progress("sweep") as report:
+        results = run_sweep(sweep, file, quick=quick, progress=report, say=_say)
+    console.print(table_text(results))
+    if results.agreement is not None:
+        _say("order against the reference: Kendall's tau {:.2f}, 95 % CI {:.2f} to {:.2f}".format(
+            *results.agreement))  # fmt: skip
+    _echo(f"results.csv, table.csv and sweep.png in {sweep.out}")
+    failed = int((results.trials["state"] == "failed").sum())
+    if failed:
+        raise RunError(
+            f"{failed} of {len(results.trials)} trials failed",
+            where=sweep.out,
+            fix="results.csv says why; the same command tries them again.",
+        )
+
+
+@app.command("trial", hidden=True)
+def single_trial(
+    folder: Annotated[Path, typer.Argument(help="Folder of a trial of a sweep.")],
+    end_with_input: Annotated[
+        bool, typer.Option("--end-with-input", help="End at once when standard input is closed.")
+    ] = False,
+) -> None:
+    """Run one trial of a sweep, as the sweep itself does."""
+    from dist_train.sweep import one_trial
+
+    if end_with_input:
+        one_trial.end_with_input()
+    with progress("trial") as report:
+        one_trial.run_trial(folder, progress=report, say=_say)
 
 
 @app.command()

@@ -153,6 +153,9 @@ class SelectSettings(Section):
     tier2_crowd_score: Fraction | None = None
     """Take all clips of tier 1, and the positives of tier 2 whose crowd score is above this (0.6 in
     the original recipe); null takes every labelled clip."""
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of each class's training clips that take part, drawn by `seed`; a smaller share is a
+    part of a larger one. Held-out clips all take part."""
 
 
 class TargetSettings(Section):
@@ -865,7 +868,7 @@ def config_text(config: Config) -> str:
 
 def changes(before: Config, now: Config) -> list[str]:
     """What differs, as "optim.lr: 0.001 before, 0.01 now", in the order of the tree."""
-    was, new = (dict(_leaves(config.model_dump())) for config in (before, now))
+    was, new = (dict(leaves(config.model_dump())) for config in (before, now))
     return [
         f"{key}: {was.get(key)} before, {new.get(key)} now"
         for key in {**was, **new}
@@ -873,11 +876,11 @@ def changes(before: Config, now: Config) -> list[str]:
     ]
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The dotted key and the value of each leaf of nested dicts."""
     for name, value in tree.items():
         if isinstance(value, dict) and prefix + name not in MAPPINGS:
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
@@ -962,8 +965,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             raise _refused(f"the value of '{shown}' is not valid YAML ({error})") from None
         key = key.strip()
         is_section = value and isinstance(value, dict) and key not in MAPPINGS
-        leaves = _leaves(value, f"{key}.") if is_section else [(key, value)]
-        for given_name, leaf in leaves:
+        parts = leaves(value, f"{key}.") if is_section else [(key, value)]
+        for given_name, leaf in parts:
             name = f"train.{RENAMED[given_name]}" if given_name in RENAMED else given_name
             if any(f"{name}.".startswith(f"{o}.") or o.startswith(f"{name}.") for o in given):
                 raise _refused(f"'{name}' is given twice", fix="Give it once.")

@@ -36,7 +36,7 @@ LEVELS = [
     {"distributed"},
     {"checkpoint"},
     {"run"},
-    {"training", "evaluation", "doctor"},
+    {"training", "evaluation", "doctor", "sweep"},
     {"cli"},
     {"__main__"},
 ]
@@ -54,9 +54,10 @@ NEVER = {
     "data": {"models"},
     "distributed": {"data"},
     "checkpoint": {"data", "models"},
-    "evaluation": {"doctor"},
-    "training": {"evaluation", "doctor"},
-    "doctor": {"training", "evaluation"},
+    "evaluation": {"doctor", "sweep"},
+    "training": {"evaluation", "doctor", "sweep"},
+    "doctor": {"training", "evaluation", "sweep"},
+    "sweep": {"doctor"},
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text("utf-8"))

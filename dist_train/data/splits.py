@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def choose_clips(
                 "column holds out",
                 fix="Leave it out, or prepare a store from a manifest without that column.",
             )
-        return chosen.astype(np.uint8)
+        return _with_share(chosen.astype(np.uint8), table, labels.strata, select.share, seed)
     splits = assign_splits(table, labels.strata, chosen, split, seed, copies)
     for name in ("train", "val"):
         if not (splits == CODES[name]).any():
@@ -64,7 +65,27 @@ def choose_clips(
                 f"no clip is in split '{name}' ({np.count_nonzero(chosen)} clips selected)",
                 fix="Give it clips in the manifest's split column, or leave that column out.",
             )
-    return splits
+    return _with_share(splits, table, labels.strata, select.share, seed)
+
+
+def _with_share(
+    splits: Splits, table: ClipTable, strata: np.ndarray, share: float, seed: int
+) -> Splits:
+    """The splits with a share of each stratum's train clips, rounded up; the others take no part.
+
+    Clips are chosen by digests of their keys, so that a smaller share is a part of a larger one.
+    """
+    if share == 1:
+        return splits
+    train = np.flatnonzero(splits == CODES["train"])
+    # Other digests than those that deal the folds.
+    order = np.argsort(_first_digests(table, train, f"share/{seed}"), kind="stable")
+    own, kept = strata[train][order], splits.copy()
+    for stratum in np.unique(own):
+        clips = train[order[own == stratum]]
+        # The product may be above a whole number by rounding: 0.07 x 100.
+        kept[clips[math.ceil(round(share * len(clips), 6)) :]] = 0
+    return kept
 
 
 def given_splits(table: ClipTable) -> Splits:
@@ -333,7 +354,7 @@ def _stratified(
     return dealt
 
 
-def _first_digests(table: ClipTable, clips: Ints, seed: int) -> np.ndarray:
+def _first_digests(table: ClipTable, clips: Ints, seed: int | str) -> np.ndarray:
     """The first 8 bytes of each clip's ``_digest`` as a number, uint64 [n], by all cores if there
     are many clips."""
     pieces = ((table, clips[at : at + PIECE], seed) for at in range(0, len(clips), PIECE))
@@ -346,7 +367,7 @@ def _first_digests(table: ClipTable, clips: Ints, seed: int) -> np.ndarray:
     return digests
 
 
-def _digests_of(piece: tuple[ClipTable, Ints, int]) -> tuple[int, np.ndarray]:
+def _digests_of(piece: tuple[ClipTable, Ints, int | str]) -> tuple[int, np.ndarray]:
     table, clips, seed = piece
     first, last = int(clips[0]), int(clips[-1]) + 1
     keys, prefix, sha256 = table.keys(first, last), f"{seed}/".encode(), hashlib.sha256

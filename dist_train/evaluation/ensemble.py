@@ -23,6 +23,7 @@ from dist_train.distributed.backends.base import autocast
 from dist_train.distributed.out_of_memory import free_cache, is_out_of_memory
 from dist_train.distributed.process_group import ProcessGroup
 from dist_train.errors import RunError
+from dist_train.evaluation.flips import Tta, View, Viewed, views_of
 from dist_train.progress import Progress
 from dist_train.run.data import clip_dataset, frames_of
 from dist_train.run.model import held_out_logits, make_model, target_of
@@ -44,6 +45,7 @@ def mean_scores(
     group: ProcessGroup,
     *,
     batch: int,
+    tta: Tta = "none",
     progress: Progress | None = None,
 ) -> np.ndarray:
     """Mean over the snapshots of each clip's ``Target.scores``: float64 [N] or [N, ...], in the
@@ -57,6 +59,7 @@ def mean_scores(
         clips: rows of the store's table; their index is the clip number.
         record: the content of the run's ``run.json``.
         batch: clips predicted at once; halved when memory runs out.
+        tta: the views of each clip over which its probability is averaged, too.
         progress: called with (clips done, clips in all) over all snapshots, extrapolated from the
             clips of this process to those of all.
 
@@ -76,7 +79,7 @@ def mean_scores(
     loader = Loader(clip_dataset(config, store, augment=None), batches, config.loader)
     total, own = len(clips) * len(snapshots), sum(map(len, batches)) * len(snapshots)
     finished = 0
-    predictor = _Predictor(config, record, group, batch)
+    predictor = _Predictor(config, record, group, batch, views_of(tta, config.augment))
     target = predictor.target
     sums = np.zeros((len(clips), *(() if target.kind == "binary" else (len(target.classes),))))
     place = pd.Series(np.arange(len(clips)), index=clips.index)
@@ -111,20 +114,27 @@ class _Predictor:
     """The run's model on this process's device, with the weights of one snapshot at a time."""
 
     def __init__(
-        self, config: Config, record: Mapping[str, Any], group: ProcessGroup, batch: int
+        self,
+        config: Config,
+        record: Mapping[str, Any],
+        group: ProcessGroup,
+        batch: int,
+        views: Sequence[View],
     ) -> None:
         self._config, self._record = config, record
         self.target = target_of(config.target)
         self._device, self._most = group.device, batch
         self._snapshot = Path()
         self._model = make_model(config).to(group.device).eval()
+        self._views = [self._model] if len(views) == 1 else [Viewed(self._model, v) for v in views]
 
     def load(self, snapshot: Path) -> None:
         self._snapshot = snapshot
         load_into(self._model, snapshot, self._config, self._record)
 
     def scores(self, batch: Batch) -> np.ndarray:
-        """``Target.scores`` of the clips of a batch: float64 [B] or [B, ...]."""
+        """``Target.scores`` of the clips of a batch, the mean over their views: float64 [B] or
+        [B, ...]."""
         found: list[np.ndarray] = []
         start = 0
         while start < len(batch.clips):
@@ -132,7 +142,10 @@ class _Predictor:
             reason = None
             try:
                 with autocast(self._config.train.precision, self._device):
-                    _, logits = held_out_logits(self._model, [piece], self._config, self._device)
+                    of_views = [
+                        held_out_logits(model, [piece], self._config, self._device)[1]
+                        for model in self._views
+                    ]
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -141,8 +154,10 @@ class _Predictor:
             if reason is not None:
                 self._halve(len(piece.clips), reason)
                 continue
+            logits = np.stack(of_views)
             self._check_finite(logits)
-            found.append(self.target.scores(logits.astype(np.float64)))
+            of_each = [self.target.scores(one.astype(np.float64)) for one in logits]
+            found.append(np.mean(of_each, axis=0))
             start += len(piece.clips)
         return np.concatenate(found)
 

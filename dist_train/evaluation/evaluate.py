@@ -15,7 +15,7 @@ from dist_train import metrics
 from dist_train.data.types import CLASSES
 from dist_train.errors import ConfigError, RunError
 from dist_train.evaluation.calibration import Calibration, Reliability, reliability_of
-from dist_train.evaluation.prediction_origin import check_origin
+from dist_train.evaluation.prediction_origin import check_origin, read_origin
 from dist_train.evaluation.prediction_table import read_calibration, read_predictions
 from dist_train.evaluation.slices import Interval, Slice, column_of, interval_of, slices_by
 from dist_train.evaluation.target_evaluation import (
@@ -70,6 +70,8 @@ class Evaluation(BaseModel):
     """How ``calibrated`` was computed, with cross-validated metrics on val; None if unknown."""
     classes: tuple[str, str] = (CLASSES[0], CLASSES[1])
     """Names of the labels 0 and 1."""
+    tta: str | None = None
+    """Test-time augmentation of the predictions; None for none, or unknown."""
     by: str | None = None
     """The column of ``slices``."""
     slices: tuple[Slice, ...] = ()
@@ -135,6 +137,7 @@ def evaluate_any(
     # Where no threshold is fitted, it is not used.
     fitting = labelled[fitted_on or reported]
     clips, calibration = labelled[reported], read_calibration(predictions, frame)
+    origin = read_origin(predictions)
     evaluation: Evaluation | TargetEvaluation
     if target.kind == "binary":
         assert calibration is None or isinstance(calibration, Calibration)
@@ -145,6 +148,7 @@ def evaluate_any(
         evaluation = _evaluation(clips, reported, threshold, fitted_on, calibration).model_copy(
             update={
                 "classes": _class_names(frame),
+                "tta": None if origin is None else origin.tta,
                 "by": by,
                 "slices": () if column is None else slices_by(clips, column, threshold),
             }
@@ -160,6 +164,7 @@ def evaluate_any(
             threshold_fitted_on=fitted_on,
             threshold_fitted_on_same_clips=fitted_on == reported,
             calibration=calibration,
+            tta=None if origin is None else origin.tta,
             by=by,
             slices=() if column is None else slices_of(own, clips[column], thresholds),
         )

@@ -77,6 +77,7 @@ def rows(evaluation: Evaluation) -> list[tuple[str, str]]:
         ("Recall", f"{e.recall:.3f}"),
         ("F1", f"{e.f1:.3f}"),
         ("Accuracy", f"{e.accuracy:.3f}"),
+        *([] if e.tta is None else [("Mean over views", f"--tta {e.tta}")]),
         *_reliability_rows(e),
     ]
 

@@ -18,7 +18,7 @@ from dist_train.evaluation.calibration import Calibration
 from dist_train.evaluation.class_calibration import AnyCalibration
 from dist_train.evaluation.evaluate import label_thresholds, val_threshold
 from dist_train.evaluation.onnx_model import check_packages, onnx_bytes
-from dist_train.evaluation.prediction_origin import check_origin
+from dist_train.evaluation.prediction_origin import check_origin, read_origin
 from dist_train.evaluation.prediction_table import (
     read_calibration,
     read_predictions,
@@ -278,6 +278,13 @@ def _calibration(
             fix="Run 'dist-train predict' again, or name one by --step.",
         )
     check_origin(run)
+    origin = read_origin(run / PREDICTIONS)
+    if origin is not None and origin.tta is not None:
+        raise RunError(
+            f"the run's predictions are with --tta {origin.tta}, and an export predicts without it",
+            where=run,
+            fix="Run 'dist-train predict' without it before.",
+        )
     val = val_clips(predictions)
     if isinstance(calibration, Calibration):
         return calibration, val_threshold(calibration, val.probability, val.truth)

@@ -30,7 +30,13 @@ from dist_train.evaluation.evaluate import (
     label_thresholds,
     val_threshold,
 )
-from dist_train.evaluation.prediction_origin import check_origin, origin_file, write_origin
+from dist_train.evaluation.flips import Tta, views_of
+from dist_train.evaluation.prediction_origin import (
+    check_origin,
+    origin_file,
+    read_origin,
+    write_origin,
+)
 from dist_train.evaluation.prediction_table import (
     COLUMNS,
     read_predictions,
@@ -70,6 +76,7 @@ def predict(
     out: Path | None = None,
     prior: Prior | None = None,
     threshold: float | None = None,
+    tta: Tta = "none",
     progress: Progress | None = None,
 ) -> Path:
     """Write ``predictions.csv`` and, for two classes, ``submission.csv`` for the val and test clips
@@ -90,6 +97,7 @@ def predict(
         threshold: a clip is called positive in the submission, or has a label of multilabel, if its
             calibrated probability is greater. Default: fitted on the run's val split, or 0.5 if
             that lacks a class.
+        tta: "flips" averages over mirrored and reversed clips, too; ``predictions.json`` names it.
         progress: called on rank 0 with (clips done, clips in all) over all snapshots.
 
     Returns:
@@ -104,7 +112,8 @@ def predict(
         RunError: there is no run, snapshot or folder to write to, or, for another store, no
             predictions of the run's own to fit the threshold on.
         ConfigError: the prior is not strictly between 0 and 1, or the threshold not in 0..1, or
-            either does not fit the kind of target.
+            either does not fit the kind of target; or the run was trained without the flips of
+            ``tta``.
         BackendError: the device that ``train.device`` or the launcher asks for is not there.
         StoreError: the store cannot be used, or the run's own has changed.
         LostProcessError: another process has ended, or cannot be reached.
@@ -115,6 +124,7 @@ def predict(
     target = target_of(config.target)
     check_prior(target, prior)
     check_has_threshold(target, threshold)
+    views_of(tta, config.augment)
     snapshots = find_snapshots(run)
     again = "Run the command again: it begins anew."
     # Each process predicts with all weights, whichever backend trained them.
@@ -145,6 +155,7 @@ def predict(
                 )
             if needs_threshold:
                 read_predictions(run / PREDICTIONS)
+            _check_same_tta(run, tta)
         record = read_record(run)
         on_main(group, lambda: _check_place(folder, run))
         if group.is_main:
@@ -157,6 +168,7 @@ def predict(
             chosen,
             record,
             group,
+            tta=tta,
             batch=_clips_at_once(config, run, record, frames_of(source, config.clip)[chosen.index]),
             progress=progress if group.is_main else None,
         )
@@ -185,7 +197,7 @@ def predict(
             mapping = None
             if calibration is not None:
                 mapping = calibration.model_dump_json(indent=2) + "\n"
-            write_origin(folder / PREDICTIONS, text, mapping, snapshots, source.content)
+            write_origin(folder / PREDICTIONS, text, mapping, snapshots, source.content, tta)
             called = None if submission is None else submission.to_csv(index=False)
             for name, content in ((CALIBRATION, mapping), (SUBMISSION, called)):
                 if content is not None:
@@ -303,6 +315,18 @@ def _check_place(folder: Path, run: Path) -> None:
             f"('{there[0] if there else CONFIG}' is in it)",
             where=folder,
             fix="Choose a new folder by --out.",
+        )
+
+
+def _check_same_tta(run: Path, tta: Tta) -> None:
+    """Refuse to calibrate by predictions of the run with another test-time augmentation."""
+    origin = read_origin(run / PREDICTIONS)
+    own = "none" if origin is None or origin.tta is None else origin.tta
+    if origin is not None and own != tta:
+        raise RunError(
+            f"the run's own predictions, which give the calibration, are with --tta {own}",
+            where=run / PREDICTIONS,
+            fix=f"Give --tta {own}, or predict the run's own clips with --tta {tta} first.",
         )
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dist_train.checkpoint.format import by_step
 from dist_train.errors import FileError, RunError
+from dist_train.evaluation.flips import Tta
 from dist_train.files import MIB, crc32c, read_plain, write_whole
 from dist_train.run.folder import PREDICTIONS, SNAPSHOT, SNAPSHOTS
 from dist_train.run.snapshots import stored_checksum
@@ -33,6 +34,8 @@ class Origin(BaseModel):
     """``Store.content`` of the store whose clips were predicted."""
     calibration: int | None = None
     """CRC-32C of ``calibration.json``; None in files of earlier versions, and of regression."""
+    tta: Tta | None = None
+    """Test-time augmentation; None for none."""
 
 
 def origin_file(predictions: Path) -> Path:
@@ -40,7 +43,12 @@ def origin_file(predictions: Path) -> Path:
 
 
 def write_origin(
-    predictions: Path, table: str, calibration: str | None, snapshots: Sequence[Path], content: str
+    predictions: Path,
+    table: str,
+    calibration: str | None,
+    snapshots: Sequence[Path],
+    content: str,
+    tta: Tta = "none",
 ) -> None:
     """Write the origin of ``table`` and ``calibration``, the texts of ``predictions`` and of the
     file beside it, if there is one.
@@ -59,8 +67,10 @@ def write_origin(
         snapshots={path.stem: stored_checksum(path) for path in snapshots},
         store=content,
         calibration=None if calibration is None else crc32c(calibration.encode()),
+        tta=None if tta == "none" else tta,
     )
-    write_whole(origin_file(predictions), origin.model_dump_json(indent=2) + "\n")
+    text = origin.model_dump_json(indent=2, exclude_none=True)
+    write_whole(origin_file(predictions), text + "\n")
 
 
 def read_origin(predictions: Path) -> Origin | None:

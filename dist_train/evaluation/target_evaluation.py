@@ -119,6 +119,8 @@ class TargetEvaluation(BaseModel):
     calibrated: Reliability | None = None
     calibration: ClassCalibration | LabelCalibration | None = None
     """How ``calibrated`` was computed; None if unknown."""
+    tta: str | None = None
+    """Test-time augmentation of the predictions; None for none, or unknown."""
     by: str | None = None
     """The column of ``slices``."""
     slices: tuple[TargetSlice, ...] = ()

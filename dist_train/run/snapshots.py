@@ -50,6 +50,10 @@ def snapshot_metadata(config: Config, step: int, content: str) -> dict[str, Any]
         content: ``Store.content`` of the run's store.
     """
     clip = config.clip.model_dump(mode="json", exclude={"growth"})
+    data = config.model_dump(mode="json", include={"seed", "select", "split"})
+    # Files of earlier versions have no share.
+    if data["select"]["share"] == 1:
+        del data["select"]["share"]
     target = target_metadata(config)
     return {
         "step": step,
@@ -59,7 +63,7 @@ def snapshot_metadata(config: Config, step: int, content: str) -> dict[str, Any]
         # Files of earlier versions have no resampling.
         "clip": {k: v for k, v in clip.items() if k in ("size", "max_frames") or v is not None},
         "store": content,
-        "data": config.model_dump(mode="json", include={"seed", "select", "split"}),
+        "data": data,
     }
 
 

@@ -101,6 +101,28 @@ def test_a_class_that_is_missing_is_named(label: int, missing: str) -> None:
         selected(clips(10).assign(label=label))
 
 
+def test_a_share_is_of_each_class_of_train_alone_and_part_of_a_larger_one() -> None:
+    table = clips(400)
+    whole = chosen_splits(table, SplitSettings())
+    before = whole
+    for share in (0.5, 0.07, 0.001):
+        splits = chosen_splits(table, SplitSettings(), share=share)
+        held_out = whole > CODES["train"]
+        assert (splits[held_out] == whole[held_out]).all()
+        train, kept = whole == CODES["train"], splits == CODES["train"]
+        for label in (0, 1):
+            of_class = table["label"].to_numpy() == label
+            clips_there = int((train & of_class).sum())
+            assert (kept & of_class).sum() == int(np.ceil(share * clips_there))
+        assert (kept <= (before == CODES["train"])).all()
+        before = splits
+    other = choose_clips(
+        table_of(table), SelectSettings(share=0.5), SplitSettings(train_on_all=True), seed=1,
+        labels=two_classes(table_of(table)),
+    )  # fmt: skip
+    assert 200 <= (other > 0).sum() <= 201
+
+
 def test_stratified_folds_are_balanced_by_class_and_group() -> None:
     table = clips(997)
     number = fold_numbers(table, 5, "stratify")
