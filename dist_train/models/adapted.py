@@ -120,12 +120,8 @@ class Adapted(nn.Module):
                 layer.depths, layer.label = self._depths, f"{self.name}.{name}"
                 if isinstance(module, BatchNorm3d):
                     module.all_reduce = module.observer = None
-<<<<<<< HEAD
-                    module.fused = module.frozen = False
-=======
                     module.frozen = False
                     module.fused = False
->>>>>>> main
                 return
         elif isinstance(module, PER_FRAME):
             return
