@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from dist_train.data.store.reader import Store, read_marker
 from dist_train.errors import ConfigError, DecodeError, DistTrainError
 from dist_train.evaluation.exported import load_exported
 from dist_train.extensions import ALLOW
+from dist_train.run import record
 from dist_train.run.model import metadata_differences
 from dist_train.run.record import read_record
 from dist_train.training.losses import make_loss
@@ -260,3 +262,18 @@ def test_a_reader_makes_a_store_that_is_mended_by_it(
     lab.write_text(SOURCE)
     said(*mend, "--allow", "mylab")
     assert shard.read_bytes() == whole
+
+
+def test_a_run_notes_the_library_whose_network_it_is(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, other = tmp_path / "run", "model.name=monai.DenseNet"
+    args = "model.args={init_features: 4, growth_rate: 2, block_config: [2, 2], bn_size: 2}"
+    said(*train(store, run, other, args))
+    (library,) = read_record(run)["sessions"][-1]["code_from_outside"]
+    assert library == {"path": "monai", "version": version("monai"), "sha256": None}
+    said("predict", run)
+    assert "has changed" not in caplog.text
+    monkeypatch.setattr(record, "version", lambda package: "0.1")
+    said("predict", run)
+    assert "the source of monai has changed since the training (version " in caplog.text

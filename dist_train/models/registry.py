@@ -35,11 +35,13 @@ class ModelSpec:
             for clips of several channels, with ``outputs`` for several logits a clip.
         cannot: reasons, in words that go on from the model's name: "has no parts ...".
         settings: arguments that are fields of their own in the section ``model`` of a config.
+        library: the package whose network it is.
     """
 
     build: Callable[..., nn.Module]
     cannot: Mapping[Ability, str] = field(default_factory=dict)
     settings: tuple[str, ...] = ()
+    library: str | None = None
 
     @property
     def arguments(self) -> Mapping[str, inspect.Parameter]:
@@ -64,9 +66,9 @@ OF_ADAPTED: Mapping[Ability, str] = {
     "recompute": "is another library's network, whose parts are not known here",
     "onnx": "is another library's network, adapted to unequal depths while it runs",
 }
-MODELS["densenet3d-121"] = ModelSpec(densenet121, OF_ADAPTED)
+MODELS["densenet3d-121"] = ModelSpec(densenet121, OF_ADAPTED, library="monai")
 MODELS |= {
-    f"frames-{reader}": ModelSpec(partial(FrameSequence, reader), cannot_of(reader))
+    f"frames-{reader}": ModelSpec(partial(FrameSequence, reader), cannot_of(reader), library="timm")
     for reader in READERS
 }
 #: Before the name of any class of ``monai.networks.nets``.
@@ -138,6 +140,13 @@ UNKNOWN: Mapping[Ability, str] = {
     "recompute": "has no parts that can be recomputed: it is no dist_train.models.trunk.Trunk",
     "onnx": "cannot be written as ONNX: it is no dist_train.models.trunk.Trunk",
 }
+
+
+def library_of(name: str) -> str | None:
+    """The package whose network a model by name is; None: it is ours, or from an import path."""
+    if name.startswith(MONAI) and not extensions.is_import_path(name):
+        return "monai"
+    return MODELS[name].library if name in MODELS else None
 
 
 def require(name: str, ability: Ability, setting: str) -> None:

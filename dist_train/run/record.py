@@ -33,6 +33,7 @@ from dist_train.files import (
     seal_of,
     write_whole,
 )
+from dist_train.models.registry import library_of
 from dist_train.run.folder import CONFIG, RECORD
 
 log = logging.getLogger(__name__)
@@ -111,22 +112,34 @@ def read_settings(run: Path) -> Config:
 
 
 def code_from_outside(config: Config) -> list[dict[str, str | None]]:
-    """``extensions.origin`` of the model and the loss, if they are from outside."""
+    """``extensions.origin`` of the model and the loss, if they are from outside, and the version of
+    the library whose network the model is."""
     named = {"model.name": config.model.name, "loss.name": config.loss.name}
-    return [origin(path, setting) for setting, path in named.items() if is_import_path(path)]
+    found = [origin(path, setting) for setting, path in named.items() if is_import_path(path)]
+    return [*found, *_library_of(config)]
+
+
+def _library_of(config: Config) -> list[dict[str, str | None]]:
+    library = library_of(config.model.name)
+    if library is None:
+        return []
+    return [{"path": library, "version": _version(library), "sha256": None}]
 
 
 def warn_of_other_code(run: Path, config: Config, record: Mapping[str, Any]) -> None:
-    """Warn if the model from outside has another source than in the run's last session."""
+    """Warn if the model from outside has another source than in the run's last session, or its
+    library another version."""
     path = config.model.name
+    here = [origin(path, "model.name")] if is_import_path(path) else _library_of(config)
     for known in record["sessions"][-1].get("code_from_outside", []):
-        if is_import_path(path) and known["path"] == path:
-            here = origin(path, "model.name")
-            if here["sha256"] != known["sha256"]:
+        for now in here:
+            # Code from outside may change without a new version.
+            told = "version" if now["sha256"] is None else "sha256"
+            if known["path"] == now["path"] and known[told] != now[told]:
                 log.warning(
                     "%s: the source of %s has changed since the training (version %s then, %s "
                     "now): the same weights may give other numbers",
-                    run, path, known["version"], here["version"],
+                    run, now["path"], known["version"], now["version"],
                 )  # fmt: skip
 
 

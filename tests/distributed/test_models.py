@@ -35,7 +35,7 @@ SIDE = 32
 #: float64, and its gradients by 1 % and by 1e-13. Processes add up statistics in another order.
 LOSS, GRADIENT = 5e-5, 5e-2
 #: Against processes that each hold all weights, whose statistics are added up in the same order.
-SHARDED_LOSS, SHARDED_GRADIENT = 1e-6, 1e-3
+SHARDED_LOSS, SHARDED_GRADIENT = 1e-6, 1e-2
 TRAINED = SUPPORT / "trained.py"
 
 

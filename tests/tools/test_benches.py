@@ -85,6 +85,19 @@ def test_checkpoint_measures_every_kind_of_save_and_leaves_nothing(
     assert list(disk.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_models_are_counted_and_timed(bench: Bench) -> None:
+    result = bench("bench_models", "--models", "resnet3d-10,mobilenet3d,resnet3d-18")
+    assert result["failed"] == {}
+    rows = result["models"]
+    assert rows["resnet3d-18"]["flops"] > rows["resnet3d-10"]["flops"] > 1e8
+    assert rows["mobilenet3d"]["parameters"] < rows["resnet3d-10"]["parameters"]
+    for row in rows.values():
+        # Weights and gradients alone.
+        assert row["peak_bytes"] > 2 * 4 * row["parameters"]
+        assert row["clips_per_s"] > 0
+
+
 TINY = ("--width", "4", "--frames", "4", "--side", "32")
 
 
