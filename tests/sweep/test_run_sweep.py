@@ -187,7 +187,7 @@ def test_trials_run_on_ray(store: Path, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "1 of 2 trials failed" in done.stderr
     assert results(file)["state"].tolist() == ["done", "failed"]
-    assert "4096" in results(file)["error"]["b-seed0-fold0"]
+    assert "Lower plan.batch" in results(file)["error"]["b-seed0-fold0"]
 
 
 def test_a_folder_of_a_run_is_no_trial(store: Path, trained: Path, tmp_path: Path) -> None:
