@@ -62,7 +62,7 @@ class Local:
                         return "stopped"
                     process = started(folder, log, place)
                     self._running.add(process)
-                code = process.wait()
+                code = end_of(process)
                 with self._lock:
                     self._running.discard(process)
             return reason_of_end(code, folder / LOG, start)
@@ -101,6 +101,14 @@ def started(folder: Path, log: Any, more: Mapping[str, str]) -> subprocess.Popen
         command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
         env=os.environ | dict(more),
     )  # fmt: skip
+
+
+def end_of(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a trial's process, when it has ended; its input is open until then."""
+    code = process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+    return code
 
 
 def reason_of_end(code: int, log: Path, start: int) -> str | None:
@@ -180,5 +188,5 @@ def _on_node(folder: str, working: str, more: Mapping[str, str]) -> str | None:
     path = Path(folder)
     with (path / LOG).open("ab") as log:
         start = log.tell()
-        code = started(path, log, more).wait()
+        code = end_of(started(path, log, more))
     return reason_of_end(code, path / LOG, start)
