@@ -226,7 +226,8 @@ def _two_threads() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_two_threads")
-@pytest.mark.parametrize("name", able("channels_last", OF_3D))
+# Not DenseNet: torch copies gradients of the slices that its layers were joined from.
+@pytest.mark.parametrize("name", able("channels_last", OF_3D[:-1]))
 def test_every_operation_is_channels_last(name: str) -> None:
     model = small(name).to(memory_format=LAYOUT)  # type: ignore[call-overload]
     clips = torch.rand(2, 1, 32, 64, 64).to(memory_format=LAYOUT)
