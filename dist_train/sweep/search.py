@@ -40,7 +40,7 @@ class Study:
             from optuna.storages.journal import JournalFileBackend
         except ImportError:
             raise MachineError(
-                "Optuna is not installed", fix="Run: pip install 'dist_train[optuna]'"
+                "Optuna is not installed", fix="Run: pip install 'dist_train[search]'"
             ) from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna: Any = optuna
