@@ -31,7 +31,7 @@ MODELS = {
 }
 SIDE = 32
 #: Relative. The last layers have few voxels, whose statistics amplify rounding: the order of the
-#: clips of a batch alone moves the first loss of r2plus1d-18 by 7e-6 in float32, by 1e-15 in
+#: clips of a batch alone moves the first loss of r2plus1d-18 by 7e-6 in float32, by 5e-15 in
 #: float64, and its gradients by 1 % and by 1e-13. Processes add up statistics in another order.
 LOSS, GRADIENT = 5e-5, 5e-2
 #: Against processes that each hold all weights, whose statistics are added up in the same order.

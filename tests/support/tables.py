@@ -29,7 +29,8 @@ def table_of(frame: pd.DataFrame) -> ClipTable:
         }
         record["shape"] = [record[name] for name in ("frames", "height", "width")]
         records.append((row["key"], record))
-    return ClipTable.of(records, 1, (DTYPES["uint8"], 1))
+    classes = max(2, 1 + int(full["label"].max()))
+    return ClipTable.of(records, 1, (DTYPES["uint8"], 1), classes)
 
 
 def two_classes(table: ClipTable, classes: Mapping[int, str] = CLASSES) -> TargetLabels:

@@ -147,7 +147,7 @@ REFUSED = {
         "multiclass", ("target.kind=regression",), ConfigError, "class is 'flowing', not a number",
     ),
     "a loss of another kind": (
-        "multiclass", ("loss.name=bce",), ConfigError, "bce is no loss of kind multiclass",
+        "multiclass", ("loss.name=bce",), ConfigError, "bce is a loss for binary and multilabel",
     ),
     "a metric of another kind": (
         "multiclass", ("checkpoint.best=val/mcc@0.5",), ConfigError,
@@ -220,7 +220,7 @@ def test_a_model_from_outside_must_have_outputs(
         if not setting.startswith("model.")
     ]
     short = "train.epochs=1", "snapshots.at=[1]"
-    with pytest.raises(ModelError, match="does not say that it gives 3 numbers for a clip"):
+    with pytest.raises(ModelError, match="does not say that it takes 3 outputs"):
         train(_last(plain, "model.name=nets_of_outputs:One", *short))
     train(_last(plain, "model.name=nets_of_outputs:Many", *short))
 
