@@ -98,7 +98,8 @@ class Trunk(nn.Module):
         features = global_average_pool(x, valid)
         with torch.autocast(x.device.type, enabled=False):
             logits = self.classify(features.to(self.head.weight.dtype))
-        return logits.squeeze(1)
+        # ONNX, unlike torch, refuses to squeeze an axis that is longer.
+        return logits.squeeze(1) if logits.shape[1] == 1 else logits
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits [B, outputs] of pooled features [B, C]."""

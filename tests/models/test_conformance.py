@@ -51,7 +51,7 @@ DEPTHS = [3, 11, 8]
 
 
 def of(names: Iterable[str], fast: tuple[str, ...] = FAST) -> list[Any]:
-    return [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names]
+    return [n if n in fast else pytest.param(n, marks=pytest.mark.soak) for n in names]
 
 
 def able(ability: Ability, names: Iterable[str] = MODELS) -> list[str]:
@@ -297,7 +297,8 @@ def test_its_weights_come_back_from_a_file(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", able("onnx", FAMILIES))
+# An export of frames-transformer or of a deep network takes half a minute.
+@pytest.mark.parametrize("name", of(able("onnx", FAMILIES), ("r2plus1d-18", "mobilenet3d")))
 @torch.no_grad()
 def test_onnx_gives_the_same_logits(name: str) -> None:
     model = small(name).eval()
