@@ -43,7 +43,9 @@ DRAWS, CLIPS, BATCH = 24, 256, 16
 #: The same for ``--quick``, and its rows.
 QUICK_DRAWS, QUICK_CLIPS, QUICK_ROWS = 2, 32, ("all at once", "recipe")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-OFF = dict.fromkeys(AugmentSettings.model_fields.keys() - {"preset", "device"}, 0.0)
+# The settings that are a probability of a change of one clip.
+CHANGES = AugmentSettings(preset="original").model_fields_set - {"preset"}
+OFF = dict.fromkeys(CHANGES, 0.0)
 #: Probabilities of configs/clog_loss_*.yaml.
 RECIPE = {
     "flip": 0.5,
