@@ -129,13 +129,13 @@ def refuse_lost_checkpoints(folder: Path, *, checkpointed: bool | None) -> None:
 
 
 @contextmanager
-def only_session(run: Path) -> Iterator[None]:
-    """Create the run's folder, and lock it against a second training.
+def only_session(run: Path, work: str = "training") -> Iterator[None]:
+    """Create a folder, and lock it against a second ``work`` in it.
 
     The kernel drops the lock when its owner ends, in whatever way.
 
     Raises:
-        RunError: another training is at work in it.
+        RunError: another one is at work in it.
         FileError: the lock file is a link, or not a plain file.
         MachineError: it cannot be locked, and the user has not allowed going on without.
     """
@@ -145,7 +145,7 @@ def only_session(run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(
-                "another training is at work in this folder",
+                f"another {work} is at work in this folder",
                 where=run,
                 fix="Wait for it, or choose another 'out'.",
             ) from None

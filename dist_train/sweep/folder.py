@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +15,11 @@ from dist_train.config import Config, changes
 from dist_train.data.splits import given_splits
 from dist_train.data.store.reader import Store
 from dist_train.errors import ConfigError, FileError, RunError
-from dist_train.files import open_lock, read_json, write_whole
+from dist_train.files import read_json, write_whole
 from dist_train.places import Location
-from dist_train.run.folder import CONFIG, EVALUATION, LOCK
+from dist_train.run.folder import CONFIG, EVALUATION
 from dist_train.run.record import FREE
 from dist_train.sweep.trials import TRIALS, Trial
-from dist_train.system.file_locks import go_on_unlocked
 
 TRIAL = "trial.json"
 LOG = "trial.log"
@@ -150,25 +147,3 @@ def check_trials(out: Path, trials: Sequence[Trial]) -> dict[Location, str]:
                 fix="Restore the store, choose another 'out', or move the folder away.",
             )
     return {place: store.content for place, store in stores.items()}
-
-
-@contextmanager
-def only_sweep(out: Path) -> Iterator[None]:
-    """Create the sweep's folder, and lock it against a second sweep.
-
-    Raises:
-        RunError: another sweep is at work in it.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with open_lock(out / LOCK) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                "another sweep is at work in this folder",
-                where=out,
-                fix="Wait for it, or choose another 'out'.",
-            ) from None
-        except OSError as error:
-            go_on_unlocked(out, error)
-        yield

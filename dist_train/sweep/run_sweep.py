@@ -10,7 +10,8 @@ from dist_train.distributed.signals import INTERRUPTED, TRY_AGAIN, StopSignals
 from dist_train.errors import StoppedError
 from dist_train.places import Location
 from dist_train.progress import Progress
-from dist_train.sweep.folder import begin_trial, check_trials, only_sweep, state_of
+from dist_train.run.folder import only_session
+from dist_train.sweep.folder import begin_trial, check_trials, state_of
 from dist_train.sweep.plot import draw
 from dist_train.sweep.processes import Local, OnRay, Workers
 from dist_train.sweep.results import PLOT, Results, collect
@@ -79,7 +80,7 @@ def run_sweep(
         StoppedError: SIGTERM or SIGINT came; trials on this machine saved a checkpoint.
     """
     trials, content = planned(sweep, file, quick=quick)
-    with only_sweep(sweep.out):
+    with only_session(sweep.out, "sweep"):
         workers = _workers(sweep)
         failed: dict[str, str] = {}
         try:

@@ -20,8 +20,8 @@ from sklearn.metrics import matthews_corrcoef
 from dist_train.config import load_config
 from dist_train.errors import RunError
 from dist_train.plain_yaml import yaml_text
+from dist_train.run.folder import only_session
 from dist_train.run.record import read_record
-from dist_train.sweep.folder import only_sweep
 from dist_train.sweep.one_trial import run_trial
 
 
@@ -114,7 +114,7 @@ def test_a_second_call_does_what_is_left_and_changes_nothing_else(done: Path) ->
     told = fails("sweep", done)
     assert "4 of 10 trials failed" in told
     assert contents(out / "trials" / "plain-seed0-fold0") == before
-    with only_sweep(out):
+    with only_session(out, "sweep"):
         assert "another sweep is at work in this folder" in fails("sweep", done)
     changed = done.with_name("changed.yaml")
     changed.write_text(done.read_text().replace("plan.batch=4096", "plan.batch=2048"))
@@ -143,7 +143,7 @@ def test_a_sweep_that_was_killed_goes_on(store: Path, tmp_path: Path) -> None:
     # The trial's own process has ended when its lock is free.
     while time.monotonic() < deadline:
         try:
-            with only_sweep(folder):
+            with only_session(folder, "sweep"):
                 break
         except RunError:
             time.sleep(0.05)

@@ -17,6 +17,7 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 from monai.networks.nets import resnet as of_monai
 from original_nets import OriginalResNet
+from timm_stand_in import import_timm
 from torch import Tensor, nn
 
 from dist_train.errors import ModelError
@@ -418,11 +419,8 @@ def test_other_models_and_layouts_are_refused(original: Any) -> None:
 
 
 def test_files_of_timm_are_2d_resnets() -> None:
-    """timm imports torchvision for its data sets, which are not used here."""
-    from stand_in import without_torchvision
-
-    with without_torchvision():
-        net = pytest.importorskip("timm").create_model("resnet18")
+    import_timm()
+    net = pytest.importorskip("timm").create_model("resnet18")
     name, move = moved(Given(net.state_dict()), ResNet3D(18), GREY)
     assert name == "imagenet"
     assert len([row for row in move.rows if row.how == "left out"]) == 2
