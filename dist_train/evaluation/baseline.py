@@ -75,13 +75,14 @@ def baseline(
     clips = data.clips
     held_out = clips["split"] != "train"
     features = _chosen(describing(recorded(data.store)), columns).loc[clips.index]
-    label = clips["label"].to_numpy(np.int64)
-    if label.max() > 1:
+    if data.target.kind != "binary":
         raise PlanError(
-            f"the store has {label.max() + 1} classes, and a baseline tells two apart",
-            where=data.store.name,
-            fix="Choose two by the select settings.",
+            f"the target is {data.target.kind}, and a baseline tells two classes apart",
+            where="target",
+            fix="Choose two by target.classes.",
         )
+    clips = clips.assign(label=data.class_codes()[clips.index])
+    label = clips["label"].to_numpy(np.int64)
     trained = ~held_out.to_numpy()
     fitted = _model(model, features, config.seed)
     fitted.fit(features[trained], label[trained])
@@ -149,7 +150,7 @@ def _write(data: RunData, clips: pd.DataFrame, probability: np.ndarray) -> None:
         frames=clips["frames"],
     )
     texts = ["filename", "group", *metadata]
-    names = {code: data.store.classes[code] for code in (0, 1)}
+    names = {code: data.classes[code] for code in (0, 1)}
     if names != {0: CLASSES[0], 1: CLASSES[1]}:
         table["class"] = clips["label"].map(names)
         texts.append("class")

@@ -146,6 +146,11 @@ def predict(
             labels = chosen["label"].to_numpy()
             if config.target != TargetSettings():
                 labels = labels_elsewhere(config, target, source)
+            elif max(source.classes) > 1:
+                log.warning(
+                    "%s: its labels are not used, as it has more than two classes", source.name
+                )
+                labels = np.full(len(chosen), -1)
             needs_threshold = threshold is None and target.kind in ("binary", "multilabel")
             if needs_threshold and config.split.train_on_all:
                 raise RunError(
@@ -155,7 +160,8 @@ def predict(
                 )
             if needs_threshold:
                 read_predictions(run / PREDICTIONS)
-            _check_same_tta(run, tta)
+            if target.kind != "regression":
+                _check_same_tta(run, tta)
         record = read_record(run)
         on_main(group, lambda: _check_place(folder, run))
         if group.is_main:
@@ -202,11 +208,10 @@ def predict(
             for name, content in ((CALIBRATION, mapping), (SUBMISSION, called)):
                 if content is not None:
                     write_whole(folder / name, content)
-                else:
-                    # Predictions of another target may have been here.
-                    (folder / name).unlink(missing_ok=True)
-            if called is None:
-                log.info("no %s is written: its form is of two classes", SUBMISSION)
+                elif os.path.lexists(folder / name):
+                    # Predictions of another target were here.
+                    log.warning("%s is removed: it is of other predictions", folder / name)
+                    (folder / name).unlink()
 
         on_main(group, write)
     return folder / PREDICTIONS

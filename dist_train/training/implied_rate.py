@@ -1,4 +1,4 @@
-"""The share of positives that the probabilities of a trained model are of."""
+"""The shares of the classes that the probabilities of a trained model are of."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from scipy.special import expit, logit
 
 from dist_train.config import LossSettings
 from dist_train.targets import Target
-from dist_train.training.class_rates import ClassRates
+from dist_train.training.class_rates import ClassRates, Floats
 from dist_train.training.crowd_scores import CrowdScores
 from dist_train.training.training_loss import class_weights, logit_shift
 
@@ -35,3 +35,13 @@ def implied_rate(
         return share
     shift = logit_shift(settings, rates)
     return float(expit(logit(share) - (shift[1] - shift[0])))
+
+
+def implied_shares(settings: LossSettings, target: Target, rates: ClassRates) -> Floats:
+    """As ``implied_rate``: the share of each class, float64 [K], of a target with one class a
+    clip."""
+    shares = rates.batches * class_weights(settings, target, rates)
+    if settings.logit_adjustment is not None:
+        shares = shares * np.exp(-logit_shift(settings, rates))
+    result: Floats = shares / shares.sum()
+    return result

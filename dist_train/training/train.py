@@ -40,7 +40,7 @@ from dist_train.run.seen_before import held_out_seen, held_out_seen_by_init
 from dist_train.run.snapshots import set_snapshots_aside
 from dist_train.system.main_guard import end_if_run_again
 from dist_train.training.console import closing, opening
-from dist_train.training.implied_rate import implied_rate
+from dist_train.training.implied_rate import implied_rate, implied_shares
 from dist_train.training.initial_weights import SETTING, initial_model
 from dist_train.training.reporting import Say
 from dist_train.training.run_state import retention
@@ -287,6 +287,11 @@ def _rates(trainer: Trainer) -> dict[str, Any]:
     config, data = trainer.config, trainer.data
     if data.target.kind != "binary":
         shares = {} if data.target.kind == "regression" else {"class_shares": data.class_shares()}
+        if data.target.is_coded:
+            own = implied_shares(config.loss, data.target, trainer.rates).tolist()
+            shares["class_shares"]["train_batches"] = dict(
+                zip(data.target.classes, own, strict=True)
+            )
         return {"target": config.target.model_dump(mode="json")} | shares
     batches = implied_rate(config.loss, data.target, trainer.rates, trainer.inputs.crowd)
     return {"positive_rate": {"train_batches": batches, "natural": data.natural_rate()}}

@@ -19,7 +19,7 @@ from dist_train.errors import ConfigError
 from dist_train.run.record import read_record
 from dist_train.targets import Kind
 from dist_train.training.class_rates import ClassRates
-from dist_train.training.implied_rate import implied_rate
+from dist_train.training.implied_rate import implied_rate, implied_shares
 from dist_train.training.losses import make_loss
 from dist_train.training.training_loss import make_training_loss
 
@@ -186,6 +186,9 @@ def test_the_share_of_positives_that_probabilities_are_of(
 ) -> None:
     found = implied_rate(LossSettings(**settings), target_of("binary"), RATES, None)
     assert found == pytest.approx(rate, rel=1e-9)
+    # Two classes are a case of many.
+    shares = implied_shares(LossSettings(**settings), target_of("binary"), RATES)
+    np.testing.assert_allclose(shares, [1 - rate, rate], rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["multiclass", "ordinal", "multilabel", "regression"])
