@@ -50,7 +50,7 @@ Costs = Sequence[Mapping[Recompute, Cost]]
 
 @dataclass(frozen=True)
 class Choice:
-    """One mode for each of part, the most bytes of activations that it keeps alive at once,
+    """One mode for each part, the most bytes of activations that it keeps alive at once,
     and its work relative to the plan that recomputes nothing."""
 
     plan: RecomputePlan

@@ -65,13 +65,20 @@ class Adapted(nn.Module):
         given = self._names(make, in_channels, outputs) | args
         try:
             self.net = make(**given)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError, ImportError, AssertionError) as error:
             raise ModelError(f"{error}", where=self.name, fix="Give it by model.args.") from None
         self._depths = _Depths()
         for name, module in self.net.named_modules():
             self._adapt(name, module)
         if (trial := f"{make}{given}") not in _passed and self._has_numbers():
-            self._try()
+            try:
+                self._try()
+            except RuntimeError as error:
+                raise ModelError(
+                    f"{self.name} does not take clips of 11 and 19 frames of 32 x 32 ({error})",
+                    where="model.name",
+                    fix="Take a network for clips of any size.",
+                ) from None
             _passed.add(trial)
 
     def forward(self, x: Tensor, frames: Tensor | None = None) -> Tensor:
@@ -145,11 +152,21 @@ class Adapted(nn.Module):
         shape = 2, self.in_channels, 19, 32, 32
         clips = torch.rand(shape, generator=draw, dtype=torch.float64, device="cpu")
         self.net.double().eval()
+        # A last layer of zeros would hide all differences.
+        before = [parameter.clone() for parameter in self.net.parameters()]
+        for parameter in self.net.parameters():
+            if not parameter.any():
+                parameter.copy_(torch.rand(parameter.shape, generator=draw))
         lengths = torch.tensor([11, 19], device="cpu")
         alone = torch.cat([self._double(clips[i : i + 1, :, :n]) for i, n in enumerate(lengths)])
         padded = self._double(clips, lengths)
+        # At an even depth, too, layers may give the same depth and other real frames.
+        self._double(F.pad(clips, (0, 0, 0, 0, 0, 13)), lengths)
+        for parameter, value in zip(self.net.parameters(), before, strict=True):
+            parameter.copy_(value)
         self.net.float().train()
-        if (alone - padded).abs().max() > 1e-6 * (alone[0] - alone[1]).abs().max():
+        # Not NaN either.
+        if not (alone - padded).abs().max() <= 1e-6 * (alone[0] - alone[1]).abs().max():
             raise ModelError(
                 f"padded frames change what {self.name} predicts: it mixes frames outside of its "
                 "layers",

@@ -11,6 +11,7 @@ from dist_train.errors import StoppedError
 from dist_train.places import Location
 from dist_train.progress import Progress
 from dist_train.run.folder import only_session
+from dist_train.safe_text import printable
 from dist_train.sweep.folder import begin_trial, check_trials, state_of
 from dist_train.sweep.plot import draw
 from dist_train.sweep.processes import Local, OnRay, Workers
@@ -149,7 +150,11 @@ def _run(
                 )
             for future in finished:
                 trial = running.pop(future)
-                if (reason := future.result()) is not None:
+                try:
+                    reason = future.result()
+                except Exception as error:  # a full disk, or what Ray raises
+                    reason = printable(f"{type(error).__name__}: {error}")
+                if reason is not None:
                     note_failure(trial.name, reason)
     if progress is not None:
         progress(len(trials), len(trials))

@@ -69,7 +69,7 @@ class EarlyStop:
         settings = self._settings
         best = ""
         if self.best is not None:
-            best = f"; the best was {self.best[0]:.4g} after step {self.best[1]:,}"
+            best = f", since it was {self.best[0]:.4g} after step {self.best[1]:,}"
         more = f" by more than {settings.min_delta:g}" if settings.min_delta else ""
         return (
             f"stopped early, after step {done:,}: {settings.metric} has not improved{more} for "

@@ -4,6 +4,7 @@ knowledge in a neural network", 2015)."""
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, logsigmoid
 
 from dist_train.checkpoint.format import by_step
-from dist_train.config import Config, ModelSettings
+from dist_train.config import Config, ModelSettings, TargetSettings
 from dist_train.data.types import GREY
 from dist_train.distributed.backends.base import autocast
 from dist_train.errors import ConfigError, DistTrainError
 from dist_train.files import reason_of
 from dist_train.run.folder import SNAPSHOT, SNAPSHOTS
-from dist_train.run.model import model_of
+from dist_train.run.model import model_of, target_of
 from dist_train.run.snapshots import load_snapshot
 from dist_train.targets import Kind, Target
 
@@ -111,6 +112,7 @@ def load_teacher(config: Config, target: Target, device: torch.device) -> Teache
         try:
             weights, facts = load_snapshot(file)
             _check_fits(path, facts["model"], facts["clip"], config, target)
+            _check_target(path, facts.get("target", {}), target)
             for prefix in facts.get("networks", [""]):
                 models.append(_network(facts["model"], weights, prefix, config))
                 settings.append(ModelSettings.model_validate(facts["model"]))
@@ -141,6 +143,19 @@ def _network(
             if tensor.ndim == 5:
                 tensor.data = tensor.data.to(memory_format=torch.channels_last_3d)
     return network
+
+
+def _check_target(path: Path, settings: dict[str, Any], target: Target) -> None:
+    """Refuse a teacher of another kind of target, or of other classes. That of the two classes of a
+    store does not say their names."""
+    theirs = target_of(TargetSettings.model_validate_json(json.dumps(settings)))
+    if theirs.kind != target.kind or (settings and theirs.classes != target.classes):
+        raise _refused(
+            path,
+            f"its target is {theirs.kind} ({', '.join(theirs.classes)}), and this one is "
+            f"{target.kind} ({', '.join(target.classes)})",
+            "Use a teacher of the same target.",
+        )
 
 
 def _check_fits(

@@ -57,6 +57,32 @@ class Flipped(nn.Module):
         return self.mean(self.conv(x.cumsum(2) + x.flip(2))).flatten(1)
 
 
+class FlippedToZero(Flipped):
+    """Its logits are 0 for every clip, until it is trained."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__(in_channels, num_classes)
+        nn.init.zeros_(self.conv.weight)
+
+
+class Branched(Flipped):
+    """Two branches of equal depth and, for some clips, unequal real frames."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__(in_channels, num_classes)
+        self.pool = nn.MaxPool3d(2)
+        self.halve = nn.Conv3d(in_channels, num_classes, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled, halved = self.conv(self.pool(x)), self.halve(x)
+        return self.mean(pooled).flatten(1) + self.mean(halved).flatten(1)
+
+
+class Flat(Flipped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).flatten(1) @ torch.ones(7, 1, dtype=x.dtype)
+
+
 class Halved(Flipped):
     def forward(self, x: Tensor) -> Tensor:
         return self.mean(self.conv(x[:, :, ::2])).flatten(1)
@@ -120,6 +146,9 @@ def test_a_clip_of_any_depth_is_the_same_in_any_batch(training: bool) -> None:
         (with_layer(lambda: nn.Conv3d(4, 4, 3, padding="same")), "pads by zeros same"),
         (with_layer(lambda: nn.BatchNorm3d(4, affine=False)), "has no weights"),
         (Flipped, "padded frames change what Flipped predicts"),
+        (FlippedToZero, "padded frames change what FlippedToZero predicts"),
+        (Branched, "and so does another layer"),
+        (Flat, "Flat does not take clips of 11 and 19 frames"),
         (Halved, "gets 10 frames, which no layer before it made"),
         (nn.Linear, "constructor of Linear has none of in_channels"),
     ],

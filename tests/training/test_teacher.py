@@ -18,7 +18,7 @@ from dist_train.run.model import make_model
 from dist_train.run.record import read_record
 from dist_train.run.snapshots import load_snapshot, save_snapshot
 from dist_train.targets import Target
-from dist_train.training.teacher import Teacher, load_teacher, softened
+from dist_train.training.teacher import Teacher, _check_target, load_teacher, softened
 from dist_train.training.train import train
 
 BINARY = Target("binary", ("negative", "positive"))
@@ -148,3 +148,12 @@ def test_a_changed_teacher_ends_a_resumption(store: Path, larger: Path, tmp_path
     (teacher / "snapshots/step-6.safetensors").unlink()
     with pytest.raises(RunError, match="the teacher has changed since the run began"):
         train(config, resume="auto")
+
+
+def test_a_teacher_of_another_target_is_refused() -> None:
+    ordinal = {"kind": "ordinal", "classes": ["a", "b", "c", "d"]}
+    turned = {"kind": "multiclass", "classes": ["c", "b", "a"]}
+    for settings in (ordinal, turned, {}):
+        with pytest.raises(ConfigError, match="and this one is multiclass"):
+            _check_target(Path("run"), settings, Target("multiclass", ("a", "b", "c")))
+    _check_target(Path("run"), {}, Target("binary", ("flowing", "stalled")))
