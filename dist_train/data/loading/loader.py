@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -32,8 +32,8 @@ from dist_train.system.shared_memory import within_open_files, workers_started
 # Seconds for one clip. The other ranks wait meanwhile, and NCCL ends them after ten minutes by
 # default, with an error that names no clip.
 PATIENCE = 300.0
-# Seconds within which the fork server reports a death.
-REPORT_TIME = 1.0
+# Seconds within which the fork server reports a death, also on a busy machine.
+REPORT_TIME = 5.0
 # Batches of a remote store that each worker reads while it makes one.
 AHEAD = 2
 # Files that this process has open for each worker.
@@ -41,7 +41,6 @@ OPEN_FILES = 4
 
 # A worker's ``LentBatch`` arrives as the ``Batch`` that it holds.
 Fetched = Batch | DistTrainError
-_starting = threading.Lock()
 
 
 class Loader:
@@ -72,12 +71,12 @@ class Loader:
                 fix=ADVICE[errno.EMFILE],
             )
         with workers_started():
-            context = worker_context(__name__) if self._has_workers else None
+            context = _WorkerContext() if self._has_workers else None
             statuses = context.RawArray(WorkerStatus, settings.workers) if context else None
         arena = arena_of_memory() if self._has_workers else None
         self._batches = BatchDataset(dataset, statuses, arena, PATIENCE)
         self._requests = _Requests(slots, dataset, arena, settings.workers)
-        self._workers: list[BaseProcess] = []
+        self._workers = context.workers if context else []
         self._start: Future[Iterator[Fetched]] | None = None
         self._fetched = DataLoader(
             self._batches,
@@ -112,20 +111,16 @@ class Loader:
     def wait(self) -> None:
         """Wait until the workers of the first pass have started."""
         if self._start is not None:
-            self._start.result()
+            with self._deaths_explained():
+                self._start.result()
 
     def _started(self, device: int | None) -> Iterator[Fetched]:
         """Start the workers, in a thread."""
         if device is not None:
             # The current device belongs to a thread, and DataLoader pins memory for it.
             torch.cuda.set_device(device)
-        # One loader at a time, so that each knows its own workers.
-        with _starting:
-            others = multiprocessing.active_children()
-            with workers_started():
-                batches: Iterator[Fetched] = iter(self._fetched)
-            self._workers = [p for p in multiprocessing.active_children() if p not in others]
-        return batches
+        with workers_started():
+            return iter(self._fetched)
 
     def _until_started(self, start: Future[Iterator[Fetched]]) -> Iterator[Fetched]:
         for slots in self._requests.until_workers_ask():
@@ -167,6 +162,22 @@ class Loader:
             if not dead:
                 raise
             raise self._batches.error_of_death(dead) from None
+
+
+class _WorkerContext(ForkServerContext):
+    """The context that DataLoader starts its workers from, which keeps them.
+
+    ``multiprocessing.active_children`` forgets a worker that died at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        worker_context(__name__)
+        self.workers: list[BaseProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:  # type: ignore[override]  # noqa: N802
+        self.workers.append(super().Process(*args, **kwargs))
+        return self.workers[-1]
 
 
 class _Requests:
