@@ -669,7 +669,9 @@ def sweep_settings(
     out: Annotated[Path | None, typer.Option(help="Folder of the sweep; the file's if unset.")] = (
         None
     ),
-    at_once: Annotated[int | None, typer.Option(min=1, help="Number of trials at a time.")] = None,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Number of trials at a time; the file's if unset.")
+    ] = None,
     ray: Annotated[
         str | None, typer.Option(help="Address of a Ray cluster to run on, or 'auto'.")
     ] = None,
@@ -703,7 +705,9 @@ def sweep_settings(
         raise RunError(
             f"{failed} of {len(results.trials)} trials failed",
             where=sweep.out,
-            fix="results.csv says why; the same command tries them again.",
+            fix="results.csv says why; the same command tries them again."
+            if sweep.search == "random"
+            else "results.csv says why; a search does not try them again.",
         )
 
 

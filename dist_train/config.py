@@ -760,6 +760,11 @@ class Config(Section):
     """What shows the metrics: "tensorboard", "mlflow" and "wandb" (docs/tracking.md). "jsonl" is
     metrics.jsonl, which is always written."""
 
+    @property
+    def best_setting(self) -> str:
+        """The setting that names the metric of the best checkpoint."""
+        return "checkpoint.best" if self.stop.metric is None else "stop.metric"
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
         if self.checkpoint.best is None and self.stop.metric is not None:
@@ -789,8 +794,8 @@ class Config(Section):
             )
         if self.split.train_on_all and self.checkpoint.best is not None:
             raise ValueError(
-                "split.train_on_all leaves no held-out clips for checkpoint.best; leave out one of "
-                "the two"
+                f"split.train_on_all leaves no held-out clips for {self.best_setting}; leave out "
+                "one of the two"
             )
         last = 0 if self.snapshots.at == "minima" else max(self.snapshots.at)
         if last > self.train.epochs:

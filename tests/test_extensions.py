@@ -23,6 +23,7 @@ from dist_train.data.store.reader import Store, read_marker
 from dist_train.errors import ConfigError, DecodeError, DistTrainError
 from dist_train.evaluation.exported import load_exported
 from dist_train.extensions import ALLOW
+from dist_train.models.registry import OF_ADAPTED, UNKNOWN, find_model
 from dist_train.run import record
 from dist_train.run.model import metadata_differences
 from dist_train.run.record import read_record
@@ -48,6 +49,18 @@ class Net(nn.Module):
 class Column(Net):
     def forward(self, volumes, frames):
         return super().forward(volumes, frames)[:, None]
+
+class Masked(Net):
+    def forward(self, volumes, mask=None):
+        return super().forward(volumes, mask)
+
+class Needy(Net):
+    def forward(self, volumes, mask):
+        return super().forward(volumes, mask)
+
+class Late(Net):
+    def forward(self, volumes, mask=None, frames=None):
+        return super().forward(volumes, frames)
 
 class Focal(nn.Module):
     def __init__(self, gamma=2.0):
@@ -149,6 +162,8 @@ def test_the_machine_may_allow_it_and_an_own_loss_is_what_is_minimised(
         (("model.name=mylab.sub:Net.x",), "is not an import path"),
         (("model.name=mylab:Net", "model.args.chanels=2"), "Did you mean 'channels'"),
         (("model.name=mylab:Net", "model.width=4"), "model.width: mylab:Net has no such setting"),
+        (("model.name=mylab:Needy",), "mylab:Needy is no model of clips: its forward(self, vol"),
+        (("model.name=mylab:Late",), "as the second, frames: the true depths"),
         (("model.name=mylab:Column",), "gives [8, 1] for 8 clips. Give one logit a clip"),
         (("model.name=mylab:Net", "model.activation_memory=1GiB"), "has no parts"),
         (("model.args.a=1",), "resnet3d-10 takes no model.args"),
@@ -163,6 +178,13 @@ def test_what_does_not_fit_is_refused_in_one_line(
     store: Path, tmp_path: Path, settings: tuple[str, ...], told: str
 ) -> None:
     assert told in refused(*train(store, tmp_path / "run", *settings, "--allow", "mylab"))
+
+
+def test_frames_go_to_an_argument_of_that_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ALLOW, "mylab")
+    assert find_model("mylab:Net").cannot == UNKNOWN
+    # A network of clips alone, whose other arguments stay at their defaults.
+    assert find_model("mylab:Masked").cannot == OF_ADAPTED
 
 
 def test_plain_normalisation_is_warned_of(

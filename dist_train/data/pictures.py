@@ -49,6 +49,23 @@ def film_strip(clip: np.ndarray, channels: Sequence[str]) -> tuple[np.ndarray, i
     return np.hstack(gaps)[:, 2:], len(shown)
 
 
+def stacked(strips: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures below each other, with white gaps; narrow ones are black at the right.
+
+    Args:
+        strips: at least one; all uint8 [H, W] or all [H, W, 3].
+
+    Returns:
+        uint8 [sum of H + gaps, largest W] or [..., 3].
+    """
+    width = max(strip.shape[1] for strip in strips)
+    rows: list[np.ndarray] = []
+    for strip in strips:
+        edges = [(0, 0), (0, width - strip.shape[1])] + [(0, 0)] * (strip.ndim - 2)
+        rows += [np.full((2, width, *strip.shape[2:]), 255, np.uint8), np.pad(strip, edges)]
+    return np.concatenate(rows[1:])
+
+
 def legend(channels: Sequence[str]) -> str:
     """Which channels the colours of a picture are, as "dapi red, gfp green"; empty if that is
     plain."""

@@ -99,7 +99,9 @@ class Adapted(nn.Module):
                 f"{self.name} gives {shape} for {x.shape[0]} clips",
                 fix=f"It must give [B, {self.outputs}].",
             )
-        return logits.float().squeeze(1)
+        # That of the parameters, also under autocast.
+        dtype = next((parameter.dtype for parameter in self.net.parameters()), x.dtype)
+        return logits.to(dtype).squeeze(1)
 
     def _names(self, make: Callable[..., Any], channels: int, outputs: int) -> dict[str, Any]:
         parameters = inspect.signature(make).parameters

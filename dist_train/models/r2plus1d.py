@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dist_train.models.conv_norm import ConvNorm
 from dist_train.models.padding import ValidFrames
 from dist_train.models.recompute import Recompute, Step
-from dist_train.models.resnet3d import BLOCKS, ResidualBlock
+from dist_train.models.resnet3d import BLOCKS, ResidualBlock, residual_layers
 from dist_train.models.trunk import Parts, RecomputePlan, Trunk
 
 DEPTHS = (18, 34, 50)
@@ -129,13 +129,8 @@ class R2Plus1D(Trunk):
                 ConvNorm(middle, width, (3, 1, 1), relu=True),
             ]
         )
-        self.blocks = nn.ModuleList()
-        channels = width
-        for layer, repeat in enumerate(self.repeats):
-            for number in range(repeat):
-                stride = 2 if layer > 0 and number == 0 else 1
-                self.blocks.append(block(channels, width * 2**layer, stride))
-                channels = width * 2**layer * of_resnet.expansion
+        expansion = of_resnet.expansion
+        self.blocks, channels = residual_layers(block, expansion, self.repeats, width)
         self._add_head(channels, outputs, dropout)
 
     def parts(self, valid: ValidFrames | None = None) -> Parts:

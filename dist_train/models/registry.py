@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -71,6 +72,8 @@ MODELS |= {
     f"frames-{reader}": ModelSpec(partial(FrameSequence, reader), cannot_of(reader), library="timm")
     for reader in READERS
 }
+#: Parameters that may be given by place.
+BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 #: Before the name of any class of ``monai.networks.nets``.
 MONAI = "monai."
 
@@ -102,7 +105,12 @@ def build_model(name: str, **settings: Any) -> nn.Module:
 
 
 def find_model(name: str) -> ModelSpec:
-    """How the model of a name or import path is made. Raises like ``build_model``."""
+    """How the model of a name or import path is made.
+
+    A class of an import path is given the true depths if the second argument of its forward is
+    named ``frames``. Otherwise it is a network of clips alone, behind ``Adapted``; all arguments
+    but the first are left to their defaults. Raises like ``build_model``.
+    """
     if name.startswith(MONAI) and not extensions.is_import_path(name):
         return ModelSpec(partial(Adapted, monai_network(name.removeprefix(MONAI))), OF_ADAPTED)
     if not extensions.is_import_path(name):
@@ -115,24 +123,22 @@ def find_model(name: str) -> ModelSpec:
             f"{name} is no model", where="model.name", fix="Name a subclass of torch.nn.Module."
         )
     forward = inspect.signature(found.forward)
-    if _takes(forward, None, None, None):
-        return ModelSpec(found, {} if issubclass(found, Trunk) else UNKNOWN)
-    if _takes(forward, None, None):
-        return ModelSpec(partial(Adapted, found), OF_ADAPTED)
+    by_place = [p.name for p in forward.parameters.values() if p.kind in BY_PLACE]
+    # Frames are given by place, behind the model itself and the clips.
+    takes_frames = by_place[2:3] == ["frames"]
+    if takes_frames == ("frames" in forward.parameters):
+        with suppress(TypeError):
+            forward.bind(*[None] * (3 if takes_frames else 2))
+            if takes_frames:
+                return ModelSpec(found, {} if issubclass(found, Trunk) else UNKNOWN)
+            return ModelSpec(partial(Adapted, found), OF_ADAPTED)
     raise ModelError(
-        f"{name} is no model of clips: its forward does not take two arguments, or one",
+        f"{name} is no model of clips: its forward{forward} does not take volumes and frames, or "
+        "volumes alone",
         where="model.name",
-        fix="It takes volumes [B, C, D, H, W] and frames, the true depths [B] or None, and gives "
-        "logits [B].",
+        fix="It takes volumes [B, C, D, H, W] and, as the second, frames: the true depths [B] or "
+        "None. Other arguments need defaults. It gives logits [B].",
     )
-
-
-def _takes(signature: inspect.Signature, *arguments: None) -> bool:
-    try:
-        signature.bind(*arguments)
-    except TypeError:
-        return False
-    return True
 
 
 #: Of a model from outside that is no ``Trunk``.

@@ -15,6 +15,7 @@ of D frames of H x W pixels, width w and the default stem:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import ClassVar, cast
 
@@ -100,6 +101,31 @@ BLOCKS: dict[int, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int]
 """Depth -> (block class, number of blocks in layers 1 to 4)."""
 
 
+def residual_layers(
+    block: Callable[[int, int, int], ResidualBlock],
+    expansion: int,
+    repeats: Sequence[int],
+    width: int,
+) -> tuple[nn.ModuleList, int]:
+    """The blocks of all layers in order, and the channels of the last one (He et al. 2016). The
+    first block of each layer but the first has a stride of 2.
+
+    Args:
+        block: makes a block of input channels, channels and stride.
+        expansion: output channels of a block, as a multiple of its channels.
+        repeats: blocks of each layer.
+        width: input channels, and channels of layer 1; each layer has twice those of the one
+            before.
+    """
+    blocks, channels = nn.ModuleList(), width
+    for layer, repeat in enumerate(repeats):
+        for number in range(repeat):
+            stride = 2 if layer > 0 and number == 0 else 1
+            blocks.append(block(channels, width * 2**layer, stride))
+            channels = width * 2**layer * expansion
+    return blocks, channels
+
+
 class ResNet3D(Trunk):
     """The network of the table above.
 
@@ -144,13 +170,7 @@ class ResNet3D(Trunk):
         seen = in_channels + int(stem_border)
         self.stem = ConvNorm(seen, width, 7, stem_stride, relu=True, folded=stem_folded)
         self.pool = nn.MaxPool3d(3, stride=2, padding=1, return_indices=True) if stem_pool else None
-        self.blocks = nn.ModuleList()
-        channels = width
-        for layer, repeat in enumerate(self.repeats):
-            for number in range(repeat):
-                stride = 2 if layer > 0 and number == 0 else 1
-                self.blocks.append(block(channels, width * 2**layer, stride))
-                channels = width * 2**layer * block.expansion
+        self.blocks, channels = residual_layers(block, block.expansion, self.repeats, width)
         self._add_head(channels, outputs, dropout)
 
     @property

@@ -278,28 +278,6 @@ class RunData:
         """Share of positives in the train split, before any balancing."""
         return self.count("train", 1) / self.count("train")
 
-    def batch_rates(self) -> dict[int, float]:
-        """Share of each class in the batches of training, by its code."""
-        quotas = self.quotas()
-        if None in quotas:
-            quotas = {code: self.count("train", code) for code in self.classes}
-        return {code: quotas[code] / sum(quotas.values()) for code in self.classes}
-
-    def class_shares(self) -> dict[str, dict[str, float]]:
-        """The share of clips that each class, or each label of multilabel, has in the batches of
-        training and in the train split ("natural"); strictly between 0 and 1."""
-        target, clips, quotas = self.target, self.count("train"), self.quotas()
-        # A label that all clips have, or none, would have odds that no correction can move.
-        most = 1 - 0.5 / clips
-        natural = [min(max(n / clips, 1 - most), most) for n in self.counts("train")]
-        batches = natural
-        if None not in quotas:
-            batches = [quotas[code] / sum(quotas.values()) for code in range(len(target.classes))]
-        return {
-            name: dict(zip(target.classes, shares, strict=True))
-            for name, shares in (("train_batches", batches), ("natural", natural))
-        }
-
     def dataset(self, *, training: bool, config: Config | None = None) -> ClipDataset:
         """The store's clips in the model's shape, augmented in training.
 
@@ -615,7 +593,7 @@ def with_target(config: Config, labels: TargetLabels, splits: Splits) -> Config:
         try:
             higher_is_better(best, target.kind)
         except ConfigError as error:
-            raise ConfigError(error.what, where="checkpoint.best") from None
+            raise ConfigError(error.what, where=config.best_setting) from None
     settings = config.target
     if target.kind != "binary" or settings != TargetSettings():
         update: dict[str, Any] = {"kind": target.kind}

@@ -105,16 +105,21 @@ def check_trials(out: Path, trials: Sequence[Trial]) -> dict[Location, str]:
         StoreError: a store cannot be opened.
     """
     stores: dict[Location, Store] = {}
+    folds: dict[Location, set[int]] = {}
     for trial in trials:
         place = trial.config.store
-        store = stores[place] = stores.get(place) or Store(place, trial.config.cache)
-        folds = {other.config.split.fold for other in trials if other.config.store == place}
-        if len(folds) > 1 and given_splits(store.table).all():
+        if place not in stores:
+            stores[place] = Store(place, trial.config.cache)
+        folds.setdefault(place, set()).add(trial.config.split.fold)
+    for place, of_place in folds.items():
+        if len(of_place) > 1 and given_splits(stores[place].table).all():
             raise ConfigError(
                 "the manifest gives each clip's split, so folds do not differ",
                 where=place,
                 fix="Name one fold, or prepare the store without that column.",
             )
+    for trial in trials:
+        store = stores[trial.config.store]
         folder = folder_of(out, trial.name)
         if not os.path.lexists(folder / TRIAL):
             if os.path.lexists(folder / CONFIG):

@@ -12,10 +12,16 @@ from dist_train.evaluation.report_charts import BLUE, MUTED, ORANGE, STYLE
 from dist_train.files import write_whole
 from dist_train.sweep.results import Results
 
+#: Variants in the plot; a picture of all of a large sweep is higher than PNG writers allow.
+MOST_VARIANTS = 200
+
 
 def draw(results: Results, path: Path) -> None:
-    """Write a PNG: each variant's trials, their mean and its interval, and its reference."""
-    table, trials = results.table[::-1], results.trials
+    """Write a PNG: each variant's trials, their mean and its interval, and its reference.
+
+    Of more than ``MOST_VARIANTS``, the best are shown.
+    """
+    table, trials = results.table[:MOST_VARIANTS][::-1], results.trials
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 1.2 + 0.4 * len(table)), layout="constrained")
         axes = figure.subplots()

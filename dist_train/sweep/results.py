@@ -133,8 +133,8 @@ def _table(
     frame: pd.DataFrame, metric: str, draws: Mapping[str, Floats], reference: Mapping[str, float]
 ) -> pd.DataFrame:
     rows = []
-    for variant in frame["variant"].unique().tolist():
-        own = frame[frame["variant"] == variant]
+    for name, own in frame.groupby("variant", sort=False):
+        variant = str(name)
         done = own[own["state"] == "done"]
         values = done[metric].astype(np.float64)
         low, high = interval(draws[variant]) if variant in draws else (np.nan, np.nan)

@@ -74,7 +74,8 @@ def run_sweep(
 ) -> Results:
     """Run the trials that are not done, and write ``results.csv``, ``table.csv`` and ``sweep.png``.
 
-    A trial that fails is told, and the others go on; it is tried again by the next call.
+    A trial that fails is told, and the others go on. The next call tries it again, unless Optuna
+    chose it.
 
     Raises:
         DistTrainError: as ``planned``; or another sweep is at work in the folder.
@@ -90,10 +91,9 @@ def run_sweep(
                 while chosen := study.ask(workers.at_once):
                     content |= check_trials(sweep.out, chosen)
                     shown = study.progress(progress)
-                    failed |= _run(sweep.out, chosen, content, workers, shown, say)
-                    trials += chosen
-                    study.tell(chosen, failed)
+                    study.tell(chosen, _run(sweep.out, chosen, content, workers, shown, say))
                 trials = study.trials()
+                failed = study.failed(trials)
             else:
                 failed = _run(sweep.out, trials, content, workers, progress, say)
         finally:

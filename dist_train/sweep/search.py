@@ -11,13 +11,15 @@ import numpy as np
 
 from dist_train.errors import DistTrainError, MachineError, RunError
 from dist_train.progress import Progress
-from dist_train.sweep.folder import folder_of
+from dist_train.sweep.folder import folder_of, state_of
 from dist_train.sweep.intervals import value_of
 from dist_train.sweep.results import sample_of
 from dist_train.sweep.settings import Range, Sweep
-from dist_train.sweep.trials import Trial, trials_of
+from dist_train.sweep.trials import Trial, texts_of, trials_of
 
 JOURNAL = "optuna.journal"
+#: An attribute of the study is this and the name of a trial: why the trial failed.
+FAILED = "failed "
 
 
 class Study:
@@ -25,7 +27,7 @@ class Study:
 
     Points are asked for in rounds, as many as run at once. Those of a round that was killed are
     run to their end first. A point of which a trial failed counts as failed, and is not tried
-    again.
+    again; ``failed`` says why, in later calls too.
 
     Raises:
         MachineError: Optuna is not installed.
@@ -74,15 +76,15 @@ class Study:
             key: choice.at(0.5) if isinstance(choice, Range) else choice[0]
             for key, choice in sweep.random.space.items()
         }
-        return trials_of(sweep, file, {"example": _texts(middle)}, quick=quick)
+        return trials_of(sweep, file, {"example": texts_of(middle)}, quick=quick)
 
     def ask(self, at_once: int) -> list[Trial]:
         """The trials of the next points; none if there are enough."""
         state = self._optuna.trial.TrialState
         begun = self._study.get_trials(deepcopy=False, states=[state.RUNNING])
-        ready = [(each.number, each.params) for each in begun if each.params]
+        ready = [(each.number, each.params) for each in begun if self._is_whole(each)]
         for each in begun:
-            if not each.params:
+            if not self._is_whole(each):
                 self._study.tell(each.number, state=state.FAIL)
         number = len(self._study.get_trials(deepcopy=False))
         runs = len(self._sweep.seeds) * len(self._sweep.folds)
@@ -100,6 +102,9 @@ class Study:
             value = np.nan
             if not any(trial.name in failed for trial in own):
                 value = float(np.mean([self._value(trial) for trial in own]))
+            for trial in own:
+                if trial.name in failed:
+                    self._study.set_user_attr(FAILED + trial.name, failed[trial.name])
             if np.isnan(value):
                 self._study.tell(number, state=self._optuna.trial.TrialState.FAIL)
             else:
@@ -108,7 +113,16 @@ class Study:
     def trials(self) -> list[Trial]:
         """The trials of all points so far."""
         points = self._study.get_trials(deepcopy=False)
-        return self._trials_of({each.number: each.params for each in points if each.params})
+        return self._trials_of({p.number: p.params for p in points if self._is_whole(p)})
+
+    def failed(self, trials: Sequence[Trial]) -> dict[str, str]:
+        """Why trials failed, by name, in this call and in earlier ones."""
+        told = self._study.user_attrs
+        return {
+            trial.name: told[FAILED + trial.name]
+            for trial in trials
+            if FAILED + trial.name in told and state_of(self._sweep.out, trial) != "done"
+        }
 
     def progress(self, progress: Progress | None) -> Progress | None:
         """The progress of a round as that of the whole search."""
@@ -124,16 +138,23 @@ class Study:
 
         return report
 
+    def _is_whole(self, point: Any) -> bool:
+        """Whether a point has all its values; a call may have been killed while it asked."""
+        return bool(point.params.keys() == self._space.space.keys())
+
     def _choices(self) -> list[tuple[str, Range | tuple[Any, ...]]]:
         return sorted(self._space.space.items())
 
     def _trials_of(self, points: Mapping[int, Mapping[str, Any]]) -> list[Trial]:
         # Lists are no categories of Optuna; see ``_suggested``.
+        space = self._space.space
         variants = {
-            f"optuna{number:04}": {
-                key: value if isinstance(self._space.space[key], tuple) else json.dumps(value)
-                for key, value in point.items()
-            }
+            f"optuna{number:04}": texts_of(
+                {
+                    key: json.loads(value) if isinstance(space[key], tuple) else value
+                    for key, value in point.items()
+                }
+            )
             for number, point in points.items()
         }
         return trials_of(self._sweep, self._file, variants, quick=self._quick)
@@ -144,10 +165,6 @@ class Study:
             return value_of(sample_of(folder, trial, self._sweep.metric), self._sweep.metric)
         except DistTrainError:
             return np.nan
-
-
-def _texts(point: Mapping[str, Any]) -> dict[str, str]:
-    return {key: json.dumps(value, ensure_ascii=False) for key, value in point.items()}
 
 
 def _suggested(asked: Any, key: str, choice: Range | tuple[Any, ...]) -> Any:

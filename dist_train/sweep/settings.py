@@ -173,6 +173,11 @@ class Sweep(Section):
                     f"test clips must not choose settings ({self.metric}); search: optuna needs a "
                     "metric of val/"
                 )
+        number = math.prod(map(len, (self.seeds, self.folds, *self.grid.values())))
+        number *= len(self.variants) or 1
+        number *= 1 if self.random is None else self.random.trials
+        if number > MOST_TRIALS:
+            raise ValueError(f"these are {number} trials, more than {MOST_TRIALS}")
         if unknown := sorted(self.reference.keys() - self.variants.keys()):
             raise ValueError(f"reference names {unknown[0]!r}, and there is no such variant")
         return self

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,8 @@ from dist_train.errors import ConfigError, DistTrainError
 from dist_train.evaluation.flips import Tta, views_of
 from dist_train.extensions import is_import_path
 from dist_train.models.registry import find_model
-from dist_train.sweep.settings import MOST_TRIALS, NAME, OWN, Random, Range, Sweep
+from dist_train.plain_yaml import parse_yaml
+from dist_train.sweep.settings import NAME, OWN, Random, Range, Sweep
 from dist_train.training.losses import LOSSES
 
 #: "train", or the model of a baseline of sizes alone.
@@ -74,14 +76,12 @@ def variants_of(sweep: Sweep, file: Path) -> dict[str, Settings]:
     """The settings of each variant by its name: variants by grid by random points.
 
     Raises:
-        ConfigError: two have the same name, or there are too many.
+        ConfigError: two have the same name.
     """
     given = {name: _parsed(name, texts, file) for name, texts in sweep.variants.items()}
-    grids = {
-        _point_name(point): _texts(point)
-        for point in (dict(zip(sweep.grid, each, strict=True)) for each in _combined(sweep, file))
-    }
-    if len(grids) < (expected := int(np.prod([len(v) for v in sweep.grid.values()], initial=1))):
+    combined = (dict(zip(sweep.grid, each, strict=True)) for each in product(*sweep.grid.values()))
+    grids = {_point_name(point): texts_of(point) for point in combined}
+    if len(grids) < (expected := math.prod(map(len, sweep.grid.values()))):
         raise ConfigError(
             f"grid gives {expected} variants, but only {len(grids)} names",
             where=file,
@@ -90,32 +90,38 @@ def variants_of(sweep: Sweep, file: Path) -> dict[str, Settings]:
     points: dict[str, Settings] = {"": {}}
     if sweep.random is not None and sweep.search == "random":
         drawn = enumerate(points_of(sweep.random))
-        points = {f"random{number:03}": _texts(point) for number, point in drawn}
+        points = {f"random{number:03}": texts_of(point) for number, point in drawn}
     found: dict[str, Settings] = {}
+    # File systems may not tell upper from lower case.
+    taken: set[str] = set()
     for parts in product(given or {"": {}}, grids, points):
         name = "_".join(filter(None, parts)) or "base"
         settings = given.get(parts[0], {}) | grids[parts[1]] | points[parts[2]]
-        if name.casefold() in (known.casefold() for known in found):
+        if name.casefold() in taken:
             raise ConfigError(f"two variants have the name '{name}'", where=file)
         if not NAME.fullmatch(name):
             raise ConfigError(
                 f"'{name}' is no name of a folder", where=file, fix="Name it yourself, by variants."
             )
         found[name] = settings
+        taken.add(name.casefold())
     return found
 
 
-def _combined(sweep: Sweep, file: Path) -> Iterator[tuple[Any, ...]]:
-    number = len(sweep.variants or " ") * len(sweep.seeds) * len(sweep.folds)
-    number *= int(np.prod([len(values) for values in sweep.grid.values()], initial=1.0))
-    if number > MOST_TRIALS:
-        raise ConfigError(f"these are {number} trials, more than {MOST_TRIALS}", where=file)
-    return product(*sweep.grid.values())
+def texts_of(values: Mapping[str, Any]) -> Settings:
+    """The YAML text of each value; JSON is YAML."""
+    return {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
 
 
-def _texts(point: Mapping[str, Any]) -> Settings:
-    # JSON is YAML.
-    return {key: json.dumps(value, ensure_ascii=False) for key, value in point.items()}
+def _unquoted(text: str) -> str:
+    """The string that a YAML text in quotes stands for; any other text as it is."""
+    if not text.startswith(("'", '"')):
+        return text
+    try:
+        value = parse_yaml(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, str) else text
 
 
 def _point_name(point: Mapping[str, Any]) -> str:
@@ -124,7 +130,7 @@ def _point_name(point: Mapping[str, Any]) -> str:
     names = leaves if len(set(leaves)) == len(leaves) else list(point)
     return "_".join(
         f"{name}={re.sub(r'[^A-Za-z0-9.+-]+', '', text)}"
-        for name, text in zip(names, _texts(point).values(), strict=True)
+        for name, text in zip(names, texts_of(point).values(), strict=True)
     )
 
 
@@ -154,11 +160,10 @@ def trials_of(
     """
     seeds, folds = (sweep.seeds[:1], sweep.folds[:1]) if quick else (sweep.seeds, sweep.folds)
     trials: dict[str, Trial] = {}
+    first, last = (texts_of(dict(leaves(g))) for g in (sweep.set, sweep.quick if quick else {}))
     for name, settings in variants.items():
         for seed, fold in product(seeds, folds):
-            quickly = sweep.quick if quick else {}
-            own = _texts(dict(leaves(sweep.set))) | settings | _texts(dict(leaves(quickly)))
-            trial = _trial(sweep, file, name, own, seed, fold, trials)
+            trial = _trial(sweep, file, name, first | settings | last, seed, fold, trials)
             trials[trial.name] = trial
     return list(trials.values())
 
@@ -174,7 +179,7 @@ def _trial(
 ) -> Trial:
     where = _at(file, variant)
     shared = {key for given in (sweep.set, sweep.quick) for key, _ in leaves(given)}
-    special = {key: value for key, value in settings.items() if key.startswith("trial.")}
+    special = {k: _unquoted(text) for k, text in settings.items() if k.startswith("trial.")}
     plain = {key: value for key, value in settings.items() if key not in special}
     if unknown := sorted(special.keys() - {"trial.kind", "trial.of", "trial.tta"}):
         raise ConfigError(
@@ -194,6 +199,8 @@ def _trial(
                 fix=f"There are {', '.join(known)}.",
             )
     if kind != "train":
+        if "trial.tta" in shared:
+            tta = "none"
         vain = next((k for k in plain.keys() - shared if not k.startswith(OF_BASELINES)), None)
         if vain is not None or tta != "none":
             raise ConfigError(f"a baseline has no '{vain or 'trial.tta'}'", where=where)
@@ -217,14 +224,15 @@ def _trial(
             raise ConfigError(f"'{source.variant}' has no run of its own", where=where)
         trial = Trial(variant, source.config, kind, tta, source.name, tuple(needs))  # type: ignore[arg-type]
     else:
-        for key, value in plain.items():
+        for key, text in plain.items():
+            value = _unquoted(text)
             if value.startswith(RUN_OF):
                 other = run_of(value.removeprefix(RUN_OF))
                 if above[other].of is not None or above[other].kind != "train":
                     raise ConfigError(f"'{other}' has no run of its own", where=where)
                 plain[key] = json.dumps(str(sweep.out / TRIALS / other))
         out = sweep.out / TRIALS / name_of(variant, seed, fold)
-        plain |= _texts({"out": str(out), "seed": seed, "split.fold": fold})
+        plain |= texts_of({"out": str(out), "seed": seed, "split.fold": fold})
         base = None if sweep.base is None else file.parent / sweep.base
         try:
             config = load_config(base, [f"{key}={value}" for key, value in plain.items()])

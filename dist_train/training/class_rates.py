@@ -12,7 +12,8 @@ Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
 class ClassRates(NamedTuple):
-    """Shares of classes 0 to K - 1, float64 [K] each, which add up to 1.
+    """Shares of classes 0 to K - 1, float64 [K] each, which add up to 1; of multilabel, the share
+    of clips that has each label; of regression empty. Each is between 0 and 1, both excluded.
 
     Attributes:
         batches: in the batches of the plan.
@@ -24,10 +25,17 @@ class ClassRates(NamedTuple):
 
 
 def class_rates(data: RunData) -> ClassRates:
-    """The rates of a run."""
-    quotas = data.quotas()
-    natural = np.array([data.count("train", code) for code in data.classes], np.float64)
-    natural /= natural.sum()
+    """The rates of a run.
+
+    Raises:
+        PlanError: ``plan.ratio`` does not name the classes.
+    """
+    if data.target.kind == "regression":
+        return ClassRates(np.empty(0), np.empty(0))
+    quotas, clips = data.quotas(), data.count("train")
+    # A label that all clips have, or none, would have odds that no correction can move.
+    most = 1 - 0.5 / clips
+    natural = np.clip(np.array(data.counts("train")) / clips, 1 - most, most)
     if None in quotas:
         return ClassRates(natural, natural)
     batches = np.array([quotas[code] for code in data.classes], np.float64)

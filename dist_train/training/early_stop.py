@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from contextlib import suppress
@@ -9,12 +10,15 @@ from typing import Any
 
 from dist_train.checkpoint.format import by_step, load_checkpoint, read_marker
 from dist_train.checkpoint.retention import best_step
+from dist_train.checkpoint.superseded import set_aside
 from dist_train.class_metrics import higher_is_better
 from dist_train.config import Config, StopSettings
 from dist_train.errors import CheckpointError
 from dist_train.run.folder import CHECKPOINTS, SNAPSHOT, SNAPSHOTS
 from dist_train.run.snapshots import save_snapshot, snapshot_metadata
 from dist_train.training.run_state import evaluated_weights
+
+log = logging.getLogger(__name__)
 
 
 class EarlyStop:
@@ -81,8 +85,14 @@ def keep_best(config: Config, done: int, value: float | None, content: str) -> b
     """Save the weights of the best checkpoint as a snapshot, unless those after ``done`` steps,
     whose metric is ``value``, are as good; return whether they are.
 
+    If a checkpoint is damaged, the log tells of it, it is moved to ``superseded/``, and the next
+    best one is taken.
+
     Args:
         content: as for ``snapshot_metadata``.
+
+    Raises:
+        OSError: the snapshot cannot be written.
     """
     metric = config.stop.metric
     assert metric is not None
@@ -91,10 +101,20 @@ def keep_best(config: Config, done: int, value: float | None, content: str) -> b
     for step, path in folders.items():
         with suppress(CheckpointError, KeyError):
             saved[step] = read_marker(path)["facts"]["metrics"]
-    best = best_step(saved, metric)
-    if best is None or best == done:
-        return True
-    tensors, _ = load_checkpoint(folders[best])
+    while True:
+        best = best_step(saved, metric)
+        if best is None or best == done:
+            return True
+        try:
+            tensors, _ = load_checkpoint(folders[best])
+            break
+        except CheckpointError as error:
+            log.warning("the best checkpoint is damaged, and is set aside: %s", error)
+            del saved[best]
+            # Left there, it would still be kept as the best, and a whole one removed. The writer
+            # may just be removing it.
+            with suppress(OSError):
+                set_aside(config.out, folders[best])
     names = [n.removeprefix("model/") for n in tensors if n.startswith("model/")]
     weights = evaluated_weights(tensors, names)
     path = config.out / SNAPSHOTS / f"step-{best}{SNAPSHOT}"

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from dist_train.config import Config
-from dist_train.data.augment.mix import MixSampler, mix, mixed
+from dist_train.data.augment.mix import MixSampler, mix, mixed, whole_group
 from dist_train.data.loading.collate import Batch
-from dist_train.errors import ConfigError
 from dist_train.run.data import RunData
 from dist_train.run.model import as_input
 from dist_train.training.class_rates import ClassRates
@@ -38,7 +37,7 @@ class MakeInputs:
     """Makes ``Inputs`` of batches on the device. By default they are the batch itself.
 
     Args:
-        group: clips of a group of the plan.
+        group: clips of a group of the plan. Batches are multiples of ``whole_group`` of it.
         teacher: on the device; None without one.
 
     Attributes:
@@ -58,9 +57,8 @@ class MakeInputs:
     ) -> None:
         config, target = data.config, data.target
         self._target, self._teacher = target, teacher
-        # A plan at the natural ratio has groups of one clip.
-        self._group = max(group, 2)
         augment, loss = config.augment, config.loss
+        self._group = whole_group(augment, group)
         is_mixed = augment.mixup + augment.cutmix > 0
         self._mix = MixSampler(augment, config.seed) if is_mixed else None
         uses_crowd = loss.soft_labels is not None or loss.sureness != "none"
@@ -88,12 +86,6 @@ class MakeInputs:
     def _mixed(self, x: Tensor, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         assert self._mix is not None
         clips = batch.clips.tolist()
-        if len(clips) % self._group:
-            raise ConfigError(
-                f"clips are mixed in pairs, and a micro-batch has {len(clips)} clips",
-                where="augment",
-                fix="Let plan.batch, cut by processes and train.accumulate, be even.",
-            )
         groups = [clips[at : at + self._group] for at in range(0, len(clips), self._group)]
         draws = [self._mix(group, step=step) for group in groups]
         depths = [x.shape[2]] * len(clips) if batch.frames is None else batch.frames.tolist()

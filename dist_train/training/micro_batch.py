@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dist_train.config import Config, ModelSettings
+from dist_train.data.augment.mix import whole_group
 from dist_train.data.plan.plan import Plan
 from dist_train.distributed.backends.base import Backend
 from dist_train.distributed.collectives import on_main
@@ -34,10 +35,14 @@ from dist_train.training.teacher import Teacher
 log = logging.getLogger(__name__)
 
 
-def next_cut(plan: Plan, world: int, accumulate: int) -> int | None:
+def next_cut(plan: Plan, world: int, accumulate: int, group: int | None = None) -> int | None:
     """Return the next number of accumulation steps that at least halves a micro-batch and keeps
-    groups whole; None if a micro-batch is a single group."""
-    groups = plan.batch // plan.ratio.group // world
+    groups whole; None if a micro-batch is a single group.
+
+    Args:
+        group: clips that stay together, as of ``Plan.check_cut``.
+    """
+    groups = plan.batch // (group or plan.ratio.group) // world
     return next((n for n in range(2 * accumulate, groups + 1) if groups % n == 0), None)
 
 
@@ -97,7 +102,8 @@ class MicroBatches:
         self.step_clips, self.frames = largest_step(plan, data.deepest())
         self._conditions = conditions(config, backend.device)
         self.accumulate = config.train.accumulate
-        plan.check_cut(backend.world, self.accumulate)
+        self._group = whole_group(config.augment, plan.ratio.group)
+        plan.check_cut(backend.world, self.accumulate, self._group)
         is_cuda = backend.device.type == "cuda"
         if is_cuda:
             self._cut_to_32_bits()
@@ -136,7 +142,7 @@ class MicroBatches:
         Raises:
             RunError: a micro-batch is a single group already; names ``reason``.
         """
-        smaller = next_cut(self.plan, self.backend.world, self.accumulate)
+        smaller = self._next_cut()
         if smaller is not None:
             self.accumulate = smaller
             return
@@ -146,8 +152,8 @@ class MicroBatches:
             (self.config.out / MICRO_BATCH).unlink(missing_ok=True)
             fix += " If memory was left, cuDNN has no kernel for this: install another torch."
         raise RunError(
-            f"memory does not suffice for a micro-batch of {self.plan.ratio_text} of up to "
-            f"{self.frames} frames, and it cannot be halved ({reason})",
+            f"memory does not suffice for a micro-batch of {self.plan.group_text(self._group)} of "
+            f"up to {self.frames} frames, and it cannot be halved ({reason})",
             where=self.config.out,
             fix=fix,
         )
@@ -164,8 +170,11 @@ class MicroBatches:
 
     def _cut_until(self, fits: Callable[[], bool]) -> None:
         """Make micro-batches smaller until they fit, or are single groups."""
-        while not fits() and (n := next_cut(self.plan, self.backend.world, self.accumulate)):
+        while not fits() and (n := self._next_cut()):
             self.accumulate = n
+
+    def _next_cut(self) -> int | None:
+        return next_cut(self.plan, self.backend.world, self.accumulate, self._group)
 
     def _cut_to_32_bits(self) -> None:
         models = [self.config.model, *(self._teacher.settings if self._teacher else ())]

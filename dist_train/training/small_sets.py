@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from dist_train.data.augment.mix import whole_group
 from dist_train.distributed.backends.base import Backend
 from dist_train.errors import PlanError
 from dist_train.run.data import RunData
@@ -23,13 +24,14 @@ def with_batch_that_fits(data: RunData, backend: Backend) -> RunData:
     plan, accumulate = data.config.plan, data.config.train.accumulate
     if "batch" in plan.model_fields_set:
         return data
-    part = sum(data.quotas().values()) * backend.world * accumulate
+    group = whole_group(data.config.augment, sum(data.quotas().values()))
+    part = group * backend.world * accumulate
     first: PlanError | None = None
     for batch in (plan.batch, *range((plan.batch - 1) // part * part, 0, -part)):
         config = data.config.model_copy(update={"plan": plan.model_copy(update={"batch": batch})})
         fitted = replace(data, config=config)
         try:
-            fitted.plan().check_cut(backend.world, accumulate)
+            fitted.plan().check_cut(backend.world, accumulate, group)
         except PlanError as error:
             first = first or error
             continue

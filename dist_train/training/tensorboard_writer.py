@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from dist_train.data.pictures import stacked
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -102,15 +104,22 @@ class TensorBoardWriter:
 
         self._try(add)
 
-    def strips(self, step: int, strips: Mapping[str, np.ndarray]) -> None:
-        """Show pictures by title, uint8 [H, W] or [H, W, 3] each."""
+    def strips(self, step: int, strips: Mapping[str, np.ndarray], split: str = "val") -> None:
+        """Show pictures of a split's wrong clips in one picture, from the top, and their titles as
+        a text; each has the same tag at every step. Without pictures nothing is shown.
+
+        Args:
+            strips: by title, all uint8 [H, W] or all [H, W, 3].
+        """
+        tag = f"wrong clips/{split}"
 
         def add(writer: SummaryWriter) -> None:
-            for title, strip in strips.items():
-                shown = np.atleast_3d(strip)
-                writer.add_image(f"wrong clips/{title}", shown, step, dataformats="HWC")
+            shown = np.atleast_3d(stacked(list(strips.values())))
+            writer.add_image(tag, shown, step, dataformats="HWC")
+            writer.add_text(tag, "\n".join(f"    {title}" for title in strips), step)
 
-        self._try(add)
+        if strips:
+            self._try(add)
 
     def flush(self) -> None:
         """Write all events to the file, without syncing it."""

@@ -286,13 +286,17 @@ def _rates(trainer: Trainer) -> dict[str, Any]:
     class."""
     config, data = trainer.config, trainer.data
     if data.target.kind != "binary":
-        shares = {} if data.target.kind == "regression" else {"class_shares": data.class_shares()}
+        record = {"target": config.target.model_dump(mode="json")}
+        if data.target.kind == "regression":
+            return record
+        rates = trainer.rates
         if data.target.is_coded:
-            own = implied_shares(config.loss, data.target, trainer.rates).tolist()
-            shares["class_shares"]["train_batches"] = dict(
-                zip(data.target.classes, own, strict=True)
-            )
-        return {"target": config.target.model_dump(mode="json")} | shares
+            rates = rates._replace(batches=implied_shares(config.loss, data.target, rates))
+        shares = {
+            name: dict(zip(data.target.classes, values.tolist(), strict=True))
+            for name, values in (("train_batches", rates.batches), ("natural", rates.natural))
+        }
+        return record | {"class_shares": shares}
     batches = implied_rate(config.loss, data.target, trainer.rates, trainer.inputs.crowd)
     return {"positive_rate": {"train_batches": batches, "natural": data.natural_rate()}}
 

@@ -126,6 +126,7 @@ def test_a_clip_of_any_depth_is_the_same_in_any_batch(training: bool) -> None:
             row[:, :n] = clip[:, :n]
         model.zero_grad()
         logits = model.train(training)(batch, torch.tensor(lengths))
+        assert logits.dtype == torch.float64
         logits.square().sum().backward()
         results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
     for value, expected in zip(*results, strict=True):

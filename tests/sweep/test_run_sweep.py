@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import contents, dist_train, environment, fails, metrics_of, overrides, said
+from matplotlib.image import imread
 from sklearn.metrics import matthews_corrcoef
 
 from dist_train.config import load_config
@@ -22,7 +23,12 @@ from dist_train.errors import RunError
 from dist_train.plain_yaml import yaml_text
 from dist_train.run.folder import only_session
 from dist_train.run.record import read_record
+from dist_train.sweep import plot
 from dist_train.sweep.one_trial import run_trial
+from dist_train.sweep.results import Results
+from dist_train.sweep.run_sweep import run_sweep
+from dist_train.sweep.search import Study
+from dist_train.sweep.settings import load_sweep
 
 
 def written(file: Path, store: Path, **tree: Any) -> Path:
@@ -174,6 +180,31 @@ def test_optuna_goes_on_with_its_study(store: Path, tmp_path: Path) -> None:
     assert len(rates) == 2
     file = written(tmp_path / "s.yaml", store, random={"trials": 2, "optim.lr": [1, 2]}, **tree)
     assert "a search of another space or metric" in fails("sweep", file)
+
+
+def test_a_point_that_failed_stays_failed_in_later_calls(store: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    space = {"trials": 1, "trial.kind": ["logistic"]}
+    file = written(tmp_path / "s.yaml", store, search="optuna", metric="val/auc", random=space)
+    sweep = load_sweep(file)
+    sweep.out.mkdir()
+    study = Study(sweep, file)
+    (trial,) = study.ask(1)
+    assert trial.kind == "logistic"
+    study.tell([trial], {trial.name: "the disk is full"})
+    (row,) = run_sweep(sweep, file).trials.to_dict("records")
+    assert (row["trial"], row["state"], row["error"]) == (trial.name, "failed", "the disk is full")
+
+
+def test_the_plot_of_many_variants_shows_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plot, "MOST_VARIANTS", 3)
+    names = [f"v{number}" for number in range(1200)]
+    columns = {"variant": names, "state": "done", "val/auc": 0.5, "low": 0.4, "high": 0.6}
+    table = pd.DataFrame(columns | {"mean": 0.5, "reference": np.nan})
+    plot.draw(Results("val/auc", table, table, None), tmp_path / "sweep.png")
+    assert imread(tmp_path / "sweep.png").shape[0] < 500
 
 
 @pytest.mark.slow

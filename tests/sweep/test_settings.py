@@ -87,6 +87,27 @@ def test_runs_of_other_variants(tmp_path: Path) -> None:
     assert student.config.loss.distill.teacher == folder
 
 
+def test_keys_of_a_trial_are_known_wherever_settings_are(tmp_path: Path) -> None:
+    shared = {"store": "s", "trial": {"tta": "flips"}}
+    variants = {"net": [], "sizes": ["trial.kind='logistic'"]}
+    assert [(t.kind, t.tta) for t in trials(tmp_path, set=shared, variants=variants)] == [
+        ("train", "flips"), ("logistic", "none"),
+    ]  # fmt: skip
+    first, second = trials(
+        tmp_path, set={"store": "s"}, grid={"model.init": [None, "trial:init=null"]}
+    )
+    assert second.config.model.init == first.config.out
+    assert second.needs == (first.name,)
+    drawn = {"trials": 8, "trial.kind": ["logistic", "boosting"]}
+    kinds = {trial.kind for trial in trials(tmp_path, set={"store": "s"}, random=drawn)}
+    assert kinds == {"logistic", "boosting"}
+    file = written(tmp_path, out="o", set={"store": "s"}, quick={"trial.kind": "logistic"})
+    sweep = load_sweep(file)
+    for quick, kind in ((False, "train"), (True, "logistic")):
+        (trial,) = trials_of(sweep, file, variants_of(sweep, file), quick=quick)
+        assert trial.kind == kind
+
+
 @given(
     low=st.integers(-50, 50), size=st.integers(1, 50), is_log=st.booleans(),
     place=st.floats(0, 1, exclude_max=True),
@@ -127,6 +148,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown loss": ({"variants": {"a": ["loss.name=focus"]}}, "there is no loss 'focus'"),
     "an unknown trial key": ({"variants": {"a": ["trial.kin=x"]}}, "unknown key 'trial.kin'"),
     "an unknown kind": ({"variants": {"a": ["trial.kind=x"]}}, "There are train, logistic, boost"),
+    "an unknown kind in a grid": ({"grid": {"trial.kind": ["x"]}}, "there is no trial.kind=x"),
     "a later variant": (
         {"variants": {"a": ["trial.of=b"], "b": []}},
         "it refers to 'b', which is no variant above it",
@@ -154,6 +176,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a reference to nothing": ({"reference": {"a": 0.5}}, "and there is no such variant"),
     "too many": ({"grid": {f"a{n}": [*range(100)] for n in range(3)}}, "1000000 trials, more"),
+    "too many points": (
+        {"random": {"trials": 9000, "model.width": [4, 8]}, "seeds": [0, 1]},
+        "these are 18000 trials, more than 10000",
+    ),
     "no clips held out": ({"set": {"split.train_on_all": True}}, "holds out no clips to compare"),
 }
 

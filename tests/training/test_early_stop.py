@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from short_runs import train_until
 
-from dist_train.checkpoint.format import by_step, read_marker
+from dist_train.checkpoint.format import by_step, rank_file, read_marker
 from dist_train.config import StopSettings, load_config
 from dist_train.errors import ConfigError
+from dist_train.run.data import open_data
 from dist_train.run.snapshots import load_snapshot
-from dist_train.training.early_stop import EarlyStop
+from dist_train.training.early_stop import EarlyStop, keep_best
 from dist_train.training.train import train
 
 #: Nothing improves by so much: the first epoch is the best, and the run stops after three.
@@ -66,8 +68,12 @@ def test_settings_that_do_not_fit_are_refused(store: Path, tmp_path: Path) -> No
         tiny_config(store, out, "stop.metric=val/ap", "checkpoint.best=val/auc")
     with pytest.raises(ConfigError, match=r"stop\.metric.*no metric 'val/f1'"):
         tiny_config(store, out, "stop.metric=val/f1")
-    with pytest.raises(ConfigError, match="train_on_all leaves no held-out clips"):
-        tiny_config(store, out, "stop.metric=val/ap", "split.train_on_all=true")
+    for named in ("stop.metric", "checkpoint.best"):
+        with pytest.raises(ConfigError, match=f"leaves no held-out clips for {named};"):
+            tiny_config(store, out, f"{named}=val/ap", "split.train_on_all=true")
+        # A metric of a regression.
+        with pytest.raises(ConfigError, match=f"^{named}: "):
+            open_data(tiny_config(store, out, f"{named}=val/mae"))
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +110,29 @@ def test_the_best_weights_are_those_that_were_validated(
     assert own.weights.keys() == expected.weights.keys()
     for name, tensor in own.weights.items():
         assert torch.equal(tensor, expected.weights[name]), name
+
+
+@pytest.mark.parametrize("damaged", [1, 2])
+def test_a_damaged_best_checkpoint_is_told_and_set_aside(
+    stopped: tuple[Path, list[str]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damaged: int,
+) -> None:
+    """The next best is saved; if there is none, the weights that the run ends with are."""
+    out = cut(stopped[0], tmp_path / "run", after=10**9)
+    config = load_config(out / "config.yaml", [f"out={out}"])
+    losses = {line["step"]: line["val/loss"] for line in metrics_of(out) if "val/loss" in line}
+    best, second = sorted(losses.keys() - {STOPPED}, key=lambda step: losses[step])
+    shutil.rmtree(out / "snapshots")
+    for step in (best, second)[:damaged]:
+        (out / "checkpoints" / f"step-{step}" / rank_file(0)).write_bytes(b"torn")
+    assert keep_best(config, STOPPED, None, "content") is (damaged == 2)
+    left = [] if damaged == 2 else [f"step-{second}.safetensors"]
+    assert [path.name for path in (out / "snapshots").glob("*")] == left
+    assert caplog.text.count("the best checkpoint is damaged, and is set aside") == damaged
+    assert (out / "superseded" / f"step-{best}").is_dir()
+    assert not (out / "checkpoints" / f"step-{best}").exists()
 
 
 def test_auto_says_that_a_stopped_run_is_done(

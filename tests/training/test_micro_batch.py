@@ -20,9 +20,14 @@ from plans import make_plan
 from short_runs import assert_same_run, train_until
 from torch import nn
 
-from dist_train.config import Config, load_config
+from dist_train.class_ratio import ClassRatio
+from dist_train.config import AugmentSettings, Config, load_config
+from dist_train.data.augment.mix import whole_group
+from dist_train.data.plan.depth_order import by_depth
 from dist_train.data.plan.plan import Plan
-from dist_train.errors import RunError
+from dist_train.data.plan.plan import plan_of as natural
+from dist_train.data.plan.rules import PlanRules
+from dist_train.errors import PlanError, RunError
 from dist_train.models.activation_budget import measure_parts, weigh
 from dist_train.models.registry import build_model
 from dist_train.run.data import open_data
@@ -116,6 +121,23 @@ def test_cuts_halve_as_long_as_groups_stay_whole(
         plan.check_cut(world, more)
         found.append(more)
     assert found == expected
+
+
+def test_clips_that_are_mixed_stay_in_pairs() -> None:
+    """Halves of 12 single clips are 6 and 3; pairs are not cut."""
+    rules = PlanRules(12, ClassRatio((1,)), 0, "matched", None, 1)
+    plan = natural(by_depth(np.arange(100), None, name="clips"), [], rules)
+    found = [1]
+    group = whole_group(AugmentSettings(cutmix=0.1), 1)
+    while (more := next_cut(plan, 1, found[-1], group)) is not None:
+        plan.check_cut(1, more, group)
+        found.append(more)
+    assert found == [1, 2, 6]
+    assert next_cut(plan, 1, 2) == 4
+    with pytest.raises(PlanError, match="with 2 clips that are mixed with each other in each"):
+        plan.check_cut(1, 4, group)
+    assert [whole_group(AugmentSettings(mixup=0.1), clips) for clips in (2, 3)] == [2, 3]
+    assert whole_group(AugmentSettings(), 1) == 1
 
 
 def test_no_step_takes_more_than_the_largest() -> None:

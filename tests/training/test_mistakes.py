@@ -12,13 +12,15 @@ from helpers import tiny_config
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dist_train.data.pictures import film_strip
+from dist_train.data.pictures import film_strip, stacked
 from dist_train.data.store.reader import Store
 from dist_train.errors import StoreError
 from dist_train.run.data import open_data
 from dist_train.training import mistakes
 from dist_train.training.mistakes import most_wrong, strips_of_mistakes
 from dist_train.training.train import train
+
+TAG = "wrong clips/val"
 
 
 def test_the_most_confident_mistakes_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,22 +36,37 @@ def test_the_most_confident_mistakes_come_first(monkeypatch: pytest.MonkeyPatch)
 
 def test_tensorboard_shows_them_of_each_validation(store: Path, tmp_path: Path) -> None:
     config = tiny_config(
-        store, tmp_path / "run", "snapshots.at=[1]", "train.epochs=1", "optim.lr=1e-6"
+        store, tmp_path / "run", "snapshots.at=[1]", "train.epochs=2", "optim.lr=1e-6"
     )
     train(config)
     board = EventAccumulator(str(config.out / "tensorboard"), size_guidance={"images": 0})
     board.Reload()
-    tags = [tag for tag in board.Tags()["images"] if tag.startswith("wrong clips/")]
-    data = open_data(config)
-    assert 0 < len(tags) <= mistakes.MOST
-    for tag in tags:
-        (image,) = board.Images(tag)
-        found = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("L"))
-        label = next(code for code, name in data.store.classes.items() if f" {name} called" in tag)
-        assert re.search(r"called \w+ [01]\.\d\d$", tag)
-        clips = [clip for clip in data.numbers("val") if data.store.table["label"][clip] == label]
-        strips = [film_strip(data.store.read(clip), ("grey",))[0] for clip in clips]
-        assert any(np.array_equal(found, strip) for strip in strips), tag
+    assert [t for t in board.Tags()["images"] if t.startswith("wrong clips")] == [TAG]
+    data, images = open_data(config), board.Images(TAG)
+    texts = board.Tensors(f"{TAG}/text_summary")
+    assert len({image.step for image in images}) == 2
+    for image, text in zip(images, texts, strict=True):
+        assert image.step == text.step
+        shown = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("L"))
+        titles = text.tensor_proto.string_val[0].decode().splitlines()
+        assert 0 < len(titles) <= mistakes.MOST
+        # A strip of 16 rows, and a gap of 2.
+        assert len(shown) == 18 * len(titles) - 2
+        for number, title in enumerate(titles):
+            found = shown[18 * number : 18 * number + 16]
+            (label,) = (code for code, n in data.store.classes.items() if f" {n} called" in title)
+            assert re.search(r"called \w+ [01]\.\d\d$", title)
+            clips = data.numbers("val", label)
+            strips = [film_strip(data.store.read(clip), ("grey",))[0] for clip in clips]
+            assert any(np.array_equal(found, strip) for strip in strips), title
+
+
+def test_strips_of_unequal_width_are_stacked() -> None:
+    wide, narrow = np.full((3, 5), 7, np.uint8), np.full((1, 2), 9, np.uint8)
+    both = stacked([wide, narrow])
+    assert both.tolist() == [[7] * 5] * 3 + [[255] * 5] * 2 + [[9, 9, 0, 0, 0]]
+    colours = stacked([np.stack([each] * 3, 2) for each in (wide, narrow)])
+    assert (colours == both[..., None]).all()
 
 
 def test_a_clip_that_cannot_be_read_is_left_out(

@@ -32,6 +32,9 @@ def fitted(store: Path, *more: str, world: int = 1) -> RunData:
         (1, ("train.accumulate=5",), 20),
         # 32 is no multiple of 3, and 12 positives fill no batch of 7 to 9 of them.
         (1, ("plan.ratio={positive: 1, negative: 2}",), 18),
+        # 40 clips fill a batch of 24, which is 3 a process, and clips are mixed in pairs.
+        (8, ("plan.ratio=natural",), 24),
+        (8, ("plan.ratio=natural", "augment.mixup=0.5"), 16),
     ],
 )
 def test_the_largest_batch_that_can_be_filled_and_cut_is_taken_and_told(

@@ -75,6 +75,16 @@ class MixSampler:
         return MixDraw(shift, 0.0, (z, y, x))
 
 
+def whole_group(settings: AugmentSettings, group: int) -> int:
+    """Number of clips that must be in one micro-batch: a group of the plan, or, where clips are
+    mixed at the natural ratio, whose groups are single clips, a pair.
+
+    Args:
+        group: clips of a group of the plan.
+    """
+    return max(group, 2) if settings.mixup + settings.cutmix > 0 else group
+
+
 @torch.no_grad()
 def mix(
     volumes: Tensor, depths: Sequence[int], draws: Sequence[MixDraw | None]

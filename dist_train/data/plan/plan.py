@@ -88,6 +88,11 @@ class Plan:
         named = zip(self.ratio, self.classes, strict=True)
         return " to ".join(f"{count} {clips.name}" for count, clips in named)
 
+    def group_text(self, group: int) -> str:
+        """A group of the ratio in words; of more clips, those that are mixed with each other."""
+        is_ratio = group == self.ratio.group
+        return self.ratio_text if is_ratio else f"{group} clips that are mixed with each other"
+
     @property
     def epochs(self) -> Epochs:
         return self.order.epochs
@@ -138,13 +143,17 @@ class Plan:
         )
         return self._clips(own).reshape(accumulate, -1)
 
-    def check_cut(self, world: int, accumulate: int) -> None:
-        """Raise ``PlanError`` unless each micro-batch of each rank can hold whole groups."""
-        group = self.ratio.group
+    def check_cut(self, world: int, accumulate: int, group: int | None = None) -> None:
+        """Raise ``PlanError`` unless each micro-batch of each rank can hold whole groups.
+
+        Args:
+            group: clips that must stay together, a multiple of the ratio's group; None for that.
+        """
+        group = group or self.ratio.group
         if self.batch % (world * accumulate * group):
             raise PlanError(
                 f"plan.batch {self.batch} cannot be cut into {world} processes x {accumulate} "
-                f"accumulation steps with {self.ratio_text} in each",
+                f"accumulation steps with {self.group_text(group)} in each",
                 fix=f"Use a multiple of {world * accumulate * group}.",
             )
 
