@@ -36,7 +36,8 @@ LEVELS = [
     {"distributed"},
     {"checkpoint"},
     {"run"},
-    {"training", "evaluation", "doctor", "sweep"},
+    {"training", "evaluation", "doctor"},
+    {"sweep"},
     {"cli"},
     {"__main__"},
 ]
@@ -54,9 +55,9 @@ NEVER = {
     "data": {"models"},
     "distributed": {"data"},
     "checkpoint": {"data", "models"},
-    "evaluation": {"doctor", "sweep"},
-    "training": {"evaluation", "doctor", "sweep"},
-    "doctor": {"training", "evaluation", "sweep"},
+    "evaluation": {"doctor"},
+    "training": {"evaluation", "doctor"},
+    "doctor": {"training", "evaluation"},
     "sweep": {"doctor"},
 }
 MODULES = {

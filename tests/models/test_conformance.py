@@ -1,13 +1,14 @@
 """What every model of the registry must do, by name.
 
-The models that are small or stand for a family run in every test run, the others in the slow one.
+The models that are small or stand for a family run in every test run, the others in `make soak`.
 Widths are reduced where the constructor allows it, but for the numbers of parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ from dist_train.models.trunk import Trunk
 
 import_timm()
 
-FRAMES = ("frames-lstm", "frames-cnn1d", "frames-transformer", "frames-attention", "frames-mean")
-#: One of each family and kind of block.
+#: One of each family, and two that read frames: by convolutions and by attention.
 FAST = (
-    *("resnet3d-10", "resnet3d-50", "r2plus1d-18", "x3d-s", "mobilenet3d", "convnext3d-tiny"),
-    *FRAMES,
+    *("resnet3d-10", "r2plus1d-18", "x3d-s", "mobilenet3d", "convnext3d-tiny"),
+    *("frames-cnn1d", "frames-transformer"),
 )
+#: One with each kind of block or reader, for what a new one may break.
+BLOCKS = (*FAST, "resnet3d-50", "frames-lstm", "frames-attention", "frames-mean")
 #: Arguments that make a model small, by the beginning of its name.
 SMALL: dict[str, dict[str, Any]] = {
     "resnet3d": {"width": 4},
@@ -46,8 +48,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "densenet3d": {},
     "frames": {"encoder": "test_resnet", "hidden": 32},
 }
-SIZE = 32
-DEPTHS = [3, 11, 8]
 
 
 def of(names: Iterable[str], fast: tuple[str, ...] = FAST) -> list[Any]:
@@ -59,9 +59,20 @@ def able(ability: Ability, names: Iterable[str] = MODELS) -> list[str]:
 
 
 every_model = pytest.mark.parametrize("name", of(MODELS))
+every_block = pytest.mark.parametrize("name", of(MODELS, BLOCKS))
 #: For what takes long: a network of another depth has the same blocks.
-OF_3D = (*(name for name in FAST if name not in FRAMES), "densenet3d-121")
+OF_3D = (*(name for name in BLOCKS if not name.startswith("frames")), "densenet3d-121")
 FAMILIES = (*OF_3D, "frames-cnn1d", "frames-transformer")
+
+
+def size_of(name: str) -> int:
+    """Height and width of clips: ConvNeXt and DenseNet divide them by 32 without a border, and
+    deep networks amplify the rounding of few voxels."""
+    return 16 if name in BLOCKS and name != "convnext3d-tiny" else 32
+
+
+def depths_of(name: str) -> list[int]:
+    return [3, 7, 5] if name in BLOCKS else [3, 11, 8]
 
 
 def small(name: str, **settings: Any) -> nn.Module:
@@ -79,13 +90,36 @@ def small(name: str, **settings: Any) -> nn.Module:
     return model
 
 
-def clips_of(depths: list[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(1)
-    return [torch.rand(1, n, SIZE, SIZE, dtype=dtype, generator=draw) for n in depths]
+@cache
+def evaluated(name: str, in_channels: int = 1, outputs: int = 1) -> nn.Module:
+    """A small model in eval mode and float64, which no test changes."""
+    return small(name, in_channels=in_channels, outputs=outputs).eval().double()
+
+
+@contextmanager
+def fresh_pass(model: nn.Module) -> Iterator[None]:
+    """Begins without gradients, and gives the buffers back what they had."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    model.zero_grad()
+    yield
+    for buffer, value in zip(model.buffers(), before, strict=True):
+        buffer.copy_(value)
+
+
+def clips_of(
+    name: str,
+    depths: list[int],
+    dtype: torch.dtype = torch.float32,
+    channels: int = 1,
+    size: int | None = None,
+) -> list[Tensor]:
+    draw, size = torch.Generator().manual_seed(1), size or size_of(name)
+    return [torch.rand(channels, n, size, size, dtype=dtype, generator=draw) for n in depths]
 
 
 def padded(clips: list[Tensor], depth: int, fill: float) -> tuple[Tensor, Tensor]:
-    batch = clips[0].new_full((len(clips), 1, depth, SIZE, SIZE), fill)
+    channels, _, height, width = clips[0].shape
+    batch = clips[0].new_full((len(clips), channels, depth, height, width), fill)
     for row, clip in zip(batch, clips, strict=True):
         row[:, : clip.shape[1]] = clip
     return batch, torch.tensor([clip.shape[1] for clip in clips])
@@ -137,7 +171,7 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", of(MODELS, tuple(PARAMETERS.keys() - {"densenet3d-121"})))
+@pytest.mark.parametrize("name", of(PARAMETERS, (*BLOCKS, "resnet3d-101", "r2plus1d-50")))
 def test_it_has_the_parameters_of_its_paper(name: str) -> None:
     with torch.device("meta"):
         model = build_model(name, in_channels=3, outputs=400)
@@ -152,41 +186,45 @@ def test_splitting_convolutions_keeps_their_weights() -> None:
 @every_model
 @torch.no_grad()
 def test_logits_are_one_number_a_clip_or_a_row(name: str) -> None:
-    two_channels = torch.rand(2, 2, 5, SIZE, SIZE)
-    assert small(name, in_channels=2).eval()(two_channels).shape == (2,)
-    assert small(name, in_channels=2, outputs=3).eval()(two_channels, None).shape == (2, 3)
+    clips = torch.rand(2, 2, 5, size_of(name), size_of(name), dtype=torch.float64)
+    assert evaluated(name)(clips[:, :1]).shape == (2,)
+    assert evaluated(name, 2, 3)(clips, None).shape == (2, 3)
 
 
 # Padding.
 
 
-@every_model
+@every_block
 @torch.no_grad()
 def test_padding_never_changes_a_prediction(name: str) -> None:
-    model = small(name).eval().double()
-    clips = clips_of(DEPTHS, torch.float64)
+    model = evaluated(name)
+    clips = clips_of(name, depths_of(name), torch.float64)
     alone = torch.cat([model(clip[None]) for clip in clips])
     # Else nothing would be compared.
     assert alone.std() > 1e-6
-    for depth, fill in ((11, 0.0), (14, float("nan"))):
+    deepest = max(depths_of(name))
+    for depth, fill in ((deepest, 0.0), (deepest + 3, float("nan"))):
         torch.testing.assert_close(model(*padded(clips, depth, fill)), alone, rtol=1e-9, atol=1e-9)
 
 
-@every_model
+@every_block
 def test_training_on_padded_clips_is_training_on_the_clips(name: str) -> None:
     """And a gradient reaches every parameter. In float64, as few voxels amplify rounding."""
     results: list[list[Tensor]] = []
-    for depth, fill in ((11, 0.0), (16, 3.0)):
-        model = small(name).double()
+    model, clips = small(name).double(), clips_of(name, depths_of(name), torch.float64)
+    deepest = max(depths_of(name))
+    for depth, fill in ((deepest, 0.0), (deepest + 5, 3.0)):
         torch.manual_seed(2)
-        loss = model(*padded(clips_of(DEPTHS, torch.float64), depth, fill)).square().sum()
-        loss.backward()
+        with fresh_pass(model):
+            loss = model(*padded(clips, depth, fill)).square().sum()
+            loss.backward()
+            buffers = [buffer.clone() for buffer in model.buffers()]
         for parameter_name, parameter in model.named_parameters():
             assert parameter.grad is not None, parameter_name
             assert parameter.grad.isfinite().all(), parameter_name
             assert parameter.grad.any(), parameter_name
         grads = [parameter.grad for parameter in model.parameters()]
-        results.append([loss.detach(), *grads, *model.buffers()])  # type: ignore[list-item]
+        results.append([loss.detach(), *grads, *buffers])  # type: ignore[list-item]
     for value, expected in zip(*results, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6 * float(results[0][0]))
 
@@ -196,10 +234,12 @@ def test_training_on_padded_clips_is_training_on_the_clips(name: str) -> None:
 
 @pytest.mark.parametrize("name", of(FAMILIES))
 def test_bfloat16_is_finite_and_near_float32(name: str) -> None:
-    """Deep enough for oneDNN, see test_recompute.py. Gradients of fewer bits point the same way, in
-    networks that are not so deep that random weights amplify the rounding of each layer."""
+    """Clips are large enough for oneDNN, see test_recompute.py. Gradients of fewer bits point the
+    same way, in networks that are not so deep that random weights amplify the rounding of each
+    layer."""
     model = small(name).eval()
-    clips, frames = padded(clips_of([20, 33]), 33, 0.0)
+    deepest = 2 * getattr(model, "frame_stride", 16) + 3
+    clips, frames = padded(clips_of(name, [deepest // 2, deepest], size=32), deepest, 0.0)
     results = []
     for is_half in (False, True):
         model.zero_grad()
@@ -241,22 +281,25 @@ def test_every_operation_is_channels_last(name: str) -> None:
 # Recomputing.
 
 
-def trained(model: nn.Module, mode: Recompute) -> list[Tensor]:
+def trained(model: Trunk, name: str, mode: Recompute) -> list[Tensor]:
     """Loss, gradients, buffers and the random state after a training pass."""
-    assert isinstance(model, Trunk)
     model.recompute = mode  # type: ignore[assignment]
     torch.manual_seed(2)
-    loss = model(*padded(clips_of([9, 20]), 20, 0.0)).square().mean()
-    loss.backward()
+    with fresh_pass(model):
+        loss = model(*padded(clips_of(name, [4, 7]), 7, 0.0)).square().mean()
+        loss.backward()
+        buffers = [buffer.clone() for buffer in model.buffers()]
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    return [loss.detach(), *grads, *model.buffers(), torch.get_rng_state()]
+    return [loss.detach(), *grads, *buffers, torch.get_rng_state()]
 
 
 @pytest.mark.parametrize("name", of(able("recompute")))
 def test_recomputing_changes_no_bit(name: str) -> None:
-    plain = trained(small(name), "none")
+    model = small(name)
+    assert isinstance(model, Trunk)
+    plain = trained(model, name, "none")
     for mode in MODES[1:]:
-        for value, expected in zip(trained(small(name), mode), plain, strict=True):
+        for value, expected in zip(trained(model, name, mode), plain, strict=True):
             assert torch.equal(value, expected), mode
 
 
@@ -287,12 +330,13 @@ def test_the_budget_is_what_a_step_takes(name: str) -> None:
 @every_model
 @torch.no_grad()
 def test_its_weights_come_back_from_a_file(name: str, tmp_path: Path) -> None:
-    model = small(name, outputs=2).eval()
+    model = evaluated(name, 2, 3)
     save_file(model.state_dict(), tmp_path / "weights")
     torch.manual_seed(7)
-    again = build_model(name, outputs=2, **SMALL[name.partition("-")[0]]).eval()
+    settings = SMALL[name.partition("-")[0]]
+    again = build_model(name, in_channels=2, outputs=3, **settings).eval().double()
     again.load_state_dict(load_file(tmp_path / "weights"))
-    batch = padded(clips_of([5, 6]), 6, 0.0)
+    batch = padded(clips_of(name, [5, 6], torch.float64, channels=2), 6, 0.0)
     assert torch.equal(again(*batch), model(*batch))
 
 
@@ -302,9 +346,10 @@ def test_its_weights_come_back_from_a_file(name: str, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_onnx_gives_the_same_logits(name: str) -> None:
     model = small(name).eval()
-    session = onnxruntime.InferenceSession(onnx_bytes([model], (1, SIZE, SIZE), {}))
+    size = size_of(name)
+    session = onnxruntime.InferenceSession(onnx_bytes([model], (1, size, size), {}))
     for depths in ([7], [3, 19, 12]):
-        clips, frames = padded(clips_of(depths), max(depths), 0.0)
+        clips, frames = padded(clips_of(name, depths), max(depths), 0.0)
         inputs = {"volumes": clips.numpy(), "frames": frames.numpy()}
         (logits,) = session.run(["logits"], inputs)
         np.testing.assert_allclose(logits[:, 0], model(clips, frames), rtol=1e-4, atol=1e-4)

@@ -23,8 +23,12 @@ from torch import Tensor, nn
 from dist_train.errors import ModelError
 from dist_train.models.layouts import hara, hara_2018, imagenet, layouts, torchvision_video
 from dist_train.models.layouts import transferred as moved
+from dist_train.models.r2plus1d import R2Plus1D
 from dist_train.models.resnet3d import ResNet3D
 from dist_train.models.transfer import RGB, Given, Normalised, Transfer
+
+import_timm()
+import timm  # noqa: E402
 
 GREY = ("grey",)
 REPEATS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
@@ -292,8 +296,7 @@ def test_r2plus1d_of_torchvision(randomise_norms: Any, channels: tuple[str, ...]
     given = Given(dict(net.state_dict()))
     with pytest.raises(ModelError, match=r"Set model.name=r2plus1d-18\."):
         moved(given, ResNet3D(18, width=8), channels)
-    network = pytest.importorskip("dist_train.models.r2plus1d").R2Plus1D
-    model = network(18, width=8, in_channels=len(channels)).double().eval()
+    model = R2Plus1D(18, width=8, in_channels=len(channels)).double().eval()
     name, move = moved(given, model, channels)
     model.load_state_dict(move.state)
     assert name == "torchvision_r2plus1d"
@@ -419,8 +422,7 @@ def test_other_models_and_layouts_are_refused(original: Any) -> None:
 
 
 def test_files_of_timm_are_2d_resnets() -> None:
-    import_timm()
-    net = pytest.importorskip("timm").create_model("resnet18")
+    net = timm.create_model("resnet18")
     name, move = moved(Given(net.state_dict()), ResNet3D(18), GREY)
     assert name == "imagenet"
     assert len([row for row in move.rows if row.how == "left out"]) == 2
