@@ -14,35 +14,37 @@ from launcher import Launcher
 from run_files import DROPOUT, assert_same, sessions_of
 
 KINDS: list[tuple[type[Fault], dict[str, Any]]] = [
-    *([(Signal, {"number": signal.SIGKILL})] * 3),
+    (Signal, {"number": signal.SIGKILL}),
     (Signal, {"number": signal.SIGTERM, "to_launcher": True}),
     (Signal, {"number": signal.SIGINT}),
-    *([(NotANumber, {})] * 2),
+    (NotANumber, {}),
     (Torn, {}),
     (Hang, {}),
     (ClockJump, {"hours": 7.0}),
 ]
-EPOCHS = 7
-STEPS = STEPS_PER_EPOCH * EPOCHS
 
 
-def random_faults(seed: int) -> list[Fault]:
-    """One of each entry of ``KINDS``, at a random rank and step."""
+def random_faults(seed: int, rounds: int, steps: int) -> list[Fault]:
+    """One of each entry of ``KINDS`` in each round, at a random rank and step."""
     rng = random.Random(seed)
     faults = []
-    for number, (kind, settings) in enumerate(KINDS):
+    for number, (kind, settings) in enumerate(KINDS * rounds):
         # The run survives a torn checkpoint only when there are two.
-        step = rng.randrange(16 if kind is Torn else 1, STEPS)
+        step = rng.randrange(16 if kind is Torn else 1, steps)
         faults.append(kind(rng.randrange(2), step, f"{number}", **settings))
     return faults
 
 
 @pytest.mark.timeout(900)
-def test_random_faults(launcher: Launcher, store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rounds", "epochs"), [(1, 4), pytest.param(2, 7, marks=pytest.mark.soak)])
+def test_random_faults(
+    launcher: Launcher, store: Path, tmp_path: Path, rounds: int, epochs: int
+) -> None:
     straight, out, struck = (tmp_path / name for name in ("straight", "run", "struck"))
-    longer = (DROPOUT, f"train.epochs={EPOCHS}", f"snapshots.at=[{EPOCHS}]")
+    steps = STEPS_PER_EPOCH * epochs
+    longer = (DROPOUT, f"train.epochs={epochs}", f"snapshots.at=[{epochs}]")
     launcher.run(2, overrides(store, straight, *longer)).well()
-    faults = random_faults(seed=4)
+    faults = random_faults(4, rounds, steps)
     settings = overrides(store, out, *longer, "checkpoint.keep_last=4", "train.hang_timeout=3")
     launchers = 0
     while True:
@@ -57,4 +59,4 @@ def test_random_faults(launcher: Launcher, store: Path, tmp_path: Path) -> None:
     to_launchers = sum(getattr(fault, "to_launcher", False) for fault in faults)
     assert launchers == 1 + to_launchers
     assert len(sessions_of(out)) > len(faults) // 2
-    assert_same(out, straight, STEPS)
+    assert_same(out, straight, steps)
