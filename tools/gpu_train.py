@@ -1,4 +1,4 @@
-"""A run by the command line: trained, killed, resumed and predicted; by torchrun too."""
+"""Runs by the command line and by torchrun: trained, killed and resumed; one is predicted too."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def steps(record: Record) -> dict[str, Callable[[Record], None]]:
         found |= {
             f"{name}, killed": partial(killed, launcher),
             f"{name}, resumed": partial(resumed, launcher),
-            f"{name}, predicted": predicted,
         }
+        if launcher is DIST_TRAIN:
+            found[f"{name}, predicted"] = predicted
     return found
 
 

@@ -38,7 +38,9 @@ def alone(store: Path, trained: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("backend", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize(
+    "backend", ["ddp", pytest.param("zero1", marks=pytest.mark.soak), "zero2", "zero3", "fsdp2"]
+)
 def test_each_backend_trains_the_same_and_resumes_exactly(
     backend: str, alone: Path, store: Path, trained: Path, launcher: Launcher, tmp_path: Path
 ) -> None:

@@ -19,12 +19,13 @@ pytestmark = pytest.mark.slow
 TRAINED = SUPPORT / "trained.py"
 #: Rates at which a step moves the weights about as far as in the golden run.
 RATES = {"sgd": "optim.lr=1e-3", "lamb": "optim.lr=1e-4"}
+#: A DDP process holds all moments, as one process alone does.
 CASES = [
-    ("sgd", "ddp"),
+    pytest.param("sgd", "ddp", marks=pytest.mark.soak),
     ("sgd", "zero2"),
     ("sgd", "zero3"),
     ("sgd", "fsdp2"),
-    ("lamb", "ddp"),
+    pytest.param("lamb", "ddp", marks=pytest.mark.soak),
     ("lamb", "fsdp2"),
 ]
 

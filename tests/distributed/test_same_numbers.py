@@ -125,7 +125,11 @@ def test_golden_losses(one: dict[int, Path]) -> None:
     assert compared.first is None, compared.worst
 
 
-@pytest.mark.parametrize("launch", [Launch(2, "zero3"), Launch(2, "fsdp2")], ids=str)
+@pytest.mark.parametrize(
+    "launch",
+    [Launch(2, "zero3"), pytest.param(Launch(2, "fsdp2"), marks=pytest.mark.soak)],
+    ids=str,
+)
 def test_losses_of_mixed_clips_and_a_teacher(
     golden: Path, one: dict[int, Path], launcher: Launcher, launch: Launch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,19 @@ import torch
 from helpers import fails, said
 from safetensors.torch import load_file
 from targets import SETTINGS, target_config, target_store
+from torch import nn
 
 from dist_train.data.store.reader import Store
 from dist_train.evaluation import target_evaluation
 from dist_train.evaluation.exported import load_exported
+from dist_train.evaluation.onnx_model import onnx_bytes
 from dist_train.evaluation.predict import find_snapshots
 from dist_train.evaluation.prediction_table import read_predictions
 from dist_train.evaluation.target_table import VALUE, scores_of, target_of_table
 from dist_train.run.data import open_run_data
 from dist_train.run.model import make_model, target_of
 from dist_train.run.record import open_run
+from dist_train.targets import Target
 from dist_train.training.train import train
 
 pytestmark = pytest.mark.slow
@@ -91,31 +95,73 @@ def test_the_page_has_the_figures_of_the_kind(run: Path) -> None:
     assert "MCC at 0.5" not in page
 
 
-def test_a_file_alone_gives_the_predictions(run: Path, tmp_path: Path) -> None:
-    """By ``load_exported`` and by ONNX, clip by clip."""
-    out, graph = tmp_path / "model.safetensors", tmp_path / "model.onnx"
-    said("export", run, "--out", out, "--onnx", graph)
-    model, store, table = load_exported(out), Store(open_run(run).store), table_of(run)
-    assert model.target == target_of(open_run(run).target)
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-    name = "value" if model.target.kind == "regression" else "probability"
+def some_clips(run: Path) -> Iterator[tuple[str, torch.Tensor, np.ndarray]]:
+    """Keys, clips [1, 1, D, H, W], and what predictions.csv has for them."""
+    store, table = Store(open_run(run).store), table_of(run)
     for key, expected in list(zip(table.index, raw_of(table), strict=True))[::4]:
         volumes = torch.from_numpy(store.read(store.clip_of(key)).copy())[None, None]
+        yield key, volumes, expected
+
+
+def by_onnx(graph: Path | bytes, target: Target, volumes: torch.Tensor) -> np.ndarray:
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    name = "value" if target.kind == "regression" else "probability"
+    inputs = {"volumes": volumes.numpy(), "frames": np.full(len(volumes), volumes.shape[2])}
+    (found,) = session.run([name], inputs)
+    assert found.dtype == np.float32
+    return found
+
+
+def test_a_file_alone_gives_the_predictions(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.safetensors"
+    said("export", run, "--out", out)
+    model, table = load_exported(out), table_of(run)
+    assert model.target == target_of(open_run(run).target)
+    for key, volumes, expected in some_clips(run):
         found = model.probability(volumes)
         np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-6)
-        inputs = {
-            "volumes": volumes.float().numpy() / 255,
-            "frames": np.array([volumes.shape[2]]),
-        }
-        (by_onnx,) = session.run([name], inputs)
-        assert by_onnx.dtype == np.float32
-        np.testing.assert_allclose(by_onnx[0], expected, rtol=1e-3, atol=1e-5)
-        if name == "probability":
+        if model.target.kind != "regression":
             columns = [f"calibrated:{c}" for c in model.target.classes]
             np.testing.assert_allclose(
                 model.calibrated(found)[0], table.loc[key, columns].astype(float), rtol=1e-3,
                 atol=1e-6,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "run",
+    [pytest.param(kind, marks=() if kind == "ordinal" else pytest.mark.soak) for kind in KINDS],
+    indirect=True,
+)
+def test_an_onnx_file_alone_gives_the_predictions(run: Path, tmp_path: Path) -> None:
+    graph = tmp_path / "model.onnx"
+    said("export", run, "--out", tmp_path / "model.safetensors", "--onnx", graph)
+    for _, volumes, expected in some_clips(run):
+        found = by_onnx(graph, target_of(open_run(run).target), volumes.float() / 255)
+        np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-5)
+
+
+class Brightness(nn.Module):
+    """As small as a network can be."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, outputs)
+
+    def forward(self, volumes: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+        sums = volumes.mean(dim=(1, 3, 4)).sum(dim=1, keepdim=True)
+        return self.head(10 * sums / frames[:, None])
+
+
+def test_onnx_has_the_scores_of_each_kind(run: Path) -> None:
+    target = target_of(open_run(run).target)
+    models = [Brightness(target.outputs) for _ in range(2)]
+    volumes = torch.rand(3, 1, 5, 4, 4)
+    with torch.no_grad():
+        logits = [model(volumes, torch.full((3,), 5)).double().numpy() for model in models]
+    expected = np.mean([target.scores(each) for each in logits], axis=0)
+    found = by_onnx(onnx_bytes(models, (1, 4, 4), {}, target), target, volumes)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_another_store_is_predicted_with_or_without_labels(run: Path, tmp_path: Path) -> None:

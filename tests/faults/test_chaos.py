@@ -13,7 +13,8 @@ from helpers import STEPS_PER_EPOCH, overrides
 from launcher import Launcher
 from run_files import DROPOUT, assert_same, sessions_of
 
-KINDS: list[tuple[type[Fault], dict[str, Any]]] = [
+Kinds = list[tuple[type[Fault], dict[str, Any]]]
+KINDS: Kinds = [
     *([(Signal, {"number": signal.SIGKILL})] * 3),
     (Signal, {"number": signal.SIGTERM, "to_launcher": True}),
     (Signal, {"number": signal.SIGINT}),
@@ -22,27 +23,35 @@ KINDS: list[tuple[type[Fault], dict[str, Any]]] = [
     (Hang, {}),
     (ClockJump, {"hours": 7.0}),
 ]
-EPOCHS = 7
-STEPS = STEPS_PER_EPOCH * EPOCHS
+ONE_OF_EACH = [KINDS[0], *KINDS[3:6], *KINDS[7:]]
 
 
-def random_faults(seed: int) -> list[Fault]:
-    """One of each entry of ``KINDS``, at a random rank and step."""
+def random_faults(seed: int, kinds: Kinds, steps: int) -> list[Fault]:
+    """One of each entry of ``kinds``, at a random rank and step."""
     rng = random.Random(seed)
     faults = []
-    for number, (kind, settings) in enumerate(KINDS):
+    for number, (kind, settings) in enumerate(kinds):
         # The run survives a torn checkpoint only when there are two.
-        step = rng.randrange(16 if kind is Torn else 1, STEPS)
+        step = rng.randrange(16 if kind is Torn else 1, steps)
         faults.append(kind(rng.randrange(2), step, f"{number}", **settings))
     return faults
 
 
 @pytest.mark.timeout(900)
-def test_random_faults(launcher: Launcher, store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "epochs", "seed"),
+    # Of this seed no two of them strike at one step.
+    [(ONE_OF_EACH, 4, 16), pytest.param(KINDS, 7, 4, marks=pytest.mark.soak)],
+    ids=["one of each", "all"],
+)
+def test_random_faults(
+    launcher: Launcher, store: Path, tmp_path: Path, kinds: Kinds, epochs: int, seed: int
+) -> None:
     straight, out, struck = (tmp_path / name for name in ("straight", "run", "struck"))
-    longer = (DROPOUT, f"train.epochs={EPOCHS}", f"snapshots.at=[{EPOCHS}]")
+    steps = STEPS_PER_EPOCH * epochs
+    longer = (DROPOUT, f"train.epochs={epochs}", f"snapshots.at=[{epochs}]")
     launcher.run(2, overrides(store, straight, *longer)).well()
-    faults = random_faults(seed=4)
+    faults = random_faults(seed, kinds, steps)
     settings = overrides(store, out, *longer, "checkpoint.keep_last=4", "train.hang_timeout=3")
     launchers = 0
     while True:
@@ -57,4 +66,4 @@ def test_random_faults(launcher: Launcher, store: Path, tmp_path: Path) -> None:
     to_launchers = sum(getattr(fault, "to_launcher", False) for fault in faults)
     assert launchers == 1 + to_launchers
     assert len(sessions_of(out)) > len(faults) // 2
-    assert_same(out, straight, STEPS)
+    assert_same(out, straight, steps)

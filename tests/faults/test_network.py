@@ -10,21 +10,15 @@ from faults import Runs
 from helpers import overrides
 from launcher import Launcher
 from run_files import DROPOUT, assert_same, sessions_of
-from test_disk_full import UNSHARE
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def host() -> Iterator[Launcher]:
+@pytest.fixture(scope="module")
+def host(launcher: Launcher) -> Iterator[Launcher]:
     """A launcher on a network of its own, which it may join others to."""
-    alone = [*UNSHARE, "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
-    try:
-        with Launcher(alone) as launcher:
-            launcher.ask({"wait": [], "seconds": 0})
-            yield launcher
-    except ValueError:
-        pytest.skip("no network of one's own is allowed here")
+    with launcher.within("ip link set lo up", network=True) as (inner, _):
+        yield inner
 
 
 def test_a_cut_cable_ends_both_and_they_go_on_when_it_is_mended(

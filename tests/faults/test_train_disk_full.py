@@ -10,22 +10,19 @@ from faults import Runs
 from helpers import overrides
 from launcher import Launcher
 from run_files import DROPOUT, assert_same, checkpoints_of, sessions_of
-from test_disk_full import UNSHARE
 
 from dist_train.config import last_of_each
 
 
 @pytest.fixture(scope="module")
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Launcher, Path]]:
-    """A launcher that sees a small disk, and the folder where it does."""
+def disk(
+    launcher: Launcher, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Launcher, Path, Path]]:
+    """A launcher that sees a small disk, the folder where it does, and the same folder as it is
+    seen from here."""
     folder = tmp_path_factory.mktemp("disk")
-    mount = 'mount -t tmpfs -o size=8m tmpfs "$0" && exec "$@"'
-    try:
-        with Launcher([*UNSHARE, "sh", "-c", mount, str(folder)]) as launcher:
-            launcher.ask({"wait": [], "seconds": 0})
-            yield launcher, folder
-    except ValueError:
-        pytest.skip("no mount of one's own is allowed here")
+    with launcher.within(f"mount -t tmpfs -o size=8m tmpfs {folder}") as (inner, pid):
+        yield inner, folder, Path(f"/proc/{pid}/root{folder}")
 
 
 def filled(run: Path, step: int) -> Runs:
@@ -37,16 +34,11 @@ def emptied(run: Path, step: int) -> Runs:
     return Runs(0, step, f"empty{step}", command=f"rm {run}/filler")
 
 
-def as_seen(launcher: Launcher, path: Path) -> Path:
-    """A path in the launcher's own file system, from outside of it."""
-    return Path(f"/proc/{launcher.pid}/root{path}")
-
-
 def test_a_run_goes_on_over_a_checkpoint_that_cannot_be_written(
-    disk: tuple[Launcher, Path], store: Path, straight: Path
+    disk: tuple[Launcher, Path, Path], store: Path, straight: Path
 ) -> None:
     """Full from step 5 to 11: checkpoint 8 fails. In the end nothing is missing but curves."""
-    launcher, folder = disk
+    launcher, folder, seen = disk
     out = folder / "on"
     faults = [filled(out, 5), emptied(out, 11)]
     group = launcher.run(2, overrides(store, out, DROPOUT), faults=faults)
@@ -56,14 +48,14 @@ def test_a_run_goes_on_over_a_checkpoint_that_cannot_be_written(
     assert "this is number 1" in group.said(0)
     assert group.said(0).count("TensorBoard gets nothing more") == 1
     assert "Traceback" not in group.said()
-    assert_same(as_seen(launcher, out), straight, tensorboard=False)
-    assert checkpoints_of(as_seen(launcher, out)) == [16, 18]
+    assert_same(seen / "on", straight, tensorboard=False)
+    assert checkpoints_of(seen / "on") == [16, 18]
 
 
 def test_after_too_many_failures_it_ends_and_goes_on_when_there_is_room(
-    disk: tuple[Launcher, Path], store: Path, straight: Path
+    disk: tuple[Launcher, Path, Path], store: Path, straight: Path
 ) -> None:
-    launcher, folder = disk
+    launcher, folder, seen = disk
     out = folder / "ends"
     settings = overrides(store, out, DROPOUT, "checkpoint.max_failures=1")
     group = launcher.run(
@@ -76,8 +68,8 @@ def test_after_too_many_failures_it_ends_and_goes_on_when_there_is_room(
     (message,) = [line for line in group.said(0).splitlines() if line.startswith("error")]
     assert "No space left on device" in message
     assert "Traceback" not in group.said()
-    assert checkpoints_of(as_seen(launcher, out)) == [2, 4]
-    (as_seen(launcher, out) / "filler").unlink()
+    assert checkpoints_of(seen / "ends") == [2, 4]
+    (seen / "ends" / "filler").unlink()
     launcher.run(2, settings, resume=True).well()
-    assert_same(as_seen(launcher, out), straight)
-    assert [step for _, step in sessions_of(as_seen(launcher, out))] == [None, 4]
+    assert_same(seen / "ends", straight)
+    assert [step for _, step in sessions_of(seen / "ends")] == [None, 4]

@@ -197,9 +197,12 @@ def fuzz(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
-def test_a_harmed_file_is_told_or_does_no_harm_to_a_judgement(run: Path, tmp_path: Path) -> None:
-    fuzz(run, tmp_path, JUDGED, 60, lambda copy, name: judge(copy, run, name))
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("edits", [26, pytest.param(104, marks=pytest.mark.soak)])
+def test_a_harmed_file_is_told_or_does_no_harm_to_a_judgement(
+    run: Path, tmp_path: Path, edits: int
+) -> None:
+    fuzz(run, tmp_path, JUDGED, edits, lambda copy, name: judge(copy, run, name))
 
 
 def resume(copy: Path, whole: Path) -> None:
@@ -218,13 +221,14 @@ def resume(copy: Path, whole: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("edits", [13, pytest.param(91, marks=pytest.mark.soak)])
 def test_a_harmed_file_is_told_or_does_no_harm_to_a_resumption(
-    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, edits: int
 ) -> None:
     caplog.set_level(logging.CRITICAL)
     left = Path(shutil.copytree(run, tmp_path / "left"))
     shutil.rmtree(left / "checkpoints" / f"step-{STEPS}")
-    fuzz(left, tmp_path, RESUMED, 28, lambda copy, name: resume(copy, run))
+    fuzz(left, tmp_path, RESUMED, edits, lambda copy, name: resume(copy, run))
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
+import pytest
 from faults import Fault, as_json
 from helpers import ROOT, environment, free_port
 
@@ -80,31 +82,47 @@ class Group:
 
 
 class Launcher:
-    """Client of one server, used by all tests of a session.
-
-    Args:
-        around: a command that starts the server, such as one that makes a namespace.
-    """
-
-    def __init__(self, around: Sequence[str] = ()) -> None:
-        self._around = around
+    """Client of one server, used by all tests of a session."""
 
     def __enter__(self) -> Launcher:
         self._folder = TemporaryDirectory(prefix="faults-")
         self._process = subprocess.Popen(
-            [*self._around, sys.executable, "-u", str(HERE / "warm.py")],
+            [sys.executable, "-u", str(HERE / "warm.py")],
             env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path])),
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+        self._requests, self._answers = self._process.stdin, self._process.stdout
         self._number = 0
         return self
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+    @contextmanager
+    def within(self, *commands: str, network: bool = False) -> Iterator[tuple[Launcher, int]]:
+        """A launcher, and its server's id, with mounts of its own, as shell commands make them.
+
+        Args:
+            network: it has a network of its own, too, which it may join others to.
+        """
+        inner = Launcher()
+        with TemporaryDirectory(prefix="faults-") as folder, socket.socket(socket.AF_UNIX) as told:
+            told.bind(f"{folder}/socket")
+            told.listen()
+            request = {"within": commands, "network": network, "socket": f"{folder}/socket"}
+            pid = self.ask(request)
+            told.settimeout(30)
+            with told.accept()[0] as server:
+                inner._requests, inner._answers = server.makefile("w"), server.makefile("r")
+                inner._folder, inner._number = self._folder, 10**6 * pid
+                try:
+                    inner.ask({"wait": [], "seconds": 0})
+                except (ValueError, OSError):
+                    pytest.skip("no namespace of one's own is allowed here")
+                yield inner, pid
+                inner._requests.close()
+                inner._answers.close()
+        assert self.ask({"wait": [pid], "seconds": 30}) == {str(pid): 0}
 
     def __exit__(self, *_: object) -> None:
         self._process.stdin.close()
@@ -113,9 +131,9 @@ class Launcher:
         self._folder.cleanup()
 
     def ask(self, request: dict[str, Any]) -> Any:
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        self._requests.write(json.dumps(request) + "\n")
+        self._requests.flush()
+        return json.loads(self._answers.readline())
 
     def run(
         self,

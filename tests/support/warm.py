@@ -10,6 +10,9 @@ Requests are lines of JSON on standard input; each is answered by one line on st
   network of its own; ``"elastic": {...}`` are options by which launch/elastic.py starts ``argv``.
 - ``{"wait": [pid, ...], "seconds": s}``: answers with the exit codes of those that ended within
   ``s`` seconds, negative for a signal.
+- ``{"within": [command, ...], "network": bool, "socket": path}``: forks a server with mounts, and
+  perhaps a network, of its own, made by shell commands; answers with its id. It takes requests at
+  the socket, and does not answer there if the system does not allow it.
 """
 
 from __future__ import annotations
@@ -19,14 +22,16 @@ import ctypes
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 # DeepSpeed chooses its device when it is first imported.
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -54,6 +59,9 @@ with warnings.catch_warnings():
 sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
 import elastic
 
+#: CLONE_NEWNS, CLONE_NEWUSER and CLONE_NEWNET of sched.h.
+NEW_MOUNTS, NEW_USER, NEW_NETWORK = 0x00020000, 0x10000000, 0x40000000
+
 
 def become(argv: list[str]) -> None:
     """``python argv...``, in this process."""
@@ -77,11 +85,15 @@ def launch(options: dict[str, Any], argv: list[str]) -> int:
     return elastic.run(lambda: elastic_launch(config, become_worker)(argv))
 
 
+def forked() -> int:
+    """``os.fork``. A thread, and the locks that it holds, would be lost in the child."""
+    assert len(list(Path("/proc/self/task").iterdir())) == 1
+    return os.fork()
+
+
 def started(process: dict[str, Any]) -> int:
     """Fork a process, whose output goes to its log; its id."""
-    # A thread, and the locks that it holds, would be lost in the child.
-    assert len(list(Path("/proc/self/task").iterdir())) == 1
-    pid = os.fork()
+    pid = forked()
     if pid:
         return pid
     code = 70
@@ -111,10 +123,35 @@ def started(process: dict[str, Any]) -> int:
         os._exit(code)
 
 
+def unshare(flags: int) -> None:
+    """As of Python 3.12 ``os`` has it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(flags):
+        raise OSError(ctypes.get_errno(), "unshare")
+
+
+def server_within(request: dict[str, Any]) -> int:
+    """Fork a server with mounts of its own; its id."""
+    pid = forked()
+    if pid:
+        return pid
+    with contextlib.suppress(BaseException), socket.socket(socket.AF_UNIX) as client:
+        client.connect(request["socket"])
+        user, group = os.getuid(), os.getgid()
+        unshare(NEW_USER | NEW_MOUNTS | (NEW_NETWORK if request["network"] else 0))
+        for name, text in (
+            ("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")
+        ):  # fmt: skip
+            Path("/proc/self", name).write_text(text)
+        for command in request["within"]:
+            subprocess.run(command, shell=True, check=True)
+        serve(client.makefile("r"), client.makefile("w"))
+    os._exit(0)
+
+
 def leave_network() -> None:
     """Move this process to a network of its own, joined to the server's by a pair of interfaces."""
-    new_network = 0x40000000  # CLONE_NEWNET of sched.h; os.unshare came with Python 3.12
-    assert ctypes.CDLL(None, use_errno=True).unshare(new_network) == 0, ctypes.get_errno()
+    unshare(NEW_NETWORK)
     there = f"nsenter --net=/proc/{os.getppid()}/ns/net"
     # The kernel may not yet have removed the interface of a process that has ended.
     subprocess.run(f"{there} ip link delete near".split(), stderr=subprocess.DEVNULL)
@@ -142,20 +179,21 @@ def ended(pids: list[int], seconds: float) -> dict[int, int]:
     return codes
 
 
-def main() -> None:
-    answer = os.fdopen(os.dup(1), "w")
-    for line in sys.stdin:
-        request = json.loads(line)
+def serve(requests: Iterable[str], answer: IO[str]) -> None:
+    for line in requests:
+        request, found = json.loads(line), None
         if "start" in request:
-            print(json.dumps([started(process) for process in request["start"]]), file=answer)
+            found = [started(process) for process in request["start"]]
+        elif "within" in request:
+            found = server_within(request)
         else:
             codes = ended(request["wait"], request["seconds"])
-            print(json.dumps({str(pid): code for pid, code in codes.items()}), file=answer)
-        answer.flush()
+            found = {str(pid): code for pid, code in codes.items()}
+        print(json.dumps(found), file=answer, flush=True)
 
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        main()
+        serve(sys.stdin, os.fdopen(os.dup(1), "w"))
     # A regular exit takes seconds, for all the imported modules.
     os._exit(0)

@@ -45,7 +45,12 @@ list(loader)
 """
 
 
-@pytest.mark.parametrize("script", [PREPARE, VERIFY, LOAD], ids=["prepare", "verify", "load"])
+@pytest.mark.parametrize(
+    "script",
+    # Verifying has the pool that preparing has.
+    [PREPARE, pytest.param(VERIFY, marks=pytest.mark.soak), LOAD],
+    ids=["prepare", "verify", "load"],
+)
 def test_a_script_without_a_guard(tmp_path: Path, script: str) -> None:
     for number in range(2):
         np.save(tmp_path / f"{number}.npy", np.full((4, 8, 8), number, np.uint8))

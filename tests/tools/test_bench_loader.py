@@ -68,7 +68,7 @@ def test_ours_and_plain_files(bench: Bench, resume: bool) -> None:
         assert found["clips_per_second"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_ours_from_a_distant_server(bench: Bench) -> None:
     how = {"latency": 0.001, "mb_s": 1000.0, "stream_mb_s": 1000.0}
     remote = RemoteBench(bench.folder, None, **how)

@@ -54,7 +54,8 @@ def test_plan(bench: Bench, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_table(bench: Bench, tmp_path: Path) -> None:
+def test_table(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench_table.PROCESSES", 1)
     summary = bench("bench_table", "--folder", tmp_path)["summary"]
     assert summary["worker_pickle_kb"] < 10
     assert summary["extra_mb_573k"] < summary["index_extra_mb_573k"]
@@ -87,11 +88,12 @@ def test_checkpoint_measures_every_kind_of_save_and_leaves_nothing(
 
 @pytest.mark.slow
 def test_models_are_counted_and_timed(bench: Bench) -> None:
-    result = bench("bench_models", "--models", "resnet3d-10,mobilenet3d,resnet3d-18")
+    result = bench("bench_models", "--models", "resnet3d-10,mobilenet3d")
     assert result["failed"] == {}
     rows = result["models"]
-    assert rows["resnet3d-18"]["flops"] > rows["resnet3d-10"]["flops"] > 1e8
-    assert rows["mobilenet3d"]["parameters"] < rows["resnet3d-10"]["parameters"]
+    assert rows["resnet3d-10"]["flops"] > 1e8
+    for figure in ("flops", "parameters"):
+        assert 0 < rows["mobilenet3d"][figure] < rows["resnet3d-10"][figure]
     for row in rows.values():
         # Weights and gradients alone.
         assert row["peak_bytes"] > 2 * 4 * row["parameters"]

@@ -15,7 +15,7 @@ from dist_train.data.store.reader import SHARDS, Store
 from dist_train.data.store.verify import verify
 from dist_train.data.synthetic.render import synthesize
 
-CLIPS, SHARDS_IN_ALL = 48, 24
+CLIPS, SHARDS_IN_ALL = 24, 12
 #: Ray takes 20 seconds to believe that a node is gone, unless told to look more often.
 HEALTH = {
     "health_check_initial_delay_ms": 1000,
