@@ -480,7 +480,7 @@ def check(
     store: StoreArgument,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="key=value of select, split and seed, as for 'train'."),
+        typer.Argument(help="key=value of target, select, split and seed, as for 'train'."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     json: Annotated[
@@ -730,26 +730,28 @@ def single_trial(
 @app.command()
 def baseline(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value of store, out, select, split and seed.")
+        list[str] | None,
+        typer.Argument(help="key=value of store, out, target, select, split and seed."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     model: Annotated[
         Literal["logistic", "boosting"],
-        typer.Option(help="Logistic regression, or gradient boosting of trees."),
+        typer.Option(help="Logistic (of values ridge) regression, or gradient boosting of trees."),
     ] = "logistic",
     columns: Annotated[
         str, typer.Option(help="Columns of the clips, separated by commas.")
     ] = "depth,height,width",
 ) -> None:
-    """Print how well sizes alone, without pixels, predict the classes."""
+    """Print how well sizes alone, without pixels, predict the target."""
     from dist_train.config import load_config
 
     settings = load_config(config, overrides or [])
     from dist_train.evaluation.baseline import baseline as fit_baseline
-    from dist_train.evaluation.evaluation_text import table
+    from dist_train.evaluation.target_text import tables
 
     names = [name.strip() for name in columns.split(",") if name.strip()]
-    console.print(table(fit_baseline(settings, model=model, columns=names)))
+    for table in tables(fit_baseline(settings, model=model, columns=names)):
+        console.print(table)
     _echo(f"predictions and evaluation in {settings.out}")
 
 

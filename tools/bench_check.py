@@ -125,7 +125,7 @@ def leaks(clips: int) -> dict[str, float]:
     say(f"leaks in {clips} clips")
     columns, label = drawn(0, clips)
     begin = time.process_time()
-    found = find_leaks(columns, label)
+    found = find_leaks(columns, {"": label})
     seconds = time.process_time() - begin
     return {"leaks_s": seconds, "leaks_clips": clips, "leaks_columns": len(found)}
 
@@ -139,8 +139,8 @@ def false_alarms(sets: int) -> dict[str, float]:
         columns, label = drawn(seed, SET)
         shuffled = np.random.default_rng(seed).permutation(label)
         for name, found in {
-            "apart": [leak for leak in find_leaks(columns, label) if leak.apart],
-            "mixed": find_leaks(columns.drop(columns="group"), shuffled),
+            "apart": [leak for leak in find_leaks(columns, {"": label}) if leak.apart],
+            "mixed": find_leaks(columns.drop(columns="group"), {"": shuffled}),
         }.items():
             tried[name] += len(found)
             false[name] += sum(leak.is_leak for leak in found)

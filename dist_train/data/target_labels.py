@@ -38,11 +38,13 @@ class TargetLabels:
         values: class codes, integer [clips], -1 for a clip that takes no part; or float32
             [clips, V], 0 and 1 or values in their own unit, NaN for a clip that takes no part.
         in_store: whether ``values`` are the store's own column of labels.
+        columns: of metadata, that ``values`` are made of.
     """
 
     target: Target
     values: Array
     in_store: bool = False
+    columns: tuple[str, ...] = ()
 
     @property
     def known(self) -> Array:
@@ -142,7 +144,7 @@ def _of_columns(settings: TargetSettings, table: ClipTable, columns: Sequence[st
             axis=1,
         )
         values[empty] = np.nan
-        return TargetLabels(Target(kind, tuple(columns)), values)
+        return TargetLabels(Target(kind, tuple(columns)), values, columns=tuple(columns))
     names = class_order(set(texts[0]) - {""})
     chosen = list(settings.classes or names)
     _refuse_strangers(chosen, names, "target.classes")
@@ -156,7 +158,7 @@ def _of_columns(settings: TargetSettings, table: ClipTable, columns: Sequence[st
     _check_count(target)
     place = {name: code for code, name in enumerate(chosen)}
     codes = texts[0].map(place).fillna(-1).to_numpy().astype(np.int16)
-    return TargetLabels(target, codes)
+    return TargetLabels(target, codes, columns=tuple(columns))
 
 
 def _numbers(

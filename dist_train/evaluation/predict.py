@@ -179,7 +179,7 @@ def predict(
             progress=progress if group.is_main else None,
         )
         val = _val_clips(run, chosen, target, labels, scores, own=store is None)
-        columns, calibration, submitted = _results(
+        columns, calibration, submitted = results_of(
             chosen, source, target, labels, scores, val, record, prior, threshold
         )
         if calibration is not None:
@@ -224,7 +224,7 @@ class _Submitted(NamedTuple):
     rejected_as: int
 
 
-def _results(
+def results_of(
     chosen: pd.DataFrame,
     source: Store,
     target: Target,
@@ -241,6 +241,7 @@ def _results(
     Args:
         labels, scores: of the ``chosen`` clips.
         val: of the run's labelled val clips.
+        record: ``positive_rate`` of two classes, ``class_shares`` of other kinds that have classes.
     """
     frames, columns = chosen["frames"], dict[str, Any]()
     if target.kind != "binary":

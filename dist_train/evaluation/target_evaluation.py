@@ -189,7 +189,7 @@ def slices_of(
 
 def figures(clips: Scored, thresholds: Mapping[str, float]) -> dict[str, Figure]:
     """The metrics of the target's kind with intervals, by name."""
-    measures = _measures(clips.target, thresholds)
+    measures = measures_of(clips.target, thresholds)
     values = {name: measure(clips) for name, measure in measures.items()}
     draws: dict[str, list[float | None]] = {name: [] for name in measures}
     for rows in _resampled(clips):
@@ -201,7 +201,9 @@ def figures(clips: Scored, thresholds: Mapping[str, float]) -> dict[str, Figure]
     }
 
 
-def _measures(target: Target, thresholds: Mapping[str, float]) -> dict[str, Measure]:
+def measures_of(target: Target, thresholds: Mapping[str, float]) -> dict[str, Measure]:
+    """The metrics of a target that is not binary, by name; each takes one clip or more."""
+
     def of_kind(name: str) -> Measure:
         function = METRICS_OF[target.kind][name].function
         if name in OF_SCORES or target.kind == "regression":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,17 +20,19 @@ class Sample(NamedTuple):
     Attributes:
         run: (seed, fold) of the trial.
         keys: names of the clips [N].
-        labels: int64 [N] in {0, 1}.
-        scores: float64 [N].
+        labels: int64 [N] in {0, 1}; of other targets as ``Target.truth``.
+        scores: float64 [N]; not of other targets.
         threshold: of ``FITTED``; None for other metrics.
+        measure: of other targets, the metric of the clips at some places, one or more.
     """
 
     variant: str
     run: tuple[int, int]
     keys: Texts
-    labels: Labels
+    labels: NDArray[Any]
     scores: Floats
     threshold: float | None
+    measure: Callable[[Labels], float | None] | None = None
 
 
 def resampled(
@@ -38,25 +40,30 @@ def resampled(
 ) -> dict[str, Floats]:
     """The mean of a metric over the trials of each variant, of clips and trials redrawn.
 
-    Each draw redraws the clips, within each class, and the pairs of seed and fold, both with
-    replacement, and independently of each other (the pigeonhole bootstrap: Owen, "The pigeonhole
-    bootstrap", Annals of Applied Statistics 1, 2007). A clip or pair counts as often in all trials
-    of all variants, so that variants can be compared draw by draw.
+    Each draw redraws the clips, within each class or combination of labels, and the pairs of seed
+    and fold, both with replacement, and independently of each other (the pigeonhole bootstrap:
+    Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1, 2007). A clip or pair counts
+    as often in all trials of all variants, so that variants can be compared draw by draw.
 
     Returns:
-        [draws] by variant; NaN where a draw has no trial in which both classes are.
+        [draws] by variant; NaN where a draw has no trial of which the metric is defined, as it is
+        not of two classes without clips of both.
     """
     names = np.unique(np.concatenate([sample.keys for sample in samples]))
     places = [np.searchsorted(names, sample.keys) for sample in samples]
-    classes = np.zeros(len(names), np.int64)
+    truth = np.zeros((len(names), *samples[0].labels.shape[1:]), samples[0].labels.dtype)
     for sample, place in zip(samples, places, strict=True):
-        classes[place] = sample.labels
+        truth[place] = sample.labels
+    strata = np.zeros(len(names), np.int64)
+    # Values are not redrawn within each.
+    if truth.dtype.kind != "f":
+        strata = np.unique(truth, axis=0, return_inverse=True)[1].reshape(-1)
     runs = sorted({sample.run for sample in samples})
     run_of = [runs.index(sample.run) for sample in samples]
     functions = [_of_counts(sample, metric) for sample in samples]
     variants = list(dict.fromkeys(sample.variant for sample in samples))
     of_variant = np.array([variants.index(sample.variant) for sample in samples])
-    members = [np.flatnonzero(classes == label) for label in (0, 1)]
+    members = [np.flatnonzero(strata == stratum) for stratum in range(strata.max(initial=-1) + 1)]
     generator = np.random.default_rng(seed)
     found = np.full((len(variants), draws), np.nan)
     counts = np.zeros(len(names), np.int64)
@@ -83,7 +90,15 @@ def _redrawn(generator: np.random.Generator, number: int) -> Labels:
 
 
 def _of_counts(sample: Sample, metric: str) -> Callable[[Labels], float]:
-    """The metric of a sample by how often each clip counts; NaN if a class has none."""
+    """The metric of a sample by how often each clip counts; NaN if it is not defined."""
+    if (measure := sample.measure) is not None:
+
+        def measured(counts: Labels) -> float:
+            clips = np.repeat(np.arange(len(counts)), counts)
+            value = measure(clips) if len(clips) else None
+            return np.nan if value is None else value
+
+        return measured
     name = metric.partition("/")[2]
     fixed = {f"mcc@{threshold}": threshold for threshold in THRESHOLDS}
     threshold = sample.threshold if metric == FITTED else fixed.get(name)

@@ -14,16 +14,19 @@ from rich.table import Table
 from scipy.stats import kendalltau
 
 from dist_train.errors import DistTrainError, FileError, RunError
-from dist_train.evaluation.evaluate import Evaluation
-from dist_train.evaluation.prediction_table import read_predictions
+from dist_train.evaluation.evaluate import Evaluation, label_thresholds
+from dist_train.evaluation.prediction_table import read_predictions, val_clips
+from dist_train.evaluation.target_evaluation import measures_of
+from dist_train.evaluation.target_table import is_labelled, scored, target_of_table
 from dist_train.files import MIB, parse_json, read_plain, write_whole
 from dist_train.metrics import Floats
 from dist_train.run.folder import EVALUATION, PREDICTIONS
 from dist_train.run.folder import METRICS as LINES
 from dist_train.run.record import read_record
 from dist_train.sweep.folder import folder_of, state_of
+from dist_train.sweep.goal import Goal
 from dist_train.sweep.intervals import Sample, interval, resampled, share_above, value_of
-from dist_train.sweep.settings import FITTED, TRIAL_METRICS
+from dist_train.sweep.settings import FITTED, trial_metrics
 from dist_train.sweep.trials import Trial
 
 RESULTS, TABLE, PLOT = "results.csv", "table.csv", "sweep.png"
@@ -35,7 +38,7 @@ class Results(NamedTuple):
     Attributes:
         trials: a row a trial: variant, seed, fold, state, its metrics, train_seconds and error.
         table: a row a variant, the best first: trials, failed, mean, sd and 95 % interval of the
-            metric, share of draws in which it is above the next, reference, train_seconds.
+            metric, share of draws in which it is better than the next, reference, train_seconds.
         agreement: Kendall's tau of the order with that of the references, and its interval; None
             if fewer than two variants have one, or all are equal.
     """
@@ -49,7 +52,7 @@ class Results(NamedTuple):
 def collect(
     out: Path,
     trials: Sequence[Trial],
-    metric: str,
+    goal: Goal,
     failed: Mapping[str, str],
     reference: Mapping[str, float],
 ) -> Results:
@@ -58,7 +61,7 @@ def collect(
     Args:
         failed: why trials failed, by name.
     """
-    rows, samples = [], []
+    rows, samples, names = [], [], trial_metrics(goal.kind)
     for trial in trials:
         row: dict[str, object] = {
             "trial": trial.name, "variant": trial.variant, "seed": trial.config.seed,
@@ -68,20 +71,20 @@ def collect(
         if trial.name not in failed and state_of(out, trial) == "done":
             folder = folder_of(out, trial.name)
             try:
-                row |= {name: value_of(sample_of(folder, trial, name), name)
-                        for name in TRIAL_METRICS}  # fmt: skip
-                samples.append(sample_of(folder, trial, metric))
+                own = {name: sample_of(folder, trial, name) for name in names}
+                row |= {name: value_of(sample, name) for name, sample in own.items()}
+                samples.append(own[goal.metric])
                 row |= {"state": "done", "train_seconds": train_seconds(folder)}
             except DistTrainError as error:
                 row |= {"state": "failed", "error": str(error)}
         rows.append(row)
-    frame = pd.DataFrame(rows, columns=[*rows[0], *(n for n in (*TRIAL_METRICS, "train_seconds")
+    frame = pd.DataFrame(rows, columns=[*rows[0], *(n for n in (*names, "train_seconds")
                                                     if n not in rows[0])])  # fmt: skip
     write_whole(out / RESULTS, frame.to_csv(index=False))
-    draws = resampled(samples, metric) if samples else {}
-    table = _table(frame, metric, draws, reference)
+    draws = resampled(samples, goal.metric) if samples else {}
+    table = _table(frame, goal, draws, reference)
     write_whole(out / TABLE, table.to_csv(index=False))
-    return Results(metric, frame, table, _agreement(table, draws))
+    return Results(goal.metric, frame, table, _agreement(table, draws))
 
 
 def sample_of(folder: Path, trial: Trial, metric: str) -> Sample:
@@ -91,9 +94,16 @@ def sample_of(folder: Path, trial: Trial, metric: str) -> Sample:
         RunError: predictions or evaluation cannot be used.
     """
     frame = read_predictions(folder / PREDICTIONS)
-    if "probability" not in frame:
-        raise RunError("a sweep compares runs of two classes", where=folder / PREDICTIONS)
-    clips = frame[(frame["split"] == metric.partition("/")[0]) & frame["label"].notna()]
+    target, (split, _, name) = target_of_table(frame), metric.partition("/")
+    run = trial.config.seed, trial.config.split.fold
+    if target.kind != "binary":
+        clips = frame[(frame["split"] == split) & is_labelled(frame, target)]
+        known, val = scored(clips, target), val_clips(frame)
+        measure = measures_of(target, label_thresholds(val if len(val) else known))[name]
+        keys = clips["key"].to_numpy(object)
+        return Sample(trial.variant, run, keys, known.truth, known.calibrated, None,
+                      lambda places: measure(known[places]))  # fmt: skip
+    clips = frame[(frame["split"] == split) & frame["label"].notna()]
     threshold, column = None, "probability"
     if metric == FITTED:
         try:
@@ -106,7 +116,6 @@ def sample_of(folder: Path, trial: Trial, metric: str) -> Sample:
                 fix="Delete it, and call the sweep again.",
             ) from None
         column = "calibrated"
-    run = trial.config.seed, trial.config.split.fold
     labels = clips["label"].to_numpy(np.int64)
     keys = clips["key"].to_numpy(object)
     return Sample(trial.variant, run, keys, labels, clips[column].to_numpy(), threshold)
@@ -130,13 +139,13 @@ def train_seconds(folder: Path) -> float:
 
 
 def _table(
-    frame: pd.DataFrame, metric: str, draws: Mapping[str, Floats], reference: Mapping[str, float]
+    frame: pd.DataFrame, goal: Goal, draws: Mapping[str, Floats], reference: Mapping[str, float]
 ) -> pd.DataFrame:
     rows = []
     for name, own in frame.groupby("variant", sort=False):
         variant = str(name)
         done = own[own["state"] == "done"]
-        values = done[metric].astype(np.float64)
+        values = done[goal.metric].astype(np.float64)
         low, high = interval(draws[variant]) if variant in draws else (np.nan, np.nan)
         rows.append(
             {
@@ -151,9 +160,12 @@ def _table(
                 "train_seconds": done["train_seconds"].astype(np.float64).mean(),
             }
         )
-    table = pd.DataFrame(rows).sort_values("mean", ascending=False, kind="stable")
+    table = pd.DataFrame(rows).sort_values(
+        "mean", ascending=not goal.is_higher_better, kind="stable"
+    )
     order = [draws.get(name) for name in table["variant"]]
-    above = [np.nan if a is None or b is None else share_above(a, b)
+    above = [np.nan if a is None or b is None
+             else share_above(a, b) if goal.is_higher_better else share_above(b, a)
              for a, b in zip(order, [*order[1:], None], strict=True)]  # fmt: skip
     table.insert(7, "above_next", above)
     return table.reset_index(drop=True)

@@ -13,6 +13,7 @@ from dist_train.progress import Progress
 from dist_train.run.folder import only_session
 from dist_train.safe_text import printable
 from dist_train.sweep.folder import begin_trial, check_trials, state_of
+from dist_train.sweep.goal import Goal, goal_of
 from dist_train.sweep.plot import draw
 from dist_train.sweep.processes import Local, OnRay, Workers
 from dist_train.sweep.results import PLOT, Results, collect
@@ -50,8 +51,9 @@ def read_sweep(
 
 def planned(
     sweep: Sweep, file: Path, *, quick: bool = False
-) -> tuple[list[Trial], dict[Location, str]]:
-    """The trials of a sweep, without those that Optuna will choose, and the content of each store.
+) -> tuple[list[Trial], dict[Location, str], Goal]:
+    """The trials of a sweep, without those that Optuna will choose, the content of each store, and
+    what the trials are compared by.
 
     Raises:
         DistTrainError: a setting, a store, or what the sweep's folder holds does not fit.
@@ -59,9 +61,9 @@ def planned(
     if sweep.search == "optuna":
         # A point in the middle shows wrong settings before any trial.
         trials = Study.example(sweep, file, quick=quick)
-        return [], check_trials(sweep.out, trials)
+        return [], check_trials(sweep.out, trials), goal_of(sweep, trials)
     trials = trials_of(sweep, file, variants_of(sweep, file), quick=quick)
-    return trials, check_trials(sweep.out, trials)
+    return trials, check_trials(sweep.out, trials), goal_of(sweep, trials)
 
 
 def run_sweep(
@@ -81,7 +83,7 @@ def run_sweep(
         DistTrainError: as ``planned``; or another sweep is at work in the folder.
         StoppedError: SIGTERM or SIGINT came; trials on this machine saved a checkpoint.
     """
-    trials, content = planned(sweep, file, quick=quick)
+    trials, content, goal = planned(sweep, file, quick=quick)
     with only_session(sweep.out, "sweep"):
         workers = _workers(sweep)
         failed: dict[str, str] = {}
@@ -98,7 +100,7 @@ def run_sweep(
                 failed = _run(sweep.out, trials, content, workers, progress, say)
         finally:
             workers.stop()
-        results = collect(sweep.out, trials, sweep.metric, failed, sweep.reference)
+        results = collect(sweep.out, trials, goal, failed, sweep.reference)
         draw(results, sweep.out / PLOT)
     return results
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_train.class_metrics import higher_is_better
 from dist_train.errors import DistTrainError, MachineError, RunError
 from dist_train.progress import Progress
 from dist_train.sweep.folder import folder_of, state_of
@@ -36,6 +37,7 @@ class Study:
 
     def __init__(self, sweep: Sweep, file: Path, *, quick: bool = False) -> None:
         assert sweep.random is not None
+        assert sweep.metric is not None
         try:
             import optuna
             from optuna.storages import JournalStorage
@@ -47,11 +49,11 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna: Any = optuna
         self._sweep, self._file, self._quick = sweep, file, quick
-        self._space = sweep.random
+        self._space, self._metric = sweep.random, sweep.metric
         self._study: Any = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(sweep.out / JOURNAL))),
             study_name="sweep",
-            direction="maximize",
+            direction="maximize" if higher_is_better(self._metric) else "minimize",
             load_if_exists=True,
         )
         asked = {"space": self._space.model_dump(mode="json")["space"], "metric": sweep.metric}
@@ -162,7 +164,7 @@ class Study:
     def _value(self, trial: Trial) -> float:
         try:
             folder = folder_of(self._sweep.out, trial.name)
-            return value_of(sample_of(folder, trial, self._sweep.metric), self._sweep.metric)
+            return value_of(sample_of(folder, trial, self._metric), self._metric)
         except DistTrainError:
             return np.nan
 

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -17,24 +17,34 @@ from pydantic import (
     model_validator,
 )
 
-from dist_train.config import Fraction, Place, Section
+from dist_train.class_metrics import METRICS_OF
+from dist_train.config import Place, Section
 from dist_train.errors import ConfigError
 from dist_train.metrics import METRICS
 from dist_train.plain_yaml import read_yaml
+from dist_train.targets import Kind
 
-#: Of the test clips, MCC at the threshold of the best MCC on the val clips.
+#: Of two classes: of the test clips, MCC at the threshold of the best MCC on the val clips.
 FITTED = "test/mcc"
-#: The metrics of a trial, from its table of predictions.
-TRIAL_METRICS = (*(f"{split}/{name}" for split in ("val", "test") for name in METRICS), FITTED)
 #: Settings that the sweep gives each trial itself, and the key that gives them.
 OWN = {"out": "out", "seed": "seeds", "split.fold": "folds"}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.=_+-]{0,99}")
 MOST_TRIALS = 10_000
 
 
+def trial_metrics(kind: Kind) -> tuple[str, ...]:
+    """The metrics of a trial with a kind of target, from its table of predictions."""
+    names = [*(METRICS if kind == "binary" else METRICS_OF[kind])]
+    if kind == "multilabel":
+        names.append("mcc")
+    own = tuple(f"{split}/{name}" for split in ("val", "test") for name in names)
+    return (*own, FITTED) if kind == "binary" else own
+
+
 def _known_metric(name: str) -> str:
-    if name not in TRIAL_METRICS:
-        raise ValueError(f"there is no metric {name!r}; there are {', '.join(TRIAL_METRICS)}")
+    known = dict.fromkeys(metric for kind in get_args(Kind) for metric in trial_metrics(kind))
+    if name not in known:
+        raise ValueError(f"there is no metric {name!r}; there are {', '.join(known)}")
     return name
 
 
@@ -152,13 +162,13 @@ class Sweep(Section):
     ] = (0,)
     at_once: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Number of trials at a time; null is 1, or on Ray as many as the cluster has room for."""
-    metric: Annotated[str, AfterValidator(_known_metric)] = FITTED
-    """The metric of the table and the plot."""
+    metric: Annotated[str, AfterValidator(_known_metric)] | None = None
+    """The metric of the table and the plot; null is the main one of the test clips."""
     ray: Ray | None = None
     """``true`` takes the defaults; an address is short for one with that alone."""
     quick: dict[str, JsonValue] = Field(default_factory=dict)
     """Settings of all trials under --quick."""
-    reference: dict[str, Fraction] = Field(default_factory=dict)
+    reference: dict[str, float] = Field(default_factory=dict)
     """Known values by variant, to compare with."""
 
     @model_validator(mode="after")
@@ -168,10 +178,10 @@ class Sweep(Section):
                 raise ValueError("search: optuna needs the space that random gives")
             if self.variants or self.grid:
                 raise ValueError("search: optuna takes no variants and no grid")
-            if self.metric.startswith("test/"):
+            if self.metric is None or self.metric.startswith("test/"):
                 raise ValueError(
-                    f"test clips must not choose settings ({self.metric}); search: optuna needs a "
-                    "metric of val/"
+                    f"test clips must not choose settings ({self.metric or 'by default'}); search: "
+                    "optuna needs a metric of val/"
                 )
         number = math.prod(map(len, (self.seeds, self.folds, *self.grid.values())))
         number *= len(self.variants) or 1

@@ -25,7 +25,7 @@ from dist_train.training.losses import LOSSES
 #: "train", or the model of a baseline of sizes alone.
 Kind = Literal["train", "logistic", "boosting"]
 #: The settings that baselines heed.
-OF_BASELINES = ("store", "select.", "split.")
+OF_BASELINES = ("store", "target.", "select.", "split.")
 #: A value that begins so stands for the run of another variant, with the same seed and fold.
 RUN_OF = "trial:"
 TRIALS = "trials"

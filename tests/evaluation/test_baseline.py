@@ -9,12 +9,14 @@ import pandas as pd
 import pytest
 from helpers import refused, said, tiny_config
 from npy_store import npy_store
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
 
 from dist_train.errors import ConfigError
+from dist_train.evaluation import target_evaluation
 from dist_train.evaluation.baseline import baseline
-from dist_train.evaluation.evaluate import Evaluation
+from dist_train.evaluation.evaluate import Evaluation, evaluate_run
+from dist_train.evaluation.target_evaluation import TargetEvaluation
 from dist_train.metrics import best_threshold, confusion, mcc
 
 SPLITS = {"train": 90, "val": 60, "test": 60}
@@ -41,6 +43,7 @@ def test_logistic_regression_is_scikit_learn_s_by_the_run_s_splits(
 ) -> None:
     out = tmp_path / "sizes"
     found = baseline(tiny_config(sized, out), columns=["depth", "height"])
+    assert isinstance(found, Evaluation)
     table = pd.read_csv(out / "predictions.csv")
     assert table["split"].value_counts().to_dict() == {"val": 60, "test": 60}
     clips = pd.read_csv(sized.parent / "clips.csv").set_index("filename")
@@ -76,7 +79,88 @@ def test_a_further_column_helps_and_the_command_line_tells(
 
 
 def test_equal_sizes_predict_nothing(store: Path, tmp_path: Path) -> None:
-    assert baseline(tiny_config(store, tmp_path / "out"), model="boosting").mcc == 0.0
+    found = baseline(tiny_config(store, tmp_path / "out"), model="boosting")
+    assert isinstance(found, Evaluation)
+    assert found.mcc == 0.0
+
+
+CLASSES = ["flowing", "slowed", "stalled"]
+KINDS = {
+    "multiclass": [],
+    "ordinal": ["target.kind=ordinal", f"target.classes=[{', '.join(CLASSES)}]"],
+    "multilabel": ["target.kind=multilabel", "target.columns=[deep, high, all]"],
+    "regression": ["target.kind=regression", "target.columns=[speed, flow]"],
+}
+
+
+@pytest.fixture(scope="module")
+def of_kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose labels of all kinds depend on depth and height."""
+    random = np.random.RandomState(0)
+    clips = []
+    for split, number in SPLITS.items():
+        for _ in range(number):
+            depth, height = random.randint(3, 12), random.randint(6, 12)
+            pixels = np.zeros((depth, height, 8), np.uint8)
+            pixels[0, 0, :2] = len(clips) // 256, len(clips) % 256
+            place = np.clip((depth - 3 + random.randint(-1, 2)) // 3, 0, 2)
+            columns = {
+                "label": CLASSES[place], "deep": int(depth + random.randn() > 7),
+                "high": int(height + random.randn() > 9), "all": 1, "speed": depth * 10.0,
+                "flow": height + random.randn(), "split": split,
+            }  # fmt: skip
+            clips.append((pixels, columns))
+    return npy_store(tmp_path_factory.mktemp("kinds"), clips)
+
+
+@pytest.mark.parametrize("model", ["logistic", "boosting"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_predict_each_kind_of_target(
+    of_kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, model: str
+) -> None:
+    monkeypatch.setattr(target_evaluation, "RESAMPLES", 100)
+    config = tiny_config(of_kinds, tmp_path / "out", *KINDS[kind])
+    found = baseline(config, model=model)  # type: ignore[arg-type]
+    assert isinstance(found, TargetEvaluation)
+    assert (found.kind, found.clips) == (kind, SPLITS["test"])
+    assert evaluate_run(config.out) == found
+    assert (config.out / "calibration.json").exists() is (kind != "regression")
+    name, least = {"regression": ("r2", 0.6), "multilabel": ("auc", 0.7)}.get(kind, ("mcc", 0.4))
+    assert found.metrics[name].value > least
+    table = pd.read_csv(config.out / "predictions.csv")
+    clips = pd.read_csv(of_kinds.parent / "clips.csv").set_index("filename").loc[table["filename"]]
+    if kind == "regression":
+        np.testing.assert_allclose(table["label:flow"], clips["flow"], rtol=1e-5)
+    elif kind == "multilabel":
+        # What all training clips have is not told from the columns.
+        assert set(table["probability:all"]) == {0.5}
+        assert table["calibrated:all"].min() > 0.95
+    else:
+        assert (table["class"].to_numpy() == clips["label"]).all()
+
+
+def test_scores_of_classes_and_values_are_scikit_learn_s(of_kinds: Path, tmp_path: Path) -> None:
+    clips = pd.read_csv(of_kinds.parent / "clips.csv").set_index("filename")
+    shapes = np.array([np.load(of_kinds.parent / "raw" / name).shape for name in clips.index])
+    train = (clips["split"] == "train").to_numpy()
+    sizes = StandardScaler().fit(shapes[train]).transform(shapes)
+    classes = LogisticRegression(class_weight="balanced").fit(sizes[train], clips["label"][train])
+    values = Ridge().fit(sizes[train], clips["flow"][train])
+    for kind, column, expected in (
+        ("multiclass", "probability:slowed", classes.predict_proba(sizes)[:, 1]),
+        ("regression", "value:flow", values.predict(sizes)),
+    ):
+        out = tmp_path / kind
+        baseline(tiny_config(of_kinds, out, *KINDS[kind]))
+        table = pd.read_csv(out / "predictions.csv")
+        own = pd.Series(expected, clips.index)[table["filename"]]
+        np.testing.assert_allclose(table[column], own, rtol=1e-3)
+
+
+def test_the_column_that_labels_come_from_is_no_column(of_kinds: Path, tmp_path: Path) -> None:
+    config = tiny_config(of_kinds, tmp_path / "out", *KINDS["regression"])
+    with pytest.raises(ConfigError, match="no column 'speed'"):
+        baseline(config, columns=["depth", "speed"])
 
 
 @pytest.mark.parametrize(

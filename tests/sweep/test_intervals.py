@@ -76,6 +76,42 @@ def test_an_interval_holds_the_truth_and_an_order_is_told() -> None:
     assert 0.02 < share_above(draws["b"], draws["c"]) < 0.98
 
 
+def of_values(variant: str, seed: int, *, noise: float) -> Sample:
+    """Predictions of the values of 60 clips."""
+    random = np.random.default_rng([seed, int(noise * 100)])
+    keys = np.array([f"clip{number:02}" for number in range(60)], object)
+    truth = np.random.default_rng(0).normal(size=(60, 1))
+    error = np.abs(noise * random.normal(size=60))
+    return Sample(variant, (seed, 0), keys, truth, truth, None, lambda at: float(error[at].mean()))
+
+
+def test_draws_of_another_kind_are_of_its_own_measure() -> None:
+    samples = [of_values(variant, seed, noise=noise)
+               for variant, noise in (("a", 1.0), ("b", 2.0)) for seed in range(3)]  # fmt: skip
+    draws = resampled(samples, "test/mae", draws=200)
+    low, high = interval(draws["a"])
+    assert low < np.mean([value_of(one, "test/mae") for one in samples[:3]]) < high
+    assert share_above(draws["b"], draws["a"]) > 0.99
+    # The same clips are drawn as by hand.
+    generator = np.random.default_rng(0)
+    times = np.bincount(generator.integers(60, size=60), minlength=60)
+    runs = generator.integers(3, size=3)
+    by_hand = np.mean([samples[run].measure(np.repeat(np.arange(60), times)) for run in runs])
+    assert draws["a"][0] == pytest.approx(by_hand)
+
+
+def test_classes_are_redrawn_within_each() -> None:
+    """So the share of each stays in all draws."""
+    labels = np.repeat([0, 1, 2], [4, 8, 20])
+    keys = np.array([f"clip{number:02}" for number in range(32)], object)
+
+    def share(at: np.ndarray) -> float:
+        return float(np.mean(labels[at] == 1))
+
+    one = Sample("a", (0, 0), keys, labels, np.zeros(32), None, share)
+    assert np.unique(resampled([one], "test/mcc", draws=50)["a"]).tolist() == [0.25]
+
+
 def test_draws_without_both_classes_do_not_count() -> None:
     """The only positive is drawn in two thirds of the draws or so."""
     one = sample("a", (0, 0), noise=1.0, clips=range(4))._replace(labels=np.array([1, 0, 0, 0]))

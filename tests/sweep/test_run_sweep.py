@@ -17,16 +17,20 @@ import pytest
 from helpers import contents, dist_train, environment, fails, metrics_of, overrides, said
 from matplotlib.image import imread
 from sklearn.metrics import matthews_corrcoef
+from targets import target_store
 
 from dist_train.config import load_config
-from dist_train.errors import RunError
+from dist_train.errors import ConfigError, RunError
+from dist_train.evaluation import target_evaluation
 from dist_train.plain_yaml import yaml_text
 from dist_train.run.folder import only_session
 from dist_train.run.record import read_record
 from dist_train.sweep import plot
+from dist_train.sweep.folder import begin_trial
+from dist_train.sweep.goal import Goal, goal_of
 from dist_train.sweep.one_trial import run_trial
-from dist_train.sweep.results import Results
-from dist_train.sweep.run_sweep import run_sweep
+from dist_train.sweep.results import Results, collect
+from dist_train.sweep.run_sweep import planned, read_sweep, run_sweep
 from dist_train.sweep.search import Study
 from dist_train.sweep.settings import load_sweep
 
@@ -219,6 +223,59 @@ def test_trials_run_on_ray(store: Path, tmp_path: Path) -> None:
     assert "1 of 2 trials failed" in done.stderr
     assert results(file)["state"].tolist() == ["done", "failed"]
     assert "Lower plan.batch" in results(file)["error"]["b-seed0-fold0"]
+
+
+KINDS = {
+    "multiclass": ({}, "test/mcc"),
+    "ordinal": ({"target.kind": "ordinal"}, "test/qwk"),
+    "multilabel": ({"target.kind": "multilabel", "target.columns": ["left", "right"]}, "test/ap"),
+    "regression": ({"target.kind": "regression", "target.columns": ["speed"]}, "test/mae"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trials_of_other_kinds_are_compared_by_their_own_metrics(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_evaluation, "RESAMPLES", 100)
+    settings, metric = KINDS[kind]
+    out, store = tmp_path / "out", target_store(tmp_path / "store", kind)
+    variants = {"sizes": ["trial.kind=logistic"], "trees": ["trial.kind=boosting"]}
+    tree = {"out": str(out), "set": {"store": str(store), **settings}, "variants": variants}
+    (tmp_path / "s.yaml").write_text(yaml_text(tree))
+    sweep = read_sweep(tmp_path / "s.yaml")
+    trials, content, goal = planned(sweep, tmp_path / "s.yaml")
+    assert goal == Goal(kind, metric)
+    for trial in trials:
+        run_trial(begin_trial(out, trial, content[trial.config.store]))
+    found = collect(out, trials, goal, {}, {})
+    assert found.metric == metric
+    assert (found.trials["state"] == "done").all()
+    for row in found.trials.to_dict("records"):
+        evaluation = json.loads((out / "trials" / row["trial"] / "evaluation.json").read_text())
+        for name, figure in evaluation["metrics"].items():
+            assert row[f"test/{name}"] == pytest.approx(figure["value"])
+    # The best first: of errors the least.
+    first, second = found.table["mean"]
+    assert first <= second if metric == "test/mae" else first >= second
+    assert (found.table["low"] <= found.table["mean"]).all()
+    assert (found.table["mean"] <= found.table["high"]).all()
+    assert found.table["above_next"][0] > 0.3
+    wrong = sweep.model_copy(update={"metric": "test/mcc@0.5"})
+    with pytest.raises(ConfigError, match=rf"trials of kind {kind} have no test/mcc@0\.5"):
+        goal_of(wrong, trials)
+
+
+def test_trials_of_different_targets_are_not_compared(tmp_path: Path) -> None:
+    store = target_store(tmp_path / "store", "multiclass")
+    variants = {"all": [], "two": ["target.classes=[flowing, stalled]"]}
+    tree = {"out": str(tmp_path / "out"), "set": {"store": str(store)}, "variants": variants}
+    (tmp_path / "s.yaml").write_text(yaml_text(tree))
+    told = fails("sweep", tmp_path / "s.yaml", "--dry-run")
+    assert "variant two: its target is binary of flowing, stalled, and that of 'all' is" in told
+    tree |= {"variants": {"all": []}, "reference": {"all": 2.0}}
+    (tmp_path / "s.yaml").write_text(yaml_text(tree))
+    assert "reference.all: 2 is no mcc" in fails("sweep", tmp_path / "s.yaml", "--dry-run")
 
 
 def test_a_folder_of_a_run_is_no_trial(store: Path, trained: Path, tmp_path: Path) -> None:

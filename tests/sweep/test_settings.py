@@ -135,7 +135,7 @@ def test_more_random_points_leave_the_others_as_they_are(tmp_path: Path) -> None
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown key": ({"varients": {}}, "unknown key 'varients'. Did you mean 'variants'?"),
-    "an unknown metric": ({"metric": "val/kappa"}, "there is no metric 'val/kappa'; there are val"),
+    "an unknown metric": ({"metric": "val/kapa"}, "there is no metric 'val/kapa'; there are val"),
     "an empty grid": ({"grid": {"model.width": []}}, "grid.model.width: Tuple should have at"),
     "a value twice": ({"seeds": [1, 1]}, "seeds: it holds a value twice"),
     "a name of no folder": ({"variants": {"../a": []}}, "'../a' is no name of a folder"),

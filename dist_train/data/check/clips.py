@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 
@@ -41,8 +43,14 @@ def recorded(store: Store) -> pd.DataFrame:
     ).join(own)
 
 
-def describing(clips: pd.DataFrame) -> pd.DataFrame:
-    """The columns that describe how a clip was recorded, for ``find_leaks``."""
+def describing(clips: pd.DataFrame, besides: Iterable[str] = ()) -> pd.DataFrame:
+    """The columns that describe how a clip was recorded, for ``find_leaks``.
+
+    Args:
+        clips: rows of ``recorded``.
+        besides: columns of metadata to leave out, as those that labels come from.
+    """
+    of_the_label = {*_OF_THE_LABEL, *besides}
     columns = clips[["depth", "height", "width"]].copy()
     if clips["file_bytes"].notna().all():
         columns["bytes (file)"] = clips["file_bytes"]
@@ -53,7 +61,7 @@ def describing(clips: pd.DataFrame) -> pd.DataFrame:
     if clips["interval"].notna().any():
         columns["interval"] = clips["interval"]
     for name in map(str, clips):
-        if name.startswith(METADATA) and name.removeprefix(METADATA) not in _OF_THE_LABEL:
+        if name.startswith(METADATA) and name.removeprefix(METADATA) not in of_the_label:
             own = name.removeprefix(METADATA)
             columns[own if own not in columns else f"{own} (table)"] = _numbers(clips[name])
     return columns

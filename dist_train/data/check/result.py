@@ -49,18 +49,35 @@ class Shift(_Part):
 class Leak(_Part):
     """How well columns that are no pixels predict the label.
 
-    ``mcc``: of predictions out of fold, with its 95 % bootstrap interval ``low`` to ``high``.
-    ``apart``: folds keep groups apart, and the bootstrap draws groups; otherwise clips.
-    ``is_leak``: better than chance, by more than a trifle (see ``find_leaks``).
+    ``of``: of several classes, labels or values the one that they tell best; "" of two classes.
+    ``mcc``: of predictions out of fold, of the class against the rest; ``rank_correlation``: of
+    predicted values with the true ones, in its place. ``low`` to ``high``: 95 % bootstrap interval,
+    which holds for all classes at once. ``apart``: folds keep groups apart, and the bootstrap draws
+    groups; otherwise clips. ``is_leak``: better than chance, by more than a trifle (see
+    ``find_leaks``).
     """
 
     columns: list[str]
-    mcc: float
+    of: str = ""
+    mcc: float | None = None
+    rank_correlation: float | None = None
     low: float
     high: float
     clips: int
     apart: bool
     is_leak: bool
+
+    @property
+    def score(self) -> float:
+        """The MCC, or the rank correlation."""
+        score = self.rank_correlation if self.mcc is None else self.mcc
+        assert score is not None
+        return score
+
+    @property
+    def metric(self) -> str:
+        """What ``score`` is, for people."""
+        return "rank correlation" if self.mcc is None else "MCC"
 
 
 class CheckResult(_Part):

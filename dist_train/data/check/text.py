@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.table import Table
 
 from dist_train.data.check.result import CheckResult, Leak, Shift
@@ -9,7 +11,6 @@ from dist_train.data.check.result import CheckResult, Leak, Shift
 #: Most rows of a table.
 MOST_ROWS = 20
 SHIFT_HEAD = ["brightness or contrast", "clips", "mean", "of others", "difference"]
-LEAK_HEAD = ["what the label is told from", "MCC", "95 % interval", "folds", "leak"]
 
 
 def tables(result: CheckResult) -> list[Table]:
@@ -24,7 +25,7 @@ def tables(result: CheckResult) -> list[Table]:
         if len(result.shifts) > MOST_ROWS:
             shown[-1].add_row(f"{len(result.shifts) - MOST_ROWS} more, see --json")
     if result.leaks:
-        shown.append(_table("labels without a look at the pixels", LEAK_HEAD))
+        shown.append(_table("labels without a look at the pixels", leak_head(result.leaks)))
         for leak in result.leaks:
             shown[-1].add_row(*leak_cells(leak))
     return shown
@@ -47,11 +48,17 @@ def shift_cells(shift: Shift) -> list[str]:
     ]
 
 
+def leak_head(leaks: Sequence[Leak]) -> list[str]:
+    """Names of the columns of ``leak_cells``. All leaks of a check have one metric."""
+    return ["what the label is told from", leaks[0].metric, "95 % interval", "folds", "leak"]
+
+
 def leak_cells(leak: Leak) -> list[str]:
     alone = len(leak.columns) == 1
+    told = leak.columns[0] if alone else f"these {len(leak.columns)} together"
     return [
-        leak.columns[0] if alone else f"these {len(leak.columns)} together",
-        f"{leak.mcc:.3f}",
+        f"{told} ({leak.of})" if leak.of else told,
+        f"{leak.score:.3f}",
         f"{leak.low:.3f} to {leak.high:.3f}",
         "groups apart" if leak.apart else "mixed",
         "yes" if leak.is_leak else "no",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from array_store import array_store
 from capillaries import capillaries
 from helpers import ended, fails, said, tiny_config
 from make_media import store_of, write_manifest, write_video
@@ -18,6 +19,7 @@ from dist_train.data.check.check import check_records, check_store
 from dist_train.data.check.clips import recorded
 from dist_train.data.check.measure import _confirmed, _opened, _place_of, _statistics
 from dist_train.data.check.result import CheckResult, read_result
+from dist_train.data.check.text import leak_cells, leak_head
 from dist_train.data.store.index import read_index
 from dist_train.data.store.reader import SHARDS, Store
 from dist_train.data.store.shard_task import _size_of
@@ -153,6 +155,54 @@ def test_brightness_that_gives_the_label_away_is_named(tmp_path: Path) -> None:
     result = check_store(store, tiny_config(store.folder, tmp_path), workers=1)
     assert next(leak.columns for leak in result.leaks if leak.is_leak) == ["mean grey"]
     assert not result.leaks[0].apart
+
+
+def test_leaks_of_classes_and_values_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clips of the third class are wider, and bright ones are fast."""
+    clips = []
+    for n, clip in enumerate(noise()):
+        bright, width = (n * 7) % CLIPS, 24 if n % 3 == 2 else 16
+        columns = {"label": "abc"[n % 3], "speed": 1.5**bright, "slow": int(bright < CLIPS // 2)}
+        clips.append(((clip // 2 + bright)[:, :, :width], columns | {"odd": n // 3 % 2}))
+    store = Store(array_store(tmp_path / "store", clips))
+
+    def leaks(*settings: str) -> tuple[CheckResult, set[tuple[str, str]]]:
+        result = check_store(store, tiny_config(store.folder, tmp_path, *settings), workers=1)
+        named = {(leak.columns[0], leak.of) for leak in result.leaks if leak.is_leak}
+        assert read_result(_written(result, tmp_path)) == result
+        return result, named
+
+    result, named = leaks()
+    assert {("width", "c"), ("bytes (stored)", "c")} <= named
+    assert {of for _, of in named} == {"c"}
+    assert any("width (c)" in cell for leak in result.leaks for cell in leak_cells(leak))
+    assert "c can be told from width, bytes (stored), odd, slow, speed: MCC 1.00" in " ".join(
+        check_records(store)
+    )
+    values, named = leaks("target.kind=regression", "target.columns=[speed]")
+    assert {("mean grey", ""), ("slow", "")} <= named
+    assert leak_head(values.leaks)[1] == "rank correlation"
+    assert "speed" not in {name for leak in values.leaks for name in leak.columns}
+    _, named = leaks("target.kind=multilabel", "target.columns=[odd, slow]")
+    assert ("mean grey", "slow") in named
+    assert {of for _, of in named} == {"slow"}
+    # Of many classes the most frequent are told.
+    monkeypatch.setattr(module, "MOST_LABELS_BRIEFLY", 2)
+    assert not any(line.startswith("c can") for line in check_records(store))
+
+
+def _written(result: CheckResult, folder: Path) -> Path:
+    (folder / "check.json").write_text(result.model_dump_json())
+    return folder / "check.json"
+
+
+def test_labels_that_the_store_has_not_are_told(tmp_path: Path, sound: Path) -> None:
+    config = tiny_config(sound, tmp_path, "target.kind=regression", "target.columns=[speed]")
+    result = check_store(Store(sound), config, workers=1)
+    assert result.leaks == []
+    assert "leaks: not looked for (the store has no column 'speed')" in result.notes
 
 
 def test_a_damaged_clip_is_a_finding_and_the_rest_goes_on(tmp_path: Path) -> None:

@@ -5,8 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import norm
 
-from dist_train.data.check.leaks import FEWEST, find_leaks
+from dist_train.data.check.leaks import (
+    CERTAIN,
+    CERTAIN_OF_GROUPS,
+    FEWEST,
+    find_leaks,
+    limits,
+)
 from dist_train.data.synthetic.drawing import draw_clip
 
 pytest.importorskip("sklearn")
@@ -34,13 +41,13 @@ def recorded(seed: int, clips: int = 300) -> tuple[pd.DataFrame, np.ndarray]:
 def test_a_planted_leak_is_named_and_clean_sets_have_none() -> None:
     for seed in range(5):
         columns, label = recorded(seed)
-        clean = [leak for leak in find_leaks(columns, label) if leak.columns != ["group"]]
+        clean = [leak for leak in find_leaks(columns, {"": label}) if leak.columns != ["group"]]
         assert [leak.columns for leak in clean if leak.is_leak] == []
         assert len(clean) == 4
         assert all(leak.apart for leak in clean)
 
         columns["width"] += 80 * label
-        leaks = find_leaks(columns, label)
+        leaks = find_leaks(columns, {"": label})
         assert leaks[0].columns == ["width"]
         assert [leak.columns for leak in leaks[1:-1] if leak.is_leak] in ([], [["group"]])
         assert leaks[0].is_leak
@@ -65,7 +72,7 @@ def test_a_group_that_tells_the_label_and_a_text_column_are_named() -> None:
             "always": 3,
         }
     )
-    leaks = {" ".join(leak.columns): leak for leak in find_leaks(columns, label)}
+    leaks = {" ".join(leak.columns): leak for leak in find_leaks(columns, {"": label})}
     assert leaks.keys() == {"group", "camera", "noise", "camera noise"}
     assert leaks["group"].is_leak
     assert not leaks["group"].apart
@@ -74,10 +81,64 @@ def test_a_group_that_tells_the_label_and_a_text_column_are_named() -> None:
     assert not leaks["noise"].is_leak
 
 
+def test_a_leak_of_one_class_of_several_is_named_with_its_class() -> None:
+    random = np.random.default_rng(0)
+    code = random.integers(0, 4, 240)
+    columns = pd.DataFrame(
+        {
+            "width": random.normal(size=240) + 4 * (code == 2),
+            "noise": random.normal(size=240),
+        }
+    )
+    labels = {name: (code == k).astype(np.int64) for k, name in enumerate("abcd")}
+    width, noise, both = find_leaks(columns, labels)
+    assert (width.columns, width.of, width.is_leak) == (["width"], "c", True)
+    assert width.mcc is not None
+    assert width.mcc > 0.8
+    assert (noise.columns, noise.is_leak) == (["noise"], False)
+    assert (both.columns, both.of, both.is_leak) == (["width", "noise"], "c", True)
+    # The interval holds for all four classes at once, so it is wider than that of one.
+    (alone, *_) = find_leaks(columns, {"c": labels["c"]})
+    assert (alone.of, alone.mcc) == ("", width.mcc)
+    assert width.low < alone.low
+    assert alone.high <= width.high
+
+
+def test_values_are_told_by_rank_whatever_their_scale() -> None:
+    random = np.random.default_rng(0)
+    value, group = random.normal(size=300), random.integers(0, 12, 300)
+    columns = pd.DataFrame(
+        {
+            "depth": value + 0.3 * random.normal(size=300),
+            "noise": random.normal(size=300),
+            "camera": np.where(value > 0, "new", "old"),
+            "group": [f"g{number}" for number in group],
+        }
+    )
+    leaks = {" ".join(leak.columns): leak for leak in find_leaks(columns, {"v": np.exp(3 * value)})}
+    assert [name for name, leak in leaks.items() if leak.is_leak] == [
+        "depth", "camera", "depth noise camera",
+    ]  # fmt: skip
+    depth = leaks["depth"]
+    assert depth.mcc is None
+    assert depth.rank_correlation is not None
+    assert 0.8 < depth.low < depth.rank_correlation < depth.high < 1
+    assert (depth.metric, depth.apart, leaks["group"].apart) == ("rank correlation", True, False)
+    assert abs(leaks["noise"].score) < 0.2
+    assert find_leaks(columns, {"v": np.ones(300)}) == []
+
+
+def test_more_labels_need_more_certainty() -> None:
+    assert limits(1) == pytest.approx((CERTAIN, CERTAIN_OF_GROUPS))
+    certain, of_groups = limits(20)
+    assert 20 * norm.sf(certain / np.sqrt(2)) == pytest.approx(norm.sf(CERTAIN / np.sqrt(2)))
+    assert 20 * np.exp(-(of_groups**2) / 2) == pytest.approx(np.exp(-(CERTAIN_OF_GROUPS**2) / 2))
+
+
 def test_few_clips_or_groups() -> None:
     label = np.array([1] * (FEWEST - 1) + [0] * 60)
-    assert find_leaks(pd.DataFrame({"depth": label}), label) == []
+    assert find_leaks(pd.DataFrame({"depth": label}), {"": label}) == []
     label = np.array([1] * 30 + [0] * 60)
     groups = pd.DataFrame({"depth": label, "group": ["a", "b", "c"] * 30})
-    depth = find_leaks(groups, label)[0]
+    depth = find_leaks(groups, {"": label})[0]
     assert (depth.columns, depth.mcc, depth.apart, depth.is_leak) == (["depth"], 1.0, False, True)
