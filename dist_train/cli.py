@@ -663,6 +663,19 @@ def evaluate(
         console.print(view)
 
 
+@app.command()
+def suspects(
+    run: Annotated[Path, typer.Argument(help="Folder of a run with predictions.")],
+) -> None:
+    """Rank the labels that held-out predictions contradict, in suspects.csv."""
+    from dist_train.evaluation.suspects import find_suspects
+
+    found = find_suspects(run)
+    for note in found.notes:
+        _echo(note)
+    _echo(f"{found.likely:,} of {found.labels:,} labels are likely wrong; ranked in {found.path}")
+
+
 @app.command("sweep")
 def sweep_settings(
     file: Annotated[Path, typer.Argument(help="YAML file of a sweep; docs/sweep.md.")],
