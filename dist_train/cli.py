@@ -774,7 +774,7 @@ def export(
     store_path: StorePath = None,
     allow: Allow = None,
 ) -> None:
-    """Write the model that 'predict' uses, with all snapshots, to one file."""
+    """Write the model that 'predict' uses, with all snapshots, to one file, and a model card."""
     from dist_train.evaluation.export import export_run
 
     allow_code(allow or [])
@@ -782,6 +782,7 @@ def export(
     steps = ", ".join(map(str, facts["steps"]))
     for written in filter(None, (out, onnx)):
         _echo(f"{facts['from']} of step {steps} in {written}")
+    _echo(f"model card in {out.with_suffix('.md')}")
 
 
 @app.command()
