@@ -35,6 +35,7 @@ from dist_train.evaluation.model_card import (
     CardSelection,
     ModelCard,
     Spread,
+    number,
     spread,
 )
 from dist_train.evaluation.prediction_origin import check_origin, read_origin
@@ -115,7 +116,7 @@ def card_of_run(
         data=_data(record, data, missing),
         input=_input(config, record, facts, data),
         selection=_selection(config, record),
-        evaluation=None if evaluation is None else _evaluated(evaluation),
+        evaluation=None if evaluation is None else evaluated(evaluation),
         decision=_decision(facts, calibration),
         limits=[],
         use=_use(out, model.target, has_calibration=calibration is not None),
@@ -250,8 +251,9 @@ def _same(one: float | None, other: float | None) -> bool:
     return math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-12)
 
 
-def _evaluated(e: AnyEvaluation) -> CardEvaluation:
-    """What an evaluation says; fields that its version has not yet are not there."""
+def evaluated(e: AnyEvaluation) -> CardEvaluation:
+    """What an evaluation says. Only later versions have ``intervals``, ``choice``, ``resampled``
+    and ``worst``."""
     content = e.model_dump(mode="json")
     if isinstance(e, Evaluation):
         names = ("mcc", "auc", "ap", "accuracy", "f1", "precision", "recall")
@@ -338,6 +340,8 @@ def _limits(card: ModelCard, config: Config) -> list[str]:
             found.append(
                 "The threshold was fitted on the evaluated clips: its metrics are too good."
             )
+        if e.worst:
+            found.append(f"The metrics are worst for: {'; '.join(map(_in_words, e.worst))}.")
         if data.split_by == "folds":
             fold = f"fold {split['fold']} of {split['folds']}"
             found.append(f"One training is evaluated, with {fold} as test: others may differ.")
@@ -370,6 +374,17 @@ def _limits(card: ModelCard, config: Config) -> list[str]:
             "elsewhere give 'dist-train predict --prior'."
         )
     return found
+
+
+def _in_words(part: object) -> str:
+    """A slice, as "site b, clips 20, mcc 0.41"."""
+    if not isinstance(part, Mapping):
+        return str(part)
+    shown = {name: value for name, value in part.items() if value is not None}
+    return ", ".join(
+        f"{name} {number(value) if isinstance(value, float) else value}"
+        for name, value in shown.items()
+    )
 
 
 def _listed(counts: Mapping[str, int]) -> str:

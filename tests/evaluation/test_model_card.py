@@ -20,6 +20,8 @@ from dist_train.data.store.reader import Store
 from dist_train.data.table.labels import Naming
 from dist_train.data.table.manifest import read_manifest
 from dist_train.errors import FileError, RunError
+from dist_train.evaluation.card_of_run import evaluated
+from dist_train.evaluation.evaluate import Evaluation
 from dist_train.evaluation.export import export_run
 from dist_train.evaluation.exported import load_exported
 from dist_train.evaluation.model_card import ModelCard, as_markdown
@@ -155,6 +157,29 @@ def test_its_three_lines_use_the_model(
     assert len(card.use) == 3
     exec("\n".join(card.use), known)
     assert known["probability"] == pytest.approx([row["calibrated"]], rel=1e-4)
+
+
+class LaterEvaluation(Evaluation):
+    """Fields of later versions."""
+
+    intervals: dict[str, tuple[float, float]]
+    choice: str
+    resampled: str
+    worst: tuple[dict[str, Any], ...]
+
+
+def test_further_fields_of_an_evaluation_are_taken(run: Path) -> None:
+    said_there = json.loads((run / EVALUATION).read_text())
+    further = {
+        "intervals": {"ap": (0.5, 0.75), "brier": (0.125, 0.25)},
+        "choice": "cost 5:1",
+        "resampled": "groups",
+        "worst": [{"column": "site", "value": "b", "clips": 20, "mcc": 0.25}],
+    }
+    found = evaluated(LaterEvaluation.model_validate(said_there | further))
+    assert (found.metrics["ap"].ci95, found.metrics["brier"].ci95) == ((0.5, 0.75), (0.125, 0.25))
+    assert (found.resampled, found.threshold_rule) == ("groups", "cost 5:1, fitted on val")
+    assert found.worst == further["worst"]
 
 
 def test_without_an_evaluation_of_these_weights_it_has_no_metrics(

@@ -16,6 +16,12 @@ from scipy.special import softmax
 from dist_train.config import load_config
 from dist_train.data.store.build import prepare_arrays
 from dist_train.data.table.manifest import read_manifest
+from dist_train.evaluation.class_calibration import (
+    ClassCalibration,
+    LabelCalibration,
+    fit_classes,
+    fit_labels,
+)
 from dist_train.evaluation.predict import predict
 from dist_train.evaluation.suspects import OUTLIER, find_suspects, judge_classes, judge_values
 from dist_train.evaluation.target_table import columns_of
@@ -148,15 +154,24 @@ def test_residuals_are_measured_by_those_that_are_right() -> None:
     assert not judge_values(truth, truth).likely.any()
 
 
-def write(folder: Path, target: Target, labels: np.ndarray, scores: np.ndarray) -> Path:
+def write(
+    folder: Path,
+    target: Target,
+    labels: np.ndarray,
+    scores: np.ndarray,
+    calibration: ClassCalibration | LabelCalibration | None = None,
+) -> Path:
     """A folder with predictions of val and test clips."""
     thresholds = dict.fromkeys(target.classes, 0.5)
-    columns = columns_of(target, labels, scores, scores, thresholds)
+    calibrated = scores if calibration is None else calibration.apply(scores)
+    columns = columns_of(target, labels, scores, calibrated, thresholds)
     keys = [f"clip{n:03d}" for n in range(len(labels))]
     splits = np.resize(["val", "test"], len(labels))
     table = {"key": keys, "filename": keys, "group": "g", "split": splits} | columns
     folder.mkdir()
     pd.DataFrame(table | {"frames": 8}).to_csv(folder / "predictions.csv", index=False)
+    if calibration is not None:
+        (folder / "calibration.json").write_text(calibration.model_dump_json())
     return folder
 
 
@@ -244,6 +259,26 @@ def test_the_prior_of_the_predictions_does_not_matter(trained: Path, tmp_path: P
     with (run / "predictions.csv").open("a") as file:
         file.write("\n")
     assert "not as it was predicted" in fails("suspects", run)
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+def test_nor_does_that_of_several_classes(tmp_path: Path, kind: Kind) -> None:
+    found = []
+    p, label, _ = scores(classes=3, rarest=0.2, apart=4, sure=1, seed=2, clips=300)
+    truth = np.eye(3, dtype=np.int64)[label] if kind == "multilabel" else label
+    val = np.arange(300) % 2 == 0
+    for number, prior in enumerate([(0.1, 0.3, 0.6), (0.8, 0.1, 0.1)]):
+        shares = dict(zip(NAMES, prior, strict=True)), dict.fromkeys(NAMES, 1 / 3)
+        calibration: ClassCalibration | LabelCalibration = (
+            fit_labels(p[val], truth[val], NAMES, batches_share=shares[1], prior=shares[0])
+            if kind == "multilabel"
+            else fit_classes(p[val], truth[val], batches_share=(1 / 3,) * 3, prior=prior)
+        )
+        run = write(tmp_path / str(number), Target(kind, NAMES), truth, p, calibration)
+        find_suspects(run)
+        found.append(pd.read_csv(run / SUSPECTS).sort_values(["key", "class"]))
+    np.testing.assert_allclose(found[0]["quality"], found[1]["quality"], rtol=1e-4, atol=1e-9)
+    assert (found[0]["likely"] == found[1]["likely"]).all()
 
 
 def mislabelled_store(folder: Path) -> tuple[Path, set[str]]:
