@@ -13,6 +13,7 @@ handle outliers", 1993).
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from dist_train.metrics import Floats, Labels, prior_correct
 from dist_train.run.folder import PREDICTIONS, RECORD, SUSPECTS
 from dist_train.run.record import open_run
 from dist_train.safe_text import for_spreadsheet
+from dist_train.targets import Target
 
 COLUMNS = (
     *("key", "filename", "group", "label", "class", "suggested"),
@@ -136,56 +138,59 @@ def _table(
 ) -> pd.DataFrame | None:
     """The rows of ``suspects.csv``; None if all labels are the same. Adds to ``notes``."""
     target = target_of_table(known)
-    names = dict(enumerate(target.classes))
-    parts: list[tuple[Judged, dict[str, Any]]] = []
-    if target.is_coded:
-        if target.kind == "binary":
-            names = dict(enumerate(class_names(known)))
-            label = known["label"].to_numpy(np.int64)
-            p = _two(_at_own_share(known[CALIBRATED].to_numpy(np.float64), label, calibration))
-        else:
-            clips = scored(known, target)
-            p, label = clips.calibrated, clips.truth
-            if isinstance(calibration, ClassCalibration):
-                counts = np.bincount(label, minlength=len(names))
-                # A class without clips keeps a share that can be divided by.
-                share = (counts + _EDGE) / (counts + _EDGE).sum()
-                p = prior_correct_classes(p, calibration.prior, tuple(share.tolist()))
-        if len(np.unique(label)) < 2:
-            return None
-        _note_few(label, names, notes)
-        found = judge_classes(p, label)
-        text = np.array([names[code] for code in range(len(names))], object)
-        columns = {"label": label, "class": text[label], "suggested": text[found.suggested]}
-        parts.append((found, columns))
-    else:
-        clips = scored(known, target)
-        for k, name in names.items():
-            truth = clips.truth[:, k]
-            if target.kind == "regression":
-                found = judge_values(clips.probability[:, k], truth)
-            elif len(np.unique(truth)) < 2:
-                notes.append(f"'{name}' is not judged: all clips have the same label")
-                continue
-            else:
-                own = None
-                if isinstance(calibration, LabelCalibration):
-                    own = calibration.labels[name]
-                _note_few(truth, {0: f"not {name}", 1: name}, notes)
-                p = _two(_at_own_share(clips.calibrated[:, k], truth, own))
-                found = judge_classes(p, truth)
-            columns = {"label": truth, "class": name, "suggested": found.suggested}
-            parts.append((found, columns))
-        if not parts:
-            return None
+    judge = _by_class if target.is_coded else _by_column
     identity = known[["key", "filename", "group"]].reset_index(drop=True)
     rows = [
         identity.assign(**columns, quality=found.quality, likely=found.likely, at=_places(found))
-        for found, columns in parts
+        for found, columns in judge(known, target, calibration, notes)
     ]
+    if not rows:
+        return None
     # Of several labels or values, by turns where they are equally suspicious.
     table = pd.concat(rows, ignore_index=True).sort_values(["quality", "at"], kind="stable")
     return table.assign(rank=np.arange(1, len(table) + 1))[list(COLUMNS)]
+
+
+def _by_class(
+    known: pd.DataFrame, target: Target, calibration: AnyCalibration | None, notes: list[str]
+) -> Iterator[tuple[Judged, dict[str, Any]]]:
+    """What is said of the class of each clip, and its columns; nothing if there is one class."""
+    names: tuple[str, ...] = target.classes
+    if target.kind == "binary":
+        names, label = class_names(known), known["label"].to_numpy(np.int64)
+        p = _two(_at_own_share(known[CALIBRATED].to_numpy(np.float64), label, calibration))
+    else:
+        clips = scored(known, target)
+        p, label = clips.calibrated, clips.truth
+        if isinstance(calibration, ClassCalibration):
+            # A class without clips keeps a share that can be divided by.
+            counts = np.bincount(label, minlength=len(names)) + _EDGE
+            p = prior_correct_classes(p, calibration.prior, (counts / counts.sum()).tolist())
+    if len(np.unique(label)) < 2:
+        return
+    _note_few(label, names, notes)
+    found, text = judge_classes(p, label), np.array(names, object)
+    yield found, {"label": label, "class": text[label], "suggested": text[found.suggested]}
+
+
+def _by_column(
+    known: pd.DataFrame, target: Target, calibration: AnyCalibration | None, notes: list[str]
+) -> Iterator[tuple[Judged, dict[str, Any]]]:
+    """The same of each label or value by itself."""
+    clips = scored(known, target)
+    for k, name in enumerate(target.classes):
+        truth = clips.truth[:, k]
+        if target.kind == "regression":
+            found = judge_values(clips.probability[:, k], truth)
+        elif len(np.unique(truth)) < 2:
+            notes.append(f"'{name}' is not judged: all clips have the same label")
+            continue
+        else:
+            own = calibration.labels[name] if isinstance(calibration, LabelCalibration) else None
+            _note_few(truth, (f"not {name}", name), notes)
+            p = _two(_at_own_share(clips.calibrated[:, k], truth, own))
+            found = judge_classes(p, truth)
+        yield found, {"label": truth, "class": name, "suggested": found.suggested}
 
 
 def _places(found: Judged) -> Labels:
@@ -266,7 +271,7 @@ def _two(positive: Floats) -> Floats:
     return np.stack([1 - positive, positive], axis=1)
 
 
-def _note_few(label: Labels, names: dict[int, str], notes: list[str]) -> None:
+def _note_few(label: Labels, names: Sequence[str], notes: list[str]) -> None:
     counts = np.bincount(label, minlength=len(names))
     few = [f"{names[k]} ({n})" for k, n in enumerate(counts.tolist()) if 0 < n < FEW]
     if few:
