@@ -663,6 +663,19 @@ def evaluate(
         console.print(view)
 
 
+@app.command()
+def suspects(
+    run: Annotated[Path, typer.Argument(help="Folder of a run with predictions.")],
+) -> None:
+    """Rank the labels that held-out predictions contradict, in suspects.csv."""
+    from dist_train.evaluation.suspects import find_suspects
+
+    found = find_suspects(run)
+    for note in found.notes:
+        _echo(note)
+    _echo(f"{found.likely:,} of {found.labels:,} labels are likely wrong; ranked in {found.path}")
+
+
 @app.command("sweep")
 def sweep_settings(
     file: Annotated[Path, typer.Argument(help="YAML file of a sweep; docs/sweep.md.")],
@@ -767,7 +780,7 @@ def export(
     store_path: StorePath = None,
     allow: Allow = None,
 ) -> None:
-    """Write the model that 'predict' uses, with all snapshots, to one file."""
+    """Write the model that 'predict' uses, with all snapshots, to one file, and a model card."""
     from dist_train.evaluation.export import export_run
 
     allow_code(allow or [])
@@ -775,6 +788,7 @@ def export(
     steps = ", ".join(map(str, facts["steps"]))
     for written in filter(None, (out, onnx)):
         _echo(f"{facts['from']} of step {steps} in {written}")
+    _echo(f"model card in {out.with_suffix('.md')}")
 
 
 @app.command()

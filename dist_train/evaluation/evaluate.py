@@ -147,7 +147,7 @@ def evaluate_any(
         clips = _both_classes(clips, reported, predictions)
         evaluation = _evaluation(clips, reported, threshold, fitted_on, calibration).model_copy(
             update={
-                "classes": _class_names(frame),
+                "classes": class_names(frame),
                 "tta": None if origin is None else origin.tta,
                 "by": by,
                 "slices": () if column is None else slices_by(clips, column, threshold),
@@ -247,7 +247,7 @@ def _both_classes(clips: pd.DataFrame, split: str, path: Path) -> pd.DataFrame:
     if not 0 < positives < len(clips):
         raise RunError(
             f"the {len(clips)} labelled {split} clips are all "
-            f"{_class_names(clips)[1 if positives else 0]}",
+            f"{class_names(clips)[1 if positives else 0]}",
             where=path,
             fix="Predict clips of both classes",
         )
@@ -291,7 +291,7 @@ def _evaluation(
     )
 
 
-def _class_names(frame: pd.DataFrame) -> tuple[str, str]:
+def class_names(frame: pd.DataFrame) -> tuple[str, str]:
     """Names of the labels 0 and 1, by the column ``class`` of the labelled clips."""
     names = dict(CLASSES)
     if "class" in frame:

@@ -15,8 +15,10 @@ from dist_train.checkpoint.format import by_step, latest_valid, load_checkpoint
 from dist_train.config import Config
 from dist_train.errors import DistTrainError, RunError
 from dist_train.evaluation.calibration import Calibration
+from dist_train.evaluation.card_of_run import card_of_run
 from dist_train.evaluation.class_calibration import AnyCalibration
 from dist_train.evaluation.evaluate import label_thresholds, val_threshold
+from dist_train.evaluation.model_card import card_paths, check_card_places, write_card
 from dist_train.evaluation.onnx_model import check_packages, onnx_bytes
 from dist_train.evaluation.prediction_origin import check_origin, read_origin
 from dist_train.evaluation.prediction_table import (
@@ -98,7 +100,8 @@ def export_run(
     store_path: Location | None = None,
 ) -> dict[str, Any]:
     """Write the model of a run, as ``predict`` uses it: all its snapshots in one file, whose scores
-    are averaged. A run without snapshots gives its newest valid checkpoint.
+    are averaged. A run without snapshots gives its newest valid checkpoint. A model card is written
+    beside ``out``, with the suffixes ".md" and ".json" in place of its own.
 
     ``load_exported`` reads the safetensors file. The ONNX model takes ``volumes``, float32
     [B, C, D, H, W] of 0 to 1, with the run's H and W, and ``frames``, int64 [B], the real frames of
@@ -113,7 +116,7 @@ def export_run(
         step: export the snapshot, or else the checkpoint, of this step alone. Then the names of the
             tensors are those of the network, and there is no calibration.
         store_path: where the run's store is now, if it was moved. Only a checkpoint within an epoch
-            needs the store.
+            needs the store; without it the card lacks counts and sizes of clips.
 
     Returns:
         The metadata that both files hold as JSON under "facts": those of a snapshot (``step``, the
@@ -132,12 +135,14 @@ def export_run(
             calibration are of other snapshots.
         ModelError: the model has no ONNX form.
         CheckpointError: all checkpoints are damaged.
-        FileError: ``out`` or ``onnx`` exists and is not a plain file.
+        FileError: ``out`` or ``onnx`` exists and is not a plain file, or a file that the card would
+            replace is no card.
         OSError: a file cannot be written.
     """
     config = open_run(run)
     outputs = [path for path in (out, onnx) if path is not None]
-    for path in outputs:
+    cards = card_paths(out)
+    for path in (*outputs, *cards):
         check_replaceable(path)
         refuse_own_place(run, path)
     if onnx is not None:
@@ -149,12 +154,20 @@ def export_run(
                 where=out,
                 fix="Give --out and --onnx different ones.",
             )
+    if taken := {path.resolve() for path in outputs} & {path.resolve() for path in cards}:
+        raise RunError(
+            "the model card of the export has this name",
+            where=taken.pop(),
+            fix="Give the file another suffix, such as .safetensors or .onnx.",
+        )
+    check_card_places(out)
     sources = _find_weights(run, step)
     record = read_record(run)
     warn_of_other_code(run, config, record)
     models = [_load(run, config, record, source, store_path) for source in sources]
     calibration, threshold = None, None
-    if step is None and sources[0].kind == "snapshot":
+    is_whole = step is None and sources[0].kind == "snapshot"
+    if is_whole:
         calibration, threshold = _calibration(run, config, sources)
     many = len(sources) > 1
     prefixes = [f"step-{source.step}/" for source in sources] if many else [""]
@@ -182,11 +195,28 @@ def export_run(
         for prefix, model in zip(prefixes, models, strict=True)
         for name, tensor in model.state_dict().items()
     }
+    for path in cards:
+        # A kill must not leave the card of other weights.
+        path.unlink(missing_ok=True)
     save_snapshot(out, weights, facts)
+    crc32c = stored_checksum(out)
     if onnx is not None:
-        sealed = facts | {"crc32c": stored_checksum(out)}
+        sealed = facts | {"crc32c": crc32c}
         shape = config.model.in_channels, *config.clip.size
         write_whole(onnx, onnx_bytes(models, shape, sealed, target_of(config.target)))
+    card = card_of_run(
+        run,
+        config,
+        record,
+        facts,
+        out,
+        calibration=calibration,
+        snapshots=[source.path.stem for source in sources] if is_whole else None,
+        parameters=sum(parameter.numel() for parameter in models[0].parameters()),
+        crc32c=crc32c,
+        store_path=store_path,
+    )
+    write_card(card, out)
     return facts
 
 

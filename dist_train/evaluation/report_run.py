@@ -135,7 +135,7 @@ def read_run(run: Path) -> Run:
 def _evaluate(run: Path) -> Evaluation | TargetEvaluation:
     """Evaluate the predictions, at the threshold and by the column that the user gave to
     ``evaluate`` for them."""
-    given = _stored_evaluation(run / EVALUATION)
+    given = stored_evaluation(run / EVALUATION)
     by = None if given is None else _by_of(run, given)
     if given is None or given.threshold_fitted_on is not None or given.threshold is None:
         return evaluate_any(run / PREDICTIONS, by=by)
@@ -172,7 +172,7 @@ def _by_of(run: Path, given: Evaluation | TargetEvaluation) -> str | None:
     return given.by
 
 
-def _stored_evaluation(path: Path) -> Evaluation | TargetEvaluation | None:
+def stored_evaluation(path: Path) -> Evaluation | TargetEvaluation | None:
     """The content of ``evaluation.json``; None if there is no such file."""
     if not os.path.lexists(path):
         return None

@@ -29,6 +29,7 @@ PREDICTIONS = "predictions.csv"
 SUBMISSION = "submission.csv"
 EVALUATION = "evaluation.json"
 CALIBRATION = "calibration.json"
+SUSPECTS = "suspects.csv"
 ORIGIN = "predictions.json"
 MICRO_BATCH = "micro_batch.json"
 #: The run's ids at MLflow and W&B, and what W&B writes.
@@ -41,7 +42,7 @@ BEFORE_THE_FIRST_STEP = (CONFIG, RECORD)
 _FILES = (*BEFORE_THE_FIRST_STEP, METRICS, PREDICTIONS, SUBMISSION, EVALUATION)
 #: Files and folders that no command writes on request.
 OWN = (
-    *_FILES, LOCK, SPLITS, LARGE_SPLITS, CALIBRATION, ORIGIN, MICRO_BATCH,
+    *_FILES, LOCK, SPLITS, LARGE_SPLITS, CALIBRATION, ORIGIN, MICRO_BATCH, SUSPECTS,
     CHECKPOINTS, SNAPSHOTS, TENSORBOARD, SUPERSEDED, *TRACKED,
 )  # fmt: skip
 

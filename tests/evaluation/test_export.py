@@ -78,7 +78,8 @@ def exported(run: Path) -> tuple[Path, Path]:
     """Both files, by the command."""
     out, graph = run.parent / "new" / "model.safetensors", run.parent / "model.onnx"
     told = said("export", run, "--out", out, "--onnx", graph)
-    assert told == "".join(f"snapshots of step 6, 12 in {file}\n" for file in (out, graph))
+    lines = [f"snapshots of step 6, 12 in {file}" for file in (out, graph)]
+    assert told.splitlines() == [*lines, f"model card in {out.with_suffix('.md')}"]
     onnx.checker.check_model(str(graph), full_check=True)
     return out, graph
 

@@ -18,9 +18,11 @@ from torch import nn
 from dist_train.data.store.reader import Store
 from dist_train.evaluation import target_evaluation
 from dist_train.evaluation.exported import load_exported
+from dist_train.evaluation.model_card import ModelCard
 from dist_train.evaluation.onnx_model import onnx_bytes
 from dist_train.evaluation.predict import find_snapshots
 from dist_train.evaluation.prediction_table import read_predictions
+from dist_train.evaluation.target_evaluation import TargetEvaluation
 from dist_train.evaluation.target_table import VALUE, scores_of, target_of_table
 from dist_train.run.data import open_run_data
 from dist_train.run.model import make_model, target_of
@@ -182,3 +184,27 @@ def test_another_store_is_predicted_with_or_without_labels(run: Path, tmp_path: 
     assert fails("predict", run, "--prior", "0.5").startswith("prior: ")
     if kind != "multilabel":
         assert fails("predict", run, "--threshold", "0.5").startswith("threshold: kind ")
+
+
+def test_the_model_card_of_the_kind(run: Path, tmp_path: Path) -> None:
+    """Its metrics are those of ``evaluation.json``."""
+    said("evaluate", run)
+    said("export", run, "--out", tmp_path / "model.safetensors")
+    card = ModelCard.model_validate_json((tmp_path / "model.json").read_text())
+    target = target_of(open_run(run).target)
+    evaluation = TargetEvaluation.model_validate_json((run / "evaluation.json").read_text())
+    assert (card.model.target, tuple(card.model.classes)) == (target.kind, target.classes)
+    assert card.evaluation is not None
+    for name, figure in evaluation.metrics.items():
+        assert card.evaluation.metrics[name].value == figure.value
+        assert card.evaluation.metrics[name].ci95 == figure.ci95
+    assert sum(card.data.by_split["train"].values()) >= 48
+    assert isinstance(card.decision.threshold, dict) is (target.kind == "multilabel")
+    if target.kind == "regression":
+        assert (card.decision.prior, card.decision.calibration) == (None, None)
+        assert "model.calibrated" not in "".join(card.use)
+    else:
+        assert isinstance(card.decision.prior, dict)
+        assert tuple(card.decision.prior) == target.classes
+    text = (tmp_path / "model.md").read_text()
+    assert all(name.replace("_", "\\_") in text for name in evaluation.metrics)
