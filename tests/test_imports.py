@@ -36,7 +36,7 @@ LEVELS = [
     {"distributed"},
     {"checkpoint"},
     {"run"},
-    {"training", "evaluation", "doctor", "sweep"},
+    {"training", "evaluation", "doctor", "sweep", "explain"},
     {"cli"},
     {"__main__"},
 ]
@@ -54,9 +54,10 @@ NEVER = {
     "data": {"models"},
     "distributed": {"data"},
     "checkpoint": {"data", "models"},
-    "evaluation": {"doctor", "sweep"},
-    "training": {"evaluation", "doctor", "sweep"},
-    "doctor": {"training", "evaluation", "sweep"},
+    "evaluation": {"doctor", "sweep", "explain"},
+    "training": {"evaluation", "doctor", "sweep", "explain"},
+    "doctor": {"training", "evaluation", "sweep", "explain"},
+    "explain": {"doctor", "sweep"},
     "sweep": {"doctor"},
 }
 MODULES = {
