@@ -151,15 +151,15 @@ class _Work:
         with torch.no_grad():
             before = self._scores(pixels)[of]
 
-        def lost(hidden: Tensor) -> float:
-            return float(before - self._scores(hidden)[of])
-
-        fall, gap = hidden_frames(pixels, lost), None
+        fall, gap = hidden_frames(pixels, lambda x: float(before - self._scores(x)[of])), None
         logits = partial(score, self._target, of=of)
         if self._method == "occlusion":
-            depth = pixels.shape[2]
-            places = hidden_places(pixels, lost).astype(np.float32)
-            return np.repeat(places[None], depth, axis=0), fall, None
+            with torch.no_grad():
+                whole = logits(self._model(pixels, None))
+                places = hidden_places(
+                    pixels, lambda x: float(whole - logits(self._model(x, None)))
+                )
+            return np.repeat(places.astype(np.float32)[None], len(fall), axis=0), fall, None
         if self._method == "grad-cam":
             found = grad_cam(self._model, pixels, logits)
         else:
@@ -198,9 +198,13 @@ def _enough_memory() -> Iterator[None]:
 @contextmanager
 def _rnn_gradients(model: nn.Module) -> Iterator[None]:
     """cuDNN's LSTM has no gradient in eval mode; torch's own has."""
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent):
+    before = torch.backends.cudnn.enabled
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        torch.backends.cudnn.enabled = False
+    try:
         yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def _warn_of_gaps(clips: Sequence[ClipMap]) -> None:

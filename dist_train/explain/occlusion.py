@@ -14,7 +14,7 @@ MOST_PARTS = 32
 #: Places of the square along height and along width; its side is a quarter of the frame's.
 PLACES, SIDE = 7, 4
 
-#: Gives what is lost of a clip's probability if it is [1, C, D, H, W] instead.
+#: Gives what is lost of a clip's probability, or score, if it is [1, C, D, H, W] instead.
 Lost = Callable[[Tensor], float]
 
 

@@ -66,7 +66,7 @@ def vessel_store(folder: Path) -> Path:
 
 
 def vessel_config(store: Path, out: Path) -> Config:
-    """``MotionNet`` for eight epochs; the package "vessels" must be allowed."""
+    """``MotionNet`` for twelve epochs; the package "vessels" must be allowed."""
     settings = overrides(
         store,
         out,
@@ -75,9 +75,9 @@ def vessel_config(store: Path, out: Path) -> Config:
         "plan.ratio=balanced",
         "model.name=vessels:MotionNet",
         *(f"augment.{name}=0" for name in sorted(CHANGES - {"flip"})),
-        "train.epochs=8",
+        "train.epochs=12",
         "checkpoint.every_steps=1000",
-        "snapshots.at=[7, 8]",
+        "snapshots.at=[11, 12]",
     )
     of_others = ("model.width", "model.stem_pool")
     return load_config(None, [one for one in settings if not one.startswith(of_others)])
