@@ -35,6 +35,8 @@ from dist_train.targets import Target
 FOLDER = "explanations"
 #: Clips of each kind that are chosen by default.
 COUNT = 4
+#: Clips whose maps are in memory at a time.
+AT_ONCE = 64
 
 
 def explain(
@@ -85,11 +87,20 @@ def explain(
     warn_of_other_code(run, config, record)
 
     device = torch.device("cuda" if cuda else "cpu")
-    clips = find_maps(config, record, data, snapshots, chosen, method, device, progress)
+    found: list[Explanation] = []
+    total = len(chosen) * len(snapshots)
+    for start in range(0, len(chosen), AT_ONCE):
 
-    for path in earlier:
-        path.unlink(missing_ok=True)
-    found = [_write(folder, n, clip, data, method) for n, clip in enumerate(clips, 1)]
+        def tell(done: int, _: int, start: int = start) -> None:
+            if progress is not None:
+                progress(start * len(snapshots) + done, total)
+
+        part = chosen[start : start + AT_ONCE]
+        clips = find_maps(config, record, data, snapshots, part, method, device, tell)
+        if start == 0:
+            for path in earlier:
+                path.unlink(missing_ok=True)
+        found += [_write(folder, n, clip, data, method) for n, clip in enumerate(clips, start + 1)]
     write_whole(folder / EXPLANATIONS, LIST.dump_json(found, indent=1) + b"\n")
     return found
 

@@ -6,7 +6,7 @@ Everything is computed in float32, and for each clip alone, so that no padding t
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,6 @@ from dist_train.explain.grad_cam import grad_cam
 from dist_train.explain.gradients import TOLERANCE, integrated_gradients
 from dist_train.explain.occlusion import hidden_frames, hidden_places
 from dist_train.explain.score import score, scores_by_class
-from dist_train.progress import Progress
 from dist_train.run.data import RunData, clip_dataset
 from dist_train.run.model import as_input, make_model
 from dist_train.run.snapshots import load_into
@@ -71,13 +70,13 @@ def find_maps(
     chosen: Sequence[Chosen],
     method: Method,
     device: torch.device,
-    progress: Progress | None = None,
+    told: Callable[[int, int], None],
 ) -> list[ClipMap]:
     """The maps of the chosen clips, in their order.
 
     Args:
         record: the content of the run's ``run.json``.
-        progress: called with (maps done, maps in all) over all snapshots.
+        told: called with (maps done, maps in all) over all snapshots.
 
     Raises:
         RunError: a snapshot does not fit the run, or gives an output that is not finite; or memory
@@ -93,7 +92,7 @@ def find_maps(
     ]
     work = _Work(config, record, data.target, method, device)
     work.predict(snapshots, clips)
-    work.explain(snapshots, clips, progress)
+    work.explain(snapshots, clips, told)
     _warn_of_gaps(clips)
     return clips
 
@@ -126,7 +125,7 @@ class _Work:
             clip.of = likeliest if clip.chosen.of is None else clip.chosen.of
 
     def explain(
-        self, snapshots: Sequence[Path], clips: Sequence[ClipMap], progress: Progress | None
+        self, snapshots: Sequence[Path], clips: Sequence[ClipMap], told: Callable[[int, int], None]
     ) -> None:
         """Fill in ``found``, ``fall`` and ``gap``."""
         done, parts = 0, len(snapshots)
@@ -138,8 +137,7 @@ class _Work:
                 if gap is not None:
                     clip.gap = max(gap, clip.gap or 0.0)
                 done += 1
-                if progress is not None:
-                    progress(done, parts * len(clips))
+                told(done, parts * len(clips))
 
     def _each(self, snapshots: Sequence[Path]) -> Iterator[None]:
         for self._snapshot in snapshots:

@@ -21,6 +21,7 @@ from vessels import vessel_config, vessel_of, vessel_store
 
 from dist_train import extensions
 from dist_train.evaluation.predict import find_snapshots
+from dist_train.explain import explain as module
 from dist_train.explain.choose import Chosen
 from dist_train.explain.explain import explain
 from dist_train.explain.maps import Method, find_maps
@@ -81,6 +82,21 @@ def test_the_probability_is_that_of_the_predictions(run: Path, tmp_path: Path) -
     for one in found:
         assert one.probability == pytest.approx(table.loc[one.key, "probability"], rel=1e-4)
         assert one.split == table.loc[one.key, "split"]
+
+
+def test_many_clips_are_done_part_by_part(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "AT_ONCE", 2)
+    data = open_run_data(run, open_run(run))
+    keys = [data.store.table.text("key", int(clip)) for clip in data.numbers("val")[:5]]
+    told: list[tuple[int, int]] = []
+    found = explain(
+        run, keys, out=tmp_path, progress=lambda done, total, _="", /: told.append((done, total))
+    )
+    assert told == [(done, 5) for done in range(1, 6)]
+    assert [one.key for one in found] == [one["key"] for one in listed(tmp_path)] == keys
+    assert len(list(tmp_path.glob("*.png"))) == 5
 
 
 def test_what_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +177,7 @@ def test_maps_point_at_the_vessel(vessels: Path, method: Method, label: int, lea
     chosen = [Chosen(table.text("key", int(clip)), "asked", label) for clip in clips]
     found = find_maps(
         config, read_record(vessels), data, find_snapshots(vessels), chosen, method,
-        torch.device("cpu"),
+        torch.device("cpu"), lambda done, total: None,
     )  # fmt: skip
     times = []
     for clip, one in zip(clips, found, strict=True):
