@@ -14,14 +14,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import fails, said
+from helpers import contents, fails, said
 from PIL import Image
 from targets import SETTINGS, target_config, target_store
 from vessels import vessel_config, vessel_of, vessel_store
 
 from dist_train import extensions
+from dist_train.errors import RunError
 from dist_train.evaluation.predict import find_snapshots
 from dist_train.explain import explain as module
+from dist_train.explain import maps
 from dist_train.explain.choose import Chosen
 from dist_train.explain.explain import explain
 from dist_train.explain.maps import Method, find_maps
@@ -111,6 +113,21 @@ def test_what_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         explain(run)
 
 
+def test_a_lack_of_memory_leaves_what_was_there(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explain(run, count=1, out=tmp_path)
+    before = contents(tmp_path)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(maps, "grad_cam", fail)
+    with pytest.raises(RunError, match=r"single clip \(CUDA out of memory.*--method occlusion"):
+        explain(run, count=1, out=tmp_path)
+    assert contents(tmp_path) == before
+
+
 def test_without_predictions_clips_are_named(trained: Path, tmp_path: Path) -> None:
     assert "no predictions" in fails("explain", trained, "--out", tmp_path)
     data = open_run_data(trained, open_run(trained))
@@ -154,6 +171,25 @@ def vessels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     extensions.allow(["vessels"])
     train(vessel_config(vessel_store(folder / "store"), folder / "run"))
     return folder / "run"
+
+
+@pytest.mark.slow
+def test_a_map_is_the_mean_over_snapshots(vessels: Path) -> None:
+    config = open_run(vessels)
+    data, record = open_run_data(vessels, config), read_record(vessels)
+    chosen = [Chosen(data.store.table.text("key", int(data.numbers("val")[0])), "asked", 1)]
+    snapshots = find_snapshots(vessels)
+    both, first, last = (
+        find_maps(
+            config, record, data, some, chosen, "grad-cam", torch.device("cpu"), lambda *_: None
+        )[0]
+        for some in (snapshots, snapshots[:1], snapshots[1:])
+    )
+    assert len(snapshots) == 2
+    assert np.abs(first.found - last.found).max() > 0
+    for name in ("found", "fall", "scores"):
+        mean = (getattr(first, name) + getattr(last, name)) / 2
+        np.testing.assert_allclose(getattr(both, name), mean, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.slow
