@@ -792,6 +792,52 @@ def export(
 
 
 @app.command()
+def explain(
+    run: Run,
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(help="Keys of clips; if none, the most wrong and the most sure ones."),
+    ] = None,
+    method: Annotated[
+        Literal["grad-cam", "integrated-gradients", "occlusion"],
+        typer.Option(help="How the map is made; docs/explain.md."),
+    ] = "grad-cam",
+    class_name: Annotated[
+        str | None,
+        typer.Option(
+            "--class",
+            help="Class, label or value to explain; if unset, the class that the model says.",
+        ),
+    ] = None,
+    count: Annotated[
+        int, typer.Option(min=1, help="Number of the most wrong clips, and of the most sure ones.")
+    ] = 4,
+    store_path: StorePath = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures; RUN/explanations if unset.")
+    ] = None,
+    allow: Allow = None,
+) -> None:
+    """Show what in a clip the model's answer rests on: pictures of maps, and curves over depth."""
+    from dist_train.explain.explain import FOLDER
+    from dist_train.explain.explain import explain as write_pictures
+
+    allow_code(allow or [])
+    with progress("explain") as report:
+        found = write_pictures(
+            run,
+            keys or (),
+            method=method,
+            class_name=class_name,
+            count=count,
+            store_path=store_path,
+            out=out,
+            progress=report,
+        )
+    _echo(f"{len(found)} clips explained in {out or run / FOLDER}")
+
+
+@app.command()
 def report(run: Run, store_path: StorePath = None) -> None:
     """Write a run's report, one HTML page without other files."""
     from dist_train.evaluation.report import report_run

@@ -36,7 +36,7 @@ LEVELS = [
     {"distributed"},
     {"checkpoint"},
     {"run"},
-    {"training", "evaluation", "doctor"},
+    {"training", "evaluation", "doctor", "explain"},
     {"sweep"},
     {"cli"},
     {"__main__"},
@@ -55,10 +55,10 @@ NEVER = {
     "data": {"models"},
     "distributed": {"data"},
     "checkpoint": {"data", "models"},
-    "evaluation": {"doctor"},
-    "training": {"evaluation", "doctor"},
-    "doctor": {"training", "evaluation"},
-    "sweep": {"doctor"},
+    "evaluation": {"doctor", "explain"},
+    "training": {"evaluation", "doctor", "explain"},
+    "doctor": {"training", "evaluation", "explain"},
+    "explain": {"doctor"},
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text("utf-8"))

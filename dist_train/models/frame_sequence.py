@@ -81,6 +81,11 @@ class FrameSequence(Trunk):
     def frame_stride(self) -> int:
         return 1
 
+    @property
+    def spatial(self) -> nn.Module:
+        """The part whose layers keep height and width."""
+        return self.encoder
+
     def parts(self, valid: ValidFrames | None = None) -> Parts:
         return [[partial(self._encode, valid=valid)], [partial(self._read, valid=valid)]], None
 

@@ -139,6 +139,15 @@ def render_clip(spec: ClipSpec, *, stalled: bool) -> Clip:
     return Clip(frames, [_box_around(points) for points in outline])
 
 
+def vessel_mask(spec: ClipSpec) -> np.ndarray:
+    """Which pixels of a frame are inside the target vessel, bool [H, W]. The jitter of the frames,
+    a fifth of a pixel, is not in it."""
+    vessel = _draw_vessel(spec.box, random_stream(spec.seed, spec.index, PICTURE))
+    mask = np.zeros((spec.frame_height, spec.frame_width), bool)
+    mask[vessel.rows, vessel.columns] = vessel.lumen > 0.5
+    return mask
+
+
 @dataclass(frozen=True, slots=True)
 class _Vessel:
     """The target vessel and its outline.

@@ -22,7 +22,7 @@ from helpers import contents
 from dist_train.data.raw.outline import Box, OutlineColour, crop_to_outline
 from dist_train.data.raw.video import Video
 from dist_train.data.synthetic import challenge_stats
-from dist_train.data.synthetic.drawing import ClipSpec, draw_clip, render_clip
+from dist_train.data.synthetic.drawing import ClipSpec, draw_clip, render_clip, vessel_mask
 from dist_train.data.synthetic.render import (
     HELD_OUT,
     filename,
@@ -158,6 +158,17 @@ def test_the_true_box_is_the_drawn_one_and_drifts() -> None:
 
 
 # --- the same every time ----------------------------------------------------------------------
+
+
+def test_cells_move_in_the_vessel_and_nowhere_else() -> None:
+    for index in range(3):
+        spec = draw_clip(4, index)
+        changes = render_clip(spec, stalled=False).frames[..., 1].std(axis=0)
+        vessel = vessel_mask(spec)
+        rows, columns = np.nonzero(vessel)
+        assert spec.box.top < rows.min() <= rows.max() < spec.box.bottom - 1
+        assert spec.box.left < columns.min() <= columns.max() < spec.box.right - 1
+        assert np.median(changes[vessel]) > 1.5 * np.median(changes[~vessel])
 
 
 def test_a_clip_is_rendered_the_same_twice_and_each_is_different() -> None:

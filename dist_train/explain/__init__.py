@@ -1,0 +1,1 @@
+"""Pictures of what in a clip a model's answer rests on."""
