@@ -59,6 +59,7 @@ NEVER = {
     "training": {"evaluation", "doctor", "explain"},
     "doctor": {"training", "evaluation", "explain"},
     "explain": {"doctor"},
+    "sweep": {"doctor"},
 }
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text("utf-8"))
