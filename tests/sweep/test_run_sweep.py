@@ -19,6 +19,7 @@ from matplotlib.image import imread
 from sklearn.metrics import matthews_corrcoef
 from targets import target_store
 
+from dist_train.checkpoint.format import by_step
 from dist_train.config import load_config
 from dist_train.errors import ConfigError, RunError
 from dist_train.evaluation import target_evaluation
@@ -143,7 +144,7 @@ def test_a_sweep_that_was_killed_goes_on(store: Path, tmp_path: Path) -> None:
     )
     folder = tmp_path / "out" / "trials" / "b-seed0-fold0"
     deadline = time.monotonic() + 120
-    while not list(folder.glob("checkpoints/step-*")) and time.monotonic() < deadline:
+    while not by_step(folder / "checkpoints") and time.monotonic() < deadline:
         time.sleep(0.05)
     sweep.send_signal(signal.SIGKILL)
     sweep.wait()
