@@ -117,7 +117,7 @@ def find_suspects(run: Path) -> Suspects:
     if "fold" not in frame:
         notes.append(
             f"only the {len(known):,} clips of val and test were judged; those of train were not "
-            "held out. Training with split.fold=all judges every clip"
+            "held out. Runs with other values of split.fold judge those"
         )
     table = _table(known, calibration, notes)
     if table is None:
