@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -33,3 +33,12 @@ def make_model() -> Callable[..., ResNet3D]:
         return model
 
     return make
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """With one thread, torch's own CPU 1x1x1 convolution returns the contiguous layout."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

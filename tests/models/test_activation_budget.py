@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from live_bytes import peak_of_step
 from torch import nn
 
 from dist_train.errors import ModelError
@@ -13,8 +14,6 @@ from dist_train.models.activation_budget import (
     MODES,
     Cost,
     Costs,
-    _drop_gradient,
-    _Meter,
     choose_plan,
     measure_parts,
     weigh,
@@ -44,13 +43,7 @@ def whole_step(plan: RecomputePlan, frames: torch.Tensor | None = None) -> int:
     model = make_model()
     assert isinstance(model, ResNet3D)
     model.recompute = plan
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)
-    clips = torch.randn(SHAPE)
-    with _Meter() as meter:
-        meter.note(clips)
-        model(clips, frames).sum().backward()
-    return meter.peak
+    return peak_of_step(model, torch.randn(SHAPE), frames)
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)

@@ -17,13 +17,14 @@ import onnxruntime
 import pytest
 import torch
 from layouts import LAYOUT, Layouts
+from live_bytes import peak_of_step
 from safetensors.torch import load_file, save_file
 from timm_stand_in import import_timm
 from torch import Tensor, nn
 
 from dist_train.errors import ModelError
 from dist_train.evaluation.onnx_model import onnx_bytes
-from dist_train.models.activation_budget import MODES, _drop_gradient, _Meter, measure_parts, weigh
+from dist_train.models.activation_budget import MODES, measure_parts, weigh
 from dist_train.models.norm import norms
 from dist_train.models.recompute import Recompute
 from dist_train.models.registry import MODELS, Ability, build_model, find_model, require
@@ -255,17 +256,8 @@ def test_bfloat16_is_finite_and_near_float32(name: str) -> None:
     assert torch.cosine_similarity(grads, half_grads, dim=0) > 0.9
 
 
-@pytest.fixture
-def _two_threads() -> Iterator[None]:
-    """With one thread, torch's own CPU 1x1x1 convolution returns the contiguous layout."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.usefixtures("two_threads")
 # Not DenseNet: torch copies gradients of the slices that its layers were joined from.
 @pytest.mark.parametrize("name", able("channels_last", OF_3D[:-1]))
 def test_every_operation_is_channels_last(name: str) -> None:
@@ -314,14 +306,8 @@ def test_the_budget_is_what_a_step_takes(name: str) -> None:
         model = make()
         assert isinstance(model, Trunk)
         model.recompute = mode
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
-        clips = torch.rand(shape)
-        with _Meter() as meter:
-            meter.note(clips)
-            model(clips).sum().backward()
         counted = weigh((mode,) * len(model.part_names), costs).bytes
-        assert 0.95 < counted / meter.peak < 1.2, mode
+        assert 0.95 < counted / peak_of_step(model, torch.rand(shape)) < 1.2, mode
 
 
 # Files.

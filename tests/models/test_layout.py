@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,14 +10,7 @@ from layouts import LAYOUT, Layouts
 
 from dist_train.models.resnet3d import ResNet3D
 
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    """With one thread, torch's own CPU 1x1x1 convolution returns the contiguous layout."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 @pytest.mark.slow
