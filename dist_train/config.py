@@ -795,7 +795,7 @@ class Config(Section):
         if self.split.train_on_all and self.checkpoint.best is not None:
             raise ValueError(
                 f"split.train_on_all leaves no held-out clips for {self.best_setting}; leave out "
-                "one of the two"
+                "split.train_on_all, or stop.metric and checkpoint.best"
             )
         last = 0 if self.snapshots.at == "minima" else max(self.snapshots.at)
         if last > self.train.epochs:

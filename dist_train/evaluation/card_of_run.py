@@ -207,17 +207,23 @@ def _selection(config: Config, record: Mapping[str, Any]) -> CardSelection:
 
 
 def _evaluation(run: Path, snapshots: Sequence[str]) -> AnyEvaluation | None:
-    """The run's evaluation, if it is of its predictions, and these are of the exported weights."""
-    given = stored_evaluation(run / EVALUATION)
-    if given is None or not os.path.lexists(run / PREDICTIONS):
+    """The run's evaluation, if it is of its predictions, and these are of the exported weights
+    without test-time augmentation."""
+    if not os.path.lexists(run / PREDICTIONS):
         return None
     try:
+        given = stored_evaluation(run / EVALUATION)
+        if given is None:
+            return None
         check_origin(run)
         origin = read_origin(run / PREDICTIONS)
         predicted_by = set(snapshots) if origin is None else set(origin.snapshots)
-        if predicted_by == set(snapshots) and _is_of(run, given):
+        is_plain = origin is None or origin.tta is None
+        if is_plain and predicted_by == set(snapshots) and _is_of(run, given):
             return given
         reason = "it is of other predictions or snapshots"
+        if not is_plain:
+            reason = "it is of predictions with --tta, which an export makes without"
     except RunError as error:
         reason = error.what
     log.warning("%s is not in the model card: %s. Evaluate again", run / EVALUATION, reason)

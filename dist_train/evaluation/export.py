@@ -158,7 +158,7 @@ def export_run(
         raise RunError(
             "the model card of the export has this name",
             where=taken.pop(),
-            fix="Give the file another suffix, such as .safetensors or .onnx.",
+            fix="Give the ONNX file the suffix .onnx.",
         )
     check_card_places(out)
     sources = _find_weights(run, step)

@@ -21,7 +21,9 @@ from dist_train.targets import Kind
 TITLE = "# Model card: "
 MOST_BYTES = 64 * MIB
 #: What Markdown or HTML would read as its own.
-_MARKUP = str.maketrans({"<": "&lt;", "&": "&amp;", "|": "\\|", "`": "'", "*": "\\*", "_": "\\_"})
+_MARKUP = str.maketrans(
+    {"<": "&lt;", "&": "&amp;", "`": "'"} | {letter: f"\\{letter}" for letter in "\\|*_[]~"}
+)
 
 
 class _Part(BaseModel):
@@ -166,6 +168,7 @@ class ModelCard(_Part):
     crc32c: int
     """Of the weights, as in the header of the file."""
     dist_train: str
+    """Version that wrote the card."""
     model: CardModel
     data: CardData
     input: CardInput
@@ -178,15 +181,17 @@ class ModelCard(_Part):
 
 
 def card_paths(out: Path) -> tuple[Path, Path]:
-    """The Markdown and the JSON file of the card of an exported file."""
-    return out.with_suffix(".md"), out.with_suffix(".json")
+    """The Markdown and the JSON file of the card of an exported file: of ``x.safetensors`` ``x.md``
+    and ``x.json``, of ``net-0.1`` ``net-0.1.md`` and ``net-0.1.json``."""
+    name = out.name.removesuffix(".safetensors")
+    return out.with_name(f"{name}.md"), out.with_name(f"{name}.json")
 
 
 def check_card_places(out: Path) -> None:
     """Refuse an export whose card would replace something else than a card.
 
     Raises:
-        FileError: a file of that name is there and is no card.
+        FileError: a file of that name is there and is no card, or the card of another file.
     """
     text, content = card_paths(out)
     for path in (text, content):
@@ -197,13 +202,19 @@ def check_card_places(out: Path) -> None:
         if path == text and found.startswith(TITLE.encode()):
             continue
         try:
-            ModelCard.model_validate_json(found)
+            of = ModelCard.model_validate_json(found).file
         except ValidationError:
             raise FileError(
                 "is no model card, and the card of the export would replace it",
                 where=path,
                 fix="Move it away, or give the export another name.",
             ) from None
+        if of != out.name:
+            raise FileError(
+                f"is the model card of {printable(of)}",
+                where=path,
+                fix="Move both away, or give the export another name.",
+            )
 
 
 def write_card(card: ModelCard, out: Path) -> None:

@@ -12,8 +12,9 @@ Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
 class ClassRates(NamedTuple):
-    """Shares of classes 0 to K - 1, float64 [K] each, which add up to 1; of multilabel, the share
-    of clips that has each label; of regression empty. Each is between 0 and 1, both excluded.
+    """Shares of classes 0 to K - 1, float64 [K] each; of multilabel, the share of clips that has
+    each label; of regression empty. Each is between 0 and 1, both excluded: in ``natural`` what no
+    clip has counts as half a clip.
 
     Attributes:
         batches: in the batches of the plan.
@@ -33,7 +34,7 @@ def class_rates(data: RunData) -> ClassRates:
     if data.target.kind == "regression":
         return ClassRates(np.empty(0), np.empty(0))
     quotas, clips = data.quotas(), data.count("train")
-    # A label that all clips have, or none, would have odds that no correction can move.
+    # A class or label that all clips have, or none, would have odds that no correction can move.
     most = 1 - 0.5 / clips
     natural = np.clip(np.array(data.counts("train")) / clips, 1 - most, most)
     if None in quotas:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 from dist_train.checkpoint.format import by_step, load_checkpoint, read_marker
@@ -85,8 +84,8 @@ def keep_best(config: Config, done: int, value: float | None, content: str) -> b
     """Save the weights of the best checkpoint as a snapshot, unless those after ``done`` steps,
     whose metric is ``value``, are as good; return whether they are.
 
-    If a checkpoint is damaged, the log tells of it, it is moved to ``superseded/``, and the next
-    best one is taken.
+    A checkpoint that is damaged is told of in the log. If it was the best one, it is moved to
+    ``superseded/``, and the next best one is taken.
 
     Args:
         content: as for ``snapshot_metadata``.
@@ -99,8 +98,14 @@ def keep_best(config: Config, done: int, value: float | None, content: str) -> b
     saved: dict[int, dict[str, float | None]] = {done: {metric: value}}
     folders = {step: path for step, path in by_step(config.out / CHECKPOINTS) if step < done}
     for step, path in folders.items():
-        with suppress(CheckpointError, KeyError):
+        try:
             saved[step] = read_marker(path)["facts"]["metrics"]
+        except KeyError:
+            continue
+        except CheckpointError as error:
+            # The writer may just be removing it.
+            if path.exists():
+                log.warning("a checkpoint is damaged, and cannot be the best: %s", error)
     while True:
         best = best_step(saved, metric)
         if best is None or best == done:
@@ -109,12 +114,13 @@ def keep_best(config: Config, done: int, value: float | None, content: str) -> b
             tensors, _ = load_checkpoint(folders[best])
             break
         except CheckpointError as error:
-            log.warning("the best checkpoint is damaged, and is set aside: %s", error)
             del saved[best]
-            # Left there, it would still be kept as the best, and a whole one removed. The writer
-            # may just be removing it.
-            with suppress(OSError):
-                set_aside(config.out, folders[best])
+            # Left there, it would still be kept as the best, and a whole one removed.
+            try:
+                where = f"is now {set_aside(config.out, folders[best])}"
+            except OSError as failure:
+                where = f"cannot be set aside ({failure})"
+            log.warning("the best checkpoint is damaged, and %s: %s", where, error)
     names = [n.removeprefix("model/") for n in tensors if n.startswith("model/")]
     weights = evaluated_weights(tensors, names)
     path = config.out / SNAPSHOTS / f"step-{best}{SNAPSHOT}"

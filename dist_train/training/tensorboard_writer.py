@@ -104,14 +104,15 @@ class TensorBoardWriter:
 
         self._try(add)
 
-    def strips(self, step: int, strips: Mapping[str, np.ndarray], split: str = "val") -> None:
-        """Show pictures of a split's wrong clips in one picture, from the top, and their titles as
-        a text; each has the same tag at every step. Without pictures nothing is shown.
+    def strips(self, step: int, strips: Mapping[str, np.ndarray]) -> None:
+        """Show the wrong clips of the val split as one picture, one below the other, and their
+        titles as a text in the same order, with the same tag at every step. Without clips nothing
+        is shown.
 
         Args:
             strips: by title, all uint8 [H, W] or all [H, W, 3].
         """
-        tag = f"wrong clips/{split}"
+        tag = "wrong clips/val"
 
         def add(writer: SummaryWriter) -> None:
             shown = np.atleast_3d(stacked(list(strips.values())))

@@ -195,6 +195,9 @@ def test_without_an_evaluation_of_these_weights_it_has_no_metrics(
     (copy / EVALUATION).write_text(json.dumps(changed))
     assert card_of(copy, out).evaluation is None
     assert "it is of other predictions or snapshots. Evaluate again" in caplog.text
+    (copy / EVALUATION).write_text(text[:-9])
+    assert card_of(copy, out).evaluation is None
+    assert "is not in the model card: this is not an evaluation" in caplog.text
     (copy / EVALUATION).write_text(text)
     assert card_of(copy, out).evaluation is not None
     (copy / EVALUATION).unlink()
@@ -228,8 +231,13 @@ def test_a_card_replaces_only_a_card(run: Path, tmp_path: Path) -> None:
         (tmp_path / name).unlink()
     card_of(run, out)
     assert card_of(run, out, step=5).model.steps == [5]
+    told = fails("export", run, "--out", out.with_suffix(""))
+    assert "model.json: is the model card of model.safetensors" in told
+    export_run(run, tmp_path / "net-0.1", step=5)
+    export_run(run, tmp_path / "net-0.2", step=9)
+    assert (tmp_path / "net-0.1.json").read_text() != (tmp_path / "net-0.2.json").read_text()
     with pytest.raises(RunError, match=r"model.json: the model card of the export has this name"):
-        export_run(run, tmp_path / "model.json")
+        export_run(run, out, onnx=tmp_path / "model.json")
     with pytest.raises(RunError, match=r"the run itself keeps its predictions.json"):
         export_run(run, run / "predictions.safetensors")
     (tmp_path / "link.md").symlink_to("/dev/null")
@@ -241,6 +249,6 @@ def test_names_in_it_are_no_markup(run: Path, tmp_path: Path) -> None:
     card = card_of(run, tmp_path / "model.safetensors")
     named = card.model.model_copy(update={"classes": ["<b>|x", "a_b*\n# c"]})
     text = as_markdown(card.model_copy(update={"model": named}))
-    assert r"binary: &lt;b>\|x, a\_b\*\n# c |" in text
+    assert r"binary: &lt;b>\|x, a\_b\*\\n# c |" in text
     # A file of this version is read back as it was written.
     assert load_exported(tmp_path / "model.safetensors").facts["steps"] == card.model.steps

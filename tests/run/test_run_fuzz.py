@@ -176,7 +176,7 @@ def fuzz(
 ) -> None:
     """Harm one file in each of many copies of a run.
 
-    There are 13 kinds of harm, so that each file meets all of them in turn.
+    There are 13 kinds of harm, which files meet in turn; 13 times as many edits as files are all.
     """
     rng = random.Random(0)
     kinds = [*HARMS, *REPLACED]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from short_runs import train_until
 
-from dist_train.checkpoint.format import by_step, rank_file, read_marker
+from dist_train.checkpoint.format import MARKER, by_step, rank_file, read_marker
 from dist_train.config import StopSettings, load_config
 from dist_train.errors import ConfigError
 from dist_train.run.data import open_data
@@ -130,9 +130,22 @@ def test_a_damaged_best_checkpoint_is_told_and_set_aside(
     assert keep_best(config, STOPPED, None, "content") is (damaged == 2)
     left = [] if damaged == 2 else [f"step-{second}.safetensors"]
     assert [path.name for path in (out / "snapshots").glob("*")] == left
-    assert caplog.text.count("the best checkpoint is damaged, and is set aside") == damaged
+    assert caplog.text.count("the best checkpoint is damaged, and is now") == damaged
     assert (out / "superseded" / f"step-{best}").is_dir()
     assert not (out / "checkpoints" / f"step-{best}").exists()
+
+
+def test_a_damaged_marker_of_the_best_checkpoint_is_told(
+    stopped: tuple[Path, list[str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = cut(stopped[0], tmp_path / "run", after=10**9)
+    config = load_config(out / "config.yaml", [f"out={out}"])
+    losses = {line["step"]: line["val/loss"] for line in metrics_of(out) if "val/loss" in line}
+    best = min(losses.keys() - {STOPPED}, key=lambda step: losses[step])
+    (out / "checkpoints" / f"step-{best}" / MARKER).write_text("torn")
+    keep_best(config, STOPPED, None, "content")
+    assert caplog.text.count("a checkpoint is damaged, and cannot be the best") == 1
+    assert (out / "checkpoints" / f"step-{best}").exists()
 
 
 def test_auto_says_that_a_stopped_run_is_done(

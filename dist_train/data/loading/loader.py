@@ -156,9 +156,11 @@ class Loader:
             yield
         except (RuntimeError, OSError, EOFError):
             # DataLoader notices a death after 5 s without a batch, or when it receives one.
-            if self._workers:
-                wait([worker.sentinel for worker in self._workers], REPORT_TIME)
-            dead = {w.pid: w.exitcode for w in self._workers if w.exitcode is not None}
+            # The start of others may have failed, or is still to come.
+            started = [worker for worker in list(self._workers) if worker.pid is not None]
+            if started:
+                wait([worker.sentinel for worker in started], REPORT_TIME)
+            dead = {w.pid: w.exitcode for w in started if w.exitcode is not None}
             if not dead:
                 raise
             raise self._batches.error_of_death(dead) from None

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -403,6 +404,19 @@ def test_worker_that_dies_between_batches(store: Store) -> None:
         assert came == []
         assert "killed (SIGKILL) between two batches" in error.what
         assert error.where == store.name
+
+
+def test_a_worker_that_cannot_be_started_keeps_its_error(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(ForkServerProcess, "start", refuse)
+    loader = loader_of(plain(store), range(CLIPS))
+    iter(loader)
+    with pytest.raises(BlockingIOError, match="no more processes"):
+        loader.wait()
 
 
 # What is left behind.
