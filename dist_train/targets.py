@@ -92,6 +92,11 @@ class Target:
         return whole
 
 
+def by_class(scores: Array) -> Array:
+    """Probabilities of each class: [N, 2] of those of the positive one, [N]; [N, K] stay."""
+    return np.stack([1 - scores, scores], axis=1) if scores.ndim == 1 else scores
+
+
 def _of_cumulative(above: Array) -> Array:
     """Probabilities of K classes [N, K] from P(class > k), [N, K-1], as Frank and Hall, "A simple
     approach to ordinal classification" (ECML 2001). Where the latter rise with k, which the

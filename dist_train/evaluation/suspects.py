@@ -38,7 +38,7 @@ from dist_train.metrics import Floats, Labels, prior_correct
 from dist_train.run.folder import PREDICTIONS, RECORD, SUSPECTS
 from dist_train.run.record import open_run
 from dist_train.safe_text import for_spreadsheet
-from dist_train.targets import Target
+from dist_train.targets import Target, by_class
 
 COLUMNS = (
     *("key", "filename", "group", "label", "class", "suggested"),
@@ -158,7 +158,7 @@ def _by_class(
     names: tuple[str, ...] = target.classes
     if target.kind == "binary":
         names, label = class_names(known), known["label"].to_numpy(np.int64)
-        p = _two(_at_own_share(known[CALIBRATED].to_numpy(np.float64), label, calibration))
+        p = by_class(_at_own_share(known[CALIBRATED].to_numpy(np.float64), label, calibration))
     else:
         clips = scored(known, target)
         p, label = clips.calibrated, clips.truth
@@ -188,7 +188,7 @@ def _by_column(
         else:
             own = calibration.labels[name] if isinstance(calibration, LabelCalibration) else None
             _note_few(truth, (f"not {name}", name), notes)
-            p = _two(_at_own_share(clips.calibrated[:, k], truth, own))
+            p = by_class(_at_own_share(clips.calibrated[:, k], truth, own))
             found = judge_classes(p, truth)
         yield found, {"label": truth, "class": name, "suggested": found.suggested}
 
@@ -265,10 +265,6 @@ def _at_own_share(p: Floats, label: Labels, calibration: AnyCalibration | None) 
     if not isinstance(calibration, Calibration) or not 0 < share < 1:
         return p
     return prior_correct(p, calibration.prior, share)
-
-
-def _two(positive: Floats) -> Floats:
-    return np.stack([1 - positive, positive], axis=1)
 
 
 def _note_few(label: Labels, names: Sequence[str], notes: list[str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from dist_train.evaluation.target_table import VALUE, scores_of
-from dist_train.targets import Target
+from dist_train.targets import Target, by_class
 
 Why = Literal["most wrong", "most sure", "asked"]
 
@@ -36,8 +36,8 @@ def choose_clips(
       and are taken from each class in turn, because the surest of a rare class are what one wants
       to see, too. What is explained is the class that the model says.
     - Labels of multilabel: the same with each label of each clip; sure are those that it has.
-    - Values of regression: the most wrong are those farthest from the truth, in parts of the
-      value's standard deviation. None is sure.
+    - Values of regression: the most wrong are those farthest from the truth, in parts of
+      ``target.scale``. None is sure.
 
     Args:
         table: as ``read_predictions`` gives it.
@@ -45,8 +45,7 @@ def choose_clips(
         of: the class, label or value to explain. Of labels and values only those of it count.
     """
     if target.kind == "binary":
-        positive = table["probability"].to_numpy()
-        scores = np.stack([1 - positive, positive], axis=1)
+        scores = by_class(table["probability"].to_numpy())
     else:
         scores = scores_of(table, target, VALUE if target.kind == "regression" else "probability")
     rows = np.arange(len(table))
@@ -60,7 +59,7 @@ def choose_clips(
         away = np.abs(scores - truth)
         explained = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
         if target.kind == "regression":
-            wrong, sure = away / np.maximum(np.nanstd(truth, axis=0), 1e-12), away * np.nan
+            wrong, sure = away / np.asarray(target.scale or 1.0), away * np.nan
         else:
             wrong = np.where(away > 0.5, away, np.nan)
             sure = np.where(scores > 0.5, scores, np.nan)
@@ -91,10 +90,10 @@ def _falling(size: np.ndarray) -> Order:
 
 def _in_turn(order: Order, explained: np.ndarray) -> Order:
     """The same, one of each class in turn."""
-    by_class: dict[int, Order] = {}
+    of_class: dict[int, Order] = {}
     for place in order:
-        by_class.setdefault(int(explained[place]), []).append(place)
-    return [place for each in zip_longest(*by_class.values()) for place in each if place]
+        of_class.setdefault(int(explained[place]), []).append(place)
+    return [place for each in zip_longest(*of_class.values()) for place in each if place]
 
 
 def _first(order: Order, count: int, taken: set[int]) -> Order:

@@ -101,7 +101,8 @@ def explain(
             for path in earlier:
                 path.unlink(missing_ok=True)
         found += [_write(folder, n, clip, data, method) for n, clip in enumerate(clips, start + 1)]
-    write_whole(folder / EXPLANATIONS, LIST.dump_json(found, indent=1) + b"\n")
+        # Whatever lies there is listed, also if a later part fails.
+        write_whole(folder / EXPLANATIONS, LIST.dump_json(found, indent=1) + b"\n")
     return found
 
 
@@ -121,6 +122,8 @@ def _chosen(
     run: Path, data: RunData, keys: Sequence[str], count: int, of: int | None
 ) -> list[Chosen]:
     if len(keys) > 0:
+        for key in keys:
+            data.store.clip_of(key)
         return [Chosen(key, "asked", of) for key in dict.fromkeys(keys)]
     table = read_predictions(run / PREDICTIONS)
     check_origin(run)

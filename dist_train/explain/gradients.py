@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,7 +21,7 @@ def integrated_gradients(
 
     The empty clip has, in each channel, the clip's mean everywhere: dark things count as bright
     ones do. The gradient is taken in the middles of equal steps, which are halved until the map is
-    complete within ``TOLERANCE``, or there are ``MOST_STEPS``.
+    complete within ``TOLERANCE``, or there are ``MOST_STEPS``, or it is not finite.
 
     Args:
         model: in eval mode.
@@ -43,6 +44,6 @@ def integrated_gradients(
             total += torch.autograd.grad(score(model(point, None)), point)[0]
         parts = total * way / steps
         lacking = float((parts.double().sum() - change).abs() / change.abs().clamp(min=1e-6))
-        if lacking <= TOLERANCE or steps >= MOST_STEPS:
+        if lacking <= TOLERANCE or steps >= MOST_STEPS or not math.isfinite(lacking):
             return parts[0].sum(0), lacking
         steps *= 2

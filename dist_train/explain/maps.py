@@ -6,6 +6,7 @@ Everything is computed in float32, and for each clip alone, so that no padding t
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,8 +80,8 @@ def find_maps(
         told: called with (maps done, maps in all) over all snapshots.
 
     Raises:
-        RunError: a snapshot does not fit the run, or gives an output that is not finite; or memory
-            does not suffice for a single clip.
+        RunError: a snapshot does not fit the run, or gives an output or a gradient that is not
+            finite; or memory does not suffice for a single clip.
         ModelError: the model has no layer for grad-cam.
         StoreError: a clip is not there, or cannot be read.
     """
@@ -118,7 +119,7 @@ class _Work:
         """Fill in ``scores`` and ``of``."""
         for _ in self._each(snapshots):
             for clip in clips:
-                with _enough_memory(), torch.no_grad():
+                with _enough_memory(gradients=False), torch.no_grad():
                     clip.scores += self._scores(clip.pixels.to(self._device)) / len(snapshots)
         for clip in clips:
             likeliest = 0 if self._target.kind == "regression" else int(clip.scores.argmax())
@@ -131,7 +132,10 @@ class _Work:
         done, parts = 0, len(snapshots)
         for _ in self._each(snapshots):
             for clip in clips:
-                with _enough_memory(), _rnn_gradients(self._model):
+                with (
+                    _enough_memory(gradients=self._method != "occlusion"),
+                    _rnn_gradients(self._model),
+                ):
                     found, fall, gap = self._map(clip)
                 clip.found, clip.fall = clip.found + found / parts, clip.fall + fall / parts
                 if gap is not None:
@@ -153,32 +157,40 @@ class _Work:
         logits = partial(score, self._target, of=of)
         if self._method == "occlusion":
             with torch.no_grad():
-                whole = logits(self._model(pixels, None))
-                places = hidden_places(
-                    pixels, lambda x: float(whole - logits(self._model(x, None)))
-                )
+                whole = logits(self._outputs(pixels))
+                places = hidden_places(pixels, lambda x: float(whole - logits(self._outputs(x))))
             return np.repeat(places.astype(np.float32)[None], len(fall), axis=0), fall, None
         if self._method == "grad-cam":
             found = grad_cam(self._model, pixels, logits)
         else:
             found, gap = integrated_gradients(self._model, pixels, logits)
+        if not (bool(found.isfinite().all()) and math.isfinite(gap or 0.0)):
+            raise RunError(
+                f"the gradients of clip '{clip.chosen.key}' are not finite",
+                where=self._snapshot,
+                fix="Take --method occlusion, which needs none.",
+            )
         return found.detach().cpu().numpy(), fall, gap
 
     def _scores(self, pixels: Tensor) -> np.ndarray:
         """Probabilities or values of one clip, float64 [classes]."""
-        logits = self._model(pixels, None).float().cpu().numpy()
-        if not np.isfinite(logits).all():
-            raise RunError(
-                "the snapshot gives outputs that are not finite",
-                where=self._snapshot,
-                fix="Move the file away; nothing was written.",
-            )
+        logits = self._outputs(pixels).float().cpu().numpy()
         scores: np.ndarray = scores_by_class(self._target, logits)[0]
         return scores
 
+    def _outputs(self, pixels: Tensor) -> Tensor:
+        logits: Tensor = self._model(pixels, None)
+        if not logits.isfinite().all():
+            raise RunError(
+                "the snapshot gives outputs that are not finite",
+                where=self._snapshot,
+                fix="Move the file away.",
+            )
+        return logits
+
 
 @contextmanager
-def _enough_memory() -> Iterator[None]:
+def _enough_memory(*, gradients: bool) -> Iterator[None]:
     reason = None
     try:
         yield
@@ -187,9 +199,10 @@ def _enough_memory() -> Iterator[None]:
             raise
         reason = first_line(error)
     if reason is not None:
+        other = "--method occlusion, which needs no gradients, or " if gradients else ""
         raise RunError(
             f"memory does not suffice to explain a single clip ({reason})",
-            fix="Take --method occlusion, which needs no gradients, or a device with more memory.",
+            fix=f"Take {other}a device with more memory.",
         )
 
 

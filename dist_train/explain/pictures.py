@@ -15,8 +15,9 @@ from dist_train.safe_text import printable
 
 #: Frames of a strip and of an animation, at most.
 SHOWN, MOST_FRAMES = 8, 128
-#: Height of the frames: small ones are enlarged by a whole number, large ones are shrunk.
-LEAST_HEIGHT, MOST_HEIGHT = 128, 256
+#: Height of the frames: small ones are enlarged by a whole number, or less if they would be too
+#: wide for an encoder of videos; large ones are shrunk.
+LEAST_HEIGHT, MOST_HEIGHT, MOST_WIDTH = 128, 256, 2048
 #: Part of a map's values that have the full colour, and how much of it covers the frame.
 FULL, COVER = 0.002, 0.7
 COLOURS = "inferno"
@@ -32,7 +33,7 @@ def overlay(frames: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """
     height, width = frames.shape[1:3]
     scale: float = -(-LEAST_HEIGHT // height) if height < LEAST_HEIGHT else 1
-    scale = min(scale, MOST_HEIGHT / height)
+    scale = min(scale, MOST_HEIGHT / height, MOST_WIDTH / width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     how = cv2.INTER_NEAREST if scale >= 1 else cv2.INTER_AREA
     plain = np.stack([cv2.resize(frame, size, interpolation=how) for frame in frames])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train.targets import Target
+from dist_train.targets import Target, by_class
 
 
 def score(target: Target, logits: Tensor, of: int) -> Tensor:
@@ -44,4 +44,4 @@ def scores_by_class(target: Target, logits: np.ndarray) -> np.ndarray:
         logits: [N] or [N, outputs].
     """
     scores = target.scores(logits.astype(np.float64))
-    return np.stack([1 - scores, scores], axis=1) if target.kind == "binary" else scores
+    return by_class(scores) if target.kind == "binary" else scores

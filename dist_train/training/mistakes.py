@@ -10,6 +10,7 @@ from dist_train.data.pictures import film_strip
 from dist_train.data.types import GREY
 from dist_train.errors import DistTrainError
 from dist_train.run.data import RunData
+from dist_train.targets import by_class
 
 #: Clips that are shown, each of which is read again.
 MOST = 6
@@ -26,10 +27,10 @@ def most_wrong(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     Returns:
         int64 [0 to ``MOST``].
     """
-    by_class = np.stack([1 - scores, scores], 1) if scores.ndim == 1 else scores
-    own = by_class[np.arange(len(labels)), labels.astype(np.int64)]
+    each = by_class(scores)
+    own = each[np.arange(len(labels)), labels.astype(np.int64)]
     # With two classes, as the metrics do: positive above 0.5.
-    wrong = np.flatnonzero(by_class.argmax(1) != labels)
+    wrong = np.flatnonzero(each.argmax(1) != labels)
     return wrong[np.argsort(own[wrong], kind="stable")][:MOST]
 
 

@@ -53,6 +53,8 @@ def test_of_values() -> None:
     table[["value:x", "value:y"]] = [[1.0, 500.0], [5.0, 100.0], [3.0, 0.0]]
     truth = np.array([[1.0, 100.0], [1.0, 100.0], [np.nan, np.nan]], np.float32)
     truth[1, 0] = 4.0
-    target = Target("regression", ("x", "y"))
+    target = Target("regression", ("x", "y"), (0.0, 0.0), (1.0, 1000.0))
     assert keys(choose_clips(table, target, truth, 5, of=0), "most wrong") == [("b", 0), ("a", 0)]
+    # A distance of 1 in x is more than one of 400 in y.
+    assert keys(choose_clips(table, target, truth, 5), "most wrong") == [("b", 0), ("a", 1)]
     assert not keys(choose_clips(table, target, truth, 5), "most sure")

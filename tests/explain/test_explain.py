@@ -101,6 +101,28 @@ def test_many_clips_are_done_part_by_part(
     assert len(list(tmp_path.glob("*.png"))) == 5
 
 
+def test_what_lies_there_is_listed_if_a_later_part_fails(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "AT_ONCE", 1)
+    data = open_run_data(run, open_run(run))
+    keys = [data.store.table.text("key", int(clip)) for clip in data.numbers("val")[:2]]
+    # All keys are looked up before the first part is done.
+    assert "holds no clip 'nine'" in fails("explain", run, keys[0], "nine", "--out", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+    def find(*arguments: Any) -> list[maps.ClipMap]:
+        if arguments[4][0].key == keys[1]:
+            raise RunError("no more")
+        return find_maps(*arguments)
+
+    monkeypatch.setattr(module, "find_maps", find)
+    with pytest.raises(RunError, match="no more"):
+        explain(run, keys, out=tmp_path)
+    assert [one["key"] for one in listed(tmp_path)] == keys[:1]
+    assert len(list(tmp_path.glob("*.png"))) == 1
+
+
 def test_what_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "holds no clip 'nine'" in fails("explain", run, "nine")
     assert fails("explain", run, "--class", "negativ").startswith("--class: there is no 'negativ'")
@@ -126,6 +148,25 @@ def test_a_lack_of_memory_leaves_what_was_there(
     with pytest.raises(RunError, match=r"single clip \(CUDA out of memory.*--method occlusion"):
         explain(run, count=1, out=tmp_path)
     assert contents(tmp_path) == before
+    monkeypatch.setattr(maps, "hidden_places", fail)
+    with pytest.raises(RunError, match=r"2.00 GiB\)\. Take a device with more memory"):
+        explain(run, count=1, method="occlusion", out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "found"),
+    [
+        ("grad-cam", torch.full((8, 16, 16), torch.nan)),
+        ("integrated-gradients", (torch.zeros(8, 16, 16), torch.nan)),
+    ],
+)
+def test_gradients_that_are_not_finite(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Method, found: object
+) -> None:
+    monkeypatch.setattr(maps, method.replace("-", "_"), lambda *_: found)
+    with pytest.raises(RunError, match=r"gradients of clip '.*' are not finite.*occlusion"):
+        explain(run, count=1, method=method, out=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_predictions_clips_are_named(trained: Path, tmp_path: Path) -> None:

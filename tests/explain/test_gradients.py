@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_train.explain.gradients import TOLERANCE, integrated_gradients
+from dist_train.explain.gradients import STEPS, TOLERANCE, integrated_gradients
 from dist_train.models.registry import build_model
 
 
@@ -36,6 +36,20 @@ def test_of_a_linear_model_it_is_weight_times_distance_from_the_mean() -> None:
     ends = [float((x * weights).sum()) for x in (clip - way, clip)]
     torch.testing.assert_close(found, ((1 + sum(ends)) * weights * way)[0].sum(0))
     assert gap < 1e-3
+
+
+def test_it_stops_where_a_gradient_is_not_finite() -> None:
+    calls: list[float] = []
+
+    def root(logits: Tensor) -> Tensor:
+        calls.append(float(logits.detach()))
+        # Infinite times 0.
+        return (0 * logits.reshape(-1)[0]).sqrt()
+
+    found, gap = integrated_gradients(Weighted(torch.ones(1)), torch.rand(1, 1, 2, 3, 4), root)
+    assert len(calls) == STEPS + 2
+    assert not torch.isfinite(found).any()
+    assert gap != gap
 
 
 @pytest.mark.parametrize("name", ["resnet3d-10", "x3d-s", "convnext3d-tiny"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_train.explain.pictures import as_gif, overlay, shares, side_by_side, strip
+from dist_train.explain.pictures import as_gif, as_mp4, overlay, shares, side_by_side, strip
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 31), (2, 300, 100, 3), (1, 1, 1)])
@@ -31,6 +31,16 @@ def test_colour_is_where_the_map_is_positive(shape: tuple[int, ...]) -> None:
         assert picture.size == (both.shape[2], both.shape[1])
     content = strip(plain, covered, shares(found), np.zeros(shape[0]), "a $x^ name\x1b", "second")
     assert cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR).shape[1] == 1000
+
+
+def test_a_very_wide_clip_has_its_pictures() -> None:
+    frames = np.zeros((2, 20, 1600), np.uint8)
+    plain, covered = overlay(frames, frames)
+    assert plain.shape == (2, 26, 2048, 3)
+    both = side_by_side(plain, covered)
+    assert as_mp4(both)
+    assert as_gif(both)
+    assert strip(plain, covered, np.zeros(2), np.zeros(2), "wide")
 
 
 def test_an_empty_map_has_no_colour() -> None:
