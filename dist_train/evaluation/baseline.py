@@ -46,7 +46,8 @@ def baseline(
     """Fit a model of columns to the train split, and evaluate it as a run.
 
     ``config.out`` gets ``predictions.csv`` (as of ``predict``), ``calibration.json`` and
-    ``evaluation.json``, and ``dist-train evaluate`` reads it as the folder of a run.
+    ``evaluation.json``, and ``dist-train evaluate`` reads it as the folder of a run. Of regression
+    there is no ``calibration.json``, and an older one is deleted.
 
     Each label of multilabel, and each value of regression, has a model of its own. Ordered classes
     are predicted as classes without an order.
@@ -84,8 +85,9 @@ def baseline(
         )
     _check_place(config)
     data = open_data(config, training=True)
-    known = describing(recorded(data.store), besides=data.target_labels.columns)
-    features = _chosen(known, columns).loc[data.clips.index]
+    of_labels = data.target_labels.columns
+    known = describing(recorded(data.store), besides=of_labels)
+    features = _chosen(known, columns, of_labels).loc[data.clips.index]
     _write(data, _scores(model, features, data))
     return evaluate_any(config.out / PREDICTIONS, out=config.out / EVALUATION)
 
@@ -105,11 +107,12 @@ def _check_place(config: Config) -> None:
         )
 
 
-def _chosen(known: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+def _chosen(known: pd.DataFrame, columns: Sequence[str], of_labels: Sequence[str]) -> pd.DataFrame:
     for column in columns:
         if column not in known:
             raise ConfigError(
-                f"the clips have no column {column!r}",
+                f"the clips have no column {column!r}"
+                + (", or it gives the label" if column in of_labels else ""),
                 where="columns",
                 fix=f"There are {', '.join(map(str, known))}.",
             )

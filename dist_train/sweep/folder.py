@@ -93,11 +93,11 @@ def state_of(out: Path, trial: Trial) -> State:
     return "begun" if os.path.lexists(folder / CONFIG) else "new"
 
 
-def check_trials(out: Path, trials: Sequence[Trial]) -> dict[Location, str]:
+def check_trials(out: Path, trials: Sequence[Trial]) -> dict[Location, Store]:
     """Refuse to mix results of other settings, or other data, with those of these trials.
 
     Returns:
-        ``Store.content`` of each store.
+        Their stores.
 
     Raises:
         RunError: a trial was begun with other settings, or its store has changed since.
@@ -151,4 +151,4 @@ def check_trials(out: Path, trials: Sequence[Trial]) -> dict[Location, str]:
                 where=folder,
                 fix="Restore the store, choose another 'out', or move the folder away.",
             )
-    return {place: store.content for place, store in stores.items()}
+    return stores

@@ -15,7 +15,7 @@ from scipy.stats import kendalltau
 
 from dist_train.errors import DistTrainError, FileError, RunError
 from dist_train.evaluation.evaluate import Evaluation, label_thresholds
-from dist_train.evaluation.prediction_table import read_predictions, val_clips
+from dist_train.evaluation.prediction_table import read_predictions
 from dist_train.evaluation.target_evaluation import measures_of
 from dist_train.evaluation.target_table import is_labelled, scored, target_of_table
 from dist_train.files import MIB, parse_json, read_plain, write_whole
@@ -71,7 +71,7 @@ def collect(
         if trial.name not in failed and state_of(out, trial) == "done":
             folder = folder_of(out, trial.name)
             try:
-                own = {name: sample_of(folder, trial, name) for name in names}
+                own = samples_of(folder, trial, names)
                 row |= {name: value_of(sample, name) for name, sample in own.items()}
                 samples.append(own[goal.metric])
                 row |= {"state": "done", "train_seconds": train_seconds(folder)}
@@ -87,38 +87,53 @@ def collect(
     return Results(goal.metric, frame, table, _agreement(table, draws))
 
 
-def sample_of(folder: Path, trial: Trial, metric: str) -> Sample:
-    """The held-out clips of a trial that a metric is of.
+def samples_of(folder: Path, trial: Trial, metrics: Sequence[str]) -> dict[str, Sample]:
+    """The held-out clips of a trial that each metric is of.
 
     Raises:
         RunError: predictions or evaluation cannot be used.
     """
     frame = read_predictions(folder / PREDICTIONS)
-    target, (split, _, name) = target_of_table(frame), metric.partition("/")
-    run = trial.config.seed, trial.config.split.fold
-    if target.kind != "binary":
-        clips = frame[(frame["split"] == split) & is_labelled(frame, target)]
-        known, val = scored(clips, target), val_clips(frame)
-        measure = measures_of(target, label_thresholds(val if len(val) else known))[name]
-        keys = clips["key"].to_numpy(object)
-        return Sample(trial.variant, run, keys, known.truth, known.calibrated, None,
-                      lambda places: measure(known[places]))  # fmt: skip
-    clips = frame[(frame["split"] == split) & frame["label"].notna()]
-    threshold, column = None, "probability"
-    if metric == FITTED:
-        try:
-            content = read_plain(folder / EVALUATION, most_bytes=MIB)
-            threshold = Evaluation.model_validate_json(content).threshold
-        except (FileError, ValidationError):
-            raise RunError(
-                "this is no evaluation",
-                where=folder / EVALUATION,
-                fix="Delete it, and call the sweep again.",
-            ) from None
-        column = "calibrated"
-    labels = clips["label"].to_numpy(np.int64)
-    keys = clips["key"].to_numpy(object)
-    return Sample(trial.variant, run, keys, labels, clips[column].to_numpy(), threshold)
+    target, run = target_of_table(frame), (trial.config.seed, trial.config.split.fold)
+    labelled = frame[is_labelled(frame, target)]
+    clips_of = {split: labelled[labelled["split"] == split] for split in ("val", "test")}
+    keys = {split: clips["key"].to_numpy(object) for split, clips in clips_of.items()}
+    if target.kind == "binary":
+        fitted = _fitted_threshold(folder) if FITTED in metrics else None
+
+        def of_two_classes(metric: str) -> Sample:
+            split = metric.partition("/")[0]
+            clips, is_fitted = clips_of[split], metric == FITTED
+            return Sample(
+                trial.variant, run, keys[split], clips["label"].to_numpy(np.int64),
+                clips["calibrated" if is_fitted else "probability"].to_numpy(),
+                fitted if is_fitted else None,
+            )  # fmt: skip
+
+        return {metric: of_two_classes(metric) for metric in metrics}
+    known = {split: scored(clips, target) for split, clips in clips_of.items()}
+    thresholds = label_thresholds(known["val"] if len(known["val"]) else known["test"])
+    measures = measures_of(target, thresholds)
+
+    def of_kind(metric: str) -> Sample:
+        split, _, name = metric.partition("/")
+        own, measure = known[split], measures[name]
+        return Sample(trial.variant, run, keys[split], own.truth, own.calibrated, None,
+                      lambda places: measure(own[places]))  # fmt: skip
+
+    return {metric: of_kind(metric) for metric in metrics}
+
+
+def _fitted_threshold(folder: Path) -> float:
+    try:
+        content = read_plain(folder / EVALUATION, most_bytes=MIB)
+        return Evaluation.model_validate_json(content).threshold
+    except (FileError, ValidationError):
+        raise RunError(
+            "this is no evaluation",
+            where=folder / EVALUATION,
+            fix="Delete it, and call the sweep again.",
+        ) from None
 
 
 def train_seconds(folder: Path) -> float:

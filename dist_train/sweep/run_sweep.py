@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
+from dist_train.data.store.reader import Store
 from dist_train.distributed.signals import INTERRUPTED, TRY_AGAIN, StopSignals
 from dist_train.errors import StoppedError
 from dist_train.places import Location
@@ -61,9 +62,11 @@ def planned(
     if sweep.search == "optuna":
         # A point in the middle shows wrong settings before any trial.
         trials = Study.example(sweep, file, quick=quick)
-        return [], check_trials(sweep.out, trials), goal_of(sweep, trials)
-    trials = trials_of(sweep, file, variants_of(sweep, file), quick=quick)
-    return trials, check_trials(sweep.out, trials), goal_of(sweep, trials)
+    else:
+        trials = trials_of(sweep, file, variants_of(sweep, file), quick=quick)
+    stores = check_trials(sweep.out, trials)
+    goal = goal_of(sweep, trials, stores)
+    return [] if sweep.search == "optuna" else trials, _content(stores), goal
 
 
 def run_sweep(
@@ -91,7 +94,7 @@ def run_sweep(
             if sweep.search == "optuna":
                 study = Study(sweep, file, quick=quick)
                 while chosen := study.ask(workers.at_once):
-                    content |= check_trials(sweep.out, chosen)
+                    content |= _content(check_trials(sweep.out, chosen))
                     shown = study.progress(progress)
                     study.tell(chosen, _run(sweep.out, chosen, content, workers, shown, say))
                 trials = study.trials()
@@ -103,6 +106,10 @@ def run_sweep(
         results = collect(sweep.out, trials, goal, failed, sweep.reference)
         draw(results, sweep.out / PLOT)
     return results
+
+
+def _content(stores: Mapping[Location, Store]) -> dict[Location, str]:
+    return {place: store.content for place, store in stores.items()}
 
 
 def _workers(sweep: Sweep) -> Workers:

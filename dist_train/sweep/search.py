@@ -14,7 +14,7 @@ from dist_train.errors import DistTrainError, MachineError, RunError
 from dist_train.progress import Progress
 from dist_train.sweep.folder import folder_of, state_of
 from dist_train.sweep.intervals import value_of
-from dist_train.sweep.results import sample_of
+from dist_train.sweep.results import samples_of
 from dist_train.sweep.settings import Range, Sweep
 from dist_train.sweep.trials import Trial, texts_of, trials_of
 
@@ -148,7 +148,8 @@ class Study:
         return sorted(self._space.space.items())
 
     def _trials_of(self, points: Mapping[int, Mapping[str, Any]]) -> list[Trial]:
-        # Lists are no categories of Optuna; see ``_suggested``.
+        # Lists are no categories of Optuna; see ``_suggested``. Its texts are JSON in ASCII, whose
+        # pairs of surrogates YAML does not join: they are read, and written anew.
         space = self._space.space
         variants = {
             f"optuna{number:04}": texts_of(
@@ -164,7 +165,8 @@ class Study:
     def _value(self, trial: Trial) -> float:
         try:
             folder = folder_of(self._sweep.out, trial.name)
-            return value_of(sample_of(folder, trial, self._metric), self._metric)
+            sample = samples_of(folder, trial, [self._metric])[self._metric]
+            return value_of(sample, self._metric)
         except DistTrainError:
             return np.nan
 

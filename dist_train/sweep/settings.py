@@ -178,6 +178,12 @@ class Sweep(Section):
                 raise ValueError("search: optuna needs the space that random gives")
             if self.variants or self.grid:
                 raise ValueError("search: optuna takes no variants and no grid")
+            for key in self.random.space:
+                if key.partition(".")[0] in ("store", "target"):
+                    raise ValueError(
+                        f"search: optuna compares trials of one target, so {key} cannot be in its "
+                        "space"
+                    )
             if self.metric is None or self.metric.startswith("test/"):
                 raise ValueError(
                     f"test clips must not choose settings ({self.metric or 'by default'}); search: "

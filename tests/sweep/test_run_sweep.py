@@ -23,11 +23,12 @@ from dist_train.checkpoint.format import by_step
 from dist_train.config import load_config
 from dist_train.errors import ConfigError, RunError
 from dist_train.evaluation import target_evaluation
+from dist_train.evaluation.prediction_table import read_predictions
 from dist_train.plain_yaml import yaml_text
 from dist_train.run.folder import only_session
 from dist_train.run.record import read_record
 from dist_train.sweep import plot
-from dist_train.sweep.folder import begin_trial
+from dist_train.sweep.folder import begin_trial, check_trials
 from dist_train.sweep.goal import Goal, goal_of
 from dist_train.sweep.one_trial import run_trial
 from dist_train.sweep.results import Results, collect
@@ -249,7 +250,15 @@ def test_trials_of_other_kinds_are_compared_by_their_own_metrics(
     assert goal == Goal(kind, metric)
     for trial in trials:
         run_trial(begin_trial(out, trial, content[trial.config.store]))
+    read: list[Path] = []
+
+    def counted(path: Path) -> pd.DataFrame:
+        read.append(path)
+        return read_predictions(path)
+
+    monkeypatch.setattr("dist_train.sweep.results.read_predictions", counted)
     found = collect(out, trials, goal, {}, {})
+    assert len(read) == len(trials)
     assert found.metric == metric
     assert (found.trials["state"] == "done").all()
     for row in found.trials.to_dict("records"):
@@ -264,7 +273,7 @@ def test_trials_of_other_kinds_are_compared_by_their_own_metrics(
     assert found.table["above_next"][0] > 0.3
     wrong = sweep.model_copy(update={"metric": "test/mcc@0.5"})
     with pytest.raises(ConfigError, match=rf"trials of kind {kind} have no test/mcc@0\.5"):
-        goal_of(wrong, trials)
+        goal_of(wrong, trials, check_trials(out, trials))
 
 
 def test_trials_of_different_targets_are_not_compared(tmp_path: Path) -> None:
@@ -276,7 +285,17 @@ def test_trials_of_different_targets_are_not_compared(tmp_path: Path) -> None:
     assert "variant two: its target is binary of flowing, stalled, and that of 'all' is" in told
     tree |= {"variants": {"all": []}, "reference": {"all": 2.0}}
     (tmp_path / "s.yaml").write_text(yaml_text(tree))
-    assert "reference.all: 2 is no mcc" in fails("sweep", tmp_path / "s.yaml", "--dry-run")
+    told = fails("sweep", tmp_path / "s.yaml", "--dry-run")
+    assert "reference.all: 2 is no mcc, which is in -1..1. Give one in -1..1." in told
+    for metric in ("test/mcc", "val/kappa", "test/auc"):
+        tree |= {"metric": metric, "reference": {"all": -0.5}}
+        (tmp_path / "s.yaml").write_text(yaml_text(tree))
+        sweep = read_sweep(tmp_path / "s.yaml")
+        if metric != "test/auc":
+            assert planned(sweep, tmp_path / "s.yaml")[2].metric == metric
+            continue
+        with pytest.raises(ConfigError, match=r"-0\.5 is no auc, which is in 0\.\.1"):
+            planned(sweep, tmp_path / "s.yaml")
 
 
 def test_a_folder_of_a_run_is_no_trial(store: Path, trained: Path, tmp_path: Path) -> None:

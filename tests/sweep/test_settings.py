@@ -169,6 +169,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"search": "optuna", "metric": "test/auc", "random": {"trials": 2, "optim.lr": [1, 2]}},
         "test clips must not choose settings (test/auc)",
     ),
+    "a search over targets": (
+        {
+            "search": "optuna",
+            "metric": "val/auc",
+            "random": {"trials": 2, "target.classes": [["a", "b"], ["a", "c"]]},
+        },
+        "search: optuna compares trials of one target, so target.classes cannot be in its space",
+    ),
     "a search of nothing": ({"search": "optuna"}, "search: optuna needs the space"),
     "a range the wrong way": (
         {"random": {"trials": 2, "optim.lr": {"low": 2, "high": 1}}},

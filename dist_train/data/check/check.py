@@ -138,7 +138,7 @@ def _leaks(
         labels: of all clips of the store; None looks for no leaks.
         grey: further columns of these clips; None adds none.
         notes: what was left out is added to them.
-        most_labels: of the classes, those with the most clips; of values, the first.
+        most_labels: of classes and labels, those with the most clips; of values, the first.
     """
     if labels is None:
         return []
@@ -151,19 +151,20 @@ def _leaks(
     count = len(labelled)
     if count > most:
         labelled = labelled.iloc[_sample(count, most)]
+        notes.append(f"leaks: looked for among {most} random clips of {count}")
+    too_few = f"fewer than {FEWEST} {'of these clips' if count > most else 'clips'}"
     asked = _asked(labels, labelled.index.to_numpy(), most_labels)
     few = [name for name, label in asked.items() if not can_be_tried(label)]
     if len(few) == len(asked):
-        what = "a class has" if labels.target.is_coded else "values do not differ, or there are"
-        notes.append(f"leaks: not looked for, as {what} fewer than {FEWEST} clips")
+        is_value = labels.target.kind == "regression"
+        what = "values do not differ, or there are" if is_value else "a class or label has"
+        notes.append(f"leaks: not looked for, as {what} {too_few}")
         return []
     if few:
-        notes.append(f"leaks: not tried for {', '.join(few)}: fewer than {FEWEST} clips, or no "
-                     "differences")  # fmt: skip
+        notes.append(f"leaks: not tried for {', '.join(few)}: {too_few}, or no differences")
     if len(asked) == most_labels < len(labels.target.classes):
-        notes.append(f"leaks: tried for {most_labels} of {len(labels.target.classes)} classes")
-    if count > most:
-        notes.append(f"leaks: tried on {most} random clips of {count}")
+        notes.append(f"leaks: tried for {most_labels} of {len(labels.target.classes)} classes, "
+                     "labels or values")  # fmt: skip
     columns = describing(labelled, besides=labels.columns)
     if grey is not None:
         columns = columns.join(grey, rsuffix=" (pixels)")

@@ -49,12 +49,12 @@ class Shift(_Part):
 class Leak(_Part):
     """How well columns that are no pixels predict the label.
 
-    ``of``: of several classes, labels or values the one that they tell best; "" of two classes.
-    ``mcc``: of predictions out of fold, of the class against the rest; ``rank_correlation``: of
-    predicted values with the true ones, in its place. ``low`` to ``high``: 95 % bootstrap interval,
-    which holds for all classes at once. ``apart``: folds keep groups apart, and the bootstrap draws
-    groups; otherwise clips. ``is_leak``: better than chance, by more than a trifle (see
-    ``find_leaks``).
+    ``of``: of several classes, labels or values the one that they tell best; "" if there is one
+    alone, as of two classes or of one value. ``mcc``: of predictions out of fold, of the class
+    against the rest; ``rank_correlation``: of predicted values with the true ones, in its place.
+    ``low`` to ``high``: 95 % bootstrap interval, which holds for all classes at once. ``apart``:
+    folds keep groups apart, and the bootstrap draws groups; otherwise clips. ``is_leak``: better
+    than chance, by more than a trifle (see ``find_leaks``).
     """
 
     columns: list[str]

@@ -23,7 +23,9 @@ from dist_train.data.check.text import leak_cells, leak_head
 from dist_train.data.store.index import read_index
 from dist_train.data.store.reader import SHARDS, Store
 from dist_train.data.store.shard_task import _size_of
+from dist_train.data.target_labels import TargetLabels
 from dist_train.errors import FileError
+from dist_train.targets import Kind, Target
 
 CLIPS = 60
 GROUPS = [f"g{n % 5}" for n in range(CLIPS)]
@@ -203,6 +205,33 @@ def test_labels_that_the_store_has_not_are_told(tmp_path: Path, sound: Path) -> 
     result = check_store(Store(sound), config, workers=1)
     assert result.leaks == []
     assert "leaks: not looked for (the store has no column 'speed')" in result.notes
+
+
+def test_what_is_not_tried_is_told(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips, half = recorded(Store(sound)), np.arange(CLIPS) % 2
+    monkeypatch.setattr("dist_train.data.check.leaks.find_leaks", lambda *_, **__: [])
+
+    def notes(kind: Kind, *values: Any, most: int = CLIPS) -> list[str]:
+        names, found = tuple("abcd"[: len(values)]), []
+        labels = TargetLabels(Target(kind, names), np.stack(values, axis=1).astype(np.float32))
+        module._leaks(clips, labels, None, found, most=most, most_labels=3)
+        return [note.removeprefix("leaks: ") for note in found if "groups" not in note]
+
+    # Of a sample, the other notes are of its clips.
+    assert notes("multilabel", half, half, most=30) == [
+        "looked for among 30 random clips of 60",
+        "not looked for, as a class or label has fewer than 20 of these clips",
+    ]
+    assert notes("multilabel", 0 * half) == [
+        "not looked for, as a class or label has fewer than 20 clips"
+    ]
+    assert notes("regression", 0 * half) == [
+        "not looked for, as values do not differ, or there are fewer than 20 clips"
+    ]
+    assert notes("regression", half, 0 * half, half, half) == [
+        "not tried for b: fewer than 20 clips, or no differences",
+        "tried for 3 of 4 classes, labels or values",
+    ]
 
 
 def test_a_damaged_clip_is_a_finding_and_the_rest_goes_on(tmp_path: Path) -> None:
