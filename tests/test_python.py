@@ -35,7 +35,8 @@ def test_all_of_them_tell_their_progress_alike() -> None:
     for function in FUNCTIONS.values():
         if isfunction(function) and "progress" in signature(function).parameters:
             telling[function.__name__] = get_type_hints(function)["progress"]
-    assert telling == dict.fromkeys(["synthesize", "prepare", "train", "predict"], Progress | None)
+    names = ["synthesize", "prepare", "train", "predict", "explain"]
+    assert telling == dict.fromkeys(names, Progress | None)
 
 
 @pytest.mark.slow

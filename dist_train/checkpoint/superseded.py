@@ -1,8 +1,8 @@
 """Move what a run no longer needs to ``superseded/`` in its folder, rather than delete it.
 
 When a run goes back to an earlier step, these are lines of ``metrics.jsonl`` and snapshots; also
-checkpoints of another run whose name is needed, and the best one if it is damaged. Nothing reads that
-folder; the user may delete it.
+checkpoints of another run whose name is needed, and the best one if it is damaged. Nothing reads
+that folder; the user may delete it.
 """
 
 from __future__ import annotations
